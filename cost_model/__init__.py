@@ -1,0 +1,64 @@
+"""The cost model: pure arithmetic from work and hardware to seconds. No torch, no state.
+
+``hardware`` says what a machine can do (``profile_json`` loads it), ``roofline`` turns work into seconds,
+``split`` divides a Linear between host and link, ``timeline`` simulates a step.
+"""
+
+from .hardware import (
+    SCHEMA_VERSION,
+    AcceleratorProfile,
+    HardwareProfile,
+    HostProfile,
+    LinkDirection,
+    LinkProfile,
+    RateCurve,
+)
+from .profile_json import load_profile, preset_names, profile_from_json, profile_to_json, unsourced_fields
+from .roofline import (
+    accelerator_linear_s,
+    accelerator_op_s,
+    arithmetic_rate,
+    download_s,
+    host_linear_s,
+    host_op_s,
+    item_bytes,
+    linear_rate,
+    operation_s,
+    upload_s,
+)
+from .split import SplitProblem, SplitSolution, balance_expression, row_granularity, solve_split
+from .timeline import Task, Timeline, lower_bound_s, simulate
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "AcceleratorProfile",
+    "HardwareProfile",
+    "HostProfile",
+    "LinkDirection",
+    "LinkProfile",
+    "RateCurve",
+    "SplitProblem",
+    "SplitSolution",
+    "Task",
+    "Timeline",
+    "accelerator_linear_s",
+    "accelerator_op_s",
+    "arithmetic_rate",
+    "balance_expression",
+    "download_s",
+    "host_linear_s",
+    "host_op_s",
+    "item_bytes",
+    "linear_rate",
+    "load_profile",
+    "lower_bound_s",
+    "operation_s",
+    "preset_names",
+    "profile_from_json",
+    "profile_to_json",
+    "row_granularity",
+    "simulate",
+    "solve_split",
+    "unsourced_fields",
+    "upload_s",
+]

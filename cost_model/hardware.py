@@ -1,0 +1,159 @@
+"""What a machine can do: rates and fixed costs of the host, the accelerator and the link between them.
+
+Plain data with units in the names (``_bytes``, ``_s``, ``_bytes_per_s``, ``_flops_per_s``). The annotations
+carry the admissible range of each number; ``profile_json`` reads, checks and writes profiles by them, so a
+new figure is one more line here and one more in each preset.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from hetegen_compile.errors import HardwareProfileError
+
+SCHEMA_VERSION = 1
+"""Version of the profile's fields that this code reads and writes."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The range of a number in a profile: ``low`` (excluded unless ``low_included``) to ``high``."""
+
+    low: float
+    high: float
+    low_included: bool = False
+
+
+Rate = Annotated[float, Bounds(0.0, 1e24)]
+Seconds = Annotated[float, Bounds(0.0, 1e6, low_included=True)]
+Share = Annotated[float, Bounds(0.0, 1.0)]
+Count = Annotated[int, Bounds(1, 2**62, low_included=True)]
+
+
+@dataclass(frozen=True)
+class RateCurve:
+    """A rate that depends on a size: points ``(x, rate)``, x strictly increasing, all positive and finite.
+
+    Raises HardwareProfileError if the points are none, unsorted, or not positive and finite.
+    """
+
+    points: tuple[tuple[float, float], ...]
+
+    def __post_init__(self) -> None:
+        """Check the points once, so that ``at`` need not."""
+        if not self.points:
+            raise HardwareProfileError("a rate curve has no points; give at least one [x, rate]")
+        for index, (x, rate) in enumerate(self.points):
+            if not (0.0 < x < math.inf and 0.0 < rate < math.inf):
+                raise HardwareProfileError(f"point {index} is ({x}, {rate}); give positive, finite numbers")
+            if index and x <= self.points[index - 1][0]:
+                previous = self.points[index - 1][0]
+                raise HardwareProfileError(f"point {index} has x = {x} after {previous}; sort by x")
+
+    @staticmethod
+    def constant(rate: float) -> RateCurve:
+        """The curve that has this rate at every size."""
+        return RateCurve(((1.0, rate),))
+
+    def at(self, x: float) -> float:
+        """The rate at ``x``: linear in the logarithms between points, the end's rate beyond the ends."""
+        position = bisect_right(self.points, x, key=lambda point: point[0])
+        if position == 0:
+            return self.points[0][1]
+        if position == len(self.points):
+            return self.points[-1][1]
+        (x0, rate0), (x1, rate1) = self.points[position - 1], self.points[position]
+        weight = math.log(x / x0) / math.log(x1 / x0)
+        return rate0 * math.exp(weight * math.log(rate1 / rate0))
+
+
+@dataclass(frozen=True)
+class HostProfile:
+    """The processor and its memory.
+
+    Attributes:
+        name: processor.
+        cores: physical cores that compute.
+        flops_per_s: sustained arithmetic rate by dtype name ("float32", "bfloat16", ...).
+        memory_bytes_per_s: sustained rate of reading and writing main memory.
+        linear_bytes_per_s: by dtype, bytes of weights per second that a Linear consumes over its tokens.
+        launch_s: fixed cost of one host operation.
+        contention: share of the Linear's rate that remains while uploads use the same memory.
+        memory_bytes: size of main memory.
+    """
+
+    name: str
+    cores: Count
+    flops_per_s: Mapping[str, Rate] = field(hash=False)
+    memory_bytes_per_s: Rate
+    linear_bytes_per_s: Mapping[str, RateCurve] = field(hash=False)
+    launch_s: Seconds
+    contention: Share
+    memory_bytes: Count
+
+
+@dataclass(frozen=True)
+class AcceleratorProfile:
+    """The accelerator: arithmetic by dtype, its memory's rate and size, the time from launch to launch."""
+
+    name: str
+    flops_per_s: Mapping[str, Rate] = field(hash=False)
+    memory_bytes_per_s: Rate
+    launch_s: Seconds
+    memory_bytes: Count
+
+
+@dataclass(frozen=True)
+class LinkDirection:
+    """One direction of the link; both rates are curves over the bytes of one transfer, start-up included.
+
+    Attributes:
+        pinned: bytes per second from or to pinned host memory.
+        pageable: the same with pageable host memory (staged by the driver).
+        latency_s: the shortest time that any transfer takes.
+    """
+
+    pinned: RateCurve
+    pageable: RateCurve
+    latency_s: Seconds
+
+
+@dataclass(frozen=True)
+class LinkProfile:
+    """Both directions, and ``view_s``: a kernel reading a small pinned activation without a copy."""
+
+    up: LinkDirection
+    down: LinkDirection
+    view_s: Seconds
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """One machine, with the source of every figure.
+
+    Attributes:
+        schema_version: version of these fields, ``SCHEMA_VERSION`` when written by this code.
+        name, description: for people.
+        host, accelerator, link: the three parts.
+        synchronise_s: the host waiting once for the device.
+        fixed_s_per_split: measured overhead of one split Linear over an unsplit one, all its trips together.
+        pin_bytes_per_s: rate of copying pageable memory into pinned memory.
+        sources: field path ("host.linear_bytes_per_s") -> where the figures at and below it are from.
+        inferred: field paths whose figures are inferred, not measured or published.
+    """
+
+    schema_version: Count
+    name: str
+    description: str
+    host: HostProfile
+    accelerator: AcceleratorProfile
+    link: LinkProfile
+    synchronise_s: Seconds
+    fixed_s_per_split: Seconds
+    pin_bytes_per_s: Rate
+    sources: Mapping[str, str] = field(hash=False)
+    inferred: tuple[str, ...]

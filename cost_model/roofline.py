@@ -1,0 +1,119 @@
+"""Seconds from work: the roofline of each resource of a hardware profile.
+
+An operation takes its fixed cost plus the longer of its arithmetic and its memory traffic (Williams,
+Waterman, Patterson: Roofline, CACM 2009). A Linear on the host is measured rather than derived: its rate of
+consuming weights falls with the number of tokens in a way that two constants do not describe.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+from .hardware import HardwareProfile, LinkDirection, RateCurve
+
+
+def operation_s(
+    flops: float, nbytes: float, flops_per_s: float, memory_bytes_per_s: float, launch_s: float
+) -> float:
+    """Seconds of one operation with ``flops`` of arithmetic and ``nbytes`` of memory traffic."""
+    return launch_s + max(flops / flops_per_s, nbytes / memory_bytes_per_s)
+
+
+def item_bytes(dtype: str) -> float:
+    """Bytes of one element by the dtype's name: the first number in it is its width in bits.
+
+    ``bool`` has one byte; a name without a number counts as four.
+    """
+    bits = re.search(r"\d+", dtype)
+    if bits is None:
+        return 1.0 if dtype == "bool" else 4.0
+    return int(bits.group()) / 8
+
+
+def arithmetic_rate(flops_per_s: Mapping[str, float], dtype: str) -> float:
+    """FLOP/s for a dtype; one that is not listed is computed as float32.
+
+    Narrower types run at float32's rate (they are converted), wider ones at 4 bytes over their width: half
+    for float64. A profile without float32 lends its slowest rate.
+    """
+    if dtype in flops_per_s:
+        return flops_per_s[dtype]
+    base = flops_per_s.get("float32", min(flops_per_s.values()))
+    return base * min(1.0, 4.0 / item_bytes(dtype))
+
+
+def linear_rate(curves: Mapping[str, RateCurve], dtype: str, tokens: float) -> float:
+    """Bytes of weights per second that a host Linear consumes at a number of tokens.
+
+    A dtype that is not listed is computed as float32, as in ``arithmetic_rate``: as many elements a second,
+    hence fewer bytes for narrower types; for wider ones the same bytes. Without float32 the slowest curve.
+    """
+    if dtype in curves:
+        return curves[dtype].at(tokens)
+    base = curves["float32"].at(tokens) if "float32" in curves else min(c.at(tokens) for c in curves.values())
+    return base * min(1.0, item_bytes(dtype) / 4.0)
+
+
+def host_linear_s(
+    profile: HardwareProfile,
+    dtype: str,
+    tokens: float,
+    weight_bytes: float,
+    flops: float,
+    contended: bool = True,
+) -> float:
+    """Seconds of a Linear, or of some of its rows, on the host.
+
+    The longer of the arithmetic bound and the weights over the measured rate, which ``contended`` (uploads
+    running at the same time) reduces to its remaining share.
+    """
+    host = profile.host
+    rate = linear_rate(host.linear_bytes_per_s, dtype, tokens) * (host.contention if contended else 1.0)
+    return operation_s(flops, weight_bytes, arithmetic_rate(host.flops_per_s, dtype), rate, host.launch_s)
+
+
+def accelerator_linear_s(
+    profile: HardwareProfile, dtype: str, tokens: float, weight_bytes: float, flops: float
+) -> float:
+    """Seconds of a Linear, or of some of its rows, whose weights lie on the accelerator.
+
+    The traffic is the weights plus the activations of a square weight of that size: for a given in * out,
+    in + out is at least 2 * sqrt(in * out), so this stays a lower bound for any shape.
+    """
+    width = item_bytes(dtype)
+    activation_bytes = 2.0 * math.sqrt(weight_bytes / width) * tokens * width
+    return accelerator_op_s(profile, dtype, flops, weight_bytes + activation_bytes)
+
+
+def host_op_s(profile: HardwareProfile, dtype: str, flops: float, nbytes: float) -> float:
+    """Seconds of any other operation on the host."""
+    host = profile.host
+    rate = arithmetic_rate(host.flops_per_s, dtype)
+    return operation_s(flops, nbytes, rate, host.memory_bytes_per_s, host.launch_s)
+
+
+def accelerator_op_s(profile: HardwareProfile, dtype: str, flops: float, nbytes: float) -> float:
+    """Seconds of any operation on the accelerator."""
+    device = profile.accelerator
+    rate = arithmetic_rate(device.flops_per_s, dtype)
+    return operation_s(flops, nbytes, rate, device.memory_bytes_per_s, device.launch_s)
+
+
+def upload_s(profile: HardwareProfile, nbytes: float, pinned: bool = True) -> float:
+    """Seconds of one transfer from host memory to the accelerator (0 for no bytes)."""
+    return _transfer_s(profile.link.up, nbytes, pinned)
+
+
+def download_s(profile: HardwareProfile, nbytes: float, pinned: bool = True) -> float:
+    """Seconds of one transfer from the accelerator to host memory (0 for no bytes)."""
+    return _transfer_s(profile.link.down, nbytes, pinned)
+
+
+def _transfer_s(direction: LinkDirection, nbytes: float, pinned: bool) -> float:
+    """The curve's rates include the start-up, so the latency is a floor and not a summand."""
+    if nbytes <= 0:
+        return 0.0
+    curve = direction.pinned if pinned else direction.pageable
+    return max(direction.latency_s, nbytes / curve.at(nbytes))

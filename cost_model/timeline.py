@@ -1,0 +1,154 @@
+"""Discrete-event simulation of one step: when each task runs on its resource, and how much memory it takes.
+
+The model of an asynchronous device: one host thread issues the tasks in order; each resource executes its
+tasks in that order; a task starts once it has been issued, its resource is free and everything in ``after``
+has ended. Tasks on ``HOST`` are executed by the issuing thread itself, so nothing is issued meanwhile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hetegen_compile.errors import ScheduleError
+
+HOST = "host"
+"""The resource whose tasks block the issuing thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One operation; its id is its position in the issue order.
+
+    Attributes:
+        name: for reports and errors.
+        resource: "host", "accelerator", "up", "down", "pin" or any other name.
+        duration_s: how long it occupies its resource.
+        after: ids of the earlier tasks that must have ended.
+        issue_s: what issuing it costs the host thread.
+        allocates: (pool, bytes) taken when it starts.
+        frees: (pool, bytes) given back when it ends.
+    """
+
+    name: str
+    resource: str
+    duration_s: float
+    after: tuple[int, ...] = ()
+    issue_s: float = 0.0
+    allocates: tuple[tuple[str, int], ...] = ()
+    frees: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A simulated step.
+
+    Attributes:
+        start_s, end_s: by task id, in seconds from the first issue.
+        makespan_s: end of the last task.
+        busy_s: by resource, the time that it works; the host's includes issuing.
+        utilisation: ``busy_s`` over the makespan (0 for an empty step).
+        peak_bytes: by pool, the most that was allocated at once.
+    """
+
+    start_s: tuple[float, ...]
+    end_s: tuple[float, ...]
+    makespan_s: float
+    busy_s: dict[str, float]
+    utilisation: dict[str, float]
+    peak_bytes: dict[str, int]
+
+
+def simulate(tasks: Sequence[Task]) -> Timeline:
+    """Run the tasks in issue order.
+
+    Raises ScheduleError for a task that waits for itself or a later one (the device would deadlock) and
+    for times that are negative or not finite.
+    """
+    _check(tasks)
+    start_s: list[float] = []
+    end_s: list[float] = []
+    free_at_s: dict[str, float] = defaultdict(float)
+    issued_s = 0.0
+    for task in tasks:
+        issued_s += task.issue_s
+        ready_s = max((end_s[index] for index in task.after), default=0.0)
+        begin = max(issued_s, free_at_s[task.resource], ready_s)
+        end = begin + task.duration_s
+        start_s.append(begin)
+        end_s.append(end)
+        free_at_s[task.resource] = end
+        if task.resource == HOST:
+            issued_s = end
+    makespan_s = max(end_s, default=0.0)
+    busy_s = _busy_s(tasks)
+    return Timeline(
+        start_s=tuple(start_s),
+        end_s=tuple(end_s),
+        makespan_s=makespan_s,
+        busy_s=busy_s,
+        utilisation={name: busy / makespan_s if makespan_s else 0.0 for name, busy in busy_s.items()},
+        peak_bytes=_peak_bytes(tasks, start_s, end_s),
+    )
+
+
+def lower_bound_s(tasks: Sequence[Task]) -> float:
+    """Seconds below which no issue order of these tasks can finish.
+
+    The larger of the most loaded resource's work and the critical path, from the tasks alone: no order of
+    issue and no state of the simulation enters. A task's path begins with its own issue.
+    """
+    _check(tasks)
+    return max([0.0, _critical_path_s(tasks), *_busy_s(tasks).values()])
+
+
+def _critical_path_s(tasks: Sequence[Task]) -> float:
+    """Longest path through ``after``, accumulated from the last task back (``after`` is topological)."""
+    tail_s = [0.0] * len(tasks)
+    longest_s = 0.0
+    for index in range(len(tasks) - 1, -1, -1):
+        task = tasks[index]
+        path_s = task.duration_s + tail_s[index]
+        longest_s = max(longest_s, path_s + task.issue_s)
+        for earlier in task.after:
+            tail_s[earlier] = max(tail_s[earlier], path_s)
+    return longest_s
+
+
+def _check(tasks: Sequence[Task]) -> None:
+    for index, task in enumerate(tasks):
+        if not (0.0 <= task.duration_s < math.inf and 0.0 <= task.issue_s < math.inf):
+            times = f"duration {task.duration_s}, issue {task.issue_s}"
+            raise ScheduleError(f"task {index} ({task.name}): {times}; both must be finite and not negative")
+        for earlier in task.after:
+            if not 0 <= earlier < index:
+                raise ScheduleError(f"task {index} ({task.name}) waits for {earlier}, not issued before it")
+
+
+def _busy_s(tasks: Sequence[Task]) -> dict[str, float]:
+    busy_s: dict[str, float] = defaultdict(float)
+    for task in tasks:
+        busy_s[task.resource] += task.duration_s
+        if task.issue_s:
+            busy_s[HOST] += task.issue_s
+    return dict(busy_s)
+
+
+def _peak_bytes(tasks: Sequence[Task], start_s: Sequence[float], end_s: Sequence[float]) -> dict[str, int]:
+    """Replay allocations and frees in time; at the same instant in issue order, a task's own frees last."""
+    events = [
+        event
+        for index, task in enumerate(tasks)
+        for event in (
+            *((start_s[index], index, 0, pool, nbytes) for pool, nbytes in task.allocates),
+            *((end_s[index], index, 1, pool, -nbytes) for pool, nbytes in task.frees),
+        )
+    ]
+    level: dict[str, int] = defaultdict(int)
+    peak: dict[str, int] = defaultdict(int)
+    for _, _, _, pool, change in sorted(events):
+        level[pool] += change
+        peak[pool] = max(peak[pool], level[pool])
+    return dict(peak)

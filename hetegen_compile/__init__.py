@@ -1,0 +1,33 @@
+"""hetegen: run PyTorch models that do not fit the GPU, ``torch.compile(model, backend="hetegen")``.
+
+Importing the package is not needed to use the backend: torch finds it by its entry point.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hetegen_compile.compiled import override_split
+    from hetegen_compile.errors import HetegenError
+    from hetegen_compile.runtime import refresh
+    from hetegen_compile.schedule import Schedule, schedules
+
+_HOMES = {
+    "HetegenError": "errors",
+    "Schedule": "schedule",
+    "override_split": "compiled",
+    "refresh": "runtime",
+    "schedules": "schedule",
+}
+
+__all__ = ["HetegenError", "Schedule", "override_split", "refresh", "schedules"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the public names when they are first used: ``import hetegen_compile.errors`` stays light."""
+    import importlib
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,176 @@
+"""What an accelerator is to the compiler: streams, slots, copies and launches behind one interface.
+
+A bound schedule is straight-line code that calls these methods in issue order, from one host thread.
+Three streams exist on every accelerator and stay inside it: ``compute`` (segments, Linears, joins), ``up``
+(prefetches and uploads) and ``down`` (downloads). Ordering between them is what the operations say and
+nothing else:
+
+    prefetch        up waits for each token in ``after``, then copies rows into the slot
+    wait            compute waits for that transfer                        (read after write)
+    release         the slot may be overwritten once compute got here       (write after read)
+    to_host         down waits for what compute has issued so far, then copies
+    wait_host       the host thread blocks until that download is done
+    to_accelerator  the host's tensor becomes readable by compute after ``wait``
+    launch          compute runs a function over device values
+
+A *value* is whatever the accelerator passes around for a device tensor: a ``torch.Tensor`` on CUDA, a
+future on the emulated accelerator. Only the accelerator looks inside it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Value = Any
+Token = Any
+Transfer = Any
+Slot = Any
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation of a bound schedule, as the accelerator needs to know it.
+
+    ``name`` is the node's name (errors, traces), ``seconds`` what the cost model predicts for it on the
+    stated hardware (pacing), ``category`` what its bytes are counted under.
+    """
+
+    name: str
+    seconds: float = 0.0
+    category: str = "activations"
+
+
+@dataclass
+class Counters:
+    """Bytes that moved and bytes that are held, by category (``weights``, ``mirrors``, ``activations``, ...)."""
+
+    uploaded_bytes: dict[str, int] = field(default_factory=dict)
+    downloaded_bytes: dict[str, int] = field(default_factory=dict)
+    held_bytes: dict[str, int] = field(default_factory=dict)
+    peak_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Span:
+    """One operation as it really ran: resource (``host``, ``accelerator``, ``up``, ``down``) and seconds."""
+
+    name: str
+    resource: str
+    start_s: float
+    end_s: float
+
+
+class Accelerator(ABC):
+    """One device and its three streams; see the module's docstring for what each operation orders."""
+
+    kind: str
+    """``"cuda"`` or ``"emulated"``."""
+    device: torch.device
+    """Where example values of segments live: ``cuda:0``, or ``cpu`` for the emulated accelerator."""
+    counters: Counters
+    memory_bytes: int
+    """Bytes of device memory that may be used at all (free memory on CUDA, the profile's when emulated)."""
+
+    # ---- memory ------------------------------------------------------------------------------------
+    @abstractmethod
+    def upload(self, op: Op, source: torch.Tensor, *, into: Value | None = None) -> Value:
+        """Copy a host tensor up (same geometry: dtype, size, stride), ordered before later compute work.
+
+        On return the source may be overwritten by the host. ``into`` (a value of the same geometry that was
+        made by an earlier upload) is overwritten in place instead of allocating.
+        """
+
+    @abstractmethod
+    def download(self, op: Op, value: Value) -> torch.Tensor:
+        """Copy a device value down into a new ordinary host tensor; blocks until it is complete."""
+
+    @abstractmethod
+    def reserve_ring(self, nbytes: int) -> None:
+        """Make the staging ring at least ``nbytes`` long (synchronises if it has to grow)."""
+
+    @abstractmethod
+    def slot(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
+        """A view of the staging ring, prepared once at bind time; offsets are multiples of 256 bytes."""
+
+    @abstractmethod
+    def pin(self, tensor: torch.Tensor) -> bool:
+        """Pin a host tensor's bytes in place so that prefetches from it are asynchronous.
+
+        True if its bytes are pinned now (at once or before). The pin ends when the storage dies.
+        """
+
+    # ---- operations of a schedule --------------------------------------------------------------------
+    @abstractmethod
+    def begin_step(self) -> None:
+        """Order everything of this step after everything of the step before (the ring is free again)."""
+
+    @abstractmethod
+    def end_step(self) -> None:
+        """Block until all streams are idle; raise what a stream's work raised."""
+
+    @abstractmethod
+    def prefetch(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Token]) -> Transfer:
+        """Start copying ``source`` (contiguous rows of a host weight) into ``slot`` on the up stream."""
+
+    @abstractmethod
+    def wait(self, op: Op, transfer: Transfer) -> Value:
+        """Order later compute work after ``transfer`` (a prefetch or a ``to_accelerator``)."""
+
+    @abstractmethod
+    def release(self, op: Op, transfer: Transfer) -> Token:
+        """All readers of the prefetched slot are issued; the token lets a later prefetch overwrite it."""
+
+    @abstractmethod
+    def to_host(self, op: Op, value: Value | Sequence[Value]) -> Transfer:
+        """Start copying ``value`` down; it is kept alive and must not be written until ``wait_host``.
+
+        A list or tuple of values goes down as one transfer, whose ``wait_host`` returns a list.
+        """
+
+    @abstractmethod
+    def wait_host(self, op: Op, transfer: Transfer) -> Any:
+        """Block the host until the download is complete and return its (new) host tensor, or list of them."""
+
+    @abstractmethod
+    def to_accelerator(self, op: Op, tensor: torch.Tensor) -> Transfer:
+        """Start making a host tensor readable by compute; it must not be written before the step's end."""
+
+    @abstractmethod
+    def launch(
+        self,
+        op: Op,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        *,
+        outputs: int | None = None,
+        mutates: tuple[int, ...] = (),
+    ) -> Any:
+        """Run ``function(*args)`` on the compute stream.
+
+        ``args`` may hold values (also inside lists and tuples), numbers and None. ``outputs=None``: the function
+        returns one tensor and so does this; ``outputs=n``: it returns a sequence of n, and this a list of n
+        values (an entry may be a non-tensor only if it does not depend on device data). ``mutates`` are the
+        positions of arguments that the function writes in place.
+        """
+
+    @abstractmethod
+    def host(self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run ``function`` on the host thread, now. Device values among the arguments are an error."""
+
+    # ---- life --------------------------------------------------------------------------------------
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Block until every stream is idle."""
+
+    @abstractmethod
+    def trace(self, enabled: bool) -> list[Span]:
+        """Switch recording of spans on or off; returns what was recorded so far and forgets it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop threads, free slots, unpin memory. The accelerator cannot be used afterwards."""

@@ -1,0 +1,351 @@
+"""A CUDA device as accelerator.
+
+Unverified on a GPU: this module was written on machines without one and is verified only once
+benchmarks/gpu has run on a device (ordering, asynchrony of copies from registered memory, views of pinned
+buffers).
+
+``compute`` is the caller's current stream; ``up`` and ``down`` are streams of the accelerator's own. Values
+are CUDA tensors. The rules of a schedule that the emulated accelerator checks are not checked here, beyond
+what costs nothing; work that fails is reported by the call that meets it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value
+from hetegen_compile.accelerators.cuda_pinning import CudaHostMemory, cuda_view
+from hetegen_compile.accelerators.cuda_trace import CudaTracer
+from hetegen_compile.accelerators.geometry import copy_span, empty_twin, same_geometry, span, span_bytes
+from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
+from hetegen_compile.accelerators.ring import make_slot, slot_view
+from hetegen_compile.accelerators.values import Slot
+from hetegen_compile.errors import (
+    AcceleratorError,
+    AcceleratorUnavailableError,
+    ScheduleError,
+    SlotInUseError,
+)
+
+DIRECT_BYTES = 256 * 1024
+"""Below this size ``to_accelerator`` makes a CUDA view of a pinned buffer instead of queueing a copy."""
+
+
+@dataclass(eq=False)
+class CudaTransfer:
+    """A started copy: its result, what it reads (kept alive), and its event (None: readable at once)."""
+
+    node: str
+    kind: str
+    value: Any
+    source: Any
+    event: torch.cuda.Event | None = None
+    released_by: str | None = None
+
+
+@dataclass(frozen=True)
+class CudaToken:
+    """What ``release`` leaves behind: compute's event at that point."""
+
+    node: str
+    event: torch.cuda.Event
+
+
+class CudaAccelerator(Accelerator):
+    """The current CUDA device, used through its current stream and two streams beside it.
+
+    ``counters.held_bytes`` counts the ring and what ``upload`` and ``to_accelerator`` allocated; everything
+    else comes from torch's allocator, whose peak of reserved bytes is ``counters.peak_bytes`` after a step.
+
+    Args:
+        memory_bytes: device memory that may be used; default: what is free now.
+
+    Raises:
+        AcceleratorUnavailableError: this torch has no CUDA, or there is no device or driver.
+    """
+
+    kind = "cuda"
+
+    def __init__(self, memory_bytes: int | None = None) -> None:
+        _require_device()
+        self.device = _current_device()
+        free_bytes, _ = torch.cuda.mem_get_info(self.device)
+        self.memory_bytes = free_bytes if memory_bytes is None else min(memory_bytes, free_bytes)
+        self.counters = Counters()
+        self._ledger = MemoryLedger(self.counters, self.memory_bytes)
+        memory = CudaHostMemory(self.device)
+        self._pins = PinTable(memory.register, memory.unregister)
+        self._tracer = CudaTracer(self.device)
+        self._up = torch.cuda.Stream(self.device)
+        self._down = torch.cuda.Stream(self.device)
+        self._ring = torch.empty(0, dtype=torch.uint8, device=self.device)
+        self._views: dict[Slot, torch.Tensor] = {}
+        self._kept: list[torch.Tensor] = []
+        self._in_step = False
+        self._closed = False
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Host bytes that were pinned in place and still are."""
+        return self._pins.pinned_bytes
+
+    @property
+    def _compute(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.device)
+
+    # ---- memory ------------------------------------------------------------------------------------
+    def upload(self, op: Op, source: torch.Tensor, *, into: Value | None = None) -> torch.Tensor:
+        self._check_open()
+        if into is not None and not same_geometry(into, source):
+            raise ScheduleError(f"{op.name} overwrites a tensor whose dtype, size or stride differs")
+        with self._work(op), self._tracer.stream_span(op.name, "up", self._compute), _copying():
+            target = into
+            if target is None:
+                self._ledger.require(op.name, span_bytes(source))
+                target = empty_twin(source, self.device)
+                self._ledger.hold(target, op.category)
+            copy_span(target, source)  # blocks until the source was read
+        self._ledger.uploaded(op.category, span_bytes(source))
+        return target
+
+    def download(self, op: Op, value: Value) -> torch.Tensor:
+        self._check_open()
+        with self._work(op), self._tracer.stream_span(op.name, "down", self._compute), _copying():
+            result = empty_twin(value, torch.device("cpu"))
+            copy_span(result, value)
+        self._ledger.downloaded(op.category, span_bytes(value))
+        return result
+
+    def reserve_ring(self, nbytes: int) -> None:
+        self._check_open()
+        if nbytes <= self._ring.numel():
+            return
+        self.synchronize()
+        self._ledger.require("the staging ring", nbytes - self._ring.numel())
+        self._views.clear()
+        self._ring = torch.empty(0, dtype=torch.uint8, device=self.device)
+        with self._work(Op("reserve_ring")), torch.inference_mode(False):
+            self._ring = torch.full((nbytes,), 0xFF, dtype=torch.uint8, device=self.device)
+        self._ledger.hold(self._ring, "slots")
+        self.synchronize()  # the up stream may write to it from here on
+
+    def slot(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
+        self._check_open()
+        slot = make_slot(self._ring.numel(), offset, shape, dtype)
+        self._view(slot)
+        return slot
+
+    def _view(self, slot: Slot) -> torch.Tensor:
+        view = self._views.get(slot)
+        if view is None:
+            with torch.inference_mode(False):
+                view = self._views[slot] = slot_view(self._ring, slot)
+        return view
+
+    def pin(self, tensor: torch.Tensor) -> bool:
+        self._check_open()
+        return self._pins.pin(tensor)
+
+    # ---- steps -------------------------------------------------------------------------------------
+    def begin_step(self) -> None:
+        self._check_open()
+        if self._in_step:  # the step before was aborted
+            self.synchronize()
+            self._kept.clear()
+        self._up.wait_stream(self._compute)
+        self._down.wait_stream(self._compute)
+        self._in_step = True
+
+    def end_step(self) -> None:
+        self.synchronize()
+        self._kept.clear()
+        self._in_step = False
+        self.counters.peak_bytes = torch.cuda.max_memory_reserved(self.device)
+
+    def synchronize(self) -> None:
+        self._check_open()
+        with self._work(Op("synchronize")):
+            for stream in (self._up, self._compute, self._down):
+                stream.synchronize()
+
+    # ---- operations of a schedule --------------------------------------------------------------------
+    def prefetch(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[CudaToken]) -> CudaTransfer:
+        self._check_open()
+        view = self._view(slot)
+        if not source.is_contiguous() or not same_geometry(source, view):
+            raise ScheduleError(
+                f"{op.name} copies into a slot of another dtype or shape, or not contiguously"
+            )
+        for token in after:
+            self._up.wait_event(token.event)
+        with self._work(op), self._on(self._up, "up", op):
+            view.copy_(source, non_blocking=True)
+        self._ledger.uploaded(op.category, source.numel() * source.element_size())
+        return CudaTransfer(op.name, "prefetch", view, source, self._up.record_event())
+
+    def wait(self, op: Op, transfer: CudaTransfer) -> Value:
+        self._check_open()
+        transfer = _started(op, transfer, ("prefetch", "to_accelerator"))
+        if transfer.event is not None:
+            self._compute.wait_event(transfer.event)
+        return transfer.value
+
+    def release(self, op: Op, transfer: CudaTransfer) -> CudaToken:
+        self._check_open()
+        transfer = _started(op, transfer, ("prefetch",))
+        if transfer.released_by is not None:
+            raise SlotInUseError(
+                f"{op.name} releases {transfer.node}, which {transfer.released_by} released already"
+            )
+        transfer.released_by = op.name
+        return CudaToken(op.name, self._compute.record_event())
+
+    def to_host(self, op: Op, value: Value | Sequence[Value]) -> CudaTransfer:
+        self._check_open()
+        values: list[Value] = list(value) if isinstance(value, list | tuple) else [value]
+        for one in values:
+            if not isinstance(one, torch.Tensor) or one.device != self.device:
+                raise ScheduleError(f"{op.name} downloads {one!r:.80}, which is not on {self.device}")
+        self._down.wait_event(self._compute.record_event())
+        with self._work(op), self._on(self._down, "down", op):
+            results = [self._start_down(op, one) for one in values]
+        result = results if isinstance(value, list | tuple) else results[0]
+        return CudaTransfer(op.name, "to_host", result, values, self._down.record_event())
+
+    def _start_down(self, op: Op, value: torch.Tensor) -> torch.Tensor:
+        result = empty_twin(value, torch.device("cpu"), pinned=True)
+        copy_span(result, value, non_blocking=True)
+        value.record_stream(self._down)  # an aborted step may drop the transfer before the copy is over
+        self._ledger.downloaded(op.category, span_bytes(value))
+        return result
+
+    def wait_host(self, op: Op, transfer: CudaTransfer) -> Any:
+        self._check_open()
+        transfer = _started(op, transfer, ("to_host",))
+        assert transfer.event is not None, "every download records its event"
+        with self._work(op):
+            transfer.event.synchronize()
+        transfer.source = None
+        return transfer.value
+
+    def to_accelerator(self, op: Op, tensor: torch.Tensor) -> CudaTransfer:
+        self._check_open()
+        nbytes = span_bytes(tensor)
+        with self._work(op), _copying():
+            buffer = self._pinned(tensor)
+            self._kept.append(buffer)
+            self._ledger.uploaded(op.category, nbytes)
+            if 0 < nbytes < DIRECT_BYTES:
+                flat = cuda_view(span(buffer), self.device)
+                value = flat.as_strided(tensor.shape, tensor.stride())
+                return CudaTransfer(op.name, "to_accelerator", value, buffer)
+            with self._on(self._up, "up", op):
+                value = empty_twin(buffer, self.device)  # of the up stream's pool: nothing older uses it
+                copy_span(value, buffer, non_blocking=True)
+            self._ledger.hold(value, op.category)
+            value.record_stream(self._compute)
+        return CudaTransfer(op.name, "to_accelerator", value, buffer, self._up.record_event())
+
+    def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, or a copy in a pinned buffer of torch's caching host allocator."""
+        if tensor.is_pinned():
+            return tensor.detach()
+        buffer = empty_twin(tensor, torch.device("cpu"), pinned=True)
+        copy_span(buffer, tensor)
+        return buffer
+
+    def launch(
+        self,
+        op: Op,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        *,
+        outputs: int | None = None,
+        mutates: tuple[int, ...] = (),
+    ) -> Any:
+        self._check_open()
+        with self._work(op), self._tracer.stream_span(op.name, "accelerator", self._compute):
+            returned = function(*args)
+        return returned if outputs is None else list(returned)
+
+    def host(
+        self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        self._check_open()
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, CudaTransfer) or (
+                isinstance(argument, torch.Tensor) and argument.is_cuda
+            ):
+                raise ScheduleError(f"{op.name} runs on the host but gets a value of the accelerator")
+        with self._tracer.host_span(op.name):
+            return function(*args, **kwargs)
+
+    # ---- life --------------------------------------------------------------------------------------
+    def trace(self, enabled: bool) -> list[Span]:
+        self._check_open()
+        return self._tracer.collect(enabled)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        torch.cuda.synchronize(self.device)
+        self._kept.clear()
+        self._views.clear()
+        self._ring = torch.empty(0, dtype=torch.uint8, device=self.device)
+        self._pins.close()
+        self._closed = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise AcceleratorError("the accelerator is closed")
+
+    @contextmanager
+    def _on(self, stream: torch.cuda.Stream, resource: str, op: Op) -> Iterator[None]:
+        """Issue copies to a stream of the accelerator's own."""
+        with _copying(), torch.cuda.stream(stream), self._tracer.stream_span(op.name, resource, stream):
+            yield
+
+    @contextmanager
+    def _work(self, op: Op) -> Iterator[None]:
+        """Errors of torch and CUDA name the node at which they were met."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, AcceleratorError):
+                raise
+            raise AcceleratorError(f"{op.name} failed on {self.device}: {error}") from error
+
+
+@contextmanager
+def _copying() -> Iterator[None]:
+    """Copies record no graph and make ordinary tensors, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _started(op: Op, transfer: object, kinds: tuple[str, ...]) -> CudaTransfer:
+    """CUDA takes an event that was never recorded for done: a transfer that was never started is an error."""
+    if not isinstance(transfer, CudaTransfer):
+        raise ScheduleError(f"{op.name} waits for {type(transfer).__name__}, which was never started")
+    if transfer.kind not in kinds:
+        raise ScheduleError(f"{op.name} waits for {transfer.node}, which is a {transfer.kind}")
+    return transfer
+
+
+def _current_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _require_device() -> None:
+    if torch.cuda.is_available():
+        return
+    if torch.version.cuda is None:
+        reason = "this build of torch has no CUDA; install a CUDA build of torch"
+    else:
+        reason = "torch finds no CUDA device; check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
+    raise AcceleratorUnavailableError(f'{reason}, or use accelerator="emulated" or "auto"')

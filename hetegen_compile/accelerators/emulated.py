@@ -1,0 +1,271 @@
+"""The emulated accelerator: host memory played as a device, and a checker of a schedule's semantics.
+
+Device tensors are copies in host memory; the three streams are threads that really run beside the host
+thread. Every rule of the contract is checked when an operation is issued (``hazards``), so that a schedule
+that lacks a wait is an error here whether or not the threads were lucky; slots are filled with NaN on
+release. It runs on the host's own cores, so its times say nothing about a device, unless ``pace`` stretches
+every lane to what the cost model predicts.
+
+After ``fork`` the child has no worker threads: every method raises there instead of hanging.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value
+from hetegen_compile.accelerators.clocks import COMPUTE, DOWN, HOST, UP, Access
+from hetegen_compile.accelerators.engine import Engine
+from hetegen_compile.accelerators.geometry import same_geometry, span_bytes
+from hetegen_compile.accelerators.hazards import Hazards
+from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
+from hetegen_compile.accelerators.modes import Modes
+from hetegen_compile.accelerators.ring import Ring
+from hetegen_compile.accelerators.streams import Task
+from hetegen_compile.accelerators.values import UNFINISHED, DeviceTensor, Occupancy, Slot, Token, Transfer
+from hetegen_compile.accelerators.work import Call, DeviceWork, Issued
+from hetegen_compile.errors import ScheduleError
+
+DIRECT_BYTES = 256 * 1024
+"""Below this size ``to_accelerator`` hands out a view of the host's buffer instead of copying."""
+
+
+class EmulatedAccelerator(Accelerator):
+    """Host memory as a device of ``memory_bytes``, with three streams that are threads.
+
+    Args:
+        memory_bytes: what ``upload`` and ``reserve_ring`` may hold in total.
+        pace: every lane takes at least the predicted seconds of its operations times this; None: no pacing.
+        seed: random delays of up to a millisecond before each operation of each stream; None: no delays.
+    """
+
+    kind = "emulated"
+    device = torch.device("cpu")
+
+    def __init__(
+        self, memory_bytes: int = 8 << 30, *, pace: float | None = None, seed: int | None = None
+    ) -> None:
+        self.memory_bytes = memory_bytes
+        self.counters = Counters()
+        self._ledger = MemoryLedger(self.counters, memory_bytes)
+        self._pins = PinTable(lambda address, nbytes: True, lambda address: None)
+        self._ring = Ring()
+        self._hazards = Hazards()
+        self._work = DeviceWork(self._ledger)
+        self._engine = Engine(pace, seed)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Host bytes that are pinned now."""
+        return self._pins.pinned_bytes
+
+    # ---- memory ------------------------------------------------------------------------------------
+    def upload(self, op: Op, source: torch.Tensor, *, into: Value | None = None) -> DeviceTensor:
+        self._engine.check_usable()
+        self._hazards.refuse_on_host(op.name, source)
+        access = self._hazards.clocks.issue(COMPUTE, op.name)
+        if into is None:
+            self._ledger.require(op.name, span_bytes(source))
+            value = DeviceTensor(access)
+            work = partial(self._work.copy_up, op, value, source)
+        else:
+            value = _uploaded_before(op, into, source)
+            self._hazards.write(value, access)
+            work = partial(self._work.overwrite, op, value, source, self._issued(access))
+        done = threading.Event()
+        self._engine.submit(COMPUTE, Task(op, work, done=done, lane=UP))
+        done.wait()
+        self._raise_failure()
+        return value
+
+    def _issued(self, access: Access) -> Issued:
+        """An access with what its lane knows, for the checks when it runs."""
+        return access, self._hazards.clocks.now(access.lane)
+
+    def download(self, op: Op, value: Value) -> torch.Tensor:
+        result: torch.Tensor = self.wait_host(Op(op.name), self.to_host(op, value))
+        return result
+
+    def reserve_ring(self, nbytes: int) -> None:
+        self._engine.check_usable()
+        if nbytes <= self._ring.nbytes:
+            return
+        self.synchronize()
+        self._ledger.require("the staging ring", nbytes - self._ring.nbytes)
+        self._hazards.restart("reserve_ring")
+        self._ring.grow(nbytes)
+        self._ledger.hold(self._ring.buffer, "slots")
+
+    def slot(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
+        self._engine.check_usable()
+        return self._ring.slot(offset, shape, dtype)
+
+    def pin(self, tensor: torch.Tensor) -> bool:
+        self._engine.check_usable()
+        return self._pins.pin(tensor)
+
+    # ---- steps -------------------------------------------------------------------------------------
+    def begin_step(self) -> None:
+        self._engine.check_usable()
+        if self._engine.in_step:
+            self._engine.abort()
+        else:
+            self.synchronize()
+        self._work.aliases.clear()
+        self._ring.poison(self._hazards.restart("begin_step"))
+        self._engine.enter_step()
+
+    def end_step(self) -> None:
+        self.synchronize()
+        self._engine.leave_step()
+
+    def synchronize(self) -> None:
+        self._engine.check_usable()
+        self._engine.drain()
+        self._raise_failure()
+        self._hazards.clocks.join()
+
+    def _raise_failure(self) -> None:
+        if self._engine.failed:
+            self._hazards.restart("the failed step")
+            self._engine.raise_failure()
+
+    # ---- operations of a schedule --------------------------------------------------------------------
+    def prefetch(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Token]) -> Transfer:
+        self._engine.check_usable()
+        self._hazards.refuse_on_host(op.name, source)
+        _check_prefetch(op, source, slot)
+        access = self._hazards.prefetch(op.name, after)
+        occupancy = Occupancy(op.name, slot.offset, slot.nbytes)
+        self._hazards.occupy(occupancy, access)
+        value = DeviceTensor(access, occupancy=occupancy)
+        done = threading.Event()
+        work = partial(self._work.fill_slot, op, value, source, self._ring.view(slot))
+        waits = tuple(token.done for token in after)
+        self._engine.submit(UP, Task(op, work, waits=waits, done=done))
+        return Transfer(op.name, "prefetch", access, self._hazards.clocks.now(UP), value, done)
+
+    def wait(self, op: Op, transfer: Transfer) -> DeviceTensor:
+        self._engine.check_usable()
+        transfer, value = self._hazards.waited(transfer, op.name)
+        self._hazards.clocks.merge(COMPUTE, transfer.clock)
+        access = self._hazards.clocks.issue(COMPUTE, op.name)
+        self._hazards.use(value, access)
+        if transfer.done is not None:
+            self._engine.submit(COMPUTE, Task(op, waits=(transfer.done,)))
+        return value
+
+    def release(self, op: Op, transfer: Transfer) -> Token:
+        self._engine.check_usable()
+        occupancy = self._hazards.release(transfer, op.name)
+        done = threading.Event()
+        self._engine.submit(COMPUTE, Task(op, partial(self._ring.poison, [occupancy]), done=done))
+        return Token(op.name, self._hazards.clocks.now(COMPUTE), done)
+
+    def to_host(self, op: Op, value: Value | Sequence[Value]) -> Transfer:
+        self._engine.check_usable()
+        single = not isinstance(value, list | tuple)
+        values: list[Value] = [value] if single else list(value)
+        access = self._hazards.download(op.name, values)
+        clock, done = self._hazards.clocks.now(DOWN), threading.Event()
+        transfer = Transfer(op.name, "to_host", access, clock, done=done, single=single)
+        work = partial(self._work.copy_down, op, values, transfer)
+        issued = self._engine.marker(COMPUTE, op)
+        self._engine.submit(DOWN, Task(op, work, waits=(issued,), done=done))
+        return transfer
+
+    def wait_host(self, op: Op, transfer: Transfer) -> Any:
+        self._engine.check_usable()
+        transfer = self._hazards.started(transfer, op.name, ("to_host",))
+        if transfer.done is not None:
+            transfer.done.wait()
+        start_s = time.perf_counter()
+        self._raise_failure()
+        self._hazards.clocks.merge(HOST, transfer.clock)
+        self._engine.pace(op, HOST, start_s)
+        if transfer.host_tensors is None:
+            raise ScheduleError(f"{op.name} waits for {transfer.node}, whose step was aborted")
+        return transfer.host_tensors[0] if transfer.single else transfer.host_tensors
+
+    def to_accelerator(self, op: Op, tensor: torch.Tensor) -> Transfer:
+        self._engine.check_usable()
+        self._hazards.refuse_on_host(op.name, tensor)
+        if span_bytes(tensor) < DIRECT_BYTES:
+            return self._lend(op, tensor)
+        access = self._hazards.clocks.issue(UP, op.name)
+        value = DeviceTensor(access)
+        done = threading.Event()
+        self._engine.submit(UP, Task(op, partial(self._work.copy_up, op, value, tensor), done=done))
+        return Transfer(op.name, "to_accelerator", access, self._hazards.clocks.now(UP), value, done)
+
+    def _lend(self, op: Op, tensor: torch.Tensor) -> Transfer:
+        """Small tensors are read where they lie; the value keeps the host's tensor alive."""
+        access = self._hazards.clocks.issue(HOST, op.name)
+        value = DeviceTensor(access, borrowed=True)
+        value.data = tensor.detach()
+        self._ledger.hold(tensor, op.category, nbytes=0)
+        self._ledger.uploaded(op.category, span_bytes(tensor))
+        return Transfer(op.name, "to_accelerator", access, self._hazards.clocks.now(HOST), value)
+
+    def launch(
+        self,
+        op: Op,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        *,
+        outputs: int | None = None,
+        mutates: tuple[int, ...] = (),
+    ) -> Any:
+        self._engine.check_usable()
+        access = self._hazards.clocks.issue(COMPUTE, op.name)
+        self._hazards.use_arguments(args, access)
+        for position in mutates:
+            self._hazards.mutate(args[position], access)
+        results = [DeviceTensor(access) for _ in range(1 if outputs is None else outputs)]
+        call = Call(function, args, tuple(args[i] for i in mutates), results, outputs is None)
+        work = partial(self._work.call, call, self._issued(access))
+        self._engine.submit(COMPUTE, Task(op, work, Modes.current()))
+        return results[0] if outputs is None else results
+
+    def host(
+        self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        self._engine.check_usable()
+        self._hazards.refuse_on_host(op.name, (args, kwargs))
+        self._hazards.clocks.issue(HOST, op.name)
+        start_s = time.perf_counter()
+        result = function(*args, **kwargs)
+        self._engine.account(op, HOST, start_s)
+        return result
+
+    # ---- life --------------------------------------------------------------------------------------
+    def trace(self, enabled: bool) -> list[Span]:
+        self._engine.check_usable()
+        return self._engine.trace(enabled)
+
+    def close(self) -> None:
+        if self._engine.close():
+            self._pins.close()
+            self._ring = Ring()
+
+
+def _uploaded_before(op: Op, into: Value, source: torch.Tensor) -> DeviceTensor:
+    if not isinstance(into, DeviceTensor) or into.data is UNFINISHED:
+        raise ScheduleError(f"{op.name} overwrites {into!r}, which was not uploaded before")
+    if not same_geometry(into.tensor(), source):
+        raise ScheduleError(f"{op.name} overwrites {into.node}, whose dtype, size or stride differs")
+    return into
+
+
+def _check_prefetch(op: Op, source: torch.Tensor, slot: Slot) -> None:
+    if not source.is_contiguous() or source.dtype != slot.dtype or source.shape != slot.shape:
+        raise ScheduleError(
+            f"{op.name} copies {source.dtype} {tuple(source.shape)} with strides {source.stride()} "
+            f"into a slot of {slot.dtype} {slot.shape}; the copy must be contiguous and of one type"
+        )

@@ -1,0 +1,135 @@
+"""The emulated accelerator's threads and their life: steps, aborts, failures, the end."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import weakref
+
+import torch
+
+from hetegen_compile.accelerators.base import Op, Span
+from hetegen_compile.accelerators.clocks import COMPUTE, DOWN, UP
+from hetegen_compile.accelerators.pacing import Pacer
+from hetegen_compile.accelerators.streams import Shared, Stream, Task
+from hetegen_compile.errors import AcceleratorError, ScheduleError
+
+SWITCH_INTERVAL_S = 1e-5
+"""Of the interpreter while a step runs: at the default a hand-off beside a busy thread takes milliseconds."""
+
+LONGEST_JOIN_S = 5.0
+
+
+class Engine:
+    """Three streams; what fails on one of them is kept, and what is queued after it is passed over."""
+
+    def __init__(self, pace: float | None, seed: int | None) -> None:
+        self._shared = Shared(Pacer(pace), seed)
+        self._pid = os.getpid()
+        self._switch_interval: float | None = None
+        self.in_step = False
+        threads = torch.get_num_threads()
+        self._streams = {lane: Stream(lane, self._shared) for lane in (COMPUTE, UP, DOWN)}
+        torch.set_num_threads(threads)  # see the docstring of ``streams``
+        self._stop = weakref.finalize(self, _stop_streams, self._shared, list(self._streams.values()))
+
+    def check_usable(self) -> None:
+        """Raise AcceleratorError after close and in a forked child, which has no threads."""
+        if not self._stop.alive:
+            raise AcceleratorError("the accelerator is closed")
+        if os.getpid() != self._pid:
+            raise AcceleratorError(
+                "the accelerator's threads do not exist in a forked process; open one there"
+            )
+
+    # ---- work ----------------------------------------------------------------------------------------
+    def submit(self, lane: int, task: Task) -> None:
+        """Enqueue a task on a stream."""
+        self._streams[lane].submit(task)
+
+    def marker(self, lane: int, op: Op) -> threading.Event:
+        """An event that is set once everything issued to a stream so far is over."""
+        done = threading.Event()
+        self.submit(lane, Task(op, done=done))
+        return done
+
+    def account(self, op: Op, lane: int, start_s: float) -> None:
+        """Pace and trace an operation of the host thread."""
+        self._shared.account(op, lane, start_s)
+
+    def pace(self, op: Op, lane: int, start_s: float) -> None:
+        """Pace an operation of the host thread that only waits."""
+        self._shared.pacer.charge(lane, start_s, op.seconds)
+
+    def trace(self, enabled: bool) -> list[Span]:
+        """Switch tracing; the spans so far."""
+        self._shared.tracing = enabled
+        spans, self._shared.spans = self._shared.spans, []
+        return spans
+
+    # ---- steps ---------------------------------------------------------------------------------------
+    def drain(self) -> None:
+        """Block until every stream is idle."""
+        for event in [self.marker(lane, Op("synchronize")) for lane in self._streams]:
+            event.wait()
+
+    def abort(self) -> None:
+        """Pass over what is still queued, forget the failure, leave the step."""
+        self._shared.aborting = True
+        self.drain()
+        self._shared.failure = None
+        self._shared.aborting = False
+        self.leave_step()
+
+    def enter_step(self) -> None:
+        """Hand the interpreter over quickly from here on."""
+        if self._switch_interval is None:
+            self._switch_interval = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self.in_step = True
+
+    def leave_step(self) -> None:
+        """Give the interpreter its own switch interval back."""
+        self.in_step = False
+        if self._switch_interval is not None:
+            sys.setswitchinterval(self._switch_interval)
+            self._switch_interval = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether work has failed since the last abort."""
+        return self._shared.failure is not None
+
+    def raise_failure(self) -> None:
+        """Abort the step and raise what a stream's work raised, if it did."""
+        failure = self._shared.failure
+        if failure is None:
+            return
+        self.abort()
+        node, cause = failure
+        if isinstance(cause, ScheduleError):
+            raise cause
+        raise AcceleratorError(
+            f"{node} failed on the accelerator: {type(cause).__name__}: {cause}"
+        ) from cause
+
+    def close(self) -> bool:
+        """Stop the threads; False if they were stopped already."""
+        if not self._stop.alive:
+            return False
+        self._stop()
+        self.leave_step()
+        return True
+
+
+def _stop_streams(shared: Shared, streams: list[Stream]) -> None:
+    """Skip what is queued and end the threads; also runs at interpreter exit, before daemons are killed."""
+    shared.aborting = True
+    for stream in streams:
+        stream.stop()
+    end_s = time.monotonic() + LONGEST_JOIN_S
+    for stream in streams:
+        if stream.thread is not threading.current_thread():
+            stream.thread.join(timeout=max(0.0, end_s - time.monotonic()))

@@ -1,0 +1,171 @@
+"""The rules of a schedule, checked when an operation is issued: which accesses must be ordered before it.
+
+The clocks say what is ordered; a use or a write whose predecessor they do not cover is an error that names
+both nodes, whether or not the threads happened to run in the right order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from hetegen_compile.accelerators.clocks import COMPUTE, DOWN, HOST, RESOURCES, UP, Access, Clocks, covers
+from hetegen_compile.accelerators.values import (
+    DeviceTensor,
+    Occupancy,
+    Token,
+    Transfer,
+    deferred_in,
+)
+from hetegen_compile.errors import MissingWaitError, ScheduleError, SlotInUseError
+
+
+class Hazards:
+    """Issue-time checks of one accelerator; called by the host thread only."""
+
+    def __init__(self) -> None:
+        self.clocks = Clocks()
+        self._occupied: list[Occupancy] = []
+
+    def restart(self, node: str) -> list[Occupancy]:
+        """All streams are idle: order everything, free the ring; returns what was not released."""
+        self.clocks.join()
+        left = [occupancy for occupancy in self._occupied if occupancy.released is None]
+        for occupancy in left:
+            occupancy.released = Access(node, HOST, 0)
+        self._occupied.clear()
+        return left
+
+    # ---- uses ----------------------------------------------------------------------------------------
+    def use(self, value: DeviceTensor, user: Access) -> None:
+        """``user`` reads ``value`` on its lane: it must have been waited for and not been released."""
+        occupancy = value.occupancy
+        if occupancy is not None and occupancy.released is not None:
+            raise SlotInUseError(
+                f"{user.node} uses {value.node} after {occupancy.released.node} released its slot"
+            )
+        self._require(value.writer, user, "uses")
+
+    def use_arguments(self, arguments: Iterable[object], user: Access) -> None:
+        """Every argument of a launch must be a usable device value, a number or None."""
+        for argument in arguments:
+            if type(argument) is DeviceTensor:
+                self.use(argument, user)
+            elif isinstance(argument, torch.Tensor):
+                raise ScheduleError(f"{user.node} runs on the accelerator but gets a host tensor")
+            elif isinstance(argument, list | tuple):
+                self.use_arguments(argument, user)
+            elif isinstance(argument, Transfer | Token):
+                argument.refuse(user.node)
+
+    def refuse_on_host(self, node: str, arguments: object) -> None:
+        """No argument of a host operation may be a device value."""
+        for value in deferred_in(arguments):
+            value.refuse(node)
+
+    # ---- writes --------------------------------------------------------------------------------------
+    def write(self, value: DeviceTensor, writer: Access) -> None:
+        """``writer`` overwrites ``value``: downloads of it must have been waited for."""
+        if value.borrowed:
+            raise ScheduleError(f"{writer.node} writes {value.node}, which is a view of a host tensor")
+        self.use(value, writer)
+        self._require_all(value.readers, writer)
+        value.readers.clear()
+        value.writer = writer
+
+    def mutate(self, argument: object, writer: Access) -> None:
+        """``writer`` overwrites the device values of one argument."""
+        for value in deferred_in(argument):
+            if isinstance(value, DeviceTensor):
+                self.write(value, writer)
+
+    # ---- slots ---------------------------------------------------------------------------------------
+    def occupy(self, occupancy: Occupancy, writer: Access) -> None:
+        """A prefetch overwrites ring bytes: what was there must be released, and the release waited for."""
+        clock = self.clocks.now(writer.lane)
+        for earlier in [other for other in self._occupied if other.overlaps(occupancy)]:
+            if earlier.released is None:
+                raise SlotInUseError(
+                    f"{writer.node} overwrites the slot of {earlier.node}, which is not released"
+                )
+            if not covers(clock, earlier.released):
+                raise SlotInUseError(
+                    f"{writer.node} overwrites the slot of {earlier.node} without waiting for its release "
+                    f"({earlier.released.node})"
+                )
+            self._occupied.remove(earlier)
+        self._occupied.append(occupancy)
+
+    def release(self, transfer: object, node: str) -> Occupancy:
+        """Compute gives a prefetched slot back; its transfer and its downloads must have been waited for."""
+        value = transfer.value if isinstance(transfer, Transfer) else None
+        occupancy = None if value is None else value.occupancy
+        if not isinstance(transfer, Transfer) or value is None or occupancy is None:
+            raise ScheduleError(f"{node} releases {_name(transfer)}, which is no prefetch")
+        if occupancy.released is not None:
+            raise SlotInUseError(
+                f"{node} releases {transfer.node}, which {occupancy.released.node} released already"
+            )
+        access = self.clocks.issue(COMPUTE, node)
+        self._require(transfer.access, access, "releases")
+        self._require_all(value.readers, access)
+        occupancy.released = access
+        return occupancy
+
+    # ---- transfers -----------------------------------------------------------------------------------
+    def started(self, transfer: object, user: str, kinds: tuple[str, ...]) -> Transfer:
+        """``transfer`` as one of the given kinds, or the error of waiting for something else."""
+        if not isinstance(transfer, Transfer):
+            raise ScheduleError(f"{user} waits for {_name(transfer)}, which was never started")
+        if transfer.kind not in kinds:
+            raise ScheduleError(f"{user} waits for {transfer.node}, which is a {transfer.kind}")
+        return transfer
+
+    def waited(self, transfer: object, user: str) -> tuple[Transfer, DeviceTensor]:
+        """``transfer`` and its value, or the error of waiting for something that does not go up."""
+        started = self.started(transfer, user, ("prefetch", "to_accelerator"))
+        assert started.value is not None, "what goes up has a device value"
+        return started, started.value
+
+    def prefetch(self, node: str, after: Iterable[object]) -> Access:
+        """Enter a prefetch on the up stream, behind the releases in ``after``."""
+        for token in after:
+            if not isinstance(token, Token):
+                raise ScheduleError(f"{node} waits for {_name(token)}, which is no release")
+            self.clocks.merge(UP, token.clock)
+        return self.clocks.issue(UP, node)
+
+    def download(self, node: str, values: Sequence[object]) -> Access:
+        """Enter a download behind what compute has issued so far; it reads ``values`` until waited for."""
+        compute = self.clocks.now(COMPUTE)
+        self.clocks.merge(DOWN, compute)
+        access = self.clocks.issue(DOWN, node)
+        for value in values:
+            if isinstance(value, Transfer | Token):
+                value.refuse(node)
+            if not isinstance(value, DeviceTensor):
+                raise ScheduleError(f"{node} downloads {_name(value)}, which is not on the accelerator")
+            self.use(value, access)
+            value.readers[:] = [reader for reader in value.readers if not covers(compute, reader)] + [access]
+        return access
+
+    # ---- order ---------------------------------------------------------------------------------------
+    def _require(self, earlier: Access, later: Access, verb: str) -> None:
+        if not covers(self.clocks.now(later.lane), earlier):
+            raise MissingWaitError(
+                f"{later.node} ({RESOURCES[later.lane]}) {verb} {earlier.node} ({RESOURCES[earlier.lane]}) "
+                f"without waiting for it"
+            )
+
+    def _require_all(self, readers: list[Access], writer: Access) -> None:
+        for reader in readers:
+            if not covers(self.clocks.now(writer.lane), reader):
+                raise MissingWaitError(
+                    f"{writer.node} overwrites what {reader.node} is still copying to the host; "
+                    f"wait for {reader.node} first"
+                )
+
+
+def _name(thing: object) -> str:
+    return str(getattr(thing, "node", type(thing).__name__))

@@ -1,0 +1,143 @@
+"""Bytes held on an accelerator and host bytes pinned for it, kept per storage and given back when it dies."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from hetegen_compile.accelerators.base import Counters
+from hetegen_compile.errors import BudgetError
+
+
+class MemoryLedger:
+    """Counts every storage once, however many views of it exist, until the last of them is gone.
+
+    Called by any thread. A finalizer may run inside any of these methods (garbage collection), where it
+    cannot take the lock: it only queues the storage's key, and whoever has or gets the lock removes it.
+    """
+
+    def __init__(self, counters: Counters, memory_bytes: int) -> None:
+        self.counters = counters
+        self._memory_bytes = memory_bytes
+        self._storages: dict[int, tuple[str, int]] = {}
+        self._dead: deque[int] = deque()
+        self._lock = threading.Lock()
+
+    @property
+    def held_bytes(self) -> int:
+        """Sum over all categories."""
+        with self._books():
+            return sum(self.counters.held_bytes.values())
+
+    def require(self, name: str, nbytes: int) -> None:
+        """Raise BudgetError unless ``nbytes`` more fit."""
+        held = self.held_bytes
+        if held + nbytes > self._memory_bytes:
+            raise BudgetError(
+                f"{name} needs {nbytes} bytes, {held} of {self._memory_bytes} bytes of accelerator memory "
+                f"are in use; raise gpu_memory or keep less resident"
+            )
+
+    def hold(self, tensor: torch.Tensor, category: str, nbytes: int | None = None) -> None:
+        """Count the tensor's storage under ``category`` unless it is counted (``nbytes``: as so many)."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        with self._books():
+            if key in self._storages:
+                return
+            size = storage.nbytes() if nbytes is None else nbytes
+            self._storages[key] = (category, size)
+            held = self.counters.held_bytes
+            held[category] = held.get(category, 0) + size
+            self.counters.peak_bytes = max(self.counters.peak_bytes, sum(held.values()))
+        finalizer = weakref.finalize(storage, self._drop, key)
+        finalizer.atexit = False
+
+    def uploaded(self, category: str, nbytes: int) -> None:
+        """Count bytes that went up."""
+        with self._books():
+            moved = self.counters.uploaded_bytes
+            moved[category] = moved.get(category, 0) + nbytes
+
+    def downloaded(self, category: str, nbytes: int) -> None:
+        """Count bytes that came down."""
+        with self._books():
+            moved = self.counters.downloaded_bytes
+            moved[category] = moved.get(category, 0) + nbytes
+
+    @contextmanager
+    def _books(self) -> Iterator[None]:
+        with self._lock:
+            self._bury()
+            yield
+        self._settle()
+
+    def _drop(self, key: int) -> None:
+        self._dead.append(key)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Take dead storages off the books, unless a holder of the lock is about to."""
+        while self._dead and self._lock.acquire(blocking=False):
+            try:
+                self._bury()
+            finally:
+                self._lock.release()
+
+    def _bury(self) -> None:
+        while self._dead:
+            category, nbytes = self._storages.pop(self._dead.popleft())
+            self.counters.held_bytes[category] -= nbytes
+
+
+class PinTable:
+    """Address ranges of pinned host storages; ``is_pinned()`` of torch looks at the first address only.
+
+    ``register(address, nbytes)`` pins a range and says whether it worked; ``unregister(address)`` ends that
+    when the storage dies (it has to synchronise first).
+    """
+
+    def __init__(self, register: Callable[[int, int], bool], unregister: Callable[[int], None]) -> None:
+        self._register = register
+        self._unregister = unregister
+        self._ranges: dict[int, int] = {}
+        self._finalizers: list[weakref.finalize[[int], torch.UntypedStorage]] = []
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes pinned now."""
+        return sum(end - start for start, end in list(self._ranges.items()))
+
+    def covers(self, address: int, nbytes: int) -> bool:
+        """Whether ``nbytes`` from ``address`` lie in one pinned range."""
+        ranges = list(self._ranges.items())  # a finalizer may change them meanwhile
+        return any(start <= address and address + nbytes <= end for start, end in ranges)
+
+    def pin(self, tensor: torch.Tensor) -> bool:
+        """Pin the whole storage of a host tensor; True if it is pinned now (so is an empty one)."""
+        storage = tensor.untyped_storage()
+        address, nbytes = storage.data_ptr(), storage.nbytes()
+        if nbytes == 0 or self.covers(address, nbytes):
+            return True
+        if not self._register(address, nbytes):
+            return False
+        self._ranges[address] = address + nbytes
+        finalizer = weakref.finalize(storage, self._unpin, address)
+        finalizer.atexit = False
+        self._finalizers = [other for other in self._finalizers if other.alive] + [finalizer]
+        return True
+
+    def _unpin(self, address: int) -> None:
+        if self._ranges.pop(address, None) is not None:
+            self._unregister(address)
+
+    def close(self) -> None:
+        """Unpin everything now."""
+        for finalizer in self._finalizers:
+            finalizer()
+        self._finalizers.clear()

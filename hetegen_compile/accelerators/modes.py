@@ -1,0 +1,56 @@
+"""The caller's grad mode, inference mode and CPU autocast state, re-entered by a worker thread.
+
+All three are per thread: a worker that does not re-enter them computes in fp32 what its caller autocasts.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+
+
+class Modes(NamedTuple):
+    """The thread-local state of torch that decides what an operation computes."""
+
+    grad: bool
+    inference: bool
+    autocast: bool
+    autocast_dtype: torch.dtype
+
+    @classmethod
+    def current(cls) -> Modes:
+        """The calling thread's state."""
+        return cls(
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"),
+        )
+
+
+COPY_MODES = Modes(False, False, False, torch.bfloat16)
+"""For copies: no graph is recorded, and the tensors made are ordinary ones, not inference tensors."""
+
+
+class EnteredModes:
+    """The state that the owning thread is in; changes it only when the next operation needs another."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._modes: Modes | None = None
+
+    def enter(self, modes: Modes) -> None:
+        """Put the calling thread into ``modes`` (until the next call)."""
+        if modes == self._modes:
+            return
+        self._modes = None
+        self._stack.close()
+        self._stack.enter_context(torch.inference_mode(modes.inference))
+        self._stack.enter_context(torch.set_grad_enabled(modes.grad))
+        if modes.autocast:
+            # the cache of casts would outlive in-place updates of what it cast
+            dtype = modes.autocast_dtype
+            self._stack.enter_context(torch.autocast("cpu", dtype=dtype, cache_enabled=False))
+        self._modes = modes

@@ -1,0 +1,91 @@
+"""What the threads of the emulated accelerator do: copies, launches and counting what they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from hetegen_compile.accelerators.aliases import AliasChecks
+from hetegen_compile.accelerators.base import Op
+from hetegen_compile.accelerators.clocks import Access, Clock
+from hetegen_compile.accelerators.geometry import copy_span, empty_twin, span_bytes
+from hetegen_compile.accelerators.ledger import MemoryLedger
+from hetegen_compile.accelerators.values import UNFINISHED, DeviceTensor, Transfer, deferred_in
+
+HOST_DEVICE = torch.device("cpu")
+
+Issued = tuple[Access, Clock]
+"""An operation and what its stream knew when it was issued."""
+
+
+class Call(NamedTuple):
+    """One launch: a function, its arguments, those of them it writes, and the futures of its results."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    written: tuple[Any, ...]
+    results: list[DeviceTensor]
+    single: bool
+
+
+class DeviceWork:
+    """Runs on the streams' threads only; raises what the operation raises."""
+
+    def __init__(self, ledger: MemoryLedger) -> None:
+        self._ledger = ledger
+        self.aliases = AliasChecks()
+
+    def copy_up(self, op: Op, value: DeviceTensor, source: torch.Tensor) -> None:
+        """Allocate a device tensor and fill it from a host tensor."""
+        twin = empty_twin(source, HOST_DEVICE)
+        self._ledger.hold(twin, op.category)
+        copy_span(twin, source)
+        value.data = twin
+        self._ledger.uploaded(op.category, span_bytes(source))
+
+    def overwrite(self, op: Op, value: DeviceTensor, source: torch.Tensor, issued: Issued) -> None:
+        """Fill an earlier device tensor of the same geometry."""
+        self.aliases.write(value.tensor(), *issued)
+        copy_span(value.tensor(), source)
+        self._ledger.uploaded(op.category, span_bytes(source))
+
+    def fill_slot(self, op: Op, value: DeviceTensor, source: torch.Tensor, view: torch.Tensor) -> None:
+        """Copy rows of a weight into the staging ring."""
+        view.copy_(source)
+        value.data = view
+        self._ledger.uploaded(op.category, span_bytes(view))
+
+    def copy_down(self, op: Op, values: Sequence[DeviceTensor], transfer: Transfer) -> None:
+        """Allocate host tensors and fill them from device tensors."""
+        twins = []
+        for value in values:
+            source = value.tensor()
+            self.aliases.read(source, transfer.access, transfer.clock)
+            twin = empty_twin(source, HOST_DEVICE)
+            copy_span(twin, source)
+            twins.append(twin)
+            self._ledger.downloaded(op.category, span_bytes(source))
+        transfer.host_tensors = twins
+
+    def call(self, call: Call, issued: Issued) -> None:
+        """Run a launch's function on the finished arguments and finish its results."""
+        for value in deferred_in(call.written):
+            if isinstance(value, DeviceTensor):
+                self.aliases.write(value.tensor(), *issued)
+        returned = call.function(*[_resolve(argument) for argument in call.args])
+        for value, data in zip(call.results, [returned] if call.single else returned, strict=True):
+            value.data = data
+            if isinstance(data, torch.Tensor):
+                self._ledger.hold(data, "activations")
+
+
+def _resolve(argument: Any) -> Any:
+    """What lies behind the values of an argument."""
+    kind = type(argument)
+    if kind is DeviceTensor:
+        return argument.tensor() if argument.data is UNFINISHED else argument.data
+    if kind is list or kind is tuple:
+        return kind(_resolve(item) for item in argument)
+    return argument

@@ -1,0 +1,100 @@
+"""The torch.compile backend: from what Dynamo hands over to a callable, and errors that reach the user."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hetegen_compile.compiled import CompiledGraph
+from hetegen_compile.errors import CompilationError, GradientsNotSupportedError, HetegenError
+from hetegen_compile.hardware import profile_for
+from hetegen_compile.options import Options, parse_options
+from hetegen_compile.passes.capture import capture, tensors_in
+from hetegen_compile.passes.lower import SegmentCompiler
+from hetegen_compile.runtime import runtime_for
+from hetegen_compile.segments import inductor_compiler
+
+logger = logging.getLogger("hetegen_compile")
+
+_RECOMPILE_LIMIT = 64
+
+
+def hetegen(
+    module: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, object] | None = None
+) -> Callable[..., Any]:
+    """The backend behind ``torch.compile(model, backend="hetegen", options={...})``.
+
+    Returns:
+        A callable with the graph's inputs and outputs. If something is wrong, it raises a ``HetegenError`` when
+        it is called: an error raised here would be taken for a graph break and the model would run in eager.
+    """
+    return make_backend(inductor_compiler)(module, inputs, options=options)
+
+
+def make_backend(compiler: Callable[[FakeTensorMode], SegmentCompiler]) -> Callable[..., Callable[..., Any]]:
+    """A backend whose segments are compiled by ``compiler`` (a fake mode -> a segment compiler)."""
+
+    def backend(
+        module: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, object] | None = None
+    ) -> Callable[..., Any]:
+        _raise_recompile_limit()
+        try:
+            return _compile(module, inputs, parse_options(options), compiler)
+        except TensorifyScalarRestartAnalysis:
+            raise
+        except HetegenError as error:
+            return _raising(error)
+        except Exception as error:
+            wrapped = CompilationError(f"hetegen could not compile this graph: {type(error).__name__}: {error}")
+            wrapped.__cause__ = error
+            return _raising(wrapped)
+
+    return backend
+
+
+def _compile(
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    compiler: Callable[[FakeTensorMode], SegmentCompiler],
+) -> CompiledGraph:
+    _refuse_gradients(module)
+    profile = profile_for(options)
+    runtime = runtime_for(options, profile)
+    mode = capture(module, inputs)
+    return CompiledGraph(
+        module, inputs, options=options, profile=profile, runtime=runtime, compile_segment=compiler(mode)
+    )
+
+
+def _raise_recompile_limit() -> None:
+    """Dynamo counts compilations per code object, and all transformers models share one wrapper."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _RECOMPILE_LIMIT)
+
+
+def _refuse_gradients(module: fx.GraphModule) -> None:
+    if not torch.is_grad_enabled():
+        return
+    output = next(iter(reversed(module.graph.nodes)))
+    examples = [node.meta.get("example_value") for node in output.all_input_nodes]
+    if any(tensor.requires_grad for tensor in tensors_in(examples)):
+        raise GradientsNotSupportedError(
+            "gradients are enabled and this forward's result would require them; hetegen runs inference only: "
+            "call the model under torch.no_grad() or torch.inference_mode(), or use model.generate()"
+        )
+
+
+def _raising(error: HetegenError) -> Callable[..., Any]:
+    logger.error("%s", error)
+
+    def fail(*args: Tensor) -> Any:
+        raise error
+
+    return fail

@@ -1,0 +1,276 @@
+"""Bind a lowered schedule to an accelerator: one straight-line Python function for a step.
+
+Every node of the schedule becomes one line that calls a method of the accelerator with a prepared ``Op``,
+prepared slots and the values of earlier lines; values are dropped after their last use. Nothing goes
+through torch's dispatcher but the work itself.
+
+    def step(inputs, mirrors, residents):
+        w = inputs[3]
+        t = prefetch(op_1, w[64:128], slot_1, ())
+        d = to_host(op_2, [mirrors[0]])
+        s = launch(op_3, linear_3, (mirrors[0], wait(op_4, t), None))
+        ...
+        return (y,), [(host, device), ...]
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from hetegen_compile import ir
+from hetegen_compile.accelerators.base import Accelerator, Op
+from hetegen_compile.errors import ScheduleError
+from hetegen_compile.ir import info
+from hetegen_compile.passes.capture import tensors_in
+from hetegen_compile.passes.lower import CompiledSegment
+from hetegen_compile.passes.predict_step import Work
+
+
+@dataclass(frozen=True)
+class BoundStep:
+    """A step as a callable, and what its caller has to bring up to date before each call.
+
+    Attributes:
+        run: ``run(inputs, mirrors, residents)`` -> (outputs, pairs of a returned tensor and its device twin).
+        mirrors: positions of the inputs whose mirrors the step reads, in the order of ``mirrors``.
+        residents: (position of a weight, first row, end row) in the order of ``residents``.
+        settled: positions of the inputs that host and accelerator write alike.
+        streamed: positions of the weights that are prefetched from.
+        source: the generated code, for people.
+    """
+
+    run: Callable[[list[Any], list[Any], list[Any]], tuple[tuple[Any, ...], list[tuple[Tensor, Any]]]]
+    mirrors: tuple[int, ...]
+    residents: tuple[tuple[int, int, int], ...]
+    settled: tuple[int, ...]
+    streamed: tuple[int, ...]
+    source: str
+
+
+def bind(module: fx.GraphModule, work: Mapping[fx.Node, Work], accelerator: Accelerator) -> BoundStep:
+    """Generate the step function of a lowered schedule for one accelerator."""
+    return _Binder(module, work, accelerator).bind()
+
+
+class _Binder:
+    def __init__(self, module: fx.GraphModule, work: Mapping[fx.Node, Work], accelerator: Accelerator) -> None:
+        self._module = module
+        self._work = work
+        self._accelerator = accelerator
+        self._inputs = module.graph.find_nodes(op="placeholder")
+        self._position = {node: position for position, node in enumerate(self._inputs)}
+        self._lines: list[str] = []
+        self._env: dict[str, Any] = {
+            name: getattr(accelerator, name)
+            for name in ("prefetch", "wait", "release", "to_host", "wait_host", "to_accelerator", "launch", "host")
+        }
+        self._mirrors: list[fx.Node] = []
+        self._residents: list[tuple[int, int, int]] = []
+
+    def bind(self) -> BoundStep:
+        dying = _last_uses(self._module.graph)
+        for node in self._module.graph.nodes:
+            line = self._line(node)
+            if line:
+                self._lines.append(line)
+            if node.op != "output" and dying.get(node):
+                self._lines.append(f"del {', '.join(n.name for n in dying[node])}")
+        body = "\n    ".join(["twins = []", *self._lines])
+        source = f"def step(inputs, mirrors, residents):\n    {body}\n"
+        exec(compile(source, "<hetegen step>", "exec"), self._env)
+        return BoundStep(
+            run=self._env["step"],
+            mirrors=tuple(self._position[node] for node in self._mirrors),
+            residents=tuple(self._residents),
+            settled=self._settled(),
+            streamed=self._streamed(),
+            source=source,
+        )
+
+    def _settled(self) -> tuple[int, ...]:
+        written = {
+            key for node in self._module.graph.nodes if info(node).side == "host" for key in info(node).writes
+        }
+        return tuple(i for i, node in enumerate(self._inputs) if info(node).storages & written)
+
+    def _streamed(self) -> tuple[int, ...]:
+        prefetches = self._module.graph.find_nodes(op="call_function", target=ir.PREFETCH)
+        return tuple(sorted({self._position[node.args[0]] for node in prefetches}))
+
+    # ---- names and arguments -------------------------------------------------------------------------------
+
+    def _constant(self, hint: str, value: Any) -> str:
+        name = f"{hint}_{len(self._env)}"
+        self._env[name] = value
+        return name
+
+    def _op(self, node: fx.Node, category: str = "activations") -> str:
+        seconds = self._work[node].seconds if node in self._work else 0.0
+        return self._constant("op", Op(node.name, seconds, category))
+
+    def _text(self, argument: Any) -> str:
+        """Python text for an argument: names of values, literals, and constants from the environment."""
+        if isinstance(argument, fx.Node):
+            return argument.name
+        if isinstance(argument, (list, tuple)) and type(argument) in (list, tuple, fx.immutable_collections.immutable_list):
+            items = ", ".join(map(self._text, argument))
+            return f"[{items}]" if isinstance(argument, list) else f"({items}{',' if len(argument) == 1 else ''})"
+        if isinstance(argument, dict):
+            return "{" + ", ".join(f"{key!r}: {self._text(value)}" for key, value in argument.items()) + "}"
+        if isinstance(argument, slice):
+            return f"slice({self._text(argument.start)}, {self._text(argument.stop)}, {self._text(argument.step)})"
+        if argument is None or isinstance(argument, (bool, int, str)):
+            return repr(argument)
+        return self._constant("constant", argument)
+
+    # ---- one line a node -------------------------------------------------------------------------------------
+
+    def _line(self, node: fx.Node) -> str:
+        if node.op == "placeholder":
+            return f"{node.name} = inputs[{self._position[node]}]" if node.users else ""
+        if node.op == "get_attr":
+            return f"{node.name} = {self._constant('attribute', _attribute(self._module, str(node.target)))}"
+        if node.op == "output":
+            return f"return {self._text(node.args[0])}, twins"
+        if node.op == "call_module":
+            return self._segment(node)
+        emit = _EMITTERS.get(node.target)
+        return emit(self, node) if emit is not None else self._host_operation(node)
+
+    def _segment(self, node: fx.Node) -> str:
+        segment = self._module.get_submodule(str(node.target))
+        if not isinstance(segment, CompiledSegment):
+            raise ScheduleError(f"{node.name} has not been lowered")
+        function = self._constant("segment", segment.function)
+        options = f"outputs={segment.outputs}, mutates={segment.mutates!r}"
+        return f"{node.name} = launch({self._op(node)}, {function}, {self._text(tuple(node.args))}, {options})"
+
+    def _mirror(self, node: fx.Node) -> str:
+        self._mirrors.append(node.args[0])  # type: ignore[arg-type]
+        return f"{node.name} = mirrors[{len(self._mirrors) - 1}]"
+
+    def _resident(self, node: fx.Node) -> str:
+        weight, lo, hi = node.args
+        self._residents.append((self._position[weight], lo, hi))  # type: ignore[index, arg-type]
+        return f"{node.name} = residents[{len(self._residents) - 1}]"
+
+    def _prefetch(self, node: fx.Node) -> str:
+        weight, ranges, dim, offset, after = node.args
+        lo, hi = ranges  # type: ignore[misc]
+        if dim != 0:
+            raise ScheduleError(f"{node.name}: only rows can be prefetched, not dimension {dim}")
+        (rows,) = tensors_in(info(node).value)
+        slot = self._accelerator.slot(offset, tuple(map(int, rows.shape)), rows.dtype)  # type: ignore[arg-type]
+        tokens = self._text(tuple(after))  # type: ignore[arg-type]
+        op, place = self._op(node, "weights"), self._constant("slot", slot)
+        return f"{node.name} = prefetch({op}, {weight}[{lo}:{hi}], {place}, {tokens})"
+
+    def _plain(self, node: fx.Node) -> str:
+        name = node.target.name().partition("::")[2]  # type: ignore[union-attr]
+        return f"{node.name} = {name}({self._op(node)}, {self._text(node.args[0])})"
+
+    def _partial(self, node: fx.Node) -> str:
+        x, rows, bias, lo, hi, dim = node.args
+        function = self._constant("linear", functools.partial(ir.linear_rows, lo=lo, hi=hi, dim=dim))
+        return f"{node.name} = launch({self._op(node)}, {function}, {self._text((x, rows, bias))})"
+
+    def _host_linear(self, node: fx.Node) -> str:
+        x, weight, bias, lo, hi, dim = node.args
+        function = self._constant("linear", functools.partial(ir.linear_rows, lo=lo, hi=hi, dim=dim))
+        arguments = f"({x}, {weight}[{lo}:{hi}], {self._text(bias)})"
+        return f"{node.name} = host({self._op(node)}, {function}, {arguments}, {{}})"
+
+    def _join(self, node: fx.Node) -> str:
+        parts, dim = node.args
+        if len(parts) == 1:  # type: ignore[arg-type]
+            return f"{node.name} = {parts[0]}"  # type: ignore[index]
+        function = self._constant("join", functools.partial(ir.join_parts, dim=dim))
+        return f"{node.name} = launch({self._op(node)}, {function}, ({self._text(list(parts))},))"  # type: ignore[arg-type]
+
+    def _write_back(self, node: fx.Node) -> str:
+        function = self._constant("write", _in_place(Tensor.copy_))
+        return f"host({self._op(node)}, {function}, {self._text(tuple(node.args))}, {{}})"
+
+    def _twin(self, node: fx.Node) -> str:
+        return f"twins.append({self._text(tuple(node.args))})"
+
+    def _getitem(self, node: fx.Node) -> str:
+        source, index = node.args
+        if info(source).side == "accelerator" or source.target == ir.WAIT_HOST:  # type: ignore[arg-type, union-attr]
+            return f"{node.name} = {source}[{self._text(index)}]"
+        return self._host_operation(node)
+
+    def _host_operation(self, node: fx.Node) -> str:
+        arguments, keywords = self._text(tuple(node.args)), self._text(dict(node.kwargs))
+        function = _host_function(node)
+        name = self._constant("function", function)
+        if not info(node).aten and not info(node).writes and not tensors_in(info(node).value):
+            return f"{node.name} = {name}(*{arguments}, **{keywords})"
+        return f"{node.name} = host({self._op(node)}, {name}, {arguments}, {keywords})"
+
+
+_EMITTERS: dict[Any, Callable[[_Binder, fx.Node], str]] = {
+    ir.MIRROR: _Binder._mirror,
+    ir.RESIDENT: _Binder._resident,
+    ir.PREFETCH: _Binder._prefetch,
+    ir.WAIT: _Binder._plain,
+    ir.RELEASE: _Binder._plain,
+    ir.TO_HOST: _Binder._plain,
+    ir.WAIT_HOST: _Binder._plain,
+    ir.TO_ACCELERATOR: _Binder._plain,
+    ir.PARTIAL_LINEAR: _Binder._partial,
+    ir.HOST_LINEAR: _Binder._host_linear,
+    ir.JOIN: _Binder._join,
+    ir.WRITE_BACK: _Binder._write_back,
+    ir.TWIN: _Binder._twin,
+    operator.getitem: _Binder._getitem,
+}
+
+
+def _host_function(node: fx.Node) -> Callable[..., Any]:
+    if node.op == "call_method":
+        method = str(node.target)
+        function: Callable[..., Any] = lambda self, *args, **kwargs: getattr(self, method)(*args, **kwargs)  # noqa: E731
+    else:
+        function = node.target  # type: ignore[assignment]
+    return _in_place(function) if info(node).writes else function
+
+
+def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, in inference mode where it writes a tensor that was made there (torch insists on that)."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if any(tensor.is_inference() for tensor in tensors_in(args)):
+            with torch.inference_mode():
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _attribute(module: fx.GraphModule, target: str) -> Any:
+    return functools.reduce(getattr, target.split("."), module)
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For each node the values (itself, if nothing reads it) that nothing reads after it."""
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    nodes = list(graph.nodes)
+    dying: dict[fx.Node, list[fx.Node]] = {}
+    for node in nodes:
+        if node.op == "output" or _makes_nothing(node):
+            continue
+        last = max(node.users, key=order.__getitem__, default=node)
+        dying.setdefault(last, []).append(node)
+    return dying
+
+
+def _makes_nothing(node: fx.Node) -> bool:
+    return node.target in (ir.TWIN, ir.WRITE_BACK) or (node.op == "placeholder" and not node.users)

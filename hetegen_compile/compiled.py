@@ -1,0 +1,338 @@
+"""A compiled graph: one captured graph, a plan per token bucket, and the step that Dynamo calls."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import contextvars
+import time
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import py_sym_types
+
+from hetegen_compile.baselines import baselines, floor_s
+from hetegen_compile.bind import BoundStep, bind
+from hetegen_compile.cost_model import HardwareProfile
+from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.options import Options
+from hetegen_compile.passes.capture import source_name, to_expr
+from hetegen_compile.passes.choose_splits import choose_splits
+from hetegen_compile.passes.context import Bucket, Context, Refusal, require
+from hetegen_compile.passes.lower import SegmentCache, SegmentCompiler
+from hetegen_compile.pipeline import ONCE_PER_BUCKET, ONCE_PER_SPLIT, run_pipeline
+from hetegen_compile.runtime import WEIGHTS, Runtime
+from hetegen_compile.schedule import LinearSite, Schedule, register, schedule_rows
+
+BUCKET_LIMITS = (1, 4, 16, 64, 256)
+"""Highest number of tokens of each bucket but the last, which is open."""
+
+Sizes = dict[sympy.Symbol, sympy.Integer]
+Split = float | Literal["auto"]
+_split_override: contextvars.ContextVar[Split | None] = contextvars.ContextVar("hetegen_split", default=None)
+
+
+@contextlib.contextmanager
+def override_split(split: Split) -> Iterator[None]:
+    """Run compiled graphs with another split, from the capture and the segments that they have already.
+
+    Plans made under it are kept, so comparing 0.0 (all streamed), 1.0 (all on the host) and "auto" costs no
+    second compilation. Residency stays as it was decided.
+    """
+    token = _split_override.set(split)
+    try:
+        yield
+    finally:
+        _split_override.reset(token)
+
+
+@dataclass
+class _BucketPlan:
+    """What the stages that do not depend on the split left: the graph with its segments, and the context."""
+
+    module: fx.GraphModule
+    context: Context
+    sites: dict[int, LinearSite]
+
+
+@dataclass
+class _Plan:
+    """One runnable schedule."""
+
+    bound: BoundStep
+    schedule: Schedule
+    pinned: set[int]
+
+
+class CompiledGraph:
+    """The callable that the backend returns to Dynamo."""
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        inputs: Sequence[Any],
+        *,
+        options: Options,
+        profile: HardwareProfile,
+        runtime: Runtime,
+        compile_segment: SegmentCompiler,
+    ) -> None:
+        self._module = module
+        self._options = options
+        self._profile = profile
+        self._runtime = runtime
+        self._segments = SegmentCache(compile_segment, {})
+        placeholders = module.graph.find_nodes(op="placeholder")
+        self._names = [source_name(node) or node.name for node in placeholders]
+        self._weights = {node.name: i for i, node in enumerate(placeholders) if _is_weight(node, inputs[i])}
+        self._symbols = _symbol_inputs(placeholders)
+        self._tokens = _tokens(module)
+        self._epoch = runtime.epoch
+        self._buckets: dict[Bucket, _BucketPlan] = {}
+        self._plans: dict[Hashable, _Plan] = {}
+        with runtime.lock, _compiling():
+            self._plan(inputs)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """One forward: the outputs that eager would give, inputs written as eager would have."""
+        with self._runtime.lock:
+            plan = self._plan(inputs)
+            return self._run(plan, inputs)
+
+    @property
+    def compiled_segments(self) -> int:
+        """How many different segments were compiled."""
+        return len(self._segments.compiled)
+
+    # ---- a step ------------------------------------------------------------------------------------------
+
+    def _run(self, plan: _Plan, inputs: Sequence[Any]) -> Any:
+        accelerator, mirrors = self._runtime.accelerator, self._runtime.mirrors
+        steps = len(plan.schedule.step_times_s)
+        tracing = steps == 1  # the first step warms up, the second is traced
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                started = time.perf_counter()
+                if tracing:
+                    accelerator.trace(True)
+                outputs = self._step(plan, inputs)
+                seconds = time.perf_counter() - started
+        except BaseException:
+            mirrors.forget()  # the step may have written some of them
+            raise
+        plan.schedule.note_step(seconds, accelerator.trace(False) if tracing else [])
+        plan.schedule.accelerator_peak_bytes = accelerator.counters.peak_bytes
+        return outputs
+
+    def _step(self, plan: _Plan, inputs: Sequence[Any]) -> Any:
+        accelerator, mirrors, bound = self._runtime.accelerator, self._runtime.mirrors, plan.bound
+        self._pin(plan, inputs)
+        accelerator.begin_step()
+        mirrors.purge()
+        mirrored = [mirrors.fetch(inputs[i], self._names[i]) for i in bound.mirrors]
+        residents = [
+            mirrors.fetch(inputs[i].detach()[lo:hi], self._names[i], WEIGHTS) for i, lo, hi in bound.residents
+        ]
+        outputs, twins = bound.run(list(inputs), mirrored, residents)
+        accelerator.end_step()
+        for i in bound.settled:
+            mirrors.settle(inputs[i])
+        for host, device in twins:
+            mirrors.register(host, device)
+        return outputs
+
+    def _pin(self, plan: _Plan, inputs: Sequence[Any]) -> None:
+        """Pin what is prefetched from, once a storage."""
+        for i in plan.bound.streamed:
+            storage = inputs[i].untyped_storage()
+            if storage._cdata not in plan.pinned:
+                plan.pinned.add(storage._cdata)
+                if self._runtime.accelerator.pin(inputs[i].detach()):
+                    plan.schedule.host_pinned_bytes += storage.nbytes()
+
+    # ---- plans -------------------------------------------------------------------------------------------
+
+    def _plan(self, inputs: Sequence[Any]) -> _Plan:
+        split = _split_override.get()
+        split = self._options.split if split is None else split
+        sizes = {symbol: sympy.Integer(_as_int(inputs[i])) for symbol, i in self._symbols.items()}
+        bucket = bucket_of(_number(self._tokens, sizes))
+        if self._epoch != self._runtime.epoch:
+            self._buckets.clear()  # weights of ours were evicted: decide residency again
+            self._plans.clear()
+            self._epoch = self._runtime.epoch
+        plan = self._plans.get((bucket, split))
+        if plan is None:
+            with _compiling():
+                plan = self._make_plan(bucket, split, sizes, inputs)
+            self._plans[bucket, split] = plan
+        return plan
+
+    def _make_plan(
+        self, bucket: Bucket, split: Split, sizes: Sizes, inputs: Sequence[Any]
+    ) -> _Plan:
+        if bucket not in self._buckets:
+            self._buckets[bucket] = self._bucket_plan(bucket, sizes, inputs)
+        base = self._buckets[bucket]
+        module = copy_module(base.module)
+        context = replace(base.context, options=replace(self._options, split=split))
+        context = replace(context, splits=choose_splits(module, context))
+        context = run_pipeline(module, context, ONCE_PER_SPLIT)
+        prediction = require(context.prediction, "predict_step")
+        self._runtime.accelerator.reserve_ring(require(context.residency, "choose_residency").ring_bytes)
+        bound = bind(module, prediction.work, self._runtime.accelerator)
+        schedule = self._schedule(base, module, context)
+        register(schedule)
+        if self._options.print_schedule and _split_override.get() is None:
+            print(schedule.table(unfold=self._options.unfold), flush=True)
+        return _Plan(bound, schedule, set())
+
+    def _bucket_plan(
+        self, bucket: Bucket, sizes: Sizes, inputs: Sequence[Any]
+    ) -> _BucketPlan:
+        module = copy_module(self._module)
+        refusals: dict[Refusal, None] = {}
+        context = Context(
+            options=self._options,
+            profile=self._profile,
+            sizes=sizes,
+            bucket=bucket,
+            budget_bytes=budget_bytes(self._options, self._runtime),
+            resident=self._runtime.resident_weights(),
+            weights={name: inputs[i] for name, i in self._weights.items()},
+            refuse=lambda refusal: refusals.setdefault(refusal),
+            segments=self._segments,
+        )
+        context = run_pipeline(module, context, ONCE_PER_BUCKET)
+        context = replace(context, refusals=tuple(refusals), weights={})
+        if require(context.residency, "choose_residency").evicts:
+            self._epoch = self._runtime.evict_weights()
+        return _BucketPlan(module, context, self._sites(module, context))
+
+    def _sites(self, module: fx.GraphModule, context: Context) -> dict[int, LinearSite]:
+        costs = require(context.costs, "annotate_costs")
+        splits = require(context.splits, "choose_splits")
+        return {
+            position: LinearSite(
+                node=node.name, module=info(node).module, plan=splits[position],
+                flops=costs[position].flops, weight_bytes=costs[position].weight_bytes,
+            )
+            for node in module.graph.find_nodes(op="call_function", target=LINEAR)
+            for position in (info(node).position,)
+        }
+
+    def _schedule(self, base: _BucketPlan, module: fx.GraphModule, context: Context) -> Schedule:
+        prediction = require(context.prediction, "predict_step")
+        splits = require(context.splits, "choose_splits")
+        residency = require(context.residency, "choose_residency")
+        sites = {position: replace(site, plan=splits[position]) for position, site in base.sites.items()}
+        low, high = context.bucket.low, context.bucket.high
+        tokens = f"{low} token{'s' if low > 1 else ''}" if high == low else f"{low} to {high or 'more'} tokens"
+        kind = self._runtime.accelerator.kind
+        return Schedule(
+            title=f"hetegen on {kind}, hardware {self._profile.name}, {tokens} a forward",
+            tokens=(low, high),
+            rows=schedule_rows(module.graph, prediction, sites, context.number),
+            **_bytes_by_place(sites, residency.whole_graph, residency.budget),
+            predicted_step_s=prediction.step_s,
+            floor_s=floor_s(base.module, context),
+            baselines=baselines(base.module, context),
+            budget_bytes=context.budget_bytes,
+            budget=residency.budget,
+            refusals=context.refusals,
+            whole_graph=residency.whole_graph,
+        )
+
+
+def _bytes_by_place(sites: dict[int, LinearSite], whole_graph: bool, budget: Any) -> dict[str, int]:
+    if whole_graph:
+        return {"resident_bytes": budget["resident weights"], "streamed_bytes": 0, "host_bytes": 0}
+    def share(rows: str) -> int:
+        return sum(
+            site.weight_bytes * getattr(site.plan, rows) // site.plan.rows for site in sites.values()
+        )
+    return {"resident_bytes": share("resident_rows"), "streamed_bytes": share("streamed_rows"),
+            "host_bytes": share("host")}
+
+
+# ---- helpers ------------------------------------------------------------------------------------------------
+
+
+def bucket_of(tokens: int) -> Bucket:
+    """The bucket that a forward of ``tokens`` tokens belongs to."""
+    place = bisect.bisect_left(BUCKET_LIMITS, tokens)
+    low = 1 if place == 0 else BUCKET_LIMITS[place - 1] + 1
+    return Bucket(low, BUCKET_LIMITS[place] if place < len(BUCKET_LIMITS) else None)
+
+
+def budget_bytes(options: Options, runtime: Runtime) -> int:
+    """The hard limit: what the options say, else the accelerator's memory less a sixteenth as a reserve."""
+    if options.gpu_memory is not None:
+        return options.gpu_memory
+    return runtime.accelerator.memory_bytes * 15 // 16
+
+
+def copy_module(module: fx.GraphModule) -> fx.GraphModule:
+    """The graph with its notes copied, parameters and submodules shared."""
+    graph = fx.Graph()
+    output = graph.graph_copy(module.graph, {})
+    graph.output(output)
+    return fx.GraphModule(module, graph)
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _is_weight(node: fx.Node, value: Any) -> bool:
+    """Whether an input belongs to the model (and is not given with each call)."""
+    if not isinstance(value, Tensor):
+        return False
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    text = str(name() if callable(name) else name)
+    return isinstance(value, torch.nn.Parameter) or "_parameters[" in text or "_buffers[" in text
+
+
+def _symbol_inputs(placeholders: Sequence[fx.Node]) -> dict[sympy.Symbol, int]:
+    """Position of the input that tells each symbol of the graph."""
+    return {
+        info(node).value.node.expr: i
+        for i, node in enumerate(placeholders)
+        if isinstance(info(node).value, py_sym_types) and info(node).value.node.expr.is_Symbol
+    }
+
+
+def _tokens(module: fx.GraphModule) -> sympy.Expr:
+    """Activation rows of the Linear that has most, an expression over the graph's symbols."""
+    found = [
+        to_expr(x.numel()) / int(x.shape[-1])
+        for node in module.graph.nodes
+        if node.op == "call_function" and (x := _linear_input(node)) is not None
+    ]
+    return sympy.Max(1, *found) if found else sympy.Integer(1)
+
+
+def _linear_input(node: fx.Node) -> Tensor | None:
+    if not {"mm", "addmm"} & set(info(node).aten) or not node.all_input_nodes:
+        return None
+    tensors = [info(arg).value for arg in node.all_input_nodes if isinstance(info(arg).value, Tensor)]
+    activations = [t for t in tensors if isinstance(t.shape[-1], int) and t.dim() >= 2]
+    return activations[0] if activations else None
+
+
+def _number(expression: sympy.Expr, sizes: Sizes) -> int:
+    return int(expression.xreplace(sizes)) if expression.free_symbols else int(expression)
+
+
+def _as_int(value: Any) -> int:
+    return int(value.node.hint) if isinstance(value, py_sym_types) else int(value)
+
+
+__all__ = ["CompiledGraph", "bucket_of", "copy_module", "override_split"]

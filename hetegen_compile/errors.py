@@ -1,0 +1,52 @@
+"""Every error that a user of hetegen can meet, one class per thing that went wrong.
+
+A leaf: imports nothing of the project, may be imported by every layer.
+"""
+
+
+class HetegenError(Exception):
+    """Base of all errors of this package."""
+
+
+class OptionError(HetegenError, ValueError):
+    """An option is unknown, of the wrong type or out of range; the message says which and what is valid."""
+
+
+class HardwareProfileError(HetegenError, ValueError):
+    """A hardware profile cannot be found or its file is not a valid profile; the message names the field."""
+
+
+class AcceleratorUnavailableError(HetegenError, RuntimeError):
+    """The accelerator that was asked for does not exist on this machine."""
+
+
+class BudgetError(HetegenError, MemoryError):
+    """``gpu_memory`` cannot hold what must be on the accelerator; the message lists what is needed."""
+
+
+class GradientsNotSupportedError(HetegenError, RuntimeError):
+    """The compiled model was called with gradients enabled; hetegen runs inference only."""
+
+
+class UnsupportedModelError(HetegenError, RuntimeError):
+    """The model cannot be run by this backend (weights on meta, mixed devices, ...)."""
+
+
+class ScheduleError(HetegenError, RuntimeError):
+    """A schedule is wrong: a missing wait, a reused slot, a value on the wrong device (a defect of hetegen)."""
+
+
+class MissingWaitError(ScheduleError):
+    """A value was used before the wait that orders it; names the producing and the using node."""
+
+
+class SlotInUseError(ScheduleError):
+    """A slot was overwritten before the last reader's release; names both nodes."""
+
+
+class AcceleratorError(HetegenError, RuntimeError):
+    """Work on one of the accelerator's streams raised; names the node and keeps the cause."""
+
+
+class CompilationError(HetegenError, RuntimeError):
+    """A graph could not be compiled for a reason that is a defect of hetegen or of torch; keeps the cause."""

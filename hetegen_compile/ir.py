@@ -1,0 +1,198 @@
+"""The schedule's own operations and the notes that nodes carry. A leaf of the project.
+
+Two-node asynchronous IR: one node starts (``prefetch``, ``to_host``, ``to_accelerator``), one waits
+(``wait``, ``wait_host``). The operations are declared through ``torch.library``, so a scheduled graph can be
+propagated with fake tensors and, with the kernels given here, run synchronously as a reference. In a bound
+schedule they are plain calls of an accelerator and never reach torch's dispatcher.
+
+A Linear of ``rows`` rows (dimension 0 of its weight as it is stored) with ``dim`` 0 has a weight
+[out, in] and its parts are columns of the result, put side by side; with ``dim`` 1 the weight is stored
+[in, out] (GPT-2's Conv1D) and its parts are partial sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+Side = Literal["host", "accelerator"]
+
+_META_KEY = "hetegen"
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """What the compiler knows about one node; survives copying of the graph.
+
+    Attributes:
+        value: the fake result (a tensor, a number or SymInt, or a tuple of them).
+        storages: storages of the result's tensors.
+        reads: storages of the tensors among the arguments.
+        writes: storages that the node writes in place.
+        aten: names of the ATen operations it runs.
+        random: draws random numbers.
+        data_dependent: its result's shape or value (``item``) depends on data.
+        flops: floating-point operations (torch.utils.flop_counter's formulas), a sympy expression.
+        traffic_bytes: bytes read and written by compute operations, a sympy expression.
+        module: dotted path of the module it comes from.
+        position: place in program order.
+        side: where it runs, once that has been decided.
+    """
+
+    value: Any = None
+    storages: frozenset[int] = frozenset()
+    reads: frozenset[int] = frozenset()
+    writes: frozenset[int] = frozenset()
+    aten: tuple[str, ...] = ()
+    random: bool = False
+    data_dependent: bool = False
+    flops: sympy.Expr = sympy.Integer(0)
+    traffic_bytes: sympy.Expr = sympy.Integer(0)
+    module: str = ""
+    position: int = -1
+    side: Side | None = None
+
+
+def info(node: fx.Node) -> NodeInfo:
+    """The notes on ``node`` (empty ones if it has none yet)."""
+    found = node.meta.get(_META_KEY)
+    return found if isinstance(found, NodeInfo) else NodeInfo()
+
+
+def annotate(node: fx.Node, base: NodeInfo | None = None, **changes: Any) -> fx.Node:
+    """Set the notes on ``node``: those of ``base`` (default: its own) with ``changes``."""
+    node.meta[_META_KEY] = replace(base if base is not None else info(node), **changes)
+    return node
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Whether the node's result is a single tensor."""
+    return isinstance(info(node).value, Tensor)
+
+
+def erase_dead_nodes(graph: fx.Graph) -> None:
+    """Erase computing nodes that nothing reads and that write nothing.
+
+    Not ``Graph.eliminate_dead_code``: that takes in-place methods (``index_copy_``) for pure.
+    """
+    for node in reversed(graph.nodes):
+        kept = node.op in ("placeholder", "output") or node.is_impure() or info(node).writes or info(node).random
+        if not node.users and not kept:
+            graph.erase_node(node)
+
+
+# ---- the operations --------------------------------------------------------------------------------------
+
+_library = torch.library.Library("hetegen", "DEF")
+
+_SCHEMAS = {
+    "linear": "(Tensor x, Tensor weight, Tensor? bias, int dim) -> Tensor",
+    "mirror": "(Tensor host) -> Tensor",
+    "resident": "(Tensor weight, int lo, int hi) -> Tensor",
+    "prefetch": "(Tensor weight, int[] ranges, int dim, int offset, Tensor[] after) -> Tensor",
+    "wait": "(Tensor transfer) -> Tensor",
+    "release": "(Tensor transfer) -> Tensor",
+    "to_host": "(Tensor[] xs) -> Tensor[]",
+    "wait_host": "(Tensor[] transfer) -> Tensor[]",
+    "to_accelerator": "(Tensor x) -> Tensor",
+    "host_linear": "(Tensor x, Tensor weight, Tensor? bias, int lo, int hi, int dim) -> Tensor",
+    "partial_linear": "(Tensor x, Tensor rows, Tensor? bias, int lo, int hi, int dim) -> Tensor",
+    "join": "(Tensor[] parts, int dim) -> Tensor",
+    "write_back": "(Tensor(a!) host, Tensor value) -> ()",
+    "twin": "(Tensor host, Tensor mirror) -> ()",
+}
+
+
+def linear_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int) -> Tensor:
+    """The part of a Linear that rows ``lo:hi`` of its weight contribute.
+
+    Args:
+        x: activations [..., in].
+        rows: the weight's rows ``lo:hi``: [hi - lo, in] for ``dim`` 0, [hi - lo, out] for ``dim`` 1.
+        bias: [out] or None; for ``dim`` 1 given to exactly one part.
+
+    Returns:
+        Columns ``lo:hi`` of the result, [..., hi - lo], for ``dim`` 0; a partial sum [..., out] for ``dim`` 1.
+    """
+    if dim == 0:
+        return torch.nn.functional.linear(x, rows, None if bias is None else bias[lo:hi])
+    partial = torch.matmul(x[..., lo:hi], rows)
+    return partial if bias is None else partial + bias
+
+
+def join_parts(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Parts of one Linear put together: side by side for ``dim`` 0, summed in float32 for ``dim`` 1."""
+    if len(parts) == 1:
+        return parts[0]
+    if dim == 0:
+        return torch.cat(list(parts), dim=-1)
+    if parts[0].dtype in (torch.float16, torch.bfloat16):
+        return torch.stack([part.float() for part in parts]).sum(0).to(parts[0].dtype)
+    total = parts[0] + parts[1]
+    for part in parts[2:]:
+        total = total + part
+    return total
+
+
+def whole_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dim: int) -> Tensor:
+    """The whole Linear: x [..., in] times the weight ([out, in] for ``dim`` 0, [in, out] for ``dim`` 1)."""
+    return linear_rows(x, weight, bias, 0, weight.shape[0], dim)
+
+
+def _prefetch(weight: Tensor, ranges: list[int], dim: int, offset: int, after: list[Tensor]) -> Tensor:
+    pieces = [weight.narrow(dim, lo, hi - lo) for lo, hi in zip(ranges[::2], ranges[1::2], strict=True)]
+    return torch.cat(pieces, dim=dim)
+
+
+def _host_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int) -> Tensor:
+    return linear_rows(x, weight[lo:hi], bias, lo, hi, dim).clone()
+
+
+def _write_back(host: Tensor, value: Tensor) -> None:
+    host.copy_(value)
+
+
+_KERNELS = {
+    "linear": lambda x, weight, bias, dim: whole_linear(x, weight, bias, dim).clone(),
+    "mirror": lambda host: host.clone(),
+    "resident": lambda weight, lo, hi: weight[lo:hi].clone(),
+    "prefetch": _prefetch,
+    "wait": lambda transfer: transfer.clone(),
+    "release": lambda transfer: transfer.new_empty(0),
+    "to_host": lambda xs: [x.clone() for x in xs],
+    "wait_host": lambda transfer: [x.clone() for x in transfer],
+    "to_accelerator": lambda x: x.clone(),
+    "host_linear": _host_linear,
+    "partial_linear": lambda x, rows, bias, lo, hi, dim: linear_rows(x, rows, bias, lo, hi, dim).clone(),
+    "join": lambda parts, dim: join_parts(parts, dim).clone(),
+    "write_back": _write_back,
+    "twin": lambda host, mirror: None,
+}
+
+for _name, _schema in _SCHEMAS.items():
+    _library.define(f"{_name}{_schema}")
+    _library.impl(_name, _KERNELS[_name], "CompositeExplicitAutograd")
+
+OPS = torch.ops.hetegen
+LINEAR = OPS.linear.default
+MIRROR = OPS.mirror.default
+RESIDENT = OPS.resident.default
+PREFETCH = OPS.prefetch.default
+WAIT = OPS.wait.default
+RELEASE = OPS.release.default
+TO_HOST = OPS.to_host.default
+WAIT_HOST = OPS.wait_host.default
+TO_ACCELERATOR = OPS.to_accelerator.default
+HOST_LINEAR = OPS.host_linear.default
+PARTIAL_LINEAR = OPS.partial_linear.default
+JOIN = OPS.join.default
+WRITE_BACK = OPS.write_back.default
+TWIN = OPS.twin.default
+
+for _op in (PREFETCH, WAIT, RELEASE, TO_HOST, WAIT_HOST, TO_ACCELERATOR, WRITE_BACK, TWIN):
+    fx.node.has_side_effect(_op)

@@ -1,0 +1,185 @@
+"""Device mirrors of host tensors: uploaded once, and again only when the host's copy has changed.
+
+Whatever the host owns and the accelerator reads (parameters, buffers, caches, inputs of a step) has a
+mirror per storage. A mirror is current while storage, address and version counter are what they were.
+Tensors made in inference mode have no version: they are compared by content up to 4 KiB and uploaded
+afresh above. A mirror dies with its host storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from hetegen_compile.accelerators.base import Accelerator, Op, Value
+
+COMPARED_BYTES = 4096
+_WHOLE_STORAGE_FACTOR = 4
+_WHOLE_STORAGE_BYTES = 1 << 20
+
+Geometry = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """One device value, what it is counted under and the bytes that it holds by itself."""
+
+    value: Value
+    category: str
+    nbytes: int
+
+
+@dataclass
+class _Record:
+    """The mirrors of one host storage: ``base`` holds all of it, ``held`` views or parts by geometry."""
+
+    storage: StorageWeakRef
+    address: int
+    version: Any
+    base: Value = None
+    held: dict[Geometry, _Held] = field(default_factory=dict)
+
+
+class Mirrors:
+    """All mirrors on one accelerator. Not thread-safe: used under the accelerator's step lock."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._records: dict[int, _Record] = {}
+
+    def fetch(self, tensor: Tensor, name: str, category: str = "mirrors") -> Value:
+        """The device value with the tensor's contents and geometry; uploads only what is not current.
+
+        A view under the category ``mirrors`` may be a device view of the mirrored storage, so that views alias
+        each other as on the host; under any other category exactly the tensor's own bytes are uploaded.
+        """
+        record = self._current(tensor)
+        geometry = _geometry(tensor)
+        held = record.held.get(geometry)
+        if held is None:
+            held = record.held[geometry] = self._make(record, tensor, Op(name, category=category))
+        return held.value
+
+    def register(self, tensor: Tensor, value: Value, category: str = "mirrors") -> None:
+        """Make ``value`` the mirror of a host tensor that a step just returned with the same contents."""
+        if tensor.numel() == 0 or not _covers_storage(tensor):
+            return
+        record = _Record(_weak(tensor), tensor.untyped_storage().data_ptr(), _version(tensor))
+        record.held[_geometry(tensor)] = _Held(value, category, tensor.numel() * tensor.element_size())
+        self._records[_key(tensor)] = record
+
+    def settle(self, tensor: Tensor) -> None:
+        """The step wrote the host tensor and its mirror alike: what the mirror holds is current again."""
+        record = self._records.get(_key(tensor))
+        if record is None:
+            return
+        record.version = _version(tensor)
+        if record.base is None:
+            geometry = _geometry(tensor)
+            record.held = {geometry: record.held[geometry]} if geometry in record.held else {}
+
+    def purge(self) -> None:
+        """Forget the mirrors of storages that no longer exist."""
+        for key in [key for key, record in self._records.items() if record.storage.expired()]:
+            del self._records[key]
+
+    def forget(self, tensors: Iterable[Tensor] | None = None) -> None:
+        """Drop mirrors (all by default), so that the next step that needs them uploads afresh."""
+        if tensors is None:
+            self._records.clear()
+            return
+        for tensor in tensors:
+            self._records.pop(_key(tensor), None)
+
+    def forget_category(self, category: str) -> None:
+        """Drop all mirrors of one category."""
+        for record in self._records.values():
+            record.held = {geometry: held for geometry, held in record.held.items() if held.category != category}
+
+    def held(self, tensor: Tensor, category: str) -> bool:
+        """Whether some of the tensor's storage is mirrored under ``category`` now."""
+        record = self._records.get(_key(tensor))
+        if record is None or record.storage.expired():
+            return False
+        return any(held.category == category for held in record.held.values())
+
+    def held_bytes(self, category: str) -> int:
+        """Bytes that mirrors of one category hold on the accelerator."""
+        held = (held for record in self._records.values() for held in record.held.values())
+        return sum(one.nbytes for one in held if one.category == category)
+
+    # ---- how ---------------------------------------------------------------------------------------------
+
+    def _current(self, tensor: Tensor) -> _Record:
+        """The record of the tensor's storage, emptied if the host's copy is not what it was."""
+        key = _key(tensor)
+        record = self._records.get(key)
+        if record is None or record.storage.expired() or not self._is_current(record, tensor):
+            record = _Record(_weak(tensor), tensor.untyped_storage().data_ptr(), _version(tensor))
+            self._records[key] = record
+        return record
+
+    def _is_current(self, record: _Record, tensor: Tensor) -> bool:
+        if record.address != tensor.untyped_storage().data_ptr():
+            return False
+        version = _version(tensor)
+        if isinstance(version, Tensor):
+            return isinstance(record.version, Tensor) and torch.equal(version, record.version)
+        return version is not None and not isinstance(record.version, Tensor) and bool(record.version == version)
+
+    def _make(self, record: _Record, tensor: Tensor, op: Op) -> _Held:
+        own = tensor.numel() * tensor.element_size()
+        if op.category != "mirrors" or _covers_storage(tensor) or not _needs_whole_storage(tensor):
+            return _Held(self._accelerator.upload(op, tensor.detach()), op.category, own)
+        if record.base is None:
+            flat = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())  # type: ignore[call-overload]
+            record.base = self._accelerator.upload(op, flat)
+        view = tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset()
+        value = self._accelerator.launch(op, lambda base: base.as_strided(*view), (record.base,))
+        return _Held(value, op.category, 0)
+
+
+def _geometry(tensor: Tensor) -> Geometry:
+    return (tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
+
+
+def _key(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _weak(tensor: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+def _version(tensor: Tensor) -> Any:
+    """The version counter; contents of small tensors that have none; None where nothing can be said."""
+    if not tensor.is_inference():
+        return tensor._version
+    small = tensor.untyped_storage().nbytes() <= COMPARED_BYTES
+    return tensor.detach().clone() if small else None
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor is a permutation of a contiguous one: no gaps, no two elements in one place."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _covers_storage(tensor: Tensor) -> bool:
+    nbytes = tensor.numel() * tensor.element_size()
+    return nbytes == tensor.untyped_storage().nbytes() and _is_dense(tensor)
+
+
+def _needs_whole_storage(tensor: Tensor) -> bool:
+    """Whether a view is mirrored through its whole storage: small ones are, and those that overlap."""
+    limit = max(_WHOLE_STORAGE_BYTES, _WHOLE_STORAGE_FACTOR * tensor.numel() * tensor.element_size())
+    return not _is_dense(tensor) or tensor.untyped_storage().nbytes() <= limit

@@ -1,0 +1,84 @@
+"""The compiler on one page: every stage, in order, with its reason.
+
+A stage is one of three kinds. **analyse**: graph -> value. **decide**: graph and costs -> a frozen plan, the
+graph stays as it is. **rewrite**: graph and plan -> the graph, changed in place. What an analysis or a decision
+returns goes into the context's field named in ``leaves`` for the stages after it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import fx
+
+from hetegen_compile.passes import (
+    annotate_costs,
+    choose_residency,
+    choose_splits,
+    group_segments,
+    insert_transfers,
+    lower,
+    normalise_linears,
+    place_nodes,
+    predict_step,
+    resolve_sizes,
+    schedule,
+    split_linears,
+    verify,
+)
+from hetegen_compile.passes.context import Context
+
+logger = logging.getLogger("hetegen_compile")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One line of the pipeline."""
+
+    run: Callable[[fx.GraphModule, Context], Any]
+    kind: Literal["analyse", "decide", "rewrite"]
+    why: str
+    leaves: str | None = None
+
+
+PIPELINE: tuple[Stage, ...] = (
+    Stage(resolve_sizes, "rewrite", "sizes are known on the host; reading them from a tensor would wait for it"),
+    Stage(normalise_linears, "rewrite", "one node kind for every form of Linear"),
+    Stage(annotate_costs, "analyse", "decisions compare seconds", "costs"),
+    Stage(choose_residency, "decide", "the budget is hard; what saves most per byte stays", "residency"),
+    Stage(choose_splits, "decide", "host and link finish together", "splits"),
+    Stage(place_nodes, "decide", "everything else: host, accelerator or both", "placement"),
+    Stage(group_segments, "rewrite", "segments are cut at Linears, so no plan changes them"),
+    Stage(split_linears, "rewrite", "host part, accelerator parts, join"),
+    Stage(insert_transfers, "rewrite", "nothing crosses a border without a start and a wait"),
+    Stage(schedule, "rewrite", "slots and issue order: what runs by itself first, host work last"),
+    Stage(predict_step, "analyse", "the step on a timeline, for the table and for pacing", "prediction"),
+    Stage(verify, "analyse", "no race, or an error that names the node"),
+    Stage(lower, "rewrite", "segments through Inductor, equal ones once"),
+)
+
+
+_FIRST_OF_PLAN = next(i for i, stage in enumerate(PIPELINE) if stage.run is split_linears)
+ONCE_PER_BUCKET = PIPELINE[:_FIRST_OF_PLAN]
+"""Stages up to the segments: what they leave is the same for every split of the Linears."""
+ONCE_PER_SPLIT = PIPELINE[_FIRST_OF_PLAN:]
+"""Stages that turn one assignment of rows into a schedule."""
+
+
+def run_pipeline(
+    module: fx.GraphModule, context: Context, stages: tuple[Stage, ...] = PIPELINE
+) -> Context:
+    """Run ``stages`` on ``module`` in place and return the context with what they left behind."""
+    for stage in stages:
+        started = time.perf_counter()
+        result = stage.run(module, context)
+        if stage.kind == "rewrite":
+            module.graph.lint()
+        if stage.leaves is not None:
+            context = replace(context, **{stage.leaves: result})
+        logger.debug("%s %s: %.3f s", stage.kind, stage.run.__name__, time.perf_counter() - started)
+    return context

@@ -1,0 +1,286 @@
+"""The schedule as text: one line for each Linear, segment and host operation, equal layers folded into one.
+
+Two rows are equal when their module paths differ in at most one number (``layers.0.mlp``, ``layers.1.mlp``)
+and their figures agree (predicted times within 1 %). A folded line shows the figures of the first of them,
+its interval included, and the mean of the measured times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
+from math import floor, isclose, log10
+from statistics import fmean
+
+from tabulate import SEPARATING_LINE, DataRow, Line, TableFormat, tabulate
+
+from hetegen_compile.options import format_bytes
+from hetegen_compile.plan import Row, Totals
+
+WIDTH = 120
+"""Columns of text that the table keeps to; long module paths wrap."""
+
+_TIME_TOLERANCE = 0.01
+_LEAST_NAME_WIDTH = 20
+_OP_WIDTH = 11
+
+_FORMAT = TableFormat(
+    lineabove=None, linebelowheader=Line("", "-", " ", ""), linebetweenrows=None, linebelow=None,
+    headerrow=None, datarow=DataRow("", " ", ""), padding=0, with_header_hide=None,
+)  # fmt: skip
+"""One space between columns. Headers are rows (tabulate pads headers proper), SEPARATING_LINE is the rule."""
+
+_BASELINES = {
+    "streamed": "all streamed, prefetched",
+    "per_module": "module by module, no prefetch",
+    "host_only": "CPU only",
+    "resident": "all resident on the accelerator",
+}
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line of the table: a row, or equal rows folded.
+
+    ``path`` is the module's path, a folded number in it as ``{0..29}``. ``rows`` are those that the line
+    stands for, in their order.
+    """
+
+    path: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def schedule_table(rows: Sequence[Row], totals: Totals, *, title: str, unfold: bool = False) -> str:
+    """Render a schedule in at most 120 columns.
+
+    Times are milliseconds of one step, work is GFLOP, weights are MiB; shares are per cent of a Linear's rows
+    computed on the host, streamed over the link and resident. A row without a module shows its node's name.
+
+    Args:
+        rows: in the order in which their work starts.
+        totals: what stands at the bottom.
+        title: the first line.
+        unfold: show every row instead of folding equal ones.
+    """
+    lines = [_Line(tuple(row.module.split(".")), (row,)) for row in rows]
+    if not unfold:
+        lines = _fold(lines)
+    return "\n".join([title, "", _render(lines), "", _render_totals(totals)])
+
+
+# ---- folding -------------------------------------------------------------------------------------------
+
+
+def _fold(lines: list[_Line]) -> list[_Line]:
+    """Merge lines that differ in one number of their path, the leftmost numbers first."""
+    depth = max((len(line.path) for line in lines), default=0)
+    for position in range(depth):
+        lines = _fold_at(lines, position)
+    return lines
+
+
+def _fold_at(lines: Iterable[_Line], position: int) -> list[_Line]:
+    groups: dict[tuple[object, ...], list[list[_Line]]] = {}
+    order: list[list[_Line]] = []
+    for line in lines:
+        candidates = groups.setdefault(_pattern(line, position), [])
+        group = next((found for found in candidates if _same_times(found[0].rows[0], line.rows[0])), None)
+        if group is None:
+            group = []
+            candidates.append(group)
+            order.append(group)
+        group.append(line)
+    return [_merge(group, position) for group in order]
+
+
+def _pattern(line: _Line, position: int) -> tuple[object, ...]:
+    """Everything but times that folded lines have in common."""
+    row, path = line.rows[0], line.path
+    if _has_number(path, position):
+        path = (*path[:position], "*", *path[position + 1 :])
+    shares = (row.host_share, row.streamed_share, row.resident_share)
+    return path, row.op, row.placement, shares, row.flops, row.weight_bytes
+
+
+def _has_number(path: tuple[str, ...], position: int) -> bool:
+    return position < len(path) and path[position].isdecimal()
+
+
+def _same_times(one: Row, other: Row) -> bool:
+    pairs = zip(
+        (one.host_s, one.accelerator_s, one.link_s),
+        (other.host_s, other.accelerator_s, other.link_s),
+        strict=True,
+    )
+    return all(isclose(a, b, rel_tol=_TIME_TOLERANCE, abs_tol=1e-12) for a, b in pairs)
+
+
+def _merge(group: list[_Line], position: int) -> _Line:
+    path = group[0].path
+    if _has_number(path, position):
+        numbers = sorted({int(line.path[position]) for line in group})
+        path = (*path[:position], _number_set(numbers), *path[position + 1 :])
+    return _Line(path, tuple(row for line in group for row in line.rows))
+
+
+def _number_set(numbers: list[int]) -> str:
+    """Sorted numbers as ``7``, ``{0..29}``, ``{0..2,5..9}`` or, with a step, ``{0,2..28}``."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    step = numbers[1] - numbers[0]
+    if step > 1 and len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1, step)):
+        return f"{{{numbers[0]},{numbers[1]}..{numbers[-1]}}}"
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return "{" + ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs) + "}"
+
+
+# ---- cells ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Column:
+    header: str
+    unit: str
+    cell: Callable[[_Line], str]
+    align: str = "right"
+
+
+def _amount(line: _Line, field: str, unit: float, decimals: int = 3) -> str:
+    """A figure of one row in ``unit``; empty for nothing."""
+    return _three_digits(getattr(line.rows[0], field) / unit, decimals)
+
+
+def _three_digits(value: float, most_decimals: int = 3) -> str:
+    if value == 0:
+        return ""
+    decimals = min(most_decimals, max(0, 2 - floor(log10(abs(value)))))
+    text = f"{value:.{decimals}f}"
+    return text if float(text) else "~0"
+
+
+def _share(line: _Line, field: str) -> str:
+    share: float | None = getattr(line.rows[0], field)
+    return "" if share is None else f"{100 * share:.0f}"
+
+
+def _instant(line: _Line, field: str) -> str:
+    return f"{1e3 * getattr(line.rows[0], field):.2f}"
+
+
+def _measured(line: _Line) -> str:
+    times = [row.measured_s for row in line.rows if row.measured_s is not None]
+    return _three_digits(1e3 * fmean(times)) if times else ""
+
+
+def _count(line: _Line) -> str:
+    return f"x{len(line.rows)}" if len(line.rows) > 1 else ""
+
+
+def _name(line: _Line) -> str:
+    if line.path != ("",):
+        return ".".join(line.path)
+    return line.rows[0].node + (", ..." if len(line.rows) > 1 else "")
+
+
+def _where(line: _Line) -> str:
+    placement = line.rows[0].placement
+    return "accel" if placement == "accelerator" else placement
+
+
+_COLUMNS = (
+    _Column("module", "", _name, "left"),
+    _Column("", "", _count),
+    _Column("op", "", lambda line: line.rows[0].op, "left"),
+    _Column("where", "", _where, "left"),
+    _Column("host", "%", partial(_share, field="host_share")),
+    _Column("link", "%", partial(_share, field="streamed_share")),
+    _Column("res.", "%", partial(_share, field="resident_share")),
+    _Column("work", "GFLOP", partial(_amount, field="flops", unit=1e9, decimals=4)),
+    _Column("weight", "MiB", partial(_amount, field="weight_bytes", unit=2**20)),
+    _Column("host", "ms", partial(_amount, field="host_s", unit=1e-3)),
+    _Column("accel", "ms", partial(_amount, field="accelerator_s", unit=1e-3)),
+    _Column("link", "ms", partial(_amount, field="link_s", unit=1e-3)),
+    _Column("start", "ms", partial(_instant, field="start_s")),
+    _Column("end", "ms", partial(_instant, field="end_s")),
+)
+_MEASURED = _Column("measured", "ms", _measured)
+
+
+# ---- rendering -----------------------------------------------------------------------------------------
+
+
+def _render(lines: list[_Line]) -> str:
+    columns = list(_COLUMNS)
+    if any(row.measured_s is not None for line in lines for row in line.rows):
+        columns.append(_MEASURED)
+    cells = [[column.cell(line) for column in columns] for line in lines]
+    without_names = _grid(columns[1:], [cut[1:] for row in cells for cut in _wrap(row, WIDTH)])
+    name_width = max(_LEAST_NAME_WIDTH, WIDTH - 1 - max(map(len, without_names.splitlines())))
+    return _grid(columns, [cut for row in cells for cut in _wrap(row, name_width)])
+
+
+def _grid(columns: Sequence[_Column], rows: Sequence[Sequence[str]]) -> str:
+    text: str = tabulate(
+        [
+            [column.header for column in columns],
+            [column.unit for column in columns],
+            SEPARATING_LINE,
+            *rows,
+        ],
+        tablefmt=_FORMAT,
+        disable_numparse=True,
+        colalign=[column.align for column in columns],
+    )
+    return "\n".join(line.rstrip() for line in text.splitlines())
+
+
+def _wrap(row: list[str], name_width: int) -> list[list[str]]:
+    """A row of cells as one or more, so that its module path and its operation keep to their widths."""
+    name, count, op, *others = row
+    pieces = zip_longest(_pieces(name, ".", name_width), _pieces(op, "_", _OP_WIDTH), fillvalue="")
+    (first_name, first_op), *more = pieces
+    blank = [""] * len(others)
+    return [[first_name, count, first_op, *others], *([part, "", op_part, *blank] for part, op_part in more)]
+
+
+def _pieces(text: str, separator: str, width: int) -> list[str]:
+    """``text`` in pieces of at most ``width``, cut before a separator where there is one."""
+    pieces = []
+    while len(text) > width:
+        cut = text.rfind(separator, 1, width + 1)
+        cut = cut if cut > 0 else width
+        pieces.append(text[:cut])
+        text = text[cut:]
+    return [*pieces, text]
+
+
+def _render_totals(totals: Totals) -> str:
+    ours = totals.predicted_step_s
+    seconds: list[tuple[str, float | None]] = [("this schedule", ours), ("floor", totals.floor_s)]
+    seconds += [(_BASELINES.get(name, name), value) for name, value in totals.baselines.items()]
+    lines = [[name, *_compared(value, ours)] for name, value in seconds]
+    table: str = tabulate(
+        lines,
+        headers=["predicted step", "ms", "to ours"],
+        tablefmt="simple",
+        disable_numparse=True,
+        colalign=["left", "right", "right"],
+    )
+    weights = (
+        f"weights of one step: {format_bytes(totals.resident_bytes)} resident, "
+        f"{format_bytes(totals.streamed_bytes)} streamed, {format_bytes(totals.host_bytes)} on the host"
+    )
+    return f"{weights}\n\n{table}"
+
+
+def _compared(seconds: float | None, ours: float) -> list[str]:
+    if seconds is None:
+        return ["does not fit", ""]
+    return [_three_digits(1e3 * seconds) or "0", f"{seconds / ours:.2f}x" if ours > 0 else ""]

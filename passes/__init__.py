@@ -1,0 +1,33 @@
+"""The compiler's passes, one file each; their order is in ``hetegen_compile/pipeline.py``."""
+
+from hetegen_compile.passes.annotate_costs import annotate_costs
+from hetegen_compile.passes.capture import capture
+from hetegen_compile.passes.choose_residency import choose_residency
+from hetegen_compile.passes.choose_splits import choose_splits
+from hetegen_compile.passes.group_segments import group_segments
+from hetegen_compile.passes.insert_transfers import insert_transfers
+from hetegen_compile.passes.lower import lower
+from hetegen_compile.passes.normalise_linears import normalise_linears
+from hetegen_compile.passes.place_nodes import place_nodes
+from hetegen_compile.passes.predict_step import predict_step
+from hetegen_compile.passes.resolve_sizes import resolve_sizes
+from hetegen_compile.passes.schedule import schedule
+from hetegen_compile.passes.split_linears import split_linears
+from hetegen_compile.passes.verify import verify
+
+__all__ = [
+    "annotate_costs",
+    "capture",
+    "choose_residency",
+    "choose_splits",
+    "group_segments",
+    "insert_transfers",
+    "lower",
+    "normalise_linears",
+    "place_nodes",
+    "predict_step",
+    "resolve_sizes",
+    "schedule",
+    "split_linears",
+    "verify",
+]

@@ -1,0 +1,77 @@
+"""What each node costs on each resource.
+
+Why: every decision after this one compares seconds. FLOPs and bytes are the sympy expressions that capture
+left on the nodes; here they become numbers for one bucket of tokens and seconds on one machine.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+
+from hetegen_compile.cost_model import (
+    HardwareProfile,
+    accelerator_linear_s,
+    accelerator_op_s,
+    host_linear_s,
+    host_op_s,
+    upload_s,
+)
+from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.passes.capture import tensor_bytes, tensors_in, to_expr
+from hetegen_compile.passes.context import Context, Costs, NodeCost
+
+
+def annotate_costs(module: fx.GraphModule, context: Context) -> Costs:
+    """Work and seconds of every node that computes, at the context's sizes."""
+    nodes = [node for node in module.graph.nodes if node.op not in ("placeholder", "output", "get_attr")]
+    return {
+        info(node).position: linear_cost(node, context) if node.target == LINEAR else _other(node, context)
+        for node in nodes
+    }
+
+
+def linear_cost(node: fx.Node, context: Context, tokens: int | None = None) -> NodeCost:
+    """A Linear's cost; ``tokens`` replaces the number of activation rows of the bucket (1: a decode step)."""
+    x, weight = info(node.args[0]).value, info(node.args[1]).value  # type: ignore[arg-type]
+    own = max(1, round(context.number(to_expr(x.numel())) / max(1, int(x.shape[-1]))))
+    flops = context.number(info(node).flops) * ((tokens or own) / own)
+    nbytes = int(weight.numel()) * weight.element_size()
+    return _linear_seconds(context.profile, dtype_name(weight), tokens or own, nbytes, flops)
+
+
+def _linear_seconds(profile: HardwareProfile, dtype: str, tokens: int, nbytes: int, flops: float) -> NodeCost:
+    return NodeCost(
+        flops=flops,
+        traffic_bytes=float(nbytes),
+        weight_bytes=nbytes,
+        tokens=tokens,
+        host_s=host_linear_s(profile, dtype, tokens, nbytes, flops),
+        accelerator_s=accelerator_linear_s(profile, dtype, tokens, nbytes, flops),
+        link_s=upload_s(profile, nbytes),
+    )
+
+
+def _other(node: fx.Node, context: Context) -> NodeCost:
+    flops = context.number(info(node).flops)
+    traffic = context.number(info(node).traffic_bytes)
+    dtype = dtype_name(info(node).value)
+    return NodeCost(
+        flops=flops,
+        traffic_bytes=traffic,
+        weight_bytes=0,
+        tokens=0,
+        host_s=host_op_s(context.profile, dtype, flops, traffic),
+        accelerator_s=accelerator_op_s(context.profile, dtype, flops, traffic),
+        link_s=0.0,
+    )
+
+
+def dtype_name(value: object) -> str:
+    """The profile's name for a value's dtype; float32 for what holds no floating-point tensor."""
+    floating = [t.dtype for t in tensors_in(value) if isinstance(t, Tensor) and t.dtype.is_floating_point]
+    return str(floating[0]).removeprefix("torch.") if floating else "float32"
+
+
+def value_bytes(node: fx.Node, context: Context) -> int:
+    """Bytes of all tensors in the node's result at the context's sizes."""
+    return int(sum(context.number(tensor_bytes(tensor)) for tensor in tensors_in(info(node).value)))

@@ -1,0 +1,249 @@
+"""Capture: the Dynamo graph with what one propagation of fake tensors tells about every node.
+
+Dynamo's ``example_value`` was made while tracing and says nothing about writes. So the graph is run once
+more on fresh fake inputs that alias each other as the real ones do; a dispatch mode listens underneath
+and notes, per node, the ATen operations, their FLOPs and bytes, and which storages they wrote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import py_sym_types
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from hetegen_compile.errors import UnsupportedModelError
+from hetegen_compile.ir import NodeInfo, annotate, info
+
+_FREE_ATEN = frozenset({"view", "_unsafe_view", "expand", "permute", "transpose", "t", "slice", "select"})
+_FREE_ATEN |= frozenset({"unsqueeze", "squeeze", "detach", "alias", "as_strided", "empty", "split", "unbind"})
+
+
+def to_expr(value: Any) -> sympy.Expr:
+    """A number or SymInt as a sympy expression over the graph's symbols."""
+    return value.node.expr if isinstance(value, py_sym_types) else sympy.sympify(value)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in a nest of containers, in order."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def tensor_bytes(tensor: Tensor) -> sympy.Expr:
+    """Bytes of the tensor's elements (not of its storage), a sympy expression."""
+    return to_expr(tensor.numel()) * tensor.element_size()
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Identity of the tensor's storage while that is alive."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+class _Listener(TorchDispatchMode):
+    """Notes ATen operations with their FLOPs and bytes; ``take`` returns and forgets them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.take()
+
+    def take(self) -> dict[str, Any]:
+        found = dict(getattr(self, "_found", {}))
+        self._found: dict[str, Any] = {
+            "aten": (), "random": False, "data_dependent": False,
+            "flops": sympy.Integer(0), "traffic_bytes": sympy.Integer(0),
+        }
+        return found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "prim":
+            return out
+        name = func.overloadpacket.__name__
+        found = self._found
+        found["aten"] += (name,)
+        found["random"] |= _is_random(func, args, kwargs or {})
+        found["data_dependent"] |= (
+            torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+        )
+        found["flops"] += _flops(func, args, kwargs or {}, out)
+        if name not in _FREE_ATEN:
+            found["traffic_bytes"] += sum((tensor_bytes(t) for t in tensors_in((args, out))), sympy.Integer(0))
+        return out
+
+
+def _is_random(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether the call draws random numbers; attention is tagged so even when its dropout is 0."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    defaults = {argument.name: argument.default_value for argument in func._schema.arguments}
+    return "dropout_p" not in defaults or given.get("dropout_p", defaults["dropout_p"]) != 0.0
+
+
+def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> sympy.Expr:
+    """FLOPs of one ATen call by torch's own formulas; attention that chose a CPU kernel counts as attention."""
+    packet = func.overloadpacket
+    if packet in flop_registry:
+        return to_expr(flop_registry[packet](*args, **kwargs, out_val=out))
+    if packet.__name__.startswith("_scaled_dot_product"):
+        return to_expr(sdpa_flop_count(*(tuple(t.shape) for t in args[:3])))
+    return sympy.Integer(0)
+
+
+class _Propagator(fx.Interpreter):
+    """Runs the graph on fakes and leaves a ``NodeInfo`` on each node."""
+
+    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode, listener: _Listener) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self._mode = mode
+        self._listener = listener
+        self._position = 0
+
+    def fetch_attr(self, target: str) -> Any:
+        value = super().fetch_attr(target)
+        return self._mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+    def run_node(self, n: fx.Node) -> Any:
+        operands = [self.env[arg] for arg in n.all_input_nodes]
+        reads = tensors_in(operands)
+        before = {storage_id(t): t._version for t in reads}
+        self._listener.take()
+        result = super().run_node(n)
+        writes = frozenset(storage_id(t) for t in reads if t._version != before[storage_id(t)])
+        annotate(
+            n, NodeInfo(), value=result, position=self._position, module=module_path(n), writes=writes,
+            storages=frozenset(map(storage_id, tensors_in(result))), reads=frozenset(before),
+            **self._listener.take(),
+        )
+        self._position += 1
+        return result
+
+
+def capture(module: fx.GraphModule, inputs: Sequence[Any]) -> FakeTensorMode:
+    """Annotate every node of a Dynamo graph with its ``NodeInfo``.
+
+    Args:
+        module: the graph that Dynamo handed to the backend; changed in place.
+        inputs: its real inputs, in the order of the placeholders.
+
+    Returns:
+        The fake mode (with the shape environment) that the annotations live in.
+
+    Raises:
+        UnsupportedModelError: an input is on meta or on a device other than the CPU.
+    """
+    _drop_side_notes(module.graph)
+    mode = _fake_mode(module)
+    _check_devices(module, inputs)
+    fakes = _fake_inputs(module, inputs, mode)
+    with torch.inference_mode(False), torch.no_grad(), _restored_state(), mode, _Listener() as listener:
+        _Propagator(module, mode, listener).run(*fakes, enable_io_processing=False)
+    return mode
+
+
+def _drop_side_notes(graph: fx.Graph) -> None:
+    """Remove calls that only tell torch's telemetry something."""
+    for node in list(graph.nodes):
+        if not node.users and getattr(node.target, "__name__", "") == "_log_api_usage_once":
+            graph.erase_node(node)
+
+
+def _fake_mode(module: fx.GraphModule) -> FakeTensorMode:
+    for node in module.graph.nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _check_devices(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for node, value in zip(placeholders, inputs, strict=True):
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            raise UnsupportedModelError(
+                f"{source_name(node) or node.name} is on {value.device}; hetegen expects the whole model and its "
+                "inputs in host memory and moves what it needs itself: call .to('cpu') on it first"
+            )
+
+
+def _fake_inputs(module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
+    """Fresh fakes with the geometry of Dynamo's and the aliasing of the real inputs."""
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    shared: dict[int, FakeTensor] = {}
+    return [
+        _fake_like(node.meta.get("example_value", real), real, mode, shared)
+        for node, real in zip(placeholders, inputs, strict=True)
+    ]
+
+
+def _fake_like(example: Any, real: Any, mode: FakeTensorMode, shared: dict[int, FakeTensor]) -> Any:
+    if not isinstance(example, Tensor):
+        return example
+    if not isinstance(example, FakeTensor):
+        return mode.from_tensor(example)
+    geometry = (tuple(example.shape), tuple(example.stride()), example.storage_offset())
+    key = storage_id(real) if isinstance(real, Tensor) else id(real)
+    with mode:
+        base = shared.get(key)
+        if base is None:
+            base = torch.empty(0, dtype=example.dtype, device=example.device)
+            fresh = torch.empty_strided(geometry[0], geometry[1], dtype=example.dtype, device=example.device)
+            shared[key] = fresh
+            return fresh
+        return base.view(example.dtype).as_strided(*geometry) if base.dtype != example.dtype else base.as_strided(
+            *geometry
+        )
+
+
+@contextlib.contextmanager
+def _restored_state() -> Iterator[None]:
+    """Grad and autocast state as before, whatever nodes of the graph set."""
+    autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cpu", autocast[0])
+        torch.set_autocast_dtype("cpu", autocast[1])
+
+
+# ---- where a node comes from -------------------------------------------------------------------------------
+
+_SOURCE_STEP = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
+_SOURCE_NOISE = frozenset({"self", "_modules", "_parameters", "_buffers", "kwargs", "args", "fn", "inner"})
+
+
+def source_name(node: fx.Node) -> str:
+    """Dotted name of a placeholder as the user knows it (``model.layers.0.self_attn.q_proj.weight``)."""
+    grapharg = node.meta.get("grapharg")
+    source = getattr(grapharg, "source", None)
+    name = getattr(source, "name", "") if source is not None else ""
+    text = str(name() if callable(name) else name)
+    steps = [a or b or c for a, b, c in _SOURCE_STEP.findall(text)]
+    return ".".join(step for step in steps if step not in _SOURCE_NOISE)
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the innermost module whose forward the node was traced in ("" outside of any)."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    steps = [a or b or c for a, b, c in _SOURCE_STEP.findall(path)]
+    return ".".join(step for step in steps if step not in _SOURCE_NOISE)
+
+
+def weight_module(placeholder: fx.Node) -> str:
+    """The module that owns a parameter: its dotted name less the last step."""
+    return source_name(placeholder).rpartition(".")[0]
+
+
+__all__ = ["annotate", "capture", "info", "module_path", "source_name", "tensor_bytes", "tensors_in", "to_expr"]

@@ -1,0 +1,158 @@
+"""What every pass is given: one frozen context, and the plans that earlier passes decided.
+
+A pass is ``pass_(module, context)``. An analysis returns a value, a decision a frozen plan, a rewrite
+changes the module in place and returns None. The runner puts what a pass returned into the context's
+field of the same meaning, so that a pass that runs too early fails on None and not on a stale value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import sympy
+from torch import Tensor, fx
+
+from hetegen_compile.cost_model import HardwareProfile
+from hetegen_compile.options import Options
+
+if TYPE_CHECKING:
+    from hetegen_compile.passes.lower import SegmentCache
+    from hetegen_compile.passes.predict_step import Prediction
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A range of tokens per forward that one plan serves, both ends included; ``high`` None is open."""
+
+    low: int
+    high: int | None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that was left as it was, and why; shown by ``explain()``."""
+
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class NodeCost:
+    """One node's work at the context's sizes and what each resource needs for all of it.
+
+    ``flops`` and bytes are plain numbers; ``link_s`` is the time to stream a Linear's whole weight (0 for
+    other nodes). ``tokens`` is the number of rows of a Linear's activations.
+    """
+
+    flops: float
+    traffic_bytes: float
+    weight_bytes: int
+    tokens: int
+    host_s: float
+    accelerator_s: float
+    link_s: float
+
+
+Costs = Mapping[int, NodeCost]
+"""Costs of the nodes by their place in program order (``NodeInfo.position``)."""
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """Which rows of one Linear's weight are consumed where; the ranges tile ``[0, rows)`` in this order."""
+
+    rows: int
+    host: int
+    streamed: tuple[tuple[int, int], ...]
+    resident: tuple[int, int] | None
+
+    @property
+    def streamed_rows(self) -> int:
+        return sum(hi - lo for lo, hi in self.streamed)
+
+    @property
+    def resident_rows(self) -> int:
+        return 0 if self.resident is None else self.resident[1] - self.resident[0]
+
+
+Splits = Mapping[int, LinearPlan]
+"""Plans of the Linears by their place in program order (``NodeInfo.position``)."""
+
+
+@dataclass(frozen=True)
+class Residency:
+    """Weights (names of placeholders) that stay on the accelerator, and how its memory is shared out, item by item in bytes.
+
+    ``whole_graph`` says that everything fits: nothing is offloaded and the graph is compiled in one piece.
+    ``evicts`` says that weights of other graphs have to leave first.
+    """
+
+    weights: frozenset[str]
+    ring_bytes: int
+    chunk_bytes: int
+    budget: Mapping[str, int]
+    whole_graph: bool = False
+    evicts: bool = False
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Sides of the nodes that are not Linears; a node may be on both.
+
+    ``written_back`` maps a placeholder that the graph writes in a way only the accelerator repeats to the
+    reason: it is copied back whole after each step.
+    """
+
+    host: frozenset[fx.Node]
+    accelerator: frozenset[fx.Node]
+    written_back: Mapping[fx.Node, str] = field(default_factory=dict)
+
+
+class ResidentWeights(Protocol):
+    """What the residency decision needs to know about weights that are already on the accelerator."""
+
+    def is_resident(self, weight: Tensor) -> bool:
+        """Whether the whole weight is on the accelerator already."""
+
+    def held_bytes(self) -> int:
+        """Bytes of all resident weights, those of other graphs included."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything a pass may know. Fields from ``costs`` on are filled in as the pipeline runs."""
+
+    options: Options
+    profile: HardwareProfile
+    sizes: Mapping[sympy.Symbol, sympy.Integer]
+    bucket: Bucket
+    budget_bytes: int
+    resident: ResidentWeights
+    weights: Mapping[str, Tensor]
+    refuse: Callable[[Refusal], None]
+    segments: SegmentCache
+    refusals: tuple[Refusal, ...] = ()
+    costs: Costs | None = None
+    residency: Residency | None = None
+    splits: Splits | None = None
+    placement: Placement | None = None
+    prediction: Prediction | None = None
+
+    def number(self, expression: sympy.Expr) -> float:
+        """A cost expression at this context's sizes; a size that depends on data counts as 1."""
+        if not expression.free_symbols:
+            return float(expression)
+        unknown = dict.fromkeys(expression.free_symbols - self.sizes.keys(), sympy.Integer(1))
+        return float(expression.xreplace({**self.sizes, **unknown}))
+
+
+_T = TypeVar("_T")
+
+
+def require(value: _T | None, stage: str) -> _T:
+    """``value``, or an error that says which stage has to run before."""
+    if value is None:
+        raise AssertionError(f"{stage} has to run before this pass")
+    return value

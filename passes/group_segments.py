@@ -1,0 +1,282 @@
+"""Accelerator nodes between Linears become segments; nodes on both sides get their host copy.
+
+Why: a segment is what Inductor compiles, and it must not change when a plan does. So the cut is at every
+Linear, whatever its placement: program order is walked once, and each Linear that is deeper than any before
+opens the next level. Siblings (q/k/v) are equally deep and open one level together. Program order among
+segment nodes is kept, so in-place writes stay where they were.
+
+Before:
+
+    q = linear(x, wq); a = view(q); k = linear(x, wk); b = view(k); c = sdpa(a, b); o = linear(c, wo)
+
+After:
+
+    q = linear(x, wq); k = linear(x, wk)
+    c = segment_1(q, k)                     # view, view, sdpa
+    o = linear(c, wo)
+"""
+
+from __future__ import annotations
+
+import operator
+import sympy
+from torch import fx
+
+from hetegen_compile.ir import LINEAR, MIRROR, TWIN, WRITE_BACK, NodeInfo, annotate, info, is_tensor, whole_linear
+from hetegen_compile.passes.annotate_costs import value_bytes
+from hetegen_compile.passes.capture import tensors_in
+from hetegen_compile.passes.context import Context, Placement, require
+
+_INPUTS = ("placeholder", "get_attr")
+
+
+def group_segments(module: fx.GraphModule, context: Context) -> None:
+    """Rewrite the graph into host nodes, Linears and calls of submodules ``segment_<level>``."""
+    placement = require(context.placement, "place_nodes")
+    if require(context.residency, "choose_residency").whole_graph:
+        placement = _with_linears(module, placement)
+    _Grouper(module, placement, context).group()
+
+
+def _with_linears(module: fx.GraphModule, placement: Placement) -> Placement:
+    """Everything fits: Linears are ordinary nodes of one segment, in the form that Inductor knows."""
+    linears = [node for node in module.graph.nodes if node.target == LINEAR]
+    for node in linears:
+        node.target = whole_linear
+    return Placement(placement.host, placement.accelerator | set(linears), placement.written_back)
+
+
+class _Grouper:
+    def __init__(self, module: fx.GraphModule, placement: Placement, context: Context) -> None:
+        self._module = module
+        self._graph = module.graph
+        self._placement = placement
+        self._context = context
+        self._output = next(iter(reversed(module.graph.nodes)))
+        self._nodes = [node for node in module.graph.nodes if node.op not in (*_INPUTS, "output")]
+        self._levels = _Levels(self._nodes, placement)
+        self._device: dict[fx.Node, fx.Node] = {}
+        self._host: dict[fx.Node, fx.Node] = {}
+        self._mirrors: dict[fx.Node, fx.Node] = {}
+
+    def group(self) -> None:
+        for level in range(self._levels.count):
+            self._emit_host(level)
+            for node in self._levels.linears(level):
+                self._output.prepend(node)
+                node.update_arg(0, self._on_device(node.args[0]))  # type: ignore[arg-type]
+            self._emit_segment(level)
+        self._emit_host(None)
+        self._finish()
+
+    # ---- one side each -----------------------------------------------------------------------------------
+
+    def _emit_host(self, level: int | None) -> None:
+        for node in self._levels.hosts(level):
+            with self._graph.inserting_before(self._output):
+                copy = self._graph.node_copy(node, self._on_host)
+            annotate(copy, info(node), side="host")
+            self._host[node] = copy
+
+    def _on_host(self, node: fx.Node) -> fx.Node:
+        """The node that a host operation reads: the host's own value, else the accelerator's."""
+        if node in self._host or node.op in _INPUTS:
+            return self._host.get(node, node)
+        return self._on_device(node)
+
+    def _on_device(self, node: fx.Node) -> fx.Node:
+        """The node that the accelerator reads: its own value, a mirror of an input, or the host's value."""
+        if node in self._device:
+            return self._device[node]
+        if node.target == LINEAR or node.target == MIRROR:
+            return node
+        if node.op in _INPUTS:
+            return self._mirror(node) if is_tensor(node) else node
+        return self._host[node]
+
+    def _mirror(self, node: fx.Node) -> fx.Node:
+        if node not in self._mirrors:
+            with self._graph.inserting_before(self._nodes[0]):
+                mirror = self._graph.call_function(MIRROR, (node,))
+            self._mirrors[node] = annotate(mirror, info(node), side="accelerator")
+        return self._mirrors[node]
+
+    # ---- segments ----------------------------------------------------------------------------------------
+
+    def _emit_segment(self, level: int) -> None:
+        members = self._levels.members(level)
+        if not members:
+            return
+        inputs = _external_inputs(members)
+        outputs = [node for node in members if self._is_read_outside(node, set(members))]
+        operands = [self._on_device(node) for node in inputs]
+        name = f"segment_{level}"
+        self._module.add_submodule(name, _submodule(self._module, members, inputs, outputs))
+        with self._graph.inserting_before(self._output):
+            call = self._graph.call_module(name, tuple(operands))
+            annotate(call, self._segment_info(members, inputs, outputs))
+            for position, node in enumerate(outputs):
+                item = self._graph.call_function(operator.getitem, (call, position))
+                self._device[node] = annotate(item, info(node), side="accelerator", flops=sympy.Integer(0))
+
+    def _is_read_outside(self, node: fx.Node, members: set[fx.Node]) -> bool:
+        if not tensors_in(info(node).value) or not is_tensor(node):
+            return False
+        for user in node.users:
+            if user.op == "output":
+                return True
+            on_accelerator = user.target == LINEAR or user in self._placement.accelerator
+            if on_accelerator and user not in members:
+                return True
+            if user in self._placement.host and node not in self._placement.host:
+                return True
+        return False
+
+    def _segment_info(
+        self, members: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]
+    ) -> NodeInfo:
+        notes = [info(node) for node in members]
+        border = sum(value_bytes(node, self._context) for node in (*inputs, *outputs))
+        outside = frozenset[int]().union(*(info(node).storages for node in inputs))
+        return NodeInfo(
+            value=tuple(info(node).value for node in outputs),
+            storages=frozenset[int]().union(*(info(node).storages for node in outputs)),
+            reads=outside,
+            writes=frozenset[int]().union(*(note.writes for note in notes)) & outside,
+            flops=sum((note.flops for note in notes), sympy.Integer(0)),
+            traffic_bytes=sympy.Integer(border),
+            module=_common_module([note.module for note in notes if note.module]),
+            position=min(note.position for note in notes),
+            side="accelerator",
+        )
+
+    # ---- the end of the graph ------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        with self._graph.inserting_before(self._output):
+            for node in self._placement.written_back:
+                self._graph.call_function(WRITE_BACK, (node, self._mirror(node)))
+            for node in self._output.all_input_nodes:
+                if node in self._host and node in self._device:
+                    self._graph.call_function(TWIN, (self._host[node], self._device[node]))
+        for node in self._graph.find_nodes(op="call_function", target=WRITE_BACK):
+            annotate(node, writes=info(node.args[0]).storages, reads=info(node.args[0]).storages, side="host")
+        for node in self._graph.find_nodes(op="call_function", target=TWIN):
+            annotate(node, side="host")
+        self._output.args = fx.map_arg(self._output.args, self._on_host)
+        for node in reversed(self._nodes):
+            if node.target != LINEAR:
+                self._graph.erase_node(node)
+
+
+def _external_inputs(members: list[fx.Node]) -> list[fx.Node]:
+    inside = set(members)
+    found = dict.fromkeys(arg for node in members for arg in node.all_input_nodes if arg not in inside)
+    return [node for node in found if not _is_submodule(node)]
+
+
+def _is_submodule(node: fx.Node) -> bool:
+    return node.op == "get_attr" and not is_tensor(node)
+
+
+def _submodule(
+    owner: fx.GraphModule, members: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]
+) -> fx.GraphModule:
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for position, node in enumerate(inputs):
+        env[node] = annotate(graph.placeholder(f"in_{position}"), info(node))
+    for node in members:
+        for arg in node.all_input_nodes:
+            if arg not in env:  # a submodule of a higher-order operation
+                env[arg] = graph.get_attr(str(arg.target))
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(tuple(env[node] for node in outputs))
+    return fx.GraphModule(owner, graph)
+
+
+def _common_module(paths: list[str]) -> str:
+    """The longest dotted prefix that all paths share."""
+    if not paths:
+        return ""
+    split = [path.split(".") for path in paths]
+    length = next((i for i, steps in enumerate(zip(*split, strict=False)) if len(set(steps)) > 1), None)
+    return ".".join(min(split, key=len)[:length])
+
+
+class _Levels:
+    """Which level each node belongs to; see the module's docstring for the rule.
+
+    A host node that reads an accelerator value and feeds the accelerator again opens a level as a Linear
+    does. Host nodes that feed nothing on the accelerator come last.
+    """
+
+    def __init__(self, nodes: list[fx.Node], placement: Placement) -> None:
+        self._placement = placement
+        self._level: dict[fx.Node, int] = {}
+        self._host_level: dict[fx.Node, int | None] = {}
+        self._writers: dict[int, list[fx.Node]] = {}
+        self._nodes = nodes
+        self._feeding = _feeding_accelerator(nodes, placement)
+        running = 0
+        for node in nodes:
+            running = self._assign(node, running)
+        self.count = running + 1
+
+    def linears(self, level: int) -> list[fx.Node]:
+        return [n for n in self._nodes if n.target == LINEAR and self._level[n] == level]
+
+    def members(self, level: int) -> list[fx.Node]:
+        return [n for n in self._nodes if n in self._placement.accelerator and self._level[n] == level]
+
+    def hosts(self, level: int | None) -> list[fx.Node]:
+        """Host nodes of one level in program order; None: those that feed nothing on the accelerator."""
+        return [n for n in self._nodes if n in self._host_level and self._host_level[n] == level]
+
+    def _assign(self, node: fx.Node, running: int) -> int:
+        if node.target == LINEAR:
+            self._level[node] = 1 + max(self._depth(node.args[0]), self._depth_of_writers(node))  # type: ignore[arg-type]
+            running = max(running, self._level[node])
+        if node in self._placement.host:
+            running = max(running, self._assign_host(node))
+        if node in self._placement.accelerator:
+            self._level[node] = running
+        for key in info(node).writes:
+            self._writers.setdefault(key, []).append(node)
+        return running
+
+    def _assign_host(self, node: fx.Node) -> int:
+        if node not in self._feeding:
+            self._host_level[node] = None
+            return 0
+        downloads = [n for n in node.all_input_nodes if n in self._level and n not in self._placement.host]
+        above = [self._host_level.get(n) or 0 for n in node.all_input_nodes]
+        level = max([0, *above, *(self._level[n] + 1 for n in downloads)])
+        self._host_level[node] = level
+        return level
+
+    def _depth(self, node: fx.Node) -> int:
+        return max(self._level.get(node, 0), self._host_level.get(node) or 0)
+
+    def _depth_of_writers(self, node: fx.Node) -> int:
+        keys = info(node.args[0]).storages  # type: ignore[arg-type]
+        return max([0, *(self._level.get(w, 0) for key in keys for w in self._writers.get(key, ()))])
+
+
+def _feeding_accelerator(nodes: list[fx.Node], placement: Placement) -> set[fx.Node]:
+    """Host nodes that some accelerator value depends on, through data or through a storage they write."""
+    feeding: set[fx.Node] = set()
+    touched: set[int] = set()
+    for node in reversed(nodes):
+        if node not in placement.host:
+            continue
+        direct = node not in placement.accelerator and any(
+            user.target == LINEAR or user in placement.accelerator for user in node.users
+        )
+        if direct or any(user in feeding for user in node.users) or info(node).writes & touched:
+            feeding.add(node)
+            touched |= info(node).storages | info(node).reads
+    return feeding
+
+
+__all__ = ["group_segments"]

@@ -1,0 +1,164 @@
+"""Start and wait nodes at every border between the host and the accelerator.
+
+Why: nothing crosses by itself. A value that a host part of a Linear needs goes down alone and at once; the
+values that only complete what the caller gets back go down together at the end, in one transfer.
+
+Before:
+
+    h = host_linear(x, w, None, 0, 64, 0)        # x is on the accelerator
+    y = join([h, s], 0)                          # h is on the host
+    return (y,)
+
+After:
+
+    d = to_host([x]); v = wait_host(d); x_h = v[0]
+    h = host_linear(x_h, w, None, 0, 64, 0)
+    u = to_accelerator(h); a = wait(u)
+    y = join([a, s], 0)
+    e = to_host([y]); f = wait_host(e); y_h = f[0]
+    return (y_h,)
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import fx
+
+from hetegen_compile import ir
+from hetegen_compile.ir import NodeInfo, Side, annotate, info, is_tensor
+from hetegen_compile.passes.capture import tensors_in
+from hetegen_compile.passes.context import Context
+
+_READS_HOST = {ir.PREFETCH, ir.RESIDENT, ir.MIRROR, ir.TO_ACCELERATOR, ir.WRITE_BACK}
+_STARTED = {ir.PREFETCH, ir.TO_HOST, ir.TO_ACCELERATOR}  # their result is a transfer, on no side yet
+
+
+def insert_transfers(module: fx.GraphModule, context: Context) -> None:
+    """Put transfers on every edge between a value on one side and a reader on the other."""
+    del context
+    inserter = _Inserter(module.graph)
+    inserter.accelerator_operands()
+    inserter.host_operands()
+
+
+def operand_side(user: fx.Node, operand: fx.Node) -> Side | None:
+    """On which side ``user`` reads ``operand``; None where it does not read the tensor itself."""
+    if user.target == ir.TWIN:
+        return "host" if operand is user.args[0] else "accelerator"
+    if user.op == "output" or user.target in _READS_HOST:
+        return "host"
+    if user.target == ir.TO_HOST:
+        return "accelerator"
+    return info(user).side
+
+
+def value_side(node: fx.Node) -> Side | None:
+    """On which side a node's tensor is; None for numbers, transfers under way and tokens."""
+    if node.target in _STARTED or node.target == ir.RELEASE:
+        return None
+    if node.op in ("placeholder", "get_attr"):
+        return "host" if is_tensor(node) else None
+    return info(node).side if tensors_in(info(node).value) else None
+
+
+class _Inserter:
+    def __init__(self, graph: fx.Graph) -> None:
+        self._graph = graph
+        self._up: dict[fx.Node, fx.Node] = {}
+        self._down: dict[fx.Node, fx.Node] = {}
+        self._mirrors = {node.args[0]: node for node in graph.find_nodes(op="call_function", target=ir.MIRROR)}
+        self._first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
+
+    def accelerator_operands(self) -> None:
+        """Host values that the accelerator reads: mirrors of inputs, uploads of what the host computes."""
+        for user, operand in self._crossings("accelerator", "host"):
+            if operand.op in ("placeholder", "get_attr"):
+                user.replace_input_with(operand, self._mirror(operand))
+            else:
+                user.replace_input_with(operand, self._upload(operand))
+
+    def host_operands(self) -> None:
+        """Accelerator values that the host reads; those for the end of the step share one transfer."""
+        crossings = self._crossings("host", "accelerator")
+        late = _late_readers(self._graph)
+        together = dict.fromkeys(operand for user, operand in crossings if user in late)
+        early = dict.fromkeys(operand for user, operand in crossings if user not in late)
+        for operand in early:
+            self._down.update(self._download([operand], before=_first_reader(operand, self._graph)))
+        late_only = [operand for operand in together if operand not in early]
+        if late_only:
+            self._down.update(self._download(late_only, before=self._end(late)))
+        for user, operand in crossings:
+            user.replace_input_with(operand, self._down[operand])
+
+    def _crossings(self, reads: Side, lies: Side) -> list[tuple[fx.Node, fx.Node]]:
+        return [
+            (user, operand)
+            for user in self._graph.nodes
+            for operand in user.all_input_nodes
+            if operand_side(user, operand) == reads and value_side(operand) == lies
+        ]
+
+    def _mirror(self, operand: fx.Node) -> fx.Node:
+        if operand not in self._mirrors:
+            with self._graph.inserting_before(self._first):
+                mirror = self._graph.call_function(ir.MIRROR, (operand,))
+            self._mirrors[operand] = annotate(mirror, info(operand), side="accelerator")
+        return self._mirrors[operand]
+
+    def _upload(self, operand: fx.Node) -> fx.Node:
+        if operand not in self._up:
+            notes = _moved(operand)
+            with self._graph.inserting_after(operand):
+                start = annotate(self._graph.call_function(ir.TO_ACCELERATOR, (operand,)), notes)
+            with self._graph.inserting_after(start):
+                self._up[operand] = annotate(self._graph.call_function(ir.WAIT, (start,)), notes)
+            for node in (start, self._up[operand]):
+                annotate(node, side="accelerator")
+        return self._up[operand]
+
+    def _download(self, operands: list[fx.Node], before: fx.Node) -> dict[fx.Node, fx.Node]:
+        notes = _download_info(operands)
+        with self._graph.inserting_before(before):
+            start = annotate(self._graph.call_function(ir.TO_HOST, (operands,)), notes)
+            done = annotate(self._graph.call_function(ir.WAIT_HOST, (start,)), notes)
+            items = [self._graph.call_function(operator.getitem, (done, i)) for i in range(len(operands))]
+        for item, operand in zip(items, operands, strict=True):
+            annotate(item, _moved(operand), side="host")
+        return dict(zip(operands, items, strict=True))
+
+    def _end(self, late: set[fx.Node]) -> fx.Node:
+        return next(node for node in self._graph.nodes if node in late)
+
+
+def _download_info(operands: list[fx.Node]) -> NodeInfo:
+    return NodeInfo(
+        value=[info(operand).value for operand in operands], module=info(operands[0]).module, side="host"
+    )
+
+
+def _moved(operand: fx.Node) -> NodeInfo:
+    notes = info(operand)
+    return NodeInfo(value=notes.value, module=notes.module, position=notes.position)
+
+
+def _first_reader(operand: fx.Node, graph: fx.Graph) -> fx.Node:
+    readers: dict[fx.Node, Any] = dict.fromkeys(
+        user for user in operand.users if operand_side(user, operand) == "host"
+    )
+    return next(node for node in graph.nodes if node in readers)
+
+
+def _late_readers(graph: fx.Graph) -> set[fx.Node]:
+    """What comes after the accelerator's last node: the output and the host nodes that only complete it."""
+    late: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if info(node).side == "accelerator":
+            break
+        late.add(node)
+    return late
+
+
+__all__ = ["insert_transfers", "operand_side", "value_side"]

@@ -1,0 +1,189 @@
+"""Each segment becomes compiled code; equal segments are compiled once.
+
+Why: compile time must depend on how many different segments a model has, not on how deep it is. The key of
+a segment is everything its code depends on: operations and constants by value, each input's dtype, sizes,
+strides, alignment and aliasing, and how symbols recur. What the plan decides (shares, residency) is not in it.
+
+Before:
+
+    s = segment_3(a, b)            # an fx.GraphModule
+
+After:
+
+    s = segment_3(a, b)            # a ``CompiledSegment``: one callable shared by all equal segments
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import py_sym_types
+
+from hetegen_compile.ir import info
+from hetegen_compile.passes.capture import storage_id, to_expr
+from hetegen_compile.passes.context import Context
+
+SegmentCompiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+"""From a segment and example inputs to a callable that takes the inputs and returns a sequence."""
+
+
+class CompiledSegment(torch.nn.Module):
+    """A segment's compiled callable in the graph's place of it."""
+
+    def __init__(self, function: Callable[..., Any], outputs: int, mutates: tuple[int, ...]) -> None:
+        super().__init__()
+        self.function = function
+        self.outputs = outputs
+        self.mutates = mutates
+
+    def forward(self, *args: Any) -> Any:
+        """The segment's outputs as a sequence."""
+        return self.function(*args)
+
+
+@dataclass(frozen=True)
+class SegmentCache:
+    """Compiled segments of one captured graph, by key; shared by the plans of all its buckets."""
+
+    compile_segment: SegmentCompiler
+    compiled: MutableMapping[Hashable, Callable[..., Any]]
+
+
+def lower(module: fx.GraphModule, context: Context) -> None:
+    """Replace every segment of the graph by its compiled form."""
+    for node in module.graph.find_nodes(op="call_module"):
+        segment = module.get_submodule(str(node.target))
+        if isinstance(segment, fx.GraphModule):
+            setattr(module, str(node.target), _compiled(segment, context.segments))
+
+
+def _compiled(segment: fx.GraphModule, cache: SegmentCache) -> CompiledSegment:
+    key = segment_key(segment)
+    if key not in cache.compiled:
+        examples = [info(node).value for node in segment.graph.find_nodes(op="placeholder")]
+        cache.compiled[key] = cache.compile_segment(segment, examples)
+    outputs = [info(node).value for node in next(iter(reversed(segment.graph.nodes))).args[0]]
+    function = with_declared_strides(cache.compiled[key], outputs)
+    return CompiledSegment(function, len(outputs), mutated_inputs(segment))
+
+
+def with_declared_strides(function: Callable[..., Any], outputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """``function`` with each output laid out in memory as the graph's fake values say.
+
+    Inductor's decompositions may change an output's strides (``cat`` of one tensor that is not empty becomes a
+    clone of its layout), but the next segment and the host's twin count on eager's. Which outputs need a copy
+    is found at the first call: code and layouts do not change between calls.
+    """
+    orders = [_memory_order(output) for output in outputs]
+    wrong: list[int] | None = None
+
+    def call(*args: Any) -> Any:
+        nonlocal wrong
+        results = function(*args)
+        if wrong is None:
+            wrong = [i for i, order in enumerate(orders) if order is not None and not _has_order(results[i], order)]
+        if not wrong:
+            return results
+        return [_laid_out(r, orders[i]) if i in wrong else r for i, r in enumerate(results)]
+
+    return call
+
+
+def _memory_order(tensor: Tensor) -> tuple[int, ...] | None:
+    """Dimensions from the slowest to the fastest of a dense tensor; None for one with gaps or overlaps."""
+    sizes = [_hint(size) for size in tensor.shape]
+    strides = [_hint(stride) for stride in tensor.stride()]
+    order = sorted(range(tensor.dim()), key=lambda d: (-strides[d], d))
+    expected = 1
+    for d in reversed(order):
+        if sizes[d] != 1 and strides[d] != expected:
+            return None
+        expected *= sizes[d]
+    return tuple(order)
+
+
+def _hint(value: Any) -> int:
+    return int(value.node.hint) if isinstance(value, py_sym_types) else int(value)
+
+
+def _has_order(tensor: Tensor, order: tuple[int, ...]) -> bool:
+    return tensor.permute(order).is_contiguous()
+
+
+def _laid_out(tensor: Tensor, order: tuple[int, ...] | None) -> Tensor:
+    if order is None:
+        return tensor
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return tensor.permute(order).contiguous().permute(back)
+
+
+def mutated_inputs(segment: fx.GraphModule) -> tuple[int, ...]:
+    """Positions of the inputs whose storage the segment writes."""
+    written = frozenset[int]().union(*(info(node).writes for node in segment.graph.nodes))
+    inputs = segment.graph.find_nodes(op="placeholder")
+    return tuple(i for i, node in enumerate(inputs) if info(node).storages & written)
+
+
+def segment_key(segment: fx.GraphModule) -> Hashable:
+    """Everything that a segment's compiled code depends on, as a hashable value."""
+    names = _Names()
+    places = {node: position for position, node in enumerate(segment.graph.nodes)}
+    state = (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.get_default_dtype())
+    return (state, *(_node_key(segment, node, places, names) for node in segment.graph.nodes))
+
+
+class _Names:
+    """Symbols and storages by order of first appearance, so that equal layers have equal keys."""
+
+    def __init__(self) -> None:
+        self._symbols: dict[sympy.Symbol, sympy.Symbol] = {}
+        self._storages: dict[int, int] = {}
+
+    def expression(self, value: Any) -> str:
+        expression = to_expr(value)
+        for symbol in sorted(expression.free_symbols, key=str):
+            fresh = sympy.Symbol(f"k{len(self._symbols)}", integer=True)
+            self._symbols.setdefault(symbol, fresh)
+        return str(expression.xreplace(self._symbols))
+
+    def storage(self, tensor: Tensor) -> int:
+        return self._storages.setdefault(storage_id(tensor), len(self._storages))
+
+
+def _node_key(segment: fx.GraphModule, node: fx.Node, places: dict[fx.Node, int], names: _Names) -> Hashable:
+    if node.op == "placeholder":
+        return ("input", _value_key(info(node).value, names))
+    if node.op == "get_attr":
+        return ("attribute", id(getattr(segment, str(node.target))))
+    return (node.op, _target_key(node), _argument_key((node.args, node.kwargs), places, names))
+
+
+def _target_key(node: fx.Node) -> Hashable:
+    return node.target if isinstance(node.target, str) else (id(node.target), str(node.target))
+
+
+def _value_key(value: Any, names: _Names) -> Hashable:
+    if isinstance(value, Tensor):
+        geometry = tuple(names.expression(v) for v in (*value.shape, *value.stride()))
+        offset = names.expression(value.storage_offset()) if value.storage_offset() != 0 else "0"
+        return (str(value.dtype), str(value.device), value.dim(), geometry, offset, names.storage(value))
+    if isinstance(value, py_sym_types):
+        return ("symbol", names.expression(value))
+    return (type(value).__name__, repr(value))
+
+
+def _argument_key(argument: Any, places: dict[fx.Node, int], names: _Names) -> Hashable:
+    if isinstance(argument, fx.Node):
+        return ("node", places[argument])
+    if isinstance(argument, (tuple, list)):
+        return (type(argument).__name__, *(_argument_key(item, places, names) for item in argument))
+    if isinstance(argument, dict):
+        return ("dict", *((key, _argument_key(item, places, names)) for key, item in argument.items()))
+    if isinstance(argument, slice):
+        return ("slice", *(_argument_key(v, places, names) for v in (argument.start, argument.stop, argument.step)))
+    return _value_key(argument, names)

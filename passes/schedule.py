@@ -1,0 +1,158 @@
+"""The issue order: which operation the host thread issues when, and which slot each prefetch gets.
+
+Why: the order of nodes is the order of issue, and the host thread is also the host's worker. So whatever
+runs by itself is issued before the host starts to compute: prefetches as soon as their slot is free, then
+downloads and accelerator work, host work last. Waits of the host come when nothing else can be issued.
+
+Before:                                       After (two slots):
+
+    t = prefetch(w, ...)                          t = prefetch(w, ..., offset=0, after=[])
+    s = partial_linear(x, wait(t), ...)           t2 = prefetch(w2, ..., offset=4096, after=[])
+    release(t)                                    d = to_host([x])
+    d = to_host([x]); v = wait_host(d)            s = partial_linear(x, wait(t), ...)
+    h = host_linear(v[0], ...)                    r = release(t)
+    t2 = prefetch(w2, ...)                        t3 = prefetch(w3, ..., offset=0, after=[r])
+    ...                                           v = wait_host(d); h = host_linear(v[0], ...)
+"""
+
+from __future__ import annotations
+
+import networkx as nx
+from torch import fx
+
+from hetegen_compile import ir
+from hetegen_compile.errors import ScheduleError
+from hetegen_compile.ir import info
+from hetegen_compile.passes.capture import tensors_in
+from hetegen_compile.passes.choose_residency import SLOT_ALIGNMENT
+from hetegen_compile.passes.context import Context, require
+from hetegen_compile.passes.insert_transfers import operand_side
+
+_RANK = {
+    ir.MIRROR: 0,
+    ir.RESIDENT: 0,
+    ir.PREFETCH: 1,
+    ir.TO_HOST: 2,
+    ir.TO_ACCELERATOR: 2,
+    ir.WAIT: 3,
+    ir.PARTIAL_LINEAR: 3,
+    ir.RELEASE: 3,
+    ir.JOIN: 3,
+    ir.WAIT_HOST: 4,
+    ir.HOST_LINEAR: 5,
+}
+_HOST_RANK = 5
+_ACCELERATOR_RANK = 3
+
+
+def schedule(module: fx.GraphModule, context: Context) -> None:
+    """Assign slots and put the graph's nodes into issue order."""
+    residency = require(context.residency, "choose_residency")
+    assign_slots(module.graph, residency.ring_bytes)
+    reorder(module.graph)
+
+
+def assign_slots(graph: fx.Graph, ring_bytes: int) -> None:
+    """Give each prefetch an offset in the staging ring and the releases that it has to wait for.
+
+    Slots follow each other around the ring in the order of use. A prefetch waits for the releases of
+    the slots whose bytes it overwrites; older ones are covered because prefetches are issued in order.
+    """
+    live: list[tuple[int, int, fx.Node]] = []
+    head = 0
+    for prefetch in graph.find_nodes(op="call_function", target=ir.PREFETCH):
+        nbytes = slot_bytes(prefetch)
+        if nbytes > ring_bytes:
+            raise ScheduleError(f"{prefetch.name} needs a slot of {nbytes} bytes; the ring has {ring_bytes}")
+        lo = head if head + nbytes <= ring_bytes else 0
+        hi = lo + nbytes
+        overwritten = [slot for slot in live if slot[0] < hi and lo < slot[1]]
+        live = [slot for slot in live if slot not in overwritten]
+        live.append((lo, hi, release_of(prefetch)))
+        prefetch.update_arg(3, lo)
+        prefetch.update_arg(4, [release for _, _, release in overwritten])
+        head = hi
+
+
+def slot_bytes(prefetch: fx.Node) -> int:
+    """Bytes of the slot that a prefetch fills, rounded up to the ring's alignment."""
+    (rows,) = tensors_in(info(prefetch).value)
+    return -(-int(rows.numel()) * rows.element_size() // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+
+
+def release_of(prefetch: fx.Node) -> fx.Node:
+    """The release of the slot that a prefetch fills."""
+    return next(user for user in prefetch.users if user.target == ir.RELEASE)
+
+
+def reorder(graph: fx.Graph) -> None:
+    """Sort the nodes topologically, by rank and then by program order among those that are ready."""
+    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    tasks = task_graph(nodes)
+    place = {node: position for position, node in enumerate(nodes)}
+    output = next(iter(reversed(graph.nodes)))
+    _slots_in_program_order(graph, tasks)
+    for node in nx.lexicographical_topological_sort(tasks, key=lambda node: (_rank(node), place[node])):
+        output.prepend(node)
+
+
+def _slots_in_program_order(graph: fx.Graph, tasks: nx.DiGraph) -> None:
+    """Prefetches follow each other: a slot's place in the ring is only right in that order."""
+    prefetches = graph.find_nodes(op="call_function", target=ir.PREFETCH)
+    tasks.add_edges_from(zip(prefetches, prefetches[1:], strict=False))
+
+
+def task_graph(nodes: list[fx.Node]) -> nx.DiGraph:
+    """Every order that has to hold: data, slots' readers before their release, in-place writes."""
+    tasks = nx.DiGraph()
+    tasks.add_nodes_from(nodes)
+    known = set(nodes)
+    for node in nodes:
+        tasks.add_edges_from((operand, node) for operand in node.all_input_nodes if operand in known)
+        if node.target == ir.RELEASE:
+            tasks.add_edges_from((reader, node) for reader in _slot_readers(node))
+    tasks.add_edges_from(_write_edges(nodes))
+    return tasks
+
+
+def _slot_readers(release: fx.Node) -> list[fx.Node]:
+    (transfer,) = release.all_input_nodes
+    waits = [user for user in transfer.users if user.target == ir.WAIT]
+    return [reader for wait in waits for reader in (wait, *wait.users)]
+
+
+def _write_edges(nodes: list[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
+    """Readers before the next write of a storage, writes before the next readers; each side by itself."""
+    written = {(info(node).side, key) for node in nodes for key in info(node).writes}
+    last_write: dict[tuple[str | None, int], fx.Node] = {}
+    readers: dict[tuple[str | None, int], list[fx.Node]] = {}
+    edges: list[tuple[fx.Node, fx.Node]] = []
+    for node in nodes:
+        writes = {(info(node).side, key) for key in info(node).writes}
+        for key in _reads(node) & written - writes:
+            edges += [(last_write[key], node)] if key in last_write else []
+            readers.setdefault(key, []).append(node)
+        for key in writes:
+            edges += [(before, node) for before in (*readers.pop(key, ()), last_write.get(key)) if before is not None]
+            last_write[key] = node
+    return [(before, after) for before, after in edges if before is not after]
+
+
+def _reads(node: fx.Node) -> set[tuple[str | None, int]]:
+    """Storages, with their side, that the node reads; a download reads until its wait."""
+    if node.target == ir.WAIT_HOST:
+        (transfer,) = node.all_input_nodes
+        return {("accelerator", key) for operand in transfer.all_input_nodes for key in info(operand).storages}
+    side = {operand: operand_side(node, operand) for operand in node.all_input_nodes}
+    if node.target == ir.TO_HOST:
+        side = dict.fromkeys(side, "accelerator")
+    return {(side[operand], key) for operand in side for key in info(operand).storages}
+
+
+def _rank(node: fx.Node) -> int:
+    if node.target in _RANK:
+        return _RANK[node.target]
+    return _ACCELERATOR_RANK if info(node).side == "accelerator" else _HOST_RANK
+
+
+__all__ = ["assign_slots", "reorder", "schedule", "slot_bytes", "task_graph"]

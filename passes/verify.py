@@ -1,0 +1,118 @@
+"""Proof that the issue order is free of races, or an error that names the nodes.
+
+Why: a missing wait or a slot reused too early shows only under the right timing, so nothing about timing
+is trusted here. The rules are read from the scheduled graph alone and know nothing of the passes
+that placed its nodes.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from hetegen_compile import ir
+from hetegen_compile.errors import MissingWaitError, ScheduleError, SlotInUseError
+from hetegen_compile.ir import info
+from hetegen_compile.passes.context import Context
+from hetegen_compile.passes.insert_transfers import operand_side, value_side
+from hetegen_compile.passes.schedule import slot_bytes
+
+_STARTS = {ir.PREFETCH: {ir.WAIT, ir.RELEASE}, ir.TO_ACCELERATOR: {ir.WAIT}, ir.TO_HOST: {ir.WAIT_HOST}}
+
+
+def verify(module: fx.GraphModule, context: Context) -> None:
+    """Check every rule on every node.
+
+    Raises:
+        MissingWaitError: a value is used before the wait that orders it, or on the side where it is not.
+        SlotInUseError: a slot is overwritten or read although its reader's release says otherwise.
+        ScheduleError: a transfer has no wait or more than one, or a slot is never released.
+    """
+    residency = context.residency
+    module.graph.lint()
+    _check_transfers(module.graph)
+    _check_sides(module.graph)
+    _check_slots(module.graph, 0 if residency is None else residency.ring_bytes)
+    _check_downloads(module.graph)
+
+
+def _check_transfers(graph: fx.Graph) -> None:
+    """Each transfer is waited for once, released once if it fills a slot, and touched by nothing else."""
+    for node in graph.nodes:
+        allowed = _STARTS.get(node.target)
+        if allowed is None:
+            continue
+        for target in allowed:
+            found = [user for user in node.users if user.target == target]
+            if len(found) != 1:
+                raise ScheduleError(f"{node.name} ({info(node).module}) has {len(found)} {target}, expected one")
+        stranger = next((user for user in node.users if user.target not in allowed), None)
+        if stranger is not None:
+            raise MissingWaitError(f"{stranger.name} uses {node.name} without a wait in between")
+
+
+def _check_sides(graph: fx.Graph) -> None:
+    """A value is read only on the side where it is."""
+    for user in graph.nodes:
+        for operand in user.all_input_nodes:
+            reads, lies = operand_side(user, operand), value_side(operand)
+            if reads is not None and lies is not None and reads != lies:
+                raise MissingWaitError(
+                    f"{user.name} ({info(user).module}) reads {operand.name} on the {reads}, but it is on the "
+                    f"{lies}; a transfer and its wait are missing between them"
+                )
+
+
+def _check_slots(graph: fx.Graph, ring_bytes: int) -> None:
+    """No slot is overwritten before its release, none is read after it, all are inside the ring."""
+    filled: list[tuple[int, int, fx.Node]] = []
+    released: dict[fx.Node, fx.Node] = {}
+    waited_for: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.target == ir.PREFETCH:
+            waited_for |= set(node.args[4])
+            _check_prefetch(node, filled, released, waited_for, ring_bytes)
+        elif node.target == ir.RELEASE:
+            released[node.args[0]] = node
+        else:
+            _check_slot_reader(node, released)
+
+
+def _check_prefetch(
+    node: fx.Node,
+    filled: list[tuple[int, int, fx.Node]],
+    released: dict[fx.Node, fx.Node],
+    waited_for: set[fx.Node],
+    ring_bytes: int,
+) -> None:
+    lo = int(node.args[3])  # type: ignore[arg-type]
+    hi = lo + slot_bytes(node)
+    if lo < 0 or hi > ring_bytes:
+        raise ScheduleError(f"{node.name} fills bytes {lo} to {hi} of a staging ring of {ring_bytes}")
+    for other_lo, other_hi, other in filled:
+        if lo < other_hi and other_lo < hi and released.get(other) not in waited_for:
+            raise SlotInUseError(
+                f"{node.name} overwrites the slot of {other.name} without waiting for its release"
+            )
+    filled.append((lo, hi, node))
+
+
+def _check_slot_reader(node: fx.Node, released: dict[fx.Node, fx.Node]) -> None:
+    for operand in node.all_input_nodes:
+        transfer = operand.args[0] if operand.target == ir.WAIT else None
+        if transfer in released:
+            raise SlotInUseError(f"{node.name} reads the slot of {transfer} after {released[transfer]} gave it up")
+
+
+def _check_downloads(graph: fx.Graph) -> None:
+    """What a download reads is not written before the host has waited for it."""
+    pending: dict[fx.Node, frozenset[int]] = {}
+    for node in graph.nodes:
+        if node.target == ir.TO_HOST:
+            sources = (info(operand).storages for operand in node.all_input_nodes)
+            pending[node] = frozenset[int]().union(*sources)
+        elif node.target == ir.WAIT_HOST:
+            pending.pop(node.args[0])
+        elif info(node).side == "accelerator":
+            for transfer, storages in pending.items():
+                if storages & info(node).writes:
+                    raise MissingWaitError(f"{node.name} writes what {transfer.name} is still copying down")

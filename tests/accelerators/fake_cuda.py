@@ -1,0 +1,116 @@
+"""Just enough of torch.cuda, on host memory and without asynchrony, to run CudaAccelerator and see its edges.
+
+It says nothing about a GPU: it finds wrong calls and missing event waits, not wrong assumptions about CUDA.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hetegen_compile.accelerators import cuda, cuda_pinning
+from hetegen_compile.accelerators.geometry import empty_twin
+
+LOG: list[str] = []
+ALREADY_REGISTERED = 712
+
+
+class FakeEvent:
+    """Knows who recorded it; waiting for one never recorded fails, unlike CUDA."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.name = ""
+        self.recorded_s = 0.0
+
+    def record(self, stream: FakeStream) -> None:
+        self.name = f"{stream.name}@{next(stream.ticks)}"
+        self.recorded_s = next(CLOCK) * 1.0
+
+    def synchronize(self) -> None:
+        assert self.name, "waits for an event that was never recorded"
+        LOG.append(f"host waits {self.name}")
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return end.recorded_s - self.recorded_s
+
+
+CLOCK = itertools.count()
+
+
+class FakeStream:
+    """Logs what it waits for."""
+
+    names = itertools.cycle(["up", "down"])
+
+    def __init__(self, device: torch.device | None = None, name: str = "") -> None:
+        self.name = name or next(self.names)
+        self.ticks = itertools.count()
+
+    def wait_event(self, event: FakeEvent) -> None:
+        assert event.name, "waits for an event that was never recorded"
+        LOG.append(f"{self.name} waits {event.name}")
+
+    def wait_stream(self, other: FakeStream) -> None:
+        LOG.append(f"{self.name} waits {other.name}")
+
+    def record_event(self) -> FakeEvent:
+        event = FakeEvent()
+        event.record(self)
+        return event
+
+    def synchronize(self) -> None:
+        LOG.append(f"host waits {self.name}")
+
+
+class FakeRuntime:
+    """Registers whole ranges; refuses a range that starts inside a registered one."""
+
+    def __init__(self) -> None:
+        self.ranges: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        if any(start <= address < start + size for start, size in self.ranges.items()):
+            return ALREADY_REGISTERED
+        self.ranges[address] = nbytes
+        return cuda_pinning.SUCCESS
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.ranges[address]
+        return cuda_pinning.SUCCESS
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
+    """Put the fake in the place of torch.cuda's parts that CudaAccelerator uses."""
+    LOG.clear()
+    compute, runtime = FakeStream(name="compute"), FakeRuntime()
+    FakeStream.names = itertools.cycle(["up", "down"])
+
+    @contextmanager
+    def on(stream: FakeStream) -> Iterator[None]:
+        LOG.append(f"on {stream.name}")
+        yield
+
+    parts = SimpleNamespace(
+        is_available=lambda: True,
+        mem_get_info=lambda device: (1 << 30, 1 << 31),
+        max_memory_reserved=lambda device: 12345,
+        synchronize=lambda device: LOG.append("host waits all"),
+        current_stream=lambda device: compute,
+        cudart=lambda: runtime,
+        stream=on,
+        Stream=FakeStream,
+        Event=FakeEvent,
+    )
+    for name, part in vars(parts).items():
+        monkeypatch.setattr(torch.cuda, name, part)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: False)
+    monkeypatch.setattr(cuda, "_current_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(cuda, "empty_twin", lambda tensor, device, pinned=False: empty_twin(tensor, device))
+    monkeypatch.setattr(cuda, "cuda_view", lambda buffer, device: buffer)
+    return runtime

@@ -1,0 +1,176 @@
+"""CudaAccelerator without a GPU: what it refuses, and its calls against a fake of torch.cuda."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from hetegen_compile.accelerators import CudaAccelerator, Op
+from hetegen_compile.accelerators.cuda_pinning import CudaHostMemory, _PinnedBytes
+from hetegen_compile.errors import (
+    AcceleratorError,
+    AcceleratorUnavailableError,
+    BudgetError,
+    ScheduleError,
+    SlotInUseError,
+)
+from tests.accelerators import fake_cuda
+from tests.accelerators.fake_cuda import LOG, FakeRuntime
+from tests.accelerators.schedules import WIDTH, SplitLayers, make_weights, run_eager
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
+    return fake_cuda.install(monkeypatch)
+
+
+@pytest.fixture
+def accelerator(runtime: FakeRuntime) -> CudaAccelerator:
+    accelerator = CudaAccelerator()
+    accelerator.reserve_ring(4096)
+    LOG.clear()
+    return accelerator
+
+
+@pytest.mark.parametrize(("version", "reason"), [(None, "CUDA build of torch"), ("13.0", "nvidia-smi")])
+def test_no_device_is_an_error_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, version: str | None, reason: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", version)
+    with pytest.raises(AcceleratorUnavailableError, match=reason):
+        CudaAccelerator()
+
+
+@pytest.mark.usefixtures("runtime")
+def test_split_layers_run_through_every_operation() -> None:
+    accelerator = CudaAccelerator()
+    weights = make_weights(4)
+    layers = SplitLayers(accelerator, weights)
+    x = torch.randn(2, WIDTH)
+    torch.testing.assert_close(layers.step(x), run_eager(weights, x))
+    assert accelerator.counters.uploaded_bytes["weights"] == 4 * 48 * WIDTH * 4
+    assert accelerator.counters.peak_bytes == 12345
+    accelerator.close()
+    with pytest.raises(AcceleratorError, match="closed"):
+        accelerator.begin_step()
+
+
+def test_edges_between_the_streams(accelerator: CudaAccelerator) -> None:
+    slot = accelerator.slot(0, (4,), torch.float32)
+    fetched = accelerator.prefetch(Op("fetch"), torch.ones(4), slot, ())
+    value = accelerator.wait(Op("wait"), fetched)
+    down = accelerator.to_host(Op("down"), value)
+    assert accelerator.wait_host(Op("arrived"), down).tolist() == [1] * 4
+    assert down.source is None
+    token = accelerator.release(Op("release"), fetched)
+    accelerator.prefetch(Op("next"), torch.zeros(4), slot, (token,))
+    assert LOG == [
+        "on up",
+        "compute waits up@0",
+        "down waits compute@0",
+        "on down",
+        "host waits down@0",
+        "up waits compute@1",
+        "on up",
+    ]
+
+
+def test_several_values_go_down_as_one_transfer(accelerator: CudaAccelerator) -> None:
+    down = accelerator.to_host(Op("down"), [torch.ones(2), torch.zeros(3)])
+    assert [t.tolist() for t in accelerator.wait_host(Op("arrived"), down)] == [[1, 1], [0, 0, 0]]
+    assert LOG == ["down waits compute@0", "on down", "host waits down@0"]
+    with pytest.raises(ScheduleError, match="down"):
+        accelerator.to_host(Op("down"), [torch.ones(2), None])
+
+
+def test_small_activations_stay_off_the_copy_engine(accelerator: CudaAccelerator) -> None:
+    small = accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), torch.ones(3).expand(2, 3)))
+    assert small.shape == (2, 3)
+    assert LOG == []
+    accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), torch.ones(1 << 16)))
+    assert LOG == ["on up", "compute waits up@0"]
+    assert len(accelerator._kept) == 2
+    accelerator.end_step()
+    assert accelerator._kept == []
+
+
+def test_faults_that_cost_nothing_to_find(accelerator: CudaAccelerator) -> None:
+    slot = accelerator.slot(0, (4,), torch.float32)
+    fetched = accelerator.prefetch(Op("fetch"), torch.ones(4), slot, ())
+    lost: Any = None
+    with pytest.raises(ScheduleError, match="lost"):
+        accelerator.wait(Op("lost"), lost)
+    with pytest.raises(ScheduleError, match=r"arrived .* fetch"):
+        accelerator.wait_host(Op("arrived"), fetched)
+    with pytest.raises(ScheduleError, match="host_linear"):
+        accelerator.host(Op("host_linear"), torch.neg, (fetched,), {})
+    with pytest.raises(ScheduleError, match="strided"):
+        accelerator.prefetch(Op("strided"), torch.ones(8)[::2], slot, ())
+    accelerator.release(Op("release"), fetched)
+    with pytest.raises(SlotInUseError, match=r"twice .* fetch.* release "):
+        accelerator.release(Op("twice"), fetched)
+    with pytest.raises(AcceleratorError, match="linear failed") as raised:
+        accelerator.launch(Op("linear"), torch.matmul, (torch.ones(2, 3), torch.ones(2, 3)))
+    assert isinstance(raised.value.__cause__, RuntimeError)
+
+
+def test_memory_and_uploads(accelerator: CudaAccelerator) -> None:
+    value = accelerator.upload(Op("w", category="weights"), torch.ones(4))
+    assert accelerator.upload(Op("w2", category="weights"), torch.zeros(4), into=value) is value
+    assert accelerator.download(Op("out"), value).tolist() == [0] * 4
+    assert accelerator.counters.held_bytes == {"slots": 4096, "weights": 16}
+    with pytest.raises(BudgetError, match="staging ring"):
+        accelerator.reserve_ring(1 << 31)
+    with pytest.raises(ScheduleError, match=r"w3 overwrites"):
+        accelerator.upload(Op("w3"), torch.zeros(5), into=value)
+
+
+def test_pinning_follows_return_codes(accelerator: CudaAccelerator, runtime: FakeRuntime) -> None:
+    weight = torch.ones(64)
+    assert accelerator.pin(weight)
+    assert accelerator.pin(weight[3:])
+    assert runtime.ranges == {weight.data_ptr(): 256}
+    assert not CudaHostMemory(torch.device("cpu")).register(weight.data_ptr(), 8)
+    del weight
+    assert runtime.ranges == {}
+
+
+def test_a_refused_pin_clears_the_last_error(
+    accelerator: CudaAccelerator, runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime.ranges[0] = 1 << 62  # everything is registered by somebody else
+    launched: list[torch.device] = []
+    zeros = torch.zeros
+
+    def failing_kernel(size: int, device: torch.device) -> torch.Tensor:
+        launched.append(device)
+        if len(launched) == 1:
+            raise RuntimeError("CUDA error: part or all of the requested memory range is already mapped")
+        return zeros(size, device=device)
+
+    monkeypatch.setattr(torch, "zeros", failing_kernel)
+    assert not accelerator.pin(torch.ones(4))
+    assert launched == [accelerator.device]
+
+
+def test_spans_on_the_hosts_clock(accelerator: CudaAccelerator) -> None:
+    accelerator.trace(True)
+    accelerator.launch(Op("neg"), torch.neg, (torch.ones(2),))
+    accelerator.host(Op("host"), torch.neg, (torch.ones(2),), {})
+    spans = {span.name: span for span in accelerator.trace(False)}
+    assert {name: span.resource for name, span in spans.items()} == {"neg": "accelerator", "host": "host"}
+    assert spans["neg"].end_s - spans["neg"].start_s == pytest.approx(1e-3)
+    assert accelerator.trace(False) == []
+
+
+def test_pinned_buffers_are_described_as_bytes() -> None:
+    buffer = torch.ones(6, dtype=torch.bfloat16)
+    view = _PinnedBytes(buffer)
+    assert view.__cuda_array_interface__ == {
+        "shape": (12,),
+        "typestr": "|u1",
+        "data": (buffer.data_ptr(), False),
+        "strides": None,
+        "version": 3,
+    }
