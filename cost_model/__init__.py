@@ -4,7 +4,7 @@
 ``split`` divides a Linear between host and link, ``timeline`` simulates a step.
 """
 
-from .hardware import (
+from hetegen_compile.cost_model.hardware import (
     SCHEMA_VERSION,
     AcceleratorProfile,
     HardwareProfile,
@@ -13,8 +13,8 @@ from .hardware import (
     LinkProfile,
     RateCurve,
 )
-from .profile_json import load_profile, preset_names, profile_from_json, profile_to_json, unsourced_fields
-from .roofline import (
+from hetegen_compile.cost_model.profile_json import load_profile, preset_names, profile_from_json, profile_to_json, unsourced_fields
+from hetegen_compile.cost_model.roofline import (
     accelerator_linear_s,
     accelerator_op_s,
     arithmetic_rate,
@@ -26,8 +26,8 @@ from .roofline import (
     operation_s,
     upload_s,
 )
-from .split import SplitProblem, SplitSolution, balance_expression, row_granularity, solve_split
-from .timeline import Task, Timeline, lower_bound_s, simulate
+from hetegen_compile.cost_model.split import SplitProblem, SplitSolution, balance_expression, row_granularity, solve_split
+from hetegen_compile.cost_model.timeline import Task, Timeline, lower_bound_s, simulate
 
 __all__ = [
     "SCHEMA_VERSION",

@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 from hetegen_compile.errors import HardwareProfileError
 
-from .hardware import SCHEMA_VERSION, HardwareProfile
-from .profile_schema import decode, encode, nearest, refuse
+from hetegen_compile.cost_model.hardware import SCHEMA_VERSION, HardwareProfile
+from hetegen_compile.cost_model.profile_schema import decode, encode, nearest, refuse
 
 MAX_FILE_BYTES = 1_000_000
 """Largest profile file that is read."""

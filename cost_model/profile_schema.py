@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn, get_args, get_origin, get_type_hint
 
 from hetegen_compile.errors import HardwareProfileError
 
-from .hardware import Bounds, RateCurve
+from hetegen_compile.cost_model.hardware import Bounds, RateCurve
 
 MAX_TEXT = 4000
 """Longest text in a profile, in characters."""

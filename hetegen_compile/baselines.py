@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from torch import fx
 
+from hetegen_compile.balance import simulated_step_s
 from hetegen_compile.cost_model import upload_s
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes.choose_splits import choose_splits
 from hetegen_compile.passes.context import Context, LinearPlan, NodeCost, Residency, require
-from hetegen_compile.passes.predict_step import node_work, predict_step
-from hetegen_compile.pipeline import ONCE_PER_SPLIT, run_pipeline
+from hetegen_compile.passes.predict_step import node_work
 
 
 def floor_s(module: fx.GraphModule, context: Context) -> float:
@@ -46,14 +46,8 @@ def baselines(module: fx.GraphModule, context: Context) -> dict[str, float | Non
 
 def _predicted(module: fx.GraphModule, context: Context, split: float) -> float:
     """The simulated step with another split, through the same passes."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
-    copy = fx.GraphModule(module, graph)
     context = replace(context, options=replace(context.options, split=split))
-    context = replace(context, splits=choose_splits(copy, context))
-    stages = tuple(stage for stage in ONCE_PER_SPLIT if stage.run.__name__ not in ("verify", "lower"))
-    context = run_pipeline(copy, context, stages)
-    return predict_step(copy, context).step_s
+    return simulated_step_s(module, context, choose_splits(module, context))
 
 
 def _nothing_resident(context: Context) -> Residency:

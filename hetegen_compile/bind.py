@@ -107,7 +107,7 @@ class _Binder:
     # ---- names and arguments -------------------------------------------------------------------------------
 
     def _constant(self, hint: str, value: Any) -> str:
-        name = f"{hint}_{len(self._env)}"
+        name = f"_{hint}_{len(self._env)}"
         self._env[name] = value
         return name
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import py_sym_types
 
+from hetegen_compile.balance import activation_bytes, balanced_splits
 from hetegen_compile.baselines import baselines, floor_s
 from hetegen_compile.bind import BoundStep, bind
 from hetegen_compile.cost_model import HardwareProfile
-from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.ir import LINEAR, copy_module, info
 from hetegen_compile.options import Options
 from hetegen_compile.passes.capture import source_name, to_expr
-from hetegen_compile.passes.choose_splits import choose_splits
 from hetegen_compile.passes.context import Bucket, Context, Refusal, require
 from hetegen_compile.passes.lower import SegmentCache, SegmentCompiler
 from hetegen_compile.pipeline import ONCE_PER_BUCKET, ONCE_PER_SPLIT, run_pipeline
@@ -65,6 +65,7 @@ class _Plan:
 
     bound: BoundStep
     schedule: Schedule
+    mirror_limit_bytes: int
     pinned: set[int]
 
 
@@ -132,11 +133,12 @@ class CompiledGraph:
         accelerator, mirrors, bound = self._runtime.accelerator, self._runtime.mirrors, plan.bound
         self._pin(plan, inputs)
         accelerator.begin_step()
-        mirrors.purge()
+        mirrors.begin_step()
         mirrored = [mirrors.fetch(inputs[i], self._names[i]) for i in bound.mirrors]
         residents = [
             mirrors.fetch(inputs[i].detach()[lo:hi], self._names[i], WEIGHTS) for i, lo, hi in bound.residents
         ]
+        mirrors.trim(plan.mirror_limit_bytes - self._runtime.ring_bytes)
         outputs, twins = bound.run(list(inputs), mirrored, residents)
         accelerator.end_step()
         for i in bound.settled:
@@ -180,21 +182,19 @@ class CompiledGraph:
         base = self._buckets[bucket]
         module = copy_module(base.module)
         context = replace(base.context, options=replace(self._options, split=split))
-        context = replace(context, splits=choose_splits(module, context))
+        context = replace(context, splits=balanced_splits(module, context))
         context = run_pipeline(module, context, ONCE_PER_SPLIT)
         prediction = require(context.prediction, "predict_step")
-        self._runtime.accelerator.reserve_ring(require(context.residency, "choose_residency").ring_bytes)
+        residency = require(context.residency, "choose_residency")
+        self._runtime.reserve_ring(residency.ring_bytes)
         bound = bind(module, prediction.work, self._runtime.accelerator)
         schedule = self._schedule(base, module, context)
         register(schedule)
         if self._options.print_schedule and _split_override.get() is None:
             print(schedule.table(unfold=self._options.unfold), flush=True)
-        return _Plan(bound, schedule, set())
+        return _Plan(bound, schedule, context.budget_bytes - residency.budget["activations"], set())
 
-    def _bucket_plan(
-        self, bucket: Bucket, sizes: Sizes, inputs: Sequence[Any]
-    ) -> _BucketPlan:
-        module = copy_module(self._module)
+    def _bucket_plan(self, bucket: Bucket, sizes: Sizes, inputs: Sequence[Any]) -> _BucketPlan:
         refusals: dict[Refusal, None] = {}
         context = Context(
             options=self._options,
@@ -207,11 +207,25 @@ class CompiledGraph:
             refuse=lambda refusal: refusals.setdefault(refusal),
             segments=self._segments,
         )
-        context = run_pipeline(module, context, ONCE_PER_BUCKET)
+        module, context = self._within_budget(context)
         context = replace(context, refusals=tuple(refusals), weights={})
         if require(context.residency, "choose_residency").evicts:
             self._epoch = self._runtime.evict_weights()
         return _BucketPlan(module, context, self._sites(module, context))
+
+    def _within_budget(self, context: Context) -> tuple[fx.GraphModule, Context]:
+        """Run the stages that do not depend on the split until residency leaves room for its own schedule.
+
+        Activations are estimated from the captured graph at first; a schedule keeps some values longer
+        (what goes down at the end of the step, parts of a Linear beside their join).
+        """
+        while True:
+            module = copy_module(self._module)
+            done = run_pipeline(module, context, ONCE_PER_BUCKET)
+            needed = activation_bytes(module, done)
+            if needed <= require(done.residency, "choose_residency").budget["activations"]:
+                return module, done
+            context = replace(context, activation_bytes=needed)
 
     def _sites(self, module: fx.GraphModule, context: Context) -> dict[int, LinearSite]:
         costs = require(context.costs, "annotate_costs")
@@ -276,14 +290,6 @@ def budget_bytes(options: Options, runtime: Runtime) -> int:
     return runtime.accelerator.memory_bytes * 15 // 16
 
 
-def copy_module(module: fx.GraphModule) -> fx.GraphModule:
-    """The graph with its notes copied, parameters and submodules shared."""
-    graph = fx.Graph()
-    output = graph.graph_copy(module.graph, {})
-    graph.output(output)
-    return fx.GraphModule(module, graph)
-
-
 @contextlib.contextmanager
 def _compiling() -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad():
@@ -335,4 +341,4 @@ def _as_int(value: Any) -> int:
     return int(value.node.hint) if isinstance(value, py_sym_types) else int(value)
 
 
-__all__ = ["CompiledGraph", "bucket_of", "copy_module", "override_split"]
+__all__ = ["CompiledGraph", "bucket_of", "override_split"]

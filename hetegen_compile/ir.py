@@ -19,6 +19,7 @@ from typing import Any, Literal
 import sympy
 import torch
 from torch import Tensor, fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 Side = Literal["host", "accelerator"]
 
@@ -73,6 +74,22 @@ def annotate(node: fx.Node, base: NodeInfo | None = None, **changes: Any) -> fx.
 def is_tensor(node: fx.Node) -> bool:
     """Whether the node's result is a single tensor."""
     return isinstance(info(node).value, Tensor)
+
+
+def copy_module(module: fx.GraphModule) -> fx.GraphModule:
+    """The graph with the notes on its nodes copied; parameters and submodules are shared."""
+    graph = fx.Graph()
+    mapped: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(module.graph, mapped)
+    output = graph.output(result)
+    output.meta = dict(next(iter(reversed(module.graph.nodes))).meta)
+    return lazy_module(module, graph)
+
+
+def lazy_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """A GraphModule that generates its Python code when it is first called: most copies never are."""
+    module: fx.GraphModule = _LazyGraphModule(root, graph)
+    return module
 
 
 def erase_dead_nodes(graph: fx.Graph) -> None:

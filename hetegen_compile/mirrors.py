@@ -43,6 +43,11 @@ class _Record:
     version: Any
     base: Value = None
     held: dict[Geometry, _Held] = field(default_factory=dict)
+    base_bytes: int = 0
+    used: int = 0
+
+    def nbytes(self) -> int:
+        return self.base_bytes + sum(held.nbytes for held in self.held.values())
 
 
 class Mirrors:
@@ -51,6 +56,25 @@ class Mirrors:
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._records: dict[int, _Record] = {}
+        self._step = 0
+
+    def begin_step(self) -> None:
+        """Forget the mirrors of storages that no longer exist; what is fetched from now on is in use."""
+        self._step += 1
+        self.purge()
+
+    def trim(self, limit_bytes: int) -> None:
+        """Drop mirrors that this step does not use, oldest use first, until all together fit ``limit_bytes``.
+
+        Nothing is lost: a mirror or a resident weight that is needed again is uploaded again.
+        """
+        excess = sum(record.nbytes() for record in self._records.values()) - limit_bytes
+        if excess <= 0:
+            return
+        for key, record in sorted(self._records.items(), key=lambda item: item[1].used):
+            if excess > 0 and record.used < self._step:
+                excess -= record.nbytes()
+                del self._records[key]
 
     def fetch(self, tensor: Tensor, name: str, category: str = "mirrors") -> Value:
         """The device value with the tensor's contents and geometry; uploads only what is not current.
@@ -59,6 +83,7 @@ class Mirrors:
         each other as on the host; under any other category exactly the tensor's own bytes are uploaded.
         """
         record = self._current(tensor)
+        record.used = self._step
         geometry = _geometry(tensor)
         held = record.held.get(geometry)
         if held is None:
@@ -70,6 +95,7 @@ class Mirrors:
         if tensor.numel() == 0 or not _covers_storage(tensor):
             return
         record = _Record(_weak(tensor), tensor.untyped_storage().data_ptr(), _version(tensor))
+        record.used = self._step
         record.held[_geometry(tensor)] = _Held(value, category, tensor.numel() * tensor.element_size())
         self._records[_key(tensor)] = record
 
@@ -139,6 +165,7 @@ class Mirrors:
         if record.base is None:
             flat = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())  # type: ignore[call-overload]
             record.base = self._accelerator.upload(op, flat)
+            record.base_bytes = flat.numel() * flat.element_size()
         view = tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset()
         value = self._accelerator.launch(op, lambda base: base.as_strided(*view), (record.base,))
         return _Held(value, op.category, 0)

@@ -52,7 +52,7 @@ class Options:
     max_batch: int = 1
     split: float | Literal["auto"] = "auto"
     pace: float | None = None
-    print_schedule: bool = False
+    print_schedule: bool = True
     seed: int | None = None
     unfold: bool = False
 

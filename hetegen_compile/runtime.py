@@ -30,12 +30,19 @@ class Runtime:
         self.mirrors = Mirrors(accelerator)
         self.lock = threading.RLock()
         self.epoch = 0
+        self.ring_bytes = 0
         weakref.finalize(self, accelerator.close)
 
     def resident_weights(self) -> ResidentWeightsView:
         """What the residency decision may know: the weights of models that still exist."""
         self.mirrors.purge()
         return ResidentWeightsView(self.mirrors)
+
+    def reserve_ring(self, nbytes: int) -> None:
+        """Make the staging ring at least this long; all graphs share it."""
+        if nbytes > self.ring_bytes:
+            self.accelerator.reserve_ring(nbytes)
+            self.ring_bytes = nbytes
 
     def evict_weights(self) -> int:
         """Drop all resident weights; graphs that planned with them plan again. Returns the new epoch."""

@@ -24,8 +24,11 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from hetegen_compile.errors import UnsupportedModelError
 from hetegen_compile.ir import NodeInfo, annotate, info
 
-_FREE_ATEN = frozenset({"view", "_unsafe_view", "expand", "permute", "transpose", "t", "slice", "select"})
-_FREE_ATEN |= frozenset({"unsqueeze", "squeeze", "detach", "alias", "as_strided", "empty", "split", "unbind"})
+FREE_ATEN = frozenset({"view", "_unsafe_view", "expand", "permute", "transpose", "t", "slice", "select"})
+FREE_ATEN |= frozenset({"unsqueeze", "squeeze", "detach", "alias", "as_strided", "empty", "split", "unbind"})
+"""ATen operations that move no bytes."""
+_LOOKUPS = frozenset({"embedding", "index", "index_select", "gather"})
+_UPDATES = frozenset({"index_copy_", "index_put_", "scatter_", "index_add_"})
 
 
 def to_expr(value: Any) -> sympy.Expr:
@@ -75,9 +78,23 @@ class _Listener(TorchDispatchMode):
             torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
         )
         found["flops"] += _flops(func, args, kwargs or {}, out)
-        if name not in _FREE_ATEN:
-            found["traffic_bytes"] += sum((tensor_bytes(t) for t in tensors_in((args, out))), sympy.Integer(0))
+        found["traffic_bytes"] += _traffic(name, args, out)
         return out
+
+
+def _traffic(name: str, args: Any, out: Any) -> sympy.Expr:
+    """Bytes that one ATen call reads and writes; a lookup or an update touches only the rows that it moves."""
+    if name in FREE_ATEN:
+        return sympy.Integer(0)
+    if name in _LOOKUPS:
+        return 2 * _total_bytes(out)
+    if name in _UPDATES:
+        return 2 * _total_bytes(args[1:])
+    return _total_bytes((args, out))
+
+
+def _total_bytes(value: Any) -> sympy.Expr:
+    return sum((tensor_bytes(tensor) for tensor in tensors_in(value)), sympy.Integer(0))
 
 
 def _is_random(func: Any, args: Any, kwargs: Any) -> bool:

@@ -24,6 +24,7 @@ from hetegen_compile.passes.liveness import activation_peak_bytes
 
 SLOT_ALIGNMENT = 256
 _WINDOW = 2  # slots the ring holds at least: one being read while the next one is being filled
+_CHUNKS = 8  # slots of the largest size that the ring holds, where weights allow: the link then rarely waits
 
 
 def choose_residency(module: fx.GraphModule, context: Context) -> Residency:
@@ -49,7 +50,8 @@ def choose_residency(module: fx.GraphModule, context: Context) -> Residency:
     ring = _ring_bytes(weights, smallest, free, context)
     chosen = _fill(weights, sizes, free - ring, context)
     budget = {**fixed, "staging ring": ring, "resident weights": sum(sizes[weight] for weight in chosen)}
-    return Residency(frozenset(w.name for w in chosen), ring, ring // _WINDOW, budget, evicts=evicts)
+    chunk = max(smallest // _WINDOW, ring // _CHUNKS)
+    return Residency(frozenset(w.name for w in chosen), ring, chunk, budget, evicts=evicts)
 
 
 def _held_elsewhere(sizes: Mapping[fx.Node, int], context: Context) -> int:
@@ -70,7 +72,9 @@ def _fixed_items(module: fx.GraphModule, weights: Iterable[fx.Node], context: Co
                  if node.target == LINEAR]
     return {
         "mirrors of inputs, buffers and caches": sum(value_bytes(node, context) for node in mirrored),
-        "activations": activation_peak_bytes(module, context) + max(linear_io, default=0),
+        "activations": max(
+            activation_peak_bytes(module, context) + max(linear_io, default=0), context.activation_bytes
+        ),
     }
 
 

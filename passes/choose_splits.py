@@ -64,18 +64,25 @@ def table_only(placeholder: fx.Node, context: Context) -> bool:
     return not others and (is_weight or nbytes * 100 > context.budget_bytes)
 
 
-def _plan(node: fx.Node, costs: Costs, residency: Residency, context: Context) -> LinearPlan:
+def with_host_rows(node: fx.Node, host: int, context: Context) -> LinearPlan:
+    """A Linear's plan with ``host`` rows on the host; the rest is resident or streamed in chunks."""
+    residency = require(context.residency, "choose_residency")
     weight: fx.Node = node.args[1]  # type: ignore[assignment]
     value = info(weight).value
     rows = int(value.shape[0])
-    row_bytes = int(value.shape[1]) * value.element_size()
-    resident = weight.name in residency.weights
-    host = forced_host_rows(rows, context)
-    if context.options.split == "auto" and not resident:
-        host = best_split(rows, costs[info(node).position], context).host_rows
-    if resident:
+    if weight.name in residency.weights:
         return LinearPlan(rows, host, (), (host, rows) if host < rows else None)
+    row_bytes = int(value.shape[1]) * value.element_size()
     return LinearPlan(rows, host, _chunks(host, rows, residency.chunk_bytes, row_bytes), None)
+
+
+def _plan(node: fx.Node, costs: Costs, residency: Residency, context: Context) -> LinearPlan:
+    weight: fx.Node = node.args[1]  # type: ignore[assignment]
+    rows = int(info(weight).value.shape[0])
+    host = forced_host_rows(rows, context)
+    if context.options.split == "auto" and weight.name not in residency.weights:
+        host = best_split(rows, costs[info(node).position], context).host_rows
+    return with_host_rows(node, host, context)
 
 
 def _round_up(value: int, step: int) -> int:

@@ -122,7 +122,10 @@ class ResidentWeights(Protocol):
 
 @dataclass(frozen=True)
 class Context:
-    """Everything a pass may know. Fields from ``costs`` on are filled in as the pipeline runs."""
+    """Everything a pass may know. Fields from ``costs`` on are filled in as the pipeline runs.
+
+    ``activation_bytes`` is what an earlier schedule of the same graph is known to need for activations.
+    """
 
     options: Options
     profile: HardwareProfile
@@ -134,6 +137,7 @@ class Context:
     refuse: Callable[[Refusal], None]
     segments: SegmentCache
     refusals: tuple[Refusal, ...] = ()
+    activation_bytes: int = 0
     costs: Costs | None = None
     residency: Residency | None = None
     splits: Splits | None = None

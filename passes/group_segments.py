@@ -22,7 +22,7 @@ import operator
 import sympy
 from torch import fx
 
-from hetegen_compile.ir import LINEAR, MIRROR, TWIN, WRITE_BACK, NodeInfo, annotate, info, is_tensor, whole_linear
+from hetegen_compile.ir import LINEAR, MIRROR, TWIN, WRITE_BACK, NodeInfo, annotate, info, is_tensor, lazy_module, whole_linear
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.capture import tensors_in
 from hetegen_compile.passes.context import Context, Placement, require
@@ -192,7 +192,7 @@ def _submodule(
                 env[arg] = graph.get_attr(str(arg.target))
         env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(tuple(env[node] for node in outputs))
-    return fx.GraphModule(owner, graph)
+    return lazy_module(owner, graph)
 
 
 def _common_module(paths: list[str]) -> str:

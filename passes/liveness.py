@@ -1,10 +1,14 @@
-"""Peak bytes of values that are alive at once, in program order."""
+"""Peak bytes of values that are alive at once: in program order, and in a schedule's issue order."""
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 from torch import fx
 
+from hetegen_compile import ir
 from hetegen_compile.ir import info
+from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.capture import storage_id, tensor_bytes, tensors_in
 from hetegen_compile.passes.context import Context
 
@@ -27,15 +31,48 @@ def activation_peak_bytes(module: fx.GraphModule, context: Context) -> int:
             size[key] = max(size.get(key, 0), int(context.number(tensor_bytes(tensor))))
         for key in info(node).storages | info(node).reads:
             dies[key] = position
-    change = [0] * (len(nodes) + 2)
-    for key in born.keys() - inputs:
-        change[born[key]] += size[key]
-        change[dies[key] + 1] -= size[key]
-    peak = alive = 0
-    for step in change:
-        alive += step
-        peak = max(peak, alive)
-    return peak
+    return _peak([(born[key], dies[key], size[key]) for key in born.keys() - inputs])
 
 
-__all__ = ["activation_peak_bytes"]
+def scheduled_peak_bytes(graph: fx.Graph, context: Context) -> int:
+    """Most bytes that values on the accelerator occupy at one time in issue order.
+
+    Slots, mirrors and resident weights are not counted. What a download reads lives until the host has waited
+    for it; what becomes a mirror lives to the end.
+    """
+    place = {node: position for position, node in enumerate(graph.nodes)}
+    mirrored = frozenset[int]().union(*(info(node).storages for node in graph.nodes if node.target == ir.MIRROR))
+    own: dict[object, tuple[int, int, int]] = {}
+    for node in graph.nodes:
+        if info(node).side != "accelerator" or node.op == "call_module" or node.target in _NOT_VALUES:
+            continue
+        keys = info(node).storages
+        if keys & mirrored:
+            continue
+        key: object = keys if keys else node
+        born, dies, size = own.get(key, (place[node], 0, 0))
+        own[key] = (born, max(dies, _last_use(node, place)), max(size, value_bytes(node, context)))
+    return _peak(list(own.values()))
+
+
+_NOT_VALUES = (ir.MIRROR, ir.RESIDENT, ir.PREFETCH, ir.WAIT, ir.RELEASE)
+
+
+def _last_use(node: fx.Node, place: dict[fx.Node, int]) -> int:
+    last = place[node]
+    for user in node.users:
+        until = [user, *user.users] if user.target in (ir.TO_HOST, ir.WAIT) else [user]
+        last = max(last, *(len(place) if reader.target == ir.TWIN else place[reader] for reader in until))
+    return last
+
+
+def _peak(lives: list[tuple[int, int, int]]) -> int:
+    """Largest sum of sizes of (born, dies, size) at one position, both ends included."""
+    change: dict[int, int] = {}
+    for born, dies, size in lives:
+        change[born] = change.get(born, 0) + size
+        change[dies + 1] = change.get(dies + 1, 0) - size
+    return max(accumulate(change[position] for position in sorted(change)), default=0)
+
+
+__all__ = ["activation_peak_bytes", "scheduled_peak_bytes"]

@@ -27,7 +27,7 @@ from hetegen_compile.cost_model import (
 )
 from hetegen_compile.ir import info
 from hetegen_compile.passes.annotate_costs import dtype_name, value_bytes
-from hetegen_compile.passes.capture import to_expr
+from hetegen_compile.passes.capture import FREE_ATEN, to_expr
 from hetegen_compile.passes.context import Context
 
 SMALL_UPLOAD_BYTES = 256 * 1024
@@ -83,7 +83,7 @@ def node_work(node: fx.Node, context: Context) -> Work:
     """The resource that a node occupies and for how long, by the context's hardware profile."""
     profile = context.profile
     if node.target in _FREE:
-        return Work(info(node).side or "host", 0.0)
+        return Work("host" if info(node).side == "host" else "accelerator", 0.0)
     if node.target == ir.PREFETCH:
         return Work("up", upload_s(profile, value_bytes(node, context)))
     if node.target == ir.TO_HOST:
@@ -128,5 +128,5 @@ def _other_work(node: fx.Node, context: Context) -> Work:
         return Work("accelerator", 0.0 if single else accelerator_op_s(context.profile, dtype, 0.0, traffic))
     if info(node).side == "accelerator":
         return Work("accelerator", accelerator_op_s(context.profile, dtype, flops, traffic))
-    scalar = not info(node).aten
-    return Work("host", 0.0 if scalar else host_op_s(context.profile, dtype, flops, traffic))
+    free = FREE_ATEN.issuperset(info(node).aten)
+    return Work("host", 0.0 if free else host_op_s(context.profile, dtype, flops, traffic))

@@ -22,8 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import sympy
-import torch
-from torch import fx
+from torch import Tensor, fx
 
 from hetegen_compile import ir
 from hetegen_compile.ir import NodeInfo, annotate, info
@@ -36,10 +35,11 @@ UNASSIGNED = -1
 def split_linears(module: fx.GraphModule, context: Context) -> None:
     """Rewrite every ``hetegen.linear`` as its plan says."""
     splits = require(context.splits, "choose_splits")
+    shapes: dict[object, Tensor] = {}
     for node in list(module.graph.nodes):
         if node.target == ir.LINEAR:
             with module.graph.inserting_before(node):
-                _Splitter(module.graph, node, splits[info(node).position]).split()
+                _Splitter(module.graph, node, splits[info(node).position], shapes).split()
 
 
 @dataclass
@@ -47,6 +47,7 @@ class _Splitter:
     graph: fx.Graph
     node: fx.Node
     plan: LinearPlan
+    shapes: dict[object, Tensor]
 
     def split(self) -> None:
         self.x, self.weight, self.bias, self.dim = self.node.args
@@ -68,14 +69,26 @@ class _Splitter:
 
     def _rows(self, lo: int, hi: int) -> NodeInfo:
         """What is known of rows ``lo:hi`` of the weight on the accelerator."""
-        return NodeInfo(value=info(self.weight).value[lo:hi], side="accelerator")  # type: ignore[arg-type]
+        weight: Tensor = info(self.weight).value  # type: ignore[arg-type]
+        return NodeInfo(value=self._fake(weight, 0, lo, hi), side="accelerator")
 
     def _part(self, lo: int, hi: int) -> NodeInfo:
         """What is known of one part's result: some of the columns, or a partial sum."""
         whole = info(self.node)
-        value = whole.value[..., lo:hi] if self.dim == 0 else whole.value
+        last = whole.value.dim() - 1
+        columns = (lo, hi) if self.dim == 0 else (0, int(whole.value.shape[-1]))
         share = sympy.Rational(hi - lo, self.plan.rows)
-        return NodeInfo(value=torch.empty_like(value), flops=whole.flops * share, side="accelerator")
+        return NodeInfo(
+            value=self._fake(whole.value, last, *columns), flops=whole.flops * share, side="accelerator"
+        )
+
+    def _fake(self, whole: Tensor, dim: int, lo: int, hi: int) -> Tensor:
+        """A fresh fake of ``whole`` narrowed to ``lo:hi``; equal layers share one, nothing tells them apart."""
+        shape = (*whole.shape[:dim], hi - lo, *whole.shape[dim + 1 :])
+        key = (str(shape), whole.dtype)
+        if key not in self.shapes:
+            self.shapes[key] = whole.new_empty(shape)
+        return self.shapes[key]
 
     def _streamed(self, lo: int, hi: int) -> fx.Node:
         rows = self._rows(lo, hi)

@@ -19,7 +19,7 @@ def test_nothing_given_means_the_defaults() -> None:
     assert Options().gpu_memory is None
     assert Options().accelerator == "auto"
     assert Options().split == "auto"
-    assert not Options().print_schedule
+    assert Options().print_schedule
 
 
 def test_every_option_arrives_in_its_field() -> None:

@@ -44,7 +44,8 @@ def test_prompts_of_a_batch_are_padded_on_the_left(
     assert padding > 0
     assert both["attention_mask"].sum(1).tolist() == [alone["input_ids"].shape[1], both["input_ids"].shape[1]]
     torch.testing.assert_close(both["input_ids"][0, padding:], alone["input_ids"][0], rtol=0, atol=0)
-    assert tokenizer.decode(both["input_ids"][1]).endswith(f"user\n{long}<|im_end|>\n<|im_start|>assistant\n")
+    prompt = tokenizer.batch_decode(both["input_ids"])[1]
+    assert prompt.endswith(f"user\n{long}<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_smollm2_is_float32_tied_and_in_evaluation_mode(

@@ -1,0 +1,290 @@
+"""Real Dynamo graphs for the tests of the passes, and a readable print of what a pass made of them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import py_sym_types
+
+from hetegen_compile import ir
+from hetegen_compile.cost_model import HardwareProfile, load_profile
+from hetegen_compile.ir import info
+from hetegen_compile.options import parse_options
+from hetegen_compile.passes import (
+    annotate_costs,
+    group_segments,
+    insert_transfers,
+    place_nodes,
+    schedule,
+    split_linears,
+)
+from hetegen_compile.passes.capture import capture, source_name
+from hetegen_compile.passes.context import Bucket, Context, LinearPlan, Refusal, Residency
+from hetegen_compile.passes.lower import SegmentCache
+from hetegen_compile.pipeline import PIPELINE, run_pipeline
+from hetegen_compile.segments import plain_compiler
+
+PROFILE: HardwareProfile = load_profile("cpu-emulated")
+GIB = 2**30
+
+
+class _GraphTaken(Exception):
+    """Ends the traced call before the graph runs, so that in-place writes have not happened yet."""
+
+
+class NothingResident:
+    """No weight is on the accelerator yet."""
+
+    def is_resident(self, weight: Tensor) -> bool:
+        """Never."""
+        del weight
+        return False
+
+    def held_bytes(self) -> int:
+        """None."""
+        return 0
+
+
+def dynamo_graph(
+    function: Callable[..., Any], *inputs: Any, dynamic: bool | None = None
+) -> tuple[fx.GraphModule, list[Any]]:
+    """The one graph that Dynamo makes of ``function(*inputs)``, and its inputs; nothing is executed."""
+    found: list[tuple[fx.GraphModule, list[Any], dict[fx.Node, Any]]] = []
+
+    def backend(module: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        sources = {n: n.meta["grapharg"].source for n in module.graph.find_nodes(op="placeholder")}
+        found.append((module, list(examples), sources))
+
+        def stop(*args: Any) -> Any:
+            raise _GraphTaken
+
+        return stop
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        try:
+            torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*inputs)
+        except _GraphTaken:
+            pass
+    ((module, examples, sources),) = found
+    for node, source in sources.items():  # Dynamo drops them when the backend has returned
+        node.meta["grapharg"] = SimpleNamespace(source=source)
+    return module, [int(v.node.hint) if isinstance(v, py_sym_types) else v for v in examples]
+
+
+def context_for(module: fx.GraphModule, inputs: Sequence[Any], **changes: Any) -> Context:
+    """A context for a captured graph (captured here if it is not yet); ``changes`` replace fields.
+
+    Plain segments, one token, no weight resident, 1 GiB, ``split`` (an option) "auto".
+    """
+    placeholders = module.graph.find_nodes(op="placeholder")
+    if not any(info(node).position >= 0 for node in module.graph.nodes):
+        capture(module, inputs)
+    split = changes.pop("split", "auto")
+    options = parse_options({"accelerator": "emulated", "hardware": "cpu-emulated", "split": split})
+    pairs = list(zip(placeholders, inputs, strict=True))
+    context = Context(
+        options=options,
+        profile=PROFILE,
+        sizes={
+            info(node).value.node.expr: sympy.Integer(value)
+            for node, value in pairs
+            if isinstance(info(node).value, py_sym_types)
+        },
+        bucket=Bucket(1, 1),
+        budget_bytes=GIB,
+        resident=NothingResident(),
+        weights={node.name: value for node, value in pairs if _belongs_to_model(node, value)},
+        refuse=lambda refusal: None,
+        segments=SegmentCache(plain_compiler(FakeTensorMode()), {}),
+    )
+    return replace(context, **changes)
+
+
+def _belongs_to_model(node: fx.Node, value: Any) -> bool:
+    if isinstance(value, nn.Parameter):
+        return True
+    source = str(getattr(node.meta["grapharg"].source, "name", ""))
+    return isinstance(value, Tensor) and "_buffers[" in source
+
+
+def run_until(stage: Callable[..., Any], module: fx.GraphModule, context: Context) -> Context:
+    """Run the pipeline on ``module`` up to ``stage``, that one included."""
+    stages = [line.run for line in PIPELINE]
+    return run_pipeline(module, context, PIPELINE[: stages.index(stage) + 1])
+
+
+@dataclass
+class Case:
+    """A captured graph on its way through the pipeline."""
+
+    module: fx.GraphModule
+    inputs: list[Any]
+    context: Context
+    refusals: list[Refusal]
+
+    def run(self, until: Callable[..., Any]) -> Case:
+        """Run the pipeline up to ``until``, that stage included."""
+        self.context = run_until(until, self.module, self.context)
+        return self
+
+    def apply(self, stage: Callable[..., Any]) -> Any:
+        """Run one stage by itself."""
+        result = stage(self.module, self.context)
+        self.module.graph.lint()
+        self.module.recompile()
+        return result
+
+    def outputs(self) -> Any:
+        """Execute the graph as it is, with the operations' reference kernels."""
+        self.module.recompile()
+        with torch.no_grad():
+            return self.module(*self.inputs)
+
+    def nodes(self, target: Any) -> list[fx.Node]:
+        """All calls of one function."""
+        return list(self.module.graph.find_nodes(op="call_function", target=target))
+
+    def reasons(self) -> list[str]:
+        """Why nodes were left alone."""
+        return [refusal.reason for refusal in self.refusals]
+
+    @property
+    def text(self) -> str:
+        """The graph as text."""
+        return ir_text(self.module.graph)
+
+
+def case(function: Callable[..., Any], *inputs: Any, dynamic: bool | None = None, **changes: Any) -> Case:
+    """``function(*inputs)`` captured, with a context whose fields ``changes`` replace and that keeps refusals."""
+    module, graph_inputs = dynamo_graph(function, *inputs, dynamic=dynamic)
+    refusals: list[Refusal] = []
+    context = context_for(module, graph_inputs, **{"refuse": refusals.append, **changes})
+    return Case(module, graph_inputs, context, refusals)
+
+
+def again(base: Case, **changes: Any) -> Case:
+    """A copy of a case to run other stages on; ``split`` and fields of the context may be replaced."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(base.module.graph, {}))
+    split = changes.pop("split", base.context.options.split)
+    refusals: list[Refusal] = []
+    options = replace(base.context.options, split=split)
+    context = replace(base.context, options=options, refuse=refusals.append, **changes)
+    return Case(fx.GraphModule(base.module, graph), base.inputs, context, refusals)
+
+
+# ---- plans decided by the test ---------------------------------------------------------------------------
+
+
+def streamed(rows: int) -> LinearPlan:
+    """All rows over the link, in one piece."""
+    return LinearPlan(rows, 0, ((0, rows),), None)
+
+
+def on_host(rows: int) -> LinearPlan:
+    """All rows on the host."""
+    return LinearPlan(rows, rows, (), None)
+
+
+def resident(rows: int) -> LinearPlan:
+    """All rows on the accelerator."""
+    return LinearPlan(rows, 0, (), (0, rows))
+
+
+def halves(rows: int) -> LinearPlan:
+    """The first half on the host, the second half streamed."""
+    return LinearPlan(rows, rows // 2, ((rows // 2, rows),), None)
+
+
+def quarters(rows: int) -> LinearPlan:
+    """A quarter each on the host, streamed twice, and resident."""
+    step = rows // 4
+    return LinearPlan(rows, step, ((step, 2 * step), (2 * step, 3 * step)), (3 * step, rows))
+
+
+def planned(
+    function: Callable[..., Any],
+    *inputs: Any,
+    plan: Callable[[int], LinearPlan] = halves,
+    ring_bytes: int = 2**20,
+    whole_graph: bool = False,
+    **changes: Any,
+) -> Case:
+    """A case up to ``group_segments`` in which every Linear's rows are divided by ``plan``."""
+    result = case(function, *inputs, **changes).run(annotate_costs)
+    linears = result.nodes(ir.LINEAR)
+    rows = {info(node).position: int(info(node.args[1]).value.shape[0]) for node in linears}  # type: ignore[arg-type]
+    result.context = replace(
+        result.context,
+        residency=Residency(frozenset(), ring_bytes, ring_bytes, {}, whole_graph=whole_graph),
+        splits={position: plan(count) for position, count in rows.items()},
+    )
+    result.context = replace(result.context, placement=place_nodes(result.module, result.context))
+    result.apply(group_segments)
+    return result
+
+
+def scheduled(function: Callable[..., Any], *inputs: Any, **changes: Any) -> Case:
+    """A case up to ``schedule`` whose Linears are divided as ``planned`` says."""
+    result = planned(function, *inputs, **changes)
+    for stage in (split_linears, insert_transfers, schedule):
+        result.apply(stage)
+    return result
+
+
+# ---- the IR as text ----------------------------------------------------------------------------------------
+
+
+def ir_text(graph: fx.Graph) -> str:
+    """One line per node: t1, t2, ... for values, inputs by the names that the user knows."""
+    names: dict[fx.Node, str] = {}
+    lines = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            names[node] = source_name(node) or node.name
+        elif node.op == "output":
+            lines.append(f"return {_operand(node.args[0], names)}")
+        else:
+            names[node] = f"t{len(lines) + 1}"
+            lines.append(f"{names[node]} = {_call(node, names)}")
+    return "\n".join(lines)
+
+
+def _call(node: fx.Node, names: dict[fx.Node, str]) -> str:
+    if node.op == "get_attr":
+        return str(node.target)
+    given = [_operand(arg, names) for arg in node.args]
+    given += [f"{key}={_operand(value, names)}" for key, value in node.kwargs.items()]
+    if node.target is operator.getitem:
+        return f"{given[0]}[{given[1]}]"
+    if node.op == "call_method":
+        return f"{given[0]}.{node.target}({', '.join(given[1:])})"
+    return f"{_function_name(node.target)}({', '.join(given)})"
+
+
+def _function_name(target: Any) -> str:
+    if target == ir.LINEAR:
+        return "hetegen.linear"
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.rpartition("::")[2]
+    return str(getattr(target, "__name__", target))
+
+
+def _operand(value: Any, names: dict[fx.Node, str]) -> str:
+    if isinstance(value, fx.Node):
+        return names[value]
+    if isinstance(value, (list, tuple)):
+        items = ", ".join(_operand(item, names) for item in value)
+        if isinstance(value, list):
+            return f"[{items}]"
+        return f"({items},)" if len(value) == 1 else f"({items})"
+    return str(value)

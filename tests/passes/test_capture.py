@@ -1,0 +1,212 @@
+"""Capture: what one propagation of fakes tells about writes, aliases, random numbers, FLOPs and names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import sympy
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, fx, nn
+
+from hetegen_compile.errors import UnsupportedModelError
+from hetegen_compile.ir import info
+from hetegen_compile.passes.capture import capture, source_name, to_expr, weight_module
+from tests.passes.graphs import Case, case, dynamo_graph
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 8)
+        self.down = nn.Linear(8, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def only(found: Case, name: str) -> fx.Node:
+    """The one node whose ATen operations hold ``name``."""
+    (node,) = [n for n in found.module.graph.nodes if name in info(n).aten]
+    return node
+
+
+def placeholder(found: Case, name: str) -> fx.Node:
+    (node,) = [n for n in found.module.graph.find_nodes(op="placeholder") if source_name(n) == name]
+    return node
+
+
+def test_nodes_know_their_place_and_the_module_they_come_from() -> None:
+    found = case(Model(), torch.randn(2, 4))
+    nodes = list(found.module.graph.nodes)
+    linears = [node for node in nodes if "mm" in info(node).aten or "addmm" in info(node).aten]
+    assert [info(node).position for node in nodes] == list(range(len(nodes)))
+    assert [info(node).module for node in linears] == [
+        "layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down",
+    ]  # fmt: skip
+
+
+def test_parameters_have_the_names_that_users_know() -> None:
+    found = case(Model(), torch.randn(2, 4))
+    weight = placeholder(found, "layers.1.up.weight")
+    assert weight_module(weight) == "layers.1.up"
+    assert {source_name(node) for node in found.module.graph.find_nodes(op="placeholder")} == {
+        "x", *dict(Model().named_parameters()),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["inner", "fn", "args", "kwargs"])
+@pytest.mark.xfail(strict=True, reason="source_name drops every step of these names, the user's own included")
+def test_a_module_keeps_its_name_whatever_that_is(name: str) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module(name, nn.Linear(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.get_submodule(name)(x)
+            return result
+
+    found = case(Outer(), torch.randn(2, 4))
+    placeholders = found.module.graph.find_nodes(op="placeholder")
+    assert f"{name}.weight" in {source_name(node) for node in placeholders}
+
+
+def test_a_write_through_a_view_is_a_write_of_its_base() -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        x[1].mul_(y)
+        return x + 1
+
+    found = case(function, torch.zeros(2, 4), torch.ones(4))
+    x = placeholder(found, "x")
+    assert info(only(found, "mul_")).writes == info(x).storages
+    assert info(only(found, "add")).writes == frozenset()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda cache, at, new: cache.index_copy_(0, at, new),
+        lambda cache, at, new: cache.__setitem__(at, new),
+        lambda cache, at, new: cache[:2].copy_(new),
+        lambda cache, at, new: torch.add(cache[:2], new, out=cache[:2]),
+    ],
+)
+def test_every_kind_of_write_to_a_cache_is_seen(write: Any) -> None:
+    def function(cache: Tensor, at: Tensor, new: Tensor) -> Tensor:
+        write(cache, at, new)
+        return cache.sum()
+
+    found = case(function, torch.zeros(6, 4), torch.tensor([0, 3]), torch.ones(2, 4))
+    written = frozenset[int]().union(*(info(node).writes for node in found.module.graph.nodes))
+    assert written == info(placeholder(found, "cache")).storages
+
+
+def test_reading_is_not_writing_and_views_share_a_storage() -> None:
+    found = case(lambda x: (x.t(), x + 1), torch.randn(3, 4))
+    x = placeholder(found, "x")
+    (view,) = [node for node in found.module.graph.nodes if node.target == "t"]
+    made = only(found, "add")
+    assert info(view).storages == info(x).storages
+    assert info(made).storages.isdisjoint(info(x).storages)
+    assert not any(info(node).writes for node in found.module.graph.nodes)
+
+
+def test_inputs_that_alias_each_other_share_a_storage() -> None:
+    base = torch.randn(2, 4)
+    found = case(lambda a, b, c: a + b + c, base[0], base[1], torch.randn(4))
+    a, b, c = (info(placeholder(found, name)) for name in "abc")
+    assert a.storages == b.storages
+    assert c.storages.isdisjoint(a.storages)
+    assert (a.value.storage_offset(), b.value.storage_offset()) == (0, 4)
+
+
+def test_strides_of_inputs_are_kept() -> None:
+    found = case(lambda x: x + 1, torch.randn(3, 4).t())
+    assert info(placeholder(found, "x")).value.stride() == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("function", "random"),
+    [
+        (lambda x: F.dropout(x, 0.5, training=True), True),
+        (lambda x: F.dropout(x, 0.5, training=False), False),
+        (lambda x: x + torch.rand(4), True),
+        (lambda x: F.scaled_dot_product_attention(x, x, x), False),
+        (lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5), True),
+        (lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.0), False),
+    ],
+)
+def test_what_draws_random_numbers_is_random(function: Any, random: bool) -> None:
+    found = case(function, torch.randn(1, 2, 3, 4))
+    assert any(info(node).random for node in found.module.graph.nodes) is random
+
+
+def test_item_depends_on_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "capture_scalar_outputs", True)
+    found = case(lambda x: x * x.sum().item(), torch.randn(4))
+    assert [node.target for node in found.module.graph.nodes if info(node).data_dependent] == ["item"]
+
+
+def test_flops_and_bytes_are_expressions_over_the_graphs_sizes() -> None:
+    found = case(Block(), torch.randn(3, 4), dynamic=True)
+    up = only(found, "addmm")
+    tokens = to_expr(info(up).value.shape[0])
+    assert tokens.is_Symbol
+    assert sympy.expand(info(up).flops - 2 * tokens * 4 * 8) == 0
+    elements = tokens * 4 + 4 * 8 + 8 + tokens * 8
+    assert sympy.expand(info(up).traffic_bytes - 4 * elements) == 0
+
+
+def test_attention_counts_as_attention_and_views_cost_nothing() -> None:
+    found = case(lambda x: F.scaled_dot_product_attention(x, x, x).transpose(1, 2), torch.randn(1, 2, 16, 8))
+    (attention,) = [n for n in found.module.graph.nodes if info(n).flops]
+    assert info(attention).flops == 2 * (2 * 2 * 16 * 16 * 8)
+    (view,) = [node for node in found.module.graph.nodes if node.target == "transpose"]
+    assert info(view).traffic_bytes == 0
+
+
+def test_a_lookup_moves_the_rows_that_it_finds_and_not_the_table() -> None:
+    found = case(nn.Embedding(1000, 8), torch.tensor([3, 5]))
+    assert info(only(found, "embedding")).traffic_bytes == 2 * (2 * 8 * 4)
+
+
+def test_inputs_are_not_written_while_capturing() -> None:
+    x = torch.zeros(4)
+    found = case(lambda x: x.add_(1) + 1, x)
+    assert info(only(found, "add_")).writes
+    assert x.eq(0).all()
+
+
+def test_an_input_that_is_not_on_the_cpu_is_refused_by_its_name() -> None:
+    module, _ = dynamo_graph(lambda x, y: x + y, torch.randn(4), torch.randn(4))
+    with pytest.raises(UnsupportedModelError, match=r"y is on meta.*\.to\('cpu'\)"):
+        capture(module, [torch.randn(4), torch.randn(4, device="meta")])
+
+
+def test_autocast_is_as_before() -> None:
+    def function(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return x @ x
+
+    module, inputs = dynamo_graph(function, torch.randn(4, 4))
+    torch.set_autocast_dtype("cpu", torch.float16)
+    try:
+        capture(module, inputs)
+        assert (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")) == (False, torch.float16)
+    finally:
+        torch.set_autocast_dtype("cpu", torch.bfloat16)
+    (product,) = [node for node in module.graph.nodes if "mm" in info(node).aten]
+    assert info(product).value.dtype == torch.bfloat16
