@@ -23,6 +23,7 @@ from hetegen_compile.segments import inductor_compiler
 logger = logging.getLogger("hetegen_compile")
 
 _RECOMPILE_LIMIT = 64
+_REASON_CHARACTERS = 2000  # torch's messages may hold the whole graph; the cause that is kept has all of it
 
 
 def hetegen(
@@ -51,7 +52,8 @@ def make_backend(compiler: Callable[[FakeTensorMode], SegmentCompiler]) -> Calla
         except HetegenError as error:
             return _raising(error)
         except Exception as error:
-            wrapped = CompilationError(f"hetegen could not compile this graph: {type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}"
+            wrapped = CompilationError(f"hetegen could not compile this graph: {reason[:_REASON_CHARACTERS]}")
             wrapped.__cause__ = error
             return _raising(wrapped)
 

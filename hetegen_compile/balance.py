@@ -15,7 +15,7 @@ from hetegen_compile.cost_model import row_granularity
 from hetegen_compile.ir import LINEAR, copy_module, info
 from hetegen_compile.passes.choose_splits import choose_splits, with_host_rows
 from hetegen_compile.passes.context import Context, LinearPlan, Splits, require
-from hetegen_compile.passes.liveness import scheduled_peak_bytes
+from hetegen_compile.passes.liveness import scheduled_peak_bytes, segment_workspace_bytes
 from hetegen_compile.pipeline import ONCE_PER_SPLIT, run_pipeline
 
 SCALES = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -37,9 +37,9 @@ def simulated_step_s(module: fx.GraphModule, context: Context, splits: Splits) -
 
 
 def activation_bytes(module: fx.GraphModule, context: Context) -> int:
-    """Peak bytes of activations of a grouped graph once it is scheduled with the closed form's splits."""
+    """Peak bytes of activations of a grouped graph, workspace of segments included, once it is scheduled."""
     copy, context = _scheduled(module, context, choose_splits(module, context))
-    return scheduled_peak_bytes(copy.graph, context)
+    return scheduled_peak_bytes(copy.graph, context) + segment_workspace_bytes(module, context)
 
 
 def _scheduled(module: fx.GraphModule, context: Context, splits: Splits) -> tuple[fx.GraphModule, Context]:

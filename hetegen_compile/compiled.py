@@ -25,6 +25,7 @@ from hetegen_compile.passes.capture import source_name, to_expr
 from hetegen_compile.passes.context import Bucket, Context, Refusal, require
 from hetegen_compile.passes.lower import SegmentCache, SegmentCompiler
 from hetegen_compile.pipeline import ONCE_PER_BUCKET, ONCE_PER_SPLIT, run_pipeline
+from hetegen_compile.mirrors import MIRRORS, NoRoomError
 from hetegen_compile.runtime import WEIGHTS, Runtime
 from hetegen_compile.schedule import LinearSite, Schedule, register, schedule_rows
 
@@ -101,8 +102,11 @@ class CompiledGraph:
     def __call__(self, *inputs: Any) -> Any:
         """One forward: the outputs that eager would give, inputs written as eager would have."""
         with self._runtime.lock:
-            plan = self._plan(inputs)
-            return self._run(plan, inputs)
+            try:
+                return self._run(self._plan(inputs), inputs)
+            except NoRoomError:  # nothing has run yet: a cache has grown, so fewer weights can stay
+                self._forget_plans()
+                return self._run(self._plan(inputs), inputs)
 
     @property
     def compiled_segments(self) -> int:
@@ -122,6 +126,8 @@ class CompiledGraph:
                     accelerator.trace(True)
                 outputs = self._step(plan, inputs)
                 seconds = time.perf_counter() - started
+        except NoRoomError:
+            raise
         except BaseException:
             mirrors.forget()  # the step may have written some of them
             raise
@@ -134,12 +140,11 @@ class CompiledGraph:
         self._pin(plan, inputs)
         accelerator.begin_step()
         mirrors.begin_step()
-        mirrored = [mirrors.fetch(inputs[i], self._names[i]) for i in bound.mirrors]
-        residents = [
-            mirrors.fetch(inputs[i].detach()[lo:hi], self._names[i], WEIGHTS) for i, lo, hi in bound.residents
-        ]
-        mirrors.trim(plan.mirror_limit_bytes - self._runtime.ring_bytes)
-        outputs, twins = bound.run(list(inputs), mirrored, residents)
+        requests = [(inputs[i], self._names[i], MIRRORS) for i in bound.mirrors]
+        requests += [(inputs[i].detach()[lo:hi], self._names[i], WEIGHTS) for i, lo, hi in bound.residents]
+        values = mirrors.fetch(requests, plan.mirror_limit_bytes - self._runtime.ring_bytes)
+        count = len(bound.mirrors)
+        outputs, twins = bound.run(list(inputs), values[:count], values[count:])
         accelerator.end_step()
         for i in bound.settled:
             mirrors.settle(inputs[i])
@@ -163,9 +168,8 @@ class CompiledGraph:
         split = self._options.split if split is None else split
         sizes = {symbol: sympy.Integer(_as_int(inputs[i])) for symbol, i in self._symbols.items()}
         bucket = bucket_of(_number(self._tokens, sizes))
-        if self._epoch != self._runtime.epoch:
-            self._buckets.clear()  # weights of ours were evicted: decide residency again
-            self._plans.clear()
+        if self._epoch != self._runtime.epoch:  # weights of ours were evicted: decide residency again
+            self._forget_plans()
             self._epoch = self._runtime.epoch
         plan = self._plans.get((bucket, split))
         if plan is None:
@@ -173,6 +177,10 @@ class CompiledGraph:
                 plan = self._make_plan(bucket, split, sizes, inputs)
             self._plans[bucket, split] = plan
         return plan
+
+    def _forget_plans(self) -> None:
+        self._buckets.clear()
+        self._plans.clear()
 
     def _make_plan(
         self, bucket: Bucket, split: Split, sizes: Sizes, inputs: Sequence[Any]
@@ -192,7 +200,7 @@ class CompiledGraph:
         register(schedule)
         if self._options.print_schedule and _split_override.get() is None:
             print(schedule.table(unfold=self._options.unfold), flush=True)
-        return _Plan(bound, schedule, context.budget_bytes - residency.budget["activations"], set())
+        return _Plan(bound, schedule, context.budget_bytes - residency.transient_bytes, set())
 
     def _bucket_plan(self, bucket: Bucket, sizes: Sizes, inputs: Sequence[Any]) -> _BucketPlan:
         refusals: dict[Refusal, None] = {}
@@ -206,6 +214,7 @@ class CompiledGraph:
             weights={name: inputs[i] for name, i in self._weights.items()},
             refuse=lambda refusal: refusals.setdefault(refusal),
             segments=self._segments,
+            ring_bytes=self._runtime.ring_bytes,
         )
         module, context = self._within_budget(context)
         context = replace(context, refusals=tuple(refusals), weights={})
@@ -250,6 +259,7 @@ class CompiledGraph:
         return Schedule(
             title=f"hetegen on {kind}, hardware {self._profile.name}, {tokens} a forward",
             tokens=(low, high),
+            split=context.options.split,
             rows=schedule_rows(module.graph, prediction, sites, context.number),
             **_bytes_by_place(sites, residency.whole_graph, residency.budget),
             predicted_step_s=prediction.step_s,

@@ -8,7 +8,7 @@ afresh above. A mirror dies with its host storage.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +18,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from hetegen_compile.accelerators.base import Accelerator, Op, Value
 
+MIRRORS = "mirrors"
+"""The category of everything but resident weights."""
 COMPARED_BYTES = 4096
 _WHOLE_STORAGE_FACTOR = 4
 _WHOLE_STORAGE_BYTES = 1 << 20
 
 Geometry = tuple[Any, ...]
+Request = tuple[Tensor, str, str]
+"""A host tensor whose device value is wanted, its name, and the category that its bytes count under."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,10 @@ class _Record:
         return self.base_bytes + sum(held.nbytes for held in self.held.values())
 
 
+class NoRoomError(Exception):
+    """What a step reads does not fit beside its activations: its plan was made for a smaller forward."""
+
+
 class Mirrors:
     """All mirrors on one accelerator. Not thread-safe: used under the accelerator's step lock."""
 
@@ -57,46 +65,61 @@ class Mirrors:
         self._accelerator = accelerator
         self._records: dict[int, _Record] = {}
         self._step = 0
+        self._grown = False
 
     def begin_step(self) -> None:
         """Forget the mirrors of storages that no longer exist; what is fetched from now on is in use."""
         self._step += 1
         self.purge()
 
-    def trim(self, limit_bytes: int) -> None:
-        """Drop mirrors that this step does not use, oldest use first, until all together fit ``limit_bytes``.
-
-        Nothing is lost: a mirror or a resident weight that is needed again is uploaded again.
-        """
-        excess = sum(record.nbytes() for record in self._records.values()) - limit_bytes
-        if excess <= 0:
-            return
-        for key, record in sorted(self._records.items(), key=lambda item: item[1].used):
-            if excess > 0 and record.used < self._step:
-                excess -= record.nbytes()
-                del self._records[key]
-
-    def fetch(self, tensor: Tensor, name: str, category: str = "mirrors") -> Value:
-        """The device value with the tensor's contents and geometry; uploads only what is not current.
+    def fetch(self, requests: Sequence[Request], limit_bytes: int) -> list[Value]:
+        """Device values with the contents and geometry of host tensors; uploads only what is not current.
 
         A view under the category ``mirrors`` may be a device view of the mirrored storage, so that views alias
-        each other as on the host; under any other category exactly the tensor's own bytes are uploaded.
+        each other as on the host; under any other category exactly the tensor's own bytes are uploaded. Before
+        an upload, mirrors that this step does not use are dropped until all fit ``limit_bytes``.
         """
+        found = [self._lookup(tensor) for tensor, _, _ in requests]
+        missing = [i for i, (record, geometry) in enumerate(found) if geometry not in record.held]
+        if missing or self._grown:
+            self._grown = False
+            self._make_room(limit_bytes - sum(_nbytes(requests[i][0]) for i in missing))
+        for i in missing:
+            (tensor, name, category), (record, geometry) = requests[i], found[i]
+            record.held[geometry] = self._make(record, tensor, Op(name, category=category))
+        return [record.held[geometry].value for record, geometry in found]
+
+    def _lookup(self, tensor: Tensor) -> tuple[_Record, Geometry]:
         record = self._current(tensor)
         record.used = self._step
-        geometry = _geometry(tensor)
-        held = record.held.get(geometry)
-        if held is None:
-            held = record.held[geometry] = self._make(record, tensor, Op(name, category=category))
-        return held.value
+        return record, _geometry(tensor)
 
-    def register(self, tensor: Tensor, value: Value, category: str = "mirrors") -> None:
+    def _make_room(self, limit_bytes: int) -> None:
+        """Drop what this step does not use, oldest use first, until the rest fits ``limit_bytes``.
+
+        Nothing is lost: a mirror or a resident weight that is needed again is uploaded again.
+
+        Raises:
+            NoRoomError: what this step uses does not fit.
+        """
+        excess = sum(record.nbytes() for record in self._records.values()) - limit_bytes
+        for key, record in sorted(self._records.items(), key=lambda item: item[1].used):
+            if excess <= 0:
+                return
+            if record.used < self._step:
+                excess -= record.nbytes()
+                del self._records[key]
+        if excess > 0:
+            raise NoRoomError(excess)
+
+    def register(self, tensor: Tensor, value: Value, category: str = MIRRORS) -> None:
         """Make ``value`` the mirror of a host tensor that a step just returned with the same contents."""
         if tensor.numel() == 0 or not _covers_storage(tensor):
             return
         record = _Record(_weak(tensor), tensor.untyped_storage().data_ptr(), _version(tensor))
         record.used = self._step
-        record.held[_geometry(tensor)] = _Held(value, category, tensor.numel() * tensor.element_size())
+        self._grown = True
+        record.held[_geometry(tensor)] = _Held(value, category, _nbytes(tensor))
         self._records[_key(tensor)] = record
 
     def settle(self, tensor: Tensor) -> None:
@@ -159,13 +182,13 @@ class Mirrors:
         return version is not None and not isinstance(record.version, Tensor) and bool(record.version == version)
 
     def _make(self, record: _Record, tensor: Tensor, op: Op) -> _Held:
-        own = tensor.numel() * tensor.element_size()
-        if op.category != "mirrors" or _covers_storage(tensor) or not _needs_whole_storage(tensor):
+        own = _nbytes(tensor)
+        if op.category != MIRRORS or _covers_storage(tensor) or not _needs_whole_storage(tensor):
             return _Held(self._accelerator.upload(op, tensor.detach()), op.category, own)
         if record.base is None:
             flat = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())  # type: ignore[call-overload]
             record.base = self._accelerator.upload(op, flat)
-            record.base_bytes = flat.numel() * flat.element_size()
+            record.base_bytes = _nbytes(flat)
         view = tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset()
         value = self._accelerator.launch(op, lambda base: base.as_strided(*view), (record.base,))
         return _Held(value, op.category, 0)
@@ -173,6 +196,10 @@ class Mirrors:
 
 def _geometry(tensor: Tensor) -> Geometry:
     return (tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _key(tensor: Tensor) -> int:
@@ -202,11 +229,10 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _covers_storage(tensor: Tensor) -> bool:
-    nbytes = tensor.numel() * tensor.element_size()
-    return nbytes == tensor.untyped_storage().nbytes() and _is_dense(tensor)
+    return _nbytes(tensor) == tensor.untyped_storage().nbytes() and _is_dense(tensor)
 
 
 def _needs_whole_storage(tensor: Tensor) -> bool:
     """Whether a view is mirrored through its whole storage: small ones are, and those that overlap."""
-    limit = max(_WHOLE_STORAGE_BYTES, _WHOLE_STORAGE_FACTOR * tensor.numel() * tensor.element_size())
+    limit = max(_WHOLE_STORAGE_BYTES, _WHOLE_STORAGE_FACTOR * _nbytes(tensor))
     return not _is_dense(tensor) or tensor.untyped_storage().nbytes() <= limit

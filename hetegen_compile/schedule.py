@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx
 
@@ -30,6 +30,7 @@ class Schedule:
     Attributes:
         title: what the plan is for (accelerator, hardware profile, tokens).
         tokens: the bucket, (lowest, highest) tokens a forward; highest None is open.
+        split: the ``split`` option that the plan was made with.
         rows: one ``Row`` for each Linear, segment and host operation, in issue order.
         resident_bytes, streamed_bytes, host_bytes: weights of one step by where they are consumed.
         predicted_step_s: the simulated step.
@@ -41,6 +42,7 @@ class Schedule:
 
     title: str
     tokens: tuple[int, int | None]
+    split: float | Literal["auto"]
     rows: tuple[Row, ...]
     resident_bytes: int
     streamed_bytes: int

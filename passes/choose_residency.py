@@ -18,8 +18,9 @@ from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import LINEAR, info, is_tensor
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.annotate_costs import linear_cost, value_bytes
+from hetegen_compile.passes.capture import tensor_bytes, tensors_in, to_expr
 from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, forced_split, table_only
-from hetegen_compile.passes.context import Context, Residency
+from hetegen_compile.passes.context import GROWTH, Context, Residency
 from hetegen_compile.passes.liveness import activation_peak_bytes
 
 SLOT_ALIGNMENT = 256
@@ -40,6 +41,7 @@ def choose_residency(module: fx.GraphModule, context: Context) -> Residency:
     sizes = {weight: _resident_bytes(weight, context) for weight in weights}
     elsewhere = _held_elsewhere(sizes, context)
     smallest = _WINDOW * max((_smallest_chunk(weight) for weight in weights), default=0)
+    smallest = max(smallest, context.ring_bytes)
     if free < smallest:
         raise _budget_error(fixed, smallest, context)
     evicts = free - elsewhere < smallest
@@ -68,14 +70,33 @@ def _fixed_items(module: fx.GraphModule, weights: Iterable[fx.Node], context: Co
         if node.op in ("placeholder", "get_attr") and is_tensor(node) and node not in skipped
         and not table_only(node, context)
     ]
+    growing = [
+        tensor
+        for node in module.graph.nodes
+        if node.op in ("placeholder", "output") and node not in skipped
+        for tensor in tensors_in(info(node).value)
+        if any(to_expr(size).free_symbols for size in tensor.shape)
+    ]
     linear_io = [value_bytes(node, context) + value_bytes(node.args[0], context) for node in module.graph.nodes
                  if node.target == LINEAR]
     return {
         "mirrors of inputs, buffers and caches": sum(value_bytes(node, context) for node in mirrored),
+        GROWTH: _growth(sum(int(context.number(tensor_bytes(t))) for t in growing), context),
         "activations": max(
             activation_peak_bytes(module, context) + max(linear_io, default=0), context.activation_bytes
         ),
     }
+
+
+def _growth(nbytes: int, context: Context) -> int:
+    """Bytes kept free for inputs and outputs of varying size that now have ``nbytes``.
+
+    Up to the stated context and batch; without them as much again. A forward that outgrows this is planned anew.
+    """
+    if context.options.context is None:
+        return nbytes
+    longest = max((int(size) for size in context.sizes.values()), default=1)
+    return max(0, round(nbytes * (context.options.context * context.options.max_batch / max(1, longest) - 1)))
 
 
 def _resident_bytes(weight: fx.Node, context: Context) -> int:
@@ -91,9 +112,12 @@ def _already(weight: fx.Node, context: Context) -> bool:
 
 
 def _ring_bytes(weights: Mapping[fx.Node, fx.Node], smallest: int, free: int, context: Context) -> int:
-    """Bytes of the staging ring: two of the largest weight, at most a quarter of what is free."""
+    """Bytes of the staging ring: two of the largest weight, at most a quarter of what is free.
+
+    The ring is shared by all graphs, so it is never shorter than it is already.
+    """
     largest = _WINDOW * max((_aligned(value_bytes(weight, context)) for weight in weights), default=0)
-    return max(smallest, min(largest, free // 4 // SLOT_ALIGNMENT * SLOT_ALIGNMENT))
+    return max(smallest, context.ring_bytes, min(largest, free // 4 // SLOT_ALIGNMENT * SLOT_ALIGNMENT))
 
 
 def _smallest_chunk(weight: fx.Node) -> int:
@@ -111,7 +135,7 @@ def _budget_error(fixed: Mapping[str, int], smallest: int, context: Context) -> 
     need = sum(fixed.values()) + smallest
     return BudgetError(
         f"gpu_memory={format_bytes(context.budget_bytes)} cannot hold what a step needs on the accelerator: "
-        f"{items}; two of the smallest staging slots: {format_bytes(smallest)}. The smallest budget that works is "
+        f"{items}; staging ring (two of the smallest slots at least): {format_bytes(smallest)}. The smallest budget that works is "
         f"{need} bytes ({format_bytes(need)}): set options={{'gpu_memory': {need}}} or use a smaller batch or context"
     )
 

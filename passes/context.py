@@ -81,6 +81,10 @@ Splits = Mapping[int, LinearPlan]
 """Plans of the Linears by their place in program order (``NodeInfo.position``)."""
 
 
+GROWTH = "room for caches to grow"
+"""The budget's item for inputs and outputs of varying size, half of it for each."""
+
+
 @dataclass(frozen=True)
 class Residency:
     """Weights (names of placeholders) that stay on the accelerator, and how its memory is shared out, item by item in bytes.
@@ -95,6 +99,11 @@ class Residency:
     budget: Mapping[str, int]
     whole_graph: bool = False
     evicts: bool = False
+
+    @property
+    def transient_bytes(self) -> int:
+        """What a step makes beside what it reads: activations, and the growth of the caches that it returns."""
+        return self.budget["activations"] + self.budget[GROWTH] // 2
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,8 @@ class ResidentWeights(Protocol):
 class Context:
     """Everything a pass may know. Fields from ``costs`` on are filled in as the pipeline runs.
 
-    ``activation_bytes`` is what an earlier schedule of the same graph is known to need for activations.
+    ``activation_bytes`` is what an earlier schedule of the same graph is known to need for activations;
+    ``ring_bytes`` the length that the accelerator's staging ring has already.
     """
 
     options: Options
@@ -138,6 +148,7 @@ class Context:
     segments: SegmentCache
     refusals: tuple[Refusal, ...] = ()
     activation_bytes: int = 0
+    ring_bytes: int = 0
     costs: Costs | None = None
     residency: Residency | None = None
     splits: Splits | None = None

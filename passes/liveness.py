@@ -55,6 +55,21 @@ def scheduled_peak_bytes(graph: fx.Graph, context: Context) -> int:
     return _peak(list(own.values()))
 
 
+def segment_workspace_bytes(module: fx.GraphModule, context: Context) -> int:
+    """Most bytes that one segment's inner values occupy beside its outputs.
+
+    An upper bound for compiled code, which fuses many of them away.
+    """
+    segments = [module.get_submodule(str(call.target)) for call in module.graph.find_nodes(op="call_module")]
+    return max((_workspace_bytes(one, context) for one in segments if isinstance(one, fx.GraphModule)), default=0)
+
+
+def _workspace_bytes(segment: fx.GraphModule, context: Context) -> int:
+    output = next(iter(reversed(segment.graph.nodes)))
+    outputs = sum(value_bytes(node, context) for node in output.all_input_nodes)
+    return max(0, activation_peak_bytes(segment, context) - outputs)
+
+
 _NOT_VALUES = (ir.MIRROR, ir.RESIDENT, ir.PREFETCH, ir.WAIT, ir.RELEASE)
 
 
@@ -75,4 +90,4 @@ def _peak(lives: list[tuple[int, int, int]]) -> int:
     return max(accumulate(change[position] for position in sorted(change)), default=0)
 
 
-__all__ = ["activation_peak_bytes", "scheduled_peak_bytes"]
+__all__ = ["activation_peak_bytes", "scheduled_peak_bytes", "segment_workspace_bytes"]

@@ -17,6 +17,8 @@ Before:                                       After (two slots):
 
 from __future__ import annotations
 
+import operator
+
 import networkx as nx
 from torch import fx
 
@@ -34,15 +36,9 @@ _RANK = {
     ir.PREFETCH: 1,
     ir.TO_HOST: 2,
     ir.TO_ACCELERATOR: 2,
-    ir.WAIT: 3,
-    ir.PARTIAL_LINEAR: 3,
-    ir.RELEASE: 3,
-    ir.JOIN: 3,
-    ir.WAIT_HOST: 4,
-    ir.HOST_LINEAR: 5,
 }
-_HOST_RANK = 5
 _ACCELERATOR_RANK = 3
+_HOST_RANK = 4
 
 
 def schedule(module: fx.GraphModule, context: Context) -> None:
@@ -92,8 +88,54 @@ def reorder(graph: fx.Graph) -> None:
     place = {node: position for position, node in enumerate(nodes)}
     output = next(iter(reversed(graph.nodes)))
     _slots_in_program_order(graph, tasks)
+    late = _late_nodes(nodes, tasks)
     for node in nx.lexicographical_topological_sort(tasks, key=lambda node: (_rank(node), place[node])):
+        for wait in _waits_of(node, late):
+            output.prepend(wait)
         output.prepend(node)
+    for wait in _waits_of(output, late):
+        output.prepend(wait)
+
+
+def _late_nodes(nodes: list[fx.Node], tasks: nx.DiGraph) -> set[fx.Node]:
+    """Take the waits that only order their own readers out of ``tasks``: each is issued just before its first reader.
+
+    A wait holds up everything that is issued to its stream (or to the host) after it.
+    """
+    late: set[fx.Node] = set()
+    for node in reversed(nodes):
+        waits = node.target in (ir.WAIT, ir.WAIT_HOST) or (
+            node.target is operator.getitem and _source(node).target == ir.WAIT_HOST
+        )
+        others = set(tasks.successors(node)) - set(node.users) - _readers_of_late(node, late)
+        if waits and all(other.target == ir.RELEASE for other in others):  # a release follows the readers anyway
+            tasks.add_edges_from(
+                (before, after) for before in tasks.predecessors(node) for after in tasks.successors(node)
+            )
+            tasks.remove_node(node)
+            late.add(node)
+    return late
+
+
+def _readers_of_late(node: fx.Node, late: set[fx.Node]) -> set[fx.Node]:
+    """Readers of the late nodes that read ``node`` (they took over its edges)."""
+    return {reader for user in node.users if user in late for reader in user.users}
+
+
+def _source(node: fx.Node) -> fx.Node:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def _waits_of(node: fx.Node, late: set[fx.Node]) -> list[fx.Node]:
+    """The late nodes that ``node`` reads and that are not issued yet, in order."""
+    found: list[fx.Node] = []
+    for operand in node.all_input_nodes:
+        if operand in late:
+            late.remove(operand)
+            found += [*_waits_of(operand, late), operand]
+    return found
 
 
 def _slots_in_program_order(graph: fx.Graph, tasks: nx.DiGraph) -> None:

@@ -59,7 +59,8 @@ def changing_seed() -> int:
 
 def emulated(**options: Any) -> dict[str, Any]:
     """Options for the emulated accelerator with random delays and, unless given, half of all rows on the host."""
-    return {"accelerator": "emulated", "split": 0.5, "seed": changing_seed(), **options}
+    quiet = {"print_schedule": False}
+    return {"accelerator": "emulated", "split": 0.5, "seed": changing_seed(), **quiet, **options}
 
 
 @dataclass
@@ -162,6 +163,7 @@ def assert_offloaded(
     assert sum(schedule.streamed_bytes for schedule in schedules) > 0
     assert all(schedule.step_times_s for schedule in schedules), "a plan was made and not run"
     assert all(schedule.resident_bytes <= schedule.budget_bytes <= budget for schedule in schedules)
+    assert backend.accelerator.counters.peak_bytes <= budget
     _assert_bytes_moved(backend.accelerator, schedules)
 
 

@@ -55,7 +55,7 @@ def test_generates_what_eager_generates(architecture: str, cache: str | None, ba
 
 @through_inductor
 @pytest.mark.parametrize(
-    ("architecture", "cache", "batch"), [("llama", "static", 3), ("gpt2", None, 1), ("gemma2", None, 3)]
+    ("architecture", "cache", "batch"), [("llama", "static", 3), ("gpt2", None, 1), ("gemma2", "static", 1)]
 )
 def test_segments_through_inductor(architecture: str, cache: str | None, batch: int) -> None:
     _generate_like_eager(architecture, cache, batch, inductor_compiler)
@@ -64,7 +64,7 @@ def test_segments_through_inductor(architecture: str, cache: str | None, batch: 
 @through_inductor
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_no_worse_than_inductor(dtype: torch.dtype) -> None:
-    model, inputs = tiny_model("llama", dtype=dtype), prompts(3)
+    model, inputs = tiny_model("llama", layers=1, dtype=dtype), prompts(3)
     inductors = (_inductors_logits(dtype, inputs) - _logits(model, inputs)).abs().max().item()
     assert inductors > 0, "no difference to allow"
     found = compiled_like_eager(
@@ -76,7 +76,7 @@ def test_half_precision_is_no_worse_than_inductor(dtype: torch.dtype) -> None:
 
 
 def _inductors_logits(dtype: torch.dtype, inputs: dict[str, Tensor]) -> Tensor:
-    model = tiny_model("llama", dtype=dtype)
+    model = tiny_model("llama", layers=1, dtype=dtype)
     model.compile(backend="inductor")
     return _logits(model, inputs)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 import sympy
 import torch
+from hypothesis import settings
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import py_sym_types
@@ -35,9 +37,12 @@ from hetegen_compile.segments import plain_compiler
 PROFILE: HardwareProfile = load_profile("cpu-emulated")
 GIB = 2**30
 
+property_test = settings(deadline=None, max_examples=50)
+"""For properties: the first example of a run traces and compiles, so no single one has a deadline."""
 
-class _GraphTaken(Exception):
-    """Ends the traced call before the graph runs, so that in-place writes have not happened yet."""
+
+class _GraphTaken(BaseException):
+    """Ends the call in the backend: nothing is executed, no guards are built. Dynamo wraps Exceptions only."""
 
 
 class NothingResident:
@@ -54,28 +59,27 @@ class NothingResident:
 
 
 def dynamo_graph(
-    function: Callable[..., Any], *inputs: Any, dynamic: bool | None = None
+    function: Callable[..., Any],
+    *inputs: Any,
+    dynamic: bool | None = None,
+    dynamo: Mapping[str, bool] | None = None,
 ) -> tuple[fx.GraphModule, list[Any]]:
-    """The one graph that Dynamo makes of ``function(*inputs)``, and its inputs; nothing is executed."""
+    """The one graph that Dynamo makes of ``function(*inputs)``, and its inputs; nothing is executed.
+
+    ``dynamo`` changes Dynamo's config while it traces.
+    """
     found: list[tuple[fx.GraphModule, list[Any], dict[fx.Node, Any]]] = []
 
     def backend(module: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
         sources = {n: n.meta["grapharg"].source for n in module.graph.find_nodes(op="placeholder")}
         found.append((module, list(examples), sources))
-
-        def stop(*args: Any) -> Any:
-            raise _GraphTaken
-
-        return stop
+        raise _GraphTaken
 
     torch._dynamo.reset()
-    with torch.no_grad():
-        try:
-            torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*inputs)
-        except _GraphTaken:
-            pass
+    with torch.no_grad(), torch._dynamo.config.patch(dict(dynamo or {})), contextlib.suppress(_GraphTaken):
+        torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*inputs)
     ((module, examples, sources),) = found
-    for node, source in sources.items():  # Dynamo drops them when the backend has returned
+    for node, source in sources.items():  # Dynamo drops them on its way out
         node.meta["grapharg"] = SimpleNamespace(source=source)
     return module, [int(v.node.hint) if isinstance(v, py_sym_types) else v for v in examples]
 
@@ -122,7 +126,7 @@ def run_until(stage: Callable[..., Any], module: fx.GraphModule, context: Contex
     return run_pipeline(module, context, PIPELINE[: stages.index(stage) + 1])
 
 
-@dataclass
+@dataclass(repr=False)
 class Case:
     """A captured graph on its way through the pipeline."""
 
@@ -149,7 +153,7 @@ class Case:
         with torch.no_grad():
             return self.module(*self.inputs)
 
-    def nodes(self, target: Any) -> list[fx.Node]:
+    def nodes(self, target: Any) -> list[Any]:
         """All calls of one function."""
         return list(self.module.graph.find_nodes(op="call_function", target=target))
 
@@ -163,9 +167,15 @@ class Case:
         return ir_text(self.module.graph)
 
 
-def case(function: Callable[..., Any], *inputs: Any, dynamic: bool | None = None, **changes: Any) -> Case:
+def case(
+    function: Callable[..., Any],
+    *inputs: Any,
+    dynamic: bool | None = None,
+    dynamo: Mapping[str, bool] | None = None,
+    **changes: Any,
+) -> Case:
     """``function(*inputs)`` captured, with a context whose fields ``changes`` replace and that keeps refusals."""
-    module, graph_inputs = dynamo_graph(function, *inputs, dynamic=dynamic)
+    module, graph_inputs = dynamo_graph(function, *inputs, dynamic=dynamic, dynamo=dynamo)
     refusals: list[Refusal] = []
     context = context_for(module, graph_inputs, **{"refuse": refusals.append, **changes})
     return Case(module, graph_inputs, context, refusals)
@@ -222,7 +232,7 @@ def planned(
     """A case up to ``group_segments`` in which every Linear's rows are divided by ``plan``."""
     result = case(function, *inputs, **changes).run(annotate_costs)
     linears = result.nodes(ir.LINEAR)
-    rows = {info(node).position: int(info(node.args[1]).value.shape[0]) for node in linears}  # type: ignore[arg-type]
+    rows = {info(node).position: int(info(node.args[1]).value.shape[0]) for node in linears}
     result.context = replace(
         result.context,
         residency=Residency(frozenset(), ring_bytes, ring_bytes, {}, whole_graph=whole_graph),
@@ -239,6 +249,24 @@ def scheduled(function: Callable[..., Any], *inputs: Any, **changes: Any) -> Cas
     for stage in (split_linears, insert_transfers, schedule):
         result.apply(stage)
     return result
+
+
+def assert_equal_to_eager(
+    function: Callable[..., Any], *inputs: Tensor, plan: Callable[[int], LinearPlan] = quarters, **changes: Any
+) -> Case:
+    """Outputs and written inputs of the scheduled graph are eager's, and something was really split and moved."""
+    own, eager = ([x.clone() for x in inputs] for _ in range(2))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        expected = function(*eager)
+    found = scheduled(function, *own, plan=plan, **changes)
+    assert found.nodes(ir.HOST_LINEAR)
+    assert found.nodes(ir.PREFETCH)
+    torch.manual_seed(0)
+    actual = found.outputs()
+    torch.testing.assert_close(tuple(actual), expected if isinstance(expected, tuple) else (expected,))
+    torch.testing.assert_close(own, eager)
+    return found
 
 
 # ---- the IR as text ----------------------------------------------------------------------------------------

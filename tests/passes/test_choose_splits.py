@@ -16,7 +16,7 @@ from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes import annotate_costs, choose_splits
 from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, table_only
 from hetegen_compile.passes.context import LinearPlan, NodeCost, Residency, Splits
-from tests.passes.graphs import PROFILE, Case, again, case
+from tests.passes.graphs import PROFILE, Case, again, case, property_test
 
 ROWS = (1, 7, 100, 256, 1000)
 COLUMNS = 32
@@ -59,6 +59,7 @@ def check_tiling(plan: LinearPlan) -> None:
 shares = st.just("auto") | st.floats(0, 1)
 
 
+@property_test
 @given(shares, st.integers(0, 40_000), st.sets(st.sampled_from(range(len(ROWS)))))
 def test_rows_are_tiled_and_chunks_fit(wide: Case, split: Any, more_bytes: int, kept: set[int]) -> None:
     weights = [str(node.args[1]) for node in wide.nodes(LINEAR)]
@@ -73,6 +74,7 @@ def test_rows_are_tiled_and_chunks_fit(wide: Case, split: Any, more_bytes: int, 
         assert (plan.resident is None) == (i not in kept or plan.host == rows)
 
 
+@property_test
 @given(st.floats(0, 1))
 def test_a_forced_share_is_kept_to_half_a_granule(wide: Case, share: float) -> None:
     for rows, plan in zip(ROWS, splits_of(wide, share, residency(40_000)).values(), strict=True):
@@ -156,7 +158,7 @@ class Lookup(nn.Module):
         if tied:
             self.head.weight = self.table.weight
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor) -> Any:
         x = self.table(ids)
         return self.head(x) + (self.table.weight.sum() if self.scaled else 0)
 

@@ -67,9 +67,8 @@ def test_a_graph_without_symbols_stays_as_it_is() -> None:
     assert found.run(resolve_sizes).text == before
 
 
-def test_a_number_that_depends_on_data_is_read_from_its_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "capture_scalar_outputs", True)
-    found = case(lambda x: x * x.sum().item(), torch.randn(3, 4), dynamic=True).run(resolve_sizes)
+def test_a_number_that_depends_on_data_is_read_from_its_tensor() -> None:
+    found = case(lambda x: x * x.sum().item(), torch.randn(3, 4), dynamic=True, dynamo={"capture_scalar_outputs": True}).run(resolve_sizes)
     x = found.inputs[-1]
     assert ".item()" in found.text
     torch.testing.assert_close(found.outputs()[0], x * x.sum())
@@ -106,8 +105,7 @@ def test_the_larger_or_smaller_of_two_sizes(choose: Callable[[int, int], int]) -
     strict=True, raises=UnsupportedModelError,
     reason="a size that only the data tells (nonzero) has no size input; the whole graph is refused",
 )  # fmt: skip
-def test_a_size_that_depends_on_data_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
-    mask = torch.tensor([True, False, True])
-    found = case(lambda mask: torch.ones(mask.nonzero().shape), mask).run(resolve_sizes)
+def test_a_size_that_depends_on_data_stays() -> None:
+    mask, config = torch.tensor([True, False, True]), {"capture_dynamic_output_shape_ops": True}
+    found = case(lambda mask: torch.ones(mask.nonzero().shape), mask, dynamo=config).run(resolve_sizes)
     torch.testing.assert_close(found.outputs()[0], torch.ones(2, 1))

@@ -1,0 +1,70 @@
+"""A hardware profile as text, for people."""
+
+from __future__ import annotations
+
+from tabulate import tabulate
+
+from hetegen_compile.cost_model import HardwareProfile, LinkDirection, RateCurve, arithmetic_rate
+from hetegen_compile.options import format_bytes
+
+
+def profile_table(profile: HardwareProfile) -> str:
+    """The profile as two tables: rates by dtype, and everything else with where it is from."""
+    linears = profile.sources.get("host.linear_bytes_per_s", "unknown")
+    return "\n\n".join((profile.description, _by_dtype(profile), f"host Linear: {linears}", _others(profile)))
+
+
+def _by_dtype(profile: HardwareProfile) -> str:
+    """Rates of weights by tokens, and of arithmetic; a column a dtype."""
+    host, accelerator = profile.host, profile.accelerator
+    curves = host.linear_bytes_per_s
+    tokens = sorted({x for curve in curves.values() for x, _ in curve.points})
+    rows: list[list[object]] = [
+        [f"host Linear, {x:g} token(s), GB/s", *(curve.at(x) / 1e9 for curve in curves.values())]
+        for x in tokens
+    ]
+    for label, rates in (("host", host.flops_per_s), ("accelerator", accelerator.flops_per_s)):
+        row = (arithmetic_rate(rates, name) / 1e9 for name in curves)
+        rows.append([f"{label} arithmetic, GFLOP/s", *row])
+    return str(tabulate(rows, headers=["", *curves], floatfmt=".4g"))
+
+
+def _others(profile: HardwareProfile) -> str:
+    host, accelerator, link = profile.host, profile.accelerator, profile.link
+    figures = [
+        ("host memory", f"{host.memory_bytes_per_s / 1e9:.3g} GB/s", "host.memory_bytes_per_s"),
+        ("host memory, size", format_bytes(host.memory_bytes), "host.memory_bytes"),
+        ("host launch", _microseconds(host.launch_s), "host.launch_s"),
+        ("Linear's rate during uploads", f"{host.contention:.0%}", "host.contention"),
+        ("accelerator memory", f"{accelerator.memory_bytes_per_s / 1e9:.4g} GB/s", "accelerator"),
+        ("accelerator memory, size", format_bytes(accelerator.memory_bytes), "accelerator"),
+        ("accelerator launch", _microseconds(accelerator.launch_s), "accelerator"),
+        ("link up", _direction(link.up), "link"),
+        ("link down", _direction(link.down), "link"),
+        ("view of a small buffer", _microseconds(link.view_s), "link"),
+        ("synchronisation", _microseconds(profile.synchronise_s), "synchronise_s"),
+        ("a split Linear's fixed cost", _microseconds(profile.fixed_s_per_split), "fixed_s_per_split"),
+        ("pinning", f"{profile.pin_bytes_per_s / 1e9:.3g} GB/s", "pin_bytes_per_s"),
+    ]
+    rows = [(label, text, _origin(profile, field)) for label, text, field in figures]
+    return str(tabulate(rows, headers=["figure", "", "from"], disable_numparse=True))
+
+
+def _origin(profile: HardwareProfile, field: str) -> str:
+    """Whether the figure was measured, and the beginning of what its source says."""
+    parents = [field.rsplit(".", depth)[0] for depth in range(field.count(".") + 1)]
+    source = next((profile.sources[path] for path in parents if path in profile.sources), "unknown")
+    inferred = any(path in profile.inferred for path in parents)
+    return ("inferred; " if inferred else "") + (source if len(source) <= 70 else source[:67] + "...")
+
+
+def _direction(direction: LinkDirection) -> str:
+    return f"{_peak(direction.pinned)} pinned, {_peak(direction.pageable)} pageable GB/s"
+
+
+def _peak(curve: RateCurve) -> str:
+    return f"{max(rate for _, rate in curve.points) / 1e9:.3g}"
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{seconds * 1e6:.3g} us"

@@ -1,0 +1,66 @@
+"""How calibration takes time: repeated short calls within a budget, and their median."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+MAX_REPEATS = 1000
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured; the defaults keep a calibration under a minute.
+
+    Attributes:
+        tokens: numbers of tokens at which host Linears are timed, ascending.
+        kernel_tokens: those at which the host's kernels are compared.
+        shapes: (out, in) features of the weights that are rotated.
+        rotate_bytes: weights to rotate over; None: 1.5 times the last-level cache, at least 128 MiB.
+        square: tokens, in and out features of the Linear that measures arithmetic.
+        budget_s: seconds for one figure, once it has been repeated often enough.
+        repeats: calls that a median needs at least.
+        clock: monotonic seconds.
+    """
+
+    tokens: tuple[int, ...] = (1, 2, 4, 16, 64, 256)
+    kernel_tokens: tuple[int, ...] = (1, 4)
+    shapes: tuple[tuple[int, int], ...] = ((4096, 4096), (2048, 5120), (6144, 3072))
+    rotate_bytes: int | None = None
+    square: int = 1024
+    budget_s: float = 0.45
+    repeats: int = 3
+    clock: Callable[[], float] = time.perf_counter
+
+
+def durations_s(call: Callable[[int], object], effort: Effort) -> list[float]:
+    """Seconds of ``call(0)``, ``call(1)``, ...: at least ``repeats`` of them, then until the budget is spent.
+
+    One ``call(0)`` before them is not counted. No duration is 0, so that rates stay finite.
+    """
+    call(0)
+    durations: list[float] = []
+    end_s = effort.clock() + effort.budget_s
+    while len(durations) < effort.repeats or (effort.clock() < end_s and len(durations) < MAX_REPEATS):
+        start_s = effort.clock()
+        call(len(durations))
+        durations.append(max(effort.clock() - start_s, 1e-9))
+    return durations
+
+
+def median_s(call: Callable[[], object], effort: Effort) -> float:
+    """Median seconds of one call."""
+    return median(durations_s(lambda _: call(), effort))
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Real tensors, no gradients, no autocast: the first call measures in the middle of a compilation."""
+    with unset_fake_temporarily(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield

@@ -1,0 +1,46 @@
+"""The backend is found by its name in a process that imports torch only."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import torch
+
+assert "hetegen" in torch._dynamo.list_backends()
+model = torch.nn.Linear(64, 64)
+model.compile(backend="hetegen", options={"accelerator": "emulated", "gpu_memory": "16KiB", "split": 0.5})
+x = torch.randn(2, 64)
+with torch.no_grad():
+    torch.testing.assert_close(model(x), torch.nn.functional.linear(x, model.weight, model.bias))
+
+import hetegen_compile
+
+(schedule,) = hetegen_compile.schedules()
+assert schedule.host_bytes > 0
+assert schedule.streamed_bytes > 0
+"""
+
+
+def _is_installed() -> bool:
+    return "hetegen" in importlib.metadata.entry_points(group="torch_dynamo_backends").names
+
+
+@pytest.mark.skipif(not _is_installed(), reason="the package is not installed here: no entry point 'hetegen'")
+def test_a_fresh_process_needs_no_import(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_entry_point_names_the_backend() -> None:
+    if not _is_installed():
+        pytest.skip("the package is not installed here: no entry point 'hetegen'")
+    from hetegen_compile.backend import hetegen
+
+    (entry,) = importlib.metadata.entry_points(group="torch_dynamo_backends", name="hetegen")
+    assert entry.load() is hetegen

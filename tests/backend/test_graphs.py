@@ -1,0 +1,171 @@
+"""Graphs, segments and schedules: how many there are, and what they say."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hetegen_compile
+from tests.backend.modules import BUDGET, Linear, Mlp, around, plain, random
+from tests.models.architectures import ARCHITECTURES, generate, prompts, tiny_model
+from tests.models.harness import RecordingBackend, compiled_like_eager, emulated, half_the_weights
+
+
+def test_a_graph_break_in_the_middle() -> None:
+    def body(before: Linear, after: Linear, x: Tensor) -> Tensor:
+        y = before(x)
+        torch._dynamo.graph_break()
+        return after(y)
+
+    model = around(body)
+
+    def run() -> Any:
+        with torch.no_grad():
+            return [model(random(3, 64)) for _ in range(2)]
+
+    found = compiled_like_eager(model, run, options=emulated(gpu_memory=12 << 10))
+    assert len([graph for graph in found.schedules if graph.host_bytes and graph.streamed_bytes]) == 2
+
+
+def test_five_models_in_one_process() -> None:
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for width in (32, 48, 64, 80, 96):
+            torch.manual_seed(0)
+            model, x = Mlp(2, width).eval(), random(3, width)
+
+            def run(model: Mlp = model, x: Tensor = x) -> Tensor:
+                with torch.no_grad():
+                    result: Tensor = model(x)
+                return result
+
+            compiled_like_eager(model, run, options=emulated(gpu_memory=half_the_weights(model) * 3 // 4), calls=1)
+
+
+def test_five_architectures_in_one_process() -> None:
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for architecture in list(ARCHITECTURES)[:5]:
+            model = tiny_model(architecture, layers=1)
+
+            def run(model: Any = model) -> Tensor:
+                with torch.no_grad():
+                    logits: Tensor = model(**prompts(1), use_cache=False).logits
+                return logits
+
+            compiled_like_eager(model, run, options=emulated(gpu_memory=half_the_weights(model)), calls=1)
+
+
+def test_everything_fits(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = around(plain), random(3, 64)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            result: Tensor = model(x)
+        return result
+
+    options = emulated(gpu_memory="1GiB", split="auto")
+    with caplog.at_level(logging.INFO, logger="hetegen_compile"):
+        # offloads=False: that nothing is offloaded is what this is about
+        found = compiled_like_eager(model, run, options=options, calls=1, offloads=False)
+    (schedule,), (graph,) = found.schedules, found.backend.graphs
+    assert schedule.whole_graph
+    assert graph.compiled_segments == 1
+    assert schedule.streamed_bytes == schedule.host_bytes == 0
+    assert schedule.resident_bytes >= 4 * 64 * 64 * 4
+    assert "everything fits" in schedule.explain()
+    assert any("nothing is offloaded" in record.message for record in caplog.records)
+
+
+def _llama_segments(layers: int, **options: Any) -> tuple[int, set[tuple[Any, ...]]]:
+    model = tiny_model("llama", layers=layers)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = model(**prompts(1), use_cache=False).logits
+        return logits
+
+    chosen = emulated(gpu_memory=half_the_weights(model), **options)
+    found = compiled_like_eager(model, run, options=chosen, calls=1)
+    (graph,), (schedule,) = found.backend.graphs, found.schedules
+    linears = [row for row in schedule.rows if row.op == "linear"]
+    return graph.compiled_segments, {(r.host_share, r.streamed_share, r.resident_share) for r in linears}
+
+
+def test_deeper_models_have_as_many_segments() -> None:
+    few, _ = _llama_segments(2)
+    many, shares = _llama_segments(8)
+    assert few == many
+    assert len(shares) > 1, "layers differ in where their weights are"
+    assert any(resident for _, _, resident in shares)
+
+
+def test_another_split_takes_no_new_segments() -> None:
+    model, inputs = tiny_model("llama"), prompts(1)
+    found = compiled_like_eager(
+        model, lambda: generate(model, inputs, "static"), options=emulated(gpu_memory=half_the_weights(model))
+    )
+    segments = [graph.compiled_segments for graph in found.backend.graphs]
+    known = {id(schedule) for schedule in hetegen_compile.schedules()}
+    for split, unused in ((0.0, "host_bytes"), (1.0, "streamed_bytes")):
+        with hetegen_compile.override_split(split):
+            again = generate(model, inputs, "static")
+        torch.testing.assert_close(again["sequences"], found.eager["sequences"], rtol=0, atol=0)
+        new = [schedule for schedule in hetegen_compile.schedules() if id(schedule) not in known]
+        assert new
+        assert all(getattr(schedule, unused) == 0 for schedule in new)
+        assert all(schedule.step_times_s for schedule in new)
+        known |= {id(schedule) for schedule in new}
+    assert [graph.compiled_segments for graph in found.backend.graphs] == segments
+
+
+def _compiled(layers: int) -> Mlp:
+    torch.manual_seed(0)
+    model = Mlp(layers).eval()
+    model.compile(backend=RecordingBackend(), options=emulated(gpu_memory=BUDGET))
+    with torch.no_grad():
+        for _ in range(3):
+            model(random(2, 64))
+    return model
+
+
+def test_schedules_are_listed_newest_last() -> None:
+    before = hetegen_compile.schedules()
+    kept = [_compiled(4), _compiled(5)]
+    new = [schedule for schedule in hetegen_compile.schedules() if not any(schedule is other for other in before)]
+    assert [sum(row.op == "linear" for row in schedule.rows) for schedule in new] == [4, 5]
+    assert len(kept) == 2
+
+
+def test_a_schedule_reports(tmp_path: Path) -> None:
+    model = _compiled(4)
+    schedule = hetegen_compile.schedules()[-1]
+    assert schedule.tokens == (2, 4)
+    assert "layers.0" in schedule.table(unfold=True)
+    assert "x4" in schedule.table() or "{" in schedule.table(), "equal layers are folded"
+    explanation = schedule.explain()
+    assert "gpu_memory" in explanation
+    assert "layers.3" in explanation
+    assert schedule.measured_step_s is not None
+    assert 0 < schedule.measured_step_s
+    assert any(row.measured_s is not None for row in schedule.rows)
+    assert 0 < schedule.floor_s <= schedule.predicted_step_s
+    assert 0 < schedule.accelerator_peak_bytes <= BUDGET
+    assert schedule.host_pinned_bytes > 0
+    schedule.save_trace(tmp_path / "step.json")
+    events = json.loads((tmp_path / "step.json").read_text())["traceEvents"]
+    assert {event["pid"] for event in events} == {"predicted", "measured"}
+    assert {"host", "accelerator", "up"} <= {event["tid"] for event in events if event["pid"] == "measured"}
+    assert model.training is False
+
+
+def test_the_table_is_printed_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    model = around(plain)
+    model.compile(backend=RecordingBackend(), options=emulated(gpu_memory=BUDGET, print_schedule=True))
+    with torch.no_grad():
+        model(random(3, 64))
+    assert hetegen_compile.schedules()[-1].title in capsys.readouterr().out

@@ -1,0 +1,118 @@
+"""Autocast, random numbers and threads around a compiled model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hetegen_compile.segments import inductor_compiler, plain_compiler
+from tests.backend.modules import BUDGET, Linear, Mlp, around, plain, random
+from tests.models.harness import compiled_like_eager, emulated, through_inductor
+
+
+def _run(model: nn.Module, *inputs: Any) -> Callable[[], Any]:
+    def run() -> Any:
+        with torch.no_grad():
+            return [model(*inputs) for _ in range(3)]
+
+    return run
+
+
+@through_inductor
+@pytest.mark.parametrize("compiler", [plain_compiler, inductor_compiler])
+def test_autocast_around_the_call(compiler: Any) -> None:
+    model = around(plain)
+    step = _run(model, random(3, 64))
+
+    def run() -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return step()
+
+    def close(result: Any, expected: Any) -> None:
+        for one, other in zip(result, expected, strict=True):
+            assert one.dtype == other.dtype == torch.bfloat16
+            torch.testing.assert_close(one, other, rtol=1.6e-2, atol=4e-3)
+
+    options = emulated(gpu_memory=BUDGET)
+    found = compiled_like_eager(model, run, options=options, calls=1, compiler=compiler, compare=close)
+    with torch.no_grad():
+        assert model(random(3, 64)).dtype == torch.float32, "without autocast the model is traced again"
+    assert len(found.backend.graphs) == 2
+
+
+def test_autocast_inside_the_forward() -> None:
+    def body(before: Linear, after: Linear, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = before(x)
+        return after(y.float())
+
+    model = around(body)
+
+    def close(result: Any, expected: Any) -> None:
+        for one, other in zip(result, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1.6e-2, atol=4e-3)
+
+    compiled_like_eager(
+        model, _run(model, random(3, 64)), options=emulated(gpu_memory=BUDGET), calls=1, compare=close
+    )
+
+
+def test_dropout_does_nothing_in_evaluation() -> None:
+    dropout = nn.Dropout(0.5).eval()
+
+    def body(before: Linear, after: Linear, x: Tensor) -> Tensor:
+        return after(dropout(before(x)))
+
+    model = around(body)
+    compiled_like_eager(model, _run(model, random(3, 64)), options=emulated(gpu_memory=BUDGET), calls=1)
+
+
+def test_random_numbers_are_those_of_eager() -> None:
+    def body(before: Linear, after: Linear, x: Tensor) -> Tensor:
+        y = before(x) + torch.rand(3, 64)
+        return after(torch.nn.functional.dropout(y, 0.5, training=True)) * torch.randn_like(y)
+
+    model = around(body)
+    found = compiled_like_eager(model, _run(model, random(3, 64)), options=emulated(gpu_memory=BUDGET), calls=1)
+    assert not torch.allclose(found.compiled[0], found.compiled[1])
+
+
+def test_a_linear_whose_size_comes_from_data() -> None:
+    def body(before: Linear, after: Linear, x: Tensor, count: Tensor) -> Tensor:
+        return after(before(x) * count.item())
+
+    model = around(body)
+    run = _run(model, random(3, 64), torch.tensor(2.0))
+    compiled_like_eager(model, run, options=emulated(gpu_memory=BUDGET))
+
+
+def test_threads_take_turns() -> None:
+    torch.manual_seed(0)
+    model = Mlp().eval()
+    inputs = [random(2, 64, seed=seed) for seed in range(2)]
+    found = compiled_like_eager(model, _run(model, inputs[0]), options=emulated(gpu_memory=BUDGET), calls=1)
+    with torch.no_grad():
+        expected = [model.forward(x) for x in inputs]
+    results: dict[int, list[Tensor]] = {0: [], 1: []}
+    together = threading.Barrier(2)
+
+    def work(i: int) -> None:
+        together.wait()
+        with torch.no_grad():
+            results[i] += [model(inputs[i]) for _ in range(8)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in results]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [len(found) for found in results.values()] == [8, 8]
+    for i, tensors in results.items():
+        for tensor in tensors:
+            torch.testing.assert_close(tensor, expected[i])
+    assert sum(len(schedule.step_times_s) for schedule in found.schedules) == 3 + 2 * 8

@@ -1,0 +1,95 @@
+"""What the caller gets back is what eager would have given: dtype, device, shape, strides and aliasing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.backend.modules import BUDGET, Linear, around, random
+from tests.models.harness import compiled_like_eager, emulated
+
+
+def _like_eager(body: Any, *shapes: tuple[int, ...]) -> Any:
+    """Compare ``body``'s results and which of them share memory with an input or with each other."""
+    model = around(body)
+
+    def run() -> tuple[Any, list[list[bool]]]:
+        inputs = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
+        with torch.no_grad():
+            results = model(*inputs)
+        return results, _shared([*inputs, *results])
+
+    return compiled_like_eager(model, run, options=emulated(gpu_memory=BUDGET), calls=1).compiled
+
+
+def _shared(values: list[Any]) -> list[list[bool]]:
+    """Which values are tensors in the same memory."""
+    memory = [v.untyped_storage().data_ptr() if isinstance(v, Tensor) else object() for v in values]
+    return [[one == other for other in memory] for one in memory]
+
+
+def test_dtypes_and_strides() -> None:
+    def body(before: Linear, after: Linear, x: Tensor) -> tuple[Tensor, ...]:
+        y = after(before(x))
+        return y.transpose(0, 1), y.half(), y.argmax(-1), y > 0, y[:, ::2], y.sum()
+
+    _like_eager(body, (3, 64))
+
+
+def test_views_of_one_result_share_memory() -> None:
+    def body(before: Linear, after: Linear, x: Tensor) -> tuple[Tensor, ...]:
+        y = after(before(x))
+        return y, y.view(-1), y[1:]
+
+    _like_eager(body, (3, 64))
+
+
+def test_a_view_of_an_input_is_one() -> None:
+    def body(before: Linear, after: Linear, x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        return after(before(x)), z.t(), x[1:]
+
+    _, shared = _like_eager(body, (3, 64), (5, 2))
+    assert shared[1][3]
+    assert shared[0][4]
+
+
+def test_an_input_returned_as_it_is() -> None:
+    def body(before: Linear, after: Linear, x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        return z, after(before(x)), x
+
+    _, shared = _like_eager(body, (3, 64), (5, 2))
+    assert shared[1][2]
+    assert shared[0][4]
+
+
+def test_one_result_twice() -> None:
+    def body(before: Linear, after: Linear, x: Tensor) -> tuple[Tensor, ...]:
+        y = after(before(x))
+        return y, y
+
+    results, _ = _like_eager(body, (3, 64))
+    assert results[0] is results[1]
+
+
+def test_values_that_are_no_tensors() -> None:
+    def body(before: Linear, after: Linear, x: Tensor) -> tuple[Any, ...]:
+        return after(before(x)), None, x.shape[0] + 1, 2.5, "text", True
+
+    _like_eager(body, (3, 64))
+
+
+def test_no_linear_on_the_way_to_a_result() -> None:
+    def body(before: Linear, after: Linear, x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        return after(before(x)), torch.cat([z, z + 1]), torch.arange(4), torch.tensor(3.0)
+
+    _like_eager(body, (3, 64), (5, 2))
+
+
+def test_an_activation_of_the_middle_is_a_result_too() -> None:
+    def body(before: Linear, after: Linear, x: Tensor) -> tuple[Tensor, ...]:
+        y = before(x)
+        return y, after(y), y.mean(-1)
+
+    _like_eager(body, (2, 3, 64))

@@ -1,0 +1,24 @@
+"""An effort that measures next to nothing, and a clock that advances as it is told."""
+
+from __future__ import annotations
+
+from hetegen_compile.calibration import Effort, Machine
+
+TINY = Effort(
+    tokens=(1, 2), kernel_tokens=(1,), shapes=((16, 8), (8, 16)), rotate_bytes=1024, square=8, budget_s=0.0
+)
+
+MACHINE = Machine("a processor", None, "2.13.0", 4)
+
+
+class Clock:
+    """Seconds that pass only when something says so."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def advance(self, seconds: float) -> None:
+        self.now_s += seconds

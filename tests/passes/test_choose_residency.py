@@ -1,0 +1,253 @@
+"""The budget is hard: what is shared out never exceeds it, and the smallest budget that is named works."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from hetegen_compile.cost_model import row_granularity
+from hetegen_compile.errors import BudgetError
+from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.passes import annotate_costs, choose_residency, choose_splits
+from hetegen_compile.passes.context import Residency
+from tests.passes.graphs import GIB, Case, again, case, property_test
+
+SIZES = ((64, 512), (512, 512), (512, 128), (128, 1000))
+TOTAL = sum(columns * rows * 4 for columns, rows in SIZES)
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(columns, rows, bias=False) for columns, rows in SIZES])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return x
+
+
+@pytest.fixture(scope="module")
+def chain() -> Case:
+    return case(Chain(), torch.randn(1, 64)).run(annotate_costs)
+
+
+class Holding:
+    """Weights that an earlier graph left on the accelerator."""
+
+    def __init__(self, weights: list[Tensor], other_bytes: int = 0) -> None:
+        self._weights = [weight.data_ptr() for weight in weights]
+        self._bytes = sum(weight.nbytes for weight in weights) + other_bytes
+
+    def is_resident(self, weight: Tensor) -> bool:
+        return weight.data_ptr() in self._weights
+
+    def held_bytes(self) -> int:
+        return self._bytes
+
+
+def decide(base: Case, budget_bytes: int, **changes: Any) -> Residency:
+    found = again(base, budget_bytes=budget_bytes, **changes)
+    decided = choose_residency(found.module, found.context)
+    assert found.text == base.text  # a decision changes nothing
+    return decided
+
+
+def named_budget(base: Case, budget_bytes: int = 1, **changes: Any) -> int:
+    """The budget that the error for too small a one recommends."""
+    with pytest.raises(BudgetError) as error:
+        decide(base, budget_bytes, **changes)
+    match = re.search(r"'gpu_memory': (\d+)", str(error.value))
+    assert match is not None
+    return int(match[1])
+
+
+def weight_nodes(base: Case) -> list[str]:
+    return [str(node.args[1]) for node in base.nodes(LINEAR)]
+
+
+def resident_bytes(base: Case, decided: Residency, split: Any) -> int:
+    """Bytes of the rows that the splits of a decision keep on the accelerator, each weight once."""
+    found = again(base, split=split, residency=decided)
+    plans = choose_splits(found.module, found.context)
+    rows = {node.args[1]: (node, plans[info(node).position].resident_rows) for node in found.nodes(LINEAR)}
+    return sum(count * int(node.args[1].meta["hetegen"].value.shape[1]) * 4 for node, count in rows.values())
+
+
+@property_test
+@given(st.integers(1, 2 * TOTAL), st.just("auto") | st.floats(0, 1))
+def test_the_budget_is_never_exceeded(chain: Case, budget_bytes: int, split: Any) -> None:
+    smallest = named_budget(chain, split=split)
+    decided = decide(chain, smallest + budget_bytes, split=split)
+    assert sum(decided.budget.values()) <= smallest + budget_bytes
+    assert resident_bytes(chain, decided, split) == decided.budget["resident weights"]
+    assert decided.chunk_bytes <= decided.ring_bytes == decided.budget.get("staging ring", 0)
+
+
+@property_test
+@given(st.integers(1, TOTAL))
+def test_every_chunk_has_room_for_another_one_beside_it(chain: Case, more_bytes: int) -> None:
+    decided = decide(chain, named_budget(chain) + more_bytes, split=0.0)
+    found = again(chain, split=0.0, residency=decided)
+    plans = choose_splits(found.module, found.context)
+    for node in found.nodes(LINEAR):
+        row_bytes = int(node.args[1].meta["hetegen"].value.shape[1]) * 4
+        for lo, hi in plans[info(node).position].streamed:
+            assert 2 * -(-(hi - lo) * row_bytes // 256) * 256 <= decided.ring_bytes
+
+
+def test_everything_fits() -> None:
+    found = case(Chain(), torch.randn(1, 64)).run(annotate_costs)
+    decided = decide(found, GIB)
+    assert decided.whole_graph
+    assert decided.weights == set(weight_nodes(found))
+    assert (decided.ring_bytes, decided.chunk_bytes) == (0, 0)
+    assert decided.budget["resident weights"] == TOTAL
+
+
+def test_everything_fits_to_the_byte_and_not_one_less(chain: Case) -> None:
+    exact = sum(decide(chain, GIB).budget.values())
+    assert decide(chain, exact).whole_graph
+    assert not decide(chain, exact - 1).whole_graph
+
+
+def test_a_forced_share_offloads_what_would_fit(chain: Case) -> None:
+    decided = decide(chain, GIB, split=0.5)
+    assert not decided.whole_graph
+    assert decided.weights == set(weight_nodes(chain))
+    assert decided.budget["resident weights"] == TOTAL // 2 - 12 * 128 * 4  # 500 rows round to 512
+    assert decide(chain, GIB, split=0.0).whole_graph
+
+
+def test_nothing_is_resident_when_the_host_has_every_row(chain: Case) -> None:
+    assert decide(chain, GIB, split=1.0).weights == frozenset()
+
+
+@pytest.mark.parametrize("split", ["auto", 0.0, 0.5, 1.0])
+def test_too_small_a_budget_names_one_that_works(chain: Case, split: Any) -> None:
+    needed = named_budget(chain, split=split)
+    assert sum(decide(chain, needed, split=split).budget.values()) <= needed
+    with pytest.raises(BudgetError, match="mirrors of inputs.*activations.*staging slots"):
+        decide(chain, needed - 1, split=split)
+
+
+@pytest.mark.xfail(
+    strict=True, raises=BudgetError,
+    reason="which tables are mirrored depends on the budget (table_only: 1 % of it), so the budget that the error "
+    "names needs mirrors that the smaller budget did not",
+)  # fmt: skip
+def test_the_named_budget_works_with_an_embedding_table() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(64, 64)
+            self.up = nn.Linear(64, 8192)
+
+        def forward(self, ids: Tensor) -> Any:
+            return self.up(self.table(ids))
+
+    found = case(Model(), torch.arange(32)).run(annotate_costs)
+    needed = named_budget(found)
+    assert needed > 100 * 64 * 64 * 4  # else the table is on the host at either budget
+    decide(found, needed)
+
+
+def test_tied_weights_count_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Any:
+            return self.b(self.a(x))
+
+    found = case(Tied(), torch.randn(1, 64)).run(annotate_costs)
+    decided = decide(found, GIB)
+    assert decided.budget["resident weights"] == 64 * 64 * 4
+    assert len(decided.weights) == 1
+
+
+def test_what_saves_most_per_byte_is_resident_first(chain: Case) -> None:
+    """With the host's time the same for every byte, a trip's fixed cost favours the smallest weight."""
+    profile = replace(chain.context.profile, fixed_s_per_split=10.0, synchronise_s=0.0)
+    needed = named_budget(chain, profile=profile)
+    smallest = min(rows * columns * 4 for columns, rows in SIZES)
+    decided = [decide(chain, needed + extra, profile=profile) for extra in range(0, 2 * smallest, smallest // 16)]
+    first = next(decision for decision in decided if decision.weights)
+    assert first.weights == {weight_nodes(chain)[0]}
+
+
+def test_more_budget_never_keeps_fewer_bytes(chain: Case) -> None:
+    needed = named_budget(chain)
+    held = [decide(chain, needed + extra).budget["resident weights"] for extra in range(0, TOTAL, TOTAL // 7)]
+    assert held[-1] > held[0]
+
+
+def test_biases_caches_and_inputs_count_as_mirrors_and_tables_on_the_host_do_not() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(1000, 64)
+            self.up = nn.Linear(64, 128)
+
+        def forward(self, ids: Tensor, cache: Tensor) -> Any:
+            return self.up(self.table(ids)) + cache.sum()
+
+    inputs = torch.tensor([1, 2]), torch.zeros(10, 20)
+    found = case(Model(), *inputs).run(annotate_costs)
+    mirrors = "mirrors of inputs, buffers and caches"
+    without_table = 128 * 4 + inputs[0].nbytes + inputs[1].nbytes
+    assert decide(found, 1000 * 64 * 4 * 99).budget[mirrors] == without_table
+    assert decide(found, 1000 * 64 * 4 * 101).budget[mirrors] == without_table + 1000 * 64 * 4
+
+
+# ---- weights that are there already --------------------------------------------------------------------------
+
+
+def test_weights_that_are_resident_already_stay_first(chain: Case) -> None:
+    needed = named_budget(chain)
+    for name, weight in chain.context.weights.items():
+        nbytes = int(weight.nbytes)
+        budget = needed + 2 * nbytes + 2**17
+        assert name in decide(chain, budget, resident=Holding([weight])).weights
+
+
+def test_weights_of_other_graphs_take_their_share_of_the_budget(chain: Case) -> None:
+    exact = sum(decide(chain, GIB).budget.values())
+    beside = decide(chain, exact, resident=Holding([], other_bytes=TOTAL // 4))
+    assert not beside.evicts
+    assert not beside.whole_graph
+    assert sum(beside.budget.values()) <= exact - TOTAL // 4
+
+
+def test_weights_of_other_graphs_leave_when_nothing_else_helps(chain: Case) -> None:
+    needed = named_budget(chain)
+    decided = decide(chain, needed + 1000, resident=Holding([], other_bytes=needed))
+    assert decided.evicts
+    assert sum(decided.budget.values()) <= needed + 1000
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="choose_splits keeps every row of a resident weight that the override does not put on the host: after a "
+    "decision for split=0.5, override_split(0.0) holds twice the resident bytes that the budget was shared out for",
+)
+@pytest.mark.parametrize("override", ["auto", 0.0, 0.25])
+def test_another_split_later_stays_inside_the_budget(chain: Case, override: Any) -> None:
+    decided = decide(chain, GIB, split=0.5)
+    assert resident_bytes(chain, decided, override) <= decided.budget["resident weights"]
+
+
+def test_the_smallest_slot_is_a_granule_of_the_widest_weight(chain: Case) -> None:
+    decided = decide(chain, named_budget(chain))
+    widest = max(row_granularity(rows) * columns * 4 for columns, rows in SIZES)
+    assert decided.ring_bytes == 2 * widest
+    assert decided.chunk_bytes == widest

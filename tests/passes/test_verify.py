@@ -1,0 +1,220 @@
+"""A valid schedule passes; with one node removed or moved it is refused by the nodes' names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from hetegen_compile import ir
+from hetegen_compile.errors import MissingWaitError, ScheduleError, SlotInUseError
+from hetegen_compile.ir import PREFETCH, RELEASE, TO_ACCELERATOR, TO_HOST, WAIT, WAIT_HOST, info
+from hetegen_compile.passes import verify
+from hetegen_compile.passes.context import LinearPlan
+from tests.passes.graphs import Case, again, halves, quarters, scheduled, streamed
+from tests.passes.test_group_segments import BUDGET, FUNCTIONS, A, B, X, static_cache
+
+LAYERS = nn.ModuleList([nn.Linear(64, 64) for _ in range(3)])
+RING = 2 * 16 * 64 * 4  # two chunks of a quarter
+
+
+def chain(x: Tensor) -> Tensor:
+    for layer in LAYERS:
+        x = layer(x).relu()
+    return x
+
+
+@pytest.fixture(scope="module")
+def good() -> Case:
+    return scheduled(chain, X, plan=quarters, ring_bytes=RING)
+
+
+def check(found: Case) -> None:
+    verify(found.module, found.context)
+
+
+@pytest.mark.parametrize("plan", [halves, quarters])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_the_passes_make_is_valid(name: str, plan: Callable[[int], LinearPlan]) -> None:
+    function, inputs = FUNCTIONS[name]
+    check(scheduled(function, *inputs, plan=plan, budget_bytes=BUDGET))
+
+
+def test_the_good_graph_has_everything_that_is_broken_below(good: Case) -> None:
+    check(good)
+    assert len(good.nodes(PREFETCH)) == len(good.nodes(RELEASE)) == 6
+    assert len([node for node in good.nodes(PREFETCH) if node.args[4]]) == 4
+    assert len(good.nodes(TO_HOST)) == len(good.nodes(WAIT_HOST)) == 4
+    assert len(good.nodes(TO_ACCELERATOR)) == 3
+
+
+def bypass(wait: fx.Node) -> fx.Node:
+    """Let readers of a wait read what is still on its way; returns the transfer."""
+    (transfer,) = wait.all_input_nodes
+    wait.replace_all_uses_with(transfer)
+    return transfer
+
+
+@pytest.mark.parametrize("i", range(9))
+def test_without_a_wait(good: Case, i: int) -> None:
+    found = again(good)
+    assert len(found.nodes(WAIT)) == 9
+    wait = found.nodes(WAIT)[i]
+    transfer = bypass(wait)
+    found.module.graph.erase_node(wait)
+    with pytest.raises(ScheduleError, match=rf"{transfer.name} .*has 0 hetegen\.wait.*, expected one"):
+        check(found)
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_without_a_wait_of_the_host(good: Case, i: int) -> None:
+    found = again(good)
+    wait = found.nodes(WAIT_HOST)[i]
+    transfer = bypass(wait)
+    found.module.graph.erase_node(wait)
+    with pytest.raises(ScheduleError, match=rf"{transfer.name} .*has 0 hetegen\.wait_host.*, expected one"):
+        check(found)
+
+
+@pytest.mark.parametrize("i", range(9))
+def test_a_reader_that_goes_round_the_wait(good: Case, i: int) -> None:
+    found = again(good)
+    wait = found.nodes(WAIT)[i]
+    (reader,) = wait.users
+    transfer = bypass(wait)
+    with pytest.raises(MissingWaitError, match=f"{reader.name} uses {transfer.name} without a wait"):
+        check(found)
+
+
+def test_a_second_wait(good: Case) -> None:
+    found = again(good)
+    wait = found.nodes(WAIT)[0]
+    with found.module.graph.inserting_after(wait):
+        found.module.graph.node_copy(wait)
+    with pytest.raises(ScheduleError, match=rf"{wait.args[0]} .*has 2 hetegen\.wait"):
+        check(found)
+
+
+@pytest.mark.parametrize("i", range(6))
+def test_without_a_release(good: Case, i: int) -> None:
+    found = again(good)
+    release = found.nodes(RELEASE)[i]
+    transfer = release.args[0]
+    for prefetch in list(release.users):
+        prefetch.update_arg(4, [token for token in prefetch.args[4] if token is not release])
+    found.module.graph.erase_node(release)
+    with pytest.raises(ScheduleError, match=rf"{transfer} .*has 0 hetegen\.release.*, expected one"):
+        check(found)
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_without_the_release_that_a_prefetch_waits_for(good: Case, i: int) -> None:
+    found = again(good)
+    prefetch = [node for node in found.nodes(PREFETCH) if node.args[4]][i]
+    (release,) = prefetch.args[4]
+    prefetch.update_arg(4, [])
+    with pytest.raises(SlotInUseError, match=f"{prefetch.name} overwrites the slot of {release.args[0]} without"):
+        check(found)
+
+
+@pytest.mark.parametrize("i", range(6))
+def test_a_release_before_its_reader(good: Case, i: int) -> None:
+    found = again(good)
+    release = found.nodes(RELEASE)[i]
+    transfer = release.args[0]
+    (wait,) = [user for user in transfer.users if user.target == WAIT]
+    (reader,) = wait.users
+    wait.append(release)
+    message = f"{reader.name} reads the slot of {transfer} after {release.name} gave it up"
+    with pytest.raises(SlotInUseError, match=message):
+        check(found)
+
+
+def test_a_slot_beyond_the_ring(good: Case) -> None:
+    found = again(good)
+    prefetch = found.nodes(PREFETCH)[1]
+    prefetch.update_arg(3, RING - 256)
+    with pytest.raises(ScheduleError, match=rf"{prefetch.name} fills .* of a staging ring of {RING}"):
+        check(found)
+    prefetch.update_arg(3, -1)
+    with pytest.raises(ScheduleError, match=rf"{prefetch.name} fills bytes -1"):
+        check(found)
+
+
+def test_a_slot_on_top_of_another_one(good: Case) -> None:
+    found = again(good)
+    first, second = found.nodes(PREFETCH)[:2]
+    second.update_arg(3, int(first.args[3]) + 256)
+    with pytest.raises(SlotInUseError, match=f"{second.name} overwrites the slot of {first.name}"):
+        check(found)
+
+
+# ---- sides ----------------------------------------------------------------------------------------------------
+
+
+def test_a_host_part_that_reads_an_accelerator_value(good: Case) -> None:
+    found = again(good)
+    host = found.nodes(ir.HOST_LINEAR)[1]
+    on_accelerator = host.args[0].args[0].args[0].args[0][0]
+    host.update_arg(0, on_accelerator)
+    with pytest.raises(MissingWaitError, match=f"{host.name} .* reads {on_accelerator} on the host, but"):
+        check(found)
+
+
+def test_an_accelerator_part_that_reads_a_weight_of_the_host(good: Case) -> None:
+    found = again(good)
+    part = found.nodes(ir.PARTIAL_LINEAR)[0]
+    weight = found.nodes(PREFETCH)[0].args[0]
+    part.update_arg(1, weight)
+    with pytest.raises(MissingWaitError, match=f"{part.name} .* reads {weight} on the accelerator, but"):
+        check(found)
+
+
+def test_a_join_that_reads_a_host_part(good: Case) -> None:
+    found = again(good)
+    join, host = found.nodes(ir.JOIN)[0], found.nodes(ir.HOST_LINEAR)[0]
+    join.update_arg(0, [host, *join.args[0][1:]])
+    with pytest.raises(MissingWaitError, match=f"{join.name} .* reads {host.name} on the accelerator"):
+        check(found)
+
+
+def test_an_output_that_is_still_on_the_accelerator(good: Case) -> None:
+    found = again(good)
+    output = next(iter(reversed(found.module.graph.nodes)))
+    (join,) = [node for node in found.nodes(TO_HOST)[-1].args[0]]
+    output.args = ((join,),)
+    with pytest.raises(MissingWaitError, match=f"output .*reads {join} on the host"):
+        check(found)
+
+
+# ---- downloads and writes ---------------------------------------------------------------------------------------
+
+
+def test_a_write_into_what_is_still_being_copied_down() -> None:
+    def function(x: Tensor) -> Any:
+        y = A(x)
+        z = B(y)
+        y.add_(1)
+        return z
+
+    found = scheduled(function, X, plan=halves)
+    check(found)
+    (write,) = [n for n in found.module.graph.find_nodes(op="call_module") if info(n).writes]
+    (transfer,) = [n for n in found.nodes(TO_HOST) if info(n.args[0][0]).storages & info(write).writes]
+    transfer.append(write)
+    with pytest.raises(MissingWaitError, match=f"{write.name} writes what {transfer.name} is still copying down"):
+        check(found)
+
+
+@pytest.mark.xfail(strict=True, reason="no rule orders an in-place write and the readers of what it writes on one side")
+def test_a_read_that_overtakes_the_write_before_it() -> None:
+    found = scheduled(static_cache, X, torch.tensor([2]), torch.randn(6, 64), plan=streamed)
+    (write,) = found.module.graph.find_nodes(op="call_module")
+    (reader,) = [n for n in found.nodes(ir.PARTIAL_LINEAR) if info(n.args[0]).storages & info(write).writes]
+    for operand in (reader.args[1].args[0], reader.args[1], reader):
+        write.prepend(operand)
+    with pytest.raises(ScheduleError):
+        check(found)

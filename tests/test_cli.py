@@ -1,0 +1,160 @@
+"""The command line: what is printed where, what is kept, and exit codes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from torch._inductor.exc import InvalidCxxCompiler
+
+from hetegen_compile import calibration, cli, doctor
+from hetegen_compile.calibration import Effort, calibrate
+from hetegen_compile.cost_model import HardwareProfile, profile_from_json
+from hetegen_compile.doctor import Check, package
+from hetegen_compile.errors import AcceleratorUnavailableError
+from tests.calibration.tiny import TINY
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Tiny measurements without a GPU, and a cache folder of the test's own."""
+
+    def tiny(effort: Effort = TINY) -> HardwareProfile:
+        return calibrate(progress=False, effort=effort)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(calibration, "calibrate", tiny)
+
+
+def kept(tmp_path: Path) -> list[Path]:
+    return sorted(tmp_path.glob("hetegen/profiles/*.json"))
+
+
+def test_calibrate_prints_a_table_and_keeps_the_profile(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["calibrate"]) == 0
+    (path,) = kept(tmp_path)
+    printed = capsys.readouterr()
+    assert "host Linear, 1 token(s), GB/s" in printed.out
+    assert str(path) in printed.err
+
+
+def test_json_is_the_profile_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["calibrate", "--json"]) == 0
+    profile = profile_from_json(json.loads(capsys.readouterr().out), "stdout")
+    assert kept(tmp_path)[0].stem in profile.name
+
+
+def test_no_cache_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["calibrate", "--no-cache"]) == 0
+    assert kept(tmp_path) == []
+    assert "not kept" in capsys.readouterr().err
+
+
+def test_our_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> HardwareProfile:
+        raise AcceleratorUnavailableError("no such thing")
+
+    monkeypatch.setattr(calibration, "calibrate", fail)
+    assert cli.main(["calibrate"]) == 1
+    assert capsys.readouterr().err == "hetegen: no such thing\n"
+
+
+@pytest.mark.parametrize("argv", [[], ["plan"], ["calibrate", "--fast"]])
+def test_wrong_arguments_exit_with_2(argv: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(argv)
+    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize(("statuses", "code"), [(["ok", "warn"], 0), (["ok", "problem", "ok"], 1)])
+def test_only_a_problem_changes_the_exit_code(
+    statuses: list[doctor.Status],
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checks = [Check(status, f"subject {index}", "found", "do this") for index, status in enumerate(statuses)]
+    monkeypatch.setattr(doctor, "examine", lambda: checks)
+    assert cli.main(["doctor"]) == code
+    printed = capsys.readouterr().out
+    assert all(check.subject in printed for check in checks)
+    assert "do this" in printed
+
+
+def found(checks: Iterable[Check], subject: str) -> Check:
+    (check,) = [check for check in checks if check.subject == subject]
+    return check
+
+
+def test_whatever_is_not_ok_has_a_remedy() -> None:
+    checks = doctor.examine()
+    assert [check.subject for check in checks if check.status != "ok" and not check.remedy] == []
+    assert found(checks, "torch").finding == importlib.metadata.version("torch")
+
+
+def test_no_gpu_says_what_the_emulated_accelerator_is() -> None:
+    check = found(doctor.examine(), "GPU")
+    assert check.status == "warn"
+    assert "says nothing about speed" in check.finding
+
+
+def test_versions() -> None:
+    assert package("torch", (2, 11), untested=(999,)).status == "ok"
+    assert package("torch", (999,), untested=(1000,)).status == "problem"
+    assert package("torch", (2,), untested=(2, 1)).status == "warn"
+    missing = package("no-such-distribution-of-ours", (1,), untested=(2,))
+    assert (missing.status, missing.finding) == ("problem", "not installed")
+
+
+@pytest.mark.parametrize(
+    ("values", "status"),
+    [([], "problem"), ([doctor.ENTRY_POINT], "ok"), (["elsewhere:hetegen"], "problem")],
+)
+def test_the_entry_point(values: list[str], status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = "torch_dynamo_backends"
+    points = [importlib.metadata.EntryPoint("hetegen", value, group) for value in values]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group, name: points)
+    assert doctor._backend().status == status
+
+
+def test_without_a_compiler_there_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(doctor, "get_cpp_compiler", none)
+    assert doctor._compiler().status == "problem"
+
+
+def test_the_measured_profile_is_found_once_it_is_kept(tmp_path: Path) -> None:
+    assert doctor._profile().finding.startswith("none")
+    cli.main(["calibrate"])
+    assert doctor._profile() == Check("ok", "measured profile", str(kept(tmp_path)[0]))
+
+
+def test_a_gpu_without_a_profile_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    check = doctor._profile()
+    assert check.status == "warn"
+    assert "hetegen calibrate" in check.remedy
+
+
+def test_more_threads_than_cores_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "usable_cpus", lambda: {0})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert doctor._processor().status == "warn"
+
+
+def test_a_memory_limit_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "memory_limit_bytes", lambda: 1 << 30)
+    check = doctor._memory()
+    assert check.status == "warn"
+    assert "1.00 GiB" in check.finding
