@@ -38,7 +38,8 @@ def scheduled_peak_bytes(graph: fx.Graph, context: Context) -> int:
     """Most bytes that values on the accelerator occupy at one time in issue order.
 
     Slots, mirrors and resident weights are not counted. What a download reads lives until the host has waited
-    for it; what becomes a mirror lives to the end.
+    for it; what becomes a mirror lives to the end. The largest value counts once more: the host runs ahead of
+    the streams, so a value may be made before the one that it replaces is gone.
     """
     place = {node: position for position, node in enumerate(graph.nodes)}
     mirrored = frozenset[int]().union(*(info(node).storages for node in graph.nodes if node.target == ir.MIRROR))
@@ -52,7 +53,7 @@ def scheduled_peak_bytes(graph: fx.Graph, context: Context) -> int:
         key: object = keys if keys else node
         born, dies, size = own.get(key, (place[node], 0, 0))
         own[key] = (born, max(dies, _last_use(node, place)), max(size, value_bytes(node, context)))
-    return _peak(list(own.values()))
+    return _peak(list(own.values())) + max((size for _, _, size in own.values()), default=0)
 
 
 def segment_workspace_bytes(module: fx.GraphModule, context: Context) -> int:

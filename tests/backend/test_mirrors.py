@@ -20,6 +20,7 @@ from tests.models.harness import (
     compiled_like_eager,
     emulated,
     half_the_weights,
+    new_schedules,
 )
 
 PROMPT, TOKENS = 12, 10
@@ -32,7 +33,7 @@ def _moved(accelerator: Accelerator) -> int:
 
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_a_cache_is_not_uploaded_again(cache: str | None) -> None:
-    model, backend = tiny_model("llama"), RecordingBackend()
+    model, backend, known = tiny_model("llama"), RecordingBackend(), hetegen_compile.schedules()
     prompt = torch.randint(2, 256, (1, PROMPT), generator=torch.Generator().manual_seed(1))
     mirrors: list[int] = []
     moved: list[int] = []
@@ -54,7 +55,7 @@ def test_a_cache_is_not_uploaded_again(cache: str | None) -> None:
     model.compile(backend=backend, options=options)
     result = run()
     assert_like_eager(result, expected)
-    assert_offloaded(backend, hetegen_compile.schedules(), options)
+    assert_offloaded(backend, new_schedules(known), options)
     assert len(mirrors) == TOKENS
     steady = 4  # prefill and the first decodes compile, and fetch buffers
     steps = {after - before for before, after in zip(mirrors[steady:], mirrors[steady + 1 :], strict=False)}
@@ -109,7 +110,7 @@ def _write_numpy_and_refresh(model: nn.Module) -> None:
 )
 def test_changed_parameters_are_noticed(change: Callable[[nn.Module], None]) -> None:
     torch.manual_seed(0)
-    model, start = Mlp().eval(), {}
+    model = Mlp().eval()
     start = {name: value.clone() for name, value in model.state_dict().items()}
     x = random(2, 64)
 
@@ -121,7 +122,9 @@ def test_changed_parameters_are_noticed(change: Callable[[nn.Module], None]) -> 
             after = [model(x) for _ in range(2)]
         return (*before, *after)
 
-    found = compiled_like_eager(model, run, options=emulated(gpu_memory=BUDGET), compare=_close)
+    found = compiled_like_eager(
+        model, run, options=emulated(gpu_memory=BUDGET), compare=_close, weights_change=True
+    )
     assert any(schedule.resident_bytes > 0 for schedule in found.schedules), "some weights are held"
     assert not torch.allclose(found.compiled[1], found.compiled[2])
 
@@ -133,14 +136,14 @@ def _close(result: Any, expected: Any) -> None:
 def test_a_resident_weight_is_uploaded_once() -> None:
     torch.manual_seed(0)
     model, x = Mlp().eval(), random(2, 64)
-    backend = RecordingBackend()
+    backend, known = RecordingBackend(), hetegen_compile.schedules()
     model.compile(backend=backend, options=emulated(gpu_memory=BUDGET))
     uploaded = []
     with torch.no_grad():
         for _ in range(3):
             model(x)
             uploaded.append(backend.accelerator.counters.uploaded_bytes["weights"])
-    (schedule,) = hetegen_compile.schedules()
+    (schedule,) = new_schedules(known)
     assert schedule.resident_bytes > 0
     first, second, third = uploaded
     assert first == schedule.resident_bytes + schedule.streamed_bytes

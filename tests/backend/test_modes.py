@@ -57,9 +57,8 @@ def test_autocast_inside_the_forward() -> None:
         for one, other in zip(result, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1.6e-2, atol=4e-3)
 
-    compiled_like_eager(
-        model, _run(model, random(3, 64)), options=emulated(gpu_memory=BUDGET), calls=1, compare=close
-    )
+    options = emulated(gpu_memory=40 << 10)  # the Linears under autocast are not split: nothing is cut there
+    compiled_like_eager(model, _run(model, random(3, 64)), options=options, calls=1, compare=close)
 
 
 def test_dropout_does_nothing_in_evaluation() -> None:

@@ -108,6 +108,7 @@ def test_without_a_limit_all_of_main_memory_may_be_used(tmp_path: Path, groups: 
 
 
 def test_a_group_cannot_lead_out_of_its_mount(tmp_path: Path) -> None:
-    write(tmp_path, "proc/self/cgroup", "0::/../../secret")
+    write(tmp_path, "proc/self/cgroup", "0::/../../../secret")
     write(tmp_path, "secret/memory.max", "1")
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     assert memory_limit_bytes(tmp_path) is None

@@ -112,6 +112,7 @@ def compiled_like_eager(
     calls: int | None = None,
     compare: Callable[[Any, Any], None] | None = None,
     offloads: bool = True,
+    weights_change: bool = False,
 ) -> Comparison:
     """Run ``run`` in eager, compile ``model`` in place, run it again and compare.
 
@@ -123,6 +124,7 @@ def compiled_like_eager(
         calls: how often the backend has to be called; None: at least once.
         compare: (compiled result, eager result) -> raises if they differ; default ``assert_like_eager``.
         offloads: False for a case in which nothing can be on the host or streamed, with a reason at the caller.
+        weights_change: ``run`` changes weights, so that resident ones are uploaded more than once a plan.
     """
     torch.manual_seed(0)
     expected = run()
@@ -131,13 +133,18 @@ def compiled_like_eager(
     model.compile(backend=backend, options=dict(options))
     torch.manual_seed(0)
     result = run()
-    schedules = tuple(s for s in hetegen_compile.schedules() if not any(s is other for other in before))
+    schedules = new_schedules(before)
     assert len(backend.returned) >= 1, "the model ran in eager"
     assert calls is None or len(backend.returned) == calls
     (compare or assert_like_eager)(result, expected)
     if offloads:
-        assert_offloaded(backend, schedules, options)
+        assert_offloaded(backend, schedules, options, weights_change=weights_change)
     return Comparison(expected, result, backend, schedules)
+
+
+def new_schedules(known: Sequence[Schedule]) -> tuple[Schedule, ...]:
+    """What ``schedules()`` lists now beyond those that were ``known``, newest last."""
+    return tuple(s for s in hetegen_compile.schedules() if not any(s is other for other in known))
 
 
 def assert_like_eager(result: Any, expected: Any) -> None:
@@ -153,7 +160,11 @@ def assert_like_eager(result: Any, expected: Any) -> None:
 
 
 def assert_offloaded(
-    backend: RecordingBackend, schedules: Sequence[Schedule], options: Mapping[str, object]
+    backend: RecordingBackend,
+    schedules: Sequence[Schedule],
+    options: Mapping[str, object],
+    *,
+    weights_change: bool = False,
 ) -> None:
     """Rows were computed on the host, weights were streamed in every step that says so, and the budget held."""
     budget = parse_options(options).gpu_memory
@@ -164,16 +175,17 @@ def assert_offloaded(
     assert all(schedule.step_times_s for schedule in schedules), "a plan was made and not run"
     assert all(schedule.resident_bytes <= schedule.budget_bytes <= budget for schedule in schedules)
     assert backend.accelerator.counters.peak_bytes <= budget
-    _assert_bytes_moved(backend.accelerator, schedules)
+    _assert_bytes_moved(backend.accelerator, schedules, weights_change)
 
 
-def _assert_bytes_moved(accelerator: Accelerator, schedules: Sequence[Schedule]) -> None:
+def _assert_bytes_moved(accelerator: Accelerator, schedules: Sequence[Schedule], weights_change: bool) -> None:
     """The link carried the streamed rows of every step, and each resident weight at most once a plan."""
     streamed = sum(schedule.streamed_bytes * len(schedule.step_times_s) for schedule in schedules)
     resident = sum(schedule.resident_bytes for schedule in schedules)
     rounding = sum(len(schedule.rows) * len(schedule.step_times_s) for schedule in schedules)
     uploaded = accelerator.counters.uploaded_bytes["weights"]
-    assert 0 < streamed <= uploaded <= streamed + resident + rounding
+    assert 0 < streamed <= uploaded
+    assert weights_change or uploaded <= streamed + resident + rounding
 
 
 def half_the_weights(model: nn.Module) -> int:

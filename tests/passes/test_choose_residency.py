@@ -134,7 +134,7 @@ def test_nothing_is_resident_when_the_host_has_every_row(chain: Case) -> None:
 def test_too_small_a_budget_names_one_that_works(chain: Case, split: Any) -> None:
     needed = named_budget(chain, split=split)
     assert sum(decide(chain, needed, split=split).budget.values()) <= needed
-    with pytest.raises(BudgetError, match="mirrors of inputs.*activations.*staging slots"):
+    with pytest.raises(BudgetError, match="mirrors of inputs.*activations.*staging"):
         decide(chain, needed - 1, split=split)
 
 
@@ -251,3 +251,17 @@ def test_the_smallest_slot_is_a_granule_of_the_widest_weight(chain: Case) -> Non
     widest = max(row_granularity(rows) * columns * 4 for columns, rows in SIZES)
     assert decided.ring_bytes == 2 * widest
     assert decided.chunk_bytes == widest
+
+
+@property_test
+@given(st.integers(1, 2 * TOTAL), st.integers(0, TOTAL // 256))
+def test_the_ring_of_earlier_graphs_counts_too(chain: Case, budget_bytes: int, ring_units: int) -> None:
+    ring_bytes = ring_units * 256
+    try:
+        decided = decide(chain, budget_bytes, split=0.25, ring_bytes=ring_bytes)
+    except BudgetError:
+        needed = named_budget(chain, budget_bytes, split=0.25, ring_bytes=ring_bytes)
+        assert needed > budget_bytes
+        decided, budget_bytes = decide(chain, needed, split=0.25, ring_bytes=ring_bytes), needed
+    assert sum(decided.budget.values()) <= budget_bytes
+    assert decided.ring_bytes >= ring_bytes

@@ -70,7 +70,8 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Tensor, ...]]] = {
 
 def segments(found: Case) -> dict[str, fx.GraphModule]:
     calls = found.module.graph.find_nodes(op="call_module")
-    return {str(n.target): found.module.get_submodule(str(n.target)) for n in calls}
+    found_modules = {str(n.target): found.module.get_submodule(str(n.target)) for n in calls}
+    return {name: part for name, part in found_modules.items() if isinstance(part, fx.GraphModule)}
 
 
 def test_siblings_open_one_level_and_what_is_between_linears_is_a_segment() -> None:

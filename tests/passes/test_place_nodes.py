@@ -134,7 +134,8 @@ def test_random_numbers_are_drawn_on_the_host(draw: Any) -> None:
 
 
 def test_item_and_arithmetic_on_sizes_are_on_the_host() -> None:
-    found = placed(lambda x: B(A(x) * (A(x).sum().item() + 1)), torch.randn(1, 64), dynamo={"capture_scalar_outputs": True})
+    config = {"capture_scalar_outputs": True}
+    found = placed(lambda x: B(A(x) * (A(x).sum().item() + 1)), torch.randn(1, 64), dynamo=config)
     sides = with_sides(found)
     assert "t4 = t3.item()  # host" in sides
     assert "t5 = add(t4, 1)  # host" in sides
@@ -223,7 +224,6 @@ def test_a_host_node_reads_an_input_after_its_computed_write() -> None:
 
 @pytest.mark.xfail(strict=True, reason="item() reads the host's copy of an input that the accelerator wrote")
 def test_item_of_an_input_after_its_computed_write() -> None:
-
     def function(x: Tensor, step: Tensor) -> Any:
         step.add_(1.0)
         return A(x) * step.item()
@@ -244,9 +244,8 @@ def test_a_value_of_the_host_that_is_written_by_arithmetic() -> None:
 @pytest.mark.xfail(strict=True, reason="autocast's enter and exit go to the host's side; parts run without it")
 def test_autocast_inside_the_forward() -> None:
     def function(x: Tensor) -> Any:
+        z = B(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = A(x)
-        return B(y.float())
+            return A(x), z  # bfloat16 and float32
 
-    found = assert_equal_to_eager(function, torch.randn(1, 64))
-    assert len(found.nodes(LINEAR)) == 0
+    assert_equal_to_eager(function, torch.randn(1, 64))

@@ -68,7 +68,8 @@ def test_a_graph_without_symbols_stays_as_it_is() -> None:
 
 
 def test_a_number_that_depends_on_data_is_read_from_its_tensor() -> None:
-    found = case(lambda x: x * x.sum().item(), torch.randn(3, 4), dynamic=True, dynamo={"capture_scalar_outputs": True}).run(resolve_sizes)
+    config = {"capture_scalar_outputs": True}
+    found = case(lambda x: x * x.sum().item(), torch.randn(3, 4), dynamic=True, dynamo=config).run(resolve_sizes)
     x = found.inputs[-1]
     assert ".item()" in found.text
     torch.testing.assert_close(found.outputs()[0], x * x.sum())
