@@ -13,7 +13,13 @@ from hetegen_compile.cost_model.hardware import (
     LinkProfile,
     RateCurve,
 )
-from hetegen_compile.cost_model.profile_json import load_profile, preset_names, profile_from_json, profile_to_json, unsourced_fields
+from hetegen_compile.cost_model.profile_json import (
+    load_profile,
+    preset_names,
+    profile_from_json,
+    profile_to_json,
+    unsourced_fields,
+)
 from hetegen_compile.cost_model.roofline import (
     accelerator_linear_s,
     accelerator_op_s,
@@ -26,7 +32,13 @@ from hetegen_compile.cost_model.roofline import (
     operation_s,
     upload_s,
 )
-from hetegen_compile.cost_model.split import SplitProblem, SplitSolution, balance_expression, row_granularity, solve_split
+from hetegen_compile.cost_model.split import (
+    SplitProblem,
+    SplitSolution,
+    balance_expression,
+    row_granularity,
+    solve_split,
+)
 from hetegen_compile.cost_model.timeline import Task, Timeline, lower_bound_s, simulate
 
 __all__ = [

@@ -11,10 +11,9 @@ import os
 from importlib.resources import files
 from typing import Any, NoReturn
 
-from hetegen_compile.errors import HardwareProfileError
-
 from hetegen_compile.cost_model.hardware import SCHEMA_VERSION, HardwareProfile
 from hetegen_compile.cost_model.profile_schema import decode, encode, nearest, refuse
+from hetegen_compile.errors import HardwareProfileError
 
 MAX_FILE_BYTES = 1_000_000
 """Largest profile file that is read."""

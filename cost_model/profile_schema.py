@@ -13,9 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, NoReturn, get_args, get_origin, get_type_hints
 
-from hetegen_compile.errors import HardwareProfileError
-
 from hetegen_compile.cost_model.hardware import Bounds, RateCurve
+from hetegen_compile.errors import HardwareProfileError
 
 MAX_TEXT = 4000
 """Longest text in a profile, in characters."""

@@ -71,7 +71,7 @@ def _compile(model: PreTrainedModel, args: argparse.Namespace) -> bool:
 
 def _generate(model: PreTrainedModel, prompt: dict[str, Any], new_tokens: int, **more: Any) -> torch.Tensor:
     """Token ids of the greedy answer, [1, prompt + new]."""
-    result: torch.Tensor = model.generate(  # type: ignore[misc]
+    result: torch.Tensor = model.generate(  # type: ignore[operator]
         **prompt, max_new_tokens=new_tokens, do_sample=False, cache_implementation="static", **more
     )
     return result
@@ -81,7 +81,7 @@ def _answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: dict[str, Any], new_tokens: int
 ) -> torch.Tensor:
     print("\nanswer: ", end="", flush=True)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     return _generate(model, prompt, new_tokens, streamer=streamer)
 
 
@@ -111,7 +111,8 @@ def _decode_schedule(split: float | Literal["auto"]) -> hetegen_compile.Schedule
 def _compare(generate: Callable[[], torch.Tensor], pace: float) -> None:
     """Decode a few tokens each way, from one capture and one set of compiled segments."""
     rows = []
-    for name, split in tqdm(WAYS, desc=f"three ways, {COMPARED_TOKENS} tokens each", bar_format="{desc:40} {bar:20} {n}/3"):
+    title = f"three ways, {COMPARED_TOKENS} tokens each"
+    for name, split in tqdm(WAYS, desc=title, bar_format="{desc:40} {bar:20} {n}/3"):
         with hetegen_compile.override_split(split):
             generate()
         schedule = _decode_schedule(split)

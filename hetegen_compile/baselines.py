@@ -51,7 +51,7 @@ def _predicted(module: fx.GraphModule, context: Context, split: float) -> float:
 
 
 def _nothing_resident(context: Context) -> Residency:
-    return replace(require(context.residency, "choose_residency"), weights=frozenset())
+    return replace(require(context.residency, "choose_residency"), weights={})
 
 
 def _per_module_s(module: fx.GraphModule, context: Context) -> float:

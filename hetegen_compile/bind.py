@@ -119,7 +119,7 @@ class _Binder:
         """Python text for an argument: names of values, literals, and constants from the environment."""
         if isinstance(argument, fx.Node):
             return argument.name
-        if isinstance(argument, (list, tuple)) and type(argument) in (list, tuple, fx.immutable_collections.immutable_list):
+        if isinstance(argument, list) or type(argument) is tuple:
             items = ", ".join(map(self._text, argument))
             return f"[{items}]" if isinstance(argument, list) else f"({items}{',' if len(argument) == 1 else ''})"
         if isinstance(argument, dict):
@@ -153,46 +153,46 @@ class _Binder:
         return f"{node.name} = launch({self._op(node)}, {function}, {self._text(tuple(node.args))}, {options})"
 
     def _mirror(self, node: fx.Node) -> str:
-        self._mirrors.append(node.args[0])  # type: ignore[arg-type]
+        self._mirrors.append(node.all_input_nodes[0])
         return f"{node.name} = mirrors[{len(self._mirrors) - 1}]"
 
     def _resident(self, node: fx.Node) -> str:
-        weight, lo, hi = node.args
-        self._residents.append((self._position[weight], lo, hi))  # type: ignore[index, arg-type]
+        weight, lo, hi = _arguments(node)
+        self._residents.append((self._position[weight], lo, hi))
         return f"{node.name} = residents[{len(self._residents) - 1}]"
 
     def _prefetch(self, node: fx.Node) -> str:
-        weight, ranges, dim, offset, after = node.args
-        lo, hi = ranges  # type: ignore[misc]
+        weight, ranges, dim, offset, after = _arguments(node)
+        lo, hi = ranges
         if dim != 0:
             raise ScheduleError(f"{node.name}: only rows can be prefetched, not dimension {dim}")
         (rows,) = tensors_in(info(node).value)
-        slot = self._accelerator.slot(offset, tuple(map(int, rows.shape)), rows.dtype)  # type: ignore[arg-type]
-        tokens = self._text(tuple(after))  # type: ignore[arg-type]
+        slot = self._accelerator.slot(offset, tuple(map(int, rows.shape)), rows.dtype)
+        tokens = self._text(tuple(after))
         op, place = self._op(node, "weights"), self._constant("slot", slot)
         return f"{node.name} = prefetch({op}, {weight}[{lo}:{hi}], {place}, {tokens})"
 
     def _plain(self, node: fx.Node) -> str:
-        name = node.target.name().partition("::")[2]  # type: ignore[union-attr]
+        name = str(node.target).split(".")[1]
         return f"{node.name} = {name}({self._op(node)}, {self._text(node.args[0])})"
 
     def _partial(self, node: fx.Node) -> str:
-        x, rows, bias, lo, hi, dim = node.args
+        x, rows, bias, lo, hi, dim = _arguments(node)
         function = self._constant("linear", functools.partial(ir.linear_rows, lo=lo, hi=hi, dim=dim))
         return f"{node.name} = launch({self._op(node)}, {function}, {self._text((x, rows, bias))})"
 
     def _host_linear(self, node: fx.Node) -> str:
-        x, weight, bias, lo, hi, dim = node.args
+        x, weight, bias, lo, hi, dim = _arguments(node)
         function = self._constant("linear", functools.partial(ir.linear_rows, lo=lo, hi=hi, dim=dim))
         arguments = f"({x}, {weight}[{lo}:{hi}], {self._text(bias)})"
         return f"{node.name} = host({self._op(node)}, {function}, {arguments}, {{}})"
 
     def _join(self, node: fx.Node) -> str:
-        parts, dim = node.args
-        if len(parts) == 1:  # type: ignore[arg-type]
-            return f"{node.name} = {parts[0]}"  # type: ignore[index]
+        parts, dim = _arguments(node)
+        if len(parts) == 1:
+            return f"{node.name} = {parts[0]}"
         function = self._constant("join", functools.partial(ir.join_parts, dim=dim))
-        return f"{node.name} = launch({self._op(node)}, {function}, ({self._text(list(parts))},))"  # type: ignore[arg-type]
+        return f"{node.name} = launch({self._op(node)}, {function}, ({self._text(list(parts))},))"
 
     def _write_back(self, node: fx.Node) -> str:
         function = self._constant("write", _in_place(Tensor.copy_))
@@ -202,8 +202,8 @@ class _Binder:
         return f"twins.append({self._text(tuple(node.args))})"
 
     def _getitem(self, node: fx.Node) -> str:
-        source, index = node.args
-        if info(source).side == "accelerator" or source.target == ir.WAIT_HOST:  # type: ignore[arg-type, union-attr]
+        source, index = _arguments(node)
+        if info(source).side == "accelerator" or source.target == ir.WAIT_HOST:
             return f"{node.name} = {source}[{self._text(index)}]"
         return self._host_operation(node)
 
@@ -234,12 +234,17 @@ _EMITTERS: dict[Any, Callable[[_Binder, fx.Node], str]] = {
 }
 
 
+def _arguments(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(node.args)
+
+
 def _host_function(node: fx.Node) -> Callable[..., Any]:
     if node.op == "call_method":
         method = str(node.target)
         function: Callable[..., Any] = lambda self, *args, **kwargs: getattr(self, method)(*args, **kwargs)  # noqa: E731
     else:
-        function = node.target  # type: ignore[assignment]
+        assert callable(node.target)
+        function = node.target
     return _in_place(function) if info(node).writes else function
 
 

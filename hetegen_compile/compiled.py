@@ -5,8 +5,9 @@ from __future__ import annotations
 import bisect
 import contextlib
 import contextvars
+import logging
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,14 +21,16 @@ from hetegen_compile.baselines import baselines, floor_s
 from hetegen_compile.bind import BoundStep, bind
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.ir import LINEAR, copy_module, info
+from hetegen_compile.mirrors import MIRRORS, NoRoomError
 from hetegen_compile.options import Options
 from hetegen_compile.passes.capture import source_name, to_expr
-from hetegen_compile.passes.context import Bucket, Context, Refusal, require
+from hetegen_compile.passes.context import Bucket, Context, HostOnlyGraphError, Refusal, Residency, require
 from hetegen_compile.passes.lower import SegmentCache, SegmentCompiler
 from hetegen_compile.pipeline import ONCE_PER_BUCKET, ONCE_PER_SPLIT, run_pipeline
-from hetegen_compile.mirrors import MIRRORS, NoRoomError
 from hetegen_compile.runtime import WEIGHTS, Runtime
 from hetegen_compile.schedule import LinearSite, Schedule, register, schedule_rows
+
+logger = logging.getLogger("hetegen_compile")
 
 BUCKET_LIMITS = (1, 4, 16, 64, 256)
 """Highest number of tokens of each bucket but the last, which is open."""
@@ -96,12 +99,19 @@ class CompiledGraph:
         self._epoch = runtime.epoch
         self._buckets: dict[Bucket, _BucketPlan] = {}
         self._plans: dict[Hashable, _Plan] = {}
-        with runtime.lock, _compiling():
-            self._plan(inputs)
+        self._host_only: Schedule | None = None
+        with runtime.lock:
+            try:
+                with _compiling():
+                    self._plan(inputs)
+            except HostOnlyGraphError as reason:
+                self._host_only = self._on_host(str(reason))
 
     def __call__(self, *inputs: Any) -> Any:
         """One forward: the outputs that eager would give, inputs written as eager would have."""
         with self._runtime.lock:
+            if self._host_only is not None:
+                return self._module(*inputs)
             try:
                 return self._run(self._plan(inputs), inputs)
             except NoRoomError:  # nothing has run yet: a cache has grown, so fewer weights can stay
@@ -160,6 +170,18 @@ class CompiledGraph:
                 plan.pinned.add(storage._cdata)
                 if self._runtime.accelerator.pin(inputs[i].detach()):
                     plan.schedule.host_pinned_bytes += storage.nbytes()
+
+    def _on_host(self, reason: str) -> Schedule:
+        """The report on a graph that runs on the host as it is."""
+        refusal = Refusal("the whole graph", f"runs on the host in eager mode: {reason}")
+        logger.warning("%s %s", refusal.where, refusal.reason)
+        schedule = Schedule(
+            title="hetegen: not offloaded, on the host in eager mode", tokens=(1, None), split=self._options.split,
+            rows=(), resident_bytes=0, streamed_bytes=0, host_bytes=0, predicted_step_s=0.0, floor_s=0.0, baselines={},
+            budget_bytes=0, budget={}, refusals=(refusal,), whole_graph=False,
+        )
+        register(schedule)
+        return schedule
 
     # ---- plans -------------------------------------------------------------------------------------------
 
@@ -261,7 +283,9 @@ class CompiledGraph:
             tokens=(low, high),
             split=context.options.split,
             rows=schedule_rows(module.graph, prediction, sites, context.number),
-            **_bytes_by_place(sites, residency.whole_graph, residency.budget),
+            resident_bytes=_bytes_in(sites, "resident_rows") + _whole_graph_bytes(residency),
+            streamed_bytes=_bytes_in(sites, "streamed_rows"),
+            host_bytes=_bytes_in(sites, "host"),
             predicted_step_s=prediction.step_s,
             floor_s=floor_s(base.module, context),
             baselines=baselines(base.module, context),
@@ -272,15 +296,13 @@ class CompiledGraph:
         )
 
 
-def _bytes_by_place(sites: dict[int, LinearSite], whole_graph: bool, budget: Any) -> dict[str, int]:
-    if whole_graph:
-        return {"resident_bytes": budget["resident weights"], "streamed_bytes": 0, "host_bytes": 0}
-    def share(rows: str) -> int:
-        return sum(
-            site.weight_bytes * getattr(site.plan, rows) // site.plan.rows for site in sites.values()
-        )
-    return {"resident_bytes": share("resident_rows"), "streamed_bytes": share("streamed_rows"),
-            "host_bytes": share("host")}
+def _bytes_in(sites: Mapping[int, LinearSite], rows: str) -> int:
+    """Bytes of the rows that the plans of all Linears put in one place."""
+    return sum(site.weight_bytes * getattr(site.plan, rows) // site.plan.rows for site in sites.values())
+
+
+def _whole_graph_bytes(residency: Residency) -> int:
+    return residency.budget["resident weights"] if residency.whole_graph else 0
 
 
 # ---- helpers ------------------------------------------------------------------------------------------------

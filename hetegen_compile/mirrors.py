@@ -186,7 +186,7 @@ class Mirrors:
         if op.category != MIRRORS or _covers_storage(tensor) or not _needs_whole_storage(tensor):
             return _Held(self._accelerator.upload(op, tensor.detach()), op.category, own)
         if record.base is None:
-            flat = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())  # type: ignore[call-overload]
+            flat = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
             record.base = self._accelerator.upload(op, flat)
             record.base_bytes = _nbytes(flat)
         view = tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset()

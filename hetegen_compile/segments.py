@@ -31,7 +31,8 @@ def inductor_compiler(mode: FakeTensorMode) -> SegmentCompiler:
 
         context = TracingContext(mode)
         with tracing(context), inductor_config.patch(INDUCTOR_OPTIONS), torch.no_grad():
-            compiled: Callable[..., Any] = compile_fx(segment, list(examples))
+            compiled = compile_fx(segment, list(examples))
+        assert callable(compiled)
         return compiled
 
     return compile_segment

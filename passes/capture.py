@@ -15,10 +15,13 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.symbolic_convert import TensorifyState
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import py_sym_types
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from hetegen_compile.errors import UnsupportedModelError
@@ -55,7 +58,7 @@ class _Listener(TorchDispatchMode):
     """Notes ATen operations with their FLOPs and bytes; ``take`` returns and forgets them."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.take()
 
     def take(self) -> dict[str, Any]:
@@ -159,6 +162,8 @@ def capture(module: fx.GraphModule, inputs: Sequence[Any]) -> FakeTensorMode:
         UnsupportedModelError: an input is on meta or on a device other than the CPU.
     """
     _drop_side_notes(module.graph)
+    _drop_idle_autocast(module.graph)
+    _bind_python_floats(module)
     mode = _fake_mode(module)
     _check_devices(module, inputs)
     fakes = _fake_inputs(module, inputs, mode)
@@ -172,6 +177,37 @@ def _drop_side_notes(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if not node.users and getattr(node.target, "__name__", "") == "_log_api_usage_once":
             graph.erase_node(node)
+
+
+def _drop_idle_autocast(graph: fx.Graph) -> None:
+    """Remove autocast regions that change nothing: what transformers' rotary embeddings enter, mostly."""
+    for leave in list(graph.nodes):
+        if getattr(leave.target, "__name__", "") != "_exit_autocast":
+            continue
+        enter = leave.args[0]
+        assert isinstance(enter, fx.Node)
+        enabled = enter.args[2] if len(enter.args) > 2 else True
+        if not enabled and not torch.is_autocast_enabled("cpu"):
+            graph.erase_node(leave)
+            graph.erase_node(enter)
+
+
+def _bind_python_floats(module: fx.GraphModule) -> None:
+    """Let Dynamo trace again with the values of Python floats that it passed as tensors (``dynamic=True``).
+
+    A float that becomes ``tensor.item()`` would be data from which the propagation must not decide anything.
+    """
+    items = [node for node in module.graph.nodes if node.op == "call_method" and node.target == "item"]
+    symbols = [
+        str(value.node.expr)
+        for node in items
+        if isinstance(value := node.meta.get("example_value"), torch.SymFloat)
+        and symbol_is_type(value.node.expr, SymT.FLOAT)
+    ]
+    if symbols:
+        for symbol in symbols:
+            TensorifyState.specialize(symbol)
+        raise TensorifyScalarRestartAnalysis
 
 
 def _fake_mode(module: fx.GraphModule) -> FakeTensorMode:
@@ -195,14 +231,14 @@ def _check_devices(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
 def _fake_inputs(module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
     """Fresh fakes with the geometry of Dynamo's and the aliasing of the real inputs."""
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    shared: dict[int, FakeTensor] = {}
+    shared: dict[int, Tensor] = {}
     return [
         _fake_like(node.meta.get("example_value", real), real, mode, shared)
         for node, real in zip(placeholders, inputs, strict=True)
     ]
 
 
-def _fake_like(example: Any, real: Any, mode: FakeTensorMode, shared: dict[int, FakeTensor]) -> Any:
+def _fake_like(example: Any, real: Any, mode: FakeTensorMode, shared: dict[int, Tensor]) -> Any:
     if not isinstance(example, Tensor):
         return example
     if not isinstance(example, FakeTensor):
@@ -210,15 +246,20 @@ def _fake_like(example: Any, real: Any, mode: FakeTensorMode, shared: dict[int, 
     geometry = (tuple(example.shape), tuple(example.stride()), example.storage_offset())
     key = storage_id(real) if isinstance(real, Tensor) else id(real)
     with mode:
-        base = shared.get(key)
-        if base is None:
-            base = torch.empty(0, dtype=example.dtype, device=example.device)
-            fresh = torch.empty_strided(geometry[0], geometry[1], dtype=example.dtype, device=example.device)
-            shared[key] = fresh
-            return fresh
-        return base.view(example.dtype).as_strided(*geometry) if base.dtype != example.dtype else base.as_strided(
-            *geometry
-        )
+        if key not in shared and isinstance(real, Tensor) and _lies_inside(real):
+            length = real.untyped_storage().nbytes() // real.element_size()
+            shared[key] = torch.empty(length, dtype=example.dtype, device=example.device)
+        if key not in shared:
+            shared[key] = torch.empty_strided(*geometry[:2], dtype=example.dtype, device=example.device)
+            return shared[key]
+        base = shared[key]
+        same_type = base if base.dtype == example.dtype else base.view(example.dtype)
+        return same_type.as_strided(*geometry)
+
+
+def _lies_inside(real: Tensor) -> bool:
+    """Whether a tensor does not begin where its storage begins."""
+    return real.storage_offset() != 0
 
 
 @contextlib.contextmanager
@@ -235,7 +276,8 @@ def _restored_state() -> Iterator[None]:
 # ---- where a node comes from -------------------------------------------------------------------------------
 
 _SOURCE_STEP = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
-_SOURCE_NOISE = frozenset({"self", "_modules", "_parameters", "_buffers", "kwargs", "args", "fn", "inner"})
+_SOURCE_NOISE = frozenset({"_modules", "_parameters", "_buffers"})
+_ROOT_NOISE = frozenset({"self", "kwargs", "args", "fn"})
 
 
 def source_name(node: fx.Node) -> str:
@@ -244,7 +286,13 @@ def source_name(node: fx.Node) -> str:
     source = getattr(grapharg, "source", None)
     name = getattr(source, "name", "") if source is not None else ""
     text = str(name() if callable(name) else name)
-    steps = [a or b or c for a, b, c in _SOURCE_STEP.findall(text)]
+    return _dotted(text)
+
+
+def _dotted(source: str) -> str:
+    """Dynamo's source text less its own words: the root (``self``) and the dictionaries of a module."""
+    steps = [a or b or c for a, b, c in _SOURCE_STEP.findall(source)]
+    steps = steps[1:] if len(steps) > 1 and steps[0] in _ROOT_NOISE else steps
     return ".".join(step for step in steps if step not in _SOURCE_NOISE)
 
 
@@ -253,9 +301,8 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = str(list(stack.values())[-1][0])
-    steps = [a or b or c for a, b, c in _SOURCE_STEP.findall(path)]
-    return ".".join(step for step in steps if step not in _SOURCE_NOISE)
+    path = _dotted(str(list(stack.values())[-1][0]))
+    return "" if path in _ROOT_NOISE else path
 
 
 def weight_module(placeholder: fx.Node) -> str:

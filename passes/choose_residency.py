@@ -48,12 +48,17 @@ def choose_residency(module: fx.GraphModule, context: Context) -> Residency:
     free -= 0 if evicts else elsewhere
     if sum(sizes.values()) <= free and not forced_split(context):
         budget = {**fixed, "resident weights": sum(sizes.values())}
-        return Residency(frozenset(w.name for w in weights), 0, 0, budget, whole_graph=True, evicts=evicts)
+        return Residency(_first_rows(weights, context), 0, 0, budget, whole_graph=True, evicts=evicts)
     ring = _ring_bytes(weights, smallest, free, context)
     chosen = _fill(weights, sizes, free - ring, context)
     budget = {**fixed, "staging ring": ring, "resident weights": sum(sizes[weight] for weight in chosen)}
     chunk = max(smallest // _WINDOW, ring // _CHUNKS)
-    return Residency(frozenset(w.name for w in chosen), ring, chunk, budget, evicts=evicts)
+    return Residency(_first_rows(chosen, context), ring, chunk, budget, evicts=evicts)
+
+
+def _first_rows(weights: Iterable[fx.Node], context: Context) -> dict[str, int]:
+    """First resident row of each chosen weight: the rows before it are the forced host share."""
+    return {weight.name: forced_host_rows(int(info(weight).value.shape[0]), context) for weight in weights}
 
 
 def _held_elsewhere(sizes: Mapping[fx.Node, int], context: Context) -> int:
@@ -103,7 +108,7 @@ def _resident_bytes(weight: fx.Node, context: Context) -> int:
     """Bytes of the weight's rows that residency would hold (a forced host share stays on the host)."""
     value = info(weight).value
     rows = int(value.shape[0])
-    row_bytes = int(value.shape[1]) * value.element_size()
+    row_bytes = int(value.shape[1]) * int(value.element_size())
     return (rows - forced_host_rows(rows, context)) * row_bytes
 
 
@@ -123,7 +128,7 @@ def _ring_bytes(weights: Mapping[fx.Node, fx.Node], smallest: int, free: int, co
 def _smallest_chunk(weight: fx.Node) -> int:
     value = info(weight).value
     rows = row_granularity(int(value.shape[0]))
-    return _aligned(rows * int(value.shape[1]) * value.element_size())
+    return _aligned(rows * int(value.shape[1]) * int(value.element_size()))
 
 
 def _aligned(nbytes: int) -> int:
@@ -135,8 +140,9 @@ def _budget_error(fixed: Mapping[str, int], smallest: int, context: Context) -> 
     need = sum(fixed.values()) + smallest
     return BudgetError(
         f"gpu_memory={format_bytes(context.budget_bytes)} cannot hold what a step needs on the accelerator: "
-        f"{items}; staging ring (two of the smallest slots at least): {format_bytes(smallest)}. The smallest budget that works is "
-        f"{need} bytes ({format_bytes(need)}): set options={{'gpu_memory': {need}}} or use a smaller batch or context"
+        f"{items}; staging ring (two of the smallest slots at least): {format_bytes(smallest)}. "
+        f"The smallest budget that works is {need} bytes ({format_bytes(need)}): "
+        f"set options={{'gpu_memory': {need}}} or use a smaller batch or context"
     )
 
 
@@ -156,5 +162,6 @@ def _fill(
 def _gain(linear: fx.Node, context: Context) -> float:
     """Seconds of a decode step that keeping this Linear's weight resident saves, per byte."""
     cost = linear_cost(linear, context, tokens=1)
-    rows = int(info(linear.args[1]).value.shape[0])
+    weight: fx.Node = linear.args[1]  # type: ignore[assignment]
+    rows = int(info(weight).value.shape[0])
     return (best_split(rows, cost, context).makespan_s - cost.accelerator_s) / max(1, cost.weight_bytes)

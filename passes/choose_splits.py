@@ -11,6 +11,7 @@ from torch import fx
 
 from hetegen_compile.cost_model import SplitProblem, SplitSolution, row_granularity, solve_split
 from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.passes.capture import tensor_bytes, tensors_in
 from hetegen_compile.passes.context import Context, Costs, LinearPlan, NodeCost, Residency, Splits, require
 
 
@@ -52,7 +53,7 @@ def forced_host_rows(rows: int, context: Context) -> int:
 def table_only(placeholder: fx.Node, context: Context) -> bool:
     """Whether a parameter is only an embedding table that stays on the host.
 
-    Tables of more than a hundredth of the budget stay where they are: a lookup reads a few rows of them.
+    It does where the rows that are looked up are fewer bytes than the table, or where it is a Linear's weight too.
     """
     value = info(placeholder).value
     lookups = [user for user in placeholder.users if "embedding" in info(user).aten]
@@ -61,19 +62,20 @@ def table_only(placeholder: fx.Node, context: Context) -> bool:
     others = [user for user in placeholder.users if user not in lookups and user.target != LINEAR]
     is_weight = any(user.target == LINEAR for user in placeholder.users)
     nbytes = int(value.numel()) * value.element_size()
-    return not others and (is_weight or nbytes * 100 > context.budget_bytes)
+    found = sum(context.number(tensor_bytes(tensor)) for user in lookups for tensor in tensors_in(info(user).value))
+    return not others and (is_weight or nbytes > found)
 
 
 def with_host_rows(node: fx.Node, host: int, context: Context) -> LinearPlan:
-    """A Linear's plan with ``host`` rows on the host; the rest is resident or streamed in chunks."""
+    """A Linear's plan with ``host`` rows on the host; of the rest, what residency chose is resident."""
     residency = require(context.residency, "choose_residency")
     weight: fx.Node = node.args[1]  # type: ignore[assignment]
     value = info(weight).value
     rows = int(value.shape[0])
-    if weight.name in residency.weights:
-        return LinearPlan(rows, host, (), (host, rows) if host < rows else None)
+    first = max(host, residency.weights.get(weight.name, rows))
     row_bytes = int(value.shape[1]) * value.element_size()
-    return LinearPlan(rows, host, _chunks(host, rows, residency.chunk_bytes, row_bytes), None)
+    streamed = _chunks(host, first, residency.chunk_bytes, row_bytes)
+    return LinearPlan(rows, host, streamed, (first, rows) if first < rows else None)
 
 
 def _plan(node: fx.Node, costs: Costs, residency: Residency, context: Context) -> LinearPlan:

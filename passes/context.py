@@ -87,13 +87,15 @@ GROWTH = "room for caches to grow"
 
 @dataclass(frozen=True)
 class Residency:
-    """Weights (names of placeholders) that stay on the accelerator, and how its memory is shared out, item by item in bytes.
+    """Weights that stay on the accelerator, and how its memory is shared out, item by item in bytes.
+
+    ``weights`` maps the placeholder's name to the first row that is resident; the rows after it are, too.
 
     ``whole_graph`` says that everything fits: nothing is offloaded and the graph is compiled in one piece.
     ``evicts`` says that weights of other graphs have to leave first.
     """
 
-    weights: frozenset[str]
+    weights: Mapping[str, int]
     ring_bytes: int
     chunk_bytes: int
     budget: Mapping[str, int]
@@ -117,6 +119,11 @@ class Placement:
     host: frozenset[fx.Node]
     accelerator: frozenset[fx.Node]
     written_back: Mapping[fx.Node, str] = field(default_factory=dict)
+
+
+class HostOnlyGraphError(Exception):
+    """The graph has to run on the host as it is: the two sides would write and read one storage in ways that no
+    transfer of values keeps in step. The message says which nodes."""
 
 
 class ResidentWeights(Protocol):

@@ -19,10 +19,22 @@ After:
 from __future__ import annotations
 
 import operator
+
 import sympy
 from torch import fx
 
-from hetegen_compile.ir import LINEAR, MIRROR, TWIN, WRITE_BACK, NodeInfo, annotate, info, is_tensor, lazy_module, whole_linear
+from hetegen_compile.ir import (
+    LINEAR,
+    MIRROR,
+    TWIN,
+    WRITE_BACK,
+    NodeInfo,
+    annotate,
+    info,
+    is_tensor,
+    lazy_module,
+    whole_linear,
+)
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.capture import tensors_in
 from hetegen_compile.passes.context import Context, Placement, require
@@ -251,9 +263,19 @@ class _Levels:
             return 0
         downloads = [n for n in node.all_input_nodes if n in self._level and n not in self._placement.host]
         above = [self._host_level.get(n) or 0 for n in node.all_input_nodes]
-        level = max([0, *above, *(self._level[n] + 1 for n in downloads)])
+        level = max([0, *above, *(self._level[n] + 1 for n in downloads), *self._levels_before(node)])
         self._host_level[node] = level
         return level
+
+    def _levels_before(self, node: fx.Node) -> list[int]:
+        """Levels of earlier host nodes that share a storage with ``node`` which one of the two writes."""
+        own = info(node).storages | info(node).reads
+        levels = []
+        for other, level in self._host_level.items():
+            theirs = info(other).storages | info(other).reads
+            if level is not None and (info(node).writes & theirs or info(other).writes & own):
+                levels.append(level)
+        return levels
 
     def _depth(self, node: fx.Node) -> int:
         return max(self._level.get(node, 0), self._host_level.get(node) or 0)
@@ -267,15 +289,18 @@ def _feeding_accelerator(nodes: list[fx.Node], placement: Placement) -> set[fx.N
     """Host nodes that some accelerator value depends on, through data or through a storage they write."""
     feeding: set[fx.Node] = set()
     touched: set[int] = set()
+    written: set[int] = set()
     for node in reversed(nodes):
         if node not in placement.host:
             continue
         direct = node not in placement.accelerator and any(
             user.target == LINEAR or user in placement.accelerator for user in node.users
         )
-        if direct or any(user in feeding for user in node.users) or info(node).writes & touched:
+        own = info(node).storages | info(node).reads
+        if direct or any(user in feeding for user in node.users) or info(node).writes & touched or own & written:
             feeding.add(node)
-            touched |= info(node).storages | info(node).reads
+            touched |= own
+            written |= info(node).writes
     return feeding
 
 

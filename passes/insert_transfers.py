@@ -22,7 +22,6 @@ After:
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 from torch import fx
 
@@ -63,12 +62,17 @@ def value_side(node: fx.Node) -> Side | None:
     return info(node).side if tensors_in(info(node).value) else None
 
 
+_Version = tuple[fx.Node, int]
+"""A value and how often it has been written in place."""
+
+
 class _Inserter:
     def __init__(self, graph: fx.Graph) -> None:
         self._graph = graph
         self._up: dict[fx.Node, fx.Node] = {}
-        self._down: dict[fx.Node, fx.Node] = {}
-        self._mirrors = {node.args[0]: node for node in graph.find_nodes(op="call_function", target=ir.MIRROR)}
+        self._down: dict[_Version, fx.Node] = {}
+        mirrors = graph.find_nodes(op="call_function", target=ir.MIRROR)
+        self._mirrors: dict[fx.Node, fx.Node] = {node.all_input_nodes[0]: node for node in mirrors}
         self._first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
 
     def accelerator_operands(self) -> None:
@@ -80,18 +84,53 @@ class _Inserter:
                 user.replace_input_with(operand, self._upload(operand))
 
     def host_operands(self) -> None:
-        """Accelerator values that the host reads; those for the end of the step share one transfer."""
-        crossings = self._crossings("host", "accelerator")
+        """Accelerator values that the host reads; those for the end of the step share one transfer.
+
+        A value that is written in place is another value after each write: (node, writes so far).
+        """
+        crossings = [
+            (user, operand)
+            for user, operand in self._crossings("host", "accelerator")
+            if not self._read_where_it_lies(user, operand)
+        ]
+        versions = self._versions()
         late = _late_readers(self._graph)
-        together = dict.fromkeys(operand for user, operand in crossings if user in late)
-        early = dict.fromkeys(operand for user, operand in crossings if user not in late)
-        for operand in early:
-            self._down.update(self._download([operand], before=_first_reader(operand, self._graph)))
-        late_only = [operand for operand in together if operand not in early]
+        early = dict.fromkeys((operand, versions[user, operand]) for user, operand in crossings if user not in late)
+        together = dict.fromkeys((operand, versions[user, operand]) for user, operand in crossings if user in late)
+        readers = {key: [u for u, o in crossings if (o, versions[u, o]) == key] for key in (*early, *together)}
+        for key in early:
+            self._down.update(self._download([key], before=self._earliest(readers[key])))
+        late_only = [key for key in together if key not in early]
         if late_only:
-            self._down.update(self._download(late_only, before=self._end(late)))
+            self._down.update(self._download(late_only, before=self._earliest(list(late))))
         for user, operand in crossings:
-            user.replace_input_with(operand, self._down[operand])
+            user.replace_input_with(operand, self._down[operand, versions[user, operand]])
+
+    def _read_where_it_lies(self, user: fx.Node, operand: fx.Node) -> bool:
+        """Let a host part read an input of the call itself instead of its mirror, if nothing writes it."""
+        if operand.target != ir.MIRROR or user.target != ir.HOST_LINEAR:
+            return False
+        if any(info(node).writes & info(operand).storages for node in self._graph.nodes):
+            return False
+        user.replace_input_with(operand, operand.all_input_nodes[0])
+        return True
+
+    def _versions(self) -> dict[tuple[fx.Node, fx.Node], int]:
+        """How often the storages of each (user, operand) have been written on the accelerator before the user."""
+        written: dict[int, int] = {}
+        versions: dict[tuple[fx.Node, fx.Node], int] = {}
+        for user in self._graph.nodes:
+            for operand in user.all_input_nodes:
+                versions[user, operand] = sum(written.get(key, 0) for key in info(operand).storages)
+            if info(user).side == "accelerator":
+                for key in info(user).writes:
+                    written[key] = written.get(key, 0) + 1
+        return versions
+
+    def _earliest(self, readers: list[fx.Node]) -> fx.Node:
+        wanted = set(readers)
+        found: fx.Node = next(node for node in self._graph.nodes if node in wanted)
+        return found
 
     def _crossings(self, reads: Side, lies: Side) -> list[tuple[fx.Node, fx.Node]]:
         return [
@@ -119,7 +158,8 @@ class _Inserter:
                 annotate(node, side="accelerator")
         return self._up[operand]
 
-    def _download(self, operands: list[fx.Node], before: fx.Node) -> dict[fx.Node, fx.Node]:
+    def _download(self, keys: list[_Version], before: fx.Node) -> dict[_Version, fx.Node]:
+        operands = [operand for operand, _ in keys]
         notes = _download_info(operands)
         with self._graph.inserting_before(before):
             start = annotate(self._graph.call_function(ir.TO_HOST, (operands,)), notes)
@@ -127,10 +167,7 @@ class _Inserter:
             items = [self._graph.call_function(operator.getitem, (done, i)) for i in range(len(operands))]
         for item, operand in zip(items, operands, strict=True):
             annotate(item, _moved(operand), side="host")
-        return dict(zip(operands, items, strict=True))
-
-    def _end(self, late: set[fx.Node]) -> fx.Node:
-        return next(node for node in self._graph.nodes if node in late)
+        return dict(zip(keys, items, strict=True))
 
 
 def _download_info(operands: list[fx.Node]) -> NodeInfo:
@@ -142,13 +179,6 @@ def _download_info(operands: list[fx.Node]) -> NodeInfo:
 def _moved(operand: fx.Node) -> NodeInfo:
     notes = info(operand)
     return NodeInfo(value=notes.value, module=notes.module, position=notes.position)
-
-
-def _first_reader(operand: fx.Node, graph: fx.Graph) -> fx.Node:
-    readers: dict[fx.Node, Any] = dict.fromkeys(
-        user for user in operand.users if operand_side(user, operand) == "host"
-    )
-    return next(node for node in graph.nodes if node in readers)
 
 
 def _late_readers(graph: fx.Graph) -> set[fx.Node]:

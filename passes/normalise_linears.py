@@ -139,15 +139,17 @@ def _why_not(match: _Match, weight: fx.Node, written: frozenset[int], context: C
         return f"{name} is written by the graph itself"
     if x.dtype != value.dtype and not torch.is_autocast_enabled("cpu"):
         return f"its input is {x.dtype} and {name} is {value.dtype}"
-    return _why_not_bias(match, weight)
+    return _why_not_bias(match, written)
 
 
-def _why_not_bias(match: _Match, weight: fx.Node) -> str | None:
+def _why_not_bias(match: _Match, written: frozenset[int]) -> str | None:
     if match.bias is None:
         return None
     bias: Tensor = info(match.bias).value
     if match.bias.op != "placeholder":
         return "its bias is computed, not stored"
+    if info(match.bias).storages & written:
+        return f"{source_name(match.bias) or match.bias.name} is written by the graph itself"
     return None if bias.dim() == 1 and bias.is_contiguous() else f"its bias has shape {tuple(bias.shape)}"
 
 

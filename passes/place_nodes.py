@@ -20,20 +20,24 @@ from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.capture import source_name, tensors_in
 from hetegen_compile.passes.choose_splits import table_only
-from hetegen_compile.passes.context import Context, Placement, Refusal
+from hetegen_compile.passes.context import Context, HostOnlyGraphError, Placement, Refusal
 
-MOVEMENT = frozenset(
-    """_to_copy _unsafe_view alias arange as_strided cat clone constant_pad_nd copy_ copy detach empty
+_MOVEMENT_NAMES = """_to_copy _unsafe_view alias arange as_strided cat clone constant_pad_nd copy_ copy detach empty
     empty_like empty_strided expand eye fill fill_ flip full full_like gather index index_copy index_copy_
     index_put index_put_ index_select lift_fresh lift_fresh_copy masked_fill masked_fill_ narrow new_empty
     new_full new_ones new_zeros ones ones_like permute repeat roll scalar_tensor scatter scatter_ select
     select_scatter slice slice_scatter split split_with_sizes squeeze stack t transpose tril tril_ triu triu_
-    unbind unfold unsqueeze view where zero_ zeros zeros_like _local_scalar_dense""".split()
-)
+    unbind unfold unsqueeze view where zero_ zeros zeros_like _local_scalar_dense"""
+MOVEMENT = frozenset(_MOVEMENT_NAMES.split())
+"""ATen operations that only move data: run twice, they give the same bits twice."""
 
 
 def place_nodes(module: fx.GraphModule, context: Context) -> Placement:
-    """Sides of every node that is neither an input, an output nor a Linear."""
+    """Sides of every node that is neither an input, an output nor a Linear.
+
+    Raises:
+        HostOnlyGraphError: one side writes a storage that the other touches itself.
+    """
     return _Placer(module, context).place()
 
 
@@ -46,6 +50,8 @@ class _Placer:
         for node in self._computing:
             for key in info(node).writes:
                 self._writers.setdefault(key, []).append(node)
+        self._regions = autocast_regions(self._computing)
+        self._in_region = {node for region in self._regions for node in region}
         self._host_only = {node for node in self._computing if self._must_be_host(node)}
         self._host: set[fx.Node] = set()
         self._cost: dict[fx.Node, int] = {}
@@ -53,13 +59,16 @@ class _Placer:
     def place(self) -> Placement:
         written_back = self._place_host()
         accelerator = self._needed_on_accelerator(written_back)
+        reason = _mixed_region(self._regions) or self._mixed_storage(accelerator, written_back)
+        if reason is not None:
+            raise HostOnlyGraphError(reason)
         return Placement(frozenset(self._host), frozenset(accelerator), written_back)
 
     # ---- the host's side ---------------------------------------------------------------------------------
 
     def _must_be_host(self, node: fx.Node) -> bool:
         notes = info(node)
-        if node.target == LINEAR:
+        if node.target == LINEAR or (node in self._in_region and not tensors_in(notes.value)):
             return False
         if notes.random or notes.data_dependent or _is_scalar(node):
             return True
@@ -133,7 +142,9 @@ class _Placer:
             return True
         if not self._repeatable(node):
             return False
-        return self._leaf_bytes(node, set()) <= value_bytes(node, self._context)
+        needs = [*node.all_input_nodes, *self._writers_touching(node)]
+        seen = {node}
+        return sum(self._leaf_bytes(need, seen) for need in needs) <= value_bytes(node, self._context)
 
     def _leaf_bytes(self, node: fx.Node, seen: set[fx.Node]) -> int:
         """Bytes that have to be downloaded so that the host has the node's value."""
@@ -159,12 +170,56 @@ class _Placer:
             node = pending.pop()
             if node in needed or node.op in ("placeholder", "get_attr", "output"):
                 continue
-            if node in self._host_only or _is_scalar(node):
+            if node in self._host_only or (_is_scalar(node) and node not in self._in_region):
                 continue
             needed.add(node)
+            if node in self._in_region:
+                pending += next(region for region in self._regions if node in region)
             pending += node.all_input_nodes
             pending += self._writers_touching(node)
         return {node for node in needed if node.target != LINEAR}
+
+    # ---- what the two sides cannot share ---------------------------------------------------------------------
+
+    def _mixed_storage(self, accelerator: set[fx.Node], written_back: dict[fx.Node, str]) -> str | None:
+        """Why values alone cannot keep the sides in step: one writes a storage that the other touches itself.
+
+        Safe are writes that both sides repeat, and writes of one side to a storage that the other knows only
+        through values that are moved after them.
+        """
+        back = frozenset[int]().union(*(info(node).storages for node in written_back))
+        for key, writers in self._writers.items():
+            on_host = [w for w in writers if w in self._host and w not in accelerator]
+            on_accelerator = [w for w in writers if w in accelerator and w not in self._host]
+            if on_host and self._touched_on_accelerator(key, accelerator):
+                return f"{on_host[0].name} writes on the host what the accelerator computes with"
+            if on_accelerator and self._touched_on_host(key, on_accelerator[0], key in back):
+                return f"{on_accelerator[0].name} writes on the accelerator what {self._name_of(key)} reads on the host"
+        return None
+
+    def _touched_on_accelerator(self, key: int, accelerator: set[fx.Node]) -> bool:
+        """Whether an accelerator node or a Linear reads, writes or makes the storage."""
+        return any(
+            (node in accelerator or node.target == LINEAR) and key in info(node).storages | info(node).reads
+            for node in self._computing
+        )
+
+    def _touched_on_host(self, key: int, writer: fx.Node, is_input: bool) -> bool:
+        """Whether the host has the storage itself and reads it after ``writer``, or made it.
+
+        An input that is copied back is read by the host as it was before the step.
+        """
+        for node in self._host:
+            if key in info(node).storages - info(node).reads:
+                return True
+            own = [arg for arg in node.all_input_nodes if arg in self._host or arg.op in ("placeholder", "get_attr")]
+            reads = any(key in info(arg).storages for arg in own)
+            if reads and (not is_input or info(node).position > info(writer).position):
+                return True
+        return False
+
+    def _name_of(self, key: int) -> str:
+        return next((n.name for n in self._host if key in info(n).reads | info(n).storages), "a node")
 
     def _downloads(self) -> list[fx.Node]:
         """Values that a host node or the caller needs and the host does not make itself."""
@@ -172,6 +227,34 @@ class _Placer:
         inputs = [node for reader in readers for node in reader.all_input_nodes]
         made = ("placeholder", "get_attr")
         return [n for n in inputs if n not in self._host and n.op not in made and tensors_in(info(n).value)]
+
+
+def autocast_regions(nodes: list[fx.Node]) -> list[list[fx.Node]]:
+    """Nodes between ``_enter_autocast`` and its ``_exit_autocast``, both included, of the outermost regions."""
+    regions: list[list[fx.Node]] = []
+    depth = 0
+    for node in nodes:
+        name = getattr(node.target, "__name__", "")
+        if name == "_enter_autocast":
+            depth += 1
+            if depth == 1:
+                regions.append([])
+        if depth:
+            regions[-1].append(node)
+        depth -= name == "_exit_autocast"
+    return regions
+
+
+def _mixed_region(regions: list[list[fx.Node]]) -> str | None:
+    """Why an autocast region cannot lie inside one segment, or None."""
+    for region in regions:
+        linear = next((node for node in region if node.target == LINEAR), None)
+        if linear is not None:
+            return f"{linear.name} is inside an autocast region of the forward; use autocast around the whole call"
+        odd = next((node for node in region if info(node).random or info(node).data_dependent), None)
+        if odd is not None:
+            return f"{odd.name} has to run on the host and is inside an autocast region of the forward"
+    return None
 
 
 def _is_scalar(node: fx.Node) -> bool:

@@ -24,7 +24,7 @@ import sympy
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import py_sym_types
-from torch.utils._sympy.functions import FloorDiv, Mod
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
 
 from hetegen_compile.errors import UnsupportedModelError
 from hetegen_compile.ir import annotate, erase_dead_nodes, info, is_tensor
@@ -34,8 +34,8 @@ _BINARY: dict[Any, Callable[..., Any]] = {
     FloorDiv: operator.floordiv,
     Mod: operator.mod,
     sympy.Pow: operator.pow,
-    sympy.Max: torch.sym_max,
-    sympy.Min: torch.sym_min,
+    Max: torch.sym_max,
+    Min: torch.sym_min,
 }
 _FOLDED: dict[Any, Callable[..., Any]] = {sympy.Add: operator.add, sympy.Mul: operator.mul}
 
@@ -52,7 +52,9 @@ def resolve_sizes(module: fx.GraphModule, context: Context) -> None:
     for node in list(graph.nodes):
         if node.op in ("placeholder", "output") or info(node).data_dependent:
             continue
-        if _is_size(info(node).value) and any(map(is_tensor, node.all_input_nodes)):
+        value = info(node).value
+        known = _is_size(value) and _symbols_of(value) <= symbols.keys()
+        if known and any(map(is_tensor, node.all_input_nodes)):
             with graph.inserting_before(node):
                 _replace(node, _emit_value(graph, info(node).value, symbols))
     erase_dead_nodes(graph)
@@ -62,6 +64,12 @@ def _is_size(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return bool(value) and all(isinstance(v, (int, *py_sym_types)) for v in value)
     return isinstance(value, py_sym_types)
+
+
+def _symbols_of(value: Any) -> set[sympy.Symbol]:
+    """Symbols in sizes; one that no input tells depends on data and stays where it is computed."""
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return set().union(*(v.node.expr.free_symbols for v in values if isinstance(v, py_sym_types)))
 
 
 def _replace(node: fx.Node, new: Any) -> None:

@@ -56,7 +56,7 @@ class _Splitter:
         if self.plan.resident is not None:
             accelerator.append(self._resident(*self.plan.resident))
         if self.plan.host:
-            parts.append(self._host(0, self.plan.host, with_bias=self.dim == 0 or not accelerator))
+            parts.append(self._host(0, self.plan.host, with_bias=bool(self.dim == 0 or not accelerator)))
         whole = info(self.node)
         join = self._call(ir.JOIN, ([*parts, *accelerator], self.dim), whole, side="accelerator")
         self.node.replace_all_uses_with(join)

@@ -7,6 +7,11 @@ that placed its nodes.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 from torch import fx
 
 from hetegen_compile import ir
@@ -33,6 +38,10 @@ def verify(module: fx.GraphModule, context: Context) -> None:
     _check_sides(module.graph)
     _check_slots(module.graph, 0 if residency is None else residency.ring_bytes)
     _check_downloads(module.graph)
+    names = {str(call.target) for call in module.graph.find_nodes(op="call_module")}
+    inner = {name: module.get_submodule(name) for name in names}
+    segments = {name: one.graph for name, one in inner.items() if isinstance(one, fx.GraphModule)}
+    _check_in_place_order(module.graph, segments)
 
 
 def _check_transfers(graph: fx.Graph) -> None:
@@ -98,7 +107,7 @@ def _check_prefetch(
 
 def _check_slot_reader(node: fx.Node, released: dict[fx.Node, fx.Node]) -> None:
     for operand in node.all_input_nodes:
-        transfer = operand.args[0] if operand.target == ir.WAIT else None
+        transfer: Any = operand.args[0] if operand.target == ir.WAIT else None
         if transfer in released:
             raise SlotInUseError(f"{node.name} reads the slot of {transfer} after {released[transfer]} gave it up")
 
@@ -116,3 +125,59 @@ def _check_downloads(graph: fx.Graph) -> None:
             for transfer, storages in pending.items():
                 if storages & info(node).writes:
                     raise MissingWaitError(f"{node.name} writes what {transfer.name} is still copying down")
+
+
+def _check_in_place_order(graph: fx.Graph, segments: Mapping[str, fx.Graph]) -> None:
+    """On each side, writes of a storage and whatever else touches it keep the program's order."""
+    touched: dict[tuple[str | None, int], _Touched] = {}
+    for node in graph.nodes:
+        for key, now in _accesses(node, segments).items():
+            before = touched.setdefault((info(node).side, key), _Touched())
+            if min(now.any) < before.last_write or min(now.writes, default=_NEVER) < before.last_access:
+                raise ScheduleError(
+                    f"{node.name} ({info(node).module}) is issued after {before.node}, but in the program it touches "
+                    "the same storage first and one of the two writes it"
+                )
+            before.last_write = max([before.last_write, *now.writes])
+            before.last_access = max([before.last_access, *now.any])
+            before.node = node
+
+
+_NEVER = 1 << 62
+
+
+@dataclass
+class _Touched:
+    """The latest program positions at which a storage was written and touched so far."""
+
+    last_write: int = -1
+    last_access: int = -1
+    node: fx.Node | None = None
+
+
+@dataclass
+class _Access:
+    """Program positions at which one node touches a storage, and those of them that are writes."""
+
+    any: list[int]
+    writes: list[int]
+
+
+def _accesses(node: fx.Node, segments: Mapping[str, fx.Graph]) -> dict[int, _Access]:
+    """What a node does to each storage that it touches; a segment does what its members do."""
+    inner = segments.get(str(node.target)) if node.op == "call_module" else None
+    members = [node] if inner is None else list(inner.nodes)
+    found: dict[int, _Access] = {}
+    for member in members:
+        position = info(member).position
+        if member.op not in ("call_function", "call_method") or position < 0 or member.target in _UNORDERED:
+            continue
+        read = frozenset[int]().union(*(info(operand).storages for operand in member.all_input_nodes))
+        for key in read | info(member).writes:
+            access = found.setdefault(key, _Access([], []))
+            access.any.append(position)
+            access.writes += [position] if key in info(member).writes else []
+    return found
+
+
+_UNORDERED = (*_STARTS, ir.WAIT, ir.WAIT_HOST, ir.RELEASE, ir.MIRROR, ir.RESIDENT, ir.TWIN, operator.getitem)

@@ -42,7 +42,7 @@ def _gpt2(layers: int) -> PreTrainedModel:
 
 
 def _opt(layers: int) -> PreTrainedModel:
-    sizes = {"hidden_size": 64, "ffn_dim": 128, "num_attention_heads": 4, "word_embed_proj_dim": 64}
+    sizes: dict[str, Any] = {"hidden_size": 64, "ffn_dim": 128, "num_attention_heads": 4, "word_embed_proj_dim": 64}
     return OPTForCausalLM(OPTConfig(num_hidden_layers=layers, max_position_embeddings=64, **sizes, **_TOKENS))
 
 
@@ -90,7 +90,7 @@ def tiny_model(architecture: str, layers: int = 2, dtype: torch.dtype = torch.fl
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(WEIGHT_SCALE if parameter.dim() > 1 else 1)
-    return model.to(dtype)
+    return model.to(dtype)  # type: ignore[no-any-return]
 
 
 def prompts(batch: int) -> dict[str, Tensor]:

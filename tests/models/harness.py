@@ -126,14 +126,15 @@ def compiled_like_eager(
         offloads: False for a case in which nothing can be on the host or streamed, with a reason at the caller.
         weights_change: ``run`` changes weights, so that resident ones are uploaded more than once a plan.
     """
+    model._compiled_call_impl = None  # an earlier test may have compiled it
     torch.manual_seed(0)
     expected = run()
     backend = RecordingBackend(compiler)
-    before = hetegen_compile.schedules()
+    known = hetegen_compile.schedules()
     model.compile(backend=backend, options=dict(options))
     torch.manual_seed(0)
     result = run()
-    schedules = new_schedules(before)
+    schedules = new_schedules(known)
     assert len(backend.returned) >= 1, "the model ran in eager"
     assert calls is None or len(backend.returned) == calls
     (compare or assert_like_eager)(result, expected)

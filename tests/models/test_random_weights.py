@@ -34,12 +34,18 @@ def _generate_like_eager(
 ) -> Comparison:
     model, inputs = tiny_model(architecture), prompts(batch)
     found = compiled_like_eager(
-        model, lambda: generate(model, inputs, cache), options=emulated(gpu_memory=half_the_weights(model)),
+        model, lambda: generate(model, inputs, cache), options=emulated(gpu_memory=_budget(architecture, model)),
         compiler=compiler, compare=_same_tokens_and_close_logits,
     )  # fmt: skip
     answers = found.eager["sequences"][:, inputs["input_ids"].shape[1] :]
     assert len(answers.unique()) >= 3, "an answer of one token would be equal by chance"
     return found
+
+
+def _budget(architecture: str, model: PreTrainedModel) -> int:
+    """Half the weights; more for GPT-2, whose activations of 64 tokens (the bucket's last) would fill that."""
+    half = half_the_weights(model)
+    return half * 5 // 4 if architecture == "gpt2" else half
 
 
 def _same_tokens_and_close_logits(result: Any, expected: Any) -> None:
@@ -64,7 +70,7 @@ def test_segments_through_inductor(architecture: str, cache: str | None, batch: 
 @through_inductor
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_no_worse_than_inductor(dtype: torch.dtype) -> None:
-    model, inputs = tiny_model("llama", layers=1, dtype=dtype), prompts(3)
+    model, inputs = tiny_model("llama", layers=1, dtype=dtype), prompts(1)
     inductors = (_inductors_logits(dtype, inputs) - _logits(model, inputs)).abs().max().item()
     assert inductors > 0, "no difference to allow"
     found = compiled_like_eager(
