@@ -18,6 +18,7 @@ from hetegen_compile.passes.context import Context, LinearPlan, Splits, require
 from hetegen_compile.passes.liveness import scheduled_peak_bytes, segment_workspace_bytes
 from hetegen_compile.pipeline import ONCE_PER_SPLIT, run_pipeline
 
+_ONCE_DECIDED = ("verify", "retarget_devices", "lower")
 SCALES = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 
@@ -44,7 +45,7 @@ def activation_bytes(module: fx.GraphModule, context: Context) -> int:
 
 def _scheduled(module: fx.GraphModule, context: Context, splits: Splits) -> tuple[fx.GraphModule, Context]:
     copy = copy_module(module)
-    stages = tuple(stage for stage in ONCE_PER_SPLIT if stage.run.__name__ not in ("verify", "lower"))
+    stages = tuple(stage for stage in ONCE_PER_SPLIT if stage.run.__name__ not in _ONCE_DECIDED)
     return copy, run_pipeline(copy, replace(context, splits=splits), stages)
 
 

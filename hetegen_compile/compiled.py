@@ -102,7 +102,7 @@ class CompiledGraph:
         self._host_only: Schedule | None = None
         with runtime.lock:
             try:
-                with _compiling():
+                with _quiet(runtime.accelerator.device):
                     self._plan(inputs)
             except HostOnlyGraphError as reason:
                 self._host_only = self._on_host(str(reason))
@@ -130,7 +130,7 @@ class CompiledGraph:
         steps = len(plan.schedule.step_times_s)
         tracing = steps == 1  # the first step warms up, the second is traced
         try:
-            with torch.inference_mode(False), torch.no_grad():
+            with _quiet(accelerator.device):
                 started = time.perf_counter()
                 if tracing:
                     accelerator.trace(True)
@@ -195,7 +195,7 @@ class CompiledGraph:
             self._epoch = self._runtime.epoch
         plan = self._plans.get((bucket, split))
         if plan is None:
-            with _compiling():
+            with _quiet(self._runtime.accelerator.device):
                 plan = self._make_plan(bucket, split, sizes, inputs)
             self._plans[bucket, split] = plan
         return plan
@@ -237,6 +237,7 @@ class CompiledGraph:
             refuse=lambda refusal: refusals.setdefault(refusal),
             segments=self._segments,
             ring_bytes=self._runtime.ring_bytes,
+            device=self._runtime.accelerator.device,
         )
         module, context = self._within_budget(context)
         context = replace(context, refusals=tuple(refusals), weights={})
@@ -323,8 +324,11 @@ def budget_bytes(options: Options, runtime: Runtime) -> int:
 
 
 @contextlib.contextmanager
-def _compiling() -> Iterator[None]:
-    with torch.inference_mode(False), torch.no_grad():
+def _quiet(device: torch.device) -> Iterator[None]:
+    """No gradients, tensors with versions, and the caller's CPU autocast on the accelerator's device too."""
+    enabled = device.type != "cpu" and torch.is_autocast_enabled("cpu")
+    autocast = torch.autocast(device.type, dtype=torch.get_autocast_dtype("cpu"), enabled=enabled)
+    with torch.inference_mode(False), torch.no_grad(), autocast if enabled else contextlib.nullcontext():
         yield
 
 

@@ -26,6 +26,7 @@ from hetegen_compile.passes import (
     place_nodes,
     predict_step,
     resolve_sizes,
+    retarget_devices,
     schedule,
     split_linears,
     verify,
@@ -58,6 +59,7 @@ PIPELINE: tuple[Stage, ...] = (
     Stage(schedule, "rewrite", "slots and issue order: what runs by itself first, host work last"),
     Stage(predict_step, "analyse", "the step on a timeline, for the table and for pacing", "prediction"),
     Stage(verify, "analyse", "no race, or an error that names the node"),
+    Stage(retarget_devices, "rewrite", "constants and example values of the device that segments run on"),
     Stage(lower, "rewrite", "segments through Inductor, equal ones once"),
 )
 

@@ -11,6 +11,7 @@ from hetegen_compile.passes.normalise_linears import normalise_linears
 from hetegen_compile.passes.place_nodes import place_nodes
 from hetegen_compile.passes.predict_step import predict_step
 from hetegen_compile.passes.resolve_sizes import resolve_sizes
+from hetegen_compile.passes.retarget_devices import retarget_devices
 from hetegen_compile.passes.schedule import schedule
 from hetegen_compile.passes.split_linears import split_linears
 from hetegen_compile.passes.verify import verify
@@ -27,6 +28,7 @@ __all__ = [
     "place_nodes",
     "predict_step",
     "resolve_sizes",
+    "retarget_devices",
     "schedule",
     "split_linears",
     "verify",

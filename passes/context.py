@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import sympy
+import torch
 from torch import Tensor, fx
 
 from hetegen_compile.cost_model import HardwareProfile
@@ -141,7 +142,7 @@ class Context:
     """Everything a pass may know. Fields from ``costs`` on are filled in as the pipeline runs.
 
     ``activation_bytes`` is what an earlier schedule of the same graph is known to need for activations;
-    ``ring_bytes`` the length that the accelerator's staging ring has already.
+    ``ring_bytes`` the length that the accelerator's staging ring has already; ``device`` where segments will run.
     """
 
     options: Options
@@ -156,6 +157,7 @@ class Context:
     refusals: tuple[Refusal, ...] = ()
     activation_bytes: int = 0
     ring_bytes: int = 0
+    device: torch.device = torch.device("cpu")
     costs: Costs | None = None
     residency: Residency | None = None
     splits: Splits | None = None

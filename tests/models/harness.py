@@ -37,12 +37,8 @@ through_inductor = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` 
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
     """Every test starts without compiled graphs, and leaves none (and no accelerator's threads) behind."""
-    _forget_graphs()
+    torch._dynamo.reset()
     yield
-    _forget_graphs()
-
-
-def _forget_graphs() -> None:
     torch._dynamo.reset()
     gc.collect()
 

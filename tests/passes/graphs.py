@@ -29,7 +29,7 @@ from hetegen_compile.passes import (
     split_linears,
 )
 from hetegen_compile.passes.capture import capture, source_name
-from hetegen_compile.passes.context import Bucket, Context, LinearPlan, Refusal, Residency
+from hetegen_compile.passes.context import GROWTH, Bucket, Context, LinearPlan, Refusal, Residency
 from hetegen_compile.passes.lower import SegmentCache
 from hetegen_compile.pipeline import PIPELINE, run_pipeline
 from hetegen_compile.segments import plain_compiler
@@ -235,7 +235,7 @@ def planned(
     rows = {info(node).position: int(info(node.args[1]).value.shape[0]) for node in linears}
     result.context = replace(
         result.context,
-        residency=Residency(frozenset(), ring_bytes, ring_bytes, {}, whole_graph=whole_graph),
+        residency=Residency({}, ring_bytes, ring_bytes, {"activations": 0, GROWTH: 0}, whole_graph=whole_graph),
         splits={position: plan(count) for position, count in rows.items()},
     )
     result.context = replace(result.context, placement=place_nodes(result.module, result.context))

@@ -8,11 +8,14 @@ import pytest
 import sympy
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 
+from hetegen_compile.backend import make_backend
 from hetegen_compile.errors import UnsupportedModelError
 from hetegen_compile.ir import info
 from hetegen_compile.passes.capture import capture, source_name, to_expr, weight_module
+from hetegen_compile.segments import plain_compiler
 from tests.passes.graphs import Case, case, dynamo_graph
 
 
@@ -68,7 +71,6 @@ def test_parameters_have_the_names_that_users_know() -> None:
 
 
 @pytest.mark.parametrize("name", ["inner", "fn", "args", "kwargs"])
-@pytest.mark.xfail(strict=True, reason="source_name drops every step of these names, the user's own included")
 def test_a_module_keeps_its_name_whatever_that_is(name: str) -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:
@@ -211,10 +213,6 @@ def test_autocast_is_as_before() -> None:
     assert info(product).value.dtype == torch.bfloat16
 
 
-# ---- defects --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.xfail(strict=True, reason="the first input of a storage is taken to lie at its beginning")
 @pytest.mark.parametrize("places", [(1, 0), (2, 1)])
 def test_inputs_lie_where_they_lie_in_their_storage(places: tuple[int, int]) -> None:
     base = torch.randn(3, 4)
@@ -223,10 +221,81 @@ def test_inputs_lie_where_they_lie_in_their_storage(places: tuple[int, int]) -> 
     assert offsets == [4 * place for place in places]
 
 
-@pytest.mark.xfail(
-    strict=True, raises=torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode,
-    reason="dynamic=True: Dynamo passes a module's float as a tensor and item(); the propagation cannot guard on it",
-)  # fmt: skip
-def test_a_float_of_a_module_may_be_an_input() -> None:
-    found = case(nn.Sequential(nn.RMSNorm(4, eps=1e-6)), torch.randn(3, 4), dynamic=True)
-    assert len(found.outputs()) == 1
+class Scaled(nn.Module):
+    """``eps`` and ``scale`` are Python floats: with ``dynamic=True`` Dynamo passes them as tensors with ``item()``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(64, 64), nn.RMSNorm(64, eps=0.5), nn.Linear(64, 64)
+        self.scale = 0.25
+
+    def forward(self, x: Tensor) -> Any:
+        return self.down(self.norm(self.up(x)) * self.scale)
+
+
+@pytest.mark.parametrize("module", [nn.Sequential(nn.RMSNorm(4, eps=1e-6)), Scaled()])
+def test_a_graph_with_python_floats_as_inputs_is_traced_again(module: nn.Module) -> None:
+    columns = 4 if isinstance(module, nn.Sequential) else 64
+    graph, inputs = dynamo_graph(module, torch.randn(3, columns), dynamic=True)
+    assert graph.graph.find_nodes(op="call_method", target="item")  # or this proves nothing
+    with pytest.raises(TensorifyScalarRestartAnalysis):
+        capture(graph, inputs)
+    torch._dynamo.reset()  # forgets the floats that are to become constants
+
+
+def test_python_floats_are_constants_under_dynamic_shapes() -> None:
+    traced: list[str] = []
+    inner = make_backend(plain_compiler)
+
+    def backend(module: fx.GraphModule, inputs: list[Any], **kwargs: Any) -> Any:
+        traced.append(module.code)
+        return inner(module, inputs, **kwargs)
+
+    torch._dynamo.reset()
+    module = Scaled()
+    options = {"accelerator": "emulated", "hardware": "cpu-emulated", "split": 0.5}
+    compiled = torch.compile(module, backend=backend, dynamic=True, options=options)
+    with torch.no_grad():
+        for tokens in (3, 7):
+            x = torch.randn(tokens, 64)
+            torch.testing.assert_close(compiled(x), module(x))
+        assert [".item()" in code for code in traced] == [True, False]
+        assert "0.5" in traced[-1]
+        assert "0.25" in traced[-1]
+        module.scale = 4.0
+        torch.testing.assert_close(compiled(x), module(x))  # a constant with a guard
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_autocast_regions_that_change_nothing_are_dropped(enabled: bool) -> None:
+    def function(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            return x @ x
+
+    found = case(function, torch.randn(4, 4))
+    assert ("_enter_autocast" in found.text) == ("_exit_autocast" in found.text) == enabled
+    (product,) = found.outputs()
+    assert product.dtype == (torch.bfloat16 if enabled else torch.float32)
+
+
+def test_a_region_without_autocast_inside_the_callers_autocast_stays() -> None:
+    def function(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return x @ x
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = case(function, torch.randn(4, 4))
+        (product,) = found.outputs()
+    assert "_enter_autocast" in found.text
+    assert product.dtype == torch.float32
+
+
+def test_a_region_without_autocast_inside_one_with_it_stays() -> None:
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = x @ x
+            with torch.autocast("cpu", enabled=False):
+                return y, x @ x
+
+    found = case(function, torch.randn(4, 4))
+    assert [value.dtype for value in found.outputs()] == [torch.bfloat16, torch.float32]

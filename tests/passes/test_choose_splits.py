@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from hetegen_compile.cost_model import SplitProblem, row_granularity, solve_spli
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes import annotate_costs, choose_splits
 from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, table_only
-from hetegen_compile.passes.context import LinearPlan, NodeCost, Residency, Splits
+from hetegen_compile.passes.context import GROWTH, LinearPlan, NodeCost, Residency, Splits
 from tests.passes.graphs import PROFILE, Case, again, case, property_test
 
 ROWS = (1, 7, 100, 256, 1000)
@@ -36,8 +37,9 @@ def wide() -> Case:
     return case(Wide(), torch.randn(1, COLUMNS)).run(annotate_costs)
 
 
-def residency(chunk_bytes: int, weights: frozenset[str] = frozenset()) -> Residency:
-    return Residency(weights, 2 * chunk_bytes, chunk_bytes, {})
+def residency(chunk_bytes: int, weights: Mapping[str, int] | None = None) -> Residency:
+    """``weights``: the first resident row of each weight that is on the accelerator."""
+    return Residency(weights or {}, 2 * chunk_bytes, chunk_bytes, {"activations": 0, GROWTH: 0})
 
 
 def splits_of(base: Case, split: Any, decided: Residency) -> Splits:
@@ -60,18 +62,20 @@ shares = st.just("auto") | st.floats(0, 1)
 
 
 @property_test
-@given(shares, st.integers(0, 40_000), st.sets(st.sampled_from(range(len(ROWS)))))
-def test_rows_are_tiled_and_chunks_fit(wide: Case, split: Any, more_bytes: int, kept: set[int]) -> None:
+@given(shares, st.integers(0, 40_000), st.dictionaries(st.sampled_from(range(len(ROWS))), st.floats(0, 1)))
+def test_rows_are_tiled_and_chunks_fit(wide: Case, split: Any, more_bytes: int, kept: dict[int, float]) -> None:
     weights = [str(node.args[1]) for node in wide.nodes(LINEAR)]
     smallest = max(row_granularity(rows) for rows in ROWS) * COLUMNS * 4
-    decided = residency(smallest + more_bytes, frozenset(weights[i] for i in kept))
+    first = {i: round(share * ROWS[i]) for i, share in kept.items()}
+    decided = residency(smallest + more_bytes, {weights[i]: row for i, row in first.items()})
     plans = splits_of(wide, split, decided)
     for i, (rows, plan) in enumerate(zip(ROWS, plans.values(), strict=True)):
         check_tiling(plan)
         assert plan.rows == rows
         assert plan.host % row_granularity(rows) == 0 or plan.host == rows
         assert all((hi - lo) * COLUMNS * 4 <= decided.chunk_bytes for lo, hi in plan.streamed)
-        assert (plan.resident is None) == (i not in kept or plan.host == rows)
+        begin = max(plan.host, first.get(i, rows))
+        assert plan.resident == ((begin, rows) if begin < rows else None)
 
 
 @property_test
@@ -117,12 +121,22 @@ def test_the_rest_is_cut_into_equal_chunks(wide: Case) -> None:
 
 
 def test_a_resident_weight_keeps_only_a_forced_share_on_the_host(wide: Case) -> None:
-    weights = frozenset(str(node.args[1]) for node in wide.nodes(LINEAR))
+    weights = {str(node.args[1]): 0 for node in wide.nodes(LINEAR)}
     auto = splits_of(wide, "auto", residency(40_000, weights)).values()
     assert [plan.resident for plan in auto] == [(0, rows) for rows in ROWS]
     half = splits_of(wide, 0.5, residency(40_000, weights)).values()
     assert [plan.streamed for plan in half] == [()] * len(ROWS)
     assert [plan.resident for plan in half] == [(plan.host, plan.rows) for plan in half]
+
+
+def test_rows_before_the_first_resident_one_are_streamed_if_the_host_does_not_take_them(wide: Case) -> None:
+    weights = {str(node.args[1]): 512 for node in wide.nodes(LINEAR)}
+    decided = residency(256 * COLUMNS * 4, weights)
+    for split, host, streamed in ((0.0, 0, ((0, 256), (256, 512))), (0.256, 256, ((256, 512),)), (0.512, 512, ())):
+        *_, plan = splits_of(wide, split, decided).values()
+        assert plan == LinearPlan(1000, host, streamed, (512, 1000))
+    *_, plan = splits_of(wide, 0.768, decided).values()
+    assert plan == LinearPlan(1000, 768, (), (768, 1000))
 
 
 def test_the_balance_of_more_tokens_streams_more() -> None:
@@ -167,18 +181,20 @@ TABLE_BYTES = 64 * 16 * 4
 
 
 @pytest.mark.parametrize(
-    ("module", "budget_bytes", "on_host"),
+    ("module", "tokens", "on_host"),
     [
-        (Lookup(), 99 * TABLE_BYTES, True),
-        (Lookup(), 101 * TABLE_BYTES, False),  # small: a mirror costs less than the trips
-        (Lookup(tied=True), 101 * TABLE_BYTES, True),
-        (Lookup(scaled=True), 99 * TABLE_BYTES, False),
+        (Lookup(), 1, True),
+        (Lookup(), 63, True),
+        (Lookup(), 64, False),  # as many rows as the table has: a mirror costs no more than one step's rows
+        (Lookup(tied=True), 64, True),
+        (Lookup(scaled=True), 1, False),
     ],
 )
-def test_large_tables_that_are_only_looked_up_stay_on_the_host(
-    module: Lookup, budget_bytes: int, on_host: bool
+@pytest.mark.parametrize("budget_bytes", [TABLE_BYTES, 1000 * TABLE_BYTES])
+def test_tables_larger_than_what_is_looked_up_stay_on_the_host(
+    module: Lookup, tokens: int, on_host: bool, budget_bytes: int
 ) -> None:
-    found = case(module, torch.tensor([1, 2]), budget_bytes=budget_bytes).run(annotate_costs)
+    found = case(module, torch.arange(tokens), budget_bytes=budget_bytes).run(annotate_costs)
     (table,) = {arg for n in found.module.graph.nodes if "embedding" in info(n).aten
                 for arg in n.all_input_nodes if arg.name in found.context.weights}  # fmt: skip
     assert table_only(table, found.context) is on_host

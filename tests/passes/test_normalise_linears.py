@@ -239,7 +239,6 @@ def test_a_weight_that_is_not_the_whole_parameter_says_why(form: Form) -> None:
     assert len(found.reasons()) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="only the weight's writes are looked at: a bias that the graph writes is split")
 def test_a_bias_that_the_graph_writes_stays() -> None:
     def function(x: Tensor) -> Tensor:
         B.add_(1)

@@ -28,7 +28,7 @@ from tests.passes.graphs import (
     scheduled,
     streamed,
 )
-from tests.passes.test_group_segments import BUDGET, FUNCTIONS, A, C, X, static_cache, write_between
+from tests.passes.test_group_segments import FUNCTIONS, A, C, X, static_cache, write_between
 
 ROW = 64 * 4  # bytes of one row of A, B and C; also the alignment of slots
 LAYERS = nn.ModuleList([nn.Linear(64, 64, bias=False) for _ in range(4)])
@@ -183,7 +183,7 @@ def test_no_two_live_slots_overlap_and_the_proof_agrees(uncut: Case, decided: li
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_order_keeps_every_edge(name: str) -> None:
     function, inputs = FUNCTIONS[name]
-    found = planned(function, *inputs, budget_bytes=BUDGET, plan=quarters)
+    found = planned(function, *inputs, plan=quarters)
     found.apply(split_linears)
     found.apply(insert_transfers)
     nodes = [n for n in found.module.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
@@ -197,7 +197,7 @@ def test_the_order_keeps_every_edge(name: str) -> None:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_no_accelerator_work_that_is_ready_waits_for_the_host_to_compute(name: str) -> None:
     function, inputs = FUNCTIONS[name]
-    found = scheduled(function, *inputs, budget_bytes=BUDGET, plan=quarters)
+    found = scheduled(function, *inputs, plan=quarters)
     nodes = [n for n in found.module.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
     tasks = task_graph(nodes)
     copies = found.nodes(PREFETCH)
@@ -251,7 +251,7 @@ def test_a_cache_is_written_before_it_is_read() -> None:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_numerics_with_rings_of_any_length(name: str, ring_rows: int) -> None:
     function, inputs = FUNCTIONS[name]
-    found = assert_equal_to_eager(function, *inputs, budget_bytes=BUDGET, ring_bytes=ring_rows * ROW)
+    found = assert_equal_to_eager(function, *inputs, ring_bytes=ring_rows * ROW)
     verify(found.module, found.context)
 
 

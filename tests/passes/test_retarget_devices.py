@@ -1,0 +1,86 @@
+"""Segments of the CPU's graph become segments of a GPU's, propagated with fake CUDA tensors on any machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hetegen_compile.ir import info
+from hetegen_compile.passes import retarget_devices
+from hetegen_compile.passes.retarget_devices import index, retarget_constants
+from tests.passes.graphs import Case, scheduled
+
+CUDA = torch.device("cuda:0")
+A, B = nn.Linear(64, 64), nn.Linear(64, 64)
+
+
+def attention(x: Tensor) -> Tensor:
+    """Constructors, ``.to("cpu")``, indexing, ``contiguous`` and attention between two Linears."""
+    q = A(x).view(1, -1, 4, 16).transpose(1, 2)
+    place = torch.arange(q.shape[2]).to("cpu") + torch.zeros(1, dtype=torch.int64)
+    q = torch.cat([q[..., 8:], q[..., :8]], dim=-1).contiguous() + place[None, None, :, None]
+    out = nn.functional.scaled_dot_product_attention(q, q, q)
+    return B(out.transpose(1, 2).reshape(1, -1, 64))
+
+
+def tensors_of(found: Case) -> list[Tensor]:
+    calls = found.module.graph.find_nodes(op="call_module")
+    segments = [found.module.get_submodule(str(call.target)) for call in calls]
+    nodes = [node for one in segments if isinstance(one, fx.GraphModule) for node in one.graph.nodes]
+    return [info(node).value for node in nodes if isinstance(info(node).value, Tensor)]
+
+
+def test_every_value_of_every_segment_is_on_the_device() -> None:
+    found = scheduled(attention, torch.randn(1, 5, 64))
+    assert {tensor.device.type for tensor in tensors_of(found)} == {"cpu"}
+    retarget_devices(found.module, replace(found.context, device=CUDA))
+    assert {tensor.device for tensor in tensors_of(found)} == {CUDA}
+
+
+def test_the_emulated_accelerator_changes_nothing() -> None:
+    found = scheduled(attention, torch.randn(1, 5, 64))
+    before = [str(node.args) for node in found.module.graph.nodes]
+    retarget_devices(found.module, found.context)
+    assert [str(node.args) for node in found.module.graph.nodes] == before
+    assert {tensor.device.type for tensor in tensors_of(found)} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("target", "args", "kwargs"),
+    [
+        ("to", ("cpu",), {}),
+        ("to", (torch.device("cpu"), torch.float32), {}),
+        ("cpu", (), {}),
+        (torch.zeros, (3,), {}),
+        (torch.ones, (3,), {"device": "cpu"}),
+    ],
+)
+def test_constants_name_the_device(target: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    if isinstance(target, str):
+        node = graph.call_method(target, (x, *args), kwargs)  # type: ignore[arg-type]
+    else:
+        node = graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
+    retarget_constants(graph, CUDA)
+    assert CUDA in (*node.args, *node.kwargs.values())
+    assert "cpu" not in str((node.args, node.kwargs))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [0, slice(1, 3), (..., None), (None, slice(None), 1), (..., slice(None, 2)), (slice(0, 2), torch.tensor([0, 2]))],
+)
+def test_indexing_by_aten_operations_is_indexing(key: object) -> None:
+    x = torch.arange(24).reshape(4, 3, 2)
+    torch.testing.assert_close(index(x, key), x[key])  # type: ignore[index]
+
+
+def test_fake_cuda_tensors_are_indexed_without_cuda() -> None:
+    with FakeTensorMode():
+        x = torch.empty(4, 3, 2, device=CUDA)
+        assert index(x, (slice(1, 3), ..., None)).shape == (2, 3, 2, 1)

@@ -1,0 +1,36 @@
+"""Layers, lowest first: cost_model, passes, hetegen_compile; leaves may be imported by all of them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LEAVES = {"hetegen_compile.errors", "hetegen_compile.ir", "hetegen_compile.options", "hetegen_compile.plan"}
+BELOW = {
+    "cost_model": {"hetegen_compile.cost_model"},
+    "passes": {"hetegen_compile.cost_model", "hetegen_compile.passes"},
+}
+
+
+def imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names if node.module == "hetegen_compile")
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("layer", BELOW)
+def test_a_layer_imports_only_what_lies_below(layer: str) -> None:
+    files = sorted((ROOT / layer).glob("*.py"))
+    assert files
+    for path in files:
+        ours = {name for name in imported(path) if name.startswith("hetegen_compile.")}
+        allowed = {name for name in ours if name in LEAVES or any(name.startswith(below) for below in BELOW[layer])}
+        assert ours == allowed, f"{path.name} imports {sorted(ours - allowed)}"
+
