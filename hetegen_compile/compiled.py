@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import logging
 import time
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from hetegen_compile.baselines import baselines, floor_s
 from hetegen_compile.bind import BoundStep, bind
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.ir import LINEAR, copy_module, info
-from hetegen_compile.mirrors import MIRRORS, NoRoomError
+from hetegen_compile.mirrors import NoRoomError, Request
 from hetegen_compile.options import Options
 from hetegen_compile.passes.capture import source_name, to_expr
 from hetegen_compile.passes.context import Bucket, Context, HostOnlyGraphError, Refusal, Residency, require
@@ -95,6 +96,7 @@ class CompiledGraph:
         self._names = [source_name(node) or node.name for node in placeholders]
         self._weights = {node.name: i for i, node in enumerate(placeholders) if _is_weight(node, inputs[i])}
         self._symbols = _symbol_inputs(placeholders)
+        self._aliased = _aliased(placeholders)
         self._tokens = _tokens(module)
         self._epoch = runtime.epoch
         self._buckets: dict[Bucket, _BucketPlan] = {}
@@ -150,8 +152,8 @@ class CompiledGraph:
         self._pin(plan, inputs)
         accelerator.begin_step()
         mirrors.begin_step()
-        requests = [(inputs[i], self._names[i], MIRRORS) for i in bound.mirrors]
-        requests += [(inputs[i].detach()[lo:hi], self._names[i], WEIGHTS) for i, lo, hi in bound.residents]
+        requests = [Request(inputs[i], self._names[i], whole=i in self._aliased) for i in bound.mirrors]
+        requests += [Request(inputs[i].detach()[lo:hi], self._names[i], WEIGHTS) for i, lo, hi in bound.residents]
         values = mirrors.fetch(requests, plan.mirror_limit_bytes - self._runtime.ring_bytes)
         count = len(bound.mirrors)
         outputs, twins = bound.run(list(inputs), values[:count], values[count:])
@@ -220,6 +222,8 @@ class CompiledGraph:
         bound = bind(module, prediction.work, self._runtime.accelerator)
         schedule = self._schedule(base, module, context)
         register(schedule)
+        if schedule.whole_graph:
+            logger.info("%s: everything fits, nothing is offloaded; the graph is compiled in one piece", schedule.title)
         if self._options.print_schedule and _split_override.get() is None:
             print(schedule.table(unfold=self._options.unfold), flush=True)
         return _Plan(bound, schedule, context.budget_bytes - residency.transient_bytes, set())
@@ -340,6 +344,12 @@ def _is_weight(node: fx.Node, value: Any) -> bool:
     name = getattr(source, "name", "")
     text = str(name() if callable(name) else name)
     return isinstance(value, torch.nn.Parameter) or "_parameters[" in text or "_buffers[" in text
+
+
+def _aliased(placeholders: Sequence[fx.Node]) -> frozenset[int]:
+    """Positions of the inputs that share a storage with another input."""
+    lies_in = Counter(key for node in placeholders for key in info(node).storages)
+    return frozenset(i for i, node in enumerate(placeholders) if any(lies_in[key] > 1 for key in info(node).storages))
 
 
 def _symbol_inputs(placeholders: Sequence[fx.Node]) -> dict[sympy.Symbol, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +25,19 @@ _WHOLE_STORAGE_FACTOR = 4
 _WHOLE_STORAGE_BYTES = 1 << 20
 
 Geometry = tuple[Any, ...]
-Request = tuple[Tensor, str, str]
-"""A host tensor whose device value is wanted, its name, and the category that its bytes count under."""
+
+
+class Request(NamedTuple):
+    """A host tensor whose device value is wanted.
+
+    ``category`` is what its bytes count under. ``whole`` asks for a view of the mirrored storage, because another
+    input of the graph lies in the same storage.
+    """
+
+    tensor: Tensor
+    name: str
+    category: str = MIRRORS
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,14 +90,14 @@ class Mirrors:
         each other as on the host; under any other category exactly the tensor's own bytes are uploaded. Before
         an upload, mirrors that this step does not use are dropped until all fit ``limit_bytes``.
         """
-        found = [self._lookup(tensor) for tensor, _, _ in requests]
+        found = [self._lookup(request.tensor) for request in requests]
         missing = [i for i, (record, geometry) in enumerate(found) if geometry not in record.held]
         if missing or self._grown:
             self._grown = False
-            self._make_room(limit_bytes - sum(_nbytes(requests[i][0]) for i in missing))
+            self._make_room(limit_bytes - sum(_nbytes(requests[i].tensor) for i in missing))
         for i in missing:
-            (tensor, name, category), (record, geometry) = requests[i], found[i]
-            record.held[geometry] = self._make(record, tensor, Op(name, category=category))
+            record, geometry = found[i]
+            record.held[geometry] = self._make(record, requests[i])
         return [record.held[geometry].value for record, geometry in found]
 
     def _lookup(self, tensor: Tensor) -> tuple[_Record, Geometry]:
@@ -128,7 +139,7 @@ class Mirrors:
         if record is None:
             return
         record.version = _version(tensor)
-        if record.base is None:
+        if record.base is None:  # other views of the storage were uploaded by themselves and know nothing of it
             geometry = _geometry(tensor)
             record.held = {geometry: record.held[geometry]} if geometry in record.held else {}
 
@@ -181,17 +192,24 @@ class Mirrors:
             return isinstance(record.version, Tensor) and torch.equal(version, record.version)
         return version is not None and not isinstance(record.version, Tensor) and bool(record.version == version)
 
-    def _make(self, record: _Record, tensor: Tensor, op: Op) -> _Held:
-        own = _nbytes(tensor)
-        if op.category != MIRRORS or _covers_storage(tensor) or not _needs_whole_storage(tensor):
-            return _Held(self._accelerator.upload(op, tensor.detach()), op.category, own)
+    def _make(self, record: _Record, request: Request) -> _Held:
+        tensor, op = request.tensor.detach(), Op(request.name, category=request.category)
+        covers = _covers_storage(tensor)
+        view_of_base = request.whole or record.base is not None or _needs_whole_storage(tensor)
+        if request.category != MIRRORS or not (covers or view_of_base):
+            return _Held(self._accelerator.upload(op, tensor), op.category, _nbytes(tensor))
         if record.base is None:
-            flat = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
-            record.base = self._accelerator.upload(op, flat)
-            record.base_bytes = _nbytes(flat)
+            whole = tensor if covers else torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+            record.base = self._accelerator.upload(op, whole)
+            record.base_bytes = _nbytes(whole)
+        if covers and not record.held:
+            return _Held(record.base, op.category, 0)
         view = tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset()
-        value = self._accelerator.launch(op, lambda base: base.as_strided(*view), (record.base,))
-        return _Held(value, op.category, 0)
+        return _Held(self._accelerator.launch(op, _view, (record.base, tensor.dtype, view)), op.category, 0)
+
+
+def _view(base: Tensor, dtype: torch.dtype, view: tuple[Any, ...]) -> Tensor:
+    return (base if base.dtype == dtype else base.view(dtype)).as_strided(*view)
 
 
 def _geometry(tensor: Tensor) -> Geometry:

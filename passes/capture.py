@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -180,16 +181,20 @@ def _drop_side_notes(graph: fx.Graph) -> None:
 
 
 def _drop_idle_autocast(graph: fx.Graph) -> None:
-    """Remove autocast regions that change nothing: what transformers' rotary embeddings enter, mostly."""
-    for leave in list(graph.nodes):
-        if getattr(leave.target, "__name__", "") != "_exit_autocast":
-            continue
-        enter = leave.args[0]
-        assert isinstance(enter, fx.Node)
-        enabled = enter.args[2] if len(enter.args) > 2 else True
-        if not enabled and not torch.is_autocast_enabled("cpu"):
-            graph.erase_node(leave)
-            graph.erase_node(enter)
+    """Remove autocast regions that change nothing: what transformers' rotary embeddings enter, mostly.
+
+    A region that switches autocast off changes something inside one that has it on, the caller's included.
+    """
+    entered: list[tuple[fx.Node, bool]] = []
+    for node in list(graph.nodes):
+        name = getattr(node.target, "__name__", "")
+        if name == "_enter_autocast":
+            entered.append((node, bool(node.args[2] if len(node.args) > 2 else True)))
+        elif name == "_exit_autocast":
+            enter, enabled = entered.pop()
+            if not enabled and not torch.is_autocast_enabled("cpu") and not any(on for _, on in entered):
+                graph.erase_node(node)
+                graph.erase_node(enter)
 
 
 def _bind_python_floats(module: fx.GraphModule) -> None:
@@ -197,16 +202,14 @@ def _bind_python_floats(module: fx.GraphModule) -> None:
 
     A float that becomes ``tensor.item()`` would be data from which the propagation must not decide anything.
     """
-    items = [node for node in module.graph.nodes if node.op == "call_method" and node.target == "item"]
-    symbols = [
-        str(value.node.expr)
-        for node in items
-        if isinstance(value := node.meta.get("example_value"), torch.SymFloat)
-        and symbol_is_type(value.node.expr, SymT.FLOAT)
-    ]
-    if symbols:
-        for symbol in symbols:
-            TensorifyState.specialize(symbol)
+    items = module.graph.find_nodes(op="call_method", target="item")
+    values = [node.meta.get("example_value") for node in items]
+    symbols = {s for value in values if isinstance(value, torch.SymFloat) for s in value.node._expr.free_symbols}
+    floats = sorted(str(s) for s in symbols if symbol_is_type(s, SymT.FLOAT))
+    fresh = [name for name in floats if not TensorifyState.should_specialize(name)]
+    for name in fresh:
+        TensorifyState.specialize(name)
+    if fresh:
         raise TensorifyScalarRestartAnalysis
 
 
@@ -232,6 +235,12 @@ def _fake_inputs(module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensor
     """Fresh fakes with the geometry of Dynamo's and the aliasing of the real inputs."""
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     shared: dict[int, Tensor] = {}
+    lies_in = Counter(storage_id(real) for real in inputs if isinstance(real, Tensor))
+    for real in inputs:
+        if isinstance(real, Tensor) and (real.storage_offset() != 0 or lies_in[storage_id(real)] > 1):
+            with mode:
+                length = real.untyped_storage().nbytes() // real.element_size()
+                shared.setdefault(storage_id(real), torch.empty(length, dtype=real.dtype, device=real.device))
     return [
         _fake_like(node.meta.get("example_value", real), real, mode, shared)
         for node, real in zip(placeholders, inputs, strict=True)
@@ -246,20 +255,12 @@ def _fake_like(example: Any, real: Any, mode: FakeTensorMode, shared: dict[int, 
     geometry = (tuple(example.shape), tuple(example.stride()), example.storage_offset())
     key = storage_id(real) if isinstance(real, Tensor) else id(real)
     with mode:
-        if key not in shared and isinstance(real, Tensor) and _lies_inside(real):
-            length = real.untyped_storage().nbytes() // real.element_size()
-            shared[key] = torch.empty(length, dtype=example.dtype, device=example.device)
         if key not in shared:
             shared[key] = torch.empty_strided(*geometry[:2], dtype=example.dtype, device=example.device)
             return shared[key]
         base = shared[key]
         same_type = base if base.dtype == example.dtype else base.view(example.dtype)
         return same_type.as_strided(*geometry)
-
-
-def _lies_inside(real: Tensor) -> bool:
-    """Whether a tensor does not begin where its storage begins."""
-    return real.storage_offset() != 0
 
 
 @contextlib.contextmanager

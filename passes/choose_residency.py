@@ -9,7 +9,7 @@ offloaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import fx
 
@@ -85,12 +85,20 @@ def _fixed_items(module: fx.GraphModule, weights: Iterable[fx.Node], context: Co
     linear_io = [value_bytes(node, context) + value_bytes(node.args[0], context) for node in module.graph.nodes
                  if node.target == LINEAR]
     return {
-        "mirrors of inputs, buffers and caches": sum(value_bytes(node, context) for node in mirrored),
+        "mirrors of inputs, buffers and caches": sum(_mirror_bytes(node, mirrored, context) for node in mirrored),
         GROWTH: _growth(sum(int(context.number(tensor_bytes(t))) for t in growing), context),
         "activations": max(
             activation_peak_bytes(module, context) + max(linear_io, default=0), context.activation_bytes
         ),
     }
+
+
+def _mirror_bytes(node: fx.Node, mirrored: Sequence[fx.Node], context: Context) -> int:
+    """Bytes of an input's mirror; inputs that lie in one storage share a mirror of all of it."""
+    sharing = [other for other in mirrored if info(other).storages & info(node).storages]
+    if len(sharing) == 1:
+        return value_bytes(node, context)
+    return int(info(node).value.untyped_storage().nbytes()) if sharing[0] is node else 0
 
 
 def _growth(nbytes: int, context: Context) -> int:

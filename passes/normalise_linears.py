@@ -18,7 +18,7 @@ contiguous, two-dimensional parameter that the graph leaves alone stays as it is
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,11 +27,13 @@ from torch import Tensor, fx
 from hetegen_compile.ir import LINEAR, annotate, erase_dead_nodes, info, is_tensor
 from hetegen_compile.passes.capture import source_name
 from hetegen_compile.passes.context import Context, Refusal
+from hetegen_compile.passes.place_nodes import autocast_regions
 
 _LINEAR = {torch._C._nn.linear, torch.nn.functional.linear, torch.ops.aten.linear.default}
 _ADDMM = {torch.addmm, "addmm"}
 _MATMUL = {torch.matmul, torch.mm, operator.matmul, "matmul", "mm", "__matmul__"}
 _TRANSPOSES = {torch.t, torch.transpose, torch.permute, torch.swapaxes, "t", "transpose", "permute", "swapaxes"}
+_STORED = ("placeholder", "get_attr")
 
 
 @dataclass(frozen=True)
@@ -42,22 +44,38 @@ class _Match:
     weight: fx.Node
     bias: fx.Node | None
     weight_is_in_out: bool
+    is_scaled: bool = False
 
 
 def normalise_linears(module: fx.GraphModule, context: Context) -> None:
     """Replace every Linear that can be split by ``hetegen.linear``; keep a reason for each that cannot."""
     written = frozenset[int]().union(*(info(node).writes for node in module.graph.nodes))
+    stored = _made_of_weights(module.graph, context)
+    under_autocast = {node for region in autocast_regions(list(module.graph.nodes)) for node in region}
     for node in list(module.graph.nodes):
         match = _match(node)
         if match is None:
             continue
         weight, dim = _stored_weight(match)
+        if weight.op not in _STORED and weight not in stored:
+            continue  # a product of two activations
         reason = _why_not(match, weight, written, context)
+        if node in under_autocast:
+            reason = "it is inside an autocast region of the forward, which is not cut"
         if reason is not None:
             context.refuse(Refusal(info(node).module or node.name, reason))
             continue
         _replace(module.graph, node, match, weight, dim)
     erase_dead_nodes(module.graph)
+
+
+def _made_of_weights(graph: fx.Graph, context: Context) -> set[fx.Node]:
+    """Parameters and buffers of the model, and what is computed from nothing else."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.name in context.weights or (node.all_input_nodes and found.issuperset(node.all_input_nodes)):
+            found.add(node)
+    return found
 
 
 def _match(node: fx.Node) -> _Match | None:
@@ -80,10 +98,12 @@ def _as_linear(node: fx.Node) -> _Match | None:
 
 
 def _as_addmm(node: fx.Node) -> _Match | None:
-    if any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")) or len(node.args) != 3:
+    if len(node.args) != 3:
         return None
     bias, x, weight = node.args
-    return _operands(x, weight, bias, weight_is_in_out=True)
+    match = _operands(x, weight, bias, weight_is_in_out=True)
+    scaled = any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta"))
+    return match and replace(match, is_scaled=scaled)
 
 
 def _operands(x: Any, weight: Any, bias: Any, *, weight_is_in_out: bool) -> _Match | None:
@@ -91,8 +111,6 @@ def _operands(x: Any, weight: Any, bias: Any, *, weight_is_in_out: bool) -> _Mat
         return None
     if bias is not None and not (isinstance(bias, fx.Node) and is_tensor(bias)):
         return None
-    if _root(weight)[0].op not in ("placeholder", "get_attr"):
-        return None  # a product of two activations
     return _Match(x, weight, bias, weight_is_in_out)
 
 
@@ -127,6 +145,10 @@ def _why_not(match: _Match, weight: fx.Node, written: frozenset[int], context: C
     """Why this Linear cannot be split, or None."""
     value, x = info(weight).value, info(match.x).value
     name = source_name(weight) or weight.name
+    if match.is_scaled:
+        return "its alpha or beta is not 1"
+    if weight.op not in _STORED:
+        return f"its weight is computed from parameters ({name}), not a whole parameter"
     if weight.op != "placeholder" or weight.name not in context.weights:
         return f"{name} is not a parameter or buffer of the model"
     if value.dim() != 2:

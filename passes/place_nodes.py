@@ -12,6 +12,7 @@ Which of the two is cheaper is decided by bytes: downloading the node against do
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from torch import fx
@@ -83,7 +84,7 @@ class _Placer:
             if node in self._host_only:
                 self._host.add(node)
                 self._bring_to_host(node.all_input_nodes)
-        self._bring_to_host(self._nodes[-1].all_input_nodes)
+        self._bring_outputs_to_host(self._nodes[-1].all_input_nodes)
         return self._place_writes_to_inputs()
 
     def _place_writes_to_inputs(self) -> dict[fx.Node, str]:
@@ -108,6 +109,15 @@ class _Placer:
         for node in nodes:
             if node not in self._host and self._repeating_is_cheaper(node):
                 self._repeat([node])
+
+    def _bring_outputs_to_host(self, outputs: list[fx.Node]) -> None:
+        """As any other values, but what shares memory in eager shares it here too: views are made on the host."""
+        lies_in = Counter(key for node in outputs for key in info(node).storages)
+        for node in outputs:
+            shared = any(lies_in[key] > 1 for key in info(node).storages)
+            if shared and node.op not in ("placeholder", "get_attr") and self._repeatable(node):
+                self._repeat([node])
+        self._bring_to_host(outputs)
 
     def _repeat(self, nodes: Iterable[fx.Node]) -> None:
         """Run ``nodes`` on the host, with all writers of the storages that they touch."""
@@ -248,9 +258,6 @@ def autocast_regions(nodes: list[fx.Node]) -> list[list[fx.Node]]:
 def _mixed_region(regions: list[list[fx.Node]]) -> str | None:
     """Why an autocast region cannot lie inside one segment, or None."""
     for region in regions:
-        linear = next((node for node in region if node.target == LINEAR), None)
-        if linear is not None:
-            return f"{linear.name} is inside an autocast region of the forward; use autocast around the whole call"
         odd = next((node for node in region if info(node).random or info(node).data_dependent), None)
         if odd is not None:
             return f"{odd.name} has to run on the host and is inside an autocast region of the forward"

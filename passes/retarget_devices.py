@@ -93,7 +93,7 @@ class _DeviceValues:
             if node.op == "call_module":
                 self._values[node] = self._segment(node)
             elif node.target is operator.getitem and node.args[0] in self._values:
-                self._values[node] = self._values[node.args[0]][node.args[1]]  # type: ignore[index]
+                self._values[node] = self._values[node.args[0]][node.args[1]]
             elif info(node).side == "accelerator" and isinstance(info(node).value, Tensor):
                 self._values[node] = self._fresh(node, info(node).value)
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 
 from hetegen_compile.backend import make_backend
-from hetegen_compile.errors import UnsupportedModelError
+from hetegen_compile.errors import CompilationError, UnsupportedModelError
 from hetegen_compile.ir import info
 from hetegen_compile.passes.capture import capture, source_name, to_expr, weight_module
 from hetegen_compile.segments import plain_compiler
@@ -221,6 +221,8 @@ def test_inputs_lie_where_they_lie_in_their_storage(places: tuple[int, int]) -> 
     assert offsets == [4 * place for place in places]
 
 
+
+
 class Scaled(nn.Module):
     """``eps`` and ``scale`` are Python floats: with ``dynamic=True`` Dynamo passes them as tensors with ``item()``."""
 
@@ -253,7 +255,7 @@ def test_python_floats_are_constants_under_dynamic_shapes() -> None:
 
     torch._dynamo.reset()
     module = Scaled()
-    options = {"accelerator": "emulated", "hardware": "cpu-emulated", "split": 0.5}
+    options: dict[str, Any] = {"accelerator": "emulated", "hardware": "cpu-emulated", "split": 0.5}
     compiled = torch.compile(module, backend=backend, dynamic=True, options=options)
     with torch.no_grad():
         for tokens in (3, 7):

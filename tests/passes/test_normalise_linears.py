@@ -232,11 +232,19 @@ def test_a_weight_that_is_not_the_whole_parameter_stays(form: Form) -> None:
     torch.testing.assert_close(found.outputs()[0], form(found_input(found)))
 
 
-@pytest.mark.xfail(strict=True, reason="_match returns None for these before anybody asks why: no reason is kept")
-@pytest.mark.parametrize("form", by_name(LEFT_ALONE))
-def test_a_weight_that_is_not_the_whole_parameter_says_why(form: Form) -> None:
-    found = case(form, torch.randn(3, IN)).run(normalise_linears)
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_a_weight_that_is_not_the_whole_parameter_says_why(name: str) -> None:
+    found = case(LEFT_ALONE[name], torch.randn(3, IN)).run(normalise_linears)
+    scaled = "its alpha or beta is not 1"
+    computed = r"its weight is computed from parameters \(\w+\), not a whole parameter"
     assert len(found.reasons()) == 1
+    assert re.fullmatch(scaled if name in ("alpha", "beta") else computed, found.reasons()[0]), found.reasons()
+
+
+def test_a_scaled_product_of_two_activations_is_no_linear_at_all() -> None:
+    found = case(lambda x: torch.addmm(B[:3], x, (x + W[0]).t(), alpha=2), torch.randn(3, IN)).run(normalise_linears)
+    assert found.nodes(LINEAR) == []
+    assert found.reasons() == []
 
 
 def test_a_bias_that_the_graph_writes_stays() -> None:

@@ -217,6 +217,57 @@ def test_an_autocast_region_is_in_one_segment() -> None:
     assert "autocast" not in found.text
 
 
+def of_two_levels(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = A(x)
+    z = B(y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = y @ y.t()
+        mixed = scores @ (z * 2)
+    return B(mixed.float()), scores
+
+
+def of_a_lookup(ids: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = TABLE(ids)
+        scores = x @ x.t()
+    return A(scores.float() @ x), scores
+
+
+def over_a_cache(x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+    y = A(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        keys = torch.cat([past, y])
+        mixed = (y @ keys.t()) @ keys
+    return B(mixed.float()), keys
+
+
+def around_a_write(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    y = A(x)
+    z = B(y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = y @ y.t()
+        y.add_(1)
+        after = y @ y.t()
+    return B(y) + z, before, after
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs"),
+    [
+        (of_two_levels, (torch.randn(3, 64),)),
+        (of_a_lookup, (torch.tensor([1, 2, 3]),)),
+        (over_a_cache, (torch.randn(3, 64), torch.randn(6, 64))),
+        (around_a_write, (torch.randn(3, 64),)),
+    ],
+)
+def test_numerics_of_autocast_regions(function: Any, inputs: tuple[Tensor, ...]) -> None:
+    found = assert_equal_to_eager(function, *inputs)
+    texts = [ir_text(part.graph) for part in segments(found).values()]
+    pairs = [(text.count("_enter_autocast"), text.count("_exit_autocast")) for text in texts]
+    assert [pair for pair in pairs if pair != (0, 0)] == [(1, 1)]
+    assert "autocast" not in found.text
+
+
 def test_numerics_under_an_autocast_region() -> None:
     x = torch.randn(3, 64)
     found = assert_equal_to_eager(products_in_bfloat16, x)
@@ -267,8 +318,17 @@ def linear_under_autocast(x: Tensor) -> tuple[Tensor, Tensor]:
 def noise_under_autocast(x: Tensor) -> Any:
     y = A(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = F.dropout(y @ y.t(), 0.5, training=True)
-    return y
+        return F.dropout(y @ y.t(), 0.5, training=True)
+
+
+def test_a_linear_under_autocast_is_not_split_and_keeps_its_dtype() -> None:
+    x = torch.randn(1, 64)
+    found = placed(linear_under_autocast, x)
+    assert len(found.nodes(LINEAR)) == 1
+    assert [r for r in found.reasons() if "autocast" in r] == [
+        "it is inside an autocast region of the forward, which is not cut"
+    ]
+    assert_equal_to_eager(linear_under_autocast, x)
 
 
 HOST_ONLY: dict[str, tuple[Any, tuple[Tensor, ...], str]] = {
@@ -289,11 +349,7 @@ HOST_ONLY: dict[str, tuple[Any, tuple[Tensor, ...], str]] = {
     ),
     "arithmetic on a lookup": (
         arithmetic_on_a_lookup, (torch.tensor([3, 5]),),
-        "mul_ writes on the accelerator what embedding reads on the host",
-    ),
-    "Linear under autocast": (
-        linear_under_autocast, (torch.randn(1, 64),),
-        "linear_default is inside an autocast region of the forward; use autocast around the whole call",
+        "mul_ writes on the accelerator what x reads on the host",
     ),
     "noise under autocast": (
         noise_under_autocast, (torch.randn(1, 64),),
@@ -315,9 +371,9 @@ def test_a_graph_on_the_host_is_eager_and_logged(name: str, caplog: pytest.LogCa
     function, inputs, reason = HOST_ONLY[name]
     own, eager = ([x.clone() for x in inputs] for _ in range(2))
     torch._dynamo.reset()
-    options = {"accelerator": "emulated", "hardware": "cpu-emulated", "split": 0.5}
+    options: dict[str, Any] = {"accelerator": "emulated", "hardware": "cpu-emulated", "split": 0.5}
     backend = make_backend(plain_compiler)
-    compiled = torch.compile(function, backend=backend, fullgraph=True, options=options)
+    compiled: Any = torch.compile(function, backend=backend, fullgraph=True, options=options)
     with torch.no_grad(), torch._dynamo.config.patch(SCALARS), caplog.at_level("WARNING", "hetegen_compile"):
         torch.manual_seed(0)
         actual = compiled(*own)

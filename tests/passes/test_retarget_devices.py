@@ -24,7 +24,8 @@ def attention(x: Tensor) -> Tensor:
     place = torch.arange(q.shape[2]).to("cpu") + torch.zeros(1, dtype=torch.int64)
     q = torch.cat([q[..., 8:], q[..., :8]], dim=-1).contiguous() + place[None, None, :, None]
     out = nn.functional.scaled_dot_product_attention(q, q, q)
-    return B(out.transpose(1, 2).reshape(1, -1, 64))
+    result: Tensor = B(out.transpose(1, 2).reshape(1, -1, 64))
+    return result
 
 
 def tensors_of(found: Case) -> list[Tensor]:
