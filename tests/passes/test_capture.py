@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 
 from hetegen_compile.backend import make_backend
-from hetegen_compile.errors import CompilationError, UnsupportedModelError
+from hetegen_compile.errors import UnsupportedModelError
 from hetegen_compile.ir import info
 from hetegen_compile.passes.capture import capture, source_name, to_expr, weight_module
 from hetegen_compile.segments import plain_compiler
