@@ -21,9 +21,10 @@ from hetegen_compile.balance import activation_bytes, balanced_splits
 from hetegen_compile.baselines import baselines, floor_s
 from hetegen_compile.bind import BoundStep, bind
 from hetegen_compile.cost_model import HardwareProfile
+from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import LINEAR, copy_module, info
 from hetegen_compile.mirrors import NoRoomError, Request
-from hetegen_compile.options import Options
+from hetegen_compile.options import Options, format_bytes
 from hetegen_compile.passes.capture import source_name, to_expr
 from hetegen_compile.passes.context import Bucket, Context, HostOnlyGraphError, Refusal, Residency, require
 from hetegen_compile.passes.lower import SegmentCache, SegmentCompiler
@@ -118,7 +119,14 @@ class CompiledGraph:
                 return self._run(self._plan(inputs), inputs)
             except NoRoomError:  # nothing has run yet: a cache has grown, so fewer weights can stay
                 self._forget_plans()
+            try:
                 return self._run(self._plan(inputs), inputs)
+            except NoRoomError as error:
+                raise BudgetError(
+                    f"this forward needs {format_bytes(error.excess_bytes)} more on the accelerator than gpu_memory="
+                    f"{format_bytes(budget_bytes(self._options, self._runtime))} leaves beside its activations: use a "
+                    "larger budget, a smaller batch or a shorter context"
+                ) from error
 
     @property
     def compiled_segments(self) -> int:

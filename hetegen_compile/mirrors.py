@@ -68,6 +68,10 @@ class _Record:
 class NoRoomError(Exception):
     """What a step reads does not fit beside its activations: its plan was made for a smaller forward."""
 
+    def __init__(self, excess_bytes: int) -> None:
+        super().__init__(f"{excess_bytes} bytes too many")
+        self.excess_bytes = excess_bytes
+
 
 class Mirrors:
     """All mirrors on one accelerator. Not thread-safe: used under the accelerator's step lock."""
