@@ -82,7 +82,7 @@ class Schedule:
         lines += [f"  {format_bytes(nbytes):>12}  {name}" for name, nbytes in self.budget.items()]
         if self.whole_graph:
             lines.append("everything fits: nothing is offloaded, the graph is compiled in one piece")
-        lines += [f"{row.module or row.node}: {_why(row)}" for row in self.rows if row.op == "linear"]
+        lines += [f"{row.module or row.node}: {_why(row, self.split)}" for row in self.rows if row.op == "linear"]
         lines += [f"left as it is: {refusal.where}: {refusal.reason}" for refusal in self.refusals]
         return "\n".join(lines)
 
@@ -124,15 +124,17 @@ def _event(process: str, name: str, lane: str, start_s: float, end_s: float) -> 
     }
 
 
-def _why(row: Row) -> str:
+def _why(row: Row, split: float | Literal["auto"]) -> str:
     if row.placement == "resident":
         return "resident: it saves more time per byte than what is not"
     shares = f"{row.host_share:.0%} of its rows on the host, {row.streamed_share:.0%} streamed"
+    if split != "auto":
+        return f"{shares}, {row.resident_share:.0%} resident: the option split={split} says so"
     if row.placement == "split":
         return f"{shares}: host and link finish together"
     if row.placement == "host":
         return f"{shares}: the link would take longer than the host"
-    return f"{shares}: a trip to the host would cost more than it saves, or it was forced"
+    return f"{shares}: a trip to the host would cost more than it saves"
 
 
 # ---- rows from a scheduled graph ---------------------------------------------------------------------------

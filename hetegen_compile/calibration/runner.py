@@ -62,7 +62,7 @@ def uses_cuda(accelerator: str) -> bool:
         raise OptionError(f"accelerator={accelerator!r}: valid are 'auto', 'cuda' and 'emulated'")
     if accelerator == "cuda" and not torch.cuda.is_available():
         raise AcceleratorUnavailableError(
-            "there is no CUDA device to measure: check the driver (nvidia-smi), CUDA_VISIBLE_DEVICES and "
+            "accelerator='cuda', but there is no CUDA device: check the driver (nvidia-smi), CUDA_VISIBLE_DEVICES and "
             'that torch is a CUDA build, or use accelerator="emulated"'
         )
     return accelerator != "emulated" and torch.cuda.is_available()
