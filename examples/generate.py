@@ -96,7 +96,8 @@ def _report(same: bool, paced: bool, args: argparse.Namespace) -> None:
         print(
             "accelerator:  emulated on this machine's CPU. It checks that the schedule is right and says nothing\n"
             f"              about speed: below, its lanes are paced to {args.pace:g} times the seconds of the\n"
-            f"              profile {args.hardware}, so only ratios mean something."
+            f"              profile {args.hardware}, so only ratios mean something (the table's measured\n"
+            "              column is at that pace)."
         )
     else:
         print(f"accelerator:  {torch.cuda.get_device_name()}, measured {_per_second(schedule.measured_step_s)}")

@@ -329,10 +329,19 @@ def bucket_of(tokens: int) -> Bucket:
 
 
 def budget_bytes(options: Options, runtime: Runtime) -> int:
-    """The hard limit: what the options say, else the accelerator's memory less a sixteenth as a reserve."""
-    if options.gpu_memory is not None:
-        return options.gpu_memory
-    return runtime.accelerator.memory_bytes * 15 // 16
+    """The hard limit: what the options say, else the accelerator's memory less a sixteenth as a reserve.
+
+    Never more than the accelerator has.
+    """
+    available = runtime.accelerator.memory_bytes
+    if options.gpu_memory is None:
+        return available * 15 // 16
+    if options.gpu_memory > available:
+        logger.warning(
+            "gpu_memory=%s is more than the %s that the %s accelerator has: planning with the latter",
+            format_bytes(options.gpu_memory), format_bytes(available), runtime.accelerator.kind,
+        )
+    return min(options.gpu_memory, available)
 
 
 @contextlib.contextmanager

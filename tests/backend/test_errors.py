@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hetegen_compile import schedules
 from hetegen_compile.errors import (
     AcceleratorUnavailableError,
     BudgetError,
@@ -106,3 +107,10 @@ def test_an_error_does_not_last() -> None:
     with contextlib.suppress(OptionError):
         _call({"unknown": 1})
     assert _call(emulated(gpu_memory=BUDGET)).shape == (3, 64)
+
+
+def test_a_budget_above_the_accelerators_memory_is_cut_to_it_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", logger="hetegen_compile"):
+        _call(emulated(gpu_memory="4TiB"))
+    assert any("gpu_memory=4.00 TiB is more than" in message for message in caplog.messages)
+    assert schedules()[-1].budget_bytes < 1 << 42

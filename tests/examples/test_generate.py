@@ -26,13 +26,12 @@ class Letters:
 def test_the_demo_shows_what_it_promises(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_model("llama")
     compile_in_place = type(model).compile
-    backend = make_backend(plain_compiler)
+    plain = make_backend(plain_compiler)
     monkeypatch.setattr(generate, "load_smollm2", lambda: (model, Letters()))
     monkeypatch.setattr(generate, "encode_chat", lambda tokenizer, questions: {**prompts(1)})
     monkeypatch.setattr(
         type(model), "compile", lambda self, backend, options: compile_in_place(self, backend=plain, options=options)
     )
-    plain = backend
     torch._dynamo.reset()
     assert generate.main(["--gpu-memory", "120KiB", "--max-new-tokens", "8", "--pace", "50"]) == 0
     shown = capsys.readouterr().out
