@@ -7,25 +7,24 @@ import contextlib
 import contextvars
 import logging
 import time
-from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import sympy
 import torch
-from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import py_sym_types
+from torch import fx
 
 from hetegen_compile.balance import activation_bytes, balanced_splits
 from hetegen_compile.baselines import baselines, floor_s
 from hetegen_compile.bind import BoundStep, bind
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.errors import BudgetError
+from hetegen_compile.graph_inputs import aliased_inputs, as_int, is_weight, number, symbol_inputs, token_count
 from hetegen_compile.ir import LINEAR, copy_module, info
 from hetegen_compile.mirrors import NoRoomError, Request
 from hetegen_compile.options import Options, format_bytes
-from hetegen_compile.passes.capture import source_name, to_expr
+from hetegen_compile.passes.capture import source_name
 from hetegen_compile.passes.context import Bucket, Context, HostOnlyGraphError, Refusal, Residency, require
 from hetegen_compile.passes.lower import SegmentCache, SegmentCompiler
 from hetegen_compile.pipeline import ONCE_PER_BUCKET, ONCE_PER_SPLIT, run_pipeline
@@ -95,10 +94,10 @@ class CompiledGraph:
         self._segments = SegmentCache(compile_segment, {})
         placeholders = module.graph.find_nodes(op="placeholder")
         self._names = [source_name(node) or node.name for node in placeholders]
-        self._weights = {node.name: i for i, node in enumerate(placeholders) if _is_weight(node, inputs[i])}
-        self._symbols = _symbol_inputs(placeholders)
-        self._aliased = _aliased(placeholders)
-        self._tokens = _tokens(module)
+        self._weights = {node.name: i for i, node in enumerate(placeholders) if is_weight(node, inputs[i])}
+        self._symbols = symbol_inputs(placeholders)
+        self._aliased = aliased_inputs(placeholders)
+        self._tokens = token_count(module)
         self._epoch = runtime.epoch
         self._buckets: dict[Bucket, _BucketPlan] = {}
         self._plans: dict[Hashable, _Plan] = {}
@@ -117,6 +116,9 @@ class CompiledGraph:
                 return self._module(*inputs)
             try:
                 return self._run(self._plan(inputs), inputs)
+            except HostOnlyGraphError as reason:
+                self._host_only = self._on_host(str(reason))
+                return self._module(*inputs)
             except NoRoomError:  # nothing has run yet: a cache has grown, so fewer weights can stay
                 self._forget_plans()
             try:
@@ -198,8 +200,8 @@ class CompiledGraph:
     def _plan(self, inputs: Sequence[Any]) -> _Plan:
         split = _split_override.get()
         split = self._options.split if split is None else split
-        sizes = {symbol: sympy.Integer(_as_int(inputs[i])) for symbol, i in self._symbols.items()}
-        bucket = bucket_of(_number(self._tokens, sizes))
+        sizes = {symbol: sympy.Integer(as_int(inputs[i])) for symbol, i in self._symbols.items()}
+        bucket = bucket_of(number(self._tokens, sizes))
         if self._epoch != self._runtime.epoch:  # weights of ours were evicted: decide residency again
             self._forget_plans()
             self._epoch = self._runtime.epoch
@@ -351,57 +353,6 @@ def _quiet(device: torch.device) -> Iterator[None]:
     autocast = torch.autocast(device.type, dtype=torch.get_autocast_dtype("cpu"), enabled=enabled)
     with torch.inference_mode(False), torch.no_grad(), autocast if enabled else contextlib.nullcontext():
         yield
-
-
-def _is_weight(node: fx.Node, value: Any) -> bool:
-    """Whether an input belongs to the model (and is not given with each call)."""
-    if not isinstance(value, Tensor):
-        return False
-    source = getattr(node.meta.get("grapharg"), "source", None)
-    name = getattr(source, "name", "")
-    text = str(name() if callable(name) else name)
-    return isinstance(value, torch.nn.Parameter) or "_parameters[" in text or "_buffers[" in text
-
-
-def _aliased(placeholders: Sequence[fx.Node]) -> frozenset[int]:
-    """Positions of the inputs that share a storage with another input."""
-    lies_in = Counter(key for node in placeholders for key in info(node).storages)
-    return frozenset(i for i, node in enumerate(placeholders) if any(lies_in[key] > 1 for key in info(node).storages))
-
-
-def _symbol_inputs(placeholders: Sequence[fx.Node]) -> dict[sympy.Symbol, int]:
-    """Position of the input that tells each symbol of the graph."""
-    return {
-        info(node).value.node.expr: i
-        for i, node in enumerate(placeholders)
-        if isinstance(info(node).value, py_sym_types) and info(node).value.node.expr.is_Symbol
-    }
-
-
-def _tokens(module: fx.GraphModule) -> sympy.Expr:
-    """Activation rows of the Linear that has most, an expression over the graph's symbols."""
-    found = [
-        to_expr(x.numel()) / int(x.shape[-1])
-        for node in module.graph.nodes
-        if node.op == "call_function" and (x := _linear_input(node)) is not None
-    ]
-    return sympy.Max(1, *found) if found else sympy.Integer(1)
-
-
-def _linear_input(node: fx.Node) -> Tensor | None:
-    if not {"mm", "addmm"} & set(info(node).aten) or not node.all_input_nodes:
-        return None
-    tensors = [info(arg).value for arg in node.all_input_nodes if isinstance(info(arg).value, Tensor)]
-    activations = [t for t in tensors if isinstance(t.shape[-1], int) and t.dim() >= 2]
-    return activations[0] if activations else None
-
-
-def _number(expression: sympy.Expr, sizes: Sizes) -> int:
-    return int(expression.xreplace(sizes)) if expression.free_symbols else int(expression)
-
-
-def _as_int(value: Any) -> int:
-    return int(value.node.hint) if isinstance(value, py_sym_types) else int(value)
 
 
 __all__ = ["CompiledGraph", "bucket_of", "override_split"]

@@ -1,0 +1,68 @@
+"""What a captured graph's inputs tell about it: weights, sizes, aliases, tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import py_sym_types
+
+from hetegen_compile.ir import info
+from hetegen_compile.passes.capture import to_expr
+
+
+def is_weight(node: fx.Node, value: Any) -> bool:
+    """Whether an input belongs to the model (and is not given with each call)."""
+    if not isinstance(value, Tensor):
+        return False
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    text = str(name() if callable(name) else name)
+    return isinstance(value, torch.nn.Parameter) or "_parameters[" in text or "_buffers[" in text
+
+
+def aliased_inputs(placeholders: Sequence[fx.Node]) -> frozenset[int]:
+    """Positions of the inputs that share a storage with another input."""
+    lies_in = Counter(key for node in placeholders for key in info(node).storages)
+    return frozenset(i for i, node in enumerate(placeholders) if any(lies_in[key] > 1 for key in info(node).storages))
+
+
+def symbol_inputs(placeholders: Sequence[fx.Node]) -> dict[sympy.Symbol, int]:
+    """Position of the input that tells each symbol of the graph."""
+    return {
+        info(node).value.node.expr: i
+        for i, node in enumerate(placeholders)
+        if isinstance(info(node).value, py_sym_types) and info(node).value.node.expr.is_Symbol
+    }
+
+
+def token_count(module: fx.GraphModule) -> sympy.Expr:
+    """Activation rows of the Linear that has most, an expression over the graph's symbols."""
+    found = [
+        to_expr(x.numel()) / int(x.shape[-1])
+        for node in module.graph.nodes
+        if node.op == "call_function" and (x := _linear_input(node)) is not None
+    ]
+    return sympy.Max(1, *found) if found else sympy.Integer(1)
+
+
+def _linear_input(node: fx.Node) -> Tensor | None:
+    if not {"mm", "addmm"} & set(info(node).aten) or not node.all_input_nodes:
+        return None
+    tensors = [info(arg).value for arg in node.all_input_nodes if isinstance(info(arg).value, Tensor)]
+    activations = [t for t in tensors if isinstance(t.shape[-1], int) and t.dim() >= 2]
+    return activations[0] if activations else None
+
+
+def number(expression: sympy.Expr, sizes: Mapping[sympy.Symbol, sympy.Integer]) -> int:
+    """An expression over the graph\'s symbols at these sizes."""
+    return int(expression.xreplace(sizes)) if expression.free_symbols else int(expression)
+
+
+def as_int(value: Any) -> int:
+    """A size as the step gets it (an int) or as the capture does (a SymInt with a hint)."""
+    return int(value.node.hint) if isinstance(value, py_sym_types) else int(value)
