@@ -29,7 +29,7 @@ from hetegen_compile.passes.context import Bucket, Context, HostOnlyGraphError, 
 from hetegen_compile.passes.lower import SegmentCache, SegmentCompiler
 from hetegen_compile.pipeline import ONCE_PER_BUCKET, ONCE_PER_SPLIT, run_pipeline
 from hetegen_compile.runtime import WEIGHTS, Runtime
-from hetegen_compile.schedule import LinearSite, Schedule, register, schedule_rows
+from hetegen_compile.schedule import FITS, LinearSite, Schedule, register, schedule_rows
 
 logger = logging.getLogger("hetegen_compile")
 
@@ -233,7 +233,7 @@ class CompiledGraph:
         schedule = self._schedule(base, module, context)
         register(schedule)
         if schedule.whole_graph:
-            logger.info("%s: everything fits, nothing is offloaded; the graph is compiled in one piece", schedule.title)
+            logger.info("%s: %s", schedule.title, FITS)
         if self._options.print_schedule and _split_override.get() is None:
             print(schedule.table(unfold=self._options.unfold), flush=True)
         return _Plan(bound, schedule, context.budget_bytes - residency.transient_bytes, set())

@@ -43,9 +43,9 @@ def symbol_inputs(placeholders: Sequence[fx.Node]) -> dict[sympy.Symbol, int]:
 def token_count(module: fx.GraphModule) -> sympy.Expr:
     """Activation rows of the Linear that has most, an expression over the graph's symbols."""
     found = [
-        to_expr(x.numel()) / int(x.shape[-1])
+        to_expr(x.numel()) / max(1, int(x.shape[-1]))
         for node in module.graph.nodes
-        if node.op == "call_function" and (x := _linear_input(node)) is not None
+        if node.op in ("call_function", "call_method") and (x := _linear_input(node)) is not None
     ]
     return sympy.Max(1, *found) if found else sympy.Integer(1)
 
@@ -59,7 +59,7 @@ def _linear_input(node: fx.Node) -> Tensor | None:
 
 
 def number(expression: sympy.Expr, sizes: Mapping[sympy.Symbol, sympy.Integer]) -> int:
-    """An expression over the graph\'s symbols at these sizes."""
+    """An expression over the graph's symbols at these sizes."""
     return int(expression.xreplace(sizes)) if expression.free_symbols else int(expression)
 
 

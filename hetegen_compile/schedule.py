@@ -22,6 +22,8 @@ from hetegen_compile.passes.predict_step import Prediction
 from hetegen_compile.plan import Placement, Row, Totals
 from hetegen_compile.table import schedule_table
 
+FITS = "everything fits, nothing is offloaded; the graph is compiled in one piece"
+
 
 @dataclass
 class Schedule:
@@ -74,14 +76,15 @@ class Schedule:
             floor_s=self.floor_s,
             baselines=dict(self.baselines),
         )
-        return schedule_table(self.rows, totals, title=self.title, unfold=unfold)
+        title = f"{self.title}: {FITS}" if self.whole_graph else self.title
+        return schedule_table(self.rows, totals, title=title, unfold=unfold)
 
     def explain(self) -> str:
         """Why each weight is where it is, how the budget is spent, and what was left alone and why."""
         lines = [self.title, f"gpu_memory {format_bytes(self.budget_bytes)}, of which"]
         lines += [f"  {format_bytes(nbytes):>12}  {name}" for name, nbytes in self.budget.items()]
         if self.whole_graph:
-            lines.append("everything fits: nothing is offloaded, the graph is compiled in one piece")
+            lines.append(FITS)
         lines += [f"{row.module or row.node}: {_why(row, self.split)}" for row in self.rows if row.op == "linear"]
         lines += [f"left as it is: {refusal.where}: {refusal.reason}" for refusal in self.refusals]
         return "\n".join(lines)
