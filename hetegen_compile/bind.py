@@ -29,8 +29,8 @@ from hetegen_compile.accelerators.base import Accelerator, Op
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import info
 from hetegen_compile.passes.capture import tensors_in
+from hetegen_compile.passes.context import Work
 from hetegen_compile.passes.lower import CompiledSegment
-from hetegen_compile.passes.predict_step import Work
 
 
 @dataclass(frozen=True)

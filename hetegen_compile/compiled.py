@@ -25,8 +25,16 @@ from hetegen_compile.ir import LINEAR, copy_module, info
 from hetegen_compile.mirrors import NoRoomError, Request
 from hetegen_compile.options import Options, format_bytes
 from hetegen_compile.passes.capture import source_name
-from hetegen_compile.passes.context import Bucket, Context, HostOnlyGraphError, Refusal, Residency, require
-from hetegen_compile.passes.lower import SegmentCache, SegmentCompiler
+from hetegen_compile.passes.context import (
+    Bucket,
+    Context,
+    HostOnlyGraphError,
+    Refusal,
+    Residency,
+    SegmentCache,
+    SegmentCompiler,
+    require,
+)
 from hetegen_compile.pipeline import ONCE_PER_BUCKET, ONCE_PER_SPLIT, run_pipeline
 from hetegen_compile.runtime import WEIGHTS, Runtime
 from hetegen_compile.schedule import FITS, LinearSite, Schedule, register, schedule_rows

@@ -17,8 +17,7 @@ from hetegen_compile import ir
 from hetegen_compile.accelerators.base import Span
 from hetegen_compile.ir import info
 from hetegen_compile.options import format_bytes
-from hetegen_compile.passes.context import LinearPlan, Refusal
-from hetegen_compile.passes.predict_step import Prediction
+from hetegen_compile.passes.context import LinearPlan, Prediction, Refusal
 from hetegen_compile.plan import Placement, Row, Totals
 from hetegen_compile.table import schedule_table
 

@@ -11,7 +11,7 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hetegen_compile.passes.lower import SegmentCompiler
+from hetegen_compile.passes.context import SegmentCompiler
 
 INDUCTOR_OPTIONS: dict[str, Any] = {
     "triton.cudagraph_trees": False,  # trees would copy slots at every replay

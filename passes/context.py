@@ -7,9 +7,9 @@ field of the same meaning, so that a pass that runs too early fails on None and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import sympy
 import torch
@@ -17,10 +17,6 @@ from torch import Tensor, fx
 
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.options import Options
-
-if TYPE_CHECKING:
-    from hetegen_compile.passes.lower import SegmentCache
-    from hetegen_compile.passes.predict_step import Prediction
 
 
 @dataclass(frozen=True)
@@ -120,6 +116,38 @@ class Placement:
     host: frozenset[fx.Node]
     accelerator: frozenset[fx.Node]
     written_back: Mapping[fx.Node, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one node occupies: a resource (``host``, ``accelerator``, ``up``, ``down``) for some seconds."""
+
+    resource: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The simulated step: per node its work and its interval, in seconds from the start of the step."""
+
+    work: Mapping[fx.Node, Work]
+    start_s: Mapping[fx.Node, float]
+    end_s: Mapping[fx.Node, float]
+    step_s: float
+    lower_bound_s: float
+    busy_s: Mapping[str, float]
+
+
+SegmentCompiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+"""From a segment and example inputs to a callable that takes the inputs and returns a sequence."""
+
+
+@dataclass(frozen=True)
+class SegmentCache:
+    """Compiled segments of one captured graph, by key; shared by the plans of all its buckets."""
+
+    compile_segment: SegmentCompiler
+    compiled: MutableMapping[Hashable, Callable[..., Any]]
 
 
 class HostOnlyGraphError(Exception):

@@ -15,8 +15,7 @@ After:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import sympy
@@ -26,10 +25,7 @@ from torch.fx.experimental.proxy_tensor import py_sym_types
 
 from hetegen_compile.ir import info
 from hetegen_compile.passes.capture import storage_id, to_expr
-from hetegen_compile.passes.context import Context
-
-SegmentCompiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
-"""From a segment and example inputs to a callable that takes the inputs and returns a sequence."""
+from hetegen_compile.passes.context import Context, SegmentCache
 
 
 class CompiledSegment(torch.nn.Module):
@@ -44,14 +40,6 @@ class CompiledSegment(torch.nn.Module):
     def forward(self, *args: Any) -> Any:
         """The segment's outputs as a sequence."""
         return self.function(*args)
-
-
-@dataclass(frozen=True)
-class SegmentCache:
-    """Compiled segments of one captured graph, by key; shared by the plans of all its buckets."""
-
-    compile_segment: SegmentCompiler
-    compiled: MutableMapping[Hashable, Callable[..., Any]]
 
 
 def lower(module: fx.GraphModule, context: Context) -> None:

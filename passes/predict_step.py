@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import fx
 
@@ -28,32 +27,12 @@ from hetegen_compile.cost_model import (
 from hetegen_compile.ir import info
 from hetegen_compile.passes.annotate_costs import dtype_name, value_bytes
 from hetegen_compile.passes.capture import FREE_ATEN, to_expr
-from hetegen_compile.passes.context import Context
+from hetegen_compile.passes.context import Context, Prediction, Work
 
 SMALL_UPLOAD_BYTES = 256 * 1024
 """Up to this size the accelerator reads a host buffer directly instead of queueing behind prefetches."""
 
 _FREE = {ir.MIRROR, ir.RESIDENT, ir.TWIN, ir.WAIT, ir.RELEASE, operator.getitem}
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one node occupies: a resource (``host``, ``accelerator``, ``up``, ``down``) for some seconds."""
-
-    resource: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The simulated step: per node its work and its interval, in seconds from the start of the step."""
-
-    work: Mapping[fx.Node, Work]
-    start_s: Mapping[fx.Node, float]
-    end_s: Mapping[fx.Node, float]
-    step_s: float
-    lower_bound_s: float
-    busy_s: Mapping[str, float]
 
 
 def predict_step(module: fx.GraphModule, context: Context) -> Prediction:

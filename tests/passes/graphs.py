@@ -29,8 +29,7 @@ from hetegen_compile.passes import (
     split_linears,
 )
 from hetegen_compile.passes.capture import capture, source_name
-from hetegen_compile.passes.context import GROWTH, Bucket, Context, LinearPlan, Refusal, Residency
-from hetegen_compile.passes.lower import SegmentCache
+from hetegen_compile.passes.context import GROWTH, Bucket, Context, LinearPlan, Refusal, Residency, SegmentCache
 from hetegen_compile.pipeline import PIPELINE, run_pipeline
 from hetegen_compile.segments import plain_compiler
 

@@ -15,10 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hetegen_compile.ir import info
 from hetegen_compile.passes import lower
 from hetegen_compile.passes.capture import capture
-from hetegen_compile.passes.context import LinearPlan
+from hetegen_compile.passes.context import LinearPlan, SegmentCache
 from hetegen_compile.passes.lower import (
     CompiledSegment,
-    SegmentCache,
     mutated_inputs,
     segment_key,
     with_declared_strides,
