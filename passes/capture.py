@@ -306,9 +306,4 @@ def module_path(node: fx.Node) -> str:
     return "" if path in _ROOT_NOISE else path
 
 
-def weight_module(placeholder: fx.Node) -> str:
-    """The module that owns a parameter: its dotted name less the last step."""
-    return source_name(placeholder).rpartition(".")[0]
-
-
 __all__ = ["annotate", "capture", "info", "module_path", "source_name", "tensor_bytes", "tensors_in", "to_expr"]

@@ -104,12 +104,12 @@ def _mirror_bytes(node: fx.Node, mirrored: Sequence[fx.Node], context: Context) 
 def _growth(nbytes: int, context: Context) -> int:
     """Bytes kept free for inputs and outputs of varying size that now have ``nbytes``.
 
-    Up to the stated context and batch; without them as much again. A forward that outgrows this is planned anew.
+    Up to the stated context (as long again without one), for ``max_batch`` sequences. A forward that outgrows this
+    is planned anew.
     """
-    if context.options.context is None:
-        return nbytes
     longest = max((int(size) for size in context.sizes.values()), default=1)
-    return max(0, round(nbytes * (context.options.context * context.options.max_batch / max(1, longest) - 1)))
+    times = 2.0 if context.options.context is None else context.options.context / max(1, longest)
+    return max(0, round(nbytes * (times * context.options.max_batch - 1)))
 
 
 def _resident_bytes(weight: fx.Node, context: Context) -> int:

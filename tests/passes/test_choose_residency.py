@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from hetegen_compile.cost_model import row_granularity
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.options import Options
 from hetegen_compile.passes import annotate_costs, choose_residency, choose_splits
-from hetegen_compile.passes.context import Residency
+from hetegen_compile.passes.context import GROWTH, Residency
 from tests.passes.graphs import GIB, Case, again, case, property_test
 
 SIZES = ((64, 512), (512, 512), (512, 128), (128, 1000))
@@ -256,3 +257,20 @@ def test_the_ring_of_earlier_graphs_counts_too(chain: Case, budget_bytes: int, r
         decided, budget_bytes = decide(chain, needed, split=0.25, ring_bytes=ring_bytes), needed
     assert sum(decided.budget.values()) <= budget_bytes
     assert decided.ring_bytes >= ring_bytes
+
+
+GROWN = nn.Linear(64, 64)
+
+
+@pytest.mark.parametrize(
+    ("limits", "times"),
+    [({}, 2), ({"max_batch": 3}, 6), ({"context": 28}, 4), ({"context": 28, "max_batch": 2}, 8), ({"context": 7}, 1)],
+)
+def test_room_for_a_growing_cache_follows_context_and_max_batch(limits: dict[str, int], times: int) -> None:
+    past = torch.randn(7, 64)
+    torch._dynamo.mark_dynamic(past, 0)
+    options = Options(print_schedule=False, **limits)  # type: ignore[arg-type]
+    found = case(lambda x, past: torch.cat([past, GROWN(x)]), torch.randn(1, 64), past, options=options)
+    budget = found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
+    now = (7 + 8) * 64 * 4  # the cache as it comes and as it goes
+    assert budget[GROWTH] == now * (times - 1)
