@@ -4,6 +4,7 @@
 ``split`` divides a Linear between host and link, ``timeline`` simulates a step.
 """
 
+from hetegen_compile.cost_model.chain import Chain, ChainSplit, Trip, solve_chain, spread_order
 from hetegen_compile.cost_model.hardware import (
     SCHEMA_VERSION,
     AcceleratorProfile,
@@ -44,6 +45,8 @@ from hetegen_compile.cost_model.timeline import Task, Timeline, lower_bound_s, s
 __all__ = [
     "SCHEMA_VERSION",
     "AcceleratorProfile",
+    "Chain",
+    "ChainSplit",
     "HardwareProfile",
     "HostProfile",
     "LinkDirection",
@@ -53,6 +56,7 @@ __all__ = [
     "SplitSolution",
     "Task",
     "Timeline",
+    "Trip",
     "accelerator_linear_s",
     "accelerator_op_s",
     "arithmetic_rate",
@@ -70,6 +74,8 @@ __all__ = [
     "profile_to_json",
     "row_granularity",
     "simulate",
+    "solve_chain",
+    "spread_order",
     "solve_split",
     "unsourced_fields",
     "upload_s",
