@@ -175,7 +175,7 @@ def schedule_rows(
 
 
 _TRANSFERS = (ir.TO_HOST, ir.WAIT_HOST, ir.TO_ACCELERATOR, ir.WAIT)
-_OF_LINEAR = (ir.PREFETCH, ir.WAIT, ir.RELEASE, ir.RESIDENT, ir.PARTIAL_LINEAR, ir.HOST_LINEAR, ir.JOIN)
+_OF_LINEAR = (ir.STAGE, ir.PREFETCH, ir.WAIT, ir.RELEASE, ir.RESIDENT, ir.PARTIAL_LINEAR, ir.HOST_LINEAR, ir.JOIN)
 
 
 def _belongs_to_linear(node: fx.Node) -> bool:
