@@ -25,7 +25,10 @@ def choose_staging(module: fx.GraphModule, context: Context) -> Mapping[str, str
         weight: Any = node.args[1]
         if weight.name in context.weights and residency.weights.get(weight.name) != 0:
             linears[weight.name] = node
-    staged = context.host_memory.staged({name: context.weights[name] for name in linears})
-    for name, reason in staged.items():
-        context.refuse(Refusal(info(linears[name]).module or name, reason))
+    staged = context.host_memory.staged(linears, context.weights)
+    for reason in dict.fromkeys(staged.values()):
+        same = [name for name in staged if staged[name] == reason]
+        first = info(linears[same[0]]).module or same[0]
+        where = f"{first} and {len(same) - 1} more" if len(same) > 1 else first
+        context.refuse(Refusal(where, f"not pinned but streamed through the pinned ring: {reason}"))
     return staged

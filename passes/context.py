@@ -7,7 +7,7 @@ field of the same meaning, so that a pass that runs too early fails on None and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -168,8 +168,8 @@ class ResidentWeights(Protocol):
 class HostWeights(Protocol):
     """What the staging decision needs to know about the host memory that weights lie in."""
 
-    def staged(self, weights: Mapping[str, Tensor]) -> Mapping[str, str]:
-        """Those of ``weights`` that cannot be pinned or adopted, with the reason, by their names."""
+    def staged(self, names: Collection[str], weights: Mapping[str, Tensor]) -> Mapping[str, str]:
+        """Those of ``names`` that can be neither pinned nor adopted, with the reason; ``weights`` are all there are."""
 
 
 @dataclass(frozen=True)
