@@ -16,7 +16,11 @@ from hetegen_compile.passes.context import Context, Refusal, require
 
 
 def choose_staging(module: fx.GraphModule, context: Context) -> Mapping[str, str]:
-    """Placeholders of the weights that are staged, with the reason; weights that are resident are not asked for."""
+    """Placeholders of the weights that are staged, with the reason.
+
+    Weights of which every row is resident are not asked for. Those that are resident beside a forced host share are,
+    for another split may stream from them, but nothing is refused for now.
+    """
     residency = require(context.residency, "choose_residency")
     if context.host_memory is None or residency.whole_graph:
         return {}
@@ -27,7 +31,9 @@ def choose_staging(module: fx.GraphModule, context: Context) -> Mapping[str, str
             linears[weight.name] = node
     staged = context.host_memory.staged(linears, context.weights)
     for reason in dict.fromkeys(staged.values()):
-        same = [name for name in staged if staged[name] == reason]
+        same = [name for name in staged if staged[name] == reason and name not in residency.weights]
+        if not same:
+            continue
         first = info(linears[same[0]]).module or same[0]
         where = f"{first} and {len(same) - 1} more" if len(same) > 1 else first
         context.refuse(Refusal(where, f"not pinned but streamed through the pinned ring: {reason}"))

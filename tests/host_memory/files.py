@@ -14,8 +14,8 @@ _PRESENT = 1 << 63
 def mapped(path: Path, values: Tensor) -> Tensor:
     """``values`` written to a file and mapped privately."""
     path.write_bytes(values.contiguous().view(torch.uint8).numpy().tobytes())
-    storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=values.nbytes)
-    return torch.empty(0, dtype=values.dtype).set_(storage).view(values.shape)
+    flat = torch.from_file(str(path), shared=False, size=values.numel(), dtype=values.dtype)
+    return flat.view(values.shape)
 
 
 def map_weights(model: nn.Module, folder: Path) -> nn.Module:

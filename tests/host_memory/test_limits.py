@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from hetegen_compile.host_memory import limits
 from hetegen_compile.host_memory.limits import HostLimits, Room, read_limits
 
 MIB = 2**20
@@ -37,7 +36,7 @@ def set_limits(monkeypatch: pytest.MonkeyPatch, **soft: int) -> None:
     """Soft limits of the process by name."""
     known = {getattr(resource, name): value for name, value in soft.items()}
     monkeypatch.setattr(
-        limits.resource, "getrlimit", lambda which: (known.get(which, resource.RLIM_INFINITY), resource.RLIM_INFINITY)
+        resource, "getrlimit", lambda which: (known.get(which, resource.RLIM_INFINITY), resource.RLIM_INFINITY)
     )
 
 
