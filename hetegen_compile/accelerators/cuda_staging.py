@@ -39,10 +39,13 @@ class Job:
 
 
 class PinThread:
-    """A worker for jobs in issue order; started with the first one."""
+    """A worker for jobs in issue order; started with the first one.
 
-    def __init__(self, start: Callable[[], None]) -> None:
-        self._start = start
+    ``prepare`` runs in front of each job (a thread chooses its device).
+    """
+
+    def __init__(self, prepare: Callable[[], None]) -> None:
+        self._prepare = prepare
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -50,7 +53,7 @@ class PinThread:
         """Enqueue work; returns at once."""
         if self._thread is None:
             self._thread = threading.Thread(
-                target=_run, args=(self._queue, self._start), name="hetegen-pin", daemon=True
+                target=_run, args=(self._queue, self._prepare), name="hetegen-pin", daemon=True
             )
             self._thread.start()
             weakref.finalize(self, self._queue.put, None)
@@ -80,10 +83,10 @@ def _nothing() -> None:
     pass
 
 
-def _run(jobs: queue.SimpleQueue[Job | None], start: Callable[[], None]) -> None:
-    start()
+def _run(jobs: queue.SimpleQueue[Job | None], prepare: Callable[[], None]) -> None:
     while (job := jobs.get()) is not None:
         try:
+            prepare()
             job.work()
         except BaseException as error:
             job.error = error

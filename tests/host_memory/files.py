@@ -18,11 +18,10 @@ def mapped(path: Path, values: Tensor) -> Tensor:
     return flat.view(values.shape)
 
 
-def map_weights(model: nn.Module, folder: Path) -> nn.Module:
+def map_weights(model: nn.Module, folder: Path) -> None:
     """Put each parameter of the model into a mapping of its own; tied ones stay tied."""
     for name, parameter in model.named_parameters():
         parameter.data = mapped(folder / name, parameter.data)
-    return model
 
 
 def resident_pages(address: int, nbytes: int) -> int:
