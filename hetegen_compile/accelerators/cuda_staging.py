@@ -34,6 +34,8 @@ class Job:
     def result(self) -> None:
         """Block until the work is over; raise AcceleratorError with the node's name if it failed."""
         self.done.wait()
+        if isinstance(self.error, AcceleratorError):
+            raise self.error
         if self.error is not None:
             raise AcceleratorError(f"{self.node} failed on the pin thread: {self.error}") from self.error
 

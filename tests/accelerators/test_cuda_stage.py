@@ -105,7 +105,7 @@ def test_a_failed_copy_names_its_node_where_it_is_waited_for(
     with monkeypatch.context() as patch:
         patch.setattr(cuda_module, "copy_rows", fail)
         fetched = accelerator.prefetch(Op("w"), accelerator.stage(Op("s"), torch.ones(4), pinned, ()), slot, ())
-        with pytest.raises(AcceleratorError, match=r"s failed on the pin thread: cannot read the file"):
+        with pytest.raises(AcceleratorError, match=r"^s failed on the pin thread: cannot read the file"):
             accelerator.wait(Op("a"), fetched)
         with pytest.raises(AcceleratorError, match="s failed on the pin thread"):
             accelerator.end_step()
