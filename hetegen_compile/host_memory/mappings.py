@@ -53,8 +53,9 @@ def parse_mappings(lines: Iterable[str]) -> list[Mapping]:
             start, end, flags, inode, path = header.groups()
             name = path.rstrip("\n") if int(inode) else ""
             found.append(Mapping(int(start, 16), int(end, 16), flags[3] == "s", name))
-        elif line.startswith("Anonymous:"):
-            found[-1] = replace(found[-1], modified_bytes=int(line.split()[1]) * 1024)
+        elif line.startswith(("Anonymous:", "Swap:")):  # written pages, in memory and swapped out
+            modified = int(line.split()[1]) * 1024 + (found[-1].modified_bytes or 0)
+            found[-1] = replace(found[-1], modified_bytes=modified)
     return found
 
 

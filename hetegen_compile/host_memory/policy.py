@@ -83,11 +83,14 @@ class HostMemory:
 
         ``visible`` gives all tensors that are known of.
         """
+        held = [self._held.get(tensor.untyped_storage()._cdata) for tensor in wanted]  # every step comes here
+        if None not in held:
+            return not any(one[1].reason for one in held if one is not None)
         new = {_key(tensor): tensor for tensor in wanted if self.holding(tensor) is None and _in_host_memory(tensor)}
         if new:
             self._forget_dead()
             self._hold(new, visible())
-        return not any(holding.reason for holding in map(self.holding, wanted) if holding is not None)
+        return not any(holding.reason for holding in self.holdings(wanted))
 
     def _hold(self, new: Mapping[int, Tensor], visible: Sequence[Tensor]) -> None:
         decisions = self._decide(list(new.values()), visible)

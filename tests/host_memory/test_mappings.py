@@ -29,9 +29,9 @@ def test_every_line_is_a_mapping() -> None:
 
 
 def test_smaps_tell_what_was_written_privately() -> None:
-    details = [MAPS[0], "Size:  8 kB\n", "Anonymous:             4 kB\n", "VmFlags: rd wr mr\n", MAPS[2]]
-    found = parse_mappings(details)
-    assert [mapping.modified_bytes for mapping in found] == [4096, None]
+    details = ["Size:  8 kB\n", "Anonymous:             4 kB\n", "Swap:        8 kB\n", "SwapPss:     8 kB\n"]
+    found = parse_mappings([MAPS[0], *details, MAPS[2]])
+    assert [mapping.modified_bytes for mapping in found] == [4096 + 8192, None]
 
 
 @pytest.mark.parametrize(

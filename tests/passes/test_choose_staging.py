@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hetegen_compile.baselines import floor_s
 from hetegen_compile.cost_model import SplitProblem, row_granularity, solve_split
 from hetegen_compile.ir import LINEAR, PREFETCH, STAGE, info
 from hetegen_compile.passes import annotate_costs, choose_splits, choose_staging, predict_step, split_linears
@@ -173,3 +174,14 @@ def test_the_pin_thread_takes_time_beside_the_link() -> None:
     direct, fast, slow = predicted_s(None), predicted_s(1e15), predicted_s(1e6)
     assert direct < fast <= direct + 3 * PROFILE.accelerator.launch_s  # stages have to be issued
     assert slow == pytest.approx(3 * 256 * 256 * 4 / 1e6, rel=0.1)
+
+
+def test_the_floor_knows_the_pin_thread() -> None:
+    base = undecided(None)
+    base.context = replace(base.context, splits={info(node).position: streamed(256) for node in base.nodes(LINEAR)})
+    slow = replace(base.context, profile=replace(PROFILE, pin_bytes_per_s=1e6))
+    staged = replace(slow, staged=staged_names(base))
+    assert floor_s(base.module, slow) == floor_s(base.module, base.context)
+    assert floor_s(base.module, staged) > floor_s(base.module, slow)
+    fast = replace(staged, profile=replace(PROFILE, pin_bytes_per_s=1e15))
+    assert floor_s(base.module, fast) == pytest.approx(floor_s(base.module, base.context))
