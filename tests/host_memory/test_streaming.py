@@ -174,9 +174,9 @@ def test_generation_from_safetensors(
     model = _load(tmp_path)
     assert any(str(tmp_path) in mapping.path for mapping in read_mappings())
     inputs = prompts(1)
-    found = compiled_like_eager(
-        model, lambda: generate(model, inputs, cache), options=emulated(gpu_memory=half_the_weights(model))
-    )
+    options = emulated(gpu_memory=half_the_weights(model))
+    calls = 2 if cache == "static" else 3  # moving weights recompiles nothing
+    found = compiled_like_eager(model, lambda: generate(model, inputs, cache), options=options, calls=calls)
     if limits is little:
         assert staged_bytes(found) == streamed_bytes(found) > 0
     else:
