@@ -176,8 +176,8 @@ class CudaAccelerator(Accelerator):
         self.synchronize()
         self._pinned_views.clear()
         with self._work(Op("the pinned ring")), torch.inference_mode(False):
-            bytes_ = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-            self._pinned_ring = empty_twin(bytes_, torch.device("cpu"), pinned=True)
+            geometry = torch.empty(nbytes, dtype=torch.uint8, device="meta")
+            self._pinned_ring = empty_twin(geometry, torch.device("cpu"), pinned=True)
 
     def pinned_slot(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
         self._check_open()
