@@ -21,7 +21,12 @@ from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.insert_transfers import operand_side, value_side
 from hetegen_compile.passes.schedule import slot_bytes
 
-_STARTS = {ir.PREFETCH: {ir.WAIT, ir.RELEASE}, ir.TO_ACCELERATOR: {ir.WAIT}, ir.TO_HOST: {ir.WAIT_HOST}}
+_STARTS = {
+    ir.STAGE: {ir.PREFETCH},
+    ir.PREFETCH: {ir.WAIT, ir.RELEASE},
+    ir.TO_ACCELERATOR: {ir.WAIT},
+    ir.TO_HOST: {ir.WAIT_HOST},
+}
 
 
 def verify(module: fx.GraphModule, context: Context) -> None:
@@ -37,6 +42,7 @@ def verify(module: fx.GraphModule, context: Context) -> None:
     _check_transfers(module.graph)
     _check_sides(module.graph)
     _check_slots(module.graph, 0 if residency is None else residency.ring_bytes)
+    check_pinned_slots(module.graph)
     _check_downloads(module.graph)
     names = {str(call.target) for call in module.graph.find_nodes(op="call_module")}
     inner = {name: module.get_submodule(name) for name in names}
@@ -54,7 +60,8 @@ def _check_transfers(graph: fx.Graph) -> None:
             found = [user for user in node.users if user.target == target]
             if len(found) != 1:
                 raise ScheduleError(f"{node.name} ({info(node).module}) has {len(found)} {target}, expected one")
-        stranger = next((user for user in node.users if user.target not in allowed), None)
+        follows: set[Any] = {ir.STAGE} if node.target == ir.PREFETCH else set()  # into the pinned slot that it read
+        stranger = next((user for user in node.users if user.target not in allowed | follows), None)
         if stranger is not None:
             raise MissingWaitError(f"{stranger.name} uses {node.name} without a wait in between")
 
@@ -110,6 +117,31 @@ def _check_slot_reader(node: fx.Node, released: dict[fx.Node, fx.Node]) -> None:
         transfer: Any = operand.args[0] if operand.target == ir.WAIT else None
         if transfer in released:
             raise SlotInUseError(f"{node.name} reads the slot of {transfer} after {released[transfer]} gave it up")
+
+
+def check_pinned_slots(graph: fx.Graph) -> None:
+    """No slot of the pinned ring is filled before the stage waits for the prefetch that read what was there.
+
+    The pin thread runs stages in issue order, so a prefetch that an earlier stage waited for is over, too.
+    """
+    filled: list[tuple[int, int, fx.Node]] = []
+    waited_for: set[fx.Node] = set()
+    for stage in graph.find_nodes(op="call_function", target=ir.STAGE):
+        lo, after = _place(stage)
+        hi = lo + slot_bytes(stage)
+        if lo < 0:
+            raise ScheduleError(f"{stage.name} ({info(stage).module}) has no slot in the pinned ring")
+        waited_for |= set(after)
+        for other_lo, other_hi, other in filled:
+            if lo < other_hi and other_lo < hi and waited_for.isdisjoint(other.users):
+                raise SlotInUseError(f"{stage.name} overwrites the pinned slot of {other.name} before it was read")
+        filled.append((lo, hi, stage))
+
+
+def _place(fill: fx.Node) -> tuple[int, list[fx.Node]]:
+    """Where a prefetch or stage fills its ring, and what it waits for."""
+    _, _, _, lo, after = fill.args
+    return lo, after  # type: ignore[return-value]
 
 
 def _check_downloads(graph: fx.Graph) -> None:
