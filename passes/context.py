@@ -119,6 +119,19 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class Effects:
+    """What the captured program does to memory; storages are those of ``NodeInfo``.
+
+    Attributes:
+        writes: for each storage that is written in place, the program positions of the writes, ascending.
+        outputs: the storages of each returned value, in order.
+    """
+
+    writes: Mapping[int, tuple[int, ...]]
+    outputs: tuple[frozenset[int], ...]
+
+
+@dataclass(frozen=True)
 class Work:
     """What one node occupies: a resource (``host``, ``accelerator``, ``up``, ``down``) for some seconds."""
 
@@ -167,7 +180,7 @@ class ResidentWeights(Protocol):
 
 @dataclass(frozen=True)
 class Context:
-    """Everything a pass may know. Fields from ``costs`` on are filled in as the pipeline runs.
+    """Everything a pass may know. Fields from ``effects`` on are filled in as the pipeline runs.
 
     ``activation_bytes`` is what an earlier schedule of the same graph is known to need for activations;
     ``ring_bytes`` the length that the accelerator's staging ring has already; ``device`` where segments will run.
@@ -186,6 +199,7 @@ class Context:
     activation_bytes: int = 0
     ring_bytes: int = 0
     device: torch.device = torch.device("cpu")
+    effects: Effects | None = None
     costs: Costs | None = None
     residency: Residency | None = None
     splits: Splits | None = None
