@@ -124,10 +124,12 @@ class Effects:
 
     Attributes:
         writes: for each storage that is written in place, the program positions of the writes, ascending.
+        writers: the nodes at these positions, as errors name them.
         outputs: the storages of each returned value, in order.
     """
 
     writes: Mapping[int, tuple[int, ...]]
+    writers: Mapping[int, str]
     outputs: tuple[frozenset[int], ...]
 
 

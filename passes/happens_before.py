@@ -14,12 +14,14 @@ A new operation is one line of ``OPERATIONS``; nothing else in the verifier name
     waits_for   the operations that such an event may come from: anything else was never recorded
     behind      a lane whose work issued so far it follows as well
     gives       what its result is, see ``Gives``
-    ring        the ring of slots in which its result lies (``Gives.SLOT``)
+    ring        the ring of slots in which its result lies (``Gives.SLOT``); its arguments are then (source, ranges,
+                dim, offset, tokens), and slots begin at multiples of ``alignment``
     ended_by    operations that must follow exactly once each (and the only ones that may touch its result)
     writes      positions of arguments that it writes, whole, with what the program leaves in them
     at_end      it reads when the step is over and all lanes are idle (twins)
-    carried     a prefetch over the end of a step: "out" ends its transfer without a wait in this step, "in"
-                begins with one that the step before started; the two must name the same bytes
+    carried     a prefetch over the end of a step: "out" takes a transfer and ends it without a wait in this step,
+                "in" (arguments as a prefetch) begins with the one that the step before started and was checked when
+                the step began. Both must name the same bytes of the same weights, "in" comes before any other fill
 
 So: an upload of several values is ``TO_ACCELERATOR`` with a list as its argument (lists of values are understood
 already); a copy into a pinned slot by a thread of its own is a row with ``lane=STAGE``, ``ring="pinned"`` and a
@@ -115,16 +117,18 @@ class Operation:
     ended_by: tuple[Any, ...] = ()
     at_end: bool = False
     carried: Literal["in", "out"] | None = None
+    alignment: int = 256
 
 
 _UPWARD = (ir.PREFETCH, ir.TO_ACCELERATOR)
-_ON = "accelerator"
+_ON: Side = "accelerator"
 
 OPERATIONS: dict[Any, Operation] = {
     ir.MIRROR: Operation(None, ("host",), gives=Gives.INPUT),
     ir.RESIDENT: Operation(None, ("host",), gives=Gives.INPUT),
     ir.PREFETCH: Operation(
-        UP, ("host",), waits=4, waits_for=(ir.RELEASE,), gives=Gives.SLOT, ring="staging", ended_by=(ir.WAIT, ir.RELEASE)
+        UP, ("host",), waits=4, waits_for=(ir.RELEASE,), gives=Gives.SLOT, ring="staging",
+        ended_by=(ir.WAIT, ir.RELEASE),
     ),
     ir.TO_ACCELERATOR: Operation(UP, ("host",), gives=Gives.LOAN, ended_by=(ir.WAIT,)),
     ir.WAIT: Operation(COMPUTE, waits=0, waits_for=_UPWARD, gives=Gives.BROUGHT),
@@ -154,18 +158,24 @@ def nodes_in(argument: Any) -> list[fx.Node]:
 
 def name_of(node: fx.Node) -> str:
     """How errors name a node: its name and the module that it comes from."""
-    return f"{node.name} ({info(node).module or node.op})"
+    return f"{node.name} ({info(node).module})" if info(node).module else str(node.name)
+
+
+def short(target: object) -> str:
+    """The name of an operation without its library and overload."""
+    return str(target).split(".")[1]
 
 
 def slot_bytes(prefetch: fx.Node) -> int:
     """Bytes that a prefetch of (weight, ranges, dim, ...) copies."""
-    weight, ranges, dim = prefetch.args[:3]
-    value = info(weight).value  # type: ignore[arg-type]
-    length = sum(hi - lo for lo, hi in zip(ranges[::2], ranges[1::2], strict=True))  # type: ignore[index]
-    return length * int(value.numel()) // int(value.shape[dim]) * int(value.element_size())
+    arguments: tuple[Any, ...] = prefetch.args
+    weight, ranges, dim = arguments[:3]
+    value = info(weight).value
+    length = sum(hi - lo for lo, hi in zip(ranges[::2], ranges[1::2], strict=True))
+    return int(length * value.numel() // value.shape[dim] * value.element_size())
 
 
 __all__ = [
-    "COMPUTE", "DOWN", "HOST", "LANES", "OPERATIONS", "STAGE", "UP", "Access", "Clocks", "Gives", "Operation", "name_of",
-    "nodes_in", "side_of", "slot_bytes",
+    "COMPUTE", "DOWN", "HOST", "LANES", "OPERATIONS", "STAGE", "UP", "Access", "Clocks", "Gives", "Operation",
+    "name_of", "nodes_in", "short", "side_of", "slot_bytes",
 ]  # fmt: skip

@@ -2,8 +2,8 @@
 
 A piece of memory is alive from the node that makes it to the last node that touches it; what a download reads
 lives until the host has waited for it, what becomes a mirror to the end. Mirrors and resident weights are there
-all the time. Inside a segment its members' values count as if nothing were fused. The largest value counts once
-more: the host runs ahead of the streams, so a value may be made before the one that it replaces is gone.
+all the time. Inside a segment its members' values count as if nothing were fused. The largest value of the schedule
+counts once more: the host runs ahead of the streams, so a value may be made before the one that it replaces is gone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor, fx
 from hetegen_compile.ir import info
 from hetegen_compile.passes.capture import to_expr
 from hetegen_compile.passes.context import Context
-from hetegen_compile.passes.replay import END, Memory, Replay
+from hetegen_compile.passes.memory import END, Memory
+from hetegen_compile.passes.replay import Replay
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def live_bytes(replay: Replay, context: Context) -> Live:
         if memory.is_input:
             fixed += nbytes
             continue
-        largest = max(largest, nbytes)
+        largest = max(largest, 0 if memory.inner else nbytes)
         at.setdefault(memory.born, memory.nodes[0])
         change[memory.born] = change.get(memory.born, 0) + nbytes
         if memory.used < END:

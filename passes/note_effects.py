@@ -10,24 +10,20 @@ from torch import fx
 
 from hetegen_compile.ir import info
 from hetegen_compile.passes.context import Context, Effects
+from hetegen_compile.passes.happens_before import name_of, nodes_in
 
 
 def note_effects(module: fx.GraphModule, context: Context) -> Effects:
     """Positions of the in-place writes of each storage, and the storages of each output."""
     del context
     writes: dict[int, set[int]] = {}
+    writers = {info(node).position: name_of(node) for node in module.graph.nodes if info(node).writes}
     for node in module.graph.nodes:
         for key in info(node).writes:
             writes.setdefault(key, set()).add(info(node).position)
     output = next(iter(reversed(module.graph.nodes)))
     return Effects(
         writes={key: tuple(sorted(positions)) for key, positions in writes.items()},
-        outputs=tuple(info(node).storages for node in returned(output)),
+        writers=writers,
+        outputs=tuple(info(node).storages for node in nodes_in(output.args[0])),
     )
-
-
-def returned(output: fx.Node) -> list[fx.Node]:
-    """The nodes that the output returns, in order; one that is returned twice is listed twice."""
-    nodes: list[fx.Node] = []
-    fx.map_arg(output.args[0], nodes.append)
-    return nodes

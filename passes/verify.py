@@ -25,12 +25,12 @@ from collections.abc import Mapping
 from torch import fx
 
 from hetegen_compile.errors import BudgetError, MissingWaitError, ScheduleError
-from hetegen_compile.ir import info
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.context import Context, Effects, require
-from hetegen_compile.passes.happens_before import OPERATIONS, name_of, nodes_in
+from hetegen_compile.passes.happens_before import OPERATIONS, name_of, nodes_in, short
 from hetegen_compile.passes.live_bytes import live_bytes
-from hetegen_compile.passes.replay import END, Held, Memory, Replay, held_in
+from hetegen_compile.passes.memory import Memory
+from hetegen_compile.passes.replay import Replay, held_in
 
 
 def verify(module: fx.GraphModule, context: Context) -> None:
@@ -66,18 +66,26 @@ def _check_starts(graph: fx.Graph) -> None:
         operation = OPERATIONS.get(node.target)
         if operation is None or not operation.ended_by:
             continue
+        if [_carries(user) for user in node.users] == [True]:
+            continue
         stranger = next((user for user in node.users if user.target not in operation.ended_by), None)
         if stranger is not None:
             raise MissingWaitError(
                 f"verify: {name_of(stranger)} uses {name_of(node)} without a wait in between; "
-                f"missing edge: {operation.ended_by[0]}({node.name}) -> {stranger.name}"
+                f"missing edge: {short(operation.ended_by[0])}({node.name}) -> {stranger.name}"
             )
         for target in operation.ended_by:
             count = sum(user.target == target for user in node.users)
             if count != 1:
                 raise ScheduleError(
-                    f"verify: {name_of(node)} has {count} {target}, expected one; missing edge: {node.name} -> {target}"
+                    f"verify: {name_of(node)} has {count} {short(target)}, expected one; "
+                    f"missing edge: {node} -> {short(target)}"
                 )
+
+
+def _carries(user: fx.Node) -> bool:
+    operation = OPERATIONS.get(user.target)
+    return operation is not None and operation.carried == "out"
 
 
 # ---- what is due at return -----------------------------------------------------------------------------------
@@ -86,6 +94,7 @@ def _check_starts(graph: fx.Graph) -> None:
 def _check_return(graph: fx.Graph, replay: Replay, effects: Effects) -> None:
     _check_inputs(replay, effects)
     _check_twins(replay)
+    _check_carried(replay)
     _check_aliasing(graph, replay, effects)
 
 
@@ -96,26 +105,37 @@ def _check_inputs(replay: Replay, effects: Effects) -> None:
         node = memory.nodes[0]
         if memory.version != due:
             raise ScheduleError(
-                f"verify: at return {name_of(node)} misses the write at position {due} of the program; "
-                f"missing edge: a write of {node.name} -> output"
+                f"verify: at return {name_of(node)} misses the write of {effects.writers[due]}; "
+                f"missing edge: {effects.writers[due]} -> output"
             )
         mirror = replay.mirrors.get(key)
         if mirror is not None and mirror.version != memory.version:
             raise ScheduleError(
-                f"verify: at return the mirror of {name_of(node)} differs from it, as one of the two was written last at "
-                f"position {mirror.version} and the other at {memory.version}; missing edge: the same write -> output"
+                f"verify: at return the mirror of {name_of(node)} misses a write of the host and would count as "
+                f"current; missing edge: {effects.writers[due]} -> output"
             )
 
 
 def _check_twins(replay: Replay) -> None:
     """A returned tensor and the value that is kept as its mirror show the same writes of the same storage."""
-    for node in replay.at_end:
+    for node in replay.kept:
         host, device = (held_in(replay.values.get(operand)) for operand in node.all_input_nodes)
         if host.keys() != device.keys() or any(host[key].version != device[key].version for key in host):
             raise ScheduleError(
                 f"verify: {name_of(node)} keeps {node.args[1]} as the mirror of {node.args[0]}, but the two differ; "
                 f"missing edge: the same writes -> {node.name}"
             )
+
+
+def _check_carried(replay: Replay) -> None:
+    """What the step leaves in the ring for the next one is what the next one, of the same graph, begins with."""
+    begun, left = replay.carried["in"], replay.carried["out"]
+    for bytes_of in begun.keys() ^ left.keys():
+        event = {**begun, **left}[bytes_of]
+        raise ScheduleError(
+            f"verify: {name_of(event.node)} is carried over the end of the step on one side only; missing edge: the "
+            f"same bytes at the {'end' if bytes_of in begun else 'start'} of the step -> {event.node}"
+        )
 
 
 def _check_aliasing(graph: fx.Graph, replay: Replay, effects: Effects) -> None:
@@ -129,7 +149,7 @@ def _check_aliasing(graph: fx.Graph, replay: Replay, effects: Effects) -> None:
     for operand, expected in zip(operands, effects.outputs, strict=True):
         held = held_in(replay.values.get(operand))
         for key in expected:
-            memory = _memory(held, key)
+            memory = held.get(key)
             if memory is None:
                 raise ScheduleError(
                     f"verify: the output {name_of(operand)} is not what the program returns there; "
@@ -137,13 +157,9 @@ def _check_aliasing(graph: fx.Graph, replay: Replay, effects: Effects) -> None:
                 )
             if memory_of.setdefault(key, memory) is not memory or key_of.setdefault(id(memory), key) != key:
                 raise ScheduleError(
-                    f"verify: the output {name_of(operand)} shares memory with another output or an input as it does not "
-                    "in the program, or does not where it should"
+                    f"verify: the output {name_of(operand)} shares memory with another output or an input as it does "
+                    "not in the program, or does not where it should"
                 )
-
-
-def _memory(held: Held, key: int) -> Memory | None:
-    return held.get(key)
 
 
 # ---- the budget ----------------------------------------------------------------------------------------------
@@ -155,10 +171,10 @@ def _check_budget(module: fx.GraphModule, replay: Replay, ring_bytes: int, conte
     if total > context.budget_bytes:
         where = name_of(needed.node) if needed.node is not None else "the step"
         raise BudgetError(
-            f"verify: at {where} {format_bytes(needed.bytes)} of values beside a ring of {format_bytes(ring_bytes)} are "
-            f"alive on the accelerator; gpu_memory is {format_bytes(context.budget_bytes)}: raise it or use a smaller batch"
+            f"verify: at {where} {format_bytes(needed.bytes)} are alive on the accelerator beside a ring of "
+            f"{format_bytes(ring_bytes)}; gpu_memory is {format_bytes(context.budget_bytes)}: raise it or use a "
+            "smaller batch"
         )
 
 
 __all__ = ["verify"]
-_ = (END, info)
