@@ -10,22 +10,23 @@ A new operation is one line of ``OPERATIONS``; nothing else in the verifier name
 
     lane        where it runs (None: no work of its own at this place of the schedule)
     reads       per positional argument the side on which its tensors are read (None: not read)
-    waits       the argument that holds what its lane waits for: a transfer or a list of tokens
+    waits       arguments that may hold what its lane waits for: transfers or lists of tokens
     waits_for   the operations that such an event may come from: anything else was never recorded
     behind      a lane whose work issued so far it follows as well
+    writes      arguments that it writes, whole, with what the program leaves in them
     gives       what its result is, see ``Gives``
     ring        the ring of slots in which its result lies (``Gives.SLOT``); its arguments are then (source, ranges,
                 dim, offset, tokens), and slots begin at multiples of ``alignment``
-    ended_by    operations that must follow exactly once each (and the only ones that may touch its result)
-    writes      positions of arguments that it writes, whole, with what the program leaves in them
+    frees       a slot that it reads is given up by that (else by a release)
+    ended_by    operations that must follow exactly once each, and the only ones that may touch its result
+    precedes    operations that may wait for it besides
     at_end      it reads when the step is over and all lanes are idle (twins)
-    carried     a prefetch over the end of a step: "out" takes a transfer and ends it without a wait in this step,
-                "in" (arguments as a prefetch) begins with the one that the step before started and was checked when
-                the step began. Both must name the same bytes of the same weights, "in" comes before any other fill
+    carried     a fill over the end of a step: "out" starts what nobody in this step waits for; "in" is that transfer
+                in the next step (of the same graph, so its bytes are those of an "out"), before any other fill
 
 So: an upload of several values is ``TO_ACCELERATOR`` with a list as its argument (lists of values are understood
-already); a copy into a pinned slot by a thread of its own is a row with ``lane=STAGE``, ``ring="pinned"`` and a
-release of its own; a prefetch along the columns needs no row, its bytes follow from ``dim``.
+already); a prefetch along the columns needs no row, its bytes follow from ``dim``; a copy into a pinned slot by a
+thread of its own is a row with ``lane=STAGE``, ``ring="pinned"``, ended by the prefetch that reads and ``frees`` it.
 """
 
 from __future__ import annotations
@@ -108,16 +109,18 @@ class Operation:
 
     lane: int | None
     reads: tuple[Side | None, ...] = ()
-    waits: int | None = None
+    waits: tuple[int, ...] = ()
     waits_for: tuple[Any, ...] = ()
     behind: int | None = None
     gives: Gives = Gives.NEW
     ring: str = ""
+    alignment: int = 256
+    frees: bool = False
     writes: tuple[int, ...] = ()
     ended_by: tuple[Any, ...] = ()
+    precedes: tuple[Any, ...] = ()
     at_end: bool = False
     carried: Literal["in", "out"] | None = None
-    alignment: int = 256
 
 
 _UPWARD = (ir.PREFETCH, ir.TO_ACCELERATOR)
@@ -127,14 +130,14 @@ OPERATIONS: dict[Any, Operation] = {
     ir.MIRROR: Operation(None, ("host",), gives=Gives.INPUT),
     ir.RESIDENT: Operation(None, ("host",), gives=Gives.INPUT),
     ir.PREFETCH: Operation(
-        UP, ("host",), waits=4, waits_for=(ir.RELEASE,), gives=Gives.SLOT, ring="staging",
+        UP, ("host",), waits=(0, 4), waits_for=(ir.RELEASE,), gives=Gives.SLOT, ring="staging",
         ended_by=(ir.WAIT, ir.RELEASE),
     ),
     ir.TO_ACCELERATOR: Operation(UP, ("host",), gives=Gives.LOAN, ended_by=(ir.WAIT,)),
-    ir.WAIT: Operation(COMPUTE, waits=0, waits_for=_UPWARD, gives=Gives.BROUGHT),
+    ir.WAIT: Operation(COMPUTE, waits=(0,), waits_for=_UPWARD, gives=Gives.BROUGHT),
     ir.RELEASE: Operation(COMPUTE, waits_for=(ir.PREFETCH,), gives=Gives.TOKEN),
     ir.TO_HOST: Operation(DOWN, (_ON,), behind=COMPUTE, gives=Gives.COPY, ended_by=(ir.WAIT_HOST,)),
-    ir.WAIT_HOST: Operation(HOST, waits=0, waits_for=(ir.TO_HOST,), gives=Gives.BROUGHT),
+    ir.WAIT_HOST: Operation(HOST, waits=(0,), waits_for=(ir.TO_HOST,), gives=Gives.BROUGHT),
     ir.HOST_LINEAR: Operation(HOST, ("host", "host", "host")),
     ir.PARTIAL_LINEAR: Operation(COMPUTE, (_ON, _ON, _ON)),
     ir.JOIN: Operation(COMPUTE, (_ON,)),
@@ -163,7 +166,8 @@ def name_of(node: fx.Node) -> str:
 
 def short(target: object) -> str:
     """The name of an operation without its library and overload."""
-    return str(target).split(".")[1]
+    parts = str(getattr(target, "_qualified_op_name", getattr(target, "__name__", target))).split("::")
+    return parts[-1].split(".")[0]
 
 
 def slot_bytes(prefetch: fx.Node) -> int:

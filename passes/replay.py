@@ -50,7 +50,8 @@ class Replay:
         self.events: dict[fx.Node, Event] = {}
         self.memories: list[Memory] = []
         self.kept: list[fx.Node] = []
-        self.carried: dict[str, dict[tuple[Any, ...], Event]] = {"in": {}, "out": {}}
+        self.carried: dict[str, dict[tuple[Any, ...], fx.Node]] = {"in": {}, "out": {}}
+        self._filled: list[fx.Node] = []
 
     def run(self, graph: fx.Graph) -> None:
         """Replay every node in issue order."""
@@ -156,8 +157,6 @@ class Replay:
     def _operation(self, node: fx.Node, operation: Operation) -> None:
         if operation.at_end:
             self.kept.append(node)
-        elif operation.carried == "out":
-            self._carry_out(node, operation)
         elif operation.gives is Gives.INPUT:
             self.values[node] = self._mirror(node)
         elif operation.gives is Gives.TOKEN:
@@ -167,8 +166,7 @@ class Replay:
 
     def _run_operation(self, node: fx.Node, operation: Operation) -> None:
         assert operation.lane is not None
-        sources = [] if operation.waits is None else nodes_in(node.args[operation.waits])
-        waited = [self._event(node, source, operation) for source in sources]
+        waited = [self._event(node, source, operation) for source in self._waited_for(node, operation)]
         access = self._clocks.issue(operation.lane, node, (event.clock for event in waited), operation.behind)
         read = self._read_arguments(node, operation, access)
         for operand in [operand for place in operation.writes for operand in nodes_in(node.args[place])]:
@@ -183,6 +181,16 @@ class Replay:
         elif operation.gives is Gives.NEW:
             self.values[node] = self._made(node, side_of(operation.lane), access, ())
 
+    def _waited_for(self, node: fx.Node, operation: Operation) -> list[fx.Node]:
+        """What the operation's arguments hold in the place of events; an argument that is also read may be a value."""
+        return [
+            source
+            for place in operation.waits
+            if place < len(node.args)
+            for source in nodes_in(node.args[place])
+            if source in self.events or place >= len(operation.reads) or operation.reads[place] is None
+        ]
+
     def _event(self, node: fx.Node, source: fx.Node, operation: Operation) -> Event:
         event = self.events.get(source)
         if event is None or source.target not in operation.waits_for:
@@ -196,7 +204,11 @@ class Replay:
         read: list[Memory] = []
         for argument, side in zip(node.args, operation.reads, strict=False):
             if side is not None:
-                read += self._read(node, nodes_in(argument), side, access, position)
+                read += self._read(node, nodes_in(argument), side, access, position, arrived=bool(operation.waits))
+        if operation.frees:
+            for memory in read:
+                if memory.slot is not None:
+                    memory.slot.released = access
         return read
 
     def _bring(self, node: fx.Node, waited: list[Event]) -> None:
@@ -225,13 +237,13 @@ class Replay:
     # ---- slots -----------------------------------------------------------------------------------------------
 
     def _start_fill(self, node: fx.Node, operation: Operation, access: Access, read: list[Memory]) -> None:
-        if operation.carried == "in":
-            if self.accesses.slots:
-                raise _fault(node, "begins the step after a slot was filled", f"{node} -> the first prefetch")
-            access = Access(node, access.lane, _BEFORE_THE_STEP)
+        if operation.carried == "in" and self._filled:
+            raise _fault(node, "comes from the step before, but a slot is filled first", f"{node} -> {self._filled[0]}")
+        if operation.carried != "in":
+            self._filled.append(node)
         lo: int = node.args[3]  # type: ignore[assignment]
         slot = Slot(operation.ring, lo, lo + slot_bytes(node), node)
-        length = self._rings.get(operation.ring, 0)
+        length = self._rings.get(operation.ring, END)  # a ring that no plan states: its slots are checked when made
         if lo < 0 or lo % operation.alignment or slot.hi > length:
             what = f"fills bytes {lo} to {slot.hi} of a {operation.ring} ring of {length} (slots begin at multiples of "
             raise _fault(node, f"{what}{operation.alignment})", f"an aligned slot inside the ring -> {node}")
@@ -239,10 +251,9 @@ class Replay:
         side: Side = "accelerator" if operation.ring == "staging" else "host"
         version = max((memory.version for memory in read), default=INITIAL)
         brings: Held = {None: self.new(node, side, access, version=version, slot=slot)}
-        event = Event(node, access, self._clocks.now(access.lane), brings, read)
-        self.events[node] = event
-        if operation.carried == "in":
-            self.carried["in"][_bytes_of(node)] = event
+        self.events[node] = Event(node, access, self._clocks.now(access.lane), brings, read)
+        if operation.carried is not None:
+            self.carried[operation.carried][_bytes_of(node)] = node
 
     def _release(self, node: fx.Node, operation: Operation) -> None:
         (transfer,) = node.all_input_nodes
@@ -253,20 +264,24 @@ class Replay:
             self.accesses.release(memory, access)
         self.events[node] = Event(node, access, self._clocks.now(access.lane))
 
-    def _carry_out(self, node: fx.Node, operation: Operation) -> None:
-        (transfer,) = node.all_input_nodes
-        self.carried["out"][_bytes_of(transfer)] = self._event(node, transfer, operation)
-
     # ---- accesses ----------------------------------------------------------------------------------------------
 
     def _read(
-        self, user: fx.Node, operands: Iterable[fx.Node], side: Side, access: Access, position: int | None
+        self, user: fx.Node, operands: Iterable[fx.Node], side: Side, access: Access, position: int | None,
+        *, arrived: bool = False,
     ) -> list[Memory]:
-        """``user`` reads its operands on ``side``: they lie there, are complete and show the right version."""
+        """``user`` reads its operands on ``side``: they lie there, are complete and show the right version.
+
+        ``arrived``: it has waited for the transfers among them itself.
+        """
         read: list[Memory] = []
         for operand in operands:
-            self._refuse_transfer(user, operand)
-            for key, memory in _each(self.values.get(operand)):
+            if arrived and operand in self.events:
+                value = self.events[operand].brings
+            else:
+                self._refuse_transfer(user, operand)
+                value = self.values.get(operand)
+            for key, memory in _each(value):
                 if memory.side != side:
                     raise _elsewhere(user, operand, side, memory)
                 self.accesses.read(memory, access)

@@ -64,15 +64,15 @@ def _check_starts(graph: fx.Graph) -> None:
     """Each start is ended exactly once by each operation that has to follow it, and touched by nothing else."""
     for node in graph.nodes:
         operation = OPERATIONS.get(node.target)
-        if operation is None or not operation.ended_by:
+        if operation is None or (not operation.ended_by and operation.carried is None):
             continue
-        if [_carries(user) for user in node.users] == [True]:
-            continue
-        stranger = next((user for user in node.users if user.target not in operation.ended_by), None)
+        allowed = (*operation.ended_by, *operation.precedes)
+        stranger = next((user for user in node.users if user.target not in allowed), None)
         if stranger is not None:
+            wait = short(operation.ended_by[0]) if operation.ended_by else "the next step"
             raise MissingWaitError(
                 f"verify: {name_of(stranger)} uses {name_of(node)} without a wait in between; "
-                f"missing edge: {short(operation.ended_by[0])}({node.name}) -> {stranger.name}"
+                f"missing edge: {wait}({node}) -> {stranger}"
             )
         for target in operation.ended_by:
             count = sum(user.target == target for user in node.users)
@@ -81,11 +81,6 @@ def _check_starts(graph: fx.Graph) -> None:
                     f"verify: {name_of(node)} has {count} {short(target)}, expected one; "
                     f"missing edge: {node} -> {short(target)}"
                 )
-
-
-def _carries(user: fx.Node) -> bool:
-    operation = OPERATIONS.get(user.target)
-    return operation is not None and operation.carried == "out"
 
 
 # ---- what is due at return -----------------------------------------------------------------------------------
@@ -131,10 +126,10 @@ def _check_carried(replay: Replay) -> None:
     """What the step leaves in the ring for the next one is what the next one, of the same graph, begins with."""
     begun, left = replay.carried["in"], replay.carried["out"]
     for bytes_of in begun.keys() ^ left.keys():
-        event = {**begun, **left}[bytes_of]
+        node = {**begun, **left}[bytes_of]
         raise ScheduleError(
-            f"verify: {name_of(event.node)} is carried over the end of the step on one side only; missing edge: the "
-            f"same bytes at the {'end' if bytes_of in begun else 'start'} of the step -> {event.node}"
+            f"verify: {name_of(node)} is carried over the end of the step on one side only; missing edge: the same "
+            f"bytes at the {'end' if bytes_of in begun else 'start'} of the step -> {node}"
         )
 
 

@@ -78,12 +78,18 @@ def read_the_source(node: fx.Node, variant: int) -> bool:
 
 
 def _source_of(node: fx.Node) -> fx.Node | None:
-    if node.target == ir.WAIT and node.args[0].target == ir.TO_ACCELERATOR:  # type: ignore[union-attr]
-        return node.args[0].args[0]  # type: ignore[union-attr, return-value]
-    arrived = node.args[0] if node.target is operator.getitem else None
-    if isinstance(arrived, fx.Node) and arrived.target == ir.WAIT_HOST:
-        return arrived.args[0].args[0][node.args[1]]  # type: ignore[union-attr, index, return-value]
-    return None
+    arguments = _arguments(node)
+    found: fx.Node | None = None
+    if node.target == ir.WAIT and arguments[0].target == ir.TO_ACCELERATOR:
+        found = _arguments(arguments[0])[0]
+    elif node.target is operator.getitem and arguments[0].target == ir.WAIT_HOST:
+        (transfer,) = _arguments(arguments[0])
+        found = _arguments(transfer)[0][arguments[1]]
+    return found
+
+
+def _arguments(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(node.args)
 
 
 def wait_twice(node: fx.Node, variant: int) -> bool:
@@ -98,16 +104,16 @@ def remove_release(node: fx.Node, variant: int) -> bool:
     """The slot is never given up."""
     del variant
     for user in list(node.users):
-        user.update_arg(4, [token for token in user.args[4] if token is not node])
+        user.update_arg(4, [token for token in _arguments(user)[4] if token is not node])
     node.graph.erase_node(node)
     return True
 
 
 def drop_token(node: fx.Node, variant: int) -> bool:
     """A prefetch does not wait for one of the releases that it should wait for."""
-    if variant >= len(node.args[4]):  # type: ignore[arg-type]
+    if variant >= len(_arguments(node)[4]):
         return False
-    tokens = list(node.args[4])  # type: ignore[arg-type]
+    tokens = list(_arguments(node)[4])
     del tokens[variant]
     node.update_arg(4, tokens)
     return True
@@ -115,10 +121,10 @@ def drop_token(node: fx.Node, variant: int) -> bool:
 
 def shift_slot(node: fx.Node, variant: int) -> bool:
     """A prefetch fills other bytes: beside its own, the ring's first, or not aligned."""
-    offset: int = node.args[3]  # type: ignore[assignment]
+    offset = _arguments(node)[3]
     shifted = (offset + 256, offset - 256, 0, offset + 4)[variant]
     node.update_arg(3, shifted)
-    return shifted != offset
+    return bool(shifted != offset)
 
 
 def swap_prefetches(node: fx.Node, variant: int) -> bool:
@@ -131,7 +137,7 @@ def swap_prefetches(node: fx.Node, variant: int) -> bool:
     if variant == 0:
         return _move_before(other, node)
     place = 3 if variant == 1 else 4
-    mine, theirs = node.args[place], other.args[place]
+    mine, theirs = _arguments(node)[place], _arguments(other)[place]
     if mine == theirs or (variant == 2 and not _precede(theirs, node)):
         return False
     node.update_arg(place, theirs)
@@ -193,7 +199,7 @@ def drop_effect(node: fx.Node, variant: int) -> bool:
 def return_an_input(node: fx.Node, variant: int) -> bool:
     """The graph returns an input where the program returns something else of the same shape."""
     inputs = [n for n in node.graph.find_nodes(op="placeholder") if isinstance(info(n).value, Tensor)]
-    returned = list(node.args[0])  # type: ignore[arg-type]
+    returned = list(_arguments(node)[0])
     pairs = [
         (place, one)
         for place, old in enumerate(returned)
