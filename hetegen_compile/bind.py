@@ -79,6 +79,9 @@ class _Binder:
             name: getattr(accelerator, name)
             for name in _METHODS
         }
+        self._written = frozenset[int]().union(
+            *(info(node).writes for node in module.graph.nodes if info(node).side == "accelerator")
+        )
         self._mirrors: list[fx.Node] = []
         self._residents: list[tuple[int, int, int]] = []
         self._pinned_ring_bytes = pinned_ring_bytes(module.graph)
@@ -208,8 +211,10 @@ class _Binder:
 
     def _join(self, node: fx.Node) -> str:
         parts, dim = _arguments(node)
-        if len(parts) == 1:
+        if len(parts) == 1 and not (info(node).storages & self._written):
             return f"{node.name} = {parts[0]}"
+        if len(parts) == 1:  # an upload may be a view of the host's tensor, which nothing may write
+            return f"{node.name} = launch({self._op(node)}, {self._constant('clone', torch.clone)}, ({parts[0]},))"
         function = self._constant("join", functools.partial(ir.join_parts, dim=dim))
         return f"{node.name} = launch({self._op(node)}, {function}, ({self._text(list(parts))},))"
 

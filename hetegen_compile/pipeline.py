@@ -24,6 +24,7 @@ from hetegen_compile.passes import (
     insert_transfers,
     lower,
     normalise_linears,
+    note_effects,
     place_nodes,
     predict_step,
     resolve_sizes,
@@ -50,6 +51,7 @@ class Stage:
 PIPELINE: tuple[Stage, ...] = (
     Stage(resolve_sizes, "rewrite", "sizes are known on the host; reading them from a tensor would wait for it"),
     Stage(normalise_linears, "rewrite", "one node kind for every form of Linear"),
+    Stage(note_effects, "analyse", "what the program does to memory: what verify holds the schedule to", "effects"),
     Stage(annotate_costs, "analyse", "decisions compare seconds", "costs"),
     Stage(choose_residency, "decide", "the budget is hard; what saves most per byte stays", "residency"),
     Stage(choose_staging, "decide", "host memory is not doubled: what cannot be pinned goes through a ring", "staged"),

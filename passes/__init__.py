@@ -9,6 +9,7 @@ from hetegen_compile.passes.group_segments import group_segments
 from hetegen_compile.passes.insert_transfers import insert_transfers
 from hetegen_compile.passes.lower import lower
 from hetegen_compile.passes.normalise_linears import normalise_linears
+from hetegen_compile.passes.note_effects import note_effects
 from hetegen_compile.passes.place_nodes import place_nodes
 from hetegen_compile.passes.predict_step import predict_step
 from hetegen_compile.passes.resolve_sizes import resolve_sizes
@@ -27,6 +28,7 @@ __all__ = [
     "insert_transfers",
     "lower",
     "normalise_linears",
+    "note_effects",
     "place_nodes",
     "predict_step",
     "resolve_sizes",

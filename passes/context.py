@@ -119,6 +119,21 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class Effects:
+    """What the captured program does to memory; storages are those of ``NodeInfo``.
+
+    Attributes:
+        writes: for each storage that is written in place, the program positions of the writes, ascending.
+        writers: the nodes at these positions, as errors name them.
+        outputs: the storages of each returned value, in order.
+    """
+
+    writes: Mapping[int, tuple[int, ...]]
+    writers: Mapping[int, str]
+    outputs: tuple[frozenset[int], ...]
+
+
+@dataclass(frozen=True)
 class Work:
     """What one node occupies: a resource (``host``, ``accelerator``, ``up``, ``down``, ``pin``) for some seconds."""
 
@@ -174,7 +189,7 @@ class HostWeights(Protocol):
 
 @dataclass(frozen=True)
 class Context:
-    """Everything a pass may know. Fields from ``costs`` on are filled in as the pipeline runs.
+    """Everything a pass may know. Fields from ``effects`` on are filled in as the pipeline runs.
 
     ``activation_bytes`` is what an earlier schedule of the same graph is known to need for activations;
     ``ring_bytes`` the length that the accelerator's staging ring has already; ``device`` where segments will run;
@@ -196,6 +211,7 @@ class Context:
     ring_bytes: int = 0
     device: torch.device = torch.device("cpu")
     host_memory: HostWeights | None = None
+    effects: Effects | None = None
     costs: Costs | None = None
     staged: Mapping[str, str] = field(default_factory=dict)
     residency: Residency | None = None
