@@ -4,7 +4,7 @@
 ``split`` divides a Linear between host and link, ``timeline`` simulates a step.
 """
 
-from hetegen_compile.cost_model.chain import Chain, ChainSplit, Trip, solve_chain, spread_order
+from hetegen_compile.cost_model.chain import Chain, Relaxation, Trip, balance_along, relax, spread_order
 from hetegen_compile.cost_model.hardware import (
     SCHEMA_VERSION,
     AcceleratorProfile,
@@ -46,12 +46,12 @@ __all__ = [
     "SCHEMA_VERSION",
     "AcceleratorProfile",
     "Chain",
-    "ChainSplit",
     "HardwareProfile",
     "HostProfile",
     "LinkDirection",
     "LinkProfile",
     "RateCurve",
+    "Relaxation",
     "SplitProblem",
     "SplitSolution",
     "Task",
@@ -60,6 +60,7 @@ __all__ = [
     "accelerator_linear_s",
     "accelerator_op_s",
     "arithmetic_rate",
+    "balance_along",
     "balance_expression",
     "download_s",
     "host_linear_s",
@@ -72,9 +73,9 @@ __all__ = [
     "preset_names",
     "profile_from_json",
     "profile_to_json",
+    "relax",
     "row_granularity",
     "simulate",
-    "solve_chain",
     "spread_order",
     "solve_split",
     "unsourced_fields",

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import fx
 
-from hetegen_compile.cost_model import row_granularity, spread_order
+from hetegen_compile.cost_model import row_granularity
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import LINEAR, info, is_tensor
 from hetegen_compile.options import format_bytes
@@ -158,10 +158,7 @@ def _fill(
     weights: Mapping[fx.Node, fx.Node], sizes: Mapping[fx.Node, int], free: int, context: Context
 ) -> list[fx.Node]:
     """Weights in falling order of gain per byte, as many as fit; those already there come first."""
-    alike: dict[tuple[bool, float], list[fx.Node]] = {}
-    for weight, linear in weights.items():
-        alike.setdefault((not _already(weight, context), -_gain(linear, context)), []).append(weight)
-    order = [alike[key][i] for key in sorted(alike) for i in spread_order(len(alike[key]))]
+    order = sorted(weights, key=lambda weight: (not _already(weight, context), -_gain(weights[weight], context)))
     chosen = []
     for weight in order:
         if 0 < sizes[weight] <= free:
