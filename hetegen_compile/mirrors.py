@@ -4,12 +4,17 @@ Whatever the host owns and the accelerator reads (parameters, buffers, caches, i
 mirror per storage. A mirror is current while storage, address and version counter are what they were.
 Tensors made in inference mode have no version: they are compared by content up to 4 KiB and uploaded
 afresh above. A mirror dies with its host storage.
+
+Writes that no version shows (``p.data += d``, numpy) are found by fingerprints of the host's bytes: a sample of
+everything that a step uses and a block of one tensor are compared each step, everything at each compilation, and
+everything once one change was found. Caches, which steps write themselves, have no fingerprint.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +22,16 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from hetegen_compile.accelerators.base import Accelerator, Op, Value
+from hetegen_compile.fingerprints import Fingerprint
+
+logger = logging.getLogger("hetegen_compile")
 
 MIRRORS = "mirrors"
 """The category of everything but resident weights."""
 COMPARED_BYTES = 4096
+SAMPLED_TENSORS = 128
+"""How many tensors a step compares a sample of: some tens of microseconds."""
+ALWAYS_WATCHED_BYTES = 1 << 16
 _WHOLE_STORAGE_FACTOR = 4
 _WHOLE_STORAGE_BYTES = 1 << 20
 
@@ -31,22 +42,29 @@ class Request(NamedTuple):
     """A host tensor whose device value is wanted.
 
     ``category`` is what its bytes count under. ``whole`` asks for a view of the mirrored storage, because another
-    input of the graph lies in the same storage.
+    input of the graph lies in the same storage. ``watched`` asks that writes which no version shows are found: the
+    tensor belongs to the model. Small tensors are always watched.
     """
 
     tensor: Tensor
     name: str
     category: str = MIRRORS
     whole: bool = False
+    watched: bool = False
 
 
 @dataclass(frozen=True)
 class _Held:
-    """One device value, what it is counted under and the bytes that it holds by itself."""
+    """One device value, what it is counted under and the bytes that it holds by itself.
+
+    ``fingerprint`` is of the host's bytes when they were uploaded; None for what steps write.
+    """
 
     value: Value
     category: str
     nbytes: int
+    name: str = ""
+    fingerprint: Fingerprint | None = None
 
 
 @dataclass
@@ -95,6 +113,9 @@ class Mirrors:
         an upload, mirrors that this step does not use are dropped until all fit ``limit_bytes``.
         """
         found = [self._lookup(request.tensor) for request in requests]
+        if not self._samples_match(found):
+            self.check()
+            found = [self._lookup(request.tensor) for request in requests]
         missing = [i for i, (record, geometry) in enumerate(found) if geometry not in record.held]
         if missing or self._grown:
             self._grown = False
@@ -103,6 +124,29 @@ class Mirrors:
             record, geometry = found[i]
             record.held[geometry] = self._make(record, requests[i])
         return [record.held[geometry].value for record, geometry in found]
+
+    def check(self) -> None:
+        """Compare all fingerprints with the host's bytes; what was changed unseen is uploaded at its next use."""
+        for key, record in list(self._records.items()):
+            storage = torch.UntypedStorage._new_with_weak_ptr(record.storage.cdata)
+            if storage is None or storage.data_ptr() != record.address:
+                del self._records[key]
+                continue
+            changed = [h for h in record.held.values() if h.fingerprint and not h.fingerprint.matches(storage)]
+            if changed:
+                logger.warning("%s was written in a way that torch does not see: uploaded again", changed[0].name)
+                del self._records[key]
+
+    def _samples_match(self, found: Sequence[tuple[_Record, Geometry]]) -> bool:
+        """Whether a sample of what is used (of up to 128 tensors a step) and a block of one are what was uploaded."""
+        used = [(r.address, held.fingerprint) for r, g in found if (held := r.held.get(g)) and held.fingerprint]
+        if not used:
+            return True
+        first = self._step % len(used)
+        turn = self._step // len(used)
+        sampled = (used * 2)[first : first + min(SAMPLED_TENSORS, len(used))]
+        address, fingerprint = used[first]
+        return all(f.sample_matches(a, self._step) for a, f in sampled) and fingerprint.block_matches(address, turn)
 
     def _lookup(self, tensor: Tensor) -> tuple[_Record, Geometry]:
         record = self._current(tensor)
@@ -143,6 +187,7 @@ class Mirrors:
         if record is None:
             return
         record.version = _version(tensor)
+        record.held = {geometry: replace(held, fingerprint=None) for geometry, held in record.held.items()}
         if record.base is None:  # other views of the storage were uploaded by themselves and know nothing of it
             geometry = _geometry(tensor)
             record.held = {geometry: record.held[geometry]} if geometry in record.held else {}
@@ -197,6 +242,12 @@ class Mirrors:
         return version is not None and not isinstance(record.version, Tensor) and bool(record.version == version)
 
     def _make(self, record: _Record, request: Request) -> _Held:
+        """Upload or view the tensor, with a fingerprint of what its bytes are now."""
+        watched = request.watched or _nbytes(request.tensor) <= ALWAYS_WATCHED_BYTES
+        fingerprint = _fingerprint(request.tensor) if watched else None
+        return replace(self._upload(record, request), name=request.name, fingerprint=fingerprint)
+
+    def _upload(self, record: _Record, request: Request) -> _Held:
         tensor, op = request.tensor.detach(), Op(request.name, category=request.category)
         covers = _covers_storage(tensor)
         view_of_base = request.whole or record.base is not None or _needs_whole_storage(tensor)
@@ -214,6 +265,15 @@ class Mirrors:
 
 def _view(base: Tensor, dtype: torch.dtype, view: tuple[Any, ...]) -> Tensor:
     return (base if base.dtype == dtype else base.view(dtype)).as_strided(*view)
+
+
+def _fingerprint(tensor: Tensor) -> Fingerprint | None:
+    """Of all bytes between the tensor's first and last element; None where there are none or no version."""
+    if tensor.numel() == 0 or tensor.is_inference():
+        return None
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.storage_offset() * tensor.element_size()
+    return Fingerprint(tensor.untyped_storage(), start, (last + 1) * tensor.element_size())
 
 
 def _geometry(tensor: Tensor) -> Geometry:
