@@ -44,7 +44,8 @@ class Fingerprint:
             return self.sample_matches(address, turn)
         block = turn % len(self._sums)
         lo, hi = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, self._nbytes)
-        return _sum_of(_bytes_at(address + self._start + lo, hi - lo), self._in_words(hi - lo)) == int(self._sums[block])
+        data = _bytes_at(address + self._start + lo, hi - lo)
+        return _sum_of(data, self._in_words(hi - lo)) == int(self._sums[block])
 
     def matches(self, storage: torch.UntypedStorage) -> bool:
         """Whether all bytes are what they were."""

@@ -53,11 +53,12 @@ class Request(NamedTuple):
     watched: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Held:
     """One device value, what it is counted under and the bytes that it holds by itself.
 
-    ``fingerprint`` is of the host's bytes when they were uploaded; None for what steps write.
+    ``fingerprint`` is of the host's bytes when they were uploaded; None for what steps write. ``used`` is the step
+    that last asked for it.
     """
 
     value: Value
@@ -65,11 +66,15 @@ class _Held:
     nbytes: int
     name: str = ""
     fingerprint: Fingerprint | None = None
+    used: int = 0
 
 
 @dataclass
 class _Record:
-    """The mirrors of one host storage: ``base`` holds all of it, ``held`` views or parts by geometry."""
+    """The mirrors of one host storage: ``base`` holds all of it, ``held`` views or parts by geometry.
+
+    ``base`` lies in memory as the host's storage does.
+    """
 
     storage: StorageWeakRef
     address: int
@@ -119,10 +124,11 @@ class Mirrors:
         missing = [i for i, (record, geometry) in enumerate(found) if geometry not in record.held]
         if missing or self._grown:
             self._grown = False
-            self._make_room(limit_bytes - sum(_nbytes(requests[i].tensor) for i in missing))
+            self._make_room(limit_bytes - sum(_new_bytes(found[i][0], requests[i]) for i in missing))
         for i in missing:
             record, geometry = found[i]
-            record.held[geometry] = self._make(record, requests[i])
+            if geometry not in record.held:  # the same tensor may be asked for twice
+                record.held[geometry] = self._make(record, requests[i])
         return [record.held[geometry].value for record, geometry in found]
 
     def check(self) -> None:
@@ -151,7 +157,10 @@ class Mirrors:
     def _lookup(self, tensor: Tensor) -> tuple[_Record, Geometry]:
         record = self._current(tensor)
         record.used = self._step
-        return record, _geometry(tensor)
+        geometry = _geometry(tensor)
+        if geometry in record.held:
+            record.held[geometry].used = self._step
+        return record, geometry
 
     def _make_room(self, limit_bytes: int) -> None:
         """Drop what this step does not use, oldest use first, until the rest fits ``limit_bytes``.
@@ -168,17 +177,29 @@ class Mirrors:
             if record.used < self._step:
                 excess -= record.nbytes()
                 del self._records[key]
+            else:
+                excess -= self._drop_unused_parts(record)
         if excess > 0:
             raise NoRoomError(excess)
 
+    def _drop_unused_parts(self, record: _Record) -> int:
+        """Drop what earlier plans held of a storage that this step uses; returns the bytes."""
+        unused = {g: held for g, held in record.held.items() if held.nbytes and held.used < self._step}
+        record.held = {g: held for g, held in record.held.items() if g not in unused}
+        return sum(held.nbytes for held in unused.values())
+
     def register(self, tensor: Tensor, value: Value, category: str = MIRRORS) -> None:
-        """Make ``value`` the mirror of a host tensor that a step just returned with the same contents."""
+        """Make ``value`` the mirror of a host tensor that a step just returned with the same contents.
+
+        Later views of the tensor (a cache that was cropped) are views of ``value``.
+        """
         if tensor.numel() == 0 or not _covers_storage(tensor):
             return
         record = _Record(_weak(tensor), tensor.untyped_storage().data_ptr(), _version(tensor))
         record.used = self._step
         self._grown = True
-        record.held[_geometry(tensor)] = _Held(value, category, _nbytes(tensor))
+        record.base, record.base_bytes = value, _nbytes(tensor)
+        record.held[_geometry(tensor)] = _Held(value, category, 0, used=self._step)
         self._records[_key(tensor)] = record
 
     def settle(self, tensor: Tensor) -> None:
@@ -187,7 +208,8 @@ class Mirrors:
         if record is None:
             return
         record.version = _version(tensor)
-        record.held = {geometry: replace(held, fingerprint=None) for geometry, held in record.held.items()}
+        for held in record.held.values():
+            held.fingerprint = None
         if record.base is None:  # other views of the storage were uploaded by themselves and know nothing of it
             geometry = _geometry(tensor)
             record.held = {geometry: record.held[geometry]} if geometry in record.held else {}
@@ -245,26 +267,41 @@ class Mirrors:
         """Upload or view the tensor, with a fingerprint of what its bytes are now."""
         watched = request.watched or _nbytes(request.tensor) <= ALWAYS_WATCHED_BYTES
         fingerprint = _fingerprint(request.tensor) if watched else None
-        return replace(self._upload(record, request), name=request.name, fingerprint=fingerprint)
+        return replace(self._upload(record, request), name=request.name, fingerprint=fingerprint, used=self._step)
 
     def _upload(self, record: _Record, request: Request) -> _Held:
         tensor, op = request.tensor.detach(), Op(request.name, category=request.category)
         covers = _covers_storage(tensor)
-        view_of_base = request.whole or record.base is not None or _needs_whole_storage(tensor)
-        if request.category != MIRRORS or not (covers or view_of_base):
+        if not _through_base(record, request):
             return _Held(self._accelerator.upload(op, tensor), op.category, _nbytes(tensor))
         if record.base is None:
             whole = tensor if covers else torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
             record.base = self._accelerator.upload(op, whole)
             record.base_bytes = _nbytes(whole)
-        if covers and not record.held:
-            return _Held(record.base, op.category, 0)
+            if covers:
+                return _Held(record.base, op.category, 0)
         view = tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset()
         return _Held(self._accelerator.launch(op, _view, (record.base, tensor.dtype, view)), op.category, 0)
 
 
+def _through_base(record: _Record, request: Request) -> bool:
+    """Whether the tensor's mirror is (a view of) one of its whole storage."""
+    tensor = request.tensor
+    whole = request.whole or record.base is not None or _covers_storage(tensor) or _needs_whole_storage(tensor)
+    return request.category == MIRRORS and whole
+
+
+def _new_bytes(record: _Record, request: Request) -> int:
+    """Bytes that a mirror which is not there yet will hold."""
+    if not _through_base(record, request):
+        return _nbytes(request.tensor)
+    return int(request.tensor.untyped_storage().nbytes()) if record.base is None else 0
+
+
 def _view(base: Tensor, dtype: torch.dtype, view: tuple[Any, ...]) -> Tensor:
-    return (base if base.dtype == dtype else base.view(dtype)).as_strided(*view)
+    same_type = base if base.dtype == dtype else base.view(dtype)
+    shape, stride, offset = view
+    return same_type.as_strided(shape, stride, same_type.storage_offset() + offset)
 
 
 def _fingerprint(tensor: Tensor) -> Fingerprint | None:
