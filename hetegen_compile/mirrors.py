@@ -309,7 +309,7 @@ def _fingerprint(tensor: Tensor) -> Fingerprint | None:
     if tensor.numel() == 0 or tensor.is_inference():
         return None
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.storage_offset() * tensor.element_size()
+    start = int(tensor.storage_offset()) * tensor.element_size()
     return Fingerprint(tensor.untyped_storage(), start, (last + 1) * tensor.element_size())
 
 

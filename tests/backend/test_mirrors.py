@@ -157,6 +157,11 @@ def _add_to_data(model: nn.Module) -> None:
             parameter.data += torch.ones_like(parameter) * 0.1
 
 
+def _weight(layer: nn.Module) -> Tensor:
+    assert isinstance(layer, nn.Linear)
+    return layer.weight.detach()
+
+
 def _write_numpy(model: nn.Module) -> None:
     for parameter in model.parameters():
         view = parameter.detach().numpy()
@@ -196,8 +201,8 @@ def test_one_element_written_through_numpy_is_noticed_in_time() -> None:
     with torch.no_grad():
         before = model(x)
         assert backend.accelerator.counters.held_bytes["weights"] >= 1.5 * 128 * 128 * 4, "resident"
-        for layer in model.layers:  # type: ignore[union-attr]
-            layer.weight.detach().numpy()[77, 5] += 100.0  # type: ignore[union-attr, operator]
+        for layer in model.layers:
+            _weight(layer).numpy()[77, 5] += 100.0
         results = [model(x) for _ in range(200)]
         expected = Mlp.forward(model, x)
     torch.testing.assert_close(results[-1], expected)
@@ -213,8 +218,8 @@ def test_everything_is_compared_when_a_graph_is_compiled() -> None:
     with torch.no_grad():
         model(x)
         assert backend.accelerator.counters.held_bytes["weights"] >= 3 * 64 * 64 * 4
-        for layer in model.layers:  # type: ignore[union-attr]
-            layer.weight.detach().numpy()[40, 9] += 100.0  # type: ignore[union-attr, operator]
+        for layer in model.layers:
+            _weight(layer).numpy()[40, 9] += 100.0
         wider = random(3, 64)
         result, expected = model(wider), Mlp.forward(model, wider)
     assert len(backend.graphs) == 2
