@@ -33,7 +33,7 @@ SAMPLED_TENSORS = 128
 """How many tensors a step compares a sample of: some tens of microseconds."""
 ALWAYS_WATCHED_BYTES = 1 << 16
 _WHOLE_STORAGE_FACTOR = 4
-_WHOLE_STORAGE_BYTES = 1 << 20
+_WHOLE_STORAGE_BYTES = 1 << 16
 
 Geometry = tuple[Any, ...]
 
@@ -73,7 +73,8 @@ class _Held:
 class _Record:
     """The mirrors of one host storage: ``base`` holds all of it, ``held`` views or parts by geometry.
 
-    ``base`` lies in memory as the host's storage does.
+    ``base`` lies in memory as the host's storage does. ``used`` and ``returned`` are the last step that asked for the
+    storage and the one that made it.
     """
 
     storage: StorageWeakRef
@@ -83,6 +84,7 @@ class _Record:
     held: dict[Geometry, _Held] = field(default_factory=dict)
     base_bytes: int = 0
     used: int = 0
+    returned: int = -1
 
     def nbytes(self) -> int:
         return self.base_bytes + sum(held.nbytes for held in self.held.values())
@@ -104,6 +106,7 @@ class Mirrors:
         self._records: dict[int, _Record] = {}
         self._step = 0
         self._grown = False
+        self._fits_bytes = 0  # the limit that all mirrors were last made to fit
 
     def begin_step(self) -> None:
         """Forget the mirrors of storages that no longer exist; what is fetched from now on is in use."""
@@ -117,13 +120,14 @@ class Mirrors:
         each other as on the host; under any other category exactly the tensor's own bytes are uploaded. Before
         an upload, mirrors that this step does not use are dropped until all fit ``limit_bytes``.
         """
-        found = [self._lookup(request.tensor) for request in requests]
+        found = [self._lookup(request) for request in requests]
         if not self._samples_match(found):
             self.check()
-            found = [self._lookup(request.tensor) for request in requests]
+            found = [self._lookup(request) for request in requests]
         missing = [i for i, (record, geometry) in enumerate(found) if geometry not in record.held]
-        if missing or self._grown:
+        if missing or self._grown or limit_bytes < self._fits_bytes:
             self._grown = False
+            self._fits_bytes = limit_bytes
             self._make_room(limit_bytes - sum(_new_bytes(found[i][0], requests[i]) for i in missing))
         for i in missing:
             record, geometry = found[i]
@@ -154,9 +158,12 @@ class Mirrors:
         address, fingerprint = used[first]
         return all(f.sample_matches(a, self._step) for a, f in sampled) and fingerprint.block_matches(address, turn)
 
-    def _lookup(self, tensor: Tensor) -> tuple[_Record, Geometry]:
+    def _lookup(self, request: Request) -> tuple[_Record, Geometry]:
+        tensor = request.tensor
         record = self._current(tensor)
         record.used = self._step
+        if request.whole and record.base is None:
+            record.held.clear()  # values that do not share memory
         geometry = _geometry(tensor)
         if geometry in record.held:
             record.held[geometry].used = self._step
@@ -191,16 +198,32 @@ class Mirrors:
     def register(self, tensor: Tensor, value: Value, category: str = MIRRORS) -> None:
         """Make ``value`` the mirror of a host tensor that a step just returned with the same contents.
 
-        Later views of the tensor (a cache that was cropped) are views of ``value``.
+        Later views of a tensor that is all of its storage (a cache that was cropped) are views of ``value``. A
+        tensor that is a part (a sliding window of what was concatenated) is mirrored by itself.
         """
-        if tensor.numel() == 0 or not _covers_storage(tensor):
+        if tensor.numel() == 0:
             return
-        record = _Record(_weak(tensor), tensor.untyped_storage().data_ptr(), _version(tensor))
-        record.used = self._step
+        record = self._returned(tensor)
         self._grown = True
-        record.base, record.base_bytes = value, _nbytes(tensor)
-        record.held[_geometry(tensor)] = _Held(value, category, 0, used=self._step)
-        self._records[_key(tensor)] = record
+        geometry = _geometry(tensor)
+        if _covers_storage(tensor):
+            record.base, record.base_bytes = value, _nbytes(tensor)
+            record.held[geometry] = _Held(value, category, 0, used=self._step)
+            return
+        shape, stride = tuple(tensor.shape), tuple(tensor.stride())
+        alike = self._accelerator.launch(Op("twin", category=category), _laid_out, (value, shape, stride))
+        nbytes = int(tensor.untyped_storage().nbytes())  # the value keeps its storage, as the tensor does
+        record.held[geometry] = _Held(alike, category, nbytes, used=self._step)
+
+    def _returned(self, tensor: Tensor) -> _Record:
+        """The record of a storage that this step made: a new one, unless another view of it was returned, too."""
+        key, address, version = _key(tensor), tensor.untyped_storage().data_ptr(), _version(tensor)
+        record = self._records.get(key)
+        made = record is not None and record.returned == self._step and not record.storage.expired()
+        if record is None or not made:
+            record = self._records[key] = _Record(_weak(tensor), address, version, returned=self._step)
+        record.used = self._step
+        return record
 
     def settle(self, tensor: Tensor) -> None:
         """The step wrote the host tensor and its mirror alike: what the mirror holds is current again."""
@@ -302,6 +325,13 @@ def _view(base: Tensor, dtype: torch.dtype, view: tuple[Any, ...]) -> Tensor:
     same_type = base if base.dtype == dtype else base.view(dtype)
     shape, stride, offset = view
     return same_type.as_strided(shape, stride, same_type.storage_offset() + offset)
+
+
+def _laid_out(value: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    """The value with the strides that the host's tensor has."""
+    if value.stride() == stride:
+        return value
+    return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _fingerprint(tensor: Tensor) -> Fingerprint | None:

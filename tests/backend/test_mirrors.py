@@ -31,9 +31,12 @@ def _moved(accelerator: Accelerator) -> int:
     return sum(nbytes for category, nbytes in accelerator.counters.uploaded_bytes.items() if category != "weights")
 
 
-@pytest.mark.parametrize("cache", [None, "static"])
-def test_a_cache_is_not_uploaded_again(cache: str | None) -> None:
-    model, backend, known = tiny_model("llama"), RecordingBackend(), hetegen_compile.schedules()
+@pytest.mark.parametrize(
+    ("architecture", "cache"), [("llama", None), ("llama", "static"), ("mistral", None), ("gemma3", "static")]
+)
+def test_a_cache_is_not_uploaded_again(architecture: str, cache: str | None) -> None:
+    """Full and sliding layers; the windows of 8 tokens are full before the steps that are counted."""
+    model, backend, known = tiny_model(architecture), RecordingBackend(), hetegen_compile.schedules()
     prompt = torch.randint(2, 256, (1, PROMPT), generator=torch.Generator().manual_seed(1))
     mirrors: list[int] = []
     moved: list[int] = []
@@ -241,3 +244,17 @@ def test_steps_upload_nothing_but_what_is_new() -> None:
         moved.append(backend.accelerator.counters.uploaded_bytes["mirrors"])
     assert moved[0] == moved[3] >= x.numel() * 4
     assert moved[4] - moved[3] == x.numel() * 4
+
+
+def test_a_longer_forward_makes_resident_weights_leave() -> None:
+    """Its activations need their room, also where it uploads nothing itself."""
+    torch.manual_seed(0)
+    model = Mlp().eval()
+    backend, known, budget = RecordingBackend(), hetegen_compile.schedules(), 80 << 10
+    model.compile(backend=backend, options=emulated(gpu_memory=budget, split=0.25), dynamic=True)
+    with torch.no_grad():
+        for x in (random(2, 64), random(24, 64)):
+            torch.testing.assert_close(model(x), Mlp.forward(model, x))
+    first, *_, last = new_schedules(known)
+    assert first.resident_bytes > last.resident_bytes
+    assert backend.accelerator.counters.peak_bytes <= budget
