@@ -75,6 +75,7 @@ class CompiledGraph:
         placeholders = module.graph.find_nodes(op="placeholder")
         self._names = [source_name(node) or node.name for node in placeholders]
         self._weights = {node.name: i for i, node in enumerate(placeholders) if is_weight(node, inputs[i])}
+        self._model_inputs = frozenset(self._weights.values())
         self._symbols = symbol_inputs(placeholders)
         self._aliased = aliased_inputs(placeholders)
         self._tokens = token_count(module)
@@ -83,6 +84,7 @@ class CompiledGraph:
         self._plans: dict[Hashable, _Plan] = {}
         self._host_only: Schedule | None = None
         with runtime.lock:
+            runtime.mirrors.check()
             try:
                 with _quiet(runtime.accelerator.device):
                     self._plan(inputs)
@@ -141,8 +143,13 @@ class CompiledGraph:
         accelerator, mirrors, bound = self._runtime.accelerator, self._runtime.mirrors, plan.bound
         accelerator.begin_step()
         mirrors.begin_step()
-        requests = [Request(inputs[i], self._names[i], whole=i in self._aliased) for i in bound.mirrors]
-        requests += [Request(inputs[i].detach()[lo:hi], self._names[i], WEIGHTS) for i, lo, hi in bound.residents]
+        requests = [
+            Request(inputs[i], self._names[i], whole=i in self._aliased, watched=i in self._model_inputs)
+            for i in bound.mirrors
+        ]
+        requests += [
+            Request(inputs[i].detach()[lo:hi], self._names[i], WEIGHTS, watched=True) for i, lo, hi in bound.residents
+        ]
         values = mirrors.fetch(requests, plan.mirror_limit_bytes - self._runtime.ring_bytes)
         count = len(bound.mirrors)
         outputs, twins = bound.run(list(inputs), values[:count], values[count:])

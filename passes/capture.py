@@ -27,6 +27,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from hetegen_compile.errors import UnsupportedModelError
 from hetegen_compile.ir import NodeInfo, annotate, info
+from hetegen_compile.passes.fold_transforms import fold_transforms
 
 FREE_ATEN = frozenset({"view", "_unsafe_view", "expand", "permute", "transpose", "t", "slice", "select"})
 FREE_ATEN |= frozenset({"unsqueeze", "squeeze", "detach", "alias", "as_strided", "empty", "split", "unbind"})
@@ -164,6 +165,7 @@ def capture(module: fx.GraphModule, inputs: Sequence[Any]) -> FakeTensorMode:
     """
     _drop_side_notes(module.graph)
     _drop_idle_autocast(module.graph)
+    fold_transforms(module)
     _bind_python_floats(module)
     mode = _fake_mode(module)
     _check_devices(module, inputs)
