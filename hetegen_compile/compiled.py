@@ -2,50 +2,32 @@
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import contextvars
 import logging
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
-from hetegen_compile.balance import activation_bytes, balanced_splits
-from hetegen_compile.baselines import baselines, floor_s
 from hetegen_compile.bind import BoundStep, bind
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.graph_inputs import aliased_inputs, as_int, is_weight, number, symbol_inputs, token_count
-from hetegen_compile.ir import LINEAR, copy_module, info
 from hetegen_compile.mirrors import NoRoomError, Request
 from hetegen_compile.options import Options, format_bytes
 from hetegen_compile.passes.capture import source_name
-from hetegen_compile.passes.context import (
-    Bucket,
-    Context,
-    HostOnlyGraphError,
-    Refusal,
-    Residency,
-    SegmentCache,
-    SegmentCompiler,
-    require,
-)
-from hetegen_compile.pipeline import ONCE_PER_BUCKET, ONCE_PER_SPLIT, run_pipeline
+from hetegen_compile.passes.context import Bucket, HostOnlyGraphError, Refusal, SegmentCache, SegmentCompiler, require
+from hetegen_compile.planner import BucketPlan, Planner, Sizes, Split, Target, bucket_of
 from hetegen_compile.runtime import WEIGHTS, Runtime
-from hetegen_compile.schedule import FITS, LinearSite, Schedule, register, schedule_rows
+from hetegen_compile.schedule import FITS, Schedule, register
 
 logger = logging.getLogger("hetegen_compile")
 
-BUCKET_LIMITS = (1, 4, 16, 64, 256)
-"""Highest number of tokens of each bucket but the last, which is open."""
-
-Sizes = dict[sympy.Symbol, sympy.Integer]
-Split = float | Literal["auto"]
 _split_override: contextvars.ContextVar[Split | None] = contextvars.ContextVar("hetegen_split", default=None)
 
 
@@ -61,15 +43,6 @@ def override_split(split: Split) -> Iterator[None]:
         yield
     finally:
         _split_override.reset(token)
-
-
-@dataclass
-class _BucketPlan:
-    """What the stages that do not depend on the split left: the graph with its segments, and the context."""
-
-    module: fx.GraphModule
-    context: Context
-    sites: dict[int, LinearSite]
 
 
 @dataclass
@@ -97,9 +70,9 @@ class CompiledGraph:
     ) -> None:
         self._module = module
         self._options = options
-        self._profile = profile
         self._runtime = runtime
         self._segments = SegmentCache(compile_segment, {})
+        self._planner = Planner(module, options=options, profile=profile, segments=self._segments)
         placeholders = module.graph.find_nodes(op="placeholder")
         self._names = [source_name(node) or node.name for node in placeholders]
         self._weights = {node.name: i for i, node in enumerate(placeholders) if is_weight(node, inputs[i])}
@@ -107,7 +80,7 @@ class CompiledGraph:
         self._aliased = aliased_inputs(placeholders)
         self._tokens = token_count(module)
         self._epoch = runtime.epoch
-        self._buckets: dict[Bucket, _BucketPlan] = {}
+        self._buckets: dict[Bucket, BucketPlan] = {}
         self._plans: dict[Hashable, _Plan] = {}
         self._host_only: Schedule | None = None
         with runtime.lock:
@@ -224,118 +197,39 @@ class CompiledGraph:
         self._buckets.clear()
         self._plans.clear()
 
-    def _make_plan(
-        self, bucket: Bucket, split: Split, sizes: Sizes, inputs: Sequence[Any]
-    ) -> _Plan:
+    def _make_plan(self, bucket: Bucket, split: Split, sizes: Sizes, inputs: Sequence[Any]) -> _Plan:
         if bucket not in self._buckets:
-            self._buckets[bucket] = self._bucket_plan(bucket, sizes, inputs)
-        base = self._buckets[bucket]
-        module = copy_module(base.module)
-        context = replace(base.context, options=replace(self._options, split=split))
-        context = replace(context, splits=balanced_splits(module, context))
-        context = run_pipeline(module, context, ONCE_PER_SPLIT)
-        prediction = require(context.prediction, "predict_step")
-        residency = require(context.residency, "choose_residency")
+            weights = {name: inputs[i] for name, i in self._weights.items()}
+            self._buckets[bucket] = self._planner.plan_bucket(bucket, sizes, self._target(), weights)
+            if require(self._buckets[bucket].context.residency, "choose_residency").evicts:
+                self._epoch = self._runtime.evict_weights()
+        planned = self._planner.plan_split(self._buckets[bucket], split)
+        residency = require(planned.context.residency, "choose_residency")
         self._runtime.reserve_ring(residency.ring_bytes)
-        bound = bind(module, prediction.work, self._runtime.accelerator)
-        schedule = self._schedule(base, module, context)
+        work = require(planned.context.prediction, "predict_step").work
+        bound = bind(planned.module, work, self._runtime.accelerator)
+        self._tell(planned.schedule)
+        return _Plan(bound, planned.schedule, planned.context.budget_bytes - residency.transient_bytes, set())
+
+    def _tell(self, schedule: Schedule) -> None:
         register(schedule)
         if schedule.whole_graph:
             logger.info("%s: %s", schedule.title, FITS)
         if self._options.print_schedule and _split_override.get() is None:
             print(schedule.table(unfold=self._options.unfold), flush=True)
-        return _Plan(bound, schedule, context.budget_bytes - residency.transient_bytes, set())
 
-    def _bucket_plan(self, bucket: Bucket, sizes: Sizes, inputs: Sequence[Any]) -> _BucketPlan:
-        refusals: dict[Refusal, None] = {}
-        context = Context(
-            options=self._options,
-            profile=self._profile,
-            sizes=sizes,
-            bucket=bucket,
-            budget_bytes=budget_bytes(self._options, self._runtime),
-            resident=self._runtime.resident_weights(),
-            weights={name: inputs[i] for name, i in self._weights.items()},
-            refuse=lambda refusal: refusals.setdefault(refusal),
-            segments=self._segments,
-            ring_bytes=self._runtime.ring_bytes,
-            device=self._runtime.accelerator.device,
+    def _target(self) -> Target:
+        runtime = self._runtime
+        return Target(
+            kind=runtime.accelerator.kind,
+            device=runtime.accelerator.device,
+            budget_bytes=budget_bytes(self._options, runtime),
+            resident=runtime.resident_weights(),
+            ring_bytes=runtime.ring_bytes,
         )
-        module, context = self._within_budget(context)
-        context = replace(context, refusals=tuple(refusals), weights={})
-        if require(context.residency, "choose_residency").evicts:
-            self._epoch = self._runtime.evict_weights()
-        return _BucketPlan(module, context, self._sites(module, context))
-
-    def _within_budget(self, context: Context) -> tuple[fx.GraphModule, Context]:
-        """Run the stages that do not depend on the split until residency leaves room for its own schedule.
-
-        Activations are estimated from the captured graph at first; a schedule keeps some values longer
-        (what goes down at the end of the step, parts of a Linear beside their join).
-        """
-        while True:
-            module = copy_module(self._module)
-            done = run_pipeline(module, context, ONCE_PER_BUCKET)
-            needed = activation_bytes(module, done)
-            if needed <= require(done.residency, "choose_residency").budget["activations"]:
-                return module, done
-            context = replace(context, activation_bytes=needed)
-
-    def _sites(self, module: fx.GraphModule, context: Context) -> dict[int, LinearSite]:
-        costs = require(context.costs, "annotate_costs")
-        splits = require(context.splits, "choose_splits")
-        return {
-            position: LinearSite(
-                node=node.name, module=info(node).module, plan=splits[position],
-                flops=costs[position].flops, weight_bytes=costs[position].weight_bytes,
-            )
-            for node in module.graph.find_nodes(op="call_function", target=LINEAR)
-            for position in (info(node).position,)
-        }
-
-    def _schedule(self, base: _BucketPlan, module: fx.GraphModule, context: Context) -> Schedule:
-        prediction = require(context.prediction, "predict_step")
-        splits = require(context.splits, "choose_splits")
-        residency = require(context.residency, "choose_residency")
-        sites = {position: replace(site, plan=splits[position]) for position, site in base.sites.items()}
-        low, high = context.bucket.low, context.bucket.high
-        tokens = f"{low} token{'s' if low > 1 else ''}" if high == low else f"{low} to {high or 'more'} tokens"
-        kind = self._runtime.accelerator.kind
-        return Schedule(
-            title=f"hetegen on {kind}, hardware {self._profile.name}, {tokens} a forward",
-            tokens=(low, high),
-            split=context.options.split,
-            rows=schedule_rows(module.graph, prediction, sites, context.number),
-            resident_bytes=_bytes_in(sites, "resident_rows") + _whole_graph_bytes(residency),
-            streamed_bytes=_bytes_in(sites, "streamed_rows"),
-            host_bytes=_bytes_in(sites, "host"),
-            predicted_step_s=prediction.step_s,
-            floor_s=floor_s(base.module, context),
-            baselines=baselines(base.module, context),
-            budget_bytes=context.budget_bytes,
-            budget=residency.budget,
-            refusals=context.refusals,
-            whole_graph=residency.whole_graph,
-        )
-
-
-def _bytes_in(sites: Mapping[int, LinearSite], rows: str) -> int:
-    """Bytes of the rows that the plans of all Linears put in one place."""
-    return sum(site.weight_bytes * getattr(site.plan, rows) // site.plan.rows for site in sites.values())
-
-
-def _whole_graph_bytes(residency: Residency) -> int:
-    return residency.budget["resident weights"] if residency.whole_graph else 0
 
 
 # ---- helpers ------------------------------------------------------------------------------------------------
-
-
-def bucket_of(tokens: int) -> Bucket:
-    """The bucket that a forward of ``tokens`` tokens belongs to."""
-    place = bisect.bisect_left(BUCKET_LIMITS, tokens)
-    low = 1 if place == 0 else BUCKET_LIMITS[place - 1] + 1
-    return Bucket(low, BUCKET_LIMITS[place] if place < len(BUCKET_LIMITS) else None)
 
 
 def budget_bytes(options: Options, runtime: Runtime) -> int:
@@ -363,4 +257,4 @@ def _quiet(device: torch.device) -> Iterator[None]:
         yield
 
 
-__all__ = ["CompiledGraph", "bucket_of", "override_split"]
+__all__ = ["CompiledGraph", "budget_bytes", "override_split"]
