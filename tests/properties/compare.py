@@ -156,8 +156,12 @@ def _assert_like(result: Any, expected: Any, tolerance: float, what: str) -> Non
         if not isinstance(other, Tensor):
             assert one == other, f"{what} {place}"
             continue
-        scale = max(1.0, float(other.abs().max())) if other.numel() and other.is_floating_point() else 1.0
-        torch.testing.assert_close(
-            one, other, rtol=0, atol=tolerance * scale if other.is_floating_point() else 0, check_stride=True,
-            msg=lambda text, place=place: f"{what}, number {place}: {text}",
-        )
+        allowed = tolerance * _largest(other) if other.is_floating_point() else 0.0
+        try:
+            torch.testing.assert_close(one, other, rtol=0, atol=allowed, check_stride=True)
+        except AssertionError as error:
+            raise AssertionError(f"{what}, number {place}: {error}") from None
+
+
+def _largest(tensor: Tensor) -> float:
+    return max(1.0, float(tensor.abs().max())) if tensor.numel() else 1.0

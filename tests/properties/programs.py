@@ -99,25 +99,29 @@ def _linear(model: ProgramModel, pool: list[Tensor], step: Step, inputs: Inputs)
 def _conv1d(model: ProgramModel, pool: list[Tensor], step: Step, inputs: Inputs) -> Tensor:
     """As GPT-2's Conv1D: the weight is stored [in, out]."""
     x, weight, bias = pool[step.sources[0]], model.weights[step.weights[0]], model.weights[step.weights[1]]
-    return torch.addmm(bias, x.reshape(-1, x.size(-1)), weight).view(*x.shape[:-1], weight.shape[1])
+    flat: Tensor = torch.addmm(bias, x.reshape(-1, x.size(-1)), weight)
+    return flat.view(*x.shape[:-1], weight.shape[1])
 
 
 def _matmul(model: ProgramModel, pool: list[Tensor], step: Step, inputs: Inputs) -> Tensor:
     weight = model.weights[step.weights[0]]
-    return pool[step.sources[0]] @ (weight.t() if step.number % 2 else weight)
+    product: Tensor = pool[step.sources[0]] @ (weight.t() if step.number % 2 else weight)
+    return product
 
 
 def _attention(model: ProgramModel, pool: list[Tensor], step: Step, inputs: Inputs) -> Tensor:
     q, k, v = (pool[source] for source in step.sources)
     heads = 2 if q.shape[-1] % 2 == 0 else 1
-    split = [t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v)]
-    mixed = F.scaled_dot_product_attention(*split, is_causal=step.number % 2 == 0)
-    return mixed.transpose(1, 2).reshape(q.shape)
+    q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=step.number % 2 == 0)
+    return mixed.transpose(1, 2).reshape(pool[step.sources[0]].shape)
 
 
 def _norm(model: ProgramModel, pool: list[Tensor], step: Step, inputs: Inputs) -> Tensor:
     x, weight = pool[step.sources[0]], model.weights[step.weights[0]]
-    return F.layer_norm(x, weight.shape, weight, eps=0.1) if step.number % 2 else F.rms_norm(x, weight.shape, weight, 0.1)
+    if step.number % 2:
+        return F.layer_norm(x, weight.shape, weight, eps=0.1)
+    return F.rms_norm(x, weight.shape, weight, 0.1)
 
 
 def _activation(model: ProgramModel, pool: list[Tensor], step: Step, inputs: Inputs) -> Tensor:
@@ -298,7 +302,8 @@ def programs(draw: st.DrawFn, most_steps: int = 12) -> Program:
     """Programs with at least one Linear and one result that is computed."""
     draft = _Draft(draw)
     kinds = st.sampled_from((*_PROJECTIONS, *_PROJECTIONS, *_STEPS))
-    for kind in ["linear", *draw(st.lists(kinds, min_size=1, max_size=most_steps))]:
+    chosen: list[str] = draw(st.lists(kinds, min_size=1, max_size=most_steps))
+    for kind in ["linear", *chosen]:
         draft.add(kind)
     places = st.integers(0, len(draft.widths) - 1)
     more = draw(st.lists(st.builds(Result, st.sampled_from(tuple(_RESULTS)), places), max_size=3))
