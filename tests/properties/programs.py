@@ -273,7 +273,8 @@ class _Draft:
     def _weight(self, shape: tuple[int, ...]) -> int:
         """A new weight, or one of this shape that there is already."""
         same = [place for place, other in enumerate(self.weights) if other == shape]
-        if same and self.draw(st.booleans()):
+        again: bool = self.draw(st.booleans()) if same else False
+        if again:
             return self.draw(st.sampled_from(same))
         self.weights.append(shape)
         return len(self.weights) - 1
