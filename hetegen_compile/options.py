@@ -176,7 +176,7 @@ def _text(key: str, values: Mapping[str, object]) -> str:
 
 def _whole(key: str, values: Mapping[str, object], *, at_least: int) -> int:
     value = values[key]
-    if not isinstance(value, Integral) or isinstance(value, bool) or not at_least <= value <= _LARGEST:
+    if not isinstance(value, Integral) or isinstance(value, bool) or not at_least <= int(value) <= _LARGEST:
         raise _invalid(key, value, f"a whole number of at least {at_least} and at most 2**62")
     return int(value)
 

@@ -105,7 +105,7 @@ def _compiled(program: Program, case: Case, budget: int) -> tuple[Seen, tuple[Sc
         assert backend.graphs, "the model ran in eager"
         _assert_within(budget, backend, schedules)
     finally:
-        backend.returned.clear()  # torch remembers its last backend, and this one its graphs: the next run is to be fresh
+        backend.returned.clear()  # torch remembers its last backend, and with it the graphs and their accelerator
     return seen, schedules
 
 
