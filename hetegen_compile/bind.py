@@ -71,6 +71,7 @@ class _Binder:
             name: getattr(accelerator, name)
             for name in ("prefetch", "wait", "release", "to_host", "wait_host", "to_accelerator", "launch", "host")
         }
+        self._written = frozenset[int]().union(*(info(node).writes for node in module.graph.nodes))
         self._mirrors: list[fx.Node] = []
         self._residents: list[tuple[int, int, int]] = []
 
@@ -189,7 +190,7 @@ class _Binder:
 
     def _join(self, node: fx.Node) -> str:
         parts, dim = _arguments(node)
-        if len(parts) == 1:
+        if len(parts) == 1 and not info(node).storages & self._written:
             return f"{node.name} = {parts[0]}"
         function = self._constant("join", functools.partial(ir.join_parts, dim=dim))
         return f"{node.name} = launch({self._op(node)}, {function}, ({self._text(list(parts))},))"

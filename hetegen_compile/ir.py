@@ -146,9 +146,12 @@ def linear_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, 
 
 
 def join_parts(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """Parts of one Linear put together: side by side for ``dim`` 0, summed in float32 for ``dim`` 1."""
+    """Parts of one Linear put together: side by side for ``dim`` 0, summed in float32 for ``dim`` 1.
+
+    A single part is copied: it may be a view of the host's result, which nothing on the accelerator may write.
+    """
     if len(parts) == 1:
-        return parts[0]
+        return parts[0].clone()
     if dim == 0:
         return torch.cat(list(parts), dim=-1)
     if parts[0].dtype in (torch.float16, torch.bfloat16):
