@@ -137,6 +137,7 @@ class CompiledGraph:
             raise
         except BaseException:
             mirrors.forget()  # the step may have written some of them
+            accelerator.abandon_step()
             raise
         plan.schedule.note_step(seconds, accelerator.trace(False) if tracing else [])
         plan.schedule.accelerator_peak_bytes = accelerator.counters.peak_bytes

@@ -118,6 +118,9 @@ class Accelerator(ABC):
         True if its bytes are pinned now (at once or before). The pin ends when the storage dies.
         """
 
+    def abandon_step(self) -> None:  # noqa: B027
+        """The host left the step by an exception: undo what a step sets process-wide. The next step cleans up."""
+
     # ---- operations of a schedule --------------------------------------------------------------------
     @abstractmethod
     def begin_step(self) -> None:

@@ -130,6 +130,9 @@ class EmulatedAccelerator(Accelerator):
         self.synchronize()
         self._engine.leave_step()
 
+    def abandon_step(self) -> None:
+        self._engine.restore_switch_interval()
+
     def synchronize(self) -> None:
         self._engine.check_usable()
         self._engine.drain()

@@ -107,6 +107,10 @@ class Engine:
     def leave_step(self) -> None:
         """Give the interpreter its own switch interval back."""
         self.in_step = False
+        self.restore_switch_interval()
+
+    def restore_switch_interval(self) -> None:
+        """Undo what ``enter_step`` set for the whole interpreter."""
         if self._switch_interval is not None:
             sys.setswitchinterval(self._switch_interval)
             self._switch_interval = None
