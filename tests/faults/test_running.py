@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from hetegen_compile import schedules
-from hetegen_compile.accelerators import EmulatedAccelerator
+from hetegen_compile.accelerators import EmulatedAccelerator, Op
 from hetegen_compile.accelerators.streams import Stream, Task
-from hetegen_compile.compiled import CompiledGraph
 from hetegen_compile.errors import AcceleratorError
 from tests.backend.modules import BUDGET, Mlp, around, plain, random
 from tests.models.harness import RecordingBackend, emulated
@@ -63,25 +62,25 @@ def test_a_host_operation_that_raises_names_its_node_and_the_next_call_works() -
     _assert_like_eager(model, good)
 
 
-def test_work_of_a_stream_that_raises_names_its_node_and_the_next_call_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_of_a_stream_that_raises_names_its_node_and_the_next_call_works() -> None:
     failing: list[bool] = []
 
+    def compile_segment(segment: Any, examples: Any) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            if failing and failing.pop():
+                raise ValueError("boom")
+            return segment.forward(*args)
+
+        return run
+
     def compiler(mode: Any) -> Any:
-        def compile_segment(segment: Any, examples: Any) -> Callable[..., Any]:
-            def run(*args: Any) -> Any:
-                if failing and failing.pop():
-                    raise ValueError("boom")
-                return segment.forward(*args)
-
-            return run
-
         return compile_segment
 
     model, backend = around(plain), RecordingBackend(compiler)
     model.compile(backend=backend, options=emulated(gpu_memory=BUDGET))
     _assert_like_eager(model, random(3, 64))
     failing.append(True)
-    with pytest.raises(AcceleratorError, match=r"segment_\d+ failed on the accelerator: ValueError: boom"), torch.no_grad():
+    with torch.no_grad(), pytest.raises(AcceleratorError, match=r"segment_\d+ failed on the .*ValueError: boom"):
         model(random(3, 64))
     assert not failing
     _assert_like_eager(model, random(3, 64))
@@ -91,6 +90,7 @@ def test_work_of_a_stream_that_raises_names_its_node_and_the_next_call_works(mon
 # ---- a worker thread dies ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("stream", ["accelerator", "up", "down"])
 def test_a_dead_worker_is_an_error_of_the_call_and_a_new_compilation_works(
     stream: str, monkeypatch: pytest.MonkeyPatch
@@ -107,7 +107,7 @@ def test_a_dead_worker_is_an_error_of_the_call_and_a_new_compilation_works(
 
     monkeypatch.setattr(Stream, "_finish", die)
     for _ in range(2):
-        with pytest.raises(AcceleratorError, match=f"hetegen-{stream} has died: compile the model again"), torch.no_grad():
+        with torch.no_grad(), pytest.raises(AcceleratorError, match=f"{stream} has died: compile the model again"):
             model(random(3, 64))
     monkeypatch.undo()
     torch._dynamo.reset()
@@ -143,7 +143,7 @@ def test_ctrl_c_while_the_host_waits() -> None:
         go_on.wait(60)
 
     accelerator.begin_step()
-    accelerator.launch(_op("hold"), hold, (), outputs=0)  # what is issued to the stream next waits behind it
+    accelerator.launch(Op("hold"), hold, (), outputs=0)  # what is issued to the stream next waits behind it
     assert held.wait(60)
     with _interrupted_after(0.2), torch.no_grad():
         threading.Timer(0.4, go_on.set).start()
@@ -151,17 +151,11 @@ def test_ctrl_c_while_the_host_waits() -> None:
     _assert_like_eager(model, random(3, 64))
 
 
-def _op(name: str) -> Any:
-    from hetegen_compile.accelerators.base import Op
-
-    return Op(name)
-
-
 @pytest.mark.parametrize("method", ["begin_step", "upload", "prefetch", "wait_host", "host", "to_host", "end_step"])
 def test_an_interrupt_anywhere_in_a_step(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between any two operations; a state that is written in place must not be written twice or lost after it."""
-    model = around(plain)
-    backend = _compiled(model, gpu_memory=BUDGET)
+    """Before any operation; what the step had begun is passed over by the next."""
+    model, interval = around(plain), sys.getswitchinterval()
+    _compiled(model)
     real = getattr(EmulatedAccelerator, method)
     calls: list[int] = []
 
@@ -175,24 +169,9 @@ def test_an_interrupt_anywhere_in_a_step(method: str, monkeypatch: pytest.Monkey
     with pytest.raises(KeyboardInterrupt), torch.no_grad():
         model(random(3, 64))
     assert len(calls) == 1
+    assert sys.getswitchinterval() == interval, "a step's setting stayed"
     _assert_like_eager(model, random(3, 64))
     _assert_like_eager(model, random(3, 64, seed=2))
-    assert len(backend.graphs) >= 1
-
-
-def test_an_interrupt_keeps_the_interpreters_switch_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    interval = sys.getswitchinterval()
-    model = around(plain)
-    _compiled(model)
-    _assert_like_eager(model, random(3, 64))
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), torch.no_grad():
-        patch.setattr(CompiledGraph, "_step", interrupted)
-        model(random(3, 64))
-    assert sys.getswitchinterval() == interval
 
 
 # ---- forks ---------------------------------------------------------------------------------------------------------

@@ -104,10 +104,12 @@ def test_hostile_names_are_only_names() -> None:
     found = compiled_like_eager(model, run, options=emulated(gpu_memory=BUDGET))
     (graph,) = found.backend.graphs
     for plan in graph._plans.values():
-        assert "abort" not in plan.bound.source
-        assert "SystemExit" not in plan.bound.source
-        names = {node.id for node in ast.walk(ast.parse(plan.bound.source)) if isinstance(node, ast.Name)}
-        assert all(name.isidentifier() for name in names)
+        (step,) = ast.parse(plan.bound.source).body
+        called = {name for name, _ in _calls(step)}
+        operations = {"prefetch", "wait", "release", "to_host", "wait_host", "to_accelerator", "launch", "host"}
+        assert {"prefetch", "host", "launch"} <= called
+        assert all(name in operations or name.startswith(("_function_", "slice", "twins.append")) for name in called)
+        assert not any(isinstance(node, ast.Raise | ast.Import) for node in ast.walk(step))
 
 
 def test_names_in_a_graph_made_elsewhere_are_made_safe_by_fx() -> None:

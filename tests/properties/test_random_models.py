@@ -32,4 +32,11 @@ def cases(draw: st.DrawFn) -> Case:
 @random_models(15)
 @given(programs(), cases())
 def test_a_random_model_is_like_eager(program: Program, case: Case) -> None:
-    check(program, case)
+    """Where the budget leaves no room for all weights, some rows were really computed on the host or streamed."""
+    schedules = check(program, case)
+    forced = case.split not in ("auto", 0.0) or case.room == 0.0
+    on_host = all(schedule.title.endswith("on the host in eager mode") for schedule in schedules)
+    if forced and not on_host and not all(schedule.whole_graph for schedule in schedules):
+        moved = sum(schedule.host_bytes + schedule.streamed_bytes for schedule in schedules)
+        linears = [row for schedule in schedules for row in schedule.rows if row.op == "linear"]
+        assert moved > 0 or not linears
