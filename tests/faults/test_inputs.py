@@ -162,6 +162,8 @@ def test_weights_on_meta_name_the_dry_run() -> None:
 
 def test_one_tensor_elsewhere_is_named() -> None:
     class Mixed(Mlp):
+        elsewhere: Tensor
+
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + torch.empty_like(self.elsewhere, device="cpu").zero_()
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, fx, nn
 
 import hetegen_compile
-from hetegen_compile import files
 from hetegen_compile.files import write_private
 from hetegen_compile.passes.capture import to_expr
 from tests.backend.modules import BUDGET, Linear, around, plain, random
@@ -157,7 +156,7 @@ def test_a_failed_write_leaves_the_old_file(
 
     path = tmp_path / "file"
     path.write_text("old")
-    monkeypatch.setattr(files.os, "fsync", fail)
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(type(error)):
         write_private(path, "new")
     assert path.read_text() == "old"
