@@ -19,6 +19,9 @@ from hetegen_compile.errors import HardwareProfileError
 MAX_TEXT = 4000
 """Longest text in a profile, in characters."""
 
+MAX_PATH = 200
+"""How much of a field's path an error shows, in characters: keys of a file are not bounded."""
+
 MAX_ENTRIES = 1000
 """Most points in a curve and most entries in a mapping or a list."""
 
@@ -54,13 +57,13 @@ def encode(value: object) -> Any:
 
 def refuse(path: str, value: object, remedy: str) -> NoReturn:
     """Raise the HardwareProfileError of one field."""
-    raise HardwareProfileError(f"{path or 'the profile'} is {reprlib.repr(value)}: {remedy}")
+    raise HardwareProfileError(f"{path[:MAX_PATH] or 'the profile'} is {reprlib.repr(value)}: {remedy}")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint at the valid name that is closest to ``name``, with all of them."""
     names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1)
+    close = difflib.get_close_matches(name[:MAX_PATH], names, n=1)
     return (f"did you mean '{close[0]}'? " if close else "") + "valid: " + ", ".join(names)
 
 

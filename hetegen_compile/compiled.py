@@ -106,11 +106,15 @@ class CompiledGraph:
             try:
                 return self._run(self._ready_plan(inputs), inputs)
             except NoRoomError as error:
-                raise BudgetError(
-                    f"this forward needs {format_bytes(error.excess_bytes)} more on the accelerator than gpu_memory="
-                    f"{format_bytes(budget_bytes(self._options, self._runtime))} leaves beside its activations: use a "
-                    "larger budget, a smaller batch or a shorter context"
-                ) from error
+                raise self._no_room(error.excess_bytes) from error
+
+    def _no_room(self, excess_bytes: int) -> BudgetError:
+        budget = budget_bytes(self._options, self._runtime)
+        return BudgetError(
+            f"this forward needs {format_bytes(excess_bytes)} more on the accelerator than gpu_memory="
+            f"{format_bytes(budget)} leaves beside its activations: set options={{'gpu_memory': "
+            f"{budget + excess_bytes}}} or more, or use a smaller batch or a shorter context"
+        )
 
     @property
     def compiled_segments(self) -> int:
@@ -134,6 +138,7 @@ class CompiledGraph:
             raise
         except BaseException:
             mirrors.forget()  # the step may have written some of them
+            accelerator.abandon_step()
             raise
         plan.schedule.note_step(seconds, accelerator.trace(False) if tracing else [])
         plan.schedule.accelerator_peak_bytes = accelerator.counters.peak_bytes
