@@ -9,9 +9,11 @@ from hetegen_compile.cost_model.hardware import (
     AcceleratorProfile,
     HardwareProfile,
     HostProfile,
+    KernelChoice,
     LinkDirection,
     LinkProfile,
     RateCurve,
+    RateTable,
 )
 from hetegen_compile.cost_model.profile_json import (
     load_profile,
@@ -46,9 +48,11 @@ __all__ = [
     "AcceleratorProfile",
     "HardwareProfile",
     "HostProfile",
+    "KernelChoice",
     "LinkDirection",
     "LinkProfile",
     "RateCurve",
+    "RateTable",
     "SplitProblem",
     "SplitSolution",
     "Task",
