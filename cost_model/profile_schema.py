@@ -44,7 +44,7 @@ def decode(hint: Any, value: object, path: str) -> Any:
 
 
 def encode(value: object) -> Any:
-    """The inverse of ``decode``: dataclasses and curves as plain dicts and lists; empty optional fields are left out."""
+    """The inverse of ``decode``: plain dicts and lists, without optional fields that are empty."""
     if isinstance(value, RateTable):
         return _encode_table(value)
     if isinstance(value, RateCurve | KernelChoice):
@@ -101,8 +101,12 @@ def _items(value: object, path: str) -> list[object]:
 _POSITIVE = Bounds(0.0, 1e24)
 
 
+def _positive(value: object, path: str) -> float:
+    return _number(float, _POSITIVE, value, path)
+
+
 def _curve(value: object, path: str) -> RateCurve:
-    return _checked(RateCurve, _pairs(value, path, lambda item, place: _number(float, _POSITIVE, item, place)), value, path)
+    return _checked(RateCurve, _pairs(value, path, _positive), value, path)
 
 
 def _kernels(value: object, path: str) -> KernelChoice:
@@ -136,7 +140,7 @@ def _pairs(
         pair = _items(item, f"{path}[{index}]")
         if len(pair) != 2:
             refuse(f"{path}[{index}]", pair, "give a pair [x, rate]" if second is not _text else "give [tokens, name]")
-        first = _number(float, _POSITIVE, pair[0], f"{path}[{index}][0]")
+        first = _positive(pair[0], f"{path}[{index}][0]")
         pairs.append((first, second(pair[1], f"{path}[{index}][1]")))
     return tuple(pairs)
 

@@ -16,9 +16,11 @@ through torch's dispatcher but the work itself.
 from __future__ import annotations
 
 import functools
+import logging
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,11 +28,15 @@ from torch import Tensor, fx
 
 from hetegen_compile import ir
 from hetegen_compile.accelerators.base import Accelerator, Op
+from hetegen_compile.cost_model import KernelChoice
 from hetegen_compile.errors import ScheduleError
+from hetegen_compile.host_kernels import bind_kernels
 from hetegen_compile.ir import info
 from hetegen_compile.passes.capture import tensors_in
-from hetegen_compile.passes.context import Work
+from hetegen_compile.passes.context import Refusal, Work
 from hetegen_compile.passes.lower import CompiledSegment
+
+logger = logging.getLogger("hetegen_compile")
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class BoundStep:
         settled: positions of the inputs that host and accelerator write alike.
         streamed: positions of the weights that are prefetched from.
         source: the generated code, for people.
+        refusals: kernels of the hardware profile that cannot be used here.
     """
 
     run: Callable[[list[Any], list[Any], list[Any]], tuple[tuple[Any, ...], list[tuple[Tensor, Any]]]]
@@ -52,15 +59,32 @@ class BoundStep:
     settled: tuple[int, ...]
     streamed: tuple[int, ...]
     source: str
+    refusals: tuple[Refusal, ...]
 
 
-def bind(module: fx.GraphModule, work: Mapping[fx.Node, Work], accelerator: Accelerator) -> BoundStep:
-    """Generate the step function of a lowered schedule for one accelerator."""
-    return _Binder(module, work, accelerator).bind()
+def bind(
+    module: fx.GraphModule,
+    work: Mapping[fx.Node, Work],
+    accelerator: Accelerator,
+    kernels: Mapping[str, KernelChoice] = MappingProxyType({}),
+) -> BoundStep:
+    """Generate the step function of a lowered schedule for one accelerator.
+
+    Host parts are computed by ``kernels``: those of the hardware profile, by dtype; without one by ``F.linear``.
+    """
+    return _Binder(module, work, accelerator, kernels).bind()
 
 
 class _Binder:
-    def __init__(self, module: fx.GraphModule, work: Mapping[fx.Node, Work], accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        work: Mapping[fx.Node, Work],
+        accelerator: Accelerator,
+        kernels: Mapping[str, KernelChoice],
+    ) -> None:
+        self._kernels = kernels
+        self._refusals: dict[Refusal, None] = {}
         self._module = module
         self._work = work
         self._accelerator = accelerator
@@ -92,6 +116,7 @@ class _Binder:
             settled=self._settled(),
             streamed=self._streamed(),
             source=source,
+            refusals=tuple(self._refusals),
         )
 
     def _settled(self) -> tuple[int, ...]:
@@ -183,9 +208,16 @@ class _Binder:
 
     def _host_linear(self, node: fx.Node) -> str:
         x, weight, bias, lo, hi, dim = _arguments(node)
-        function = self._constant("linear", functools.partial(ir.linear_rows, lo=lo, hi=hi, dim=dim))
+        kernel = bind_kernels(self._kernels, info(weight).value, lo, hi, dim, self._refuse)
+        function = self._constant("linear", kernel)
         arguments = f"({x}, {weight}[{lo}:{hi}], {self._text(bias)})"
         return f"{node.name} = host({self._op(node)}, {function}, {arguments}, {{}})"
+
+    def _refuse(self, reason: str) -> None:
+        refusal = Refusal("host Linears", reason)
+        if refusal not in self._refusals:
+            logger.warning("%s: %s", refusal.where, reason)
+            self._refusals[refusal] = None
 
     def _join(self, node: fx.Node) -> str:
         parts, dim = _arguments(node)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -11,8 +10,6 @@ from torch import Tensor
 
 from hetegen_compile.cost_model import KernelChoice
 from hetegen_compile.host_kernels.kernels import KERNELS, LINEAR, HostKernel
-
-logger = logging.getLogger("hetegen_compile")
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class HostLinear:
     def __call__(self, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
         """The part of the Linear that ``rows`` contribute."""
         kernel = self.kernel(x.numel() // max(1, x.shape[-1]))
-        if torch.is_autocast_enabled("cpu") or x.dtype != rows.dtype or not x.numel():
+        if not x.numel() or rows.is_floating_point() and (x.dtype != rows.dtype or torch.is_autocast_enabled("cpu")):
             kernel = LINEAR  # autocast decides the dtype; the rest are cases that only torch defines
         return kernel.run(x, rows, bias, self.lo, self.hi, self.dim)
 
@@ -53,7 +50,7 @@ def bind_kernels(
     """The callable that computes ``rows`` (a fake is enough) with the kernels that a profile records.
 
     Each kernel is prepared here, so that no step builds one. A recorded kernel that cannot be used is replaced by
-    ``F.linear``; ``refuse`` is told the reason, which is logged too.
+    ``F.linear``; ``refuse`` is told the reason.
     """
     choice = choices.get(str(rows.dtype).removeprefix("torch."))
     if choice is None:
@@ -67,9 +64,7 @@ def _usable(name: str, rows: Tensor, refuse: Callable[[str], None]) -> HostKerne
     reason = "this version has no kernel of that name" if kernel is None else kernel.refusal(rows)
     if kernel is not None and reason is None:
         return kernel
-    text = f"host Linears are computed with F.linear, not with the profile's kernel '{name}': {reason}"
-    logger.warning("%s", text)
-    refuse(text)
+    refuse(f"computed with F.linear, not with the hardware profile's kernel '{name}': {reason}")
     return LINEAR
 
 

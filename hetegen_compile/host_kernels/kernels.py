@@ -34,7 +34,7 @@ class HostKernel:
     prepare: Callable[[], object]
 
     def refusal(self, rows: Tensor) -> str | None:
-        """Why this kernel cannot compute with such rows on this machine; None: it can. Reads no values."""
+        """Why this kernel cannot compute with such rows (a fake is enough) on this machine; None: it can."""
         if rows.dtype not in self.dtypes:
             return f"it has no form for {rows.dtype}"
         if self is not LINEAR and (rows.dim() != 2 or rows.stride(1) != 1):

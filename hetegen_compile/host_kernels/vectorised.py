@@ -45,8 +45,8 @@ class Library:
     @cached_property
     def activations(self) -> dict[torch.dtype, torch.dtype]:
         """By the weight's dtype, the dtype that ``linear`` takes activations in."""
-        as_they_are = bool(self._handle.bfloat16_dot())
-        return {**dict.fromkeys(DTYPES, torch.float32), torch.bfloat16: torch.bfloat16 if as_they_are else torch.float32}
+        taken = dict.fromkeys(DTYPES, torch.float32)
+        return {**taken, torch.bfloat16: torch.bfloat16} if self._handle.bfloat16_dot() else taken
 
 
 @cache
@@ -88,31 +88,39 @@ def vectorised_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: i
 
 def _columns(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
     kernel = library()
-    flat = _flat(x, kernel.activations[rows.dtype])
-    out = x.new_empty((*x.shape[:-1], rows.shape[0]))
-    kernel.linear[rows.dtype](
-        flat.data_ptr(), flat.stride(0), rows.data_ptr(), rows.stride(0), _address(bias), out.data_ptr(),
-        flat.shape[0], rows.shape[0], rows.shape[1],
-    )  # fmt: skip
+    dtype = rows.dtype
+    tokens, stride, flat = _flat(x, kernel.activations[dtype])
+    count, width = rows.shape
+    out = x.new_empty((*x.shape[:-1], count))
+    kernel.linear[dtype](
+        flat.data_ptr(), stride, rows.data_ptr(), rows.stride(0), _address(bias), out.data_ptr(), tokens, count, width
+    )
     return out
 
 
 def _partial_sum(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
     kernel = library()
-    flat = _flat(x, torch.float32)
-    out = x.new_empty((*x.shape[:-1], rows.shape[1]))
-    sums = torch.empty((flat.shape[0], rows.shape[1]), dtype=torch.float32, device="cpu")
+    tokens, stride, flat = _flat(x, torch.float32)
+    count, width = rows.shape
+    out = x.new_empty((*x.shape[:-1], width))
+    sums = torch.empty((tokens, width), dtype=torch.float32, device="cpu")
     kernel.partial_linear[rows.dtype](
-        flat.data_ptr(), flat.stride(0), rows.data_ptr(), rows.stride(0), _address(bias), out.data_ptr(),
-        sums.data_ptr(), flat.shape[0], rows.shape[1], rows.shape[0],
+        flat.data_ptr(), stride, rows.data_ptr(), rows.stride(0), _address(bias), out.data_ptr(), sums.data_ptr(),
+        tokens, width, count,
     )  # fmt: skip
     return out
 
 
-def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The activations as [tokens, in] of a dtype, each token contiguous."""
-    flat = x.reshape(-1, x.shape[-1]).to(dtype)
-    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+def _flat(x: Tensor, dtype: torch.dtype) -> tuple[int, int, Tensor]:
+    """(tokens, elements from one token to the next, a tensor that holds them): each token contiguous, of a dtype."""
+    width = x.shape[-1]
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    if x.is_contiguous():
+        return x.numel() // width, width, x
+    flat = x.reshape(-1, width)
+    flat = flat if flat.stride(1) == 1 else flat.contiguous()
+    return flat.shape[0], flat.stride(0), flat
 
 
 def _address(bias: Tensor | None) -> int | None:
