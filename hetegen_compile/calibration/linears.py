@@ -73,7 +73,7 @@ def measure_linears(arena: Tensor, effort: Effort, launch_s: float, step: Callab
 
 def usable_kernels(dtype: torch.dtype) -> tuple[HostKernel, ...]:
     """The kernels that this machine can run for a dtype; the others with a line in the log."""
-    sample = torch.zeros((1, 1), dtype=dtype, device="cpu")
+    sample = torch.zeros((1, 64), dtype=dtype, device="cpu")
     refusals = {kernel.name: kernel.refusal(sample) for kernel in kernels_for(dtype)}
     for name, reason in refusals.items():
         if reason is not None:

@@ -26,12 +26,14 @@ class HostKernel:
         dtypes: of the weights that it takes.
         run: (x, rows, bias, lo, hi, dim) -> result, as ``ir.linear_rows``.
         prepare: makes it ready on this machine, once a process; raises HostKernelUnavailableError.
+        multiple: what the columns of the rows must be a multiple of.
     """
 
     name: str
     dtypes: tuple[torch.dtype, ...]
     run: Callable[[Tensor, Tensor, Tensor | None, int, int, int], Tensor]
     prepare: Callable[[], object]
+    multiple: int = 1
 
     def refusal(self, rows: Tensor) -> str | None:
         """Why this kernel cannot compute with such rows (a fake is enough) on this machine; None: it can."""
@@ -39,6 +41,8 @@ class HostKernel:
             return f"it has no form for {rows.dtype}"
         if self is not LINEAR and (rows.dim() != 2 or rows.stride(1) != 1):
             return f"the rows are not contiguous: strides {tuple(rows.stride())}"
+        if rows.shape[-1] % self.multiple:
+            return f"{rows.shape[-1]} columns are no multiple of {self.multiple}"
         try:
             self.prepare()
         except HostKernelUnavailableError as error:
@@ -46,14 +50,20 @@ class HostKernel:
         return None
 
 
+INT8_COLUMNS = 16
+"""torch's int8 kernel works on so many columns at a time and checks nothing: others give nonsense or crash."""
+
+
 def int8_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int) -> Tensor:
     """``ir.linear_rows`` for int8 weights as they are; a scale per row is the multiplication that follows.
 
     Raises:
-        HostKernelUnavailableError: weights [in, out], which torch has no kernel for.
+        HostKernelUnavailableError: weights [in, out], which torch has no kernel for, or columns that it reads beyond.
     """
     if dim != 0:
         raise HostKernelUnavailableError("int8 weights [in, out] have no host kernel; store them [out, in]")
+    if rows.shape[1] % INT8_COLUMNS:
+        raise HostKernelUnavailableError(f"int8 weights need a multiple of {INT8_COLUMNS} columns, not {rows.shape[1]}")
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     ones = torch.ones(rows.shape[0], dtype=x.dtype, device="cpu")
     product: Tensor = torch.ops.aten._weight_int8pack_mm(flat, rows, ones)
@@ -67,7 +77,7 @@ def _nothing() -> None:
 
 LINEAR = HostKernel("F.linear", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ir.linear_rows, _nothing)
 VECTORISED = HostKernel("vectorised", DTYPES, vectorised_rows, library)
-INT8PACK = HostKernel("int8pack", (torch.int8,), int8_rows, _nothing)
+INT8PACK = HostKernel("int8pack", (torch.int8,), int8_rows, _nothing, INT8_COLUMNS)
 
 KERNELS = {kernel.name: kernel for kernel in (LINEAR, VECTORISED, INT8PACK)}
 
