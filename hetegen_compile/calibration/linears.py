@@ -22,6 +22,7 @@ from hetegen_compile.calibration.kernels import (
 from hetegen_compile.calibration.timing import Effort
 from hetegen_compile.cost_model import KernelChoice, RateCurve, RateTable
 from hetegen_compile.host_kernels import KERNELS, HostKernel, kernels_for
+from hetegen_compile.options import format_bytes
 
 logger = logging.getLogger("hetegen_compile")
 
@@ -90,7 +91,7 @@ def _kernel_rates(
     samples: dict[str, dict[Point, list[float]]] = {kernel.name: {} for kernel in kernels}
     for number in range(1, effort.repeats + 1):
         for tokens, nbytes in points(effort):
-            step(f"host Linear, {dtype_name(arena.dtype)}, {tokens} token(s), {nbytes >> 10} KiB, round {number}")
+            step(f"host Linear, {dtype_name(arena.dtype)}, {tokens} token(s), {format_bytes(nbytes)}, round {number}")
             for kernel in kernels:
                 calls = call_durations_s(in_place(kernel), weights[nbytes], tokens, each)
                 found = samples[kernel.name].setdefault((tokens, nbytes), [])

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 from hetegen_compile.errors import HostKernelUnavailableError
 from hetegen_compile.host_kernels import INT8PACK, KERNELS, LINEAR, VECTORISED, HostKernel, kernels_for, vectorised
 from hetegen_compile.host_kernels.vectorised import DTYPES
