@@ -18,7 +18,8 @@ namespace {
 
 using Vec = at::vec::Vectorized<float>;
 
-constexpr int64_t kAhead = 1024;        // bytes that a row is prefetched ahead
+constexpr int64_t kAhead = 1024;        // bytes that each row of a tile is prefetched ahead
+constexpr int64_t kAheadOneRow = 4096;  // the same where rows are read one after the other: the next page
 constexpr int64_t kParallel = 1 << 16;  // multiply-adds from which further threads pay
 
 // Elements of T, `step` at a time: as float32 vectors.
@@ -78,6 +79,8 @@ HETEGEN_INLINE void dot_tile(
     const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* out, int64_t ldo,
     int64_t k) {
   using O = DotOps<T>;
+  // One row and one token is a pure stream, which the hardware prefetches best when left alone.
+  constexpr int64_t ahead = R > 1 ? kAhead : M > 1 ? kAheadOneRow : 0;
   Vec sum[U][R][M];
   HETEGEN_UNROLL for (int u = 0; u < U; ++u) {
     HETEGEN_UNROLL for (int r = 0; r < R; ++r) {
@@ -89,7 +92,7 @@ HETEGEN_INLINE void dot_tile(
     HETEGEN_UNROLL for (int u = 0; u < U; ++u) {
       HETEGEN_UNROLL for (int r = 0; r < R; ++r) {
         const T* p = w + r * ldw + i + u * O::step;
-        __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead);
+        if constexpr (ahead > 0) __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead);
         const auto elements = O::load(p);
         HETEGEN_UNROLL for (int m = 0; m < M; ++m) {
           sum[u][r][m] = O::dot(elements, x + m * ldx + i + u * O::step, sum[u][r][m]);
