@@ -32,7 +32,7 @@ from hetegen_compile.host_kernels import bind_kernels
 SHAPES = ((11008, 4096), (5120, 5120), (3072, 768), (1024, 8192), (640, 3584))
 """Weights (out, in); the last is the size of a split Linear's part."""
 
-TOKENS = (1, 4, 6, 32, 128)
+TOKENS = (1, 3, 6, 24, 100)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -84,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare(profile: HardwareProfile, effort: Effort, runs: int) -> Iterable[Comparison]:
     """Measure every dtype, shape and number of tokens anew, ``runs`` times each."""
     for dtype in DTYPES:
-        arena = make_arena(dtype, rotation_bytes(effort))
+        largest = max(rows * columns for rows, columns in SHAPES) * dtype.itemsize
+        arena = make_arena(dtype, max(rotation_bytes(effort), largest))
         for shape in SHAPES:
             weights = cut_weights(arena, shape[0] * shape[1] * dtype.itemsize, (shape[1],))
             compute = runtime_linear(profile, weights[0])

@@ -136,7 +136,8 @@ def read_rate(read: Callable[[int], object], nbytes: int, effort: Effort) -> flo
 
 def measure(dtype: str, reader: Reader, arguments: argparse.Namespace, effort: Effort) -> Iterator[Figure]:
     """All kernels of a dtype at all shapes and numbers of tokens."""
-    arena = make_arena(DTYPES[dtype], rotation_bytes(effort))
+    largest = max(rows * columns for rows, columns in arguments.shapes) * DTYPES[dtype].itemsize
+    arena = make_arena(DTYPES[dtype], max(rotation_bytes(effort), largest))
     for rows, columns in arguments.shapes:
         weights = cut_weights(arena, rows * columns * arena.itemsize, (columns,))
         for tokens in arguments.tokens:

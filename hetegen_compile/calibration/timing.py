@@ -33,7 +33,7 @@ class Effort:
         clock: monotonic seconds.
     """
 
-    tokens: tuple[int, ...] = (1, 2, 3, 4, 8, 16, 64, 256)
+    tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
     sized_tokens: int = 16
     weight_bytes: tuple[int, ...] = (1 << 17, 1 << 20, 1 << 23, 1 << 26)
     arithmetic_bytes: int = 1 << 23

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,7 +102,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [tokens, 64] -> the same shape."""
-        return self.down(nn.functional.gelu(self.up(x)))
+        result: Tensor = self.down(nn.functional.gelu(self.up(x)))
+        return result
 
 
 @pytest.fixture
@@ -122,8 +124,9 @@ def run_compiled(hardware: str, tokens: int) -> tuple[Tensor, Tensor, str]:
     """(result, eager's result, explain) of a compiled model half of whose rows are computed on the host."""
     torch.manual_seed(0)
     model, x = Mlp().eval(), torch.randn(tokens, 64)
-    options = {"hardware": hardware, "accelerator": "emulated", "split": 0.5, "print_schedule": False}
-    compiled = torch.compile(model, backend="hetegen", options={**options, "gpu_memory": "1MiB"})
+    options: dict[str, Any] = {"hardware": hardware, "accelerator": "emulated", "split": 0.5}
+    options |= {"gpu_memory": "1MiB", "print_schedule": False}
+    compiled = torch.compile(model, backend="hetegen", options=options)
     with torch.no_grad():
         return compiled(x), model(x), hetegen_compile.schedules()[-1].explain()
 

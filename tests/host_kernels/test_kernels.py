@@ -120,7 +120,12 @@ def test_the_gil_is_released_while_it_runs() -> None:
     weight, x = torch.ones(4096, 4096), torch.ones(64, 4096)
     VECTORISED.prepare()
     running, counted = threading.Event(), 0
-    thread = threading.Thread(target=lambda: (running.set(), VECTORISED.run(x, weight, None, 0, 4096, 0)))
+
+    def compute() -> None:
+        running.set()
+        VECTORISED.run(x, weight, None, 0, 4096, 0)
+
+    thread = threading.Thread(target=compute)
     thread.start()
     running.wait()
     while thread.is_alive():
