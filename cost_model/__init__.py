@@ -10,9 +10,11 @@ from hetegen_compile.cost_model.hardware import (
     AcceleratorProfile,
     HardwareProfile,
     HostProfile,
+    KernelChoice,
     LinkDirection,
     LinkProfile,
     RateCurve,
+    RateTable,
 )
 from hetegen_compile.cost_model.profile_json import (
     load_profile,
@@ -48,9 +50,11 @@ __all__ = [
     "Chain",
     "HardwareProfile",
     "HostProfile",
+    "KernelChoice",
     "LinkDirection",
     "LinkProfile",
     "RateCurve",
+    "RateTable",
     "Relaxation",
     "SplitProblem",
     "SplitSolution",

@@ -221,7 +221,9 @@ class CompiledGraph:
         residency = require(planned.context.residency, "choose_residency")
         self._runtime.reserve_ring(residency.ring_bytes)
         work = require(planned.context.prediction, "predict_step").work
-        bound = bind(planned.module, work, self._runtime.accelerator)
+        kernels = planned.context.profile.host.linear_kernels
+        bound = bind(planned.module, work, self._runtime.accelerator, kernels)
+        planned.schedule.refusals += bound.refusals
         self._tell(planned.schedule)
         return _Plan(bound, planned.schedule, planned.context.budget_bytes - residency.transient_bytes)
 
