@@ -18,7 +18,7 @@ from hetegen_compile.accelerators.base import Span
 from hetegen_compile.ir import info
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.context import LinearPlan, Prediction, Refusal
-from hetegen_compile.plan import Placement, Row, Totals
+from hetegen_compile.rows import Placement, Row, Totals
 from hetegen_compile.table import schedule_table
 
 FITS = "everything fits, nothing is offloaded; the graph is compiled in one piece"
@@ -39,6 +39,7 @@ class Schedule:
         baselines: seconds of a step done otherwise; None where it does not fit.
         accelerator_peak_bytes: most bytes held on the accelerator so far.
         host_pinned_bytes: bytes of host memory pinned for prefetches.
+        others: in a dry run, the schedules of the same forward's other graphs.
     """
 
     title: str
@@ -59,6 +60,7 @@ class Schedule:
     host_pinned_bytes: int = 0
     spans: list[Span] = field(default_factory=list)
     step_times_s: list[float] = field(default_factory=list)
+    others: tuple[Schedule, ...] = ()
 
     @property
     def measured_step_s(self) -> float | None:

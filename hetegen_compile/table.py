@@ -18,7 +18,7 @@ from tabulate import Line as Rule
 
 from hetegen_compile.fold import Line, fold, unfolded
 from hetegen_compile.options import format_bytes
-from hetegen_compile.plan import Row, Totals
+from hetegen_compile.rows import Row, Totals
 
 WIDTH = 120
 """Columns of text that the table keeps to; long module paths wrap."""

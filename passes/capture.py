@@ -224,11 +224,18 @@ def _fake_mode(module: fx.GraphModule) -> FakeTensorMode:
 def _check_devices(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     for node, value in zip(placeholders, inputs, strict=True):
-        if isinstance(value, Tensor) and value.device.type != "cpu":
+        if not isinstance(value, Tensor) or value.device.type == "cpu":
+            continue
+        name = source_name(node) or node.name
+        if value.device.type == "meta":
             raise UnsupportedModelError(
-                f"{source_name(node) or node.name} is on {value.device}; hetegen expects the whole model and its "
-                "inputs in host memory and moves what it needs itself: call .to('cpu') on it first"
+                f"{name} is on meta and has no values to compute with: load the weights first, or use "
+                "hetegen_compile.plan(model, ...) for a plan without running"
             )
+        raise UnsupportedModelError(
+            f"{name} is on {value.device}; hetegen expects the whole model and its "
+            "inputs in host memory and moves what it needs itself: call .to('cpu') on it first"
+        )
 
 
 def _fake_inputs(module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetegen_compile.plan import Row, Totals
+from hetegen_compile.rows import Row, Totals
 from hetegen_compile.table import WIDTH, schedule_table
 
 TOTALS = Totals(
