@@ -42,6 +42,8 @@ def to_expr(value: Any) -> sympy.Expr:
 
 def tensors_in(value: Any) -> list[Tensor]:
     """All tensors in a nest of containers, in order."""
+    if isinstance(value, Tensor):
+        return [value]
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
@@ -170,7 +172,23 @@ def capture(module: fx.GraphModule, inputs: Sequence[Any]) -> FakeTensorMode:
     fakes = _fake_inputs(module, inputs, mode)
     with torch.inference_mode(False), torch.no_grad(), _restored_state(), mode, _Listener() as listener:
         _Propagator(module, mode, listener).run(*fakes, enable_io_processing=False)
+    _unify_symbols(module.graph, mode)
     return mode
+
+
+def _unify_symbols(graph: fx.Graph, mode: FakeTensorMode) -> None:
+    """Write the costs with the symbols that were left when symbols had turned out to be equal."""
+    if mode.shape_env is None:
+        return
+    unified: dict[sympy.Expr, sympy.Expr] = {}
+    for node in graph.nodes:
+        found = info(node)
+        for cost in (found.flops, found.traffic_bytes):
+            if cost.free_symbols and cost not in unified:
+                unified[cost] = mode.shape_env.replace(cost)
+        if found.flops in unified or found.traffic_bytes in unified:
+            flops, traffic = (unified.get(cost, cost) for cost in (found.flops, found.traffic_bytes))
+            annotate(node, flops=flops, traffic_bytes=traffic)
 
 
 def _drop_side_notes(graph: fx.Graph) -> None:

@@ -8,7 +8,7 @@ import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -51,8 +51,15 @@ class TracedGraph:
         return sum({id(t): int(t.numel()) * t.element_size() for t in self.weights.values()}.values())
 
 
-def trace(model: nn.Module, fakes: Fakes, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[TracedGraph]:
-    """The graphs that Dynamo captures of ``model(*args, **kwargs)``, in the order in which they are met.
+class TracedForward(NamedTuple):
+    """A forward's graphs, in the order in which they are met, and its result."""
+
+    graphs: list[TracedGraph]
+    result: Any
+
+
+def trace(model: nn.Module, fakes: Fakes, args: Sequence[Any], kwargs: Mapping[str, Any]) -> TracedForward:
+    """The graphs that Dynamo captures of ``model(*args, **kwargs)``, and what it returns (fakes).
 
     ``model``, ``args`` and ``kwargs`` are copies with fakes. Nothing is computed. Whatever Dynamo keeps of other
     models and calls (compiled code, sizes seen, limits) is as before when this returns.
@@ -74,7 +81,7 @@ def trace(model: nn.Module, fakes: Fakes, args: Sequence[Any], kwargs: Mapping[s
 
     with _no_traces_left(backend), _disable_current_modes(), torch.no_grad(), fakes.mode:
         try:
-            torch.compile(_fresh_caller(), backend=backend)(model, args, kwargs)
+            result = torch.compile(_fresh_caller(), backend=backend)(model, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             errors.append(_needs_values(error))
         except BackendCompilerFailed as error:
@@ -86,7 +93,7 @@ def trace(model: nn.Module, fakes: Fakes, args: Sequence[Any], kwargs: Mapping[s
             "no graph was captured of this forward: it has to compute with tensors, and a module of torch itself "
             "(nn.Linear, nn.Sequential) has to be inside a module of your own"
         )
-    return graphs
+    return TracedForward(graphs, result)
 
 
 def _captured(module: fx.GraphModule, inputs: Sequence[Any]) -> TracedGraph:
