@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
 
+from hetegen_compile.baselines import baselines, floor_s
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.dry_run.fakes import Fakes
 from hetegen_compile.dry_run.trace import TracedGraph, trace
 from hetegen_compile.graph_inputs import number, token_count
 from hetegen_compile.hardware import profile_for
 from hetegen_compile.options import Options, parse_options
-from hetegen_compile.passes.context import Residency, SegmentCache, require
+from hetegen_compile.passes import annotate_costs, predict_step
+from hetegen_compile.passes.context import Context, Residency, SegmentCache, require
 from hetegen_compile.pipeline import ONCE_PER_SPLIT
-from hetegen_compile.planner import Planner, Sizes, Target, bucket_of, budget_bytes
+from hetegen_compile.planner import BucketPlan, PlannedStep, Planner, Sizes, Target, bucket_of, budget_bytes
 from hetegen_compile.schedule import Schedule, register
 
-KIND = "dry run"
+_KIND = "dry run"
 _FOR_RUNNING = ("retarget_devices", "lower")
-STAGES = tuple(stage for stage in ONCE_PER_SPLIT if stage.run.__name__ not in _FOR_RUNNING)
-"""The stages after the split that a report needs: nothing is compiled."""
+_STAGES = tuple(stage for stage in ONCE_PER_SPLIT if stage.run.__name__ not in _FOR_RUNNING)
 
 
 def plan(model: nn.Module, *args: Any, options: Mapping[str, object] | None = None, **kwargs: Any) -> Schedule:
@@ -50,32 +52,45 @@ def plan(model: nn.Module, *args: Any, options: Mapping[str, object] | None = No
         BudgetError: ``gpu_memory`` is too small; the message has the number that works.
     """
     parsed = parse_options(options)
-    profile = profile_for(parsed)
+    machine = Machine(parsed, profile_for(parsed))
     fakes = Fakes()
     inner = getattr(model, "_orig_mod", model)
     graphs = trace(fakes.copy(inner), fakes, fakes.copy(args), fakes.copy(kwargs)).graphs
     resident = PlannedWeights()
-    planned = [(plan_graph(graph, parsed, profile, resident), graph.weight_bytes) for graph in graphs]
-    schedules = [schedule for schedule, _ in planned]
-    chosen = max(planned, key=lambda pair: pair[1])[0]
-    chosen.others = tuple(schedule for schedule in schedules if schedule is not chosen)
-    for schedule in schedules:
-        register(schedule)
+    planned = [plan_graph(graph, machine, resident) for graph in graphs]
+    schedule = main_schedule(planned)
     if (options or {}).get("print_schedule"):
-        print(chosen.table(unfold=parsed.unfold), flush=True)
-    return chosen
+        print(schedule.table(unfold=parsed.unfold), flush=True)
+    return schedule
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What plans are made for: the options, the hardware, and what of the budget is spoken for already."""
+
+    options: Options
+    profile: HardwareProfile
+    reserved_bytes: int = 0
+
+    @property
+    def budget_bytes(self) -> int:
+        """The hard limit on the accelerator's memory."""
+        accelerator = self.profile.accelerator
+        return budget_bytes(self.options.gpu_memory, accelerator.memory_bytes, accelerator.name)
 
 
 @dataclass
 class PlannedWeights:
-    """The weights that earlier plans of the same model keep on the accelerator, and their bytes."""
+    """The weights that earlier plans of the same model keep on the accelerator, and its staging ring."""
 
     bytes_of: dict[int, int] = field(default_factory=dict)
+    ring_bytes: int = 0
 
     def add(self, graph: TracedGraph, residency: Residency) -> None:
         """Note what a plan of ``graph`` keeps on the accelerator; one that evicts begins anew."""
         if residency.evicts:
             self.bytes_of.clear()
+        self.ring_bytes = max(self.ring_bytes, residency.ring_bytes)
         for name, first in residency.weights.items():
             weight = graph.weights[name]
             rows = int(weight.shape[0])
@@ -90,22 +105,76 @@ class PlannedWeights:
         return sum(self.bytes_of.values())
 
 
-def plan_graph(graph: TracedGraph, options: Options, profile: HardwareProfile, resident: PlannedWeights) -> Schedule:
-    """The schedule of one captured graph; what it keeps resident is added to ``resident``."""
-    planner = Planner(graph.module, options=options, profile=profile, segments=SegmentCache(_never, {}))
-    bucket = bucket_of(number(token_count(graph.module), graph.sizes))
-    available = profile.accelerator.memory_bytes
-    target = Target(
-        kind=KIND, device=torch.device("cpu"), resident=resident,
-        budget_bytes=budget_bytes(options.gpu_memory, available, profile.accelerator.name),
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of a step: ours, the bound, and done otherwise."""
+
+    step_s: float
+    floor_s: float
+    baselines: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class PlannedGraph:
+    """One captured graph with its plan."""
+
+    graph: TracedGraph
+    base: BucketPlan
+    step: PlannedStep
+
+    @property
+    def residency(self) -> Residency:
+        """How its plan shares out the accelerator's memory."""
+        return require(self.base.context.residency, "choose_residency")
+
+    def at(self, sizes: Sizes) -> StepTimes:
+        """The same plan's step at other sizes: nothing is decided again."""
+        context = self._resized(self.base.module, self.base.context, sizes)
+        split = replace(context, splits=self.base.context.splits)
+        return StepTimes(
+            step_s=predict_step(self.step.module, replace(self.step.context, sizes=sizes)).step_s,
+            floor_s=floor_s(self.base.module, split),
+            baselines=baselines(self.base.module, split),
+        )
+
+    def _resized(self, module: fx.GraphModule, context: Context, sizes: Sizes) -> Context:
+        context = replace(context, sizes=sizes)
+        return replace(context, costs=annotate_costs(module, context))
+
+
+def plan_graph(
+    graph: TracedGraph, machine: Machine, resident: PlannedWeights, sizes: Sizes | None = None
+) -> PlannedGraph:
+    """The plan of one captured graph at ``sizes`` (default: those it was captured with).
+
+    What it keeps on the accelerator is added to ``resident``.
+    """
+    sizes = graph.sizes if sizes is None else sizes
+    planner = Planner(
+        graph.module, options=machine.options, profile=machine.profile, segments=SegmentCache(_never, {})
     )
-    base = planner.plan_bucket(bucket, graph.sizes, target, graph.weights)
+    target = Target(
+        kind=_KIND, device=torch.device("cpu"), budget_bytes=machine.budget_bytes - machine.reserved_bytes,
+        resident=resident, ring_bytes=resident.ring_bytes,
+    )
+    base = planner.plan_bucket(bucket_of(number(token_count(graph.module), sizes)), sizes, target, graph.weights)
     resident.add(graph, require(base.context.residency, "choose_residency"))
-    return planner.plan_split(base, options.split, STAGES).schedule
+    return PlannedGraph(graph, base, planner.plan_split(base, machine.options.split, _STAGES))
+
+
+def main_schedule(planned: Sequence[PlannedGraph]) -> Schedule:
+    """The schedule of the graph that reads most weights, registered, the others on it."""
+    chosen = max(planned, key=lambda one: one.graph.weight_bytes).step.schedule
+    chosen.others = tuple(one.step.schedule for one in planned if one.step.schedule is not chosen)
+    for one in planned:
+        register(one.step.schedule)
+    return chosen
+
+
+def sizes_at(graph: TracedGraph, hint: int, size: int) -> Sizes:
+    """The graph's sizes with ``size`` for every symbol that was ``hint`` when it was captured."""
+    return {symbol: sympy.Integer(size) if found == hint else found for symbol, found in graph.sizes.items()}
 
 
 def _never(segment: fx.GraphModule, examples: Any) -> Any:
     raise AssertionError("a dry run compiles nothing")
-
-
-__all__ = ["Sizes", "plan"]
