@@ -146,7 +146,8 @@ class Planner:
         residency = require(context.residency, "choose_residency")
         sites = {position: replace(site, plan=splits[position]) for position, site in base.sites.items()}
         low, high = context.bucket.low, context.bucket.high
-        tokens = f"{low} token{'s' if low > 1 else ''}" if high == low else f"{low} to {high or 'more'} tokens"
+        tokens = f"{low} token{'s' if low > 1 else ''}" if high == low else f"{low} to {high} tokens"
+        tokens = f"{low} tokens or more" if high is None else tokens
         whole = residency.budget["resident weights"] if residency.whole_graph else 0
         return Schedule(
             title=f"hetegen {base.kind}, hardware {self._profile.name}, {tokens} a forward",

@@ -9,8 +9,8 @@ from torch import nn
 
 from hetegen_compile import ir
 from hetegen_compile.dry_run.planning import PlannedGraph
-from hetegen_compile.passes.capture import storage_id, tensors_in
 from hetegen_compile.passes.annotate_costs import value_bytes
+from hetegen_compile.passes.capture import storage_id, tensors_in
 
 
 def accelerator_items(forwards: Sequence[Sequence[PlannedGraph]]) -> dict[str, int]:
@@ -31,7 +31,7 @@ def pinned_bytes(planned: Iterable[PlannedGraph]) -> int:
     pinned: dict[int, int] = {}
     for one in planned:
         for node in one.step.module.graph.find_nodes(op="call_function", target=ir.PREFETCH):
-            weight = one.graph.weights[node.args[0].name]  # type: ignore[union-attr]
+            weight = one.graph.weights[node.args[0].name]
             pinned[id(weight)] = int(weight.numel()) * weight.element_size()
     return sum(pinned.values())
 

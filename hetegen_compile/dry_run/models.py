@@ -85,8 +85,8 @@ def _config(source: str | Path) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError(
-            f"no config of {str(source)!r}: {reason} It has to be a folder with a config.json, such a file, or a model whose "
-            f"config is in the hub's cache (this command does not use the network: hf download {source} config.json)"
+            f"no config of {str(source)!r}: {reason} It has to be a folder with a config.json, such a file, or a model "
+            "whose config is in the hub's cache; the network is not used (to fetch it: hf download MODEL config.json)"
         ) from error
 
 
@@ -97,7 +97,7 @@ def _on_meta(config: Any, dtype: torch.dtype) -> nn.Module:
         raise UnsupportedModelError(
             f"{config.model_type} has an encoder and a decoder: use hetegen_compile.plan(model, ...) on a forward of it"
         )
-    factory = AutoModelForCausalLM if _generates(config) else AutoModel
+    factory: Any = AutoModelForCausalLM if _generates(config) else AutoModel
     try:
         with torch.device("meta"):
             module: nn.Module = factory.from_config(config, dtype=dtype)
