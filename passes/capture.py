@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import py_sym_types
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.symbol import SymT, symbol_is_type
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import bmm_flop, flop_registry, mm_flop, sdpa_flop_count
 
 from hetegen_compile.errors import UnsupportedModelError
 from hetegen_compile.ir import NodeInfo, annotate, info
@@ -32,6 +32,7 @@ FREE_ATEN = frozenset({"view", "_unsafe_view", "expand", "permute", "transpose",
 FREE_ATEN |= frozenset({"unsqueeze", "squeeze", "detach", "alias", "as_strided", "empty", "split", "unbind"})
 """ATen operations that move no bytes."""
 _LOOKUPS = frozenset({"embedding", "index", "index_select", "gather"})
+_GROUPED = frozenset({"_grouped_mm", "grouped_mm_fallback"})  # the latter is transformers' operation
 _UPDATES = frozenset({"index_copy_", "index_put_", "scatter_", "index_add_"})
 
 
@@ -96,7 +97,16 @@ def _traffic(name: str, args: Any, out: Any) -> sympy.Expr:
         return 2 * _total_bytes(out)
     if name in _UPDATES:
         return 2 * _total_bytes(args[1:])
+    if name in _GROUPED and args[0].dim() == 2 and args[1].dim() == 3:
+        return _grouped_bytes(args[0], args[1]) + _total_bytes(out)
     return _total_bytes((args, out))
+
+
+def _grouped_bytes(rows: Tensor, matrices: Tensor) -> sympy.Expr:
+    """Bytes that a grouped product reads: no more groups' matrices than there are rows."""
+    groups = int(matrices.shape[0])
+    read = sympy.Min(groups, to_expr(rows.shape[0]))
+    return tensor_bytes(rows) + read * (tensor_bytes(matrices) / groups)
 
 
 def _total_bytes(value: Any) -> sympy.Expr:
@@ -113,13 +123,26 @@ def _is_random(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> sympy.Expr:
-    """FLOPs of one ATen call by torch's own formulas; attention that chose a CPU kernel counts as attention."""
+    """FLOPs of one ATen call by torch's own formulas.
+
+    The formulas' registry lacks attention's CPU kernel, which counts as attention, and products by groups of rows.
+    """
     packet = func.overloadpacket
     if packet in flop_registry:
         return to_expr(flop_registry[packet](*args, **kwargs, out_val=out))
     if packet.__name__.startswith("_scaled_dot_product"):
         return to_expr(sdpa_flop_count(*(tuple(t.shape) for t in args[:3])))
+    if packet.__name__ in _GROUPED:
+        return to_expr(_grouped_flops(tuple(args[0].shape), tuple(args[1].shape)))
     return sympy.Integer(0)
+
+
+def _grouped_flops(a: tuple[Any, ...], b: tuple[Any, ...]) -> Any:
+    """A grouped product multiplies each row (or column) with its group's matrix only: one product over all groups.
+
+    Both operands with groups of their own (three dimensions each) are a batch of products.
+    """
+    return bmm_flop(a, b) if len(a) == len(b) == 3 else mm_flop(a[-2:], b[-2:])
 
 
 class _Propagator(fx.Interpreter):

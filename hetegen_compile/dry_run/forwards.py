@@ -64,7 +64,8 @@ def _make_dynamic(cache: Any, prompt: int, fakes: Fakes, named: NamedModel) -> i
         if type(layer) is not DynamicLayer or layer.keys is None or layer.values is None:
             raise UnsupportedModelError(
                 f"{named.name} has a cache of {type(layer).__name__}; decode steps are planned for caches that grow "
-                "with each token (DynamicLayer) only: use hetegen_compile.plan(model, input_ids=..., past_key_values=...)"
+                "with each token (DynamicLayer) only: use hetegen_compile.plan(model, input_ids=..., "
+                "past_key_values=...) for one step of it"
             )
         with fakes.mode:
             layer.keys, layer.values = _of_length(layer.keys, hint), _of_length(layer.values, hint)
