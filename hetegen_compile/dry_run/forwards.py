@@ -23,10 +23,10 @@ class TracedGeneration:
     hint: int
 
 
-def trace_generation(named: NamedModel, prompt: int, batch: int) -> TracedGeneration:
+def trace_generation(named: NamedModel, prompt: int, batch: int, *, steps: bool = True) -> TracedGeneration:
     """Capture the forward of the prompt and that of one token, with the length of the cache as a symbol.
 
-    An encoder has the first only.
+    An encoder has the first only, and so has a generation without decode ``steps`` (of one token).
 
     Raises:
         UnsupportedModelError: a forward cannot be captured without running, or its cache is not one that grows.
@@ -40,6 +40,8 @@ def trace_generation(named: NamedModel, prompt: int, batch: int) -> TracedGenera
     if named.takes("logits_to_keep"):
         kwargs["logits_to_keep"] = 1  # generate() asks for the last token's only
     prefill = trace(module, fakes, (), kwargs)
+    if not steps:
+        return TracedGeneration(prefill, None, prompt)
     cache = getattr(prefill.result, "past_key_values", None)
     if cache is None:
         raise UnsupportedModelError(f"{named.name} returns no cache, so its decode steps cannot be planned")

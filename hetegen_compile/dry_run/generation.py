@@ -67,20 +67,20 @@ def plan_generation(
     machine = _machine(options, prompt + new_tokens, batch)
     named = named_model(model, dtype)
     tell(f"{named.name}: tracing the forward of {prompt} tokens and that of one")
-    traced = trace_generation(named, prompt, batch)
+    traced = trace_generation(named, prompt, batch, steps=new_tokens > 1)
     tell(f"planning for {machine.profile.name}")
     context = machine.options.context or prompt + new_tokens
     contexts = contexts_of(prompt, new_tokens) if traced.decode is not None else []
     prefill, decode = _plan_both(traced, machine, max([context - 1, *contexts]))
     times = {n: total([one.at(sizes_at(one.graph, traced.hint, n)) for one in decode]) for n in contexts}
     first = total([as_planned(one) for one in prefill])
-    generated = batch * (new_tokens if traced.decode is not None else prompt)
+    generated = batch * (new_tokens if named.generates else prompt)
     return GenerationPlan(
         model=named.name,
         hardware=machine.profile.name,
         dtype=dtype if not isinstance(model, nn.Module) else _dtype_of(model),
         prompt=prompt,
-        new_tokens=new_tokens if traced.decode is not None else 0,
+        new_tokens=new_tokens if named.generates else 0,
         batch=batch,
         context=context,
         prefill=main_schedule(prefill),

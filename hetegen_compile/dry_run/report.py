@@ -76,12 +76,13 @@ def _schedule_json(schedule: Schedule) -> dict[str, Any]:
 
 def _title(plan: GenerationPlan) -> str:
     sequences = f", batch {plan.batch}" if plan.batch > 1 else ""
-    work = f"{plan.prompt} tokens in, {plan.new_tokens} out" if plan.decode else f"one forward of {plan.prompt} tokens"
+    generation = f"{plan.prompt} tokens in, {plan.new_tokens} out"
+    work = generation if plan.new_tokens else f"one forward of {plan.prompt} tokens"
     return f"{plan.model}, {plan.dtype}, on {plan.hardware}: {work}{sequences}. Predicted, nothing was run."
 
 
 def _speed(plan: GenerationPlan) -> str:
-    rows = [("prefill" if plan.decode else "forward", _milliseconds(plan.prefill_s))]
+    rows = [("prefill" if plan.new_tokens else "forward", _milliseconds(plan.prefill_s))]
     rows += [(f"decode step, {n} tokens in the cache", _milliseconds(s)) for n, s in plan.decode_step_s.items()]
     rows.append(("tokens/s, prefill included", f"{plan.tokens_per_s:.2f}"))
     if plan.decode_tokens_per_s is not None:
