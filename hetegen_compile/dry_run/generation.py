@@ -16,7 +16,7 @@ from torch import nn
 
 from hetegen_compile.dry_run.forwards import TracedGeneration, trace_generation
 from hetegen_compile.dry_run.generation_plan import Generation, GenerationPlan
-from hetegen_compile.dry_run.memory import accelerator_items, host_items, pinned_bytes, weight_bytes
+from hetegen_compile.dry_run.memory import accelerator_items, host_items, pinned_bytes
 from hetegen_compile.dry_run.models import NamedModel, named_model
 from hetegen_compile.dry_run.planning import (
     Machine,
@@ -25,6 +25,7 @@ from hetegen_compile.dry_run.planning import (
     main_schedule,
     plan_graph,
     sizes_at,
+    weight_bytes,
 )
 from hetegen_compile.dry_run.times import as_planned, contexts_of, generations, sum_of_steps, total
 from hetegen_compile.dry_run.trace import TracedForward
@@ -66,6 +67,7 @@ def plan_generation(
             raise OptionError(f"{name}={value!r}: expected a whole number of at least 1")
     machine = _machine(options, prompt + new_tokens, batch)
     named = named_model(model, dtype)
+    machine = replace(machine, weight_bytes=weight_bytes(named.module))
     tell(f"{named.name}: tracing the forward of {prompt} tokens and that of one")
     traced = trace_generation(named, prompt, batch, steps=new_tokens > 1)
     tell(f"planning for {machine.profile.name}")
@@ -161,8 +163,11 @@ def _notes(named: NamedModel, machine: Machine, tokens: int) -> tuple[str, ...]:
         notes.append(f"{tokens} tokens are more than the {named.positions} positions that the model's config states")
     if named.quantised:
         notes.append("the config states quantised weights; the plan is for unquantised ones of the stated dtype")
-    if weight_bytes(named.module) > machine.profile.host.memory_bytes:
-        notes.append("the weights are larger than the host's memory; reading them from disk is not in these times")
+    if machine.weight_bytes > machine.profile.host.memory_bytes:
+        notes.append(
+            "the weights are larger than the host's memory: they are read by way of the pinned ring, and what the "
+            "disk takes is not in these times"
+        )
     return tuple(notes)
 
 

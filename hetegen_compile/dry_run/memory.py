@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 
 from torch import nn
 
 from hetegen_compile import ir
-from hetegen_compile.dry_run.planning import PlannedGraph
+from hetegen_compile.dry_run.planning import PlannedGraph, weight_bytes
 from hetegen_compile.passes.annotate_costs import value_bytes
-from hetegen_compile.passes.capture import storage_id, tensors_in
+from hetegen_compile.passes.capture import tensors_in
+from hetegen_compile.passes.schedule import pinned_ring_bytes
 
 
 def accelerator_items(forwards: Sequence[Sequence[PlannedGraph]]) -> dict[str, int]:
@@ -23,7 +23,9 @@ def accelerator_items(forwards: Sequence[Sequence[PlannedGraph]]) -> dict[str, i
 def host_items(model: nn.Module, planned: Sequence[PlannedGraph]) -> dict[str, int]:
     """What a forward holds in host memory: the weights, and what comes in and goes out (caches in both forms)."""
     moving = max(_inputs_and_outputs(one) for one in planned)
-    return {"weights and buffers": weight_bytes(model), "inputs, outputs and caches": moving}
+    ring = max(pinned_ring_bytes(one.step.module.graph) for one in planned)
+    items = {"weights and buffers": weight_bytes(model), "inputs, outputs and caches": moving}
+    return {**items, "pinned ring": ring} if ring else items
 
 
 def pinned_bytes(planned: Iterable[PlannedGraph]) -> int:
@@ -31,16 +33,11 @@ def pinned_bytes(planned: Iterable[PlannedGraph]) -> int:
     pinned: dict[int, int] = {}
     for one in planned:
         for node in one.step.module.graph.find_nodes(op="call_function", target=ir.PREFETCH):
-            weight = one.graph.weights[node.args[0].name]
+            weight = one.graph.weights.get(node.args[0].name)
+            if weight is None:
+                continue  # its rows come by way of the pinned ring
             pinned[id(weight)] = int(weight.numel()) * weight.element_size()
     return sum(pinned.values())
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers; what several modules share counts once."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    storages = {storage_id(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return int(sum(storages.values()))
 
 
 def _inputs_and_outputs(one: PlannedGraph) -> int:

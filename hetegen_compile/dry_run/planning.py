@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,8 +17,9 @@ from hetegen_compile.dry_run.fakes import Fakes
 from hetegen_compile.dry_run.trace import TracedGraph, trace
 from hetegen_compile.graph_inputs import number, token_count
 from hetegen_compile.hardware import profile_for
-from hetegen_compile.options import Options, parse_options
+from hetegen_compile.options import Options, format_bytes, parse_options
 from hetegen_compile.passes import annotate_costs, predict_step
+from hetegen_compile.passes.capture import storage_id
 from hetegen_compile.passes.context import Context, Residency, SegmentCache, require
 from hetegen_compile.pipeline import ONCE_PER_SPLIT
 from hetegen_compile.planner import BucketPlan, PlannedStep, Planner, Sizes, Target, bucket_of, budget_bytes
@@ -52,9 +54,9 @@ def plan(model: nn.Module, *args: Any, options: Mapping[str, object] | None = No
         BudgetError: ``gpu_memory`` is too small; the message has the number that works.
     """
     parsed = parse_options(options)
-    machine = Machine(parsed, profile_for(parsed))
-    fakes = Fakes()
     inner = getattr(model, "_orig_mod", model)
+    machine = Machine(parsed, profile_for(parsed), weight_bytes(inner))
+    fakes = Fakes()
     graphs = trace(fakes.copy(inner), fakes, fakes.copy(args), fakes.copy(kwargs)).graphs
     resident = PlannedWeights()
     planned = [plan_graph(graph, machine, resident) for graph in graphs]
@@ -66,10 +68,11 @@ def plan(model: nn.Module, *args: Any, options: Mapping[str, object] | None = No
 
 @dataclass(frozen=True)
 class Machine:
-    """What plans are made for: the options, the hardware, and what of the budget is spoken for already."""
+    """What plans are made for: the options, the hardware, the whole model's bytes, what of the budget is taken."""
 
     options: Options
     profile: HardwareProfile
+    weight_bytes: int = 0
     reserved_bytes: int = 0
 
     @property
@@ -77,6 +80,15 @@ class Machine:
         """The hard limit on the accelerator's memory."""
         accelerator = self.profile.accelerator
         return budget_bytes(self.options.gpu_memory, accelerator.memory_bytes, accelerator.name)
+
+
+    def staged(self, names: Collection[str], weights: Mapping[str, Tensor]) -> dict[str, str]:
+        """All of ``names`` if the model does not fit the host's memory: a mapped file cannot be pinned whole."""
+        available = self.profile.host.memory_bytes
+        if self.weight_bytes <= available:
+            return {}
+        reason = f"{format_bytes(self.weight_bytes)} of weights are more than the host's {format_bytes(available)}"
+        return dict.fromkeys(names, reason)
 
 
 @dataclass
@@ -155,11 +167,18 @@ def plan_graph(
     )
     target = Target(
         kind=_KIND, device=torch.device("cpu"), budget_bytes=machine.budget_bytes - machine.reserved_bytes,
-        resident=resident, ring_bytes=resident.ring_bytes,
+        resident=resident, ring_bytes=resident.ring_bytes, host_memory=machine,
     )
     base = planner.plan_bucket(bucket_of(number(token_count(graph.module), sizes)), sizes, target, graph.weights)
     resident.add(graph, require(base.context.residency, "choose_residency"))
     return PlannedGraph(graph, base, planner.plan_split(base, machine.options.split, _STAGES))
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers; what several modules share counts once."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    storages = {storage_id(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return int(sum(storages.values()))
 
 
 def main_schedule(planned: Sequence[PlannedGraph]) -> Schedule:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaConfig, MistralConfig, T5Config, ViTConfig
 
 from hetegen_compile import plan_generation
+from hetegen_compile.cost_model import load_profile, profile_to_json
 from hetegen_compile.dry_run import GenerationPlan
 from hetegen_compile.dry_run.models import named_model
 from hetegen_compile.dry_run.report import generation_json, generation_report
@@ -241,6 +242,18 @@ def test_notes_say_what_the_figures_leave_out() -> None:
     plan = plan_generation(config, prompt=64, new_tokens=1, options={"hardware": A10, "gpu_memory": "120MiB"})
     assert plan.notes == ("65 tokens are more than the 64 positions that the model's config states",)
     assert f"note: {plan.notes[0]}" in generation_report(plan)
+
+
+def test_weights_above_the_hosts_memory_go_through_a_pinned_ring(tmp_path: Path) -> None:
+    profile = load_profile(A10)
+    small = replace(profile, host=replace(profile.host, memory_bytes=100 * 2**20))
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps(profile_to_json(small)))
+    options = {"hardware": str(path), "gpu_memory": "120MiB", "split": 0.0}
+    plan = plan_generation(LLAMA, prompt=64, new_tokens=1, options=options)
+    assert plan.host_bytes["pinned ring"] > 0
+    assert plan.pinned_bytes == 0
+    assert "pinned ring" in plan.notes[0]
 
 
 def test_dtypes_halve_the_weights() -> None:
