@@ -44,6 +44,7 @@ def baselines(module: fx.GraphModule, context: Context) -> dict[str, float | Non
     return {
         "streamed": _streamed_s(module, context),
         "per_module": _per_module_s(module, context),
+        "per_linear": _per_linear_s(module, context),
         "host_only": _host_only_s(module, context),
         "resident": _resident_s(module, context),
     }
@@ -52,6 +53,12 @@ def baselines(module: fx.GraphModule, context: Context) -> dict[str, float | Non
 def _streamed_s(module: fx.GraphModule, context: Context) -> float:
     """The simulated step with no row on the host, through the same passes."""
     context = replace(context, options=replace(context.options, split=0.0))
+    return simulated_step_s(module, context, choose_splits(module, context))
+
+
+def _per_linear_s(module: fx.GraphModule, context: Context) -> float:
+    """The simulated step with each Linear balanced by itself, as if it were alone."""
+    context = replace(context, options=replace(context.options, split="auto"))
     return simulated_step_s(module, context, choose_splits(module, context))
 
 
