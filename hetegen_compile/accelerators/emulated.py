@@ -42,7 +42,8 @@ class EmulatedAccelerator(Accelerator):
     Args:
         memory_bytes: what ``upload`` and ``reserve_ring`` may hold in total.
         pace: every lane takes at least the predicted seconds of its operations times this; None: no pacing.
-        seed: random delays of up to a millisecond before each operation of each stream; None: no delays.
+        seed: random delays of up to a millisecond before each operation of the streams and of the host thread that
+            issues them; lanes differ in how long theirs are. None: no delays.
     """
 
     kind = "emulated"
@@ -64,6 +65,11 @@ class EmulatedAccelerator(Accelerator):
     def pinned_bytes(self) -> int:
         """Host bytes that are pinned now."""
         return self._pins.pinned_bytes
+
+    def reseed(self, seed: int | None) -> None:
+        """Other random delays from the next step on, as if the accelerator had been opened with this seed."""
+        self.synchronize()
+        self._engine.reseed(seed)
 
     # ---- memory ------------------------------------------------------------------------------------
     def upload(self, op: Op, source: torch.Tensor, *, into: Value | None = None) -> DeviceTensor:
@@ -124,6 +130,7 @@ class EmulatedAccelerator(Accelerator):
     def end_step(self) -> None:
         self.synchronize()
         self._engine.leave_step()
+        self._hazards.check_lent()
 
     def synchronize(self) -> None:
         self._engine.check_usable()
@@ -141,10 +148,11 @@ class EmulatedAccelerator(Accelerator):
         self._engine.check_usable()
         self._hazards.refuse_on_host(op.name, source)
         _check_prefetch(op, source, slot)
+        self._hazards.lend(op.name, source)
         access = self._hazards.prefetch(op.name, after)
         occupancy = Occupancy(op.name, slot.offset, slot.nbytes)
         self._hazards.occupy(occupancy, access)
-        value = DeviceTensor(access, occupancy=occupancy)
+        value = DeviceTensor(access, occupancy=occupancy, arrived=False)
         done = threading.Event()
         work = partial(self._work.fill_slot, op, value, source, self._ring.view(slot))
         waits = tuple(token.done for token in after)
@@ -196,10 +204,11 @@ class EmulatedAccelerator(Accelerator):
     def to_accelerator(self, op: Op, tensor: torch.Tensor) -> Transfer:
         self._engine.check_usable()
         self._hazards.refuse_on_host(op.name, tensor)
+        self._hazards.lend(op.name, tensor)
         if span_bytes(tensor) < DIRECT_BYTES:
             return self._lend(op, tensor)
         access = self._hazards.clocks.issue(UP, op.name)
-        value = DeviceTensor(access)
+        value = DeviceTensor(access, arrived=False)
         done = threading.Event()
         self._engine.submit(UP, Task(op, partial(self._work.copy_up, op, value, tensor), done=done))
         return Transfer(op.name, "to_accelerator", access, self._hazards.clocks.now(UP), value, done)
@@ -207,7 +216,7 @@ class EmulatedAccelerator(Accelerator):
     def _lend(self, op: Op, tensor: torch.Tensor) -> Transfer:
         """Small tensors are read where they lie; the value keeps the host's tensor alive."""
         access = self._hazards.clocks.issue(HOST, op.name)
-        value = DeviceTensor(access, borrowed=True)
+        value = DeviceTensor(access, borrowed=True, arrived=False)
         value.data = tensor.detach()
         self._ledger.hold(tensor, op.category, nbytes=0)
         self._ledger.uploaded(op.category, span_bytes(tensor))
