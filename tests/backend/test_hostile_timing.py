@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import hetegen_compile
 from hetegen_compile.accelerators import EmulatedAccelerator
 from tests.models.architectures import generate, prompts, tiny_model
 from tests.models.harness import RecordingBackend, assert_offloaded, emulated, half_the_weights, new_schedules
@@ -24,7 +25,7 @@ def _bits(found: dict[str, Any]) -> list[Tensor]:
 def test_every_seed_gives_the_same_bits(cache: str | None) -> None:
     model, inputs, backend = tiny_model("llama"), prompts(1), RecordingBackend()
     options = emulated(gpu_memory=half_the_weights(model), seed=0)
-    known = new_schedules(())
+    known = hetegen_compile.schedules()
     expected = generate(model, inputs, cache, tokens=TOKENS)
     model.compile(backend=backend, options=options)
     first = generate(model, inputs, cache, tokens=TOKENS)
@@ -35,4 +36,5 @@ def test_every_seed_gives_the_same_bits(cache: str | None) -> None:
         accelerator.reseed(seed)
         again = generate(model, inputs, cache, tokens=TOKENS)
         assert all(torch.equal(a, b) for a, b in zip(_bits(again), _bits(first), strict=True)), f"seed {seed}"
-    assert_offloaded(backend, new_schedules(known), options)
+    # each generation begins with the prefill's plan again, whose caches may push resident weights out
+    assert_offloaded(backend, new_schedules(known), options, weights_change=True)
