@@ -98,6 +98,7 @@ def as_if_on_a_gpu() -> Iterator[None]:
     answers: dict[str, Any] = {
         "is_available": True, "device_count": 1, "current_device": 0, "get_device_properties": DEVICE,
         "get_device_capability": (DEVICE.major, DEVICE.minor), "synchronize": None, "_lazy_init": None,
+        "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None,
     }  # fmt: skip
     patches: list[Any] = [mock.patch(f"torch.cuda.{name}", return_value=value) for name, value in answers.items()]
     patches += [
@@ -105,6 +106,8 @@ def as_if_on_a_gpu() -> Iterator[None]:
         mock.patch.object(CudaInterface, "get_compute_capability", return_value=90),
         mock.patch.object(worker, "get_device_properties", return_value=DEVICE),
         mock.patch.object(worker, "current_device", return_value=0),
+        # builds its patterns (fused attention, padding) with real tensors on the GPU
+        mock.patch("torch._inductor.fx_passes.joint_graph.lazy_init", return_value=None),
     ]
     with contextlib.ExitStack() as stack:
         for patch in patches:
