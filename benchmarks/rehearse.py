@@ -98,6 +98,7 @@ def as_if_on_a_gpu() -> Iterator[None]:
     answers: dict[str, Any] = {
         "is_available": True, "device_count": 1, "current_device": 0, "get_device_properties": DEVICE,
         "get_device_capability": (DEVICE.major, DEVICE.minor), "synchronize": None, "_lazy_init": None,
+        "_exchange_device": 0, "_maybe_exchange_device": 0,
         "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None,
     }  # fmt: skip
     patches: list[Any] = [mock.patch(f"torch.cuda.{name}", return_value=value) for name, value in answers.items()]

@@ -9,7 +9,7 @@ from torch import fx
 from hetegen_compile.balance import simulated_step_s
 from hetegen_compile.cost_model import upload_s
 from hetegen_compile.ir import LINEAR, info
-from hetegen_compile.passes.choose_splits import choose_splits
+from hetegen_compile.passes.choose_splits import choose_splits, feed_s
 from hetegen_compile.passes.context import Context, LinearPlan, NodeCost, Residency, require
 from hetegen_compile.passes.predict_step import node_work
 
@@ -17,11 +17,14 @@ from hetegen_compile.passes.predict_step import node_work
 def floor_s(module: fx.GraphModule, context: Context) -> float:
     """The bound of a step: S / (V_link + V_cpu) for S bytes of offloaded weights, or the accelerator's work.
 
-    The rates are those at which each consumes these weights at this number of tokens.
+    The rates are those at which each consumes these weights at this number of tokens; staged weights come no faster
+    than the pin thread copies them.
     """
-    offloaded = [(plan, cost) for plan, cost in _linears(module, context) if plan.resident is None]
-    link_s = sum(cost.link_s for _, cost in offloaded)
-    host_s = sum(cost.host_s for _, cost in offloaded)
+    splits, costs = require(context.splits, "choose_splits"), require(context.costs, "annotate_costs")
+    nodes = module.graph.find_nodes(op="call_function", target=LINEAR)
+    offloaded = [node for node in nodes if splits[info(node).position].resident is None]
+    link_s = sum(feed_s(node, costs[info(node).position], context) for node in offloaded)
+    host_s = sum(costs[info(node).position].host_s for node in offloaded)
     together = link_s * host_s / (link_s + host_s) if link_s + host_s > 0 else 0.0
     return max(together, _accelerator_s(module, context))
 

@@ -52,7 +52,6 @@ class _Plan:
     bound: BoundStep
     schedule: Schedule
     mirror_limit_bytes: int
-    pinned: set[int]
 
 
 class CompiledGraph:
@@ -76,6 +75,7 @@ class CompiledGraph:
         placeholders = module.graph.find_nodes(op="placeholder")
         self._names = [source_name(node) or node.name for node in placeholders]
         self._weights = {node.name: i for i, node in enumerate(placeholders) if is_weight(node, inputs[i])}
+        self._model_inputs = frozenset(self._weights.values())
         self._symbols = symbol_inputs(placeholders)
         self._aliased = aliased_inputs(placeholders)
         self._tokens = token_count(module)
@@ -84,6 +84,7 @@ class CompiledGraph:
         self._plans: dict[Hashable, _Plan] = {}
         self._host_only: Schedule | None = None
         with runtime.lock:
+            runtime.mirrors.check()
             try:
                 with _quiet(runtime.accelerator.device):
                     self._plan(inputs)
@@ -96,20 +97,24 @@ class CompiledGraph:
             if self._host_only is not None:
                 return self._module(*inputs)
             try:
-                return self._run(self._plan(inputs), inputs)
+                return self._run(self._ready_plan(inputs), inputs)
             except HostOnlyGraphError as reason:
                 self._host_only = self._on_host(str(reason))
                 return self._module(*inputs)
             except NoRoomError:  # nothing has run yet: a cache has grown, so fewer weights can stay
                 self._forget_plans()
             try:
-                return self._run(self._plan(inputs), inputs)
+                return self._run(self._ready_plan(inputs), inputs)
             except NoRoomError as error:
-                raise BudgetError(
-                    f"this forward needs {format_bytes(error.excess_bytes)} more on the accelerator than gpu_memory="
-                    f"{format_bytes(budget_bytes(self._options, self._runtime))} leaves beside its activations: use a "
-                    "larger budget, a smaller batch or a shorter context"
-                ) from error
+                raise self._no_room(error.excess_bytes) from error
+
+    def _no_room(self, excess_bytes: int) -> BudgetError:
+        budget = budget_bytes(self._options, self._runtime)
+        return BudgetError(
+            f"this forward needs {format_bytes(excess_bytes)} more on the accelerator than gpu_memory="
+            f"{format_bytes(budget)} leaves beside its activations: set options={{'gpu_memory': "
+            f"{budget + excess_bytes}}} or more, or use a smaller batch or a shorter context"
+        )
 
     @property
     def compiled_segments(self) -> int:
@@ -133,6 +138,7 @@ class CompiledGraph:
             raise
         except BaseException:
             mirrors.forget()  # the step may have written some of them
+            accelerator.abandon_step()
             raise
         plan.schedule.note_step(seconds, accelerator.trace(False) if tracing else [])
         plan.schedule.accelerator_peak_bytes = accelerator.counters.peak_bytes
@@ -140,11 +146,15 @@ class CompiledGraph:
 
     def _step(self, plan: _Plan, inputs: Sequence[Any]) -> Any:
         accelerator, mirrors, bound = self._runtime.accelerator, self._runtime.mirrors, plan.bound
-        self._pin(plan, inputs)
         accelerator.begin_step()
         mirrors.begin_step()
-        requests = [Request(inputs[i], self._names[i], whole=i in self._aliased) for i in bound.mirrors]
-        requests += [Request(inputs[i].detach()[lo:hi], self._names[i], WEIGHTS) for i, lo, hi in bound.residents]
+        requests = [
+            Request(inputs[i], self._names[i], whole=i in self._aliased, watched=i in self._model_inputs)
+            for i in bound.mirrors
+        ]
+        requests += [
+            Request(inputs[i].detach()[lo:hi], self._names[i], WEIGHTS, watched=True) for i, lo, hi in bound.residents
+        ]
         values = mirrors.fetch(requests, plan.mirror_limit_bytes - self._runtime.ring_bytes)
         count = len(bound.mirrors)
         outputs, twins = bound.run(list(inputs), values[:count], values[count:])
@@ -154,15 +164,6 @@ class CompiledGraph:
         for host, device in twins:
             mirrors.register(host, device)
         return outputs
-
-    def _pin(self, plan: _Plan, inputs: Sequence[Any]) -> None:
-        """Pin what is prefetched from, once a storage."""
-        for i in plan.bound.streamed:
-            storage = inputs[i].untyped_storage()
-            if storage._cdata not in plan.pinned:
-                plan.pinned.add(storage._cdata)
-                if self._runtime.accelerator.pin(inputs[i].detach()):
-                    plan.schedule.host_pinned_bytes += storage.nbytes()
 
     def _on_host(self, reason: str) -> Schedule:
         """The report on a graph that runs on the host as it is."""
@@ -193,6 +194,19 @@ class CompiledGraph:
             self._plans[bucket, split] = plan
         return plan
 
+    def _ready_plan(self, inputs: Sequence[Any]) -> _Plan:
+        """A plan whose streamed weights are pinned, adopted or staged; what cannot be pinned makes another one."""
+        while True:
+            plan = self._plan(inputs)
+            streamed = [inputs[i] for i in plan.bound.streamed]
+            if self._runtime.host_memory.hold(streamed, lambda: [inputs[i] for i in self._weights.values()]):
+                if not plan.schedule.host_memory:
+                    plan.schedule.note_host_memory(
+                        self._runtime.host_memory.holdings(streamed), plan.bound.pinned_ring_bytes
+                    )
+                return plan
+            self._forget_plans()
+
     def _forget_plans(self) -> None:
         self._buckets.clear()
         self._plans.clear()
@@ -207,9 +221,11 @@ class CompiledGraph:
         residency = require(planned.context.residency, "choose_residency")
         self._runtime.reserve_ring(residency.ring_bytes)
         work = require(planned.context.prediction, "predict_step").work
-        bound = bind(planned.module, work, self._runtime.accelerator)
+        kernels = planned.context.profile.host.linear_kernels
+        bound = bind(planned.module, work, self._runtime.accelerator, kernels)
+        planned.schedule.refusals += bound.refusals
         self._tell(planned.schedule)
-        return _Plan(bound, planned.schedule, planned.context.budget_bytes - residency.transient_bytes, set())
+        return _Plan(bound, planned.schedule, planned.context.budget_bytes - residency.transient_bytes)
 
     def _tell(self, schedule: Schedule) -> None:
         register(schedule)
@@ -226,6 +242,7 @@ class CompiledGraph:
             budget_bytes=budget_bytes(self._options, runtime),
             resident=runtime.resident_weights(),
             ring_bytes=runtime.ring_bytes,
+            host_memory=runtime.host_memory,
         )
 
 

@@ -4,6 +4,7 @@ from hetegen_compile.passes.annotate_costs import annotate_costs
 from hetegen_compile.passes.capture import capture
 from hetegen_compile.passes.choose_residency import choose_residency
 from hetegen_compile.passes.choose_splits import choose_splits
+from hetegen_compile.passes.choose_staging import choose_staging
 from hetegen_compile.passes.group_segments import group_segments
 from hetegen_compile.passes.insert_transfers import insert_transfers
 from hetegen_compile.passes.lower import lower
@@ -22,6 +23,7 @@ __all__ = [
     "capture",
     "choose_residency",
     "choose_splits",
+    "choose_staging",
     "group_segments",
     "insert_transfers",
     "lower",

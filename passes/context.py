@@ -7,7 +7,7 @@ field of the same meaning, so that a pass that runs too early fails on None and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -135,7 +135,7 @@ class Effects:
 
 @dataclass(frozen=True)
 class Work:
-    """What one node occupies: a resource (``host``, ``accelerator``, ``up``, ``down``) for some seconds."""
+    """What one node occupies: a resource (``host``, ``accelerator``, ``up``, ``down``, ``pin``) for some seconds."""
 
     resource: str
     seconds: float
@@ -159,10 +159,14 @@ SegmentCompiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 @dataclass(frozen=True)
 class SegmentCache:
-    """Compiled segments of one captured graph, by key; shared by the plans of all its buckets."""
+    """Compiled segments of one captured graph, by key; shared by the plans of all its buckets.
+
+    ``refused`` has the reason for each that the compiler failed on and that runs as plain FX code.
+    """
 
     compile_segment: SegmentCompiler
     compiled: MutableMapping[Hashable, Callable[..., Any]]
+    refused: MutableMapping[Hashable, Refusal] = field(default_factory=dict)
 
 
 class HostOnlyGraphError(Exception):
@@ -180,12 +184,21 @@ class ResidentWeights(Protocol):
         """Bytes of all resident weights, those of other graphs included."""
 
 
+class HostWeights(Protocol):
+    """What the staging decision needs to know about the host memory that weights lie in."""
+
+    def staged(self, names: Collection[str], weights: Mapping[str, Tensor]) -> Mapping[str, str]:
+        """Those of ``names`` that can be neither pinned nor adopted, with the reason; ``weights`` are all there are."""
+
+
 @dataclass(frozen=True)
 class Context:
     """Everything a pass may know. Fields from ``effects`` on are filled in as the pipeline runs.
 
     ``activation_bytes`` is what an earlier schedule of the same graph is known to need for activations;
-    ``ring_bytes`` the length that the accelerator's staging ring has already; ``device`` where segments will run.
+    ``ring_bytes`` the length that the accelerator's staging ring has already; ``device`` where segments will run;
+    ``host_memory`` None says that all weights are pinned. ``staged`` are the placeholders of the weights whose rows
+    go through the pinned ring, with the reason.
     """
 
     options: Options
@@ -201,8 +214,10 @@ class Context:
     activation_bytes: int = 0
     ring_bytes: int = 0
     device: torch.device = torch.device("cpu")
+    host_memory: HostWeights | None = None
     effects: Effects | None = None
     costs: Costs | None = None
+    staged: Mapping[str, str] = field(default_factory=dict)
     residency: Residency | None = None
     splits: Splits | None = None
     placement: Placement | None = None

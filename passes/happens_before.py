@@ -129,9 +129,12 @@ _ON: Side = "accelerator"
 OPERATIONS: dict[Any, Operation] = {
     ir.MIRROR: Operation(None, ("host",), gives=Gives.INPUT),
     ir.RESIDENT: Operation(None, ("host",), gives=Gives.INPUT),
+    ir.STAGE: Operation(
+        STAGE, ("host",), waits=(4,), waits_for=(ir.PREFETCH,), gives=Gives.SLOT, ring="pinned", ended_by=(ir.PREFETCH,)
+    ),
     ir.PREFETCH: Operation(
-        UP, ("host",), waits=(0, 4), waits_for=(ir.RELEASE,), gives=Gives.SLOT, ring="staging",
-        ended_by=(ir.WAIT, ir.RELEASE),
+        UP, ("host",), waits=(0, 4), waits_for=(ir.RELEASE, ir.STAGE), gives=Gives.SLOT, ring="staging", frees=True,
+        ended_by=(ir.WAIT, ir.RELEASE), precedes=(ir.STAGE,),
     ),
     ir.TO_ACCELERATOR: Operation(UP, ("host",), gives=Gives.LOAN, ended_by=(ir.WAIT,)),
     ir.WAIT: Operation(COMPUTE, waits=(0,), waits_for=_UPWARD, gives=Gives.BROUGHT),

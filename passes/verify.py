@@ -31,6 +31,7 @@ from hetegen_compile.passes.happens_before import OPERATIONS, name_of, nodes_in,
 from hetegen_compile.passes.live_bytes import live_bytes
 from hetegen_compile.passes.memory import Memory
 from hetegen_compile.passes.replay import Replay, held_in
+from hetegen_compile.passes.schedule import pinned_ring_bytes
 
 
 def verify(module: fx.GraphModule, context: Context) -> None:
@@ -45,13 +46,14 @@ def verify(module: fx.GraphModule, context: Context) -> None:
     module.graph.lint()
     effects = require(context.effects, "note_effects")
     residency = context.residency
-    rings = {"staging": 0 if residency is None else residency.ring_bytes}
+    staging = 0 if residency is None else residency.ring_bytes
+    rings = {"staging": staging, "pinned": pinned_ring_bytes(module.graph)}
     segments = _segments(module)
     _check_starts(module.graph)
     replay = Replay(effects, segments, rings)
     replay.run(module.graph)
     _check_return(module.graph, replay, effects)
-    _check_budget(module, replay, sum(rings.values()), context)
+    _check_budget(module, replay, staging, context)
 
 
 def _segments(module: fx.GraphModule) -> Mapping[str, fx.Graph]:
