@@ -104,9 +104,11 @@ def as_if_on_a_gpu() -> Iterator[None]:
     patches: list[Any] = [mock.patch(f"torch.cuda.{name}", return_value=value) for name, value in answers.items()]
     patches += [
         mock.patch.object(CudaInterface, "is_available", return_value=True),
+        mock.patch.object(CudaInterface, "get_device_properties", return_value=DEVICE),
         mock.patch.object(CudaInterface, "get_compute_capability", return_value=90),
         mock.patch.object(worker, "get_device_properties", return_value=DEVICE),
         mock.patch.object(worker, "current_device", return_value=0),
+        mock.patch("torch._inductor.scheduler.has_triton", return_value=True),
         # builds its patterns (fused attention, padding) with real tensors on the GPU
         mock.patch("torch._inductor.fx_passes.joint_graph.lazy_init", return_value=None),
     ]

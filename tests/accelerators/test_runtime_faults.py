@@ -62,7 +62,7 @@ class SkipsWaits(EmulatedAccelerator):
 class SkipsTokens(EmulatedAccelerator):
     """A prefetch does not wait for the releases of its slot."""
 
-    def prefetch(self, op: Op, source: Tensor, slot: Any, after: Sequence[Token]) -> Any:
+    def prefetch(self, op: Op, source: Any, slot: Any, after: Sequence[Token]) -> Any:
         return super().prefetch(op, source, slot, ())
 
 
@@ -93,7 +93,7 @@ class SkipsHostWaits(EmulatedAccelerator):
 class SendsTheWrongRows(EmulatedAccelerator):
     """A prefetch of half the rows."""
 
-    def prefetch(self, op: Op, source: Tensor, slot: Any, after: Sequence[Token]) -> Any:
+    def prefetch(self, op: Op, source: Any, slot: Any, after: Sequence[Token]) -> Any:
         return super().prefetch(op, source[: len(source) // 2], slot, after)
 
 

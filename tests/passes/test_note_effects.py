@@ -23,7 +23,8 @@ def test_writes_are_noted_in_program_order() -> None:
         x.add_(1)
         y.view(-1).mul_(2)
         x.mul_(y)
-        return A(x)
+        result: Tensor = A(x)
+        return result
 
     found = case(function, torch.randn(2, 8), torch.randn(2, 8))
     effects = note_effects(found.module, found.context)
