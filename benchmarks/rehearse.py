@@ -94,6 +94,11 @@ def as_if_on_a_gpu() -> Iterator[None]:
     """What Inductor asks the driver while it writes source."""
     from torch._dynamo.device_interface import CudaInterface
 
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    target = GPUTarget("cuda", 10 * DEVICE.major + DEVICE.minor, DEVICE.warp_size)
+    driver.set_active(SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0))
     worker = CudaInterface.Worker
     answers: dict[str, Any] = {
         "is_available": True, "device_count": 1, "current_device": 0, "get_device_properties": DEVICE,
