@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch import fx
 
+from hetegen_compile import planner
 from hetegen_compile.bind import BoundStep, bind
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.errors import BudgetError
@@ -237,7 +238,7 @@ class CompiledGraph:
     def _target(self) -> Target:
         runtime = self._runtime
         return Target(
-            kind=runtime.accelerator.kind,
+            kind=f"on {runtime.accelerator.kind}",
             device=runtime.accelerator.device,
             budget_bytes=budget_bytes(self._options, runtime),
             resident=runtime.resident_weights(),
@@ -250,19 +251,8 @@ class CompiledGraph:
 
 
 def budget_bytes(options: Options, runtime: Runtime) -> int:
-    """The hard limit: what the options say, else the accelerator's memory less a sixteenth as a reserve.
-
-    Never more than the accelerator has.
-    """
-    available = runtime.accelerator.memory_bytes
-    if options.gpu_memory is None:
-        return available * 15 // 16
-    if options.gpu_memory > available:
-        logger.warning(
-            "gpu_memory=%s is more than the %s that the %s accelerator has: planning with the latter",
-            format_bytes(options.gpu_memory), format_bytes(available), runtime.accelerator.kind,
-        )
-    return min(options.gpu_memory, available)
+    """The hard limit of a runtime's accelerator."""
+    return planner.budget_bytes(options.gpu_memory, runtime.accelerator.memory_bytes, runtime.accelerator.kind)
 
 
 @contextlib.contextmanager
