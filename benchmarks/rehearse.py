@@ -93,7 +93,6 @@ class _Written(Exception):
 def as_if_on_a_gpu() -> Iterator[None]:
     """What Inductor asks the driver while it writes source."""
     from torch._dynamo.device_interface import CudaInterface
-
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
