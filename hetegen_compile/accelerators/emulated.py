@@ -45,7 +45,8 @@ class EmulatedAccelerator(Accelerator):
     Args:
         memory_bytes: what ``upload`` and ``reserve_ring`` may hold in total.
         pace: every lane takes at least the predicted seconds of its operations times this; None: no pacing.
-        seed: random delays of up to a millisecond before each operation of each stream; None: no delays.
+        seed: random delays of up to a millisecond before each operation of the streams and of the host thread that
+            issues them; lanes differ in how long theirs are. None: no delays.
         pin_limit_bytes: host memory that may be pinned in place, as a limit of locked memory; None: no limit.
     """
 
@@ -79,6 +80,11 @@ class EmulatedAccelerator(Accelerator):
     @property
     def pinned_bytes(self) -> int:
         return self._pins.pinned_bytes + self._pinned.nbytes
+
+    def reseed(self, seed: int | None) -> None:
+        """Other random delays from the next step on, as if the accelerator had been opened with this seed."""
+        self.synchronize()
+        self._engine.reseed(seed)
 
     # ---- memory ------------------------------------------------------------------------------------
     def upload(self, op: Op, source: torch.Tensor, *, into: Value | None = None) -> DeviceTensor:
@@ -160,6 +166,7 @@ class EmulatedAccelerator(Accelerator):
     def end_step(self) -> None:
         self.synchronize()
         self._engine.leave_step()
+        self._hazards.check_lent()
 
     def abandon_step(self) -> None:
         self._engine.restore_switch_interval()
@@ -180,6 +187,7 @@ class EmulatedAccelerator(Accelerator):
         self._engine.check_usable()
         self._hazards.refuse_on_host(op.name, source)
         _check_rows(op, source, slot)
+        self._hazards.lend(op.name, source)
         access = self._hazards.stage(op.name, after)
         occupancy = Occupancy(op.name, slot.offset, slot.nbytes)
         self._hazards.occupy_pinned(occupancy, access)
@@ -194,6 +202,7 @@ class EmulatedAccelerator(Accelerator):
         if isinstance(source, Transfer):
             return self._prefetch_staged(op, source, slot, after)
         self._hazards.refuse_on_host(op.name, source)
+        self._hazards.lend(op.name, source)
         return self._start_prefetch(op, source, slot, after)
 
     def _prefetch_staged(self, op: Op, stage: Transfer, slot: Slot, after: Sequence[Token]) -> Transfer:
@@ -209,7 +218,7 @@ class EmulatedAccelerator(Accelerator):
         access = self._hazards.prefetch(op.name, after)
         occupancy = Occupancy(op.name, slot.offset, slot.nbytes)
         self._hazards.occupy(occupancy, access)
-        value = DeviceTensor(access, occupancy=occupancy)
+        value = DeviceTensor(access, occupancy=occupancy, arrived=False)
         work = partial(self._work.fill_slot, op, value, rows, self._ring.view(slot))
         waits, done = _done(after), threading.Event()
         if stage is not None and stage.staged is not None:
@@ -268,10 +277,11 @@ class EmulatedAccelerator(Accelerator):
     def to_accelerator(self, op: Op, tensor: torch.Tensor) -> Transfer:
         self._engine.check_usable()
         self._hazards.refuse_on_host(op.name, tensor)
+        self._hazards.lend(op.name, tensor)
         if span_bytes(tensor) < DIRECT_BYTES:
             return self._lend(op, tensor)
         access = self._hazards.clocks.issue(UP, op.name)
-        value = DeviceTensor(access)
+        value = DeviceTensor(access, arrived=False)
         done = threading.Event()
         self._engine.submit(UP, Task(op, partial(self._work.copy_up, op, value, tensor), done=done))
         return Transfer(op.name, "to_accelerator", access, self._hazards.clocks.now(UP), value, done)
@@ -279,7 +289,7 @@ class EmulatedAccelerator(Accelerator):
     def _lend(self, op: Op, tensor: torch.Tensor) -> Transfer:
         """Small tensors are read where they lie; the value keeps the host's tensor alive."""
         access = self._hazards.clocks.issue(HOST, op.name)
-        value = DeviceTensor(access, borrowed=True)
+        value = DeviceTensor(access, borrowed=True, arrived=False)
         value.data = tensor.detach()
         self._ledger.hold(tensor, op.category, nbytes=0)
         self._ledger.uploaded(op.category, span_bytes(tensor))

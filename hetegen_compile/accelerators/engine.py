@@ -11,9 +11,9 @@ import weakref
 import torch
 
 from hetegen_compile.accelerators.base import Op, Span
-from hetegen_compile.accelerators.clocks import COMPUTE, DOWN, PIN, UP
+from hetegen_compile.accelerators.clocks import COMPUTE, DOWN, HOST, PIN, UP
 from hetegen_compile.accelerators.pacing import Pacer
-from hetegen_compile.accelerators.streams import Shared, Stream, Task
+from hetegen_compile.accelerators.streams import Delays, Shared, Stream, Task
 from hetegen_compile.errors import AcceleratorError, ScheduleError
 
 SWITCH_INTERVAL_S = 1e-5
@@ -30,6 +30,7 @@ class Engine:
         self._pid = os.getpid()
         self._switch_interval: float | None = None
         self.in_step = False
+        self._host_delays = None if seed is None else Delays(seed, HOST)
         threads = torch.get_num_threads()
         self._streams = {lane: Stream(lane, self._shared) for lane in (COMPUTE, UP, DOWN, PIN)}
         torch.set_num_threads(threads)  # see the docstring of ``streams``
@@ -61,7 +62,15 @@ class Engine:
     # ---- work ----------------------------------------------------------------------------------------
     def submit(self, lane: int, task: Task) -> None:
         """Enqueue a task on a stream."""
+        if self._host_delays is not None:
+            self._host_delays.sleep()
         self._streams[lane].submit(task)
+
+    def reseed(self, seed: int | None) -> None:
+        """Other random delays from here on (None: none); all streams have to be idle."""
+        self._host_delays = None if seed is None else Delays(seed, HOST)
+        for lane, stream in self._streams.items():
+            stream.delays = None if seed is None else Delays(seed, lane)
 
     def marker(self, lane: int, op: Op) -> threading.Event:
         """An event that is set once everything issued to a stream so far is over."""

@@ -24,6 +24,21 @@ from hetegen_compile.accelerators.pacing import Pacer
 
 LONGEST_DELAY_S = 1e-3
 """Of the random delays that a seed asks for."""
+_SPEEDS = (0.0, 0.1, 1.0)
+"""Shares of the longest delay, one drawn for each lane: lanes that run far ahead of each other show more."""
+
+
+class Delays:
+    """Random delays of one lane; the same seed gives the same ones."""
+
+    def __init__(self, seed: int, lane: int) -> None:
+        self._random = random.Random(f"{seed} {RESOURCES[lane]}")
+        self._longest_s = LONGEST_DELAY_S * self._random.choice(_SPEEDS)
+
+    def sleep(self) -> None:
+        """Sleep for a random time, which may be none."""
+        if self._longest_s > 0.0:
+            time.sleep(self._random.uniform(0.0, self._longest_s))
 
 
 @dataclass(eq=False)
@@ -77,7 +92,7 @@ class Stream:
         self._lane = lane
         self._shared = shared
         self._queue: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-        self._random = None if shared.seed is None else random.Random(f"{shared.seed} {RESOURCES[lane]}")
+        self.delays = None if shared.seed is None else Delays(shared.seed, lane)
         self._started = threading.Event()
         self.ended = False
         self.thread = threading.Thread(target=self._run, name=f"hetegen-{RESOURCES[lane]}", daemon=True)
@@ -139,8 +154,8 @@ class Stream:
                 task.done.set()
 
     def _perform(self, task: Task, work: Callable[[], None], modes: EnteredModes) -> None:
-        if self._random is not None:
-            time.sleep(self._random.uniform(0.0, LONGEST_DELAY_S))
+        if self.delays is not None:
+            self.delays.sleep()
         modes.enter(task.modes)
         start_s = time.perf_counter()
         work()
