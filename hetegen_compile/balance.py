@@ -15,10 +15,9 @@ from hetegen_compile.cost_model import row_granularity
 from hetegen_compile.ir import LINEAR, copy_module, info
 from hetegen_compile.passes.choose_splits import choose_splits, with_host_rows
 from hetegen_compile.passes.context import Context, LinearPlan, Splits, require
-from hetegen_compile.passes.liveness import scheduled_peak_bytes, segment_workspace_bytes
 from hetegen_compile.pipeline import ONCE_PER_SPLIT, run_pipeline
 
-_ONCE_DECIDED = ("verify", "retarget_devices", "lower")
+_ONCE_DECIDED = ("measure_memory", "verify", "retarget_devices", "lower")
 SCALES = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 
@@ -35,12 +34,6 @@ def simulated_step_s(module: fx.GraphModule, context: Context, splits: Splits) -
     """Seconds of a step of a grouped graph with these splits, through the same passes as the real one."""
     _, context = _scheduled(module, context, splits)
     return require(context.prediction, "predict_step").step_s
-
-
-def activation_bytes(module: fx.GraphModule, context: Context) -> int:
-    """Peak bytes of activations of a grouped graph, workspace of segments included, once it is scheduled."""
-    copy, context = _scheduled(module, context, choose_splits(module, context))
-    return scheduled_peak_bytes(copy.graph, context) + segment_workspace_bytes(module, context)
 
 
 def _scheduled(module: fx.GraphModule, context: Context, splits: Splits) -> tuple[fx.GraphModule, Context]:

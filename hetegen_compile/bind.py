@@ -54,15 +54,30 @@ class BoundStep:
     source: str
 
 
-def bind(module: fx.GraphModule, work: Mapping[fx.Node, Work], accelerator: Accelerator) -> BoundStep:
-    """Generate the step function of a lowered schedule for one accelerator."""
-    return _Binder(module, work, accelerator).bind()
+def bind(
+    module: fx.GraphModule,
+    work: Mapping[fx.Node, Work],
+    accelerator: Accelerator,
+    workspace_bytes: Mapping[fx.Node, int] | None = None,
+) -> BoundStep:
+    """Generate the step function of a lowered schedule for one accelerator.
+
+    ``workspace_bytes`` are what nodes occupy while they run beside arguments and results.
+    """
+    return _Binder(module, work, accelerator, workspace_bytes or {}).bind()
 
 
 class _Binder:
-    def __init__(self, module: fx.GraphModule, work: Mapping[fx.Node, Work], accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        work: Mapping[fx.Node, Work],
+        accelerator: Accelerator,
+        workspace_bytes: Mapping[fx.Node, int],
+    ) -> None:
         self._module = module
         self._work = work
+        self._workspace_bytes = workspace_bytes
         self._accelerator = accelerator
         self._inputs = module.graph.find_nodes(op="placeholder")
         self._position = {node: position for position, node in enumerate(self._inputs)}
@@ -113,7 +128,7 @@ class _Binder:
 
     def _op(self, node: fx.Node, category: str = "activations") -> str:
         seconds = self._work[node].seconds if node in self._work else 0.0
-        return self._constant("op", Op(node.name, seconds, category))
+        return self._constant("op", Op(node.name, seconds, category, self._workspace_bytes.get(node, 0)))
 
     def _text(self, argument: Any) -> str:
         """Python text for an argument: names of values, literals, and constants from the environment."""

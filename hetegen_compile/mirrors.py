@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from hetegen_compile.accelerators.base import Accelerator, Op, Value
+from hetegen_compile.geometry import is_dense, mirrored_bytes
 
 MIRRORS = "mirrors"
 """The category of everything but resident weights."""
+WEIGHTS = "weights"
+"""The category under which resident weights are counted."""
 COMPARED_BYTES = 4096
-_WHOLE_STORAGE_FACTOR = 4
-_WHOLE_STORAGE_BYTES = 1 << 20
 
 Geometry = tuple[Any, ...]
 
@@ -31,13 +32,15 @@ class Request(NamedTuple):
     """A host tensor whose device value is wanted.
 
     ``category`` is what its bytes count under. ``whole`` asks for a view of the mirrored storage, because another
-    input of the graph lies in the same storage.
+    input of the graph lies in the same storage. ``base`` is what is uploaded instead, if ``tensor`` is the last rows
+    of that.
     """
 
     tensor: Tensor
     name: str
     category: str = MIRRORS
     whole: bool = False
+    base: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,9 @@ class _Record:
     base_bytes: int = 0
     used: int = 0
 
+    def holds(self, category: str) -> bool:
+        return any(held.category == category for held in self.held.values())
+
     def nbytes(self) -> int:
         return self.base_bytes + sum(held.nbytes for held in self.held.values())
 
@@ -81,6 +87,8 @@ class Mirrors:
         self._records: dict[int, _Record] = {}
         self._step = 0
         self._grown = False
+        self.keep: frozenset[int] = frozenset()
+        """Storages whose weights are resident by plan: only ``forget_weights`` drops those."""
 
     def begin_step(self) -> None:
         """Forget the mirrors of storages that no longer exist; what is fetched from now on is in use."""
@@ -98,7 +106,7 @@ class Mirrors:
         missing = [i for i, (record, geometry) in enumerate(found) if geometry not in record.held]
         if missing or self._grown:
             self._grown = False
-            self._make_room(limit_bytes - sum(_nbytes(requests[i].tensor) for i in missing))
+            self._make_room(limit_bytes - sum(_uploaded_bytes(*found[i], requests[i]) for i in missing))
         for i in missing:
             record, geometry = found[i]
             record.held[geometry] = self._make(record, requests[i])
@@ -112,7 +120,7 @@ class Mirrors:
     def _make_room(self, limit_bytes: int) -> None:
         """Drop what this step does not use, oldest use first, until the rest fits ``limit_bytes``.
 
-        Nothing is lost: a mirror or a resident weight that is needed again is uploaded again.
+        Nothing is lost: a mirror that is needed again is uploaded again. Weights that are resident by plan stay.
 
         Raises:
             NoRoomError: what this step uses does not fit.
@@ -121,7 +129,7 @@ class Mirrors:
         for key, record in sorted(self._records.items(), key=lambda item: item[1].used):
             if excess <= 0:
                 return
-            if record.used < self._step:
+            if record.used < self._step and not (key in self.keep and record.holds(WEIGHTS)):
                 excess -= record.nbytes()
                 del self._records[key]
         if excess > 0:
@@ -160,17 +168,16 @@ class Mirrors:
         for tensor in tensors:
             self._records.pop(_key(tensor), None)
 
-    def forget_category(self, category: str) -> None:
-        """Drop all mirrors of one category."""
-        for record in self._records.values():
-            record.held = {geometry: held for geometry, held in record.held.items() if held.category != category}
+    def forget_all_but_weights(self) -> None:
+        """Drop what a step may have written."""
+        self._records = {key: record for key, record in self._records.items() if record.holds(WEIGHTS)}
 
-    def held(self, tensor: Tensor, category: str) -> bool:
-        """Whether some of the tensor's storage is mirrored under ``category`` now."""
-        record = self._records.get(_key(tensor))
-        if record is None or record.storage.expired():
-            return False
-        return any(held.category == category for held in record.held.values())
+    def forget_weights(self, storages: Iterable[int]) -> None:
+        """Drop the resident rows of weights, given by their storages."""
+        for key in storages:
+            record = self._records.get(key)
+            if record is not None:
+                record.held = {where: held for where, held in record.held.items() if held.category != WEIGHTS}
 
     def held_bytes(self, category: str) -> int:
         """Bytes that mirrors of one category hold on the accelerator."""
@@ -199,7 +206,10 @@ class Mirrors:
     def _make(self, record: _Record, request: Request) -> _Held:
         tensor, op = request.tensor.detach(), Op(request.name, category=request.category)
         covers = _covers_storage(tensor)
-        view_of_base = request.whole or record.base is not None or _needs_whole_storage(tensor)
+        by_storage = _mirrored_bytes(tensor) == tensor.untyped_storage().nbytes()
+        view_of_base = request.whole or record.base is not None or by_storage
+        if request.base is not None and _geometry(request.base) != _geometry(tensor):
+            return self._rows_of(record, request, op)
         if request.category != MIRRORS or not (covers or view_of_base):
             return _Held(self._accelerator.upload(op, tensor), op.category, _nbytes(tensor))
         if record.base is None:
@@ -210,6 +220,34 @@ class Mirrors:
             return _Held(record.base, op.category, 0)
         view = tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset()
         return _Held(self._accelerator.launch(op, _view, (record.base, tensor.dtype, view)), op.category, 0)
+
+    def _rows_of(self, record: _Record, request: Request, op: Op) -> _Held:
+        """The last rows of what is uploaded as a whole."""
+        base = request.base
+        assert base is not None
+        whole = record.held.get(_geometry(base))
+        if whole is None:
+            whole = _Held(self._accelerator.upload(op, base.detach()), op.category, _nbytes(base))
+            record.held[_geometry(base)] = whole
+        rows = request.tensor.shape[0]
+        return _Held(self._accelerator.launch(op, _last_rows, (whole.value, rows)), op.category, 0)
+
+
+def _last_rows(base: Tensor, rows: int) -> Tensor:
+    return base[base.shape[0] - rows :]
+
+
+def _uploaded_bytes(record: _Record, geometry: Geometry, request: Request) -> int:
+    """Bytes that making a device value for the request allocates."""
+    del geometry
+    if request.base is not None:
+        return 0 if _geometry(request.base) in record.held else _nbytes(request.base)
+    if request.category != MIRRORS:
+        return _nbytes(request.tensor)
+    whole = request.tensor.untyped_storage().nbytes()
+    if record.base is not None:
+        return 0
+    return whole if request.whole else _mirrored_bytes(request.tensor)
 
 
 def _view(base: Tensor, dtype: torch.dtype, view: tuple[Any, ...]) -> Tensor:
@@ -240,21 +278,10 @@ def _version(tensor: Tensor) -> Any:
     return tensor.detach().clone() if small else None
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the tensor is a permutation of a contiguous one: no gaps, no two elements in one place."""
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
 def _covers_storage(tensor: Tensor) -> bool:
-    return _nbytes(tensor) == tensor.untyped_storage().nbytes() and _is_dense(tensor)
+    return _nbytes(tensor) == tensor.untyped_storage().nbytes() and is_dense(tensor.shape, tensor.stride())
 
 
-def _needs_whole_storage(tensor: Tensor) -> bool:
-    """Whether a view is mirrored through its whole storage: small ones are, and those that overlap."""
-    limit = max(_WHOLE_STORAGE_BYTES, _WHOLE_STORAGE_FACTOR * _nbytes(tensor))
-    return not _is_dense(tensor) or tensor.untyped_storage().nbytes() <= limit
+def _mirrored_bytes(tensor: Tensor) -> int:
+    storage_bytes = tensor.untyped_storage().nbytes()
+    return mirrored_bytes(tensor.shape, tensor.stride(), tensor.element_size(), storage_bytes)

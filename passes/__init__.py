@@ -7,6 +7,7 @@ from hetegen_compile.passes.choose_splits import choose_splits
 from hetegen_compile.passes.group_segments import group_segments
 from hetegen_compile.passes.insert_transfers import insert_transfers
 from hetegen_compile.passes.lower import lower
+from hetegen_compile.passes.measure_memory import measure_memory
 from hetegen_compile.passes.normalise_linears import normalise_linears
 from hetegen_compile.passes.place_nodes import place_nodes
 from hetegen_compile.passes.predict_step import predict_step
@@ -24,6 +25,7 @@ __all__ = [
     "group_segments",
     "insert_transfers",
     "lower",
+    "measure_memory",
     "normalise_linears",
     "place_nodes",
     "predict_step",

@@ -20,7 +20,7 @@ future on the emulated accelerator. Only the accelerator looks inside it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,22 +37,28 @@ class Op:
     """One operation of a bound schedule, as the accelerator needs to know it.
 
     ``name`` is the node's name (errors, traces), ``seconds`` what the cost model predicts for it on the
-    stated hardware (pacing), ``category`` what its bytes are counted under.
+    stated hardware (pacing), ``category`` what its bytes are counted under, ``workspace_bytes`` what it
+    occupies while it runs beside its arguments and results.
     """
 
     name: str
     seconds: float = 0.0
     category: str = "activations"
+    workspace_bytes: int = 0
 
 
 @dataclass
 class Counters:
-    """Bytes that moved and bytes that are held, by category (``weights``, ``mirrors``, ``activations``, ...)."""
+    """Bytes that moved and bytes that are held, by category (``weights``, ``mirrors``, ``activations``, ...).
+
+    ``peak_bytes`` is the most that was held at once, workspace included, ``step_peak_bytes`` that of the last step.
+    """
 
     uploaded_bytes: dict[str, int] = field(default_factory=dict)
     downloaded_bytes: dict[str, int] = field(default_factory=dict)
     held_bytes: dict[str, int] = field(default_factory=dict)
     peak_bytes: int = 0
+    step_peak_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,20 @@ class Accelerator(ABC):
         """Copy a device value down into a new ordinary host tensor; blocks until it is complete."""
 
     @abstractmethod
+    def limit_memory(self, nbytes: int) -> None:
+        """Hold at most ``nbytes`` from now on, the ring included: what would exceed it is an AcceleratorMemoryError."""
+
+    @abstractmethod
+    def available_bytes(self) -> int:
+        """Bytes that could be held now: what is held and what is free."""
+
+    def overhead_bytes(self) -> Mapping[str, int]:
+        """What the device's libraries take beside what this interface allocates, item by item."""
+        return {}
+
+    @abstractmethod
     def reserve_ring(self, nbytes: int) -> None:
-        """Make the staging ring at least ``nbytes`` long (synchronises if it has to grow)."""
+        """Make the staging ring ``nbytes`` long (synchronises if its length changes; what it held is lost)."""
 
     @abstractmethod
     def slot(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
@@ -112,6 +130,10 @@ class Accelerator(ABC):
     @abstractmethod
     def end_step(self) -> None:
         """Block until all streams are idle; raise what a stream's work raised."""
+
+    @abstractmethod
+    def abort_step(self) -> None:
+        """Pass over what a step that failed has queued, and let go of what it held. Nothing happens outside a step."""
 
     @abstractmethod
     def prefetch(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Token]) -> Transfer:

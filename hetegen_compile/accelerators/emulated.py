@@ -71,7 +71,6 @@ class EmulatedAccelerator(Accelerator):
         self._hazards.refuse_on_host(op.name, source)
         access = self._hazards.clocks.issue(COMPUTE, op.name)
         if into is None:
-            self._ledger.require(op.name, span_bytes(source))
             value = DeviceTensor(access)
             work = partial(self._work.copy_up, op, value, source)
         else:
@@ -92,14 +91,25 @@ class EmulatedAccelerator(Accelerator):
         result: torch.Tensor = self.wait_host(Op(op.name), self.to_host(op, value))
         return result
 
+    def limit_memory(self, nbytes: int) -> None:
+        self._ledger.limit_bytes = nbytes
+
+    def available_bytes(self) -> int:
+        return self.memory_bytes
+
+    def withdraw_memory(self, nbytes: int) -> None:
+        """Play that somebody else takes ``nbytes`` of the device's memory (gives back, if negative)."""
+        self.memory_bytes -= nbytes
+        self._ledger.memory_bytes = self.memory_bytes
+
     def reserve_ring(self, nbytes: int) -> None:
         self._engine.check_usable()
-        if nbytes <= self._ring.nbytes:
+        if nbytes == self._ring.nbytes:
             return
         self.synchronize()
         self._ledger.require("the staging ring", nbytes - self._ring.nbytes)
         self._hazards.restart("reserve_ring")
-        self._ring.grow(nbytes)
+        self._ring.resize(nbytes)
         self._ledger.hold(self._ring.buffer, "slots")
 
     def slot(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
@@ -113,17 +123,22 @@ class EmulatedAccelerator(Accelerator):
     # ---- steps -------------------------------------------------------------------------------------
     def begin_step(self) -> None:
         self._engine.check_usable()
-        if self._engine.in_step:
-            self._engine.abort()
-        else:
-            self.synchronize()
+        self.abort_step()
+        self.synchronize()
         self._work.aliases.clear()
         self._ring.poison(self._hazards.restart("begin_step"))
+        self._ledger.begin_step()
         self._engine.enter_step()
 
     def end_step(self) -> None:
         self.synchronize()
         self._engine.leave_step()
+
+    def abort_step(self) -> None:
+        if self._engine.in_step:
+            self._engine.abort()
+            self._work.aliases.clear()
+            self._ring.poison(self._hazards.restart("abort_step"))
 
     def synchronize(self) -> None:
         self._engine.check_usable()
@@ -229,7 +244,7 @@ class EmulatedAccelerator(Accelerator):
             self._hazards.mutate(args[position], access)
         results = [DeviceTensor(access) for _ in range(1 if outputs is None else outputs)]
         call = Call(function, args, tuple(args[i] for i in mutates), results, outputs is None)
-        work = partial(self._work.call, call, self._issued(access))
+        work = partial(self._work.call, op, call, self._issued(access))
         self._engine.submit(COMPUTE, Task(op, work, Modes.current()))
         return results[0] if outputs is None else results
 
