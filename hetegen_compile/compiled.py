@@ -231,7 +231,8 @@ class CompiledGraph:
         mirrors.begin_step()
         requests = [self._mirror(plan, i, inputs[i]) for i in bound.mirrors]
         requests += [self._rows(plan, i, inputs[i].detach(), lo, hi) for i, lo, hi in bound.residents]
-        values = mirrors.fetch(requests, plan.budget_bytes - self._runtime.ledger.ring_bytes - plan.room.activation_bytes)
+        taken = self._runtime.ledger.ring_bytes + plan.room.activation_bytes
+        values = mirrors.fetch(requests, plan.budget_bytes - taken)
         count = len(bound.mirrors)
         outputs, twins = bound.run(list(inputs), values[:count], values[count:])
         accelerator.end_step()

@@ -106,7 +106,7 @@ class Mirrors:
         missing = [i for i, (record, geometry) in enumerate(found) if geometry not in record.held]
         if missing or self._grown:
             self._grown = False
-            self._make_room(limit_bytes - sum(_uploaded_bytes(*found[i], requests[i]) for i in missing))
+            self._make_room(limit_bytes - _uploaded_bytes([(found[i][0], requests[i]) for i in missing]))
         for i in missing:
             record, geometry = found[i]
             record.held[geometry] = self._make(record, requests[i])
@@ -237,17 +237,21 @@ def _last_rows(base: Tensor, rows: int) -> Tensor:
     return base[base.shape[0] - rows :]
 
 
-def _uploaded_bytes(record: _Record, geometry: Geometry, request: Request) -> int:
-    """Bytes that making a device value for the request allocates."""
-    del geometry
-    if request.base is not None:
-        return 0 if _geometry(request.base) in record.held else _nbytes(request.base)
-    if request.category != MIRRORS:
-        return _nbytes(request.tensor)
-    whole = request.tensor.untyped_storage().nbytes()
-    if record.base is not None:
-        return 0
-    return whole if request.whole else _mirrored_bytes(request.tensor)
+def _uploaded_bytes(missing: Sequence[tuple[_Record, Request]]) -> int:
+    """Bytes that making the device values of requests allocates; parts of one base or storage share it."""
+    sizes: dict[Any, int] = {}
+    for record, request in missing:
+        tensor, storage_bytes = request.tensor, request.tensor.untyped_storage().nbytes()
+        if request.base is not None:
+            where = _geometry(request.base)
+            sizes[id(record), where] = 0 if where in record.held else _nbytes(request.base)
+        elif request.category != MIRRORS:
+            sizes[id(record), _geometry(tensor)] = _nbytes(tensor)
+        elif request.whole or record.base is not None or _mirrored_bytes(tensor) == storage_bytes:
+            sizes[id(record)] = 0 if record.base is not None else storage_bytes
+        else:
+            sizes[id(record), _geometry(tensor)] = _nbytes(tensor)
+    return sum(sizes.values())
 
 
 def _view(base: Tensor, dtype: torch.dtype, view: tuple[Any, ...]) -> Tensor:

@@ -21,7 +21,7 @@ def activation_peak_bytes(module: fx.GraphModule, context: Context) -> int:
     nodes = list(module.graph.nodes)
     inputs = frozenset[int]().union(*(info(n).storages for n in nodes if n.op in ("placeholder", "get_attr")))
     lives = [life for key, life in storage_lives(nodes).items() if key not in inputs]
-    return most_at_once((born, dies, int(context.number(size))) for born, dies, size in lives)
+    return most_at_once((born, dies, context.room(size)) for born, dies, size in lives)
 
 
 def storage_lives(nodes: Sequence[fx.Node]) -> dict[int, Life]:

@@ -138,7 +138,7 @@ def _columns_size(partial: fx.Node) -> sympy.Expr:
 
 
 def _sum_size(join: fx.Node) -> sympy.Expr:
-    """Bytes that adding partial sums takes beside the sum: one more of it, all of them in float32 for half precision."""
+    """Bytes that adding partial sums takes beside the sum: one more; for half precision all of them in float32."""
     parts = len(join.all_input_nodes)
     if parts == 1:
         return sympy.Integer(0)

@@ -8,7 +8,7 @@ as fit. The order does not depend on which graph asks, so graphs with the same m
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 from hetegen_compile.cost_model import row_granularity
 from hetegen_compile.passes.context import Claim
@@ -30,10 +30,17 @@ def residency_shares(graphs: Sequence[Sequence[Claim]], free_bytes: int) -> dict
 
 
 def _fill(claims: Sequence[Claim], free_bytes: int) -> dict[Hashable, int]:
-    """In falling order of gain per byte; the first weight that does not fit whole keeps the rows that do."""
+    """In falling order of gain per byte; the first weight that does not fit whole keeps the rows that do.
+
+    Of those after it only whole ones are taken: every weight in two places costs a launch more.
+    """
     found: dict[Hashable, int] = {}
+    whole = True
     for claim in sorted(claims, key=lambda claim: -claim.gain_s_per_byte):
-        first = claim.first if claim.nbytes <= free_bytes else _partial(claim, free_bytes)
+        if claim.nbytes <= free_bytes:
+            first = claim.first
+        else:
+            first, whole = _partial(claim, free_bytes) if whole else claim.rows, False
         if first < claim.rows:
             found[claim.key] = first
             free_bytes -= (claim.rows - first) * claim.row_bytes
@@ -50,24 +57,24 @@ def _models(graphs: Sequence[Sequence[Claim]]) -> list[list[Claim]]:
     """Claims of the graphs that share weights, each weight once, in the order in which they were first claimed."""
     models: list[dict[Hashable, Claim]] = []
     for claims in graphs:
-        own = {claim.key: claim for claim in claims}
+        own: dict[Hashable, Claim] = {}
+        _merge(own, claims)
         related = [model for model in models if not model.keys().isdisjoint(own)]
         target = related[0] if related else {}
         if not related:
             models.append(target)
         for other in related[1:]:
-            _merge(target, other)
+            _merge(target, other.values())
             models.remove(other)
-        _merge(target, own)
+        _merge(target, own.values())
     return [list(model.values()) for model in models]
 
 
-def _merge(model: dict[Hashable, Claim], claims: dict[Hashable, Claim]) -> None:
+def _merge(model: dict[Hashable, Claim], claims: Iterable[Claim]) -> None:
     """Add claims; of two on one weight the one for fewer rows counts, which serves both graphs."""
-    for key, claim in claims.items():
-        known = model.setdefault(key, claim)
-        if claim.first > known.first:
-            model[key] = claim
+    for claim in claims:
+        if claim.first > model.setdefault(claim.key, claim).first:
+            model[claim.key] = claim
 
 
 __all__ = ["residency_shares"]
