@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import sympy
 import torch
 from torch import Tensor, fx
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from hetegen_compile.bind import BoundStep, bind
 from hetegen_compile.cost_model import HardwareProfile
@@ -59,6 +60,9 @@ def override_split(split: Split) -> Iterator[None]:
 
 
 _Result = TypeVar("_Result")
+
+Part = tuple[Bucket, int]
+"""A bucket of tokens of one model: Dynamo lets models of one class and shape share a compiled graph."""
 
 
 @dataclass
@@ -108,8 +112,9 @@ class CompiledGraph:
         self._aliased = aliased_inputs(placeholders)
         self._tokens = token_count(module)
         self._writes = host_writes(module.graph)
-        self._buckets: dict[Bucket, BucketPlan] = {}
-        self._plans: dict[tuple[Bucket, Split], _Plan] = {}
+        self._anchor = min(self._weights.values(), default=None)
+        self._buckets: dict[Part, BucketPlan] = {}
+        self._plans: dict[tuple[Part, Split], _Plan] = {}
         self._unforeseen_bytes = 0
         self._notes: tuple[Refusal, ...] = ()
         self._host_only: Schedule | None = None
@@ -279,16 +284,20 @@ class CompiledGraph:
         split = _split_override.get()
         split = self._options.split if split is None else split
         sizes = {symbol: sympy.Integer(as_int(inputs[i])) for symbol, i in self._symbols.items()}
-        bucket = bucket_of(number(self._tokens, sizes))
-        plan = self._plans.get((bucket, split))
+        part = bucket_of(number(self._tokens, sizes)), self._model_of(inputs)
+        plan = self._plans.get((part, split))
         if plan is not None and not self._is_good(plan, sizes):
-            self._forget_bucket(bucket)
+            self._forget([part])
             plan = None
         if plan is None:
             with _quiet(self._runtime.accelerator.device):
-                plan = self._make_plan(bucket, split, sizes, inputs)
-            self._plans[bucket, split] = plan
+                plan = self._make_plan(part, split, sizes, inputs)
+            self._plans[part, split] = plan
         return plan
+
+    def _model_of(self, inputs: Sequence[Any]) -> int:
+        """Whose weights these are: the storage of one of them tells."""
+        return 0 if self._anchor is None else int(inputs[self._anchor].untyped_storage()._cdata)
 
     def _is_good(self, plan: _Plan, sizes: Sizes) -> bool:
         """Whether the plan still finds what it counts on, and the forward fits it."""
@@ -311,17 +320,18 @@ class CompiledGraph:
         self._buckets.clear()
         self._plans.clear()
 
-    def _forget_bucket(self, bucket: Bucket) -> None:
-        self._buckets.pop(bucket, None)
-        self._plans = {key: plan for key, plan in self._plans.items() if key[0] != bucket}
+    def _forget(self, parts: Sequence[Part]) -> None:
+        self._buckets = {part: base for part, base in self._buckets.items() if part not in parts}
+        self._plans = {key: plan for key, plan in self._plans.items() if key[0] not in parts}
 
-    def _make_plan(self, bucket: Bucket, split: Split, sizes: Sizes, inputs: Sequence[Any]) -> _Plan:
-        if bucket not in self._buckets:
+    def _make_plan(self, part: Part, split: Split, sizes: Sizes, inputs: Sequence[Any]) -> _Plan:
+        self._forget(self._runtime.ledger.dead_parts(self))
+        if part not in self._buckets:
             weights = {name: inputs[i] for name, i in self._weights.items()}
-            base = self._planner.plan_bucket(bucket, sizes, self._target(bucket), weights)
-            self._enter(bucket, base)
-            self._buckets[bucket] = base
-        planned = self._planner.plan_split(self._buckets[bucket], split)
+            base = self._planner.plan_bucket(part[0], sizes, self._target(part), weights)
+            self._enter(part, base, inputs)
+            self._buckets[part] = base
+        planned = self._planner.plan_split(self._buckets[part], split)
         planned.schedule.refusals += self._notes
         bound = self._bound(planned)
         self._tell(planned.schedule)
@@ -333,12 +343,13 @@ class CompiledGraph:
         workspace = {node: int(planned.context.room(sympy.sympify(size))) for node, size in need.workspace.items()}
         return bind(planned.module, work, self._runtime.accelerator, workspace)
 
-    def _enter(self, bucket: Bucket, base: BucketPlan) -> None:
-        """Make what the residency decision says hold on the accelerator."""
+    def _enter(self, part: Part, base: BucketPlan, inputs: Sequence[Any]) -> None:
+        """Make what the residency decision says hold on the accelerator, as long as the weights exist."""
+        anchor = None if self._anchor is None else StorageWeakRef(inputs[self._anchor].untyped_storage())
         runtime, context = self._runtime, base.context
         residency = require(context.residency, "choose_residency")
         runtime.accelerator.limit_memory(context.budget_bytes - sum(context.overhead_bytes.values()))
-        runtime.ledger.enter(self, bucket, residency, budget_bytes(self._options, runtime))
+        runtime.ledger.enter(self, part, residency, budget_bytes(self._options, runtime), anchor)
         runtime.reserve(runtime.ledger.ring_bytes)
 
     def _runnable(self, planned: PlannedStep, bound: BoundStep, inputs: Sequence[Any]) -> _Plan:
@@ -368,9 +379,9 @@ class CompiledGraph:
         if self._options.print_schedule and _split_override.get() is None:
             print(schedule.table(unfold=self._options.unfold), flush=True)
 
-    def _target(self, bucket: Bucket) -> Target:
+    def _target(self, part: Part) -> Target:
         runtime = self._runtime
-        others = runtime.ledger.others(self, bucket)
+        others = runtime.ledger.others(self, part)
         overhead = dict(runtime.accelerator.overhead_bytes())
         if self._unforeseen_bytes:
             overhead["mirrors that the plan did not foresee"] = self._unforeseen_bytes

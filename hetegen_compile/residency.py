@@ -11,8 +11,10 @@ import math
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from hetegen_compile.mirrors import Mirrors
 from hetegen_compile.passes.context import Claim, Residency, weight_key
@@ -20,13 +22,20 @@ from hetegen_compile.passes.context import Claim, Residency, weight_key
 
 @dataclass(frozen=True)
 class _Entry:
-    """One plan: whose it is, what it claims, what its step needs beside, and the budget that it was made for."""
+    """One plan: whose it is, what it claims, what its step needs beside, and the budget that it was made for.
+
+    ``anchor`` is the storage of one of the weights: the plan is void when that is gone.
+    """
 
     owner: weakref.ref[object]
+    anchor: StorageWeakRef | None
     claims: Sequence[Claim]
     step_bytes: int
     ring_bytes: int
     budget_bytes: int
+
+    def lives(self) -> bool:
+        return self.owner() is not None and (self.anchor is None or not self.anchor.expired())
 
 
 class ResidencyLedger:
@@ -34,7 +43,7 @@ class ResidencyLedger:
 
     def __init__(self, mirrors: Mirrors) -> None:
         self._mirrors = mirrors
-        self._entries: dict[Hashable, _Entry] = {}
+        self._entries: dict[tuple[int, Hashable], _Entry] = {}
         self._row_bytes: dict[Hashable, tuple[int, int]] = {}
         self.first_rows: Mapping[Hashable, int] = {}
         self.ring_bytes = 0
@@ -43,15 +52,22 @@ class ResidencyLedger:
 
     def others(self, owner: object, part: Hashable) -> OtherPlans:
         """What one plan (``part`` of ``owner``) has to know about the others, owner's other plans included."""
-        self._entries = {key: entry for key, entry in self._entries.items() if entry.owner() is not None}
+        self._entries = {key: entry for key, entry in self._entries.items() if entry.lives()}
         own = (id(owner), part)
         return OtherPlans(tuple(entry for key, entry in self._entries.items() if key != own))
 
-    def enter(self, owner: object, part: Hashable, residency: Residency, budget_bytes: int) -> None:
+    def dead_parts(self, owner: object) -> list[Any]:
+        """The parts of ``owner`` whose weights are gone."""
+        found = [(part, entry) for (who, part), entry in self._entries.items() if who == id(owner)]
+        return [part for part, entry in found if not entry.lives()]
+
+    def enter(
+        self, owner: object, part: Hashable, residency: Residency, budget_bytes: int, anchor: StorageWeakRef | None
+    ) -> None:
         """Make what a plan decided hold: rows that leave are dropped, those that came are uploaded by need."""
         known = self.smallest_budget_bytes
         self._entries[id(owner), part] = _Entry(
-            weakref.ref(owner), residency.claims, residency.step_bytes, residency.ring_bytes, budget_bytes
+            weakref.ref(owner), anchor, residency.claims, residency.step_bytes, residency.ring_bytes, budget_bytes
         )
         self._row_bytes = {c.key: (c.rows, c.row_bytes) for e in self._entries.values() for c in e.claims}
         lower = budget_bytes < (known if known is not None else budget_bytes)
@@ -70,7 +86,7 @@ class ResidencyLedger:
     @property
     def smallest_budget_bytes(self) -> int | None:
         """The smallest ``gpu_memory`` of the graphs that are alive, which holds for all of them; None without any."""
-        return min((entry.budget_bytes for entry in self._entries.values() if entry.owner() is not None), default=None)
+        return min((entry.budget_bytes for entry in self._entries.values() if entry.lives()), default=None)
 
     @property
     def resident_bytes(self) -> int:

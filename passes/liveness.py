@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import sympy
 from torch import fx
@@ -24,7 +24,7 @@ def activation_peak_bytes(module: fx.GraphModule, context: Context) -> int:
     return most_at_once((born, dies, context.room(size)) for born, dies, size in lives)
 
 
-def storage_lives(nodes: Sequence[fx.Node]) -> dict[int, Life]:
+def storage_lives(nodes: Iterable[fx.Node]) -> dict[int, Life]:
     """(first place, last place, bytes) of each storage that the nodes touch, views counted with their base."""
     lives: dict[int, Life] = {}
     for place, node in enumerate(nodes):

@@ -5,18 +5,18 @@ from call to call (a cache grows), so what is kept are expressions. A later call
 checked in milliseconds and not planned again.
 
 A value lives from the node that makes its storage to the last node that touches it; what a download reads,
-until the host has waited; what becomes a mirror, to the end. What goes up from the host may be made as soon as
+until the host has waited; what becomes a mirror, all the time, since in the next step it is there from the
+start: a prefill's plan then holds for the decode steps after it. What goes up from the host may be made as soon as
 the host has the operands for it, that is while the accelerator is still at the last download that the host has
 waited for. Inner values of segments have points of their own between those of the schedule's nodes, as if
-nothing were fused: an upper bound for compiled code. Parts of a Linear and joins count what their kernels make
-beside their result.
+nothing were fused, and operations of several kernels count all that these make: an upper bound for compiled
+code. Parts of a Linear and joins count what their kernels make beside their result.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import sympy
@@ -34,6 +34,22 @@ _NOT_VALUES = (ir.MIRROR, ir.RESIDENT, ir.PREFETCH, ir.WAIT, ir.RELEASE)
 def measure_memory(module: fx.GraphModule, context: Context) -> MemoryNeed:
     """Lives of all values of a schedule, and the workspace of each node that has one."""
     return _Meter(module, context).measure()
+
+
+def inner_lives(segment: fx.GraphModule) -> list[Life]:
+    """Lives of the values that a segment makes and does not return, in places of its own order."""
+    inputs = [node for node in segment.graph.nodes if node.op in ("placeholder", "get_attr")]
+    returned = next(iter(reversed(segment.graph.nodes))).all_input_nodes
+    outside = frozenset[int]().union(*(info(node).storages for node in (*inputs, *returned)))
+    lives = [life for key, life in storage_lives(segment.graph.nodes).items() if key not in outside]
+    return lives + [
+        (place, place, scratch) for place, node in enumerate(segment.graph.nodes) if (scratch := _scratch(node)) != 0
+    ]
+
+
+def _scratch(node: fx.Node) -> sympy.Expr:
+    """What an operation of several kernels makes beside its result (the statistics of a norm, a softmax)."""
+    return info(node).made_bytes - value_size(node) if info(node).made_bytes != 0 else sympy.Integer(0)
 
 
 @dataclass
@@ -71,9 +87,9 @@ class _Meter:
         name = str(node.target)
         segment = self._segment(node)
         if name not in self.inner:
-            lives = {} if segment is None else storage_lives(list(segment.graph.nodes))
-            self.bases |= {key: size for key, (_, _, size) in lives.items()}
-            self.inner[name] = [] if segment is None else _not_returned(segment, lives)
+            if segment is not None:
+                self.bases |= {key: size for key, (_, _, size) in storage_lives(segment.graph.nodes).items()}
+            self.inner[name] = [] if segment is None else inner_lives(segment)
         return self.inner[name]
 
     def _inner_lives(self, nodes: list[fx.Node]) -> list[Life]:
@@ -108,6 +124,8 @@ class _Meter:
         return list(own.values())
 
     def _born(self, node: fx.Node) -> int:
+        if any(user.target == ir.TWIN for user in node.users):
+            return 0
         made_by = node.args[0] if node.target is operator.getitem and isinstance(node.args[0], fx.Node) else node
         return self.behind[node] if node.target == ir.TO_ACCELERATOR else self.points[made_by][0]
 
@@ -146,12 +164,4 @@ def _sum_size(join: fx.Node) -> sympy.Expr:
     return value_size(join) * (2 * (parts + 1) if half else 1)
 
 
-def _not_returned(segment: fx.GraphModule, lives: Mapping[int, Life]) -> list[Life]:
-    """Lives of the values that a segment makes and does not return, in places of its own order."""
-    output = next(iter(reversed(segment.graph.nodes)))
-    inputs = [node for node in segment.graph.nodes if node.op in ("placeholder", "get_attr")]
-    outside = frozenset[int]().union(*(info(node).storages for node in (*inputs, *output.all_input_nodes)))
-    return [life for key, life in lives.items() if key not in outside]
-
-
-__all__ = ["measure_memory"]
+__all__ = ["inner_lives", "measure_memory"]

@@ -21,7 +21,7 @@ def residency_shares(graphs: Sequence[Sequence[Claim]], free_bytes: int) -> dict
     """
     models = _models(graphs)
     wanted = [sum(claim.nbytes for claim in model) for model in models]
-    if sum(wanted) <= free_bytes:
+    if sum(wanted) <= max(0, free_bytes):
         return {claim.key: claim.first for model in models for claim in model if claim.nbytes}
     first_rows: dict[Hashable, int] = {}
     for model, nbytes in zip(models, wanted, strict=True):
