@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import logging
 import time
+import traceback
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -182,7 +183,7 @@ class CompiledGraph:
 
     def _relieve(self, reason: str) -> None:
         """Count on less memory from now on, and say so."""
-        limit = self._runtime.lower_limit()
+        limit = self._runtime.lower_limit(self._budget_bytes())
         text = f"lowered to {format_bytes(limit)} and the step run again: {reason}"
         logger.warning("gpu_memory %s", text)
         self._notes += (Refusal("gpu_memory", text),)
@@ -212,16 +213,12 @@ class CompiledGraph:
                     accelerator.trace(True)
                 outputs = self._step(plan, inputs)
                 seconds = time.perf_counter() - started
-        except NoRoomError:
+        except BaseException as error:
+            _let_go(error)
             accelerator.abort_step()
-            raise
-        except AcceleratorMemoryError:
-            accelerator.abort_step()
-            mirrors.forget_all_but_weights()
-            raise
-        except BaseException:
-            mirrors.forget()  # the step may have written some of them
-            accelerator.abort_step()
+            if not isinstance(error, NoRoomError):  # the step may have written some of them
+                mirrors.forget_all_but_weights()
+                mirrors.forget(inputs[i] for i in plan.bound.settled)
             raise
         plan.schedule.note_step(seconds, accelerator.trace(False) if tracing else [])
         peak = max(plan.schedule.accelerator_peak_bytes, accelerator.counters.step_peak_bytes)
@@ -422,6 +419,13 @@ def budget_bytes(options: Options, runtime: Runtime) -> int:
             format_bytes(options.gpu_memory), format_bytes(available), runtime.accelerator.kind,
         )
     return min(options.gpu_memory, available)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Drop what the step's frames hold: whoever keeps the exception (a debugger, a shell) would keep device memory."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 @contextlib.contextmanager

@@ -34,13 +34,12 @@ class Runtime:
         """Make the staging ring that all graphs share as long as the ledger says."""
         self.accelerator.reserve_ring(ring_bytes)
 
-    def lower_limit(self) -> int:
-        """The accelerator ran out of memory: count on less of it from now on; the new limit.
+    def lower_limit(self, budget_bytes: int) -> int:
+        """The accelerator ran out of memory within a budget: count on less from now on; the new limit.
 
-        That is what it says it has, or seven eighths of what was counted on, if that is less.
+        That is what the accelerator says it has, or seven eighths of the budget if it says to have more.
         """
-        available = self.accelerator.available_bytes()
-        self.limit_bytes = available if available < self.limit_bytes else self.limit_bytes * 7 // 8
+        self.limit_bytes = min(self.accelerator.available_bytes(), budget_bytes * 7 // 8)
         self.ledger.epoch += 1
         return self.limit_bytes
 

@@ -117,7 +117,8 @@ class _Meter:
             if keys & mirrored:
                 continue
             key: object = keys or node
-            born, dies, size = own.get(key, (self._born(node), 0, sympy.Integer(0)))
+            born, dies, size = own.get(key, (self.end, 0, sympy.Integer(0)))
+            born = min(born, self._born(node))
             # a value may be a view of something larger that only its segment saw
             whole = [value_size(node), *(self.bases[storage] for storage in keys if storage in self.bases)]
             own[key] = born, max(dies, self._last_use(node)), functools.reduce(larger, whole, size)
