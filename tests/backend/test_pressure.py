@@ -33,7 +33,7 @@ class Fails:
         self, accelerator: EmulatedAccelerator, launch: int, times: int = 1, before: Callable[[], Any] = lambda: None
     ) -> None:
         self.left, self.times, self.before = launch, times, before
-        self._work, accelerator._work.call = accelerator._work.call, self  # type: ignore[assignment, method-assign]
+        self._work, accelerator._work.call = accelerator._work.call, self  # type: ignore[method-assign]
 
     def __call__(self, op: Op, call: Any, issued: Any) -> None:
         self.left -= 1
