@@ -16,21 +16,28 @@ through torch's dispatcher but the work itself.
 from __future__ import annotations
 
 import functools
+import logging
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from hetegen_compile import ir
-from hetegen_compile.accelerators.base import Accelerator, Op
+from hetegen_compile.accelerators.base import Accelerator, Op, Slot
+from hetegen_compile.cost_model import KernelChoice
 from hetegen_compile.errors import ScheduleError
+from hetegen_compile.host_kernels import bind_kernels
 from hetegen_compile.ir import info
 from hetegen_compile.passes.capture import tensors_in
-from hetegen_compile.passes.context import Work
+from hetegen_compile.passes.context import Refusal, Work
 from hetegen_compile.passes.lower import CompiledSegment
+from hetegen_compile.passes.schedule import pinned_ring_bytes
+
+logger = logging.getLogger("hetegen_compile")
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,10 @@ class BoundStep:
         mirrors: positions of the inputs whose mirrors the step reads, in the order of ``mirrors``.
         residents: (position of a weight, first row, end row) in the order of ``residents``.
         settled: positions of the inputs that host and accelerator write alike.
-        streamed: positions of the weights that are prefetched from.
+        streamed: positions of the weights that are prefetched from where they lie (not through the pinned ring).
+        pinned_ring_bytes: length of the pinned ring that the step uses.
         source: the generated code, for people.
+        refusals: kernels of the hardware profile that cannot be used here.
     """
 
     run: Callable[[list[Any], list[Any], list[Any]], tuple[tuple[Any, ...], list[tuple[Tensor, Any]]]]
@@ -51,20 +60,29 @@ class BoundStep:
     residents: tuple[tuple[int, int, int], ...]
     settled: tuple[int, ...]
     streamed: tuple[int, ...]
+    pinned_ring_bytes: int
     source: str
+    refusals: tuple[Refusal, ...]
 
 
 def bind(
     module: fx.GraphModule,
     work: Mapping[fx.Node, Work],
     accelerator: Accelerator,
-    workspace_bytes: Mapping[fx.Node, int] | None = None,
+    kernels: Mapping[str, KernelChoice] = MappingProxyType({}),
+    workspace_bytes: Mapping[fx.Node, int] = MappingProxyType({}),
 ) -> BoundStep:
     """Generate the step function of a lowered schedule for one accelerator.
 
+    Host parts are computed by ``kernels``: those of the hardware profile, by dtype; without one by ``F.linear``.
     ``workspace_bytes`` are what nodes occupy while they run beside arguments and results.
     """
-    return _Binder(module, work, accelerator, workspace_bytes or {}).bind()
+    return _Binder(module, work, accelerator, kernels, workspace_bytes).bind()
+
+
+_METHODS = (
+    "stage", "prefetch", "wait", "release", "to_host", "wait_host", "to_accelerator", "launch", "host"
+)
 
 
 class _Binder:
@@ -73,8 +91,11 @@ class _Binder:
         module: fx.GraphModule,
         work: Mapping[fx.Node, Work],
         accelerator: Accelerator,
+        kernels: Mapping[str, KernelChoice],
         workspace_bytes: Mapping[fx.Node, int],
     ) -> None:
+        self._kernels = kernels
+        self._refusals: dict[Refusal, None] = {}
         self._module = module
         self._work = work
         self._workspace_bytes = workspace_bytes
@@ -84,12 +105,17 @@ class _Binder:
         self._lines: list[str] = []
         self._env: dict[str, Any] = {
             name: getattr(accelerator, name)
-            for name in ("prefetch", "wait", "release", "to_host", "wait_host", "to_accelerator", "launch", "host")
+            for name in _METHODS
         }
+        self._written = frozenset[int]().union(
+            *(info(node).writes for node in module.graph.nodes if info(node).side == "accelerator")
+        )
         self._mirrors: list[fx.Node] = []
         self._residents: list[tuple[int, int, int]] = []
+        self._pinned_ring_bytes = pinned_ring_bytes(module.graph)
 
     def bind(self) -> BoundStep:
+        self._accelerator.reserve_pinned(self._pinned_ring_bytes)
         dying = _last_uses(self._module.graph)
         for node in self._module.graph.nodes:
             line = self._line(node)
@@ -106,7 +132,9 @@ class _Binder:
             residents=tuple(self._residents),
             settled=self._settled(),
             streamed=self._streamed(),
+            pinned_ring_bytes=self._pinned_ring_bytes,
             source=source,
+            refusals=tuple(self._refusals),
         )
 
     def _settled(self) -> tuple[int, ...]:
@@ -117,7 +145,7 @@ class _Binder:
 
     def _streamed(self) -> tuple[int, ...]:
         prefetches = self._module.graph.find_nodes(op="call_function", target=ir.PREFETCH)
-        return tuple(sorted({self._position[node.args[0]] for node in prefetches}))
+        return tuple(sorted({self._position[node.args[0]] for node in prefetches if node.args[0].target != ir.STAGE}))
 
     # ---- names and arguments -------------------------------------------------------------------------------
 
@@ -176,16 +204,24 @@ class _Binder:
         self._residents.append((self._position[weight], lo, hi))
         return f"{node.name} = residents[{len(self._residents) - 1}]"
 
+    def _stage(self, node: fx.Node) -> str:
+        return self._fill(node, "stage", self._accelerator.pinned_slot)
+
     def _prefetch(self, node: fx.Node) -> str:
-        weight, ranges, dim, offset, after = _arguments(node)
+        return self._fill(node, "prefetch", self._accelerator.slot)
+
+    def _fill(self, node: fx.Node, call: str, slot_at: Callable[..., Slot]) -> str:
+        """A copy of rows into a slot; a prefetch of staged rows reads all that its stage copied."""
+        source, ranges, dim, offset, after = _arguments(node)
         lo, hi = ranges
         if dim != 0:
             raise ScheduleError(f"{node.name}: only rows can be prefetched, not dimension {dim}")
         (rows,) = tensors_in(info(node).value)
-        slot = self._accelerator.slot(offset, tuple(map(int, rows.shape)), rows.dtype)
+        slot = slot_at(offset, tuple(map(int, rows.shape)), rows.dtype)
         tokens = self._text(tuple(after))
         op, place = self._op(node, "weights"), self._constant("slot", slot)
-        return f"{node.name} = prefetch({op}, {weight}[{lo}:{hi}], {place}, {tokens})"
+        read = source.name if source.target == ir.STAGE else f"{source}[{lo}:{hi}]"
+        return f"{node.name} = {call}({op}, {read}, {place}, {tokens})"
 
     def _plain(self, node: fx.Node) -> str:
         name = str(node.target).split(".")[1]
@@ -198,14 +234,23 @@ class _Binder:
 
     def _host_linear(self, node: fx.Node) -> str:
         x, weight, bias, lo, hi, dim = _arguments(node)
-        function = self._constant("linear", functools.partial(ir.linear_rows, lo=lo, hi=hi, dim=dim))
+        kernel = bind_kernels(self._kernels, info(weight).value, lo, hi, dim, self._refuse)
+        function = self._constant("linear", kernel)
         arguments = f"({x}, {weight}[{lo}:{hi}], {self._text(bias)})"
         return f"{node.name} = host({self._op(node)}, {function}, {arguments}, {{}})"
 
+    def _refuse(self, reason: str) -> None:
+        refusal = Refusal("host Linears", reason)
+        if refusal not in self._refusals:
+            logger.warning("%s: %s", refusal.where, reason)
+            self._refusals[refusal] = None
+
     def _join(self, node: fx.Node) -> str:
         parts, dim = _arguments(node)
-        if len(parts) == 1:
+        if len(parts) == 1 and not (info(node).storages & self._written):
             return f"{node.name} = {parts[0]}"
+        if len(parts) == 1:  # an upload may be a view of the host's tensor, which nothing may write
+            return f"{node.name} = launch({self._op(node)}, {self._constant('clone', torch.clone)}, ({parts[0]},))"
         function = self._constant("join", functools.partial(ir.join_parts, dim=dim))
         return f"{node.name} = launch({self._op(node)}, {function}, ({self._text(list(parts))},))"
 
@@ -234,6 +279,7 @@ class _Binder:
 _EMITTERS: dict[Any, Callable[[_Binder, fx.Node], str]] = {
     ir.MIRROR: _Binder._mirror,
     ir.RESIDENT: _Binder._resident,
+    ir.STAGE: _Binder._stage,
     ir.PREFETCH: _Binder._prefetch,
     ir.WAIT: _Binder._plain,
     ir.RELEASE: _Binder._plain,

@@ -8,7 +8,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import sympy
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from hetegen_compile import planner
 from hetegen_compile.bind import BoundStep, bind
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.errors import AcceleratorMemoryError, BudgetError
@@ -85,7 +86,6 @@ class _Plan:
     ring_bytes: int
     budget_bytes: int
     epoch: int
-    pinned: set[int] = field(default_factory=set)
 
 
 class CompiledGraph:
@@ -109,6 +109,7 @@ class CompiledGraph:
         placeholders = module.graph.find_nodes(op="placeholder")
         self._names = [source_name(node) or node.name for node in placeholders]
         self._weights = {node.name: i for i, node in enumerate(placeholders) if is_weight(node, inputs[i])}
+        self._model_inputs = frozenset(self._weights.values())
         self._symbols = symbol_inputs(placeholders)
         self._aliased = aliased_inputs(placeholders)
         self._tokens = token_count(module)
@@ -120,6 +121,7 @@ class CompiledGraph:
         self._notes: tuple[Refusal, ...] = ()
         self._host_only: Schedule | None = None
         with runtime.lock:
+            runtime.mirrors.check()
             try:
                 self._with_remedies(lambda: self._plan(inputs))
             except HostOnlyGraphError as reason:
@@ -177,8 +179,8 @@ class CompiledGraph:
     def _too_large(self, excess_bytes: int) -> BudgetError:
         return BudgetError(
             f"this forward needs {format_bytes(excess_bytes)} more on the accelerator than gpu_memory="
-            f"{format_bytes(self._budget_bytes())} leaves beside its activations: use a larger budget, a smaller "
-            "batch or a shorter context"
+            f"{format_bytes(self._budget_bytes())} leaves beside its activations: set options={{'gpu_memory': "
+            f"{self._budget_bytes() + excess_bytes}}} or more, or use a smaller batch or a shorter context"
         )
 
     def _relieve(self, reason: str) -> None:
@@ -191,7 +193,7 @@ class CompiledGraph:
     # ---- a step ------------------------------------------------------------------------------------------
 
     def _forward(self, inputs: Sequence[Any]) -> Any:
-        plan = self._plan(inputs)
+        plan = self._ready_plan(inputs)
         undo = Undo(self._writes, inputs)
         try:
             return self._run(plan, inputs)
@@ -215,7 +217,7 @@ class CompiledGraph:
                 seconds = time.perf_counter() - started
         except BaseException as error:
             _let_go(error)
-            accelerator.abort_step()
+            accelerator.abandon_step()
             if not isinstance(error, NoRoomError):  # the step may have written some of them
                 mirrors.forget_all_but_weights()
                 mirrors.forget(inputs[i] for i in plan.bound.settled)
@@ -227,7 +229,6 @@ class CompiledGraph:
 
     def _step(self, plan: _Plan, inputs: Sequence[Any]) -> Any:
         accelerator, mirrors, bound = self._runtime.accelerator, self._runtime.mirrors, plan.bound
-        self._pin(plan, inputs)
         accelerator.limit_memory(plan.budget_bytes)
         accelerator.begin_step()
         mirrors.begin_step()
@@ -246,22 +247,14 @@ class CompiledGraph:
 
     def _mirror(self, plan: _Plan, i: int, tensor: Any) -> Request:
         """What a step reads of an input; where everything fits weights are inputs like any other."""
+        watched = i in self._model_inputs
         if plan.first_rows.get(i) == 0 and i not in self._aliased:
-            return Request(tensor, self._names[i], WEIGHTS)
-        return Request(tensor, self._names[i], whole=i in self._aliased)
+            return Request(tensor, self._names[i], WEIGHTS, watched=watched)
+        return Request(tensor, self._names[i], whole=i in self._aliased, watched=watched)
 
     def _rows(self, plan: _Plan, i: int, weight: Tensor, lo: int, hi: int) -> Request:
         """Resident rows of a weight: all that the ledger keeps, or the last of them."""
-        return Request(weight[lo:hi], self._names[i], WEIGHTS, base=weight[plan.first_rows[i] :])
-
-    def _pin(self, plan: _Plan, inputs: Sequence[Any]) -> None:
-        """Pin what is prefetched from, once a storage."""
-        for i in plan.bound.streamed:
-            storage = inputs[i].untyped_storage()
-            if storage._cdata not in plan.pinned:
-                plan.pinned.add(storage._cdata)
-                if self._runtime.accelerator.pin(inputs[i].detach()):
-                    plan.schedule.host_pinned_bytes += storage.nbytes()
+        return Request(weight[lo:hi], self._names[i], WEIGHTS, watched=True, base=weight[plan.first_rows[i] :])
 
     def _on_host(self, reason: str) -> Schedule:
         """The report on a graph that runs on the host as it is."""
@@ -313,6 +306,23 @@ class CompiledGraph:
         plan.room.free_bytes = plan.budget_bytes - ledger.ring_bytes - ledger.resident_bytes
         plan.epoch = ledger.epoch
 
+    def _ready_plan(self, inputs: Sequence[Any]) -> _Plan:
+        """A plan whose streamed weights are pinned, adopted or staged; what cannot be pinned makes another one.
+
+        So do weights that were adopted: they lie in other storages then.
+        """
+        while True:
+            plan, model = self._plan(inputs), self._model_of(inputs)
+            streamed = [inputs[i] for i in plan.bound.streamed]
+            if self._runtime.host_memory.hold(streamed, lambda: [inputs[i] for i in self._weights.values()]):
+                if not plan.schedule.host_memory:
+                    plan.schedule.note_host_memory(
+                        self._runtime.host_memory.holdings(streamed), plan.bound.pinned_ring_bytes
+                    )
+                if model == self._model_of(inputs):
+                    return plan
+            self._forget_plans()
+
     def _forget_plans(self) -> None:
         self._buckets.clear()
         self._plans.clear()
@@ -329,16 +339,18 @@ class CompiledGraph:
             self._enter(part, base, inputs)
             self._buckets[part] = base
         planned = self._planner.plan_split(self._buckets[part], split)
-        planned.schedule.refusals += self._notes
         bound = self._bound(planned)
+        planned.schedule.refusals += (*self._notes, *bound.refusals)
         self._tell(planned.schedule)
         return self._runnable(planned, bound, inputs)
 
     def _bound(self, planned: PlannedStep) -> BoundStep:
-        work = require(planned.context.prediction, "predict_step").work
-        need = require(planned.context.memory, "measure_memory")
-        workspace = {node: int(planned.context.room(sympy.sympify(size))) for node, size in need.workspace.items()}
-        return bind(planned.module, work, self._runtime.accelerator, workspace)
+        context = planned.context
+        work = require(context.prediction, "predict_step").work
+        need = require(context.memory, "measure_memory")
+        workspace = {node: context.room(sympy.sympify(size)) for node, size in need.workspace.items()}
+        kernels = context.profile.host.linear_kernels
+        return bind(planned.module, work, self._runtime.accelerator, kernels, workspace)
 
     def _enter(self, part: Part, base: BucketPlan, inputs: Sequence[Any]) -> None:
         """Make what the residency decision says hold on the accelerator, as long as the weights exist."""
@@ -383,12 +395,13 @@ class CompiledGraph:
         if self._unforeseen_bytes:
             overhead["mirrors that the plan did not foresee"] = self._unforeseen_bytes
         return Target(
-            kind=runtime.accelerator.kind,
+            kind=f"on {runtime.accelerator.kind}",
             device=runtime.accelerator.device,
             budget_bytes=self._budget_bytes(),
             resident=others,
             ring_bytes=others.ring_bytes,
             overhead_bytes=overhead,
+            host_memory=runtime.host_memory,
         )
 
     def _budget_bytes(self) -> int:
@@ -406,19 +419,8 @@ class _UnrepeatableError(AcceleratorMemoryError):
 
 
 def budget_bytes(options: Options, runtime: Runtime) -> int:
-    """The hard limit: what the options say, else the accelerator's memory less a sixteenth as a reserve.
-
-    Never more than the accelerator has.
-    """
-    available = runtime.accelerator.memory_bytes
-    if options.gpu_memory is None:
-        return available * 15 // 16
-    if options.gpu_memory > available:
-        logger.warning(
-            "gpu_memory=%s is more than the %s that the %s accelerator has: planning with the latter",
-            format_bytes(options.gpu_memory), format_bytes(available), runtime.accelerator.kind,
-        )
-    return min(options.gpu_memory, available)
+    """The hard limit of a runtime's accelerator."""
+    return planner.budget_bytes(options.gpu_memory, runtime.accelerator.memory_bytes, runtime.accelerator.kind)
 
 
 def _let_go(error: BaseException | None) -> None:

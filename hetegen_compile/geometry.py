@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import prod
 
 _WHOLE_STORAGE_FACTOR = 4
-_WHOLE_STORAGE_BYTES = 1 << 20
+_WHOLE_STORAGE_BYTES = 1 << 16
 
 
 def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
@@ -22,7 +22,7 @@ def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
 def mirrored_bytes(shape: Sequence[int], stride: Sequence[int], item_bytes: int, storage_bytes: int) -> int:
     """Bytes that the mirror of a tensor takes: its own, or its whole storage's.
 
-    A view is mirrored through its whole storage if it has gaps or overlaps, or if the storage is small (1 MiB, or
+    A view is mirrored through its whole storage if it has gaps or overlaps, or if the storage is small (64 KiB, or
     four times the view).
     """
     own = prod(shape) * item_bytes

@@ -1,9 +1,10 @@
 """The schedule's own operations and the notes that nodes carry. A leaf of the project.
 
 Two-node asynchronous IR: one node starts (``prefetch``, ``to_host``, ``to_accelerator``), one waits
-(``wait``, ``wait_host``). The operations are declared through ``torch.library``, so a scheduled graph can be
-propagated with fake tensors and, with the kernels given here, run synchronously as a reference. In a bound
-schedule they are plain calls of an accelerator and never reach torch's dispatcher.
+(``wait``, ``wait_host``). A ``stage`` starts copying rows into the pinned ring; the prefetch that reads them
+waits for it. The operations are declared through ``torch.library``, so a scheduled graph can be propagated
+with fake tensors and, with the kernels given here, run synchronously as a reference. In a bound schedule they
+are plain calls of an accelerator and never reach torch's dispatcher.
 
 A Linear of ``rows`` rows (dimension 0 of its weight as it is stored) with ``dim`` 0 has a weight
 [out, in] and its parts are columns of the result, put side by side; with ``dim`` 1 the weight is stored
@@ -25,6 +26,9 @@ Side = Literal["host", "accelerator"]
 
 _META_KEY = "hetegen"
 
+GENERATOR = -1
+"""The state of torch's random generator, as a storage: who draws reads and writes it, so draws keep their order."""
+
 
 @dataclass(frozen=True)
 class NodeInfo:
@@ -34,7 +38,7 @@ class NodeInfo:
         value: the fake result (a tensor, a number or SymInt, or a tuple of them).
         storages: storages of the result's tensors.
         reads: storages of the tensors among the arguments.
-        writes: storages that the node writes in place.
+        writes: storages that the node writes in place (``GENERATOR`` for one that draws random numbers).
         aten: names of the ATen operations it runs.
         random: draws random numbers.
         data_dependent: its result's shape or value (``item``) depends on data.
@@ -113,6 +117,7 @@ _SCHEMAS = {
     "linear": "(Tensor x, Tensor weight, Tensor? bias, int dim) -> Tensor",
     "mirror": "(Tensor host) -> Tensor",
     "resident": "(Tensor weight, int lo, int hi) -> Tensor",
+    "stage": "(Tensor weight, int[] ranges, int dim, int offset, Tensor[] after) -> Tensor",
     "prefetch": "(Tensor weight, int[] ranges, int dim, int offset, Tensor[] after) -> Tensor",
     "wait": "(Tensor transfer) -> Tensor",
     "release": "(Tensor transfer) -> Tensor",
@@ -163,7 +168,7 @@ def whole_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dim: int) -> Te
     return linear_rows(x, weight, bias, 0, weight.shape[0], dim)
 
 
-def _prefetch(weight: Tensor, ranges: list[int], dim: int, offset: int, after: list[Tensor]) -> Tensor:
+def _copy_ranges(weight: Tensor, ranges: list[int], dim: int, offset: int, after: list[Tensor]) -> Tensor:
     pieces = [weight.narrow(dim, lo, hi - lo) for lo, hi in zip(ranges[::2], ranges[1::2], strict=True)]
     return torch.cat(pieces, dim=dim)
 
@@ -180,7 +185,8 @@ _KERNELS = {
     "linear": lambda x, weight, bias, dim: whole_linear(x, weight, bias, dim).clone(),
     "mirror": lambda host: host.clone(),
     "resident": lambda weight, lo, hi: weight[lo:hi].clone(),
-    "prefetch": _prefetch,
+    "stage": _copy_ranges,
+    "prefetch": _copy_ranges,
     "wait": lambda transfer: transfer.clone(),
     "release": lambda transfer: transfer.new_empty(0),
     "to_host": lambda xs: [x.clone() for x in xs],
@@ -201,6 +207,7 @@ OPS = torch.ops.hetegen
 LINEAR = OPS.linear.default
 MIRROR = OPS.mirror.default
 RESIDENT = OPS.resident.default
+STAGE = OPS.stage.default
 PREFETCH = OPS.prefetch.default
 WAIT = OPS.wait.default
 RELEASE = OPS.release.default
@@ -213,5 +220,5 @@ JOIN = OPS.join.default
 WRITE_BACK = OPS.write_back.default
 TWIN = OPS.twin.default
 
-for _op in (PREFETCH, WAIT, RELEASE, TO_HOST, WAIT_HOST, TO_ACCELERATOR, WRITE_BACK, TWIN):
+for _op in (STAGE, PREFETCH, WAIT, RELEASE, TO_HOST, WAIT_HOST, TO_ACCELERATOR, WRITE_BACK, TWIN):
     fx.node.has_side_effect(_op)

@@ -6,6 +6,7 @@ A compiled graph (``compiled.py``) binds the schedules that it makes to an accel
 from __future__ import annotations
 
 import bisect
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -27,6 +28,7 @@ from hetegen_compile.passes.context import (
     RESIDENT,
     Bucket,
     Context,
+    HostWeights,
     Refusal,
     ResidentWeights,
     SegmentCache,
@@ -34,6 +36,8 @@ from hetegen_compile.passes.context import (
 )
 from hetegen_compile.pipeline import ONCE_PER_BUCKET, ONCE_PER_SPLIT, UNTIL_MEASURED, Stage, run_pipeline
 from hetegen_compile.schedule import LinearSite, Schedule, schedule_rows
+
+logger = logging.getLogger("hetegen_compile")
 
 BUCKET_LIMITS = (1, 4, 16, 64, 256)
 """Highest number of tokens of each bucket but the last, which is open."""
@@ -56,6 +60,7 @@ class Target:
         resident: what other graphs keep on the accelerator.
         ring_bytes: length of its staging ring.
         overhead_bytes: what the device's libraries take of the budget, item by item.
+        host_memory: what can be pinned; None says everything.
     """
 
     kind: str
@@ -64,6 +69,7 @@ class Target:
     resident: ResidentWeights
     ring_bytes: int = 0
     overhead_bytes: Mapping[str, int] = field(default_factory=dict)
+    host_memory: HostWeights | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,7 @@ class Planner:
             ring_bytes=target.ring_bytes,
             overhead_bytes=target.overhead_bytes,
             device=target.device,
+            host_memory=target.host_memory,
         )
         try:
             module, context = self._within_budget(self._with_room(context, spare=True))
@@ -191,10 +198,11 @@ class Planner:
         residency = require(context.residency, "choose_residency")
         sites = {position: replace(site, plan=splits[position]) for position, site in base.sites.items()}
         low, high = context.bucket.low, context.bucket.high
-        tokens = f"{low} token{'s' if low > 1 else ''}" if high == low else f"{low} to {high or 'more'} tokens"
+        tokens = f"{low} token{'s' if low > 1 else ''}" if high == low else f"{low} to {high} tokens"
+        tokens = f"{low} tokens or more" if high is None else tokens
         whole = residency.budget[RESIDENT] if residency.whole_graph else 0
         return Schedule(
-            title=f"hetegen on {base.kind}, hardware {self._profile.name}, {tokens} a forward",
+            title=f"hetegen {base.kind}, hardware {self._profile.name}, {tokens} a forward",
             tokens=(low, high),
             split=context.options.split,
             rows=schedule_rows(module.graph, prediction, sites, context.number),
@@ -206,9 +214,24 @@ class Planner:
             baselines=baselines(base.module, context),
             budget_bytes=context.budget_bytes,
             budget=residency.budget,
-            refusals=context.refusals,
+            refusals=(*context.refusals, *self._segments.refused.values()),
             whole_graph=residency.whole_graph,
         )
+
+
+def budget_bytes(gpu_memory: int | None, available_bytes: int, accelerator: str) -> int:
+    """The hard limit: ``gpu_memory``, else ``available_bytes`` less a sixteenth as a reserve.
+
+    Never more than there is.
+    """
+    if gpu_memory is None:
+        return available_bytes * 15 // 16
+    if gpu_memory > available_bytes:
+        logger.warning(
+            "gpu_memory=%s is more than the %s that the %s accelerator has: planning with the latter",
+            format_bytes(gpu_memory), format_bytes(available_bytes), accelerator,
+        )
+    return min(gpu_memory, available_bytes)
 
 
 def largest_sizes(tokens: sympy.Expr, context: Context, *, spare: bool) -> Sizes:
@@ -267,4 +290,4 @@ def _bytes_in(sites: Mapping[int, LinearSite], rows: str) -> int:
     return sum(site.weight_bytes * getattr(site.plan, rows) // site.plan.rows for site in sites.values())
 
 
-__all__ = ["BucketPlan", "PlannedStep", "Planner", "Split", "Target", "bucket_of"]
+__all__ = ["BucketPlan", "PlannedStep", "Planner", "Split", "Target", "bucket_of", "budget_bytes"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import weakref
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 
 from hetegen_compile.accelerators import Accelerator, open_accelerator
 from hetegen_compile.cost_model import HardwareProfile
+from hetegen_compile.host_memory import HostMemory
 from hetegen_compile.mirrors import Mirrors
 from hetegen_compile.options import Options
 from hetegen_compile.residency import ResidencyLedger
@@ -19,12 +21,24 @@ _open: weakref.WeakValueDictionary[Any, Runtime] = weakref.WeakValueDictionary()
 _opening = threading.Lock()
 
 
+def _after_fork() -> None:
+    """In the child: locks that another thread held at the fork would stay locked for good."""
+    global _opening
+    _opening = threading.Lock()
+    for runtime in list(_open.values()):
+        runtime.lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 class Runtime:
     """One accelerator in use. Graphs with the same accelerator options share it; it closes with the last."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.mirrors = Mirrors(accelerator)
+        self.host_memory = HostMemory(accelerator.pin)
         self.lock = threading.RLock()
         self.ledger = ResidencyLedger(self.mirrors)
         self.limit_bytes = accelerator.memory_bytes
@@ -53,7 +67,7 @@ def runtime_for(options: Options, profile: HardwareProfile) -> Runtime:
     key = (options.accelerator, options.pace, options.seed, profile.accelerator.memory_bytes)
     with _opening:
         runtime = _open.get(key)
-        if runtime is None:
+        if runtime is None or not runtime.accelerator.usable:
             runtime = Runtime(
                 open_accelerator(
                     options.accelerator,

@@ -15,10 +15,12 @@ from torch import fx
 
 from hetegen_compile import ir
 from hetegen_compile.accelerators.base import Span
+from hetegen_compile.files import write_private
+from hetegen_compile.host_memory import Holding
 from hetegen_compile.ir import info
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.context import LinearPlan, Prediction, Refusal
-from hetegen_compile.plan import Placement, Row, Totals
+from hetegen_compile.rows import Placement, Row, Totals
 from hetegen_compile.table import schedule_table
 
 FITS = "everything fits, nothing is offloaded; the graph is compiled in one piece"
@@ -38,7 +40,10 @@ class Schedule:
         floor_s: a bound that no schedule of this work beats.
         baselines: seconds of a step done otherwise; None where it does not fit.
         accelerator_peak_bytes: most bytes held on the accelerator so far.
-        host_pinned_bytes: bytes of host memory pinned for prefetches.
+        host_pinned_bytes: bytes of host memory pinned for prefetches, the pinned ring included.
+        host_memory: what became of the storages that are streamed from, once a step has run.
+        pinned_ring_bytes: length of the pinned ring that staged weights go through.
+        others: in a dry run, the schedules of the same forward's other graphs.
     """
 
     title: str
@@ -57,8 +62,11 @@ class Schedule:
     whole_graph: bool
     accelerator_peak_bytes: int = 0
     host_pinned_bytes: int = 0
+    host_memory: tuple[Holding, ...] = ()
+    pinned_ring_bytes: int = 0
     spans: list[Span] = field(default_factory=list)
     step_times_s: list[float] = field(default_factory=list)
+    others: tuple[Schedule, ...] = ()
 
     @property
     def measured_step_s(self) -> float | None:
@@ -85,8 +93,26 @@ class Schedule:
         if self.whole_graph:
             lines.append(FITS)
         lines += [f"{row.module or row.node}: {_why(row, self.split)}" for row in self.rows if row.op == "linear"]
+        lines += self._host_memory_lines()
         lines += [f"left as it is: {refusal.where}: {refusal.reason}" for refusal in self.refusals]
         return "\n".join(lines)
+
+    def _host_memory_lines(self) -> list[str]:
+        sizes: dict[str, list[int]] = {}
+        for holding in self.host_memory:
+            sizes.setdefault(holding.how, []).append(holding.nbytes)
+        lines = [
+            f"host memory: {format_bytes(sum(found))} in {len(found)} storages {how}" for how, found in sizes.items()
+        ]
+        if self.pinned_ring_bytes:
+            lines.append(f"host memory: a pinned ring of {format_bytes(self.pinned_ring_bytes)} for staged weights")
+        return lines
+
+    def note_host_memory(self, holdings: tuple[Holding, ...], pinned_ring_bytes: int) -> None:
+        """Keep what became of the memory that the plan streams from."""
+        self.host_memory = holdings
+        self.pinned_ring_bytes = pinned_ring_bytes
+        self.host_pinned_bytes = sum(holding.nbytes for holding in holdings) + pinned_ring_bytes
 
     def save_trace(self, path: str | Path) -> None:
         """Write the predicted step and, after a traced run, the measured one as a Chrome/Perfetto trace."""
@@ -97,7 +123,7 @@ class Schedule:
                 _event("measured", span.name, span.resource, span.start_s - origin, span.end_s - origin)
                 for span in self.spans
             ]
-        Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+        write_private(Path(path), json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
     def note_step(self, seconds: float, spans: list[Span]) -> None:
         """Keep one step's time (the last 1000) and, if it was traced, its spans on the rows."""
@@ -175,7 +201,7 @@ def schedule_rows(
 
 
 _TRANSFERS = (ir.TO_HOST, ir.WAIT_HOST, ir.TO_ACCELERATOR, ir.WAIT)
-_OF_LINEAR = (ir.PREFETCH, ir.WAIT, ir.RELEASE, ir.RESIDENT, ir.PARTIAL_LINEAR, ir.HOST_LINEAR, ir.JOIN)
+_OF_LINEAR = (ir.STAGE, ir.PREFETCH, ir.WAIT, ir.RELEASE, ir.RESIDENT, ir.PARTIAL_LINEAR, ir.HOST_LINEAR, ir.JOIN)
 
 
 def _belongs_to_linear(node: fx.Node) -> bool:

@@ -7,7 +7,7 @@ field of the same meaning, so that a pass that runs too early fails on None and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Protocol, TypeVar
@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.options import Options
+from hetegen_compile.passes.expressions import evaluate
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,23 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class Effects:
+    """What the captured program does to memory; storages are those of ``NodeInfo``.
+
+    Attributes:
+        writes: for each storage that is written in place, the program positions of the writes, ascending.
+        writers: the nodes at these positions, as errors name them.
+        outputs: the storages of each returned value, in order.
+    """
+
+    writes: Mapping[int, tuple[int, ...]]
+    writers: Mapping[int, str]
+    outputs: tuple[frozenset[int], ...]
+
+
+@dataclass(frozen=True)
 class Work:
-    """What one node occupies: a resource (``host``, ``accelerator``, ``up``, ``down``) for some seconds."""
+    """What one node occupies: a resource (``host``, ``accelerator``, ``up``, ``down``, ``pin``) for some seconds."""
 
     resource: str
     seconds: float
@@ -194,10 +210,14 @@ SegmentCompiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 @dataclass(frozen=True)
 class SegmentCache:
-    """Compiled segments of one captured graph, by key; shared by the plans of all its buckets."""
+    """Compiled segments of one captured graph, by key; shared by the plans of all its buckets.
+
+    ``refused`` has the reason for each that the compiler failed on and that runs as plain FX code.
+    """
 
     compile_segment: SegmentCompiler
     compiled: MutableMapping[Hashable, Callable[..., Any]]
+    refused: MutableMapping[Hashable, Refusal] = field(default_factory=dict)
 
 
 class HostOnlyGraphError(Exception):
@@ -262,16 +282,24 @@ def weight_key(weight: Tensor) -> Hashable:
     return (weight.untyped_storage()._cdata, weight.storage_offset(), tuple(weight.shape), tuple(weight.stride()))
 
 
+class HostWeights(Protocol):
+    """What the staging decision needs to know about the host memory that weights lie in."""
+
+    def staged(self, names: Collection[str], weights: Mapping[str, Tensor]) -> Mapping[str, str]:
+        """Those of ``names`` that can be neither pinned nor adopted, with the reason; ``weights`` are all there are."""
+
+
 @dataclass(frozen=True)
 class Context:
-    """Everything a pass may know. Fields from ``costs`` on are filled in as the pipeline runs.
+    """Everything a pass may know. Fields from ``effects`` on are filled in as the pipeline runs.
 
     ``largest`` are the sizes that the budget has room for, ``spare`` says whether beyond what the options state;
     ``sequences`` and ``tokens_per_sequence`` are what a graph of fixed sizes is given (0: unknown).
     ``activation_bytes`` is what a schedule of the same graph is known to need for activations (None: an estimate is
     made); ``lean`` asks for the smallest ring and no resident weights. ``ring_bytes`` is the length that other graphs
     gave the accelerator's staging ring; ``overhead_bytes`` what the device's libraries take, item by item; ``device``
-    where segments will run.
+    where segments will run. ``host_memory`` None says that all weights are pinned. ``staged`` are the placeholders of
+    the weights whose rows go through the pinned ring, with the reason.
     """
 
     options: Options
@@ -293,7 +321,10 @@ class Context:
     ring_bytes: int = 0
     overhead_bytes: Mapping[str, int] = field(default_factory=dict)
     device: torch.device = torch.device("cpu")
+    host_memory: HostWeights | None = None
+    effects: Effects | None = None
     costs: Costs | None = None
+    staged: Mapping[str, str] = field(default_factory=dict)
     residency: Residency | None = None
     splits: Splits | None = None
     placement: Placement | None = None
@@ -302,19 +333,12 @@ class Context:
 
     def number(self, expression: sympy.Expr) -> float:
         """A cost expression at this context's sizes; a size that depends on data counts as 1."""
-        return _at(expression, self.sizes)
+        return evaluate(expression, self.sizes)
 
     def room(self, expression: sympy.Expr) -> int:
         """Bytes that the budget keeps for what has ``expression`` bytes: at the largest sizes, never less than now."""
         now = self.number(expression)
-        return int(max(now, _at(expression, {**self.sizes, **self.largest})) if self.largest else now)
-
-
-def _at(expression: sympy.Expr, sizes: Mapping[sympy.Symbol, sympy.Integer]) -> float:
-    if not expression.free_symbols:
-        return float(expression)
-    unknown = dict.fromkeys(expression.free_symbols - sizes.keys(), sympy.Integer(1))
-    return float(expression.xreplace({**sizes, **unknown}))
+        return int(max(now, evaluate(expression, {**self.sizes, **self.largest})) if self.largest else now)
 
 
 _T = TypeVar("_T")

@@ -28,7 +28,7 @@ from hetegen_compile.passes.annotate_costs import value_size
 from hetegen_compile.passes.context import Context, Life, MemoryNeed
 from hetegen_compile.passes.liveness import larger, storage_lives
 
-_NOT_VALUES = (ir.MIRROR, ir.RESIDENT, ir.PREFETCH, ir.WAIT, ir.RELEASE)
+_NOT_VALUES = (ir.MIRROR, ir.RESIDENT, ir.STAGE, ir.PREFETCH, ir.WAIT, ir.RELEASE)
 
 
 def measure_memory(module: fx.GraphModule, context: Context) -> MemoryNeed:

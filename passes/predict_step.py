@@ -63,6 +63,8 @@ def node_work(node: fx.Node, context: Context) -> Work:
     profile = context.profile
     if node.target in _FREE:
         return Work("host" if info(node).side == "host" else "accelerator", 0.0)
+    if node.target == ir.STAGE:
+        return Work("pin", value_bytes(node, context) / profile.pin_bytes_per_s)
     if node.target == ir.PREFETCH:
         return Work("up", upload_s(profile, value_bytes(node, context)))
     if node.target == ir.TO_HOST:
@@ -89,6 +91,13 @@ def _linear_work(node: fx.Node, context: Context) -> Work:
         return Work("accelerator", accelerator_linear_s(context.profile, dtype, tokens, nbytes, flops))
     seconds = host_linear_s(context.profile, dtype, tokens, nbytes, flops)
     return Work("host", seconds + _untold_trip_s(context))
+
+
+def trip_s(linear: fx.Node, context: Context) -> float:
+    """What a trip of a Linear's activation to the host and of a result back costs beside the host's work."""
+    profile = context.profile
+    down_s = download_s(profile, value_bytes(linear.all_input_nodes[0], context))
+    return down_s + profile.synchronise_s + profile.link.view_s + _untold_trip_s(context)
 
 
 def _untold_trip_s(context: Context) -> float:

@@ -2,10 +2,13 @@
 
 A bound schedule is straight-line code that calls these methods in issue order, from one host thread.
 Three streams exist on every accelerator and stay inside it: ``compute`` (segments, Linears, joins), ``up``
-(prefetches and uploads) and ``down`` (downloads). Ordering between them is what the operations say and
-nothing else:
+(prefetches and uploads) and ``down`` (downloads). Beside them the pin thread copies rows of weights that are
+not pinned into a ring of pinned host memory. Ordering between them is what the operations say and nothing else:
 
-    prefetch        up waits for each token in ``after``, then copies rows into the slot
+    stage           the pin thread waits for each prefetch in ``after``, then copies rows into the pinned slot
+
+    prefetch        up waits for each token in ``after`` and for the stage that it reads (if it reads one), then
+                    copies rows into the slot; a pinned slot that it read is free again
     wait            compute waits for that transfer                        (read after write)
     release         the slot may be overwritten once compute got here       (write after read)
     to_host         down waits for what compute has issued so far, then copies
@@ -52,9 +55,11 @@ class Counters:
     """Bytes that moved and bytes that are held, by category (``weights``, ``mirrors``, ``activations``, ...).
 
     ``peak_bytes`` is the most that was held at once, workspace included, ``step_peak_bytes`` that of the last step.
+    ``staged_bytes`` went through the pinned ring on their way up.
     """
 
     uploaded_bytes: dict[str, int] = field(default_factory=dict)
+    staged_bytes: dict[str, int] = field(default_factory=dict)
     downloaded_bytes: dict[str, int] = field(default_factory=dict)
     held_bytes: dict[str, int] = field(default_factory=dict)
     peak_bytes: int = 0
@@ -63,7 +68,7 @@ class Counters:
 
 @dataclass(frozen=True)
 class Span:
-    """One operation as it really ran: resource (``host``, ``accelerator``, ``up``, ``down``) and seconds."""
+    """One operation as it really ran: resource (``host``, ``accelerator``, ``up``, ``down``, ``pin``) and seconds."""
 
     name: str
     resource: str
@@ -71,8 +76,17 @@ class Span:
     end_s: float
 
 
+def call_on_host(op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``function(*args, **kwargs)``; what it raises is raised as it is in eager, with a note that names the node."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        error.add_note(f"raised by the host operation {op.name} of hetegen's schedule")
+        raise
+
+
 class Accelerator(ABC):
-    """One device and its three streams; see the module's docstring for what each operation orders."""
+    """One device, its three streams and the pin thread; see the module's docstring for what each operation orders."""
 
     kind: str
     """``"cuda"`` or ``"emulated"``."""
@@ -81,6 +95,11 @@ class Accelerator(ABC):
     counters: Counters
     memory_bytes: int
     """Bytes of device memory that may be used at all (free memory on CUDA, the profile's when emulated)."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether work can be given to it; if not, every method raises AcceleratorError with the reason."""
+        return True
 
     # ---- memory ------------------------------------------------------------------------------------
     @abstractmethod
@@ -116,11 +135,29 @@ class Accelerator(ABC):
         """A view of the staging ring, prepared once at bind time; offsets are multiples of 256 bytes."""
 
     @abstractmethod
-    def pin(self, tensor: torch.Tensor) -> bool:
-        """Pin a host tensor's bytes in place so that prefetches from it are asynchronous.
+    def pin(self, owner: object, address: int, nbytes: int) -> int:
+        """Pin host memory in place, so that prefetches from it are asynchronous, until ``owner`` dies.
 
-        True if its bytes are pinned now (at once or before). The pin ends when the storage dies.
+        Returns 0 if the bytes are pinned now (at once or before), else the driver's error code.
         """
+
+    @abstractmethod
+    def abandon_step(self) -> None:
+        """The host left the step by an exception: pass over what is queued, let go of what the step held, and undo
+        what it set process-wide. Nothing happens outside a step."""
+
+    @abstractmethod
+    def reserve_pinned(self, nbytes: int) -> None:
+        """Make the pinned ring on the host at least ``nbytes`` long (synchronises if it has to grow)."""
+
+    @abstractmethod
+    def pinned_slot(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
+        """A view of the pinned ring, prepared once at bind time; offsets are multiples of 256 bytes."""
+
+    @property
+    @abstractmethod
+    def pinned_bytes(self) -> int:
+        """Host bytes that are pinned now: in place, and the pinned ring."""
 
     # ---- operations of a schedule --------------------------------------------------------------------
     @abstractmethod
@@ -132,12 +169,19 @@ class Accelerator(ABC):
         """Block until all streams are idle; raise what a stream's work raised."""
 
     @abstractmethod
-    def abort_step(self) -> None:
-        """Pass over what a step that failed has queued, and let go of what it held. Nothing happens outside a step."""
+    def stage(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Transfer]) -> Transfer:
+        """Start copying ``source`` (contiguous rows of a host weight) into a slot of the pinned ring.
+
+        ``after`` are the prefetches that read what the slot's bytes held before.
+        """
 
     @abstractmethod
-    def prefetch(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Token]) -> Transfer:
-        """Start copying ``source`` (contiguous rows of a host weight) into ``slot`` on the up stream."""
+    def prefetch(self, op: Op, source: torch.Tensor | Transfer, slot: Slot, after: Sequence[Token]) -> Transfer:
+        """Start copying ``source`` into ``slot`` on the up stream.
+
+        ``source`` is contiguous rows of a host weight, or the ``stage`` that copies them into the pinned ring;
+        each stage is read by one prefetch.
+        """
 
     @abstractmethod
     def wait(self, op: Op, transfer: Transfer) -> Value:

@@ -1,4 +1,4 @@
-"""Vector clocks over the host thread and the three streams of an accelerator.
+"""Vector clocks over the host thread, the three streams of an accelerator and the pin thread.
 
 One component per lane counts the operations issued to it. What a lane's clock covers has happened before the
 lane's next operation; two accesses of which neither covers the other are a race, however the threads run
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-HOST, COMPUTE, UP, DOWN = range(4)
-RESOURCES = ("host", "accelerator", "up", "down")
+HOST, COMPUTE, UP, DOWN, PIN = range(5)
+RESOURCES = ("host", "accelerator", "up", "down", "pin")
 """The lanes' names in traces, in the order of the constants above."""
 
 Clock = tuple[int, ...]
@@ -30,10 +30,10 @@ def covers(clock: Clock, access: Access) -> bool:
 
 
 class Clocks:
-    """The four lanes' clocks; operations are entered in issue order, by the host thread."""
+    """The lanes' clocks; operations are entered in issue order, by the host thread."""
 
     def __init__(self) -> None:
-        self._clocks: list[Clock] = [(0, 0, 0, 0)] * 4
+        self._clocks: list[Clock] = [(0,) * len(RESOURCES)] * len(RESOURCES)
 
     def now(self, lane: int) -> Clock:
         """The clock of what was last issued to ``lane``."""
@@ -54,4 +54,4 @@ class Clocks:
     def join(self) -> None:
         """Everything issued so far happened before everything to come (all streams were found idle)."""
         joined = tuple(map(max, *self._clocks))
-        self._clocks = [joined] * 4
+        self._clocks = [joined] * len(RESOURCES)

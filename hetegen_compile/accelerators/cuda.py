@@ -4,7 +4,8 @@ Unverified on a GPU: this module was written on machines without one and is veri
 benchmarks/gpu has run on a device (ordering, asynchrony of copies from registered memory, views of pinned
 buffers).
 
-``compute`` is the caller's current stream; ``up`` and ``down`` are streams of the accelerator's own. Values
+``compute`` is the caller's current stream; ``up`` and ``down`` are streams of the accelerator's own; staged
+weights go up from the pin thread (``cuda_staging``). Values
 are CUDA tensors. The rules of a schedule that the emulated accelerator checks are not checked here, beyond
 what costs nothing; work that fails is reported by the call that meets it.
 """
@@ -16,12 +17,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value
-from hetegen_compile.accelerators.cuda_pinning import CudaHostMemory, cuda_view
+from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value, call_on_host
+from hetegen_compile.accelerators.cuda_pinning import SUCCESS, CudaHostMemory, cuda_view, pinned_by_others
+from hetegen_compile.accelerators.cuda_staging import Job, PinThread, copy_rows
 from hetegen_compile.accelerators.cuda_trace import CudaTracer
 from hetegen_compile.accelerators.geometry import copy_span, empty_twin, same_geometry, span, span_bytes
 from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
@@ -44,7 +47,11 @@ ALLOCATOR_BLOCK_BYTES = 20 << 20
 
 @dataclass(eq=False)
 class CudaTransfer:
-    """A started copy: its result, what it reads (kept alive), and its event (None: readable at once)."""
+    """A started copy: its result, what it reads (kept alive), and its event (None: readable at once).
+
+    ``job`` is the pin thread's part, which sets the event of a prefetch that reads the pinned ring. ``reader``
+    names the prefetch that reads a stage.
+    """
 
     node: str
     kind: str
@@ -52,6 +59,13 @@ class CudaTransfer:
     source: Any
     event: torch.cuda.Event | None = None
     released_by: str | None = None
+    job: Job | None = None
+    reader: str | None = None
+
+    def issued(self) -> None:
+        """Block until the pin thread has done its part."""
+        if self.job is not None:
+            self.job.result()
 
 
 @dataclass(frozen=True)
@@ -92,14 +106,17 @@ class CudaAccelerator(Accelerator):
         self._down = torch.cuda.Stream(self.device)
         self._ring = torch.empty(0, dtype=torch.uint8, device=self.device)
         self._views: dict[Slot, torch.Tensor] = {}
+        self._pinned_ring = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._pinned_views: dict[Slot, torch.Tensor] = {}
+        self._pin_thread = PinThread(partial(torch.cuda.set_device, self.device))
+        self._staged: list[CudaTransfer] = []
         self._kept: list[torch.Tensor] = []
         self._in_step = False
         self._closed = False
 
     @property
     def pinned_bytes(self) -> int:
-        """Host bytes that were pinned in place and still are."""
-        return self._pins.pinned_bytes
+        return self._pins.pinned_bytes + self._pinned_ring.numel()
 
     @property
     def _compute(self) -> torch.cuda.Stream:
@@ -168,14 +185,38 @@ class CudaAccelerator(Accelerator):
                 view = self._views[slot] = slot_view(self._ring, slot)
         return view
 
-    def pin(self, tensor: torch.Tensor) -> bool:
+    def pin(self, owner: object, address: int, nbytes: int) -> int:
         self._check_open()
-        return self._pins.pin(tensor)
+        code = self._pins.pin(owner, address, nbytes)
+        return SUCCESS if code != SUCCESS and pinned_by_others(address, nbytes) else code
+
+    def reserve_pinned(self, nbytes: int) -> None:
+        self._check_open()
+        if nbytes <= self._pinned_ring.numel():
+            return
+        self.synchronize()
+        self._pinned_views.clear()
+        with self._work(Op("the pinned ring")), torch.inference_mode(False):
+            geometry = torch.empty(nbytes, dtype=torch.uint8, device="meta")
+            self._pinned_ring = empty_twin(geometry, torch.device("cpu"), pinned=True)
+
+    def pinned_slot(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
+        self._check_open()
+        slot = make_slot(self._pinned_ring.numel(), offset, shape, dtype)
+        self._pinned_view(slot)
+        return slot
+
+    def _pinned_view(self, slot: Slot) -> torch.Tensor:
+        view = self._pinned_views.get(slot)
+        if view is None:
+            with torch.inference_mode(False):
+                view = self._pinned_views[slot] = slot_view(self._pinned_ring, slot)
+        return view
 
     # ---- steps -------------------------------------------------------------------------------------
     def begin_step(self) -> None:
         self._check_open()
-        self.abort_step()
+        self.abandon_step()
         self._ledger.begin_step()
         self._up.wait_stream(self._compute)
         self._down.wait_stream(self._compute)
@@ -185,39 +226,90 @@ class CudaAccelerator(Accelerator):
         self.synchronize()
         self._kept.clear()
         self._in_step = False
+        staged, self._staged = self._staged, []
+        for transfer in staged:
+            transfer.issued()  # raises what failed on the pin thread
         reserved = torch.cuda.max_memory_reserved(self.device) - self._reserved_before
         self.counters.peak_bytes = self.counters.step_peak_bytes = max(0, reserved)
 
-    def abort_step(self) -> None:
+    def abandon_step(self) -> None:
         if self._in_step:
             self.synchronize()
             self._kept.clear()
+            self._staged.clear()
             self._in_step = False
 
     def synchronize(self) -> None:
         self._check_open()
+        self._pin_thread.drain()
         with self._work(Op("synchronize")):
             for stream in (self._up, self._compute, self._down):
                 stream.synchronize()
 
     # ---- operations of a schedule --------------------------------------------------------------------
-    def prefetch(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[CudaToken]) -> CudaTransfer:
+    def stage(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[CudaTransfer]) -> CudaTransfer:
+        self._check_open()
+        view = self._pinned_view(slot)
+        _check_rows(op, source, view)
+        earlier = [_started(op, transfer, ("prefetch",)) for transfer in after]
+        transfer = CudaTransfer(op.name, "stage", view, source)
+        transfer.job = self._pin_thread.submit(op.name, partial(self._fill_pinned, op, source, view, earlier))
+        self._staged.append(transfer)
+        return transfer
+
+    def _fill_pinned(self, op: Op, source: torch.Tensor, view: torch.Tensor, earlier: list[CudaTransfer]) -> None:
+        """On the pin thread: once the uploads of what lay there are over, copy rows into the pinned ring."""
+        for transfer in earlier:
+            assert transfer.event is not None, "the pin thread issued this upload before"
+            transfer.event.synchronize()
+        with self._tracer.host_span(op.name, "pin"):
+            copy_rows(view, source)
+        self._ledger.staged(op.category, span_bytes(view))
+
+    def prefetch(
+        self, op: Op, source: torch.Tensor | CudaTransfer, slot: Slot, after: Sequence[CudaToken]
+    ) -> CudaTransfer:
         self._check_open()
         view = self._view(slot)
-        if not source.is_contiguous() or not same_geometry(source, view):
-            raise ScheduleError(
-                f"{op.name} copies into a slot of another dtype or shape, or not contiguously"
-            )
+        if isinstance(source, CudaTransfer):
+            return self._prefetch_staged(op, source, view, after)
+        _check_rows(op, source, view)
+        transfer = CudaTransfer(op.name, "prefetch", view, source)
+        self._fill_slot(op, transfer, after)
+        return transfer
+
+    def _prefetch_staged(
+        self, op: Op, stage: CudaTransfer, view: torch.Tensor, after: Sequence[CudaToken]
+    ) -> CudaTransfer:
+        rows = _started(op, stage, ("stage",)).value
+        _check_rows(op, rows, view)
+        if stage.reader is not None:
+            raise SlotInUseError(f"{op.name} reads {stage.node}, which {stage.reader} reads already")
+        stage.reader = op.name
+        transfer = CudaTransfer(op.name, "prefetch", view, rows)
+        transfer.job = self._pin_thread.submit(op.name, partial(self._upload_staged, op, stage, transfer, after))
+        self._staged.append(transfer)
+        return transfer
+
+    def _upload_staged(
+        self, op: Op, stage: CudaTransfer, transfer: CudaTransfer, after: Sequence[CudaToken]
+    ) -> None:
+        """On the pin thread, behind the stage: start the upload unless there is nothing to upload."""
+        stage.issued()
+        self._fill_slot(op, transfer, after)
+
+    def _fill_slot(self, op: Op, transfer: CudaTransfer, after: Sequence[CudaToken]) -> None:
         for token in after:
             self._up.wait_event(token.event)
         with self._work(op), self._on(self._up, "up", op):
-            view.copy_(source, non_blocking=True)
-        self._ledger.uploaded(op.category, source.numel() * source.element_size())
-        return CudaTransfer(op.name, "prefetch", view, source, self._up.record_event())
+            transfer.value.copy_(transfer.source, non_blocking=True)
+        self._ledger.uploaded(op.category, span_bytes(transfer.source))
+        transfer.event = self._up.record_event()
 
     def wait(self, op: Op, transfer: CudaTransfer) -> Value:
         self._check_open()
         transfer = _started(op, transfer, ("prefetch", "to_accelerator"))
+        transfer.issued()
         if transfer.event is not None:
             self._compute.wait_event(transfer.event)
         return transfer.value
@@ -310,7 +402,7 @@ class CudaAccelerator(Accelerator):
             ):
                 raise ScheduleError(f"{op.name} runs on the host but gets a value of the accelerator")
         with self._tracer.host_span(op.name):
-            return function(*args, **kwargs)
+            return call_on_host(op, function, args, kwargs)
 
     # ---- life --------------------------------------------------------------------------------------
     def trace(self, enabled: bool) -> list[Span]:
@@ -320,10 +412,14 @@ class CudaAccelerator(Accelerator):
     def close(self) -> None:
         if self._closed:
             return
+        self._pin_thread.close()
         torch.cuda.synchronize(self.device)
         self._kept.clear()
+        self._staged.clear()
         self._views.clear()
+        self._pinned_views.clear()
         self._ring = torch.empty(0, dtype=torch.uint8, device=self.device)
+        self._pinned_ring = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._pins.close()
         self._closed = True
 
@@ -355,6 +451,11 @@ def _copying() -> Iterator[None]:
     """Copies record no graph and make ordinary tensors, whatever mode the caller is in."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def _check_rows(op: Op, source: torch.Tensor, view: torch.Tensor) -> None:
+    if not source.is_contiguous() or not same_geometry(source, view):
+        raise ScheduleError(f"{op.name} copies into a slot of another dtype or shape, or not contiguously")
 
 
 def _started(op: Op, transfer: object, kinds: tuple[str, ...]) -> CudaTransfer:
