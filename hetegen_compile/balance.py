@@ -18,11 +18,10 @@ from hetegen_compile.cost_model import Chain, Trip, balance_along, relax, row_gr
 from hetegen_compile.ir import LINEAR, copy_module, info
 from hetegen_compile.passes.choose_splits import choose_splits, feed_s, with_host_rows
 from hetegen_compile.passes.context import Context, Splits, require
-from hetegen_compile.passes.liveness import scheduled_peak_bytes, segment_workspace_bytes
 from hetegen_compile.passes.predict_step import node_work, trip_s
 from hetegen_compile.pipeline import ONCE_PER_SPLIT, run_pipeline
 
-_ONCE_DECIDED = ("verify", "retarget_devices", "lower")
+_ONCE_DECIDED = ("measure_memory", "verify", "retarget_devices", "lower")
 _ROUNDS = 3
 _CLOSE = 0.01
 
@@ -120,12 +119,6 @@ def simulated_step_s(module: fx.GraphModule, context: Context, splits: Splits) -
     """Seconds of a step of a grouped graph with these splits, through the same passes as the real one."""
     _, context = _scheduled(module, context, splits)
     return require(context.prediction, "predict_step").step_s
-
-
-def activation_bytes(module: fx.GraphModule, context: Context) -> int:
-    """Peak bytes of activations of a grouped graph, workspace of segments included, once it is scheduled."""
-    copy, context = _scheduled(module, context, choose_splits(module, context))
-    return scheduled_peak_bytes(copy.graph, context) + segment_workspace_bytes(module, context)
 
 
 def _scheduled(module: fx.GraphModule, context: Context, splits: Splits) -> tuple[fx.GraphModule, Context]:

@@ -70,12 +70,14 @@ def bind(
     work: Mapping[fx.Node, Work],
     accelerator: Accelerator,
     kernels: Mapping[str, KernelChoice] = MappingProxyType({}),
+    workspace_bytes: Mapping[fx.Node, int] = MappingProxyType({}),
 ) -> BoundStep:
     """Generate the step function of a lowered schedule for one accelerator.
 
     Host parts are computed by ``kernels``: those of the hardware profile, by dtype; without one by ``F.linear``.
+    ``workspace_bytes`` are what nodes occupy while they run beside arguments and results.
     """
-    return _Binder(module, work, accelerator, kernels).bind()
+    return _Binder(module, work, accelerator, kernels, workspace_bytes).bind()
 
 
 _METHODS = (
@@ -90,11 +92,13 @@ class _Binder:
         work: Mapping[fx.Node, Work],
         accelerator: Accelerator,
         kernels: Mapping[str, KernelChoice],
+        workspace_bytes: Mapping[fx.Node, int],
     ) -> None:
         self._kernels = kernels
         self._refusals: dict[Refusal, None] = {}
         self._module = module
         self._work = work
+        self._workspace_bytes = workspace_bytes
         self._accelerator = accelerator
         self._inputs = module.graph.find_nodes(op="placeholder")
         self._position = {node: position for position, node in enumerate(self._inputs)}
@@ -152,7 +156,7 @@ class _Binder:
 
     def _op(self, node: fx.Node, category: str = "activations") -> str:
         seconds = self._work[node].seconds if node in self._work else 0.0
-        return self._constant("op", Op(node.name, seconds, category))
+        return self._constant("op", Op(node.name, seconds, category, self._workspace_bytes.get(node, 0)))
 
     def _text(self, argument: Any) -> str:
         """Python text for an argument: names of values, literals, and constants from the environment."""

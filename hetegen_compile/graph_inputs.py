@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -39,6 +39,14 @@ def symbol_inputs(placeholders: Sequence[fx.Node]) -> dict[sympy.Symbol, int]:
         for i, node in enumerate(placeholders)
         if isinstance(info(node).value, py_sym_types) and info(node).value.node.expr.is_Symbol
     }
+
+
+def sequence_shape(placeholders: Sequence[fx.Node], weights: Container[str]) -> tuple[int, int]:
+    """(sequences, tokens of each) that a graph of fixed sizes is given, by its integer inputs; (0, 0) if unknown."""
+    given = [info(node).value for node in placeholders if node.name not in weights]
+    ids = [t for t in given if isinstance(t, Tensor) and t.dim() == 2 and not t.dtype.is_floating_point]
+    fixed = [tuple(map(int, t.shape)) for t in ids if all(isinstance(size, int) for size in t.shape)]
+    return (fixed[0][0], fixed[0][1]) if fixed else (0, 0)
 
 
 def token_count(module: fx.GraphModule) -> sympy.Expr:

@@ -44,6 +44,7 @@ class NodeInfo:
         data_dependent: its result's shape or value (``item``) depends on data.
         flops: floating-point operations (torch.utils.flop_counter's formulas), a sympy expression.
         traffic_bytes: bytes read and written by compute operations, a sympy expression.
+        made_bytes: bytes of all tensors that its ATen operations make, results included, a sympy expression.
         module: dotted path of the module it comes from.
         position: place in program order.
         side: where it runs, once that has been decided.
@@ -58,6 +59,7 @@ class NodeInfo:
     data_dependent: bool = False
     flops: sympy.Expr = sympy.Integer(0)
     traffic_bytes: sympy.Expr = sympy.Integer(0)
+    made_bytes: sympy.Expr = sympy.Integer(0)
     module: str = ""
     position: int = -1
     side: Side | None = None

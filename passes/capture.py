@@ -70,7 +70,7 @@ class _Listener(TorchDispatchMode):
         found = dict(getattr(self, "_found", {}))
         self._found: dict[str, Any] = {
             "aten": (), "random": False, "data_dependent": False,
-            "flops": sympy.Integer(0), "traffic_bytes": sympy.Integer(0),
+            "flops": sympy.Integer(0), "traffic_bytes": sympy.Integer(0), "made_bytes": sympy.Integer(0),
         }
         return found
 
@@ -87,6 +87,7 @@ class _Listener(TorchDispatchMode):
         )
         found["flops"] += _flops(func, args, kwargs or {}, out)
         found["traffic_bytes"] += _traffic(name, args, out)
+        found["made_bytes"] += _new_bytes(out, (args, kwargs))
         return out
 
 
@@ -112,6 +113,12 @@ def _grouped_bytes(rows: Tensor, matrices: Tensor) -> sympy.Expr:
 
 def _total_bytes(value: Any) -> sympy.Expr:
     return sum((tensor_bytes(tensor) for tensor in tensors_in(value)), sympy.Integer(0))
+
+
+def _new_bytes(out: Any, operands: Any) -> sympy.Expr:
+    """Bytes of the tensors of ``out`` that lie in no operand's storage."""
+    known = {storage_id(tensor) for tensor in tensors_in(operands)}
+    return _total_bytes([tensor for tensor in tensors_in(out) if storage_id(tensor) not in known])
 
 
 def _is_random(func: Any, args: Any, kwargs: Any) -> bool:

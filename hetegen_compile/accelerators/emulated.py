@@ -92,7 +92,6 @@ class EmulatedAccelerator(Accelerator):
         self._hazards.refuse_on_host(op.name, source)
         access = self._hazards.clocks.issue(COMPUTE, op.name)
         if into is None:
-            self._ledger.require(op.name, span_bytes(source))
             value = DeviceTensor(access)
             work = partial(self._work.copy_up, op, value, source)
         else:
@@ -113,14 +112,25 @@ class EmulatedAccelerator(Accelerator):
         result: torch.Tensor = self.wait_host(Op(op.name), self.to_host(op, value))
         return result
 
+    def limit_memory(self, nbytes: int) -> None:
+        self._ledger.limit_bytes = nbytes
+
+    def available_bytes(self) -> int:
+        return self.memory_bytes
+
+    def withdraw_memory(self, nbytes: int) -> None:
+        """Play that somebody else takes ``nbytes`` of the device's memory (gives back, if negative)."""
+        self.memory_bytes -= nbytes
+        self._ledger.memory_bytes = self.memory_bytes
+
     def reserve_ring(self, nbytes: int) -> None:
         self._engine.check_usable()
-        if nbytes <= self._ring.nbytes:
+        if nbytes == self._ring.nbytes:
             return
         self.synchronize()
         self._ledger.require("the staging ring", nbytes - self._ring.nbytes)
         self._hazards.restart("reserve_ring")
-        self._ring.grow(nbytes)
+        self._ring.resize(nbytes)
         self._ledger.hold(self._ring.buffer, "slots")
 
     def slot(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
@@ -144,7 +154,7 @@ class EmulatedAccelerator(Accelerator):
             return
         self.synchronize()
         self._hazards.restart("reserve_pinned")
-        self._pinned.grow(nbytes)
+        self._pinned.resize(nbytes)
 
     def pinned_slot(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
         self._engine.check_usable()
@@ -153,14 +163,11 @@ class EmulatedAccelerator(Accelerator):
     # ---- steps -------------------------------------------------------------------------------------
     def begin_step(self) -> None:
         self._engine.check_usable()
-        if self._engine.in_step:
-            self._engine.abort()
-        else:
-            self.synchronize()
+        self.abandon_step()
+        self.synchronize()
         self._work.aliases.clear()
-        left, left_pinned = self._hazards.restart("begin_step")
-        self._ring.poison(left)
-        self._pinned.poison(left_pinned)
+        self._poison_what_is_left("begin_step")
+        self._ledger.begin_step()
         self._engine.enter_step()
 
     def end_step(self) -> None:
@@ -169,7 +176,15 @@ class EmulatedAccelerator(Accelerator):
         self._hazards.check_lent()
 
     def abandon_step(self) -> None:
-        self._engine.restore_switch_interval()
+        if self._engine.in_step:
+            self._engine.abort()
+            self._work.aliases.clear()
+            self._poison_what_is_left("abandon_step")
+
+    def _poison_what_is_left(self, by: str) -> None:
+        left, left_pinned = self._hazards.restart(by)
+        self._ring.poison(left)
+        self._pinned.poison(left_pinned)
 
     def synchronize(self) -> None:
         self._engine.check_usable()
@@ -311,7 +326,7 @@ class EmulatedAccelerator(Accelerator):
             self._hazards.mutate(args[position], access)
         results = [DeviceTensor(access) for _ in range(1 if outputs is None else outputs)]
         call = Call(function, args, tuple(args[i] for i in mutates), results, outputs is None)
-        work = partial(self._work.call, call, self._issued(access))
+        work = partial(self._work.call, op, call, self._issued(access))
         self._engine.submit(COMPUTE, Task(op, work, Modes.current()))
         return results[0] if outputs is None else results
 

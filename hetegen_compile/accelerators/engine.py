@@ -14,7 +14,7 @@ from hetegen_compile.accelerators.base import Op, Span
 from hetegen_compile.accelerators.clocks import COMPUTE, DOWN, HOST, PIN, UP
 from hetegen_compile.accelerators.pacing import Pacer
 from hetegen_compile.accelerators.streams import Delays, Shared, Stream, Task
-from hetegen_compile.errors import AcceleratorError, ScheduleError
+from hetegen_compile.errors import AcceleratorError, AcceleratorMemoryError, ScheduleError
 
 SWITCH_INTERVAL_S = 1e-5
 """Of the interpreter while a step runs: at the default a hand-off beside a busy thread takes milliseconds."""
@@ -137,7 +137,7 @@ class Engine:
         self.check_usable()
         self.abort()
         node, cause = failure
-        if isinstance(cause, ScheduleError):
+        if isinstance(cause, (ScheduleError, AcceleratorMemoryError)):
             raise cause
         raise AcceleratorError(
             f"{node} failed on the accelerator: {type(cause).__name__}: {cause}"

@@ -122,21 +122,14 @@ def _plan_both(traced: TracedGeneration, machine: Machine, last: int) -> tuple[l
     while True:
         resident = PlannedWeights()
         decode = _plan_forward(traced.decode, replace(machine, reserved_bytes=spare), resident, traced.hint, last)
-        held = dict(resident.bytes_of)
+        held = dict(resident.first_rows)
         prefill = _plan_forward(traced.prefill, machine, resident, traced.hint, traced.hint)
-        if _keeps(prefill, held):
+        if resident.first_rows == held:
             return prefill, decode
         more = max(1, _fixed_bytes(prefill) - _fixed_bytes(decode))
         if more <= spare or not held:
             return prefill, decode
         spare = more
-
-
-def _keeps(planned: Sequence[PlannedGraph], held: Mapping[int, int]) -> bool:
-    """Whether the plans leave on the accelerator what lies there."""
-    used = {id(weight) for one in planned for weight in one.graph.weights.values()}
-    kept = {id(one.graph.weights[name]) for one in planned for name in one.residency.weights}
-    return (held.keys() & used) <= kept and not any(one.residency.evicts for one in planned)
 
 
 def _fixed_bytes(planned: Sequence[PlannedGraph]) -> int:

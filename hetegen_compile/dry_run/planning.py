@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from hetegen_compile.hardware import profile_for
 from hetegen_compile.options import Options, format_bytes, parse_options
 from hetegen_compile.passes import annotate_costs, predict_step
 from hetegen_compile.passes.capture import storage_id
-from hetegen_compile.passes.context import Context, Residency, SegmentCache, require
+from hetegen_compile.passes.context import Claim, Context, Residency, SegmentCache, require
 from hetegen_compile.pipeline import ONCE_PER_SPLIT
 from hetegen_compile.planner import BucketPlan, PlannedStep, Planner, Sizes, Target, bucket_of, budget_bytes
 from hetegen_compile.schedule import Schedule, register
@@ -93,28 +93,35 @@ class Machine:
 
 @dataclass
 class PlannedWeights:
-    """The weights that earlier plans of the same model keep on the accelerator, and its staging ring."""
+    """What earlier plans of the same model claim, which rows of weights they keep, and their staging ring."""
 
-    bytes_of: dict[int, int] = field(default_factory=dict)
-    ring_bytes: int = 0
+    plans: list[Residency] = field(default_factory=list)
 
-    def add(self, graph: TracedGraph, residency: Residency) -> None:
-        """Note what a plan of ``graph`` keeps on the accelerator; one that evicts begins anew."""
-        if residency.evicts:
-            self.bytes_of.clear()
-        self.ring_bytes = max(self.ring_bytes, residency.ring_bytes)
-        for name, first in residency.weights.items():
-            weight = graph.weights[name]
-            rows = int(weight.shape[0])
-            self.bytes_of[id(weight)] = int(weight.numel()) * weight.element_size() * (rows - first) // rows
+    def add(self, residency: Residency) -> None:
+        """Note a plan: what it decides about resident rows holds for those before it, too."""
+        self.plans.append(residency)
 
-    def is_resident(self, weight: Tensor) -> bool:
-        """Whether an earlier plan holds this weight."""
-        return id(weight) in self.bytes_of
+    @property
+    def first_rows(self) -> Mapping[Hashable, int]:
+        """First resident row of each weight, as the last plan decided."""
+        return self.plans[-1].first_rows if self.plans else {}
 
-    def held_bytes(self) -> int:
-        """Bytes of all weights that earlier plans hold."""
-        return sum(self.bytes_of.values())
+    @property
+    def ring_bytes(self) -> int:
+        """The longest staging ring."""
+        return max((plan.ring_bytes for plan in self.plans), default=0)
+
+    def identify(self, weight: Tensor) -> Hashable:
+        """A fake stands for one weight in all graphs."""
+        return id(weight)
+
+    def claims(self) -> Sequence[Sequence[Claim]]:
+        """What each plan claims, oldest first."""
+        return [plan.claims for plan in self.plans]
+
+    def reserved_bytes(self) -> int:
+        """The most that a step needs beside resident weights and the ring."""
+        return max((plan.step_bytes for plan in self.plans), default=0)
 
 
 @dataclass(frozen=True)
@@ -170,7 +177,7 @@ def plan_graph(
         resident=resident, ring_bytes=resident.ring_bytes, host_memory=machine,
     )
     base = planner.plan_bucket(bucket_of(number(token_count(graph.module), sizes)), sizes, target, graph.weights)
-    resident.add(graph, require(base.context.residency, "choose_residency"))
+    resident.add(require(base.context.residency, "choose_residency"))
     return PlannedGraph(graph, base, planner.plan_split(base, machine.options.split, _STAGES))
 
 
