@@ -9,13 +9,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint audit clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.generate
 
-test: lint
+test: lint audit
 	$(BIN)/python -m pytest
+
+# what is installed: known names, the pinned versions, licences of a list
+audit: $(INSTALLED)
+	$(BIN)/python -m tests.audit
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ from hetegen_compile.cost_model import host_linear_s, host_op_s, upload_s
 from hetegen_compile.ir import LINEAR, info, is_tensor
 from hetegen_compile.passes.annotate_costs import dtype_name, value_bytes
 from hetegen_compile.passes.capture import FREE_ATEN
-from hetegen_compile.passes.choose_splits import choose_splits
+from hetegen_compile.passes.choose_splits import choose_splits, feed_s
 from hetegen_compile.passes.context import Context, LinearPlan, NodeCost, require
 from hetegen_compile.passes.predict_step import node_work
 
@@ -25,18 +25,10 @@ def floor_s(module: fx.GraphModule, context: Context) -> float:
     splits, costs = require(context.splits, "choose_splits"), require(context.costs, "annotate_costs")
     nodes = module.graph.find_nodes(op="call_function", target=LINEAR)
     offloaded = [node for node in nodes if splits[info(node).position].resident is None]
-    link_s = sum(_feed_s(node, costs[info(node).position], context) for node in offloaded)
+    link_s = sum(feed_s(node, costs[info(node).position], context) for node in offloaded)
     host_s = sum(costs[info(node).position].host_s for node in offloaded)
     together = link_s * host_s / (link_s + host_s) if link_s + host_s > 0 else 0.0
     return max(together, _accelerator_s(module, context))
-
-
-def _feed_s(linear: fx.Node, cost: NodeCost, context: Context) -> float:
-    """Seconds to bring a Linear's whole weight over the link, by way of the pinned ring if it is staged."""
-    weight: fx.Node = linear.args[1]  # type: ignore[assignment]
-    if weight.name not in context.staged:
-        return cost.link_s
-    return max(cost.link_s, cost.weight_bytes / context.profile.pin_bytes_per_s)
 
 
 def baselines(module: fx.GraphModule, context: Context) -> dict[str, float | None]:

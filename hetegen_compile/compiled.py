@@ -76,6 +76,7 @@ class CompiledGraph:
         placeholders = module.graph.find_nodes(op="placeholder")
         self._names = [source_name(node) or node.name for node in placeholders]
         self._weights = {node.name: i for i, node in enumerate(placeholders) if is_weight(node, inputs[i])}
+        self._model_inputs = frozenset(self._weights.values())
         self._symbols = symbol_inputs(placeholders)
         self._aliased = aliased_inputs(placeholders)
         self._tokens = token_count(module)
@@ -84,6 +85,7 @@ class CompiledGraph:
         self._plans: dict[Hashable, _Plan] = {}
         self._host_only: Schedule | None = None
         with runtime.lock:
+            runtime.mirrors.check()
             try:
                 with _quiet(runtime.accelerator.device):
                     self._plan(inputs)
@@ -105,11 +107,15 @@ class CompiledGraph:
             try:
                 return self._run(self._ready_plan(inputs), inputs)
             except NoRoomError as error:
-                raise BudgetError(
-                    f"this forward needs {format_bytes(error.excess_bytes)} more on the accelerator than gpu_memory="
-                    f"{format_bytes(budget_bytes(self._options, self._runtime))} leaves beside its activations: use a "
-                    "larger budget, a smaller batch or a shorter context"
-                ) from error
+                raise self._no_room(error.excess_bytes) from error
+
+    def _no_room(self, excess_bytes: int) -> BudgetError:
+        budget = budget_bytes(self._options, self._runtime)
+        return BudgetError(
+            f"this forward needs {format_bytes(excess_bytes)} more on the accelerator than gpu_memory="
+            f"{format_bytes(budget)} leaves beside its activations: set options={{'gpu_memory': "
+            f"{budget + excess_bytes}}} or more, or use a smaller batch or a shorter context"
+        )
 
     @property
     def compiled_segments(self) -> int:
@@ -133,6 +139,7 @@ class CompiledGraph:
             raise
         except BaseException:
             mirrors.forget()  # the step may have written some of them
+            accelerator.abandon_step()
             raise
         plan.schedule.note_step(seconds, accelerator.trace(False) if tracing else [])
         plan.schedule.accelerator_peak_bytes = accelerator.counters.peak_bytes
@@ -142,8 +149,13 @@ class CompiledGraph:
         accelerator, mirrors, bound = self._runtime.accelerator, self._runtime.mirrors, plan.bound
         accelerator.begin_step()
         mirrors.begin_step()
-        requests = [Request(inputs[i], self._names[i], whole=i in self._aliased) for i in bound.mirrors]
-        requests += [Request(inputs[i].detach()[lo:hi], self._names[i], WEIGHTS) for i, lo, hi in bound.residents]
+        requests = [
+            Request(inputs[i], self._names[i], whole=i in self._aliased, watched=i in self._model_inputs)
+            for i in bound.mirrors
+        ]
+        requests += [
+            Request(inputs[i].detach()[lo:hi], self._names[i], WEIGHTS, watched=True) for i, lo, hi in bound.residents
+        ]
         values = mirrors.fetch(requests, plan.mirror_limit_bytes - self._runtime.ring_bytes)
         count = len(bound.mirrors)
         outputs, twins = bound.run(list(inputs), values[:count], values[count:])
@@ -210,7 +222,9 @@ class CompiledGraph:
         residency = require(planned.context.residency, "choose_residency")
         self._runtime.reserve_ring(residency.ring_bytes)
         work = require(planned.context.prediction, "predict_step").work
-        bound = bind(planned.module, work, self._runtime.accelerator)
+        kernels = planned.context.profile.host.linear_kernels
+        bound = bind(planned.module, work, self._runtime.accelerator, kernels)
+        planned.schedule.refusals += bound.refusals
         self._tell(planned.schedule)
         return _Plan(bound, planned.schedule, planned.context.budget_bytes - residency.transient_bytes)
 

@@ -26,6 +26,9 @@ Side = Literal["host", "accelerator"]
 
 _META_KEY = "hetegen"
 
+GENERATOR = -1
+"""The state of torch's random generator, as a storage: who draws reads and writes it, so draws keep their order."""
+
 
 @dataclass(frozen=True)
 class NodeInfo:
@@ -35,7 +38,7 @@ class NodeInfo:
         value: the fake result (a tensor, a number or SymInt, or a tuple of them).
         storages: storages of the result's tensors.
         reads: storages of the tensors among the arguments.
-        writes: storages that the node writes in place.
+        writes: storages that the node writes in place (``GENERATOR`` for one that draws random numbers).
         aten: names of the ATen operations it runs.
         random: draws random numbers.
         data_dependent: its result's shape or value (``item``) depends on data.

@@ -166,7 +166,7 @@ class Planner:
             baselines=baselines(base.module, context),
             budget_bytes=context.budget_bytes,
             budget=residency.budget,
-            refusals=context.refusals,
+            refusals=(*context.refusals, *self._segments.refused.values()),
             whole_graph=residency.whole_graph,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import weakref
 from dataclasses import dataclass
@@ -21,6 +22,17 @@ WEIGHTS = "weights"
 
 _open: weakref.WeakValueDictionary[Any, Runtime] = weakref.WeakValueDictionary()
 _opening = threading.Lock()
+
+
+def _after_fork() -> None:
+    """In the child: locks that another thread held at the fork would stay locked for good."""
+    global _opening
+    _opening = threading.Lock()
+    for runtime in list(_open.values()):
+        runtime.lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class Runtime:
@@ -78,7 +90,7 @@ def runtime_for(options: Options, profile: HardwareProfile) -> Runtime:
     key = (options.accelerator, options.pace, options.seed, profile.accelerator.memory_bytes)
     with _opening:
         runtime = _open.get(key)
-        if runtime is None:
+        if runtime is None or not runtime.accelerator.usable:
             runtime = Runtime(
                 open_accelerator(
                     options.accelerator,

@@ -15,6 +15,7 @@ from torch import fx
 
 from hetegen_compile import ir
 from hetegen_compile.accelerators.base import Span
+from hetegen_compile.files import write_private
 from hetegen_compile.host_memory import Holding
 from hetegen_compile.ir import info
 from hetegen_compile.options import format_bytes
@@ -122,7 +123,7 @@ class Schedule:
                 _event("measured", span.name, span.resource, span.start_s - origin, span.end_s - origin)
                 for span in self.spans
             ]
-        Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+        write_private(Path(path), json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
     def note_step(self, seconds: float, spans: list[Span]) -> None:
         """Keep one step's time (the last 1000) and, if it was traced, its spans on the rows."""

@@ -26,7 +26,8 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 from torch.utils.flop_counter import bmm_flop, flop_registry, mm_flop, sdpa_flop_count
 
 from hetegen_compile.errors import UnsupportedModelError
-from hetegen_compile.ir import NodeInfo, annotate, info
+from hetegen_compile.ir import GENERATOR, NodeInfo, annotate, info
+from hetegen_compile.passes.fold_transforms import fold_transforms
 
 FREE_ATEN = frozenset({"view", "_unsafe_view", "expand", "permute", "transpose", "t", "slice", "select"})
 FREE_ATEN |= frozenset({"unsqueeze", "squeeze", "detach", "alias", "as_strided", "empty", "split", "unbind"})
@@ -38,7 +39,7 @@ _UPDATES = frozenset({"index_copy_", "index_put_", "scatter_", "index_add_"})
 
 def to_expr(value: Any) -> sympy.Expr:
     """A number or SymInt as a sympy expression over the graph's symbols."""
-    return value.node.expr if isinstance(value, py_sym_types) else sympy.sympify(value)
+    return value.node.expr if isinstance(value, py_sym_types) else sympy.sympify(value, strict=True)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -165,10 +166,11 @@ class _Propagator(fx.Interpreter):
         self._listener.take()
         result = super().run_node(n)
         writes = frozenset(storage_id(t) for t in reads if t._version != before[storage_id(t)])
+        found = self._listener.take()
+        generator = frozenset({GENERATOR} if found["random"] else ())
         annotate(
-            n, NodeInfo(), value=result, position=self._position, module=module_path(n), writes=writes,
-            storages=frozenset(map(storage_id, tensors_in(result))), reads=frozenset(before),
-            **self._listener.take(),
+            n, NodeInfo(), value=result, position=self._position, module=module_path(n), writes=writes | generator,
+            storages=frozenset(map(storage_id, tensors_in(result))), reads=frozenset(before) | generator, **found,
         )
         self._position += 1
         return result
@@ -189,6 +191,7 @@ def capture(module: fx.GraphModule, inputs: Sequence[Any]) -> FakeTensorMode:
     """
     _drop_side_notes(module.graph)
     _drop_idle_autocast(module.graph)
+    fold_transforms(module)
     _bind_python_floats(module)
     mode = _fake_mode(module)
     _check_devices(module, inputs)

@@ -160,10 +160,14 @@ SegmentCompiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 @dataclass(frozen=True)
 class SegmentCache:
-    """Compiled segments of one captured graph, by key; shared by the plans of all its buckets."""
+    """Compiled segments of one captured graph, by key; shared by the plans of all its buckets.
+
+    ``refused`` has the reason for each that the compiler failed on and that runs as plain FX code.
+    """
 
     compile_segment: SegmentCompiler
     compiled: MutableMapping[Hashable, Callable[..., Any]]
+    refused: MutableMapping[Hashable, Refusal] = field(default_factory=dict)
 
 
 class HostOnlyGraphError(Exception):

@@ -72,6 +72,15 @@ class Span:
     end_s: float
 
 
+def call_on_host(op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``function(*args, **kwargs)``; what it raises is raised as it is in eager, with a note that names the node."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        error.add_note(f"raised by the host operation {op.name} of hetegen's schedule")
+        raise
+
+
 class Accelerator(ABC):
     """One device, its three streams and the pin thread; see the module's docstring for what each operation orders."""
 
@@ -82,6 +91,11 @@ class Accelerator(ABC):
     counters: Counters
     memory_bytes: int
     """Bytes of device memory that may be used at all (free memory on CUDA, the profile's when emulated)."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether work can be given to it; if not, every method raises AcceleratorError with the reason."""
+        return True
 
     # ---- memory ------------------------------------------------------------------------------------
     @abstractmethod
@@ -110,6 +124,9 @@ class Accelerator(ABC):
 
         Returns 0 if the bytes are pinned now (at once or before), else the driver's error code.
         """
+
+    def abandon_step(self) -> None:  # noqa: B027
+        """The host left the step by an exception: undo what a step sets process-wide. The next step cleans up."""
 
     @abstractmethod
     def reserve_pinned(self, nbytes: int) -> None:

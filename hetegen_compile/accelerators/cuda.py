@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value
+from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value, call_on_host
 from hetegen_compile.accelerators.cuda_pinning import SUCCESS, CudaHostMemory, cuda_view, pinned_by_others
 from hetegen_compile.accelerators.cuda_staging import Job, PinThread, copy_rows
 from hetegen_compile.accelerators.cuda_trace import CudaTracer
@@ -375,7 +375,7 @@ class CudaAccelerator(Accelerator):
             ):
                 raise ScheduleError(f"{op.name} runs on the host but gets a value of the accelerator")
         with self._tracer.host_span(op.name):
-            return function(*args, **kwargs)
+            return call_on_host(op, function, args, kwargs)
 
     # ---- life --------------------------------------------------------------------------------------
     def trace(self, enabled: bool) -> list[Span]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value
+from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value, call_on_host
 from hetegen_compile.accelerators.clocks import COMPUTE, DOWN, HOST, PIN, UP, Access
 from hetegen_compile.accelerators.engine import Engine
 from hetegen_compile.accelerators.geometry import same_geometry, span_bytes
@@ -70,6 +70,11 @@ class EmulatedAccelerator(Accelerator):
         self._hazards = Hazards()
         self._work = DeviceWork(self._ledger)
         self._engine = Engine(pace, seed)
+
+    @property
+    def usable(self) -> bool:
+        """False after ``close``, in a forked child, and once a worker thread has died."""
+        return self._engine.why_unusable() is None
 
     @property
     def pinned_bytes(self) -> int:
@@ -155,6 +160,9 @@ class EmulatedAccelerator(Accelerator):
     def end_step(self) -> None:
         self.synchronize()
         self._engine.leave_step()
+
+    def abandon_step(self) -> None:
+        self._engine.restore_switch_interval()
 
     def synchronize(self) -> None:
         self._engine.check_usable()
@@ -304,7 +312,7 @@ class EmulatedAccelerator(Accelerator):
         self._hazards.refuse_on_host(op.name, (args, kwargs))
         self._hazards.clocks.issue(HOST, op.name)
         start_s = time.perf_counter()
-        result = function(*args, **kwargs)
+        result = call_on_host(op, function, args, kwargs)
         self._engine.account(op, HOST, start_s)
         return result
 

@@ -36,13 +36,27 @@ class Engine:
         self._stop = weakref.finalize(self, _stop_streams, self._shared, list(self._streams.values()))
 
     def check_usable(self) -> None:
-        """Raise AcceleratorError after close and in a forked child, which has no threads."""
+        """Raise AcceleratorError after close, in a forked child (which has no threads), and if a thread has died."""
+        reason = self.why_unusable()
+        if reason is not None:
+            raise AcceleratorError(reason)
+
+    def why_unusable(self) -> str | None:
+        """Why nothing can run on it any more, with the remedy, or None."""
         if not self._stop.alive:
-            raise AcceleratorError("the accelerator is closed")
+            return "the accelerator is closed"
         if os.getpid() != self._pid:
-            raise AcceleratorError(
-                "the accelerator's threads do not exist in a forked process; open one there"
+            return (
+                "the accelerator's threads do not exist in a forked process: compile the model again there "
+                "(torch._dynamo.reset() first)"
             )
+        dead = next((stream for stream in self._streams.values() if stream.ended), None)
+        if dead is not None:
+            return (
+                f"the accelerator's thread {dead.thread.name} has died: compile the model again "
+                "(torch._dynamo.reset() first)"
+            )
+        return None
 
     # ---- work ----------------------------------------------------------------------------------------
     def submit(self, lane: int, task: Task) -> None:
@@ -93,6 +107,10 @@ class Engine:
     def leave_step(self) -> None:
         """Give the interpreter its own switch interval back."""
         self.in_step = False
+        self.restore_switch_interval()
+
+    def restore_switch_interval(self) -> None:
+        """Undo what ``enter_step`` set for the whole interpreter."""
         if self._switch_interval is not None:
             sys.setswitchinterval(self._switch_interval)
             self._switch_interval = None
@@ -107,6 +125,7 @@ class Engine:
         failure = self._shared.failure
         if failure is None:
             return
+        self.check_usable()
         self.abort()
         node, cause = failure
         if isinstance(cause, ScheduleError):

@@ -12,6 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -78,6 +79,7 @@ class Stream:
         self._queue: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._random = None if shared.seed is None else random.Random(f"{shared.seed} {RESOURCES[lane]}")
         self._started = threading.Event()
+        self.ended = False
         self.thread = threading.Thread(target=self._run, name=f"hetegen-{RESOURCES[lane]}", daemon=True)
         self.thread.start()
         self._started.wait()
@@ -85,6 +87,8 @@ class Stream:
     def submit(self, task: Task) -> None:
         """Enqueue a task; returns at once."""
         self._queue.put(task)
+        if self.ended:
+            self._pass_over()
 
     def stop(self) -> None:
         """Let the thread end after what is queued; does not wait for it."""
@@ -96,9 +100,28 @@ class Stream:
         torch.set_num_threads(1)
         modes = EnteredModes()
         self._started.set()
-        while (task := self._queue.get()) is not None:
-            self._finish(task, modes)
-            del task  # the next get() may block for long, and a task holds tensors
+        task: Task | None = None
+        try:
+            while (task := self._queue.get()) is not None:
+                self._finish(task, modes)
+                task = None  # the next get() may block for long, and a task holds tensors
+        finally:  # also when the thread dies: what is queued and what will be must not be waited for
+            self.ended = True
+            if task is not None and task.done is not None:
+                task.done.set()
+            if self._shared.failure is None:
+                self._shared.failure = (self.thread.name, RuntimeError("the thread has ended"))
+            self._pass_over()
+
+    def _pass_over(self) -> None:
+        """Set the events of everything queued without running it."""
+        with suppress(queue.Empty):
+            while True:
+                task = self._queue.get_nowait()
+                if task is not None:
+                    task.work = None
+                    if task.done is not None:
+                        task.done.set()
 
     def _finish(self, task: Task, modes: EnteredModes) -> None:
         """Run a task and set its event, whatever happens: nobody may hang on a failed one."""
