@@ -186,7 +186,7 @@ def test_plan_prints_speed_memory_and_what_splitting_buys(model: str, capsys: py
         "decode step, 34 tokens in the cache", "tokens/s, prefill included", "24.00 MiB budget", "- resident weights",
         "- weights and buffers", "module by module, no prefetch", "CPU only", "splitting ",
         "prefill: hetegen dry run, hardware a10-xeon, 17 to 64 tokens", "model.decoder.layers.{0..1}",
-        "decode, at the last context: hetegen dry run, hardware a10-xeon, 1 token",
+        "decode, at the longest context: hetegen dry run, hardware a10-xeon, 1 token",
     ):  # fmt: skip
         assert expected in printed.out
     assert "tracing the forward of 32 tokens" in printed.err

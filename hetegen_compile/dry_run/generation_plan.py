@@ -37,7 +37,7 @@ class GenerationPlan:
         prompt, new_tokens, batch, context: tokens of a prompt, tokens generated for each sequence (0: an encoder),
             sequences, and the tokens of cache that the budget holds.
         prefill: the schedule of the prompt's forward.
-        decode: the schedule of one token at the last context; None without decode steps.
+        decode: the schedule of one token at the longest context that the budget holds; None without decode steps.
         decode_step_s: seconds of a decode step by the tokens in the cache: first, middle and last.
         ours: the whole generation with this plan.
         floor_s: a bound for the whole generation that no schedule beats.

@@ -25,7 +25,7 @@ def generation_report(plan: GenerationPlan, *, tables: bool = False, unfold: boo
     parts = [_title(plan), _speed(plan), _memory(plan), _alternatives(plan), plan.verdict]
     parts += [f"note: {note}" for note in plan.notes]
     if tables:
-        schedules = [("prefill", plan.prefill), ("decode, at the last context", plan.decode)]
+        schedules = [("prefill", plan.prefill), ("decode, at the longest context", plan.decode)]
         parts += [f"{name}: {one.table(unfold=unfold)}" for name, one in schedules if one is not None]
     return "\n\n".join(parts)
 

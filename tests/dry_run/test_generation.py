@@ -101,9 +101,9 @@ def test_a_forced_split_is_followed_and_judged() -> None:
 
 def test_context_keeps_room_for_its_cache() -> None:
     room = plan_generation(
-        LLAMA, prompt=64, new_tokens=9, options={"hardware": A10, "gpu_memory": "120MiB", "context": 16000}
+        LLAMA, prompt=64, new_tokens=9, options={"hardware": A10, "gpu_memory": "120MiB", "context": 4000}
     )
-    more_cache = (16000 - 73) * CACHE_BYTES
+    more_cache = (4000 - 73) * CACHE_BYTES
     held = [sum(n for name, n in p.accelerator_bytes.items() if name != "resident weights") for p in (planned(), room)]
     assert held[1] - held[0] >= more_cache
     assert room.accelerator_bytes["resident weights"] < planned().accelerator_bytes["resident weights"]
