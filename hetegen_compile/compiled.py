@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch import fx
 
+from hetegen_compile import planner
 from hetegen_compile.bind import BoundStep, bind
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.errors import BudgetError
@@ -75,6 +76,7 @@ class CompiledGraph:
         placeholders = module.graph.find_nodes(op="placeholder")
         self._names = [source_name(node) or node.name for node in placeholders]
         self._weights = {node.name: i for i, node in enumerate(placeholders) if is_weight(node, inputs[i])}
+        self._model_inputs = frozenset(self._weights.values())
         self._symbols = symbol_inputs(placeholders)
         self._aliased = aliased_inputs(placeholders)
         self._tokens = token_count(module)
@@ -83,6 +85,7 @@ class CompiledGraph:
         self._plans: dict[Hashable, _Plan] = {}
         self._host_only: Schedule | None = None
         with runtime.lock:
+            runtime.mirrors.check()
             try:
                 with _quiet(runtime.accelerator.device):
                     self._plan(inputs)
@@ -146,8 +149,13 @@ class CompiledGraph:
         accelerator, mirrors, bound = self._runtime.accelerator, self._runtime.mirrors, plan.bound
         accelerator.begin_step()
         mirrors.begin_step()
-        requests = [Request(inputs[i], self._names[i], whole=i in self._aliased) for i in bound.mirrors]
-        requests += [Request(inputs[i].detach()[lo:hi], self._names[i], WEIGHTS) for i, lo, hi in bound.residents]
+        requests = [
+            Request(inputs[i], self._names[i], whole=i in self._aliased, watched=i in self._model_inputs)
+            for i in bound.mirrors
+        ]
+        requests += [
+            Request(inputs[i].detach()[lo:hi], self._names[i], WEIGHTS, watched=True) for i, lo, hi in bound.residents
+        ]
         values = mirrors.fetch(requests, plan.mirror_limit_bytes - self._runtime.ring_bytes)
         count = len(bound.mirrors)
         outputs, twins = bound.run(list(inputs), values[:count], values[count:])
@@ -214,7 +222,9 @@ class CompiledGraph:
         residency = require(planned.context.residency, "choose_residency")
         self._runtime.reserve_ring(residency.ring_bytes)
         work = require(planned.context.prediction, "predict_step").work
-        bound = bind(planned.module, work, self._runtime.accelerator)
+        kernels = planned.context.profile.host.linear_kernels
+        bound = bind(planned.module, work, self._runtime.accelerator, kernels)
+        planned.schedule.refusals += bound.refusals
         self._tell(planned.schedule)
         return _Plan(bound, planned.schedule, planned.context.budget_bytes - residency.transient_bytes)
 
@@ -228,7 +238,7 @@ class CompiledGraph:
     def _target(self) -> Target:
         runtime = self._runtime
         return Target(
-            kind=runtime.accelerator.kind,
+            kind=f"on {runtime.accelerator.kind}",
             device=runtime.accelerator.device,
             budget_bytes=budget_bytes(self._options, runtime),
             resident=runtime.resident_weights(),
@@ -241,19 +251,8 @@ class CompiledGraph:
 
 
 def budget_bytes(options: Options, runtime: Runtime) -> int:
-    """The hard limit: what the options say, else the accelerator's memory less a sixteenth as a reserve.
-
-    Never more than the accelerator has.
-    """
-    available = runtime.accelerator.memory_bytes
-    if options.gpu_memory is None:
-        return available * 15 // 16
-    if options.gpu_memory > available:
-        logger.warning(
-            "gpu_memory=%s is more than the %s that the %s accelerator has: planning with the latter",
-            format_bytes(options.gpu_memory), format_bytes(available), runtime.accelerator.kind,
-        )
-    return min(options.gpu_memory, available)
+    """The hard limit of a runtime's accelerator."""
+    return planner.budget_bytes(options.gpu_memory, runtime.accelerator.memory_bytes, runtime.accelerator.kind)
 
 
 @contextlib.contextmanager

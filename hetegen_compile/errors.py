@@ -50,3 +50,7 @@ class AcceleratorError(HetegenError, RuntimeError):
 
 class CompilationError(HetegenError, RuntimeError):
     """A graph could not be compiled for a reason that is a defect of hetegen or of torch; keeps the cause."""
+
+
+class HostKernelUnavailableError(HetegenError, RuntimeError):
+    """A kernel for Linears on the host cannot be used on this machine; the message says why."""

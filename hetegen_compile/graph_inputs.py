@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import py_sym_types
 
 from hetegen_compile.ir import info
 from hetegen_compile.passes.capture import to_expr
+from hetegen_compile.passes.expressions import evaluate
 
 
 def is_weight(node: fx.Node, value: Any) -> bool:
@@ -60,7 +61,7 @@ def _linear_input(node: fx.Node) -> Tensor | None:
 
 def number(expression: sympy.Expr, sizes: Mapping[sympy.Symbol, sympy.Integer]) -> int:
     """An expression over the graph's symbols at these sizes."""
-    return int(expression.xreplace(sizes)) if expression.free_symbols else int(expression)
+    return int(evaluate(expression, sizes))
 
 
 def as_int(value: Any) -> int:

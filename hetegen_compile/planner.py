@@ -6,6 +6,7 @@ A compiled graph (``compiled.py``) binds the schedules that it makes to an accel
 from __future__ import annotations
 
 import bisect
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -18,7 +19,7 @@ from hetegen_compile.balance import activation_bytes, balanced_splits
 from hetegen_compile.baselines import baselines, floor_s
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.ir import LINEAR, copy_module, info
-from hetegen_compile.options import Options
+from hetegen_compile.options import Options, format_bytes
 from hetegen_compile.passes.context import (
     Bucket,
     Context,
@@ -30,6 +31,8 @@ from hetegen_compile.passes.context import (
 )
 from hetegen_compile.pipeline import ONCE_PER_BUCKET, ONCE_PER_SPLIT, Stage, run_pipeline
 from hetegen_compile.schedule import LinearSite, Schedule, schedule_rows
+
+logger = logging.getLogger("hetegen_compile")
 
 BUCKET_LIMITS = (1, 4, 16, 64, 256)
 """Highest number of tokens of each bucket but the last, which is open."""
@@ -147,10 +150,11 @@ class Planner:
         residency = require(context.residency, "choose_residency")
         sites = {position: replace(site, plan=splits[position]) for position, site in base.sites.items()}
         low, high = context.bucket.low, context.bucket.high
-        tokens = f"{low} token{'s' if low > 1 else ''}" if high == low else f"{low} to {high or 'more'} tokens"
+        tokens = f"{low} token{'s' if low > 1 else ''}" if high == low else f"{low} to {high} tokens"
+        tokens = f"{low} tokens or more" if high is None else tokens
         whole = residency.budget["resident weights"] if residency.whole_graph else 0
         return Schedule(
-            title=f"hetegen on {base.kind}, hardware {self._profile.name}, {tokens} a forward",
+            title=f"hetegen {base.kind}, hardware {self._profile.name}, {tokens} a forward",
             tokens=(low, high),
             split=context.options.split,
             rows=schedule_rows(module.graph, prediction, sites, context.number),
@@ -165,6 +169,21 @@ class Planner:
             refusals=(*context.refusals, *self._segments.refused.values()),
             whole_graph=residency.whole_graph,
         )
+
+
+def budget_bytes(gpu_memory: int | None, available_bytes: int, accelerator: str) -> int:
+    """The hard limit: ``gpu_memory``, else ``available_bytes`` less a sixteenth as a reserve.
+
+    Never more than there is.
+    """
+    if gpu_memory is None:
+        return available_bytes * 15 // 16
+    if gpu_memory > available_bytes:
+        logger.warning(
+            "gpu_memory=%s is more than the %s that the %s accelerator has: planning with the latter",
+            format_bytes(gpu_memory), format_bytes(available_bytes), accelerator,
+        )
+    return min(gpu_memory, available_bytes)
 
 
 def bucket_of(tokens: int) -> Bucket:
@@ -192,4 +211,4 @@ def _bytes_in(sites: Mapping[int, LinearSite], rows: str) -> int:
     return sum(site.weight_bytes * getattr(site.plan, rows) // site.plan.rows for site in sites.values())
 
 
-__all__ = ["BucketPlan", "PlannedStep", "Planner", "Split", "Target", "bucket_of"]
+__all__ = ["BucketPlan", "PlannedStep", "Planner", "Split", "Target", "bucket_of", "budget_bytes"]

@@ -20,7 +20,7 @@ from hetegen_compile.host_memory import Holding
 from hetegen_compile.ir import info
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.context import LinearPlan, Prediction, Refusal
-from hetegen_compile.plan import Placement, Row, Totals
+from hetegen_compile.rows import Placement, Row, Totals
 from hetegen_compile.table import schedule_table
 
 FITS = "everything fits, nothing is offloaded; the graph is compiled in one piece"
@@ -43,6 +43,7 @@ class Schedule:
         host_pinned_bytes: bytes of host memory pinned for prefetches, the pinned ring included.
         host_memory: what became of the storages that are streamed from, once a step has run.
         pinned_ring_bytes: length of the pinned ring that staged weights go through.
+        others: in a dry run, the schedules of the same forward's other graphs.
     """
 
     title: str
@@ -65,6 +66,7 @@ class Schedule:
     pinned_ring_bytes: int = 0
     spans: list[Span] = field(default_factory=list)
     step_times_s: list[float] = field(default_factory=list)
+    others: tuple[Schedule, ...] = ()
 
     @property
     def measured_step_s(self) -> float | None:

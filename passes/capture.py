@@ -23,15 +23,17 @@ from torch.fx.experimental.proxy_tensor import py_sym_types
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.symbol import SymT, symbol_is_type
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import bmm_flop, flop_registry, mm_flop, sdpa_flop_count
 
 from hetegen_compile.errors import UnsupportedModelError
 from hetegen_compile.ir import GENERATOR, NodeInfo, annotate, info
+from hetegen_compile.passes.fold_transforms import fold_transforms
 
 FREE_ATEN = frozenset({"view", "_unsafe_view", "expand", "permute", "transpose", "t", "slice", "select"})
 FREE_ATEN |= frozenset({"unsqueeze", "squeeze", "detach", "alias", "as_strided", "empty", "split", "unbind"})
 """ATen operations that move no bytes."""
 _LOOKUPS = frozenset({"embedding", "index", "index_select", "gather"})
+_GROUPED = frozenset({"_grouped_mm", "grouped_mm_fallback"})  # the latter is transformers' operation
 _UPDATES = frozenset({"index_copy_", "index_put_", "scatter_", "index_add_"})
 
 
@@ -42,6 +44,8 @@ def to_expr(value: Any) -> sympy.Expr:
 
 def tensors_in(value: Any) -> list[Tensor]:
     """All tensors in a nest of containers, in order."""
+    if isinstance(value, Tensor):
+        return [value]
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
@@ -94,7 +98,16 @@ def _traffic(name: str, args: Any, out: Any) -> sympy.Expr:
         return 2 * _total_bytes(out)
     if name in _UPDATES:
         return 2 * _total_bytes(args[1:])
+    if name in _GROUPED and args[0].dim() == 2 and args[1].dim() == 3:
+        return _grouped_bytes(args[0], args[1]) + _total_bytes(out)
     return _total_bytes((args, out))
+
+
+def _grouped_bytes(rows: Tensor, matrices: Tensor) -> sympy.Expr:
+    """Bytes that a grouped product reads: no more groups' matrices than there are rows."""
+    groups = int(matrices.shape[0])
+    read = sympy.Min(groups, to_expr(rows.shape[0]))
+    return tensor_bytes(rows) + read * (tensor_bytes(matrices) / groups)
 
 
 def _total_bytes(value: Any) -> sympy.Expr:
@@ -111,13 +124,26 @@ def _is_random(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> sympy.Expr:
-    """FLOPs of one ATen call by torch's own formulas; attention that chose a CPU kernel counts as attention."""
+    """FLOPs of one ATen call by torch's own formulas.
+
+    The formulas' registry lacks attention's CPU kernel, which counts as attention, and products by groups of rows.
+    """
     packet = func.overloadpacket
     if packet in flop_registry:
         return to_expr(flop_registry[packet](*args, **kwargs, out_val=out))
     if packet.__name__.startswith("_scaled_dot_product"):
         return to_expr(sdpa_flop_count(*(tuple(t.shape) for t in args[:3])))
+    if packet.__name__ in _GROUPED:
+        return to_expr(_grouped_flops(tuple(args[0].shape), tuple(args[1].shape)))
     return sympy.Integer(0)
+
+
+def _grouped_flops(a: tuple[Any, ...], b: tuple[Any, ...]) -> Any:
+    """A grouped product multiplies each row (or column) with its group's matrix only: one product over all groups.
+
+    Both operands with groups of their own (three dimensions each) are a batch of products.
+    """
+    return bmm_flop(a, b) if len(a) == len(b) == 3 else mm_flop(a[-2:], b[-2:])
 
 
 class _Propagator(fx.Interpreter):
@@ -165,13 +191,30 @@ def capture(module: fx.GraphModule, inputs: Sequence[Any]) -> FakeTensorMode:
     """
     _drop_side_notes(module.graph)
     _drop_idle_autocast(module.graph)
+    fold_transforms(module)
     _bind_python_floats(module)
     mode = _fake_mode(module)
     _check_devices(module, inputs)
     fakes = _fake_inputs(module, inputs, mode)
     with torch.inference_mode(False), torch.no_grad(), _restored_state(), mode, _Listener() as listener:
         _Propagator(module, mode, listener).run(*fakes, enable_io_processing=False)
+    _unify_symbols(module.graph, mode)
     return mode
+
+
+def _unify_symbols(graph: fx.Graph, mode: FakeTensorMode) -> None:
+    """Write the costs with the symbols that were left when symbols had turned out to be equal."""
+    if mode.shape_env is None:
+        return
+    unified: dict[sympy.Expr, sympy.Expr] = {}
+    for node in graph.nodes:
+        found = info(node)
+        for cost in (found.flops, found.traffic_bytes):
+            if cost.free_symbols and cost not in unified:
+                unified[cost] = mode.shape_env.replace(cost)
+        if found.flops in unified or found.traffic_bytes in unified:
+            flops, traffic = (unified.get(cost, cost) for cost in (found.flops, found.traffic_bytes))
+            annotate(node, flops=flops, traffic_bytes=traffic)
 
 
 def _drop_side_notes(graph: fx.Graph) -> None:

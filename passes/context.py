@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.options import Options
+from hetegen_compile.passes.expressions import evaluate
 
 
 @dataclass(frozen=True)
@@ -225,10 +226,7 @@ class Context:
 
     def number(self, expression: sympy.Expr) -> float:
         """A cost expression at this context's sizes; a size that depends on data counts as 1."""
-        if not expression.free_symbols:
-            return float(expression)
-        unknown = dict.fromkeys(expression.free_symbols - self.sizes.keys(), sympy.Integer(1))
-        return float(expression.xreplace({**self.sizes, **unknown}))
+        return evaluate(expression, self.sizes)
 
 
 _T = TypeVar("_T")

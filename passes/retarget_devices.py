@@ -31,6 +31,7 @@ from hetegen_compile import ir
 from hetegen_compile.ir import annotate, info
 from hetegen_compile.passes.capture import storage_id, tensors_in
 from hetegen_compile.passes.context import Context
+from hetegen_compile.passes.fold_transforms import Folded
 
 aten = torch.ops.aten
 
@@ -54,6 +55,8 @@ def retarget_constants(graph: fx.Graph, device: torch.device) -> None:
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
+        if isinstance(node.target, Folded):
+            node.target = node.target.on(device, retarget_constants)
         node.args = tuple(_replaced(argument, node, device) for argument in node.args)
         node.kwargs = {name: _replaced(argument, node, device) for name, argument in node.kwargs.items()}
         if node.op == "call_method" and node.target == "cpu":

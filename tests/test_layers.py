@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEAVES = {"hetegen_compile.errors", "hetegen_compile.ir", "hetegen_compile.options", "hetegen_compile.plan"}
+LEAVES = {"hetegen_compile.errors", "hetegen_compile.ir", "hetegen_compile.options", "hetegen_compile.rows"}
 BELOW = {
     "cost_model": {"hetegen_compile.cost_model"},
     "passes": {"hetegen_compile.cost_model", "hetegen_compile.passes"},

@@ -200,6 +200,21 @@ def test_an_input_that_is_not_on_the_cpu_is_refused_by_its_name() -> None:
         capture(module, [torch.randn(4), elsewhere])
 
 
+def test_costs_use_the_symbols_that_are_left_when_some_turn_out_equal() -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ x.T).sum() + (y @ y.T).sum() + (x + y).sum()
+
+    a, b = torch.randn(6, 4), torch.randn(6, 4)
+    for tensor in (a, b):
+        torch._dynamo.mark_dynamic(tensor, 0)
+    found = case(function, a, b)
+    left = set(found.context.sizes)
+    assert len(left) == 1
+    costs = [cost for node in found.module.graph.nodes for cost in (info(node).flops, info(node).traffic_bytes)]
+    assert any(cost.free_symbols for cost in costs)
+    assert all(cost.free_symbols <= left for cost in costs)
+
+
 def test_autocast_is_as_before() -> None:
     def function(x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
