@@ -34,7 +34,7 @@ FORBIDDEN_CALLS = {
 ALLOWED = {
     ("bind.py", "exec"), ("bind.py", "compile"), ("split.py", "sympy.lambdify"), ("expressions.py", "sympy.lambdify"),
 }  # fmt: skip
-"""The step's code and arithmetic on sizes, from a graph in memory; the balance's formula, from fields of a dataclass."""
+"""The step's code and arithmetic on sizes, from a graph in memory; the balance's formula, from a dataclass's fields."""
 
 
 def _calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
