@@ -128,7 +128,7 @@ class Mirrors:
         if missing or self._grown or limit_bytes < self._fits_bytes:
             self._grown = False
             self._fits_bytes = limit_bytes
-            self._make_room(limit_bytes - sum(_new_bytes(found[i][0], requests[i]) for i in missing))
+            self._make_room(limit_bytes - _new_bytes([(found[i][0], requests[i]) for i in missing]))
         for i in missing:
             record, geometry = found[i]
             if geometry not in record.held:  # the same tensor may be asked for twice
@@ -314,11 +314,16 @@ def _through_base(record: _Record, request: Request) -> bool:
     return request.category == MIRRORS and whole
 
 
-def _new_bytes(record: _Record, request: Request) -> int:
-    """Bytes that a mirror which is not there yet will hold."""
-    if not _through_base(record, request):
-        return _nbytes(request.tensor)
-    return int(request.tensor.untyped_storage().nbytes()) if record.base is None else 0
+def _new_bytes(missing: Sequence[tuple[_Record, Request]]) -> int:
+    """Bytes that mirrors which are not there yet will hold; a storage that is mirrored whole counts once."""
+    whole: dict[int, int] = {}
+    parts = 0
+    for record, request in missing:
+        if not _through_base(record, request):
+            parts += _nbytes(request.tensor)
+        elif record.base is None:
+            whole[id(record)] = int(request.tensor.untyped_storage().nbytes())
+    return parts + sum(whole.values())
 
 
 def _view(base: Tensor, dtype: torch.dtype, view: tuple[Any, ...]) -> Tensor:

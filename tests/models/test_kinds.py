@@ -65,7 +65,7 @@ def _scaled(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
-@pytest.mark.parametrize(("make", "budget"), [(_t5, 0.33), (_bart, 0.4), (_jamba, 0.9), (_mixtral, 0.93)])
+@pytest.mark.parametrize(("make", "budget"), [(_t5, 0.33), (_bart, 0.4), (_jamba, 0.97), (_mixtral, 0.93)])
 def test_generates_what_eager_generates(make: Callable[[], PreTrainedModel], budget: float) -> None:
     """A padded batch; encoder and decoder models have caches of their cross attention.
 
@@ -82,7 +82,7 @@ def test_generates_what_eager_generates(make: Callable[[], PreTrainedModel], bud
 
     gpu_memory = round(2 * half_the_weights(model) * budget)
     found = compiled_like_eager(model, run, options=emulated(gpu_memory=gpu_memory))
-    assert len(found.eager[0].unique()) >= 3
+    assert found.eager[1].std(0).max() > 0.01, "each step has other logits"
 
 
 def test_an_encoder_with_sentences_of_different_length() -> None:
