@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import json
 import logging
 import os
@@ -84,7 +85,7 @@ def measure(name: str, kind: str, cache: str, *, inductor: bool) -> Outcome:
         return replace(blank, status="eager fails", detail=_reason(error))
     blank = replace(blank, linear_bytes=_matrix_bytes(model))
     for factor in BUDGET_FACTORS:
-        outcome = replace(_compiled(model, expected, replace(blank, budget=factor), inductor=inductor))
+        outcome = _compiled(model, expected, replace(blank, budget=factor), inductor=inductor)
         if "gpu_memory" not in outcome.detail:
             break
     return outcome
@@ -214,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.one:
         logging.disable(logging.CRITICAL)
         with contextlib.redirect_stdout(sys.stderr):
+            faulthandler.dump_traceback_later(0.9 * arguments.limit)
             started_s = time.perf_counter()
             outcome = measure(arguments.one, arguments.kind, arguments.cache, inductor=arguments.inductor)
             outcome = replace(outcome, seconds=round(time.perf_counter() - started_s, 1))
@@ -233,19 +235,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _in_a_process(name: str, arguments: argparse.Namespace) -> Outcome:
     command = [sys.executable, "-m", "benchmarks.architectures", "--one", name, "--kind", arguments.kind]
-    command += ["--cache", arguments.cache, *(["--inductor"] if arguments.inductor else [])]
+    command += ["--limit", str(arguments.limit), "--cache", arguments.cache, *(["--inductor"] if arguments.inductor else [])]
     blank = Outcome(name, arguments.kind, arguments.cache, "time limit")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     try:
         found = subprocess.run(
             command, capture_output=True, text=True, timeout=arguments.limit, env=environment, check=False
         )
-    except subprocess.TimeoutExpired:
-        return replace(blank, detail=f"more than {arguments.limit} s", seconds=arguments.limit)
+    except subprocess.TimeoutExpired as error:
+        where = [line.strip() for line in _text(error.stderr).splitlines() if line.startswith("  File")]
+        detail = f"more than {arguments.limit:g} s; was at {'; '.join(where)}"
+        return replace(blank, detail=detail[:REASON_CHARACTERS], seconds=arguments.limit)
     if found.returncode != 0:
         lines = found.stderr.strip().splitlines() or [f"exit status {found.returncode}"]
         return replace(blank, status="error", detail=lines[-1][:REASON_CHARACTERS])
     return Outcome(**json.loads(found.stdout.strip().splitlines()[-1]))
+
+
+def _text(output: bytes | str | None) -> str:
+    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
 
 
 def _load(path: Path | None) -> list[Outcome]:

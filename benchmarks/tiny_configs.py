@@ -51,7 +51,7 @@ SIZES: dict[str, Any] = {
     **_all(8, "mamba_d_state state_size ssm_state_size"),
     "mamba_dt_rank": 8,
     "time_step_rank": 8,
-    **_all(8, "mamba_n_heads mamba_num_heads n_mamba_heads_2"),
+    **_all(8, "mamba_n_heads mamba_num_heads"),
     **_all(16, "mamba_d_head mamba_head_dim mamba_headdim"),
     **_all(16, "linear_key_head_dim linear_value_head_dim"),
     **_all(2, "linear_num_key_heads linear_num_value_heads"),
@@ -73,6 +73,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "falcon": {"num_kv_heads": None},
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_groups": 1},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
     "recurrent_gemma": {"num_hidden_layers": 3, "num_key_value_heads": 2},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
     "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
@@ -83,7 +85,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma2": {"layer_types": ["sliding_attention", "full_attention"]},
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
     "gemma3n_text": {
-        "layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": 0.0,
+        "layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.0, 0.0],
     },
 }
 """What names do not tell: which layer is of which kind, and heads that have to multiply to something."""

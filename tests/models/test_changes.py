@@ -43,6 +43,10 @@ def _scaled(factor: float) -> PreTrainedModel:
     return model
 
 
+def _to(model: Any, dtype: torch.dtype) -> Any:
+    return model.to(dtype)
+
+
 def test_two_models_in_turn() -> None:
     first, second = _scaled(1.0), _scaled(0.7)
     expected = [_logits(first), _logits(second)]
@@ -51,7 +55,7 @@ def test_two_models_in_turn() -> None:
         model.compile(backend=backend, options={**_options(model), "seed": 3})
     for _ in range(3):
         assert_like_eager([_logits(first), _logits(second)], expected)
-    assert not torch.allclose(*expected)
+    assert not torch.allclose(expected[0], expected[1])
     assert backend.accelerator.counters.uploaded_bytes["weights"] > 0
     assert any(row.host_share for schedule in new_schedules(known) for row in schedule.rows)
 
@@ -84,10 +88,10 @@ def test_another_dtype_is_compiled_anew() -> None:
     model.compile(backend=backend, options=_options(model))
     assert_like_eager(_logits(model), _logits(_scaled(1.0)))
     for dtype in (torch.bfloat16, torch.float64):
-        model.to(dtype)
-        expected = _logits(_scaled(1.0).to(torch.bfloat16).to(dtype))
-        tolerance = 0.05 if dtype == torch.bfloat16 else RTOL
-        torch.testing.assert_close(_logits(model), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+        _to(model, dtype)
+        expected = _logits(_to(_to(_scaled(1.0), torch.bfloat16), dtype))
+        near = 0.05 if dtype == torch.bfloat16 else RTOL
+        torch.testing.assert_close(_logits(model), expected, rtol=near, atol=near * expected.abs().max().item())
         assert _logits(model).dtype == dtype
     assert len(backend.graphs) == 3
 

@@ -56,7 +56,8 @@ def test_assisted() -> None:
     assistant = tiny_model("llama", layers=1)
     for parameter in assistant.parameters():  # it is right now and then
         parameter.data.add_(torch.randn_like(parameter) * 0.01 * parameter.std())
-    assistant.compile(backend=make_backend(plain_compiler), options=emulated(gpu_memory=2 * half_the_weights(assistant)))
+    options = emulated(gpu_memory=2 * half_the_weights(assistant))
+    assistant.compile(backend=make_backend(plain_compiler), options=options)
     model = tiny_model("llama", layers=1)
     compiled_like_eager(
         model, lambda: _generate(model, prompts(1), assistant_model=assistant),
@@ -106,8 +107,9 @@ def test_stopping_criteria_and_a_streamer() -> None:
     def run(model: PreTrainedModel) -> Any:
         streamer = _Keep()
         tokens = _generate(
-            model, prompts(1), streamer=streamer, stopping_criteria=[_AtToken(10)], min_new_tokens=None, max_new_tokens=9
-        )
+            model, prompts(1), streamer=streamer, stopping_criteria=[_AtToken(10)], min_new_tokens=None,
+            max_new_tokens=9,
+        )  # fmt: skip
         return [tokens, streamer.pieces]
 
     found = _compare(run)

@@ -12,8 +12,8 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertModel,
-    JambaConfig,
-    JambaForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
@@ -32,7 +32,8 @@ WIDTHS: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, **HEADS, 
 
 def _t5() -> PreTrainedModel:
     sizes: dict[str, Any] = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "decoder_start_token_id": 1}
-    return T5ForConditionalGeneration(T5Config(num_layers=1, **sizes, **SIZES))
+    model: PreTrainedModel = T5ForConditionalGeneration(T5Config(num_layers=1, **sizes, **SIZES))
+    return model
 
 
 def _bart() -> PreTrainedModel:
@@ -43,11 +44,10 @@ def _bart() -> PreTrainedModel:
     return BartForConditionalGeneration(BartConfig(**layers, **heads, **sizes, **SIZES))
 
 
-def _jamba() -> PreTrainedModel:
-    layers: dict[str, Any] = {"num_hidden_layers": 2, "attn_layer_period": 2, "attn_layer_offset": 1}
-    mamba: dict[str, Any] = {"mamba_d_state": 8, "mamba_dt_rank": 8, "use_mamba_kernels": False}
-    experts: dict[str, Any] = {"num_experts": 2, "num_experts_per_tok": 1}
-    return JambaForCausalLM(JambaConfig(**layers, **mamba, **experts, **WIDTHS))
+def _lfm2() -> PreTrainedModel:
+    """Short convolutions, whose states are shifted in place, and attention."""
+    kinds = ["conv", "full_attention"]
+    return Lfm2ForCausalLM(Lfm2Config(num_hidden_layers=2, layer_types=kinds, block_multiple_of=8, **WIDTHS))
 
 
 def _mixtral() -> PreTrainedModel:
@@ -57,15 +57,14 @@ def _mixtral() -> PreTrainedModel:
 
 def _scaled(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     torch.manual_seed(0)
-    model = make().eval()
+    model: PreTrainedModel = make().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4 if parameter.dim() > 1 else 1)
     return model
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
-@pytest.mark.parametrize(("make", "budget"), [(_t5, 0.33), (_bart, 0.4), (_jamba, 0.9), (_mixtral, 0.93)])
+@pytest.mark.parametrize(("make", "budget"), [(_t5, 0.33), (_bart, 0.4), (_lfm2, 0.5), (_mixtral, 0.93)])
 def test_generates_what_eager_generates(make: Callable[[], PreTrainedModel], budget: float) -> None:
     """A padded batch; encoder and decoder models have caches of their cross attention.
 
@@ -82,7 +81,7 @@ def test_generates_what_eager_generates(make: Callable[[], PreTrainedModel], bud
 
     gpu_memory = round(2 * half_the_weights(model) * budget)
     found = compiled_like_eager(model, run, options=emulated(gpu_memory=gpu_memory))
-    assert len(found.eager[0].unique()) >= 3
+    assert found.eager[1].std(0).max() > 0.01, "each step has other logits"
 
 
 def test_an_encoder_with_sentences_of_different_length() -> None:
