@@ -23,17 +23,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from hetegen_compile.accelerators.base import Accelerator, Op, Value
 from hetegen_compile.fingerprints import Fingerprint
+from hetegen_compile.geometry import is_dense, mirrored_bytes
 
 logger = logging.getLogger("hetegen_compile")
 
 MIRRORS = "mirrors"
 """The category of everything but resident weights."""
+WEIGHTS = "weights"
+"""The category under which resident weights are counted."""
 COMPARED_BYTES = 4096
 SAMPLED_TENSORS = 128
 """How many tensors a step compares a sample of: some tens of microseconds."""
 ALWAYS_WATCHED_BYTES = 1 << 16
-_WHOLE_STORAGE_FACTOR = 4
-_WHOLE_STORAGE_BYTES = 1 << 16
 
 Geometry = tuple[Any, ...]
 
@@ -43,13 +44,15 @@ class Request(NamedTuple):
 
     ``category`` is what its bytes count under. ``whole`` asks for a view of the mirrored storage, because another
     input of the graph lies in the same storage. ``watched`` asks that writes which no version shows are found: the
-    tensor belongs to the model. Small tensors are always watched.
+    tensor belongs to the model. Small tensors are always watched. ``base`` is what is uploaded instead, if ``tensor``
+    is the last rows of that.
     """
 
     tensor: Tensor
     name: str
     category: str = MIRRORS
     whole: bool = False
+    base: Tensor | None = None
     watched: bool = False
 
 
@@ -86,6 +89,9 @@ class _Record:
     used: int = 0
     returned: int = -1
 
+    def holds(self, category: str) -> bool:
+        return any(held.category == category for held in self.held.values())
+
     def nbytes(self) -> int:
         return self.base_bytes + sum(held.nbytes for held in self.held.values())
 
@@ -106,6 +112,8 @@ class Mirrors:
         self._records: dict[int, _Record] = {}
         self._step = 0
         self._grown = False
+        self.keep: frozenset[int] = frozenset()
+        """Storages whose weights are resident by plan: only ``forget_weights`` drops those."""
         self._fits_bytes = 0  # the limit that all mirrors were last made to fit
 
     def begin_step(self) -> None:
@@ -165,14 +173,16 @@ class Mirrors:
         if request.whole and record.base is None:
             record.held.clear()  # values that do not share memory
         geometry = _geometry(tensor)
-        if geometry in record.held:
-            record.held[geometry].used = self._step
+        wanted = (geometry,) if request.base is None else (geometry, _geometry(request.base))
+        for one in wanted:
+            if one in record.held:
+                record.held[one].used = self._step
         return record, geometry
 
     def _make_room(self, limit_bytes: int) -> None:
         """Drop what this step does not use, oldest use first, until the rest fits ``limit_bytes``.
 
-        Nothing is lost: a mirror or a resident weight that is needed again is uploaded again.
+        Nothing is lost: a mirror that is needed again is uploaded again. Weights that are resident by plan stay.
 
         Raises:
             NoRoomError: what this step uses does not fit.
@@ -181,7 +191,7 @@ class Mirrors:
         for key, record in sorted(self._records.items(), key=lambda item: item[1].used):
             if excess <= 0:
                 return
-            if record.used < self._step:
+            if record.used < self._step and not (key in self.keep and record.holds(WEIGHTS)):
                 excess -= record.nbytes()
                 del self._records[key]
             else:
@@ -250,17 +260,16 @@ class Mirrors:
         for tensor in tensors:
             self._records.pop(_key(tensor), None)
 
-    def forget_category(self, category: str) -> None:
-        """Drop all mirrors of one category."""
-        for record in self._records.values():
-            record.held = {geometry: held for geometry, held in record.held.items() if held.category != category}
+    def forget_all_but_weights(self) -> None:
+        """Drop what a step may have written."""
+        self._records = {key: record for key, record in self._records.items() if record.holds(WEIGHTS)}
 
-    def held(self, tensor: Tensor, category: str) -> bool:
-        """Whether some of the tensor's storage is mirrored under ``category`` now."""
-        record = self._records.get(_key(tensor))
-        if record is None or record.storage.expired():
-            return False
-        return any(held.category == category for held in record.held.values())
+    def forget_weights(self, storages: Iterable[int]) -> None:
+        """Drop the resident rows of weights, given by their storages."""
+        for key in storages:
+            record = self._records.get(key)
+            if record is not None:
+                record.held = {where: held for where, held in record.held.items() if held.category != WEIGHTS}
 
     def held_bytes(self, category: str) -> int:
         """Bytes that mirrors of one category hold on the accelerator."""
@@ -295,6 +304,8 @@ class Mirrors:
     def _upload(self, record: _Record, request: Request) -> _Held:
         tensor, op = request.tensor.detach(), Op(request.name, category=request.category)
         covers = _covers_storage(tensor)
+        if request.base is not None and _geometry(request.base) != _geometry(tensor):
+            return self._rows_of(record, request, op)
         if not _through_base(record, request):
             return _Held(self._accelerator.upload(op, tensor), op.category, _nbytes(tensor))
         if record.base is None:
@@ -306,24 +317,41 @@ class Mirrors:
         view = tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset()
         return _Held(self._accelerator.launch(op, _view, (record.base, tensor.dtype, view)), op.category, 0)
 
+    def _rows_of(self, record: _Record, request: Request, op: Op) -> _Held:
+        """The last rows of what is uploaded as a whole."""
+        base = request.base
+        assert base is not None
+        whole = record.held.get(_geometry(base))
+        if whole is None:
+            whole = _Held(self._accelerator.upload(op, base.detach()), op.category, _nbytes(base), used=self._step)
+            record.held[_geometry(base)] = whole
+        rows = request.tensor.shape[0]
+        return _Held(self._accelerator.launch(op, _last_rows, (whole.value, rows)), op.category, 0)
+
+
+def _last_rows(base: Tensor, rows: int) -> Tensor:
+    return base[base.shape[0] - rows :]
+
 
 def _through_base(record: _Record, request: Request) -> bool:
     """Whether the tensor's mirror is (a view of) one of its whole storage."""
     tensor = request.tensor
-    whole = request.whole or record.base is not None or _covers_storage(tensor) or _needs_whole_storage(tensor)
+    whole = request.whole or record.base is not None or _covers_storage(tensor) or _lies_in_little(tensor)
     return request.category == MIRRORS and whole
 
 
 def _new_bytes(missing: Sequence[tuple[_Record, Request]]) -> int:
-    """Bytes that mirrors which are not there yet will hold; a storage that is mirrored whole counts once."""
-    whole: dict[int, int] = {}
-    parts = 0
+    """Bytes that mirrors which are not there yet will hold; parts of one base or storage share it."""
+    sizes: dict[Any, int] = {}
     for record, request in missing:
-        if not _through_base(record, request):
-            parts += _nbytes(request.tensor)
-        elif record.base is None:
-            whole[id(record)] = int(request.tensor.untyped_storage().nbytes())
-    return parts + sum(whole.values())
+        tensor = request.tensor
+        if _through_base(record, request):
+            sizes[id(record)] = int(tensor.untyped_storage().nbytes()) if record.base is None else 0
+        else:
+            uploaded = tensor if request.base is None else request.base
+            geometry = _geometry(uploaded)
+            sizes[id(record), geometry] = 0 if geometry in record.held else _nbytes(uploaded)
+    return sum(sizes.values())
 
 
 def _view(base: Tensor, dtype: torch.dtype, view: tuple[Any, ...]) -> Tensor:
@@ -372,21 +400,11 @@ def _version(tensor: Tensor) -> Any:
     return tensor.detach().clone() if small else None
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the tensor is a permutation of a contiguous one: no gaps, no two elements in one place."""
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
 def _covers_storage(tensor: Tensor) -> bool:
-    return _nbytes(tensor) == tensor.untyped_storage().nbytes() and _is_dense(tensor)
+    return _nbytes(tensor) == tensor.untyped_storage().nbytes() and is_dense(tensor.shape, tensor.stride())
 
 
-def _needs_whole_storage(tensor: Tensor) -> bool:
-    """Whether a view is mirrored through its whole storage: small ones are, and those that overlap."""
-    limit = max(_WHOLE_STORAGE_BYTES, _WHOLE_STORAGE_FACTOR * _nbytes(tensor))
-    return not _is_dense(tensor) or tensor.untyped_storage().nbytes() <= limit
+def _lies_in_little(tensor: Tensor) -> bool:
+    """Whether the tensor is mirrored through its whole storage."""
+    storage_bytes = tensor.untyped_storage().nbytes()
+    return mirrored_bytes(tensor.shape, tensor.stride(), tensor.element_size(), storage_bytes) == storage_bytes

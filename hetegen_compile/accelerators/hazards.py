@@ -30,12 +30,27 @@ class Hazards:
         self.clocks = Clocks()
         self._slots = Occupied()
         self._pinned = Occupied()
+        self._lent: list[tuple[str, torch.Tensor, int]] = []
 
     def restart(self, node: str) -> tuple[list[Occupancy], list[Occupancy]]:
         """All streams are idle: order everything, free both rings; returns what was not released in each."""
         self.clocks.join()
+        self._lent.clear()
         by = Access(node, HOST, 0)
         return self._slots.vacate(by), self._pinned.vacate(by)
+
+    # ---- host tensors that the streams read --------------------------------------------------------------
+    def lend(self, node: str, tensor: torch.Tensor) -> None:
+        """A transfer reads a host tensor, which nothing may write before the step's end."""
+        if not tensor.is_inference():  # torch counts no writes of those
+            self._lent.append((node, tensor, tensor._version))
+
+    def check_lent(self) -> None:
+        """At the step's end: MissingWaitError if a host tensor was written while a stream could read it."""
+        lent, self._lent = self._lent, []
+        for node, tensor, version in lent:
+            if tensor._version != version:
+                raise MissingWaitError(f"what {node} sends up was written on the host before the end of the step")
 
     # ---- uses ----------------------------------------------------------------------------------------
     def use(self, value: DeviceTensor, user: Access) -> None:
@@ -45,6 +60,8 @@ class Hazards:
             raise SlotInUseError(
                 f"{user.node} uses {value.node} after {occupancy.released.node} released its slot"
             )
+        if not value.arrived:
+            raise MissingWaitError(f"{user.node} uses {value.node} without waiting for it")
         self._require(value.writer, user, "uses")
 
     def use_arguments(self, arguments: Iterable[object], user: Access) -> None:
@@ -135,6 +152,7 @@ class Hazards:
         """``transfer`` and its value, or the error of waiting for something that does not go up."""
         started = self.started(transfer, user, ("prefetch", "to_accelerator"))
         assert started.value is not None, "what goes up has a device value"
+        started.value.arrived = True
         return started, started.value
 
     def prefetch(self, node: str, after: Iterable[object]) -> Access:
