@@ -10,6 +10,7 @@ on the accelerator (``residency_shares``). If everything fits, nothing is offloa
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import accumulate
 
 from torch import fx
 
@@ -103,13 +104,22 @@ class _Sharing:
         return tuple(claim for claim in found.values() if claim.nbytes)
 
     def _ring_bytes(self, free: int) -> int:
-        """Bytes of the staging ring: two of the largest weight, at most a quarter of what is free.
+        """Bytes of the staging ring: two of the weights that most bytes lie in, at most a quarter of what is free.
 
-        All graphs share the ring, so it is as long as others made it unless that takes more than half.
+        Weights larger than that (an output layer) go through it in chunks. All graphs share the ring, so it is as
+        long as others made it unless that takes more than half.
         """
-        largest = _WINDOW * max((_aligned(value_bytes(weight, self._context)) for weight in self._weights), default=0)
-        ring = max(self._smallest, min(largest, free // 4 // SLOT_ALIGNMENT * SLOT_ALIGNMENT))
+        typical = _WINDOW * _typical([_aligned(value_bytes(weight, self._context)) for weight in self._weights])
+        ring = max(self._smallest, min(typical, free // 4 // SLOT_ALIGNMENT * SLOT_ALIGNMENT))
         return max(ring, self._context.ring_bytes if self._context.ring_bytes <= free // 2 else 0)
+
+
+def _typical(sizes: Sequence[int]) -> int:
+    """The median of the sizes, each counted as often as it has bytes."""
+    ordered = sorted(sizes)
+    before = accumulate(ordered)
+    half = sum(ordered) / 2
+    return next((size for size, total in zip(ordered, before, strict=True) if total >= half), 0)
 
 
 def _nbytes(claims: Sequence[Claim]) -> int:
