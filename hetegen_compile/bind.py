@@ -4,12 +4,14 @@ Every node of the schedule becomes one line that calls a method of the accelerat
 prepared slots and the values of earlier lines; values are dropped after their last use. Nothing goes
 through torch's dispatcher but the work itself.
 
-    def step(inputs, mirrors, residents):
+    def step(inputs, mirrors, residents, carried, ahead):
         w = inputs[3]
         t = prefetch(op_1, w[64:128], slot_1, ())
         d = to_host(op_2, [mirrors[0]])
+        u = carried[0] or prefetch(op_5, w2[0:64], slot_2, ())
         s = launch(op_3, linear_3, (mirrors[0], wait(op_4, t), None))
         ...
+        ahead(0, op_6, w2, w2[0:64], slot_2, (r1,))
         return (y,), [(host, device), ...]
 """
 
@@ -38,19 +40,23 @@ class BoundStep:
     """A step as a callable, and what its caller has to bring up to date before each call.
 
     Attributes:
-        run: ``run(inputs, mirrors, residents)`` -> (outputs, pairs of a returned tensor and its device twin).
+        run: ``run(inputs, mirrors, residents, carried, ahead)`` -> (outputs, pairs of a returned tensor and its
+            device twin). ``carried`` are the transfers that the step before has started (None: start it now);
+            ``ahead(index, op, weight, source, slot, after)`` starts one for the next step.
         mirrors: positions of the inputs whose mirrors the step reads, in the order of ``mirrors``.
         residents: (position of a weight, first row, end row) in the order of ``residents``.
         settled: positions of the inputs that host and accelerator write alike.
         streamed: positions of the weights that are prefetched from.
+        carried: position of the weight of each carried prefetch, in the order of ``carried``.
         source: the generated code, for people.
     """
 
-    run: Callable[[list[Any], list[Any], list[Any]], tuple[tuple[Any, ...], list[tuple[Tensor, Any]]]]
+    run: Callable[..., tuple[tuple[Any, ...], list[tuple[Tensor, Any]]]]
     mirrors: tuple[int, ...]
     residents: tuple[tuple[int, int, int], ...]
     settled: tuple[int, ...]
     streamed: tuple[int, ...]
+    carried: tuple[int, ...]
     source: str
 
 
@@ -73,6 +79,8 @@ class _Binder:
         }
         self._mirrors: list[fx.Node] = []
         self._residents: list[tuple[int, int, int]] = []
+        self._carried = module.graph.find_nodes(op="call_function", target=ir.CARRIED)
+        self._ahead = module.graph.find_nodes(op="call_function", target=ir.PREFETCH_AHEAD)
 
     def bind(self) -> BoundStep:
         dying = _last_uses(self._module.graph)
@@ -83,7 +91,7 @@ class _Binder:
             if node.op != "output" and dying.get(node):
                 self._lines.append(f"del {', '.join(n.name for n in dying[node])}")
         body = "\n    ".join(["twins = []", *self._lines])
-        source = f"def step(inputs, mirrors, residents):\n    {body}\n"
+        source = f"def step(inputs, mirrors, residents, carried, ahead):\n    {body}\n"
         exec(compile(source, "<hetegen step>", "exec"), self._env)
         return BoundStep(
             run=self._env["step"],
@@ -91,6 +99,7 @@ class _Binder:
             residents=tuple(self._residents),
             settled=self._settled(),
             streamed=self._streamed(),
+            carried=tuple(self._position[node.args[0]] for node in self._carried),
             source=source,
         )
 
@@ -101,7 +110,7 @@ class _Binder:
         return tuple(i for i, node in enumerate(self._inputs) if info(node).storages & written)
 
     def _streamed(self) -> tuple[int, ...]:
-        prefetches = self._module.graph.find_nodes(op="call_function", target=ir.PREFETCH)
+        prefetches = self._module.graph.find_nodes(op="call_function", target=ir.PREFETCH) + self._carried
         return tuple(sorted({self._position[node.args[0]] for node in prefetches}))
 
     # ---- names and arguments -------------------------------------------------------------------------------
@@ -162,15 +171,31 @@ class _Binder:
         return f"{node.name} = residents[{len(self._residents) - 1}]"
 
     def _prefetch(self, node: fx.Node) -> str:
-        weight, ranges, dim, offset, after = _arguments(node)
+        tokens = self._text(tuple(_arguments(node)[4]))
+        op, _, source, slot = self._into_slot(node)
+        return f"{node.name} = prefetch({op}, {source}, {slot}, {tokens})"
+
+    def _take_over(self, node: fx.Node) -> str:
+        op, _, source, slot = self._into_slot(node)
+        return f"{node.name} = carried[{self._carried.index(node)}] or prefetch({op}, {source}, {slot}, ())"
+
+    def _prefetch_ahead(self, node: fx.Node) -> str:
+        index = self._ahead.index(node)
+        if self._carried[index].args != node.args[:4]:
+            raise ScheduleError(f"{node.name} does not start what {self._carried[index].name} takes over")
+        tokens = self._text(tuple(_arguments(node)[4]))
+        op, weight, source, slot = self._into_slot(node)
+        return f"ahead({index}, {op}, {weight}, {source}, {slot}, {tokens})"
+
+    def _into_slot(self, node: fx.Node) -> tuple[str, str, str, str]:
+        """Names of the operation, the weight, its rows and their slot."""
+        weight, ranges, dim, offset = _arguments(node)[:4]
         lo, hi = ranges
         if dim != 0:
             raise ScheduleError(f"{node.name}: only rows can be prefetched, not dimension {dim}")
         (rows,) = tensors_in(info(node).value)
         slot = self._accelerator.slot(offset, tuple(map(int, rows.shape)), rows.dtype)
-        tokens = self._text(tuple(after))
-        op, place = self._op(node, "weights"), self._constant("slot", slot)
-        return f"{node.name} = prefetch({op}, {weight}[{lo}:{hi}], {place}, {tokens})"
+        return self._op(node, "weights"), str(weight), f"{weight}[{lo}:{hi}]", self._constant("slot", slot)
 
     def _plain(self, node: fx.Node) -> str:
         name = str(node.target).split(".")[1]
@@ -220,6 +245,8 @@ _EMITTERS: dict[Any, Callable[[_Binder, fx.Node], str]] = {
     ir.MIRROR: _Binder._mirror,
     ir.RESIDENT: _Binder._resident,
     ir.PREFETCH: _Binder._prefetch,
+    ir.CARRIED: _Binder._take_over,
+    ir.PREFETCH_AHEAD: _Binder._prefetch_ahead,
     ir.WAIT: _Binder._plain,
     ir.RELEASE: _Binder._plain,
     ir.TO_HOST: _Binder._plain,
@@ -278,4 +305,4 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 
 def _makes_nothing(node: fx.Node) -> bool:
-    return node.target in (ir.TWIN, ir.WRITE_BACK) or (node.op == "placeholder" and not node.users)
+    return node.target in (ir.TWIN, ir.WRITE_BACK, ir.PREFETCH_AHEAD) or (node.op == "placeholder" and not node.users)

@@ -121,7 +121,7 @@ class CompiledGraph:
     def _run(self, plan: _Plan, inputs: Sequence[Any]) -> Any:
         accelerator, mirrors = self._runtime.accelerator, self._runtime.mirrors
         steps = len(plan.schedule.step_times_s)
-        tracing = steps == 1  # the first step warms up, the second is traced
+        tracing = steps == 1 + bool(plan.bound.carried)  # after warming up: with everything carried in the third
         try:
             with _quiet(accelerator.device):
                 started = time.perf_counter()
@@ -139,16 +139,16 @@ class CompiledGraph:
         return outputs
 
     def _step(self, plan: _Plan, inputs: Sequence[Any]) -> Any:
-        accelerator, mirrors, bound = self._runtime.accelerator, self._runtime.mirrors, plan.bound
+        mirrors, carried, bound = self._runtime.mirrors, self._runtime.carried, plan.bound
         self._pin(plan, inputs)
-        accelerator.begin_step()
+        taken = carried.begin_step(bound, inputs)
         mirrors.begin_step()
         requests = [Request(inputs[i], self._names[i], whole=i in self._aliased) for i in bound.mirrors]
         requests += [Request(inputs[i].detach()[lo:hi], self._names[i], WEIGHTS) for i, lo, hi in bound.residents]
         values = mirrors.fetch(requests, plan.mirror_limit_bytes - self._runtime.ring_bytes)
         count = len(bound.mirrors)
-        outputs, twins = bound.run(list(inputs), values[:count], values[count:])
-        accelerator.end_step()
+        outputs, twins = bound.run(list(inputs), values[:count], values[count:], taken, carried.start)
+        carried.end_step(bound)
         for i in bound.settled:
             mirrors.settle(inputs[i])
         for host, device in twins:

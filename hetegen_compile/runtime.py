@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hetegen_compile.accelerators import Accelerator, open_accelerator
+from hetegen_compile.carried import CarriedPrefetches
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.mirrors import Mirrors
 from hetegen_compile.options import Options
@@ -28,6 +29,7 @@ class Runtime:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.mirrors = Mirrors(accelerator)
+        self.carried = CarriedPrefetches(accelerator)
         self.lock = threading.RLock()
         self.epoch = 0
         self.ring_bytes = 0
@@ -41,11 +43,13 @@ class Runtime:
     def reserve_ring(self, nbytes: int) -> None:
         """Make the staging ring at least this long; all graphs share it."""
         if nbytes > self.ring_bytes:
+            self.carried.drop("the staging ring grows")
             self.accelerator.reserve_ring(nbytes)
             self.ring_bytes = nbytes
 
     def evict_weights(self) -> int:
         """Drop all resident weights; graphs that planned with them plan again. Returns the new epoch."""
+        self.carried.drop("weights are evicted")
         self.accelerator.synchronize()
         self.mirrors.forget_category(WEIGHTS)
         self.epoch += 1
@@ -97,9 +101,11 @@ def live_runtimes() -> list[Runtime]:
 def refresh(model: nn.Module) -> None:
     """Upload what the accelerator holds of ``model`` again before it is next used.
 
-    Needed after writes that leave a tensor's version as it was: through ``.data`` (``p.data += d``), through a
-    numpy view, by a fused optimiser. Assigning ``p.data = other`` or ``copy_`` under ``no_grad`` is noticed.
+    That includes what has been prefetched for the next step. Needed after writes that leave a tensor's version as it
+    was: through ``.data`` (``p.data += d``), through a numpy view, by a fused optimiser. Assigning
+    ``p.data = other`` or ``copy_`` under ``no_grad`` is noticed.
     """
     for runtime in live_runtimes():
         with runtime.lock:
+            runtime.carried.drop("refresh")
             runtime.mirrors.forget(itertools.chain(model.parameters(), model.buffers()))

@@ -7,6 +7,7 @@ that placed its nodes.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,12 @@ from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.insert_transfers import operand_side, value_side
 from hetegen_compile.passes.schedule import slot_bytes
 
-_STARTS = {ir.PREFETCH: {ir.WAIT, ir.RELEASE}, ir.TO_ACCELERATOR: {ir.WAIT}, ir.TO_HOST: {ir.WAIT_HOST}}
+_STARTS = {
+    ir.PREFETCH: {ir.WAIT, ir.RELEASE},
+    ir.CARRIED: {ir.WAIT, ir.RELEASE},
+    ir.TO_ACCELERATOR: {ir.WAIT},
+    ir.TO_HOST: {ir.WAIT_HOST},
+}
 
 
 def verify(module: fx.GraphModule, context: Context) -> None:
@@ -37,6 +43,7 @@ def verify(module: fx.GraphModule, context: Context) -> None:
     _check_transfers(module.graph)
     _check_sides(module.graph)
     _check_slots(module.graph, 0 if residency is None else residency.ring_bytes)
+    _check_carried(module.graph)
     _check_downloads(module.graph)
     names = {str(call.target) for call in module.graph.find_nodes(op="call_module")}
     inner = {name: module.get_submodule(name) for name in names}
@@ -77,8 +84,8 @@ def _check_slots(graph: fx.Graph, ring_bytes: int) -> None:
     released: dict[fx.Node, fx.Node] = {}
     waited_for: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.target == ir.PREFETCH:
-            waited_for |= set(node.args[4])
+        if node.target in (ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED):
+            waited_for |= set(node.args[4]) if node.target != ir.CARRIED else set()
             _check_prefetch(node, filled, released, waited_for, ring_bytes)
         elif node.target == ir.RELEASE:
             released[node.args[0]] = node
@@ -103,6 +110,26 @@ def _check_prefetch(
                 f"{node.name} overwrites the slot of {other.name} without waiting for its release"
             )
     filled.append((lo, hi, node))
+
+
+def _check_carried(graph: fx.Graph) -> None:
+    """What one step leaves to the next is what the next takes over, and nothing of this step is in the way.
+
+    A step begins with the carried slots filled: nothing may be prefetched before the last of them. Each is filled
+    again exactly once, in the same order, behind every other prefetch, and nobody in this step reads that copy.
+    """
+    fills = [node for node in graph.nodes if node.target in (ir.CARRIED, ir.PREFETCH, ir.PREFETCH_AHEAD)]
+    order = [(ir.CARRIED, ir.PREFETCH, ir.PREFETCH_AHEAD).index(node.target) for node in fills]
+    early = next((node for node, now, then in zip(fills, order, order[1:], strict=False) if now > then), None)
+    if early is not None:
+        raise SlotInUseError(f"{early.name} is issued before a transfer that the step before started, or after its own")
+    carried = [node for node in fills if node.target == ir.CARRIED]
+    ahead = [node for node in fills if node.target == ir.PREFETCH_AHEAD]
+    for one, other in itertools.zip_longest(carried, ahead):
+        if one is None or other is None or one.args != other.args[:4]:
+            raise ScheduleError(f"{other} does not start what {one} takes over in the next step")
+        if other.users:
+            raise MissingWaitError(f"{next(iter(other.users)).name} uses {other.name}, a prefetch for the next step")
 
 
 def _check_slot_reader(node: fx.Node, released: dict[fx.Node, fx.Node]) -> None:

@@ -8,6 +8,7 @@ nothing else:
     prefetch        up waits for each token in ``after``, then copies rows into the slot
     wait            compute waits for that transfer                        (read after write)
     release         the slot may be overwritten once compute got here       (write after read)
+    prefetch_ahead  a prefetch that the next step takes over in ``begin_step``
     to_host         down waits for what compute has issued so far, then copies
     wait_host       the host thread blocks until that download is done
     to_accelerator  the host's tensor becomes readable by compute after ``wait``
@@ -106,16 +107,36 @@ class Accelerator(ABC):
 
     # ---- operations of a schedule --------------------------------------------------------------------
     @abstractmethod
-    def begin_step(self) -> None:
-        """Order everything of this step after everything of the step before (the ring is free again)."""
+    def begin_step(self, carried: Sequence[Transfer] = ()) -> None:
+        """Order everything of this step after everything of the step before (the ring is free again).
+
+        ``carried`` are results of ``prefetch_ahead`` that are still held (see ``holds``): from here on they are
+        waited for and released like prefetches of this step. Those not among them are given up; their bytes of
+        the ring may be overwritten.
+        """
 
     @abstractmethod
     def end_step(self) -> None:
-        """Block until all streams are idle; raise what a stream's work raised."""
+        """Block until everything but prefetches for the next step is over; raise what a stream's work raised."""
 
     @abstractmethod
     def prefetch(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Token]) -> Transfer:
         """Start copying ``source`` (contiguous rows of a host weight) into ``slot`` on the up stream."""
+
+    @abstractmethod
+    def prefetch_ahead(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Token]) -> Transfer:
+        """Start a prefetch for the next step.
+
+        ``source`` may die before the copy is over, which is then completed first. What fails in the copy is raised
+        in the next step, naming ``op``.
+        """
+
+    @abstractmethod
+    def holds(self, transfer: Transfer) -> bool:
+        """Whether a result of ``prefetch_ahead`` can be given to ``begin_step``.
+
+        Not after an aborted step, after the ring has grown, or once it was taken over or given up.
+        """
 
     @abstractmethod
     def wait(self, op: Op, transfer: Transfer) -> Value:

@@ -11,6 +11,8 @@ what costs nothing; work that fails is reported by the call that meets it.
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +40,11 @@ DIRECT_BYTES = 256 * 1024
 
 @dataclass(eq=False)
 class CudaTransfer:
-    """A started copy: its result, what it reads (kept alive), and its event (None: readable at once)."""
+    """A started copy: its result, what it reads (kept alive), and its event (None: readable at once).
+
+    A prefetch for the next step keeps nothing alive: a finalizer completes it before its source's memory is freed.
+    ``ring`` is the buffer that its slot lies in.
+    """
 
     node: str
     kind: str
@@ -46,6 +52,7 @@ class CudaTransfer:
     source: Any
     event: torch.cuda.Event | None = None
     released_by: str | None = None
+    ring: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,9 @@ class CudaAccelerator(Accelerator):
         self._ring = torch.empty(0, dtype=torch.uint8, device=self.device)
         self._views: dict[Slot, torch.Tensor] = {}
         self._kept: list[torch.Tensor] = []
+        self._ahead: list[CudaTransfer] = []
+        self._guards: deque[tuple[torch.cuda.Event, weakref.finalize[..., torch.UntypedStorage]]] = deque()
+        self._uploaded: torch.cuda.Event | None = None
         self._in_step = False
         self._closed = False
 
@@ -152,18 +162,33 @@ class CudaAccelerator(Accelerator):
         return self._pins.pin(tensor)
 
     # ---- steps -------------------------------------------------------------------------------------
-    def begin_step(self) -> None:
+    def begin_step(self, carried: Sequence[CudaTransfer] = ()) -> None:
         self._check_open()
+        for transfer in carried:
+            if not self.holds(transfer):
+                raise ScheduleError(f"begin_step takes over {transfer.node}, which is not held for it")
         if self._in_step:  # the step before was aborted
             self.synchronize()
             self._kept.clear()
+        for transfer in self._ahead:  # what is given up is overwritten by later copies of the same stream only
+            transfer.kind = "given up"
+        for transfer in carried:
+            transfer.kind = "prefetch"
+        self._ahead.clear()
         self._up.wait_stream(self._compute)
         self._down.wait_stream(self._compute)
         self._in_step = True
 
     def end_step(self) -> None:
-        self.synchronize()
+        self._check_open()
+        with self._work(Op("end_step")):
+            self._compute.synchronize()
+            self._down.synchronize()
+            if self._uploaded is not None:
+                self._uploaded.synchronize()
         self._kept.clear()
+        while self._guards and self._guards[0][0].query():
+            self._guards.popleft()[1].detach()
         self._in_step = False
         self.counters.peak_bytes = torch.cuda.max_memory_reserved(self.device)
 
@@ -175,6 +200,28 @@ class CudaAccelerator(Accelerator):
 
     # ---- operations of a schedule --------------------------------------------------------------------
     def prefetch(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[CudaToken]) -> CudaTransfer:
+        transfer = self._copy_into_slot(op, source, slot, after)
+        transfer.source, self._uploaded = source, transfer.event
+        return transfer
+
+    def prefetch_ahead(
+        self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[CudaToken]
+    ) -> CudaTransfer:
+        transfer = self._copy_into_slot(op, source, slot, after)
+        assert transfer.event is not None, "every copy into a slot records its event"
+        transfer.kind = "prefetch_ahead"
+        guard = weakref.finalize(source.untyped_storage(), transfer.event.synchronize)
+        guard.atexit = False
+        self._guards.append((transfer.event, guard))
+        self._ahead.append(transfer)
+        return transfer
+
+    def holds(self, transfer: CudaTransfer) -> bool:
+        return not self._in_step and transfer.kind == "prefetch_ahead" and transfer.ring is self._ring
+
+    def _copy_into_slot(
+        self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[CudaToken]
+    ) -> CudaTransfer:
         self._check_open()
         view = self._view(slot)
         if not source.is_contiguous() or not same_geometry(source, view):
@@ -186,7 +233,7 @@ class CudaAccelerator(Accelerator):
         with self._work(op), self._on(self._up, "up", op):
             view.copy_(source, non_blocking=True)
         self._ledger.uploaded(op.category, source.numel() * source.element_size())
-        return CudaTransfer(op.name, "prefetch", view, source, self._up.record_event())
+        return CudaTransfer(op.name, "prefetch", view, None, self._up.record_event(), ring=self._ring)
 
     def wait(self, op: Op, transfer: CudaTransfer) -> Value:
         self._check_open()
@@ -249,7 +296,8 @@ class CudaAccelerator(Accelerator):
                 copy_span(value, buffer, non_blocking=True)
             self._ledger.hold(value, op.category)
             value.record_stream(self._compute)
-        return CudaTransfer(op.name, "to_accelerator", value, buffer, self._up.record_event())
+        self._uploaded = self._up.record_event()
+        return CudaTransfer(op.name, "to_accelerator", value, buffer, self._uploaded)
 
     def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, or a copy in a pinned buffer of torch's caching host allocator."""
@@ -295,6 +343,7 @@ class CudaAccelerator(Accelerator):
             return
         torch.cuda.synchronize(self.device)
         self._kept.clear()
+        self._ahead.clear()
         self._views.clear()
         self._ring = torch.empty(0, dtype=torch.uint8, device=self.device)
         self._pins.close()

@@ -111,19 +111,38 @@ class EmulatedAccelerator(Accelerator):
         return self._pins.pin(tensor)
 
     # ---- steps -------------------------------------------------------------------------------------
-    def begin_step(self) -> None:
+    def begin_step(self, carried: Sequence[Transfer] = ()) -> None:
         self._engine.check_usable()
         if self._engine.in_step:
             self._engine.abort()
-        else:
-            self.synchronize()
+            self._free_ring("the aborted step")
+        self._finish_step()
         self._work.aliases.clear()
-        self._ring.poison(self._hazards.restart("begin_step"))
+        kept = [self._hazards.take_over(transfer) for transfer in carried]
+        self._give_up(self._hazards.restart("begin_step", kept))
         self._engine.enter_step()
 
     def end_step(self) -> None:
-        self.synchronize()
+        self._engine.check_usable()
+        self._finish_step()
         self._engine.leave_step()
+
+    def _finish_step(self) -> None:
+        """Wait for everything but prefetches for the next step."""
+        self._engine.drain_step()
+        self._raise_failure()
+        self._hazards.step_is_over()
+
+    def _free_ring(self, reason: str) -> None:
+        """All streams are idle: nothing in the ring is wanted any more."""
+        self._hazards.clocks.join()
+        self._give_up(self._hazards.restart(reason))
+
+    def _give_up(self, occupancies: list[Occupancy]) -> None:
+        """Poison slots that nobody released, behind the copies into them that may still be under way."""
+        if occupancies:
+            work = partial(self._ring.poison, occupancies)
+            self._engine.submit(UP, Task(Op("begin_step"), work, done=threading.Event()))
 
     def synchronize(self) -> None:
         self._engine.check_usable()
@@ -132,24 +151,42 @@ class EmulatedAccelerator(Accelerator):
         self._hazards.clocks.join()
 
     def _raise_failure(self) -> None:
-        if self._engine.failed:
-            self._hazards.restart("the failed step")
-            self._engine.raise_failure()
+        failure = self._engine.take_failure()
+        if failure is not None:
+            self._free_ring("the failed step")
+            raise failure
 
     # ---- operations of a schedule --------------------------------------------------------------------
     def prefetch(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Token]) -> Transfer:
+        return self._prefetch(op, source, slot, after, ahead=False)
+
+    def prefetch_ahead(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Token]) -> Transfer:
+        return self._prefetch(op, source, slot, after, ahead=True)
+
+    def _prefetch(
+        self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Token], *, ahead: bool
+    ) -> Transfer:
         self._engine.check_usable()
         self._hazards.refuse_on_host(op.name, source)
         _check_prefetch(op, source, slot)
-        access = self._hazards.prefetch(op.name, after)
+        access = self._hazards.prefetch(op.name, after, ahead=ahead)
         occupancy = Occupancy(op.name, slot.offset, slot.nbytes)
         self._hazards.occupy(occupancy, access)
-        value = DeviceTensor(access, occupancy=occupancy)
-        done = threading.Event()
-        work = partial(self._work.fill_slot, op, value, source, self._ring.view(slot))
-        waits = tuple(token.done for token in after)
-        self._engine.submit(UP, Task(op, work, waits=waits, done=done))
-        return Transfer(op.name, "prefetch", access, self._hazards.clocks.now(UP), value, done)
+        value, done = DeviceTensor(access, occupancy=occupancy), threading.Event()
+        kind = "prefetch_ahead" if ahead else "prefetch"
+        transfer = Transfer(op.name, kind, access, self._hazards.clocks.now(UP), value, done, carried=ahead)
+        task = Task(
+            op,
+            partial(self._work.fill_slot, op, value, source, self._ring.view(slot)),
+            waits=tuple(token.done for token in after),
+            done=done,
+            on_failure=transfer.fail if ahead else None,
+        )
+        self._engine.submit(UP, task, carried=ahead)
+        return transfer
+
+    def holds(self, transfer: Transfer) -> bool:
+        return not self._engine.in_step and self._hazards.held(transfer)
 
     def wait(self, op: Op, transfer: Transfer) -> DeviceTensor:
         self._engine.check_usable()
@@ -158,7 +195,8 @@ class EmulatedAccelerator(Accelerator):
         access = self._hazards.clocks.issue(COMPUTE, op.name)
         self._hazards.use(value, access)
         if transfer.done is not None:
-            self._engine.submit(COMPUTE, Task(op, waits=(transfer.done,)))
+            name, work = (Op(transfer.node), transfer.check) if transfer.carried else (op, None)
+            self._engine.submit(COMPUTE, Task(name, work, waits=(transfer.done,)))
         return value
 
     def release(self, op: Op, transfer: Transfer) -> Token:
@@ -198,7 +236,7 @@ class EmulatedAccelerator(Accelerator):
         self._hazards.refuse_on_host(op.name, tensor)
         if span_bytes(tensor) < DIRECT_BYTES:
             return self._lend(op, tensor)
-        access = self._hazards.clocks.issue(UP, op.name)
+        access = self._hazards.upload(op.name)
         value = DeviceTensor(access)
         done = threading.Event()
         self._engine.submit(UP, Task(op, partial(self._work.copy_up, op, value, tensor), done=done))

@@ -27,14 +27,18 @@ class Hazards:
     def __init__(self) -> None:
         self.clocks = Clocks()
         self._occupied: list[Occupancy] = []
+        self._uploaded = self.clocks.now(UP)
 
-    def restart(self, node: str) -> list[Occupancy]:
-        """All streams are idle: order everything, free the ring; returns what was not released."""
-        self.clocks.join()
-        left = [occupancy for occupancy in self._occupied if occupancy.released is None]
+    def step_is_over(self) -> None:
+        """Everything but the prefetches for the next step is over."""
+        self.clocks.join(self._uploaded)
+
+    def restart(self, node: str, carried: Sequence[Occupancy] = ()) -> list[Occupancy]:
+        """Nothing uses the ring but what is ``carried``: free the rest of it; returns what was not released."""
+        left = [one for one in self._occupied if one.released is None and one not in carried]
         for occupancy in left:
             occupancy.released = Access(node, HOST, 0)
-        self._occupied.clear()
+        self._occupied[:] = carried
         return left
 
     # ---- uses ----------------------------------------------------------------------------------------
@@ -113,6 +117,22 @@ class Hazards:
         occupancy.released = access
         return occupancy
 
+    def held(self, transfer: object) -> bool:
+        """Whether a prefetch for the next step was neither taken over nor given up yet."""
+        if not isinstance(transfer, Transfer) or transfer.kind != "prefetch_ahead":
+            return False
+        occupancy = None if transfer.value is None else transfer.value.occupancy
+        return occupancy is not None and occupancy.released is None
+
+    def take_over(self, transfer: object) -> Occupancy:
+        """Make a prefetch for the next step one of the step that begins."""
+        if not isinstance(transfer, Transfer) or not self.held(transfer):
+            raise ScheduleError(f"begin_step takes over {_name(transfer)}, which is not held for it")
+        transfer.kind = "prefetch"
+        assert transfer.value is not None, "held transfers have a slot"
+        assert transfer.value.occupancy is not None, "held transfers have a slot"
+        return transfer.value.occupancy
+
     # ---- transfers -----------------------------------------------------------------------------------
     def started(self, transfer: object, user: str, kinds: tuple[str, ...]) -> Transfer:
         """``transfer`` as one of the given kinds, or the error of waiting for something else."""
@@ -128,13 +148,19 @@ class Hazards:
         assert started.value is not None, "what goes up has a device value"
         return started, started.value
 
-    def prefetch(self, node: str, after: Iterable[object]) -> Access:
+    def upload(self, node: str) -> Access:
+        """Enter an upload on the up stream; whoever knows of it knows of all before it."""
+        access = self.clocks.issue(UP, node)
+        self._uploaded = self.clocks.now(UP)
+        return access
+
+    def prefetch(self, node: str, after: Iterable[object], *, ahead: bool) -> Access:
         """Enter a prefetch on the up stream, behind the releases in ``after``."""
         for token in after:
             if not isinstance(token, Token):
                 raise ScheduleError(f"{node} waits for {_name(token)}, which is no release")
             self.clocks.merge(UP, token.clock)
-        return self.clocks.issue(UP, node)
+        return self.clocks.issue(UP, node) if ahead else self.upload(node)
 
     def download(self, node: str, values: Sequence[object]) -> Access:
         """Enter a download behind what compute has issued so far; it reads ``values`` until waited for."""

@@ -121,7 +121,7 @@ class Transfer(Deferred):
     """A started copy: ``wait`` gives its device value, ``wait_host`` its host tensor.
 
     ``done`` is None where nothing has to be waited for; ``value`` is None for downloads, whose task keeps the
-    value alive until it is copied.
+    value alive until it is copied. ``failure`` is what a prefetch for the next step raised.
     """
 
     node: str
@@ -132,6 +132,17 @@ class Transfer(Deferred):
     done: threading.Event | None = None
     host_tensors: list[torch.Tensor] | None = None
     single: bool = True
+    carried: bool = False
+    failure: BaseException | None = None
+
+    def fail(self, error: BaseException) -> None:
+        """Keep what the copy raised for whoever waits for it."""
+        self.failure = error
+
+    def check(self) -> None:
+        """Raise what the copy raised."""
+        if self.failure is not None:
+            raise self.failure
 
 
 @dataclass(eq=False)
