@@ -23,8 +23,8 @@ Before (a ring of two slots):                         After:
                                                           prefetch_ahead(w2, ..., 4096, [r2])
                                                           ...
 
-Nothing changes in a graph that streams no weights (all of them resident or on the host), nor for a weight that
-the graph itself writes: its copy for the next step would always be out of date.
+Nothing changes in a graph that streams no weights: all of them resident or on the host. A weight that the graph
+itself writes is never streamed; one that is written between two steps is found out of date when the step begins.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torch import fx
 
 from hetegen_compile import ir
 from hetegen_compile.ir import annotate, info
-from hetegen_compile.passes.context import Context, Refusal
+from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.predict_step import node_work
 from hetegen_compile.passes.schedule import release_of, slot_bytes
 
@@ -45,7 +45,7 @@ _READY = (ir.MIRROR, ir.RESIDENT, ir.PREFETCH)
 def carry_prefetches(module: fx.GraphModule, context: Context) -> None:
     """Turn the prefetches at the start of the step into carried ones, and start them again at its end."""
     graph = module.graph
-    carried = [_carry(graph, prefetch) for prefetch in leading_prefetches(graph, context)]
+    carried = [_carry(graph, prefetch) for prefetch in leading_prefetches(graph)]
     if not carried:
         return
     place = {node: position for position, node in enumerate(graph.nodes)}
@@ -56,15 +56,11 @@ def carry_prefetches(module: fx.GraphModule, context: Context) -> None:
         place[behind] = place[after]
 
 
-def leading_prefetches(graph: fx.Graph, context: Context) -> list[fx.Node]:
+def leading_prefetches(graph: fx.Graph) -> list[fx.Node]:
     """The prefetches that are issued before the accelerator works and that overwrite no slot of their step."""
-    written = frozenset[int]().union(*(info(node).writes for node in graph.nodes))
     found: list[fx.Node] = []
     for node in graph.nodes:
         if node.target == ir.PREFETCH and not node.args[4]:
-            if info(node.args[0]).storages & written:
-                context.refuse(Refusal(info(node).module or node.name, "not prefetched for the next step: written"))
-                break
             found.append(node)
         elif info(node).side == "accelerator" and node.target not in _READY:
             break
