@@ -121,7 +121,8 @@ def test_a_slot_whose_bytes_became_two_waits_for_both() -> None:
     wide, narrow = nn.Linear(WIDTH, 2 * WIDTH, bias=False), nn.Linear(2 * WIDTH, WIDTH, bias=False)
 
     def function(x: Tensor) -> Tensor:
-        return LAYERS[1](LAYERS[0](narrow(wide(x).relu()).relu()).relu())
+        y: Tensor = LAYERS[1](LAYERS[0](narrow(wide(x).relu()).relu()).relu())
+        return y
 
     found = carrying(function, X, plan=streamed, ring_bytes=4 * SLOT)
     first = found.nodes(PREFETCH_AHEAD)[0]
@@ -175,7 +176,7 @@ def test_a_graph_that_streams_nothing_stays_as_it_is(plan: Callable[[int], Linea
 def test_a_weight_that_the_step_writes_is_not_carried() -> None:
     def function(x: Tensor) -> Tensor:
         y = chain(x)
-        LAYERS[0].weight.add_(1.0)
+        next(LAYERS[0].parameters()).add_(1.0)
         return y
 
     with torch.no_grad():
