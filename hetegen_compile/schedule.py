@@ -101,7 +101,8 @@ class Schedule:
 
     def note_step(self, seconds: float, spans: list[Span]) -> None:
         """Keep one step's time (the last 1000) and, if it was traced, its spans on the rows."""
-        self.step_times_s = [*self.step_times_s[-999:], seconds]
+        self.step_times_s.append(seconds)
+        del self.step_times_s[:-1000]
         if spans:
             self.spans = spans
             took: dict[str, float] = {}
