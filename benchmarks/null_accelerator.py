@@ -40,7 +40,9 @@ class NullAccelerator(Accelerator):
 
     def slot(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
         """A tensor of zeros, one for each shape."""
-        return self._slots.setdefault((shape, dtype), torch.zeros(shape, dtype=dtype))
+        if (shape, dtype) not in self._slots:
+            self._slots[shape, dtype] = torch.zeros(shape, dtype=dtype)
+        return self._slots[shape, dtype]
 
     def pin(self, tensor: torch.Tensor) -> bool:
         """Nothing is pinned."""

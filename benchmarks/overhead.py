@@ -43,7 +43,7 @@ from hetegen_compile.segments import inductor_compiler
 LIMITS = {"issue": 40e-6, "resident": 1.15, "compile": 2.0}
 """Seconds a split Linear; ratio to Inductor; ratio of the deepest to the shallowest."""
 
-ISSUE_BYTES = 16 << 10
+ISSUE_BYTES = 12 << 10
 """Budget of the issue stage, a layer of 144 KiB: most of what is not on the host is streamed."""
 
 
@@ -106,7 +106,7 @@ def llama(layers: int, width: int) -> nn.Module:
     return model
 
 
-def one_token(model: nn.Module) -> Tensor:
+def one_token(model: Callable[..., Any]) -> Tensor:
     """A forward of one token without a cache."""
     result: Tensor = model(torch.ones(1, 1, dtype=torch.long), use_cache=False).logits
     return result
@@ -114,7 +114,7 @@ def one_token(model: nn.Module) -> Tensor:
 
 def issue(args: argparse.Namespace) -> Figure:
     """Seconds a split Linear: the median step over the number of split Linears."""
-    model, backend = llama(args.layers, 64), NullBackend(split=0.5, gpu_memory=ISSUE_BYTES * (8 + args.layers))
+    model, backend = llama(args.layers, 64), NullBackend(split=0.5, gpu_memory=ISSUE_BYTES * (4 + args.layers))
     model.compile(backend=backend)
     one_token(model)
     (graph,), inputs = backend.graphs, backend.inputs[-1]

@@ -39,8 +39,6 @@ from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.predict_step import node_work
 from hetegen_compile.passes.schedule import release_of, slot_bytes
 
-_READY = (ir.MIRROR, ir.RESIDENT, ir.PREFETCH)
-
 
 def carry_prefetches(module: fx.GraphModule, context: Context) -> None:
     """Turn the prefetches at the start of the step into carried ones, and start them again at its end."""
@@ -57,12 +55,17 @@ def carry_prefetches(module: fx.GraphModule, context: Context) -> None:
 
 
 def leading_prefetches(graph: fx.Graph) -> list[fx.Node]:
-    """The prefetches that are issued before the accelerator works and that overwrite no slot of their step."""
+    """The prefetches that are issued before the accelerator works and that overwrite no slot of their step.
+
+    Only rows that lie in an input of the call: its state is what the next step can compare.
+    """
     found: list[fx.Node] = []
     for node in graph.nodes:
-        if node.target == ir.PREFETCH and not node.args[4]:
+        if node.target == ir.PREFETCH:
+            if node.args[4] or node.args[0].op != "placeholder":
+                break
             found.append(node)
-        elif info(node).side == "accelerator" and node.target not in _READY:
+        elif info(node).side == "accelerator" and node.target not in (ir.MIRROR, ir.RESIDENT):
             break
     return found
 
