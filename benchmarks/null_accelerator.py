@@ -44,9 +44,21 @@ class NullAccelerator(Accelerator):
             self._slots[shape, dtype] = torch.zeros(shape, dtype=dtype)
         return self._slots[shape, dtype]
 
-    def pin(self, tensor: torch.Tensor) -> bool:
-        """Nothing is pinned."""
-        return False
+    def pin(self, owner: object, address: int, nbytes: int) -> int:
+        """Says that it is."""
+        return 0
+
+    def reserve_pinned(self, nbytes: int) -> None:
+        """Nothing."""
+
+    def pinned_slot(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
+        """As a slot of the staging ring."""
+        return self.slot(offset, shape, dtype)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """None."""
+        return 0
 
     def begin_step(self, carried: Sequence[Transfer] = ()) -> None:
         """Nothing."""
@@ -54,7 +66,11 @@ class NullAccelerator(Accelerator):
     def end_step(self) -> None:
         """Nothing."""
 
-    def prefetch(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Token]) -> Transfer:
+    def stage(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Transfer]) -> Transfer:
+        """The slot as it is."""
+        return (slot,)
+
+    def prefetch(self, op: Op, source: torch.Tensor | Transfer, slot: Slot, after: Sequence[Token]) -> Transfer:
         """The slot as it is."""
         return (slot,)
 

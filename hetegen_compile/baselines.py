@@ -17,13 +17,24 @@ from hetegen_compile.passes.predict_step import node_work
 def floor_s(module: fx.GraphModule, context: Context) -> float:
     """The bound of a step: S / (V_link + V_cpu) for S bytes of offloaded weights, or the accelerator's work.
 
-    The rates are those at which each consumes these weights at this number of tokens.
+    The rates are those at which each consumes these weights at this number of tokens; staged weights come no faster
+    than the pin thread copies them.
     """
-    offloaded = [(plan, cost) for plan, cost in _linears(module, context) if plan.resident is None]
-    link_s = sum(cost.link_s for _, cost in offloaded)
-    host_s = sum(cost.host_s for _, cost in offloaded)
+    splits, costs = require(context.splits, "choose_splits"), require(context.costs, "annotate_costs")
+    nodes = module.graph.find_nodes(op="call_function", target=LINEAR)
+    offloaded = [node for node in nodes if splits[info(node).position].resident is None]
+    link_s = sum(_feed_s(node, costs[info(node).position], context) for node in offloaded)
+    host_s = sum(costs[info(node).position].host_s for node in offloaded)
     together = link_s * host_s / (link_s + host_s) if link_s + host_s > 0 else 0.0
     return max(together, _accelerator_s(module, context))
+
+
+def _feed_s(linear: fx.Node, cost: NodeCost, context: Context) -> float:
+    """Seconds to bring a Linear's whole weight over the link, by way of the pinned ring if it is staged."""
+    weight: fx.Node = linear.args[1]  # type: ignore[assignment]
+    if weight.name not in context.staged:
+        return cost.link_s
+    return max(cost.link_s, cost.weight_bytes / context.profile.pin_bytes_per_s)
 
 
 def baselines(module: fx.GraphModule, context: Context) -> dict[str, float | None]:

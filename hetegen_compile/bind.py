@@ -27,12 +27,13 @@ import torch
 from torch import Tensor, fx
 
 from hetegen_compile import ir
-from hetegen_compile.accelerators.base import Accelerator, Op
+from hetegen_compile.accelerators.base import Accelerator, Op, Slot
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import info
 from hetegen_compile.passes.capture import tensors_in
 from hetegen_compile.passes.context import Work
 from hetegen_compile.passes.lower import CompiledSegment
+from hetegen_compile.passes.schedule import pinned_ring_bytes
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,9 @@ class BoundStep:
         mirrors: positions of the inputs whose mirrors the step reads, in the order of ``mirrors``.
         residents: (position of a weight, first row, end row) in the order of ``residents``.
         settled: positions of the inputs that host and accelerator write alike.
-        streamed: positions of the weights that are prefetched from.
+        streamed: positions of the weights that are prefetched from where they lie (not through the pinned ring).
         carried: position of the weight of each carried prefetch, in the order of ``carried``.
+        pinned_ring_bytes: length of the pinned ring that the step uses.
         source: the generated code, for people.
     """
 
@@ -57,12 +59,18 @@ class BoundStep:
     settled: tuple[int, ...]
     streamed: tuple[int, ...]
     carried: tuple[int, ...]
+    pinned_ring_bytes: int
     source: str
 
 
 def bind(module: fx.GraphModule, work: Mapping[fx.Node, Work], accelerator: Accelerator) -> BoundStep:
     """Generate the step function of a lowered schedule for one accelerator."""
     return _Binder(module, work, accelerator).bind()
+
+
+_METHODS = (
+    "stage", "prefetch", "wait", "release", "to_host", "wait_host", "to_accelerator", "launch", "host"
+)
 
 
 class _Binder:
@@ -75,14 +83,19 @@ class _Binder:
         self._lines: list[str] = []
         self._env: dict[str, Any] = {
             name: getattr(accelerator, name)
-            for name in ("prefetch", "wait", "release", "to_host", "wait_host", "to_accelerator", "launch", "host")
+            for name in _METHODS
         }
+        self._written = frozenset[int]().union(
+            *(info(node).writes for node in module.graph.nodes if info(node).side == "accelerator")
+        )
         self._mirrors: list[fx.Node] = []
         self._residents: list[tuple[int, int, int]] = []
         self._carried = module.graph.find_nodes(op="call_function", target=ir.CARRIED)
         self._ahead = module.graph.find_nodes(op="call_function", target=ir.PREFETCH_AHEAD)
+        self._pinned_ring_bytes = pinned_ring_bytes(module.graph)
 
     def bind(self) -> BoundStep:
+        self._accelerator.reserve_pinned(self._pinned_ring_bytes)
         dying = _last_uses(self._module.graph)
         for node in self._module.graph.nodes:
             line = self._line(node)
@@ -100,6 +113,7 @@ class _Binder:
             settled=self._settled(),
             streamed=self._streamed(),
             carried=tuple(self._position[node.args[0]] for node in self._carried),
+            pinned_ring_bytes=self._pinned_ring_bytes,
             source=source,
         )
 
@@ -111,7 +125,7 @@ class _Binder:
 
     def _streamed(self) -> tuple[int, ...]:
         prefetches = self._module.graph.find_nodes(op="call_function", target=ir.PREFETCH) + self._carried
-        return tuple(sorted({self._position[node.args[0]] for node in prefetches}))
+        return tuple(sorted({self._position[node.args[0]] for node in prefetches if node.args[0].target != ir.STAGE}))
 
     # ---- names and arguments -------------------------------------------------------------------------------
 
@@ -170,32 +184,36 @@ class _Binder:
         self._residents.append((self._position[weight], lo, hi))
         return f"{node.name} = residents[{len(self._residents) - 1}]"
 
+    def _stage(self, node: fx.Node) -> str:
+        op, read, slot = self._into_slot(node, self._accelerator.pinned_slot)
+        return f"{node.name} = stage({op}, {read}, {slot}, {self._text(tuple(_arguments(node)[4]))})"
+
     def _prefetch(self, node: fx.Node) -> str:
-        tokens = self._text(tuple(_arguments(node)[4]))
-        op, _, source, slot = self._into_slot(node)
-        return f"{node.name} = prefetch({op}, {source}, {slot}, {tokens})"
+        op, read, slot = self._into_slot(node, self._accelerator.slot)
+        return f"{node.name} = prefetch({op}, {read}, {slot}, {self._text(tuple(_arguments(node)[4]))})"
 
     def _take_over(self, node: fx.Node) -> str:
-        op, _, source, slot = self._into_slot(node)
-        return f"{node.name} = carried[{self._carried.index(node)}] or prefetch({op}, {source}, {slot}, ())"
+        op, read, slot = self._into_slot(node, self._accelerator.slot)
+        return f"{node.name} = carried[{self._carried.index(node)}] or prefetch({op}, {read}, {slot}, ())"
 
     def _prefetch_ahead(self, node: fx.Node) -> str:
         index = self._ahead.index(node)
         if self._carried[index].args != node.args[:4]:
             raise ScheduleError(f"{node.name} does not start what {self._carried[index].name} takes over")
-        tokens = self._text(tuple(_arguments(node)[4]))
-        op, weight, source, slot = self._into_slot(node)
-        return f"ahead({index}, {op}, {weight}, {source}, {slot}, {tokens})"
+        weight, *_, after = _arguments(node)
+        op, read, slot = self._into_slot(node, self._accelerator.slot)
+        return f"ahead({index}, {op}, {weight}, {read}, {slot}, {self._text(tuple(after))})"
 
-    def _into_slot(self, node: fx.Node) -> tuple[str, str, str, str]:
-        """Names of the operation, the weight, its rows and their slot."""
-        weight, ranges, dim, offset = _arguments(node)[:4]
+    def _into_slot(self, node: fx.Node, slot_at: Callable[..., Slot]) -> tuple[str, str, str]:
+        """Texts of the operation, what it reads and its slot; of a stage a prefetch reads all that it copied."""
+        source, ranges, dim, offset = _arguments(node)[:4]
         lo, hi = ranges
         if dim != 0:
             raise ScheduleError(f"{node.name}: only rows can be prefetched, not dimension {dim}")
         (rows,) = tensors_in(info(node).value)
-        slot = self._accelerator.slot(offset, tuple(map(int, rows.shape)), rows.dtype)
-        return self._op(node, "weights"), str(weight), f"{weight}[{lo}:{hi}]", self._constant("slot", slot)
+        slot = slot_at(offset, tuple(map(int, rows.shape)), rows.dtype)
+        read = source.name if source.target == ir.STAGE else f"{source}[{lo}:{hi}]"
+        return self._op(node, "weights"), read, self._constant("slot", slot)
 
     def _plain(self, node: fx.Node) -> str:
         name = str(node.target).split(".")[1]
@@ -214,8 +232,10 @@ class _Binder:
 
     def _join(self, node: fx.Node) -> str:
         parts, dim = _arguments(node)
-        if len(parts) == 1:
+        if len(parts) == 1 and not (info(node).storages & self._written):
             return f"{node.name} = {parts[0]}"
+        if len(parts) == 1:  # an upload may be a view of the host's tensor, which nothing may write
+            return f"{node.name} = launch({self._op(node)}, {self._constant('clone', torch.clone)}, ({parts[0]},))"
         function = self._constant("join", functools.partial(ir.join_parts, dim=dim))
         return f"{node.name} = launch({self._op(node)}, {function}, ({self._text(list(parts))},))"
 
@@ -244,6 +264,7 @@ class _Binder:
 _EMITTERS: dict[Any, Callable[[_Binder, fx.Node], str]] = {
     ir.MIRROR: _Binder._mirror,
     ir.RESIDENT: _Binder._resident,
+    ir.STAGE: _Binder._stage,
     ir.PREFETCH: _Binder._prefetch,
     ir.CARRIED: _Binder._take_over,
     ir.PREFETCH_AHEAD: _Binder._prefetch_ahead,

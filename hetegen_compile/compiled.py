@@ -52,7 +52,6 @@ class _Plan:
     bound: BoundStep
     schedule: Schedule
     mirror_limit_bytes: int
-    pinned: set[int]
 
 
 class CompiledGraph:
@@ -96,14 +95,14 @@ class CompiledGraph:
             if self._host_only is not None:
                 return self._module(*inputs)
             try:
-                return self._run(self._plan(inputs), inputs)
+                return self._run(self._ready_plan(inputs), inputs)
             except HostOnlyGraphError as reason:
                 self._host_only = self._on_host(str(reason))
                 return self._module(*inputs)
             except NoRoomError:  # nothing has run yet: a cache has grown, so fewer weights can stay
                 self._forget_plans()
             try:
-                return self._run(self._plan(inputs), inputs)
+                return self._run(self._ready_plan(inputs), inputs)
             except NoRoomError as error:
                 raise BudgetError(
                     f"this forward needs {format_bytes(error.excess_bytes)} more on the accelerator than gpu_memory="
@@ -140,7 +139,6 @@ class CompiledGraph:
 
     def _step(self, plan: _Plan, inputs: Sequence[Any]) -> Any:
         mirrors, carried, bound = self._runtime.mirrors, self._runtime.carried, plan.bound
-        self._pin(plan, inputs)
         taken = carried.begin_step(bound, inputs)
         mirrors.begin_step()
         requests = [Request(inputs[i], self._names[i], whole=i in self._aliased) for i in bound.mirrors]
@@ -154,15 +152,6 @@ class CompiledGraph:
         for host, device in twins:
             mirrors.register(host, device)
         return outputs
-
-    def _pin(self, plan: _Plan, inputs: Sequence[Any]) -> None:
-        """Pin what is prefetched from, once a storage."""
-        for i in plan.bound.streamed:
-            storage = inputs[i].untyped_storage()
-            if storage._cdata not in plan.pinned:
-                plan.pinned.add(storage._cdata)
-                if self._runtime.accelerator.pin(inputs[i].detach()):
-                    plan.schedule.host_pinned_bytes += storage.nbytes()
 
     def _on_host(self, reason: str) -> Schedule:
         """The report on a graph that runs on the host as it is."""
@@ -193,6 +182,19 @@ class CompiledGraph:
             self._plans[bucket, split] = plan
         return plan
 
+    def _ready_plan(self, inputs: Sequence[Any]) -> _Plan:
+        """A plan whose streamed weights are pinned, adopted or staged; what cannot be pinned makes another one."""
+        while True:
+            plan = self._plan(inputs)
+            streamed = [inputs[i] for i in plan.bound.streamed]
+            if self._runtime.host_memory.hold(streamed, lambda: [inputs[i] for i in self._weights.values()]):
+                if not plan.schedule.host_memory:
+                    plan.schedule.note_host_memory(
+                        self._runtime.host_memory.holdings(streamed), plan.bound.pinned_ring_bytes
+                    )
+                return plan
+            self._forget_plans()
+
     def _forget_plans(self) -> None:
         self._buckets.clear()
         self._plans.clear()
@@ -209,7 +211,7 @@ class CompiledGraph:
         work = require(planned.context.prediction, "predict_step").work
         bound = bind(planned.module, work, self._runtime.accelerator)
         self._tell(planned.schedule)
-        return _Plan(bound, planned.schedule, planned.context.budget_bytes - residency.transient_bytes, set())
+        return _Plan(bound, planned.schedule, planned.context.budget_bytes - residency.transient_bytes)
 
     def _tell(self, schedule: Schedule) -> None:
         register(schedule)
@@ -226,6 +228,7 @@ class CompiledGraph:
             budget_bytes=budget_bytes(self._options, runtime),
             resident=runtime.resident_weights(),
             ring_bytes=runtime.ring_bytes,
+            host_memory=runtime.host_memory,
         )
 
 

@@ -90,7 +90,8 @@ def _memory() -> Check:
     physical, limit = physical_memory_bytes(), memory_limit_bytes()
     finding = f"{format_bytes(physical)}, control group's limit: {format_bytes(limit) if limit else 'none'}"
     if limit is not None and limit < physical:
-        return Check("warn", "memory", finding, "weights must fit the limit: raise it for larger models")
+        remedy = "larger models stream from their files, which is slower: raise the limit if you can"
+        return Check("warn", "memory", finding, remedy)
     return Check("ok", "memory", finding)
 
 

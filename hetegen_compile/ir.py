@@ -1,10 +1,11 @@
 """The schedule's own operations and the notes that nodes carry. A leaf of the project.
 
 Two-node asynchronous IR: one node starts (``prefetch``, ``to_host``, ``to_accelerator``), one waits
-(``wait``, ``wait_host``). A prefetch for the start of the next step is started by ``prefetch_ahead`` at the end
-of a step and taken over by ``carried`` in the next. The operations are declared through ``torch.library``, so
-a scheduled graph can be propagated with fake tensors and, with the kernels given here, run synchronously as a
-reference. In a bound schedule they are plain calls of an accelerator and never reach torch's dispatcher.
+(``wait``, ``wait_host``). A ``stage`` starts copying rows into the pinned ring; the prefetch that reads them
+waits for it. A prefetch for the start of the next step is started by ``prefetch_ahead`` at the end of a step and
+taken over by ``carried`` in the next. The operations are declared through ``torch.library``, so a scheduled graph
+can be propagated with fake tensors and, with the kernels given here, run synchronously as a reference. In a bound
+schedule they are plain calls of an accelerator and never reach torch's dispatcher.
 
 A Linear of ``rows`` rows (dimension 0 of its weight as it is stored) with ``dim`` 0 has a weight
 [out, in] and its parts are columns of the result, put side by side; with ``dim`` 1 the weight is stored
@@ -112,6 +113,7 @@ _SCHEMAS = {
     "linear": "(Tensor x, Tensor weight, Tensor? bias, int dim) -> Tensor",
     "mirror": "(Tensor host) -> Tensor",
     "resident": "(Tensor weight, int lo, int hi) -> Tensor",
+    "stage": "(Tensor weight, int[] ranges, int dim, int offset, Tensor[] after) -> Tensor",
     "prefetch": "(Tensor weight, int[] ranges, int dim, int offset, Tensor[] after) -> Tensor",
     "prefetch_ahead": "(Tensor weight, int[] ranges, int dim, int offset, Tensor[] after) -> Tensor",
     "carried": "(Tensor weight, int[] ranges, int dim, int offset) -> Tensor",
@@ -164,13 +166,13 @@ def whole_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dim: int) -> Te
     return linear_rows(x, weight, bias, 0, weight.shape[0], dim)
 
 
-def _prefetch(weight: Tensor, ranges: list[int], dim: int, offset: int, after: list[Tensor]) -> Tensor:
+def _copy_ranges(weight: Tensor, ranges: list[int], dim: int, offset: int, after: list[Tensor]) -> Tensor:
     pieces = [weight.narrow(dim, lo, hi - lo) for lo, hi in zip(ranges[::2], ranges[1::2], strict=True)]
     return torch.cat(pieces, dim=dim)
 
 
 def _carried(weight: Tensor, ranges: list[int], dim: int, offset: int) -> Tensor:
-    return _prefetch(weight, ranges, dim, offset, [])
+    return _copy_ranges(weight, ranges, dim, offset, [])
 
 
 def _host_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int) -> Tensor:
@@ -185,8 +187,9 @@ _KERNELS = {
     "linear": lambda x, weight, bias, dim: whole_linear(x, weight, bias, dim).clone(),
     "mirror": lambda host: host.clone(),
     "resident": lambda weight, lo, hi: weight[lo:hi].clone(),
-    "prefetch": _prefetch,
-    "prefetch_ahead": _prefetch,
+    "stage": _copy_ranges,
+    "prefetch": _copy_ranges,
+    "prefetch_ahead": _copy_ranges,
     "carried": _carried,
     "wait": lambda transfer: transfer.clone(),
     "release": lambda transfer: transfer.new_empty(0),
@@ -208,6 +211,7 @@ OPS = torch.ops.hetegen
 LINEAR = OPS.linear.default
 MIRROR = OPS.mirror.default
 RESIDENT = OPS.resident.default
+STAGE = OPS.stage.default
 PREFETCH = OPS.prefetch.default
 PREFETCH_AHEAD = OPS.prefetch_ahead.default
 CARRIED = OPS.carried.default
@@ -223,6 +227,6 @@ WRITE_BACK = OPS.write_back.default
 TWIN = OPS.twin.default
 
 for _op in (
-    PREFETCH, PREFETCH_AHEAD, CARRIED, WAIT, RELEASE, TO_HOST, WAIT_HOST, TO_ACCELERATOR, WRITE_BACK, TWIN,
+    STAGE, PREFETCH, PREFETCH_AHEAD, CARRIED, WAIT, RELEASE, TO_HOST, WAIT_HOST, TO_ACCELERATOR, WRITE_BACK, TWIN,
 ):
     fx.node.has_side_effect(_op)

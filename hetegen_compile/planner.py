@@ -22,6 +22,7 @@ from hetegen_compile.options import Options
 from hetegen_compile.passes.context import (
     Bucket,
     Context,
+    HostWeights,
     Refusal,
     ResidentWeights,
     SegmentCache,
@@ -47,6 +48,7 @@ class Target:
         budget_bytes: the hard limit.
         resident: the weights on the accelerator.
         ring_bytes: length of its staging ring.
+        host_memory: what can be pinned; None says everything.
     """
 
     kind: str
@@ -54,6 +56,7 @@ class Target:
     budget_bytes: int
     resident: ResidentWeights
     ring_bytes: int = 0
+    host_memory: HostWeights | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ class Planner:
             segments=self._segments,
             ring_bytes=target.ring_bytes,
             device=target.device,
+            host_memory=target.host_memory,
         )
         module, context = self._within_budget(context)
         context = replace(context, refusals=tuple(refusals), weights={})

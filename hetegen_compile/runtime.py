@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hetegen_compile.accelerators import Accelerator, open_accelerator
 from hetegen_compile.carried import CarriedPrefetches
 from hetegen_compile.cost_model import HardwareProfile
+from hetegen_compile.host_memory import HostMemory
 from hetegen_compile.mirrors import Mirrors
 from hetegen_compile.options import Options
 
@@ -30,6 +31,7 @@ class Runtime:
         self.accelerator = accelerator
         self.mirrors = Mirrors(accelerator)
         self.carried = CarriedPrefetches(accelerator)
+        self.host_memory = HostMemory(accelerator.pin)
         self.lock = threading.RLock()
         self.epoch = 0
         self.ring_bytes = 0

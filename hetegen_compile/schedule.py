@@ -15,6 +15,7 @@ from torch import fx
 
 from hetegen_compile import ir
 from hetegen_compile.accelerators.base import Span
+from hetegen_compile.host_memory import Holding
 from hetegen_compile.ir import info
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.context import LinearPlan, Prediction, Refusal
@@ -38,7 +39,9 @@ class Schedule:
         floor_s: a bound that no schedule of this work beats.
         baselines: seconds of a step done otherwise; None where it does not fit.
         accelerator_peak_bytes: most bytes held on the accelerator so far.
-        host_pinned_bytes: bytes of host memory pinned for prefetches.
+        host_pinned_bytes: bytes of host memory pinned for prefetches, the pinned ring included.
+        host_memory: what became of the storages that are streamed from, once a step has run.
+        pinned_ring_bytes: length of the pinned ring that staged weights go through.
     """
 
     title: str
@@ -57,6 +60,8 @@ class Schedule:
     whole_graph: bool
     accelerator_peak_bytes: int = 0
     host_pinned_bytes: int = 0
+    host_memory: tuple[Holding, ...] = ()
+    pinned_ring_bytes: int = 0
     spans: list[Span] = field(default_factory=list)
     step_times_s: list[float] = field(default_factory=list)
 
@@ -85,8 +90,26 @@ class Schedule:
         if self.whole_graph:
             lines.append(FITS)
         lines += [f"{row.module or row.node}: {_why(row, self.split)}" for row in self.rows if row.op == "linear"]
+        lines += self._host_memory_lines()
         lines += [f"left as it is: {refusal.where}: {refusal.reason}" for refusal in self.refusals]
         return "\n".join(lines)
+
+    def _host_memory_lines(self) -> list[str]:
+        sizes: dict[str, list[int]] = {}
+        for holding in self.host_memory:
+            sizes.setdefault(holding.how, []).append(holding.nbytes)
+        lines = [
+            f"host memory: {format_bytes(sum(found))} in {len(found)} storages {how}" for how, found in sizes.items()
+        ]
+        if self.pinned_ring_bytes:
+            lines.append(f"host memory: a pinned ring of {format_bytes(self.pinned_ring_bytes)} for staged weights")
+        return lines
+
+    def note_host_memory(self, holdings: tuple[Holding, ...], pinned_ring_bytes: int) -> None:
+        """Keep what became of the memory that the plan streams from."""
+        self.host_memory = holdings
+        self.pinned_ring_bytes = pinned_ring_bytes
+        self.host_pinned_bytes = sum(holding.nbytes for holding in holdings) + pinned_ring_bytes
 
     def save_trace(self, path: str | Path) -> None:
         """Write the predicted step and, after a traced run, the measured one as a Chrome/Perfetto trace."""
@@ -177,8 +200,8 @@ def schedule_rows(
 
 _TRANSFERS = (ir.TO_HOST, ir.WAIT_HOST, ir.TO_ACCELERATOR, ir.WAIT)
 _OF_LINEAR = (
-    ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.WAIT, ir.RELEASE, ir.RESIDENT, ir.PARTIAL_LINEAR, ir.HOST_LINEAR,
-    ir.JOIN,
+    ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.WAIT, ir.RELEASE, ir.RESIDENT, ir.PARTIAL_LINEAR,
+    ir.HOST_LINEAR, ir.JOIN,
 )
 
 

@@ -5,10 +5,12 @@ from hetegen_compile.passes.capture import capture
 from hetegen_compile.passes.carry_prefetches import carry_prefetches
 from hetegen_compile.passes.choose_residency import choose_residency
 from hetegen_compile.passes.choose_splits import choose_splits
+from hetegen_compile.passes.choose_staging import choose_staging
 from hetegen_compile.passes.group_segments import group_segments
 from hetegen_compile.passes.insert_transfers import insert_transfers
 from hetegen_compile.passes.lower import lower
 from hetegen_compile.passes.normalise_linears import normalise_linears
+from hetegen_compile.passes.note_effects import note_effects
 from hetegen_compile.passes.place_nodes import place_nodes
 from hetegen_compile.passes.predict_step import predict_step
 from hetegen_compile.passes.resolve_sizes import resolve_sizes
@@ -23,10 +25,12 @@ __all__ = [
     "carry_prefetches",
     "choose_residency",
     "choose_splits",
+    "choose_staging",
     "group_segments",
     "insert_transfers",
     "lower",
     "normalise_linears",
+    "note_effects",
     "place_nodes",
     "predict_step",
     "resolve_sizes",

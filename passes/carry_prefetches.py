@@ -23,8 +23,10 @@ Before (a ring of two slots):                         After:
                                                           prefetch_ahead(w2, ..., 4096, [r2])
                                                           ...
 
-Nothing changes in a graph that streams no weights: all of them resident or on the host. A weight that the graph
-itself writes is never streamed; one that is written between two steps is found out of date when the step begins.
+Nothing changes in a graph that streams no weights (all of them resident or on the host), nor where some go through
+the pinned ring: the pin thread issues their uploads, so the order of the link's queue is not that of the graph. A
+weight that the graph itself writes is never streamed; one that is written between two steps is found out of date
+when the step begins.
 """
 
 from __future__ import annotations
@@ -35,14 +37,19 @@ from torch import fx
 
 from hetegen_compile import ir
 from hetegen_compile.ir import annotate, info
-from hetegen_compile.passes.context import Context
+from hetegen_compile.passes.context import Context, Refusal
 from hetegen_compile.passes.predict_step import node_work
 from hetegen_compile.passes.schedule import release_of, slot_bytes
+
+_STAGED = "none: weights go through the pinned ring, whose thread issues the uploads when it gets there"
 
 
 def carry_prefetches(module: fx.GraphModule, context: Context) -> None:
     """Turn the prefetches at the start of the step into carried ones, and start them again at its end."""
     graph = module.graph
+    if graph.find_nodes(op="call_function", target=ir.STAGE):
+        context.refuse(Refusal("prefetches for the next step", _STAGED))
+        return
     carried = [_carry(graph, prefetch) for prefetch in leading_prefetches(graph)]
     if not carried:
         return
@@ -55,14 +62,11 @@ def carry_prefetches(module: fx.GraphModule, context: Context) -> None:
 
 
 def leading_prefetches(graph: fx.Graph) -> list[fx.Node]:
-    """The prefetches that are issued before the accelerator works and that overwrite no slot of their step.
-
-    Only rows that lie in an input of the call: its state is what the next step can compare.
-    """
+    """The prefetches that are issued before the accelerator works and that overwrite no slot of their step."""
     found: list[fx.Node] = []
     for node in graph.nodes:
         if node.target == ir.PREFETCH:
-            if node.args[4] or node.args[0].op != "placeholder":
+            if node.args[4]:
                 break
             found.append(node)
         elif info(node).side == "accelerator" and node.target not in (ir.MIRROR, ir.RESIDENT):

@@ -23,8 +23,15 @@ def choose_splits(module: fx.GraphModule, context: Context) -> Splits:
     return {info(node).position: _plan(node, costs, residency, context) for node in linears}
 
 
-def best_split(rows: int, cost: NodeCost, context: Context) -> SplitSolution:
-    """The balance of host and link for one Linear none of whose rows are resident."""
+STAGED_CHUNK_BYTES = 16 << 20
+"""Most bytes of a chunk of a staged weight: where the link's rate has levelled off, so the pinned ring stays small."""
+
+
+def best_split(rows: int, cost: NodeCost, context: Context, *, staged: bool = False) -> SplitSolution:
+    """The balance of host and link for one Linear none of whose rows are resident.
+
+    The rows of a ``staged`` weight go through the pinned ring: the slower of pin thread and link feeds them.
+    """
     profile = context.profile
     problem = SplitProblem(
         rows=rows,
@@ -32,6 +39,7 @@ def best_split(rows: int, cost: NodeCost, context: Context) -> SplitSolution:
         host_s_per_row=cost.host_s / rows,
         link_s_per_row=cost.link_s / rows,
         accelerator_s_per_row=cost.accelerator_s / rows,
+        pin_s_per_row=cost.weight_bytes / rows / profile.pin_bytes_per_s if staged else 0.0,
     )
     return solve_split(problem, row_granularity(rows))
 
@@ -74,7 +82,9 @@ def with_host_rows(node: fx.Node, host: int, context: Context) -> LinearPlan:
     rows = int(value.shape[0])
     first = max(host, residency.weights.get(weight.name, rows))
     row_bytes = int(value.shape[1]) * value.element_size()
-    streamed = _chunks(host, first, residency.chunk_bytes, row_bytes)
+    most = residency.chunk_bytes
+    chunk_bytes = min(most, STAGED_CHUNK_BYTES) if weight.name in context.staged else most
+    streamed = _chunks(host, first, chunk_bytes, row_bytes)
     return LinearPlan(rows, host, streamed, (first, rows) if first < rows else None)
 
 
@@ -83,7 +93,8 @@ def _plan(node: fx.Node, costs: Costs, residency: Residency, context: Context) -
     rows = int(info(weight).value.shape[0])
     host = forced_host_rows(rows, context)
     if context.options.split == "auto" and weight.name not in residency.weights:
-        host = best_split(rows, costs[info(node).position], context).host_rows
+        staged = weight.name in context.staged
+        host = best_split(rows, costs[info(node).position], context, staged=staged).host_rows
     return with_host_rows(node, host, context)
 
 

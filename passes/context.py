@@ -7,7 +7,7 @@ field of the same meaning, so that a pass that runs too early fails on None and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -119,8 +119,23 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class Effects:
+    """What the captured program does to memory; storages are those of ``NodeInfo``.
+
+    Attributes:
+        writes: for each storage that is written in place, the program positions of the writes, ascending.
+        writers: the nodes at these positions, as errors name them.
+        outputs: the storages of each returned value, in order.
+    """
+
+    writes: Mapping[int, tuple[int, ...]]
+    writers: Mapping[int, str]
+    outputs: tuple[frozenset[int], ...]
+
+
+@dataclass(frozen=True)
 class Work:
-    """What one node occupies: a resource (``host``, ``accelerator``, ``up``, ``down``) for some seconds."""
+    """What one node occupies: a resource (``host``, ``accelerator``, ``up``, ``down``, ``pin``) for some seconds."""
 
     resource: str
     seconds: float
@@ -165,12 +180,21 @@ class ResidentWeights(Protocol):
         """Bytes of all resident weights, those of other graphs included."""
 
 
+class HostWeights(Protocol):
+    """What the staging decision needs to know about the host memory that weights lie in."""
+
+    def staged(self, names: Collection[str], weights: Mapping[str, Tensor]) -> Mapping[str, str]:
+        """Those of ``names`` that can be neither pinned nor adopted, with the reason; ``weights`` are all there are."""
+
+
 @dataclass(frozen=True)
 class Context:
-    """Everything a pass may know. Fields from ``costs`` on are filled in as the pipeline runs.
+    """Everything a pass may know. Fields from ``effects`` on are filled in as the pipeline runs.
 
     ``activation_bytes`` is what an earlier schedule of the same graph is known to need for activations;
-    ``ring_bytes`` the length that the accelerator's staging ring has already; ``device`` where segments will run.
+    ``ring_bytes`` the length that the accelerator's staging ring has already; ``device`` where segments will run;
+    ``host_memory`` None says that all weights are pinned. ``staged`` are the placeholders of the weights whose rows
+    go through the pinned ring, with the reason.
     """
 
     options: Options
@@ -186,7 +210,10 @@ class Context:
     activation_bytes: int = 0
     ring_bytes: int = 0
     device: torch.device = torch.device("cpu")
+    host_memory: HostWeights | None = None
+    effects: Effects | None = None
     costs: Costs | None = None
+    staged: Mapping[str, str] = field(default_factory=dict)
     residency: Residency | None = None
     splits: Splits | None = None
     placement: Placement | None = None

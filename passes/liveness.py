@@ -71,7 +71,9 @@ def _workspace_bytes(segment: fx.GraphModule, context: Context) -> int:
     return max(0, activation_peak_bytes(segment, context) - outputs)
 
 
-_NOT_VALUES = (ir.MIRROR, ir.RESIDENT, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.WAIT, ir.RELEASE)
+_NOT_VALUES = (
+    ir.MIRROR, ir.RESIDENT, ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.WAIT, ir.RELEASE,
+)
 
 
 def _last_use(node: fx.Node, place: dict[fx.Node, int]) -> int:

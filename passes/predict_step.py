@@ -113,6 +113,8 @@ def node_work(node: fx.Node, context: Context) -> Work:
     profile = context.profile
     if node.target in _FREE:
         return Work("host" if info(node).side == "host" else "accelerator", 0.0)
+    if node.target == ir.STAGE:
+        return Work("pin", value_bytes(node, context) / profile.pin_bytes_per_s)
     if node.target in (ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED):
         return Work("up", upload_s(profile, value_bytes(node, context)))
     if node.target == ir.TO_HOST:

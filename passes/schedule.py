@@ -18,6 +18,8 @@ Before:                                       After (two slots):
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
+from typing import Any
 
 import networkx as nx
 from torch import fx
@@ -33,45 +35,52 @@ from hetegen_compile.passes.insert_transfers import operand_side
 _RANK = {
     ir.MIRROR: 0,
     ir.RESIDENT: 0,
+    ir.STAGE: 1,
     ir.PREFETCH: 1,
     ir.TO_HOST: 2,
     ir.TO_ACCELERATOR: 2,
 }
 _ACCELERATOR_RANK = 3
 _HOST_RANK = 4
+_PINNED_WINDOW = 4  # slots of the largest size that the pinned ring holds
 
 
 def schedule(module: fx.GraphModule, context: Context) -> None:
     """Assign slots and put the graph's nodes into issue order."""
     residency = require(context.residency, "choose_residency")
     assign_slots(module.graph, residency.ring_bytes)
+    assign_slots(module.graph, pinned_ring_bytes(module.graph), ir.STAGE, freed_by=prefetch_of)
     reorder(module.graph)
 
 
-def assign_slots(graph: fx.Graph, ring_bytes: int) -> None:
+def assign_slots(
+    graph: fx.Graph, ring_bytes: int, target: Any = ir.PREFETCH, freed_by: Callable[[fx.Node], fx.Node] | None = None
+) -> None:
     """Give each prefetch an offset in the staging ring and the releases that it has to wait for.
 
     Slots follow each other around the ring in the order of use. A prefetch waits for the releases of
     the slots whose bytes it overwrites; older ones are covered because prefetches are issued in order.
+    The same for stages in the pinned ring, whose slots are freed by the prefetch that reads them.
     """
+    freed_by = freed_by or release_of
     live: list[tuple[int, int, fx.Node]] = []
     head = 0
-    for prefetch in graph.find_nodes(op="call_function", target=ir.PREFETCH):
-        nbytes = slot_bytes(prefetch)
+    for fill in graph.find_nodes(op="call_function", target=target):
+        nbytes = slot_bytes(fill)
         if nbytes > ring_bytes:
-            raise ScheduleError(f"{prefetch.name} needs a slot of {nbytes} bytes; the ring has {ring_bytes}")
+            raise ScheduleError(f"{fill.name} needs a slot of {nbytes} bytes; the ring has {ring_bytes}")
         lo = head if head + nbytes <= ring_bytes else 0
         hi = lo + nbytes
         overwritten = [slot for slot in live if slot[0] < hi and lo < slot[1]]
         live = [slot for slot in live if slot not in overwritten]
-        live.append((lo, hi, release_of(prefetch)))
-        prefetch.update_arg(3, lo)
-        prefetch.update_arg(4, [release for _, _, release in overwritten])
+        live.append((lo, hi, freed_by(fill)))
+        fill.update_arg(3, lo)
+        fill.update_arg(4, [free for _, _, free in overwritten])
         head = hi
 
 
 def slot_bytes(prefetch: fx.Node) -> int:
-    """Bytes of the slot that a prefetch fills, rounded up to the ring's alignment."""
+    """Bytes of the slot that a prefetch or a stage fills, rounded up to the ring's alignment."""
     (rows,) = tensors_in(info(prefetch).value)
     return -(-int(rows.numel()) * rows.element_size() // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
@@ -79,6 +88,17 @@ def slot_bytes(prefetch: fx.Node) -> int:
 def release_of(prefetch: fx.Node) -> fx.Node:
     """The release of the slot that a prefetch fills."""
     return next(user for user in prefetch.users if user.target == ir.RELEASE)
+
+
+def prefetch_of(stage: fx.Node) -> fx.Node:
+    """The prefetch that reads what a stage puts into the pinned ring."""
+    return next(user for user in stage.users if user.target == ir.PREFETCH)
+
+
+def pinned_ring_bytes(graph: fx.Graph) -> int:
+    """Bytes of the pinned ring: some of the largest slot, so that pin thread and link seldom wait for each other."""
+    stages = graph.find_nodes(op="call_function", target=ir.STAGE)
+    return _PINNED_WINDOW * max(map(slot_bytes, stages), default=0)
 
 
 def reorder(graph: fx.Graph) -> None:
@@ -139,9 +159,10 @@ def _waits_of(node: fx.Node, late: set[fx.Node]) -> list[fx.Node]:
 
 
 def _slots_in_program_order(graph: fx.Graph, tasks: nx.DiGraph) -> None:
-    """Prefetches follow each other: a slot's place in the ring is only right in that order."""
-    prefetches = graph.find_nodes(op="call_function", target=ir.PREFETCH)
-    tasks.add_edges_from(zip(prefetches, prefetches[1:], strict=False))
+    """Prefetches follow each other, and so do stages: a slot's place in its ring is only right in that order."""
+    for target in (ir.PREFETCH, ir.STAGE):
+        fills = graph.find_nodes(op="call_function", target=target)
+        tasks.add_edges_from(zip(fills, fills[1:], strict=False))
 
 
 def task_graph(nodes: list[fx.Node]) -> nx.DiGraph:
@@ -197,4 +218,4 @@ def _rank(node: fx.Node) -> int:
     return _ACCELERATOR_RANK if info(node).side == "accelerator" else _HOST_RANK
 
 
-__all__ = ["assign_slots", "release_of", "reorder", "schedule", "slot_bytes", "task_graph"]
+__all__ = ["assign_slots", "pinned_ring_bytes", "release_of", "reorder", "schedule", "slot_bytes", "task_graph"]

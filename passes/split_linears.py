@@ -7,7 +7,8 @@ Before:
 
     y = linear(x, w, b, 0)                       # rows [0, 64) host, [64, 128) streamed, [128, 192) resident
 
-After (transfers of activations come in the next pass):
+After (transfers of activations come in the next pass; a weight that is not pinned is staged first:
+``p = stage(w, [64, 128], 0, offset, []); t = prefetch(p, [0, 64], 0, offset, [])``):
 
     t = prefetch(w, [64, 128], 0, offset, [])
     s = partial_linear(x, wait(t), b, 64, 128, 0)
@@ -19,7 +20,9 @@ After (transfers of activations come in the next pass):
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 from torch import Tensor, fx
@@ -39,7 +42,7 @@ def split_linears(module: fx.GraphModule, context: Context) -> None:
     for node in list(module.graph.nodes):
         if node.target == ir.LINEAR:
             with module.graph.inserting_before(node):
-                _Splitter(module.graph, node, splits[info(node).position], shapes).split()
+                _Splitter(module.graph, node, splits[info(node).position], shapes, context.staged).split()
 
 
 @dataclass
@@ -48,6 +51,7 @@ class _Splitter:
     node: fx.Node
     plan: LinearPlan
     shapes: dict[object, Tensor]
+    staged: Mapping[str, str]
 
     def split(self) -> None:
         self.x, self.weight, self.bias, self.dim = self.node.args
@@ -92,11 +96,19 @@ class _Splitter:
 
     def _streamed(self, lo: int, hi: int) -> fx.Node:
         rows = self._rows(lo, hi)
-        transfer = self._call(ir.PREFETCH, (self.weight, [lo, hi], 0, UNASSIGNED, []), rows)
+        transfer = self._call(ir.PREFETCH, (*self._source(lo, hi), 0, UNASSIGNED, []), rows)
         arrived = self._call(ir.WAIT, (transfer,), rows)
         part = self._accelerator(arrived, lo, hi, first=lo == self.plan.host)
         self._call(ir.RELEASE, (transfer,), rows)
         return part
+
+    def _source(self, lo: int, hi: int) -> tuple[object, list[int]]:
+        """What a prefetch of rows ``lo:hi`` reads, and which of its rows."""
+        weight: Any = self.weight
+        if weight.name not in self.staged:
+            return weight, [lo, hi]
+        notes = self._rows(lo, hi)
+        return self._call(ir.STAGE, (weight, [lo, hi], 0, UNASSIGNED, []), notes, side=None), [0, hi - lo]
 
     def _resident(self, lo: int, hi: int) -> fx.Node:
         weight = self._call(ir.RESIDENT, (self.weight, lo, hi), self._rows(lo, hi))

@@ -1,33 +1,37 @@
-"""Proof that the issue order is free of races, or an error that names the nodes.
+"""Proof that the issue order is free of races and inside the budget, or an error that names the nodes.
 
 Why: a missing wait or a slot reused too early shows only under the right timing, so nothing about timing
-is trusted here. The rules are read from the scheduled graph alone and know nothing of the passes
-that placed its nodes.
+is trusted here. The schedule is replayed on the happens-before relation that its own operations give
+(``happens_before``, ``replay``), compared with what the captured program does (``note_effects``) and weighed
+(``live_bytes``). None of this shares code with the passes that placed the nodes.
+
+Proved for every graph:
+
+- each transfer is waited for exactly once, before its first use, and each slot released exactly once;
+- no slot is overwritten before the release of its last reader, none is read before its prefetch or after its release;
+- a value is used only on the side where it is, and only once it is complete there;
+- what a download reads is not written before the host has waited, what an upload reads not before the step's end;
+- every read sees the in-place writes that come before it in the program and none that come after;
+- at return outputs and written inputs are complete, mirrors that count as current are, and inputs and outputs share
+  memory exactly as in the captured graph;
+- nothing waits for an event that was never recorded;
+- what lies on the accelerator at any point fits the budget.
 """
 
 from __future__ import annotations
 
-import itertools
-import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
 
-from hetegen_compile import ir
-from hetegen_compile.errors import MissingWaitError, ScheduleError, SlotInUseError
-from hetegen_compile.ir import info
-from hetegen_compile.passes.context import Context
-from hetegen_compile.passes.insert_transfers import operand_side, value_side
-from hetegen_compile.passes.schedule import slot_bytes
-
-_STARTS = {
-    ir.PREFETCH: {ir.WAIT, ir.RELEASE},
-    ir.CARRIED: {ir.WAIT, ir.RELEASE},
-    ir.TO_ACCELERATOR: {ir.WAIT},
-    ir.TO_HOST: {ir.WAIT_HOST},
-}
+from hetegen_compile.errors import BudgetError, MissingWaitError, ScheduleError
+from hetegen_compile.options import format_bytes
+from hetegen_compile.passes.context import Context, Effects, require
+from hetegen_compile.passes.happens_before import OPERATIONS, name_of, nodes_in, short
+from hetegen_compile.passes.live_bytes import live_bytes
+from hetegen_compile.passes.memory import Memory
+from hetegen_compile.passes.replay import Replay, held_in
+from hetegen_compile.passes.schedule import pinned_ring_bytes
 
 
 def verify(module: fx.GraphModule, context: Context) -> None:
@@ -36,175 +40,138 @@ def verify(module: fx.GraphModule, context: Context) -> None:
     Raises:
         MissingWaitError: a value is used before the wait that orders it, or on the side where it is not.
         SlotInUseError: a slot is overwritten or read although its reader's release says otherwise.
-        ScheduleError: a transfer has no wait or more than one, or a slot is never released.
+        ScheduleError: any other rule is broken: waits and releases per transfer, versions, what is due at return.
+        BudgetError: the schedule needs more than the budget.
     """
-    residency = context.residency
     module.graph.lint()
-    _check_transfers(module.graph)
-    _check_sides(module.graph)
-    _check_slots(module.graph, 0 if residency is None else residency.ring_bytes)
-    _check_carried(module.graph)
-    _check_downloads(module.graph)
+    effects = require(context.effects, "note_effects")
+    residency = context.residency
+    staging = 0 if residency is None else residency.ring_bytes
+    rings = {"staging": staging, "pinned": pinned_ring_bytes(module.graph)}
+    segments = _segments(module)
+    _check_starts(module.graph)
+    replay = Replay(effects, segments, rings)
+    replay.run(module.graph)
+    _check_return(module.graph, replay, effects)
+    _check_budget(module, replay, staging, context)
+
+
+def _segments(module: fx.GraphModule) -> Mapping[str, fx.Graph]:
     names = {str(call.target) for call in module.graph.find_nodes(op="call_module")}
     inner = {name: module.get_submodule(name) for name in names}
-    segments = {name: one.graph for name, one in inner.items() if isinstance(one, fx.GraphModule)}
-    _check_in_place_order(module.graph, segments)
+    return {name: one.graph for name, one in inner.items() if isinstance(one, fx.GraphModule)}
 
 
-def _check_transfers(graph: fx.Graph) -> None:
-    """Each transfer is waited for once, released once if it fills a slot, and touched by nothing else."""
+def _check_starts(graph: fx.Graph) -> None:
+    """Each start is ended exactly once by each operation that has to follow it, and touched by nothing else."""
     for node in graph.nodes:
-        allowed = _STARTS.get(node.target)
-        if allowed is None:
+        operation = OPERATIONS.get(node.target)
+        if operation is None or (not operation.ended_by and operation.carried is None):
             continue
-        for target in allowed:
-            found = [user for user in node.users if user.target == target]
-            if len(found) != 1:
-                raise ScheduleError(f"{node.name} ({info(node).module}) has {len(found)} {target}, expected one")
+        allowed = (*operation.ended_by, *operation.precedes)
         stranger = next((user for user in node.users if user.target not in allowed), None)
         if stranger is not None:
-            raise MissingWaitError(f"{stranger.name} uses {node.name} without a wait in between")
-
-
-def _check_sides(graph: fx.Graph) -> None:
-    """A value is read only on the side where it is."""
-    for user in graph.nodes:
-        for operand in user.all_input_nodes:
-            reads, lies = operand_side(user, operand), value_side(operand)
-            if reads is not None and lies is not None and reads != lies:
-                raise MissingWaitError(
-                    f"{user.name} ({info(user).module}) reads {operand.name} on the {reads}, but it is on the "
-                    f"{lies}; a transfer and its wait are missing between them"
-                )
-
-
-def _check_slots(graph: fx.Graph, ring_bytes: int) -> None:
-    """No slot is overwritten before its release, none is read after it, all are inside the ring."""
-    filled: list[tuple[int, int, fx.Node]] = []
-    released: dict[fx.Node, fx.Node] = {}
-    waited_for: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.target in (ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED):
-            waited_for |= set(node.args[4]) if node.target != ir.CARRIED else set()
-            _check_prefetch(node, filled, released, waited_for, ring_bytes)
-        elif node.target == ir.RELEASE:
-            released[node.args[0]] = node
-        else:
-            _check_slot_reader(node, released)
-
-
-def _check_prefetch(
-    node: fx.Node,
-    filled: list[tuple[int, int, fx.Node]],
-    released: dict[fx.Node, fx.Node],
-    waited_for: set[fx.Node],
-    ring_bytes: int,
-) -> None:
-    lo = int(node.args[3])  # type: ignore[arg-type]
-    hi = lo + slot_bytes(node)
-    if lo < 0 or hi > ring_bytes:
-        raise ScheduleError(f"{node.name} fills bytes {lo} to {hi} of a staging ring of {ring_bytes}")
-    for other_lo, other_hi, other in filled:
-        if lo < other_hi and other_lo < hi and released.get(other) not in waited_for:
-            raise SlotInUseError(
-                f"{node.name} overwrites the slot of {other.name} without waiting for its release"
+            wait = short(operation.ended_by[0]) if operation.ended_by else "the next step"
+            raise MissingWaitError(
+                f"verify: {name_of(stranger)} uses {name_of(node)} without a wait in between; "
+                f"missing edge: {wait}({node}) -> {stranger}"
             )
-    filled.append((lo, hi, node))
-
-
-def _check_carried(graph: fx.Graph) -> None:
-    """What one step leaves to the next is what the next takes over, and nothing of this step is in the way.
-
-    A step begins with the carried slots filled: nothing may be prefetched before the last of them. Each is filled
-    again exactly once, in the same order, behind every other prefetch, and nobody in this step reads that copy.
-    """
-    fills = [node for node in graph.nodes if node.target in (ir.CARRIED, ir.PREFETCH, ir.PREFETCH_AHEAD)]
-    order = [(ir.CARRIED, ir.PREFETCH, ir.PREFETCH_AHEAD).index(node.target) for node in fills]
-    early = next((node for node, now, then in zip(fills, order, order[1:], strict=False) if now > then), None)
-    if early is not None:
-        raise SlotInUseError(f"{early.name} is issued before a transfer that the step before started, or after its own")
-    carried = [node for node in fills if node.target == ir.CARRIED]
-    ahead = [node for node in fills if node.target == ir.PREFETCH_AHEAD]
-    for one, other in itertools.zip_longest(carried, ahead):
-        if one is None or other is None or one.args != other.args[:4]:
-            raise ScheduleError(f"{other} does not start what {one} takes over in the next step")
-        if other.users:
-            raise MissingWaitError(f"{next(iter(other.users)).name} uses {other.name}, a prefetch for the next step")
-
-
-def _check_slot_reader(node: fx.Node, released: dict[fx.Node, fx.Node]) -> None:
-    for operand in node.all_input_nodes:
-        transfer: Any = operand.args[0] if operand.target == ir.WAIT else None
-        if transfer in released:
-            raise SlotInUseError(f"{node.name} reads the slot of {transfer} after {released[transfer]} gave it up")
-
-
-def _check_downloads(graph: fx.Graph) -> None:
-    """What a download reads is not written before the host has waited for it."""
-    pending: dict[fx.Node, frozenset[int]] = {}
-    for node in graph.nodes:
-        if node.target == ir.TO_HOST:
-            sources = (info(operand).storages for operand in node.all_input_nodes)
-            pending[node] = frozenset[int]().union(*sources)
-        elif node.target == ir.WAIT_HOST:
-            pending.pop(node.args[0])
-        elif info(node).side == "accelerator":
-            for transfer, storages in pending.items():
-                if storages & info(node).writes:
-                    raise MissingWaitError(f"{node.name} writes what {transfer.name} is still copying down")
-
-
-def _check_in_place_order(graph: fx.Graph, segments: Mapping[str, fx.Graph]) -> None:
-    """On each side, writes of a storage and whatever else touches it keep the program's order."""
-    touched: dict[tuple[str | None, int], _Touched] = {}
-    for node in graph.nodes:
-        for key, now in _accesses(node, segments).items():
-            before = touched.setdefault((info(node).side, key), _Touched())
-            if min(now.any) < before.last_write or min(now.writes, default=_NEVER) < before.last_access:
+        for target in operation.ended_by:
+            count = sum(user.target == target for user in node.users)
+            if count != 1:
                 raise ScheduleError(
-                    f"{node.name} ({info(node).module}) is issued after {before.node}, but in the program it touches "
-                    "the same storage first and one of the two writes it"
+                    f"verify: {name_of(node)} has {count} {short(target)}, expected one; "
+                    f"missing edge: {node} -> {short(target)}"
                 )
-            before.last_write = max([before.last_write, *now.writes])
-            before.last_access = max([before.last_access, *now.any])
-            before.node = node
 
 
-_NEVER = 1 << 62
+# ---- what is due at return -----------------------------------------------------------------------------------
 
 
-@dataclass
-class _Touched:
-    """The latest program positions at which a storage was written and touched so far."""
-
-    last_write: int = -1
-    last_access: int = -1
-    node: fx.Node | None = None
+def _check_return(graph: fx.Graph, replay: Replay, effects: Effects) -> None:
+    _check_inputs(replay, effects)
+    _check_twins(replay)
+    _check_carried(replay)
+    _check_aliasing(graph, replay, effects)
 
 
-@dataclass
-class _Access:
-    """Program positions at which one node touches a storage, and those of them that are writes."""
-
-    any: list[int]
-    writes: list[int]
-
-
-def _accesses(node: fx.Node, segments: Mapping[str, fx.Graph]) -> dict[int, _Access]:
-    """What a node does to each storage that it touches; a segment does what its members do."""
-    inner = segments.get(str(node.target)) if node.op == "call_module" else None
-    members = [node] if inner is None else list(inner.nodes)
-    found: dict[int, _Access] = {}
-    for member in members:
-        position = info(member).position
-        if member.op not in ("call_function", "call_method") or position < 0 or member.target in _UNORDERED:
-            continue
-        read = frozenset[int]().union(*(info(operand).storages for operand in member.all_input_nodes))
-        for key in read | info(member).writes:
-            access = found.setdefault(key, _Access([], []))
-            access.any.append(position)
-            access.writes += [position] if key in info(member).writes else []
-    return found
+def _check_inputs(replay: Replay, effects: Effects) -> None:
+    """Inputs that the program writes are written, and mirrors that are taken for current show the same."""
+    for key, memory in replay.inputs.items():
+        due = effects.writes.get(key, (memory.version,))[-1]
+        node = memory.nodes[0]
+        if memory.version != due:
+            raise ScheduleError(
+                f"verify: at return {name_of(node)} misses the write of {effects.writers[due]}; "
+                f"missing edge: {effects.writers[due]} -> output"
+            )
+        mirror = replay.mirrors.get(key)
+        if mirror is not None and mirror.version != memory.version:
+            raise ScheduleError(
+                f"verify: at return the mirror of {name_of(node)} misses a write of the host and would count as "
+                f"current; missing edge: {effects.writers[due]} -> output"
+            )
 
 
-_UNORDERED = (*_STARTS, ir.WAIT, ir.WAIT_HOST, ir.RELEASE, ir.MIRROR, ir.RESIDENT, ir.TWIN, operator.getitem)
+def _check_twins(replay: Replay) -> None:
+    """A returned tensor and the value that is kept as its mirror show the same writes of the same storage."""
+    for node in replay.kept:
+        host, device = (held_in(replay.values.get(operand)) for operand in node.all_input_nodes)
+        if host.keys() != device.keys() or any(host[key].version != device[key].version for key in host):
+            raise ScheduleError(
+                f"verify: {name_of(node)} keeps {node.args[1]} as the mirror of {node.args[0]}, but the two differ; "
+                f"missing edge: the same writes -> {node.name}"
+            )
+
+
+def _check_carried(replay: Replay) -> None:
+    """What the step leaves in the ring for the next one is what the next one, of the same graph, begins with."""
+    begun, left = replay.carried["in"], replay.carried["out"]
+    for bytes_of in begun.keys() ^ left.keys():
+        node = {**begun, **left}[bytes_of]
+        raise ScheduleError(
+            f"verify: {name_of(node)} is carried over the end of the step on one side only; missing edge: the same "
+            f"bytes at the {'end' if bytes_of in begun else 'start'} of the step -> {node}"
+        )
+
+
+def _check_aliasing(graph: fx.Graph, replay: Replay, effects: Effects) -> None:
+    """Outputs and inputs share memory exactly where they do in the captured graph."""
+    output = next(iter(reversed(graph.nodes)))
+    operands = nodes_in(output.args[0])
+    if len(operands) != len(effects.outputs):
+        raise ScheduleError(f"verify: {len(operands)} values are returned, the program returns {len(effects.outputs)}")
+    memory_of: dict[int, Memory] = dict(replay.inputs)
+    key_of = {id(memory): key for key, memory in replay.inputs.items()}
+    for operand, expected in zip(operands, effects.outputs, strict=True):
+        held = held_in(replay.values.get(operand))
+        for key in expected:
+            memory = held.get(key)
+            if memory is None:
+                raise ScheduleError(
+                    f"verify: the output {name_of(operand)} is not what the program returns there; "
+                    "missing edge: the program's value -> output"
+                )
+            if memory_of.setdefault(key, memory) is not memory or key_of.setdefault(id(memory), key) != key:
+                raise ScheduleError(
+                    f"verify: the output {name_of(operand)} shares memory with another output or an input as it does "
+                    "not in the program, or does not where it should"
+                )
+
+
+# ---- the budget ----------------------------------------------------------------------------------------------
+
+
+def _check_budget(module: fx.GraphModule, replay: Replay, ring_bytes: int, context: Context) -> None:
+    needed = live_bytes(replay, context)
+    total = ring_bytes + needed.bytes
+    if total > context.budget_bytes:
+        where = name_of(needed.node) if needed.node is not None else "the step"
+        raise BudgetError(
+            f"verify: at {where} {format_bytes(needed.bytes)} are alive on the accelerator beside a ring of "
+            f"{format_bytes(ring_bytes)}; gpu_memory is {format_bytes(context.budget_bytes)}: raise it or use a "
+            "smaller batch"
+        )
+
+
+__all__ = ["verify"]

@@ -2,10 +2,13 @@
 
 A bound schedule is straight-line code that calls these methods in issue order, from one host thread.
 Three streams exist on every accelerator and stay inside it: ``compute`` (segments, Linears, joins), ``up``
-(prefetches and uploads) and ``down`` (downloads). Ordering between them is what the operations say and
-nothing else:
+(prefetches and uploads) and ``down`` (downloads). Beside them the pin thread copies rows of weights that are
+not pinned into a ring of pinned host memory. Ordering between them is what the operations say and nothing else:
 
-    prefetch        up waits for each token in ``after``, then copies rows into the slot
+    stage           the pin thread waits for each prefetch in ``after``, then copies rows into the pinned slot
+
+    prefetch        up waits for each token in ``after`` and for the stage that it reads (if it reads one), then
+                    copies rows into the slot; a pinned slot that it read is free again
     wait            compute waits for that transfer                        (read after write)
     release         the slot may be overwritten once compute got here       (write after read)
     prefetch_ahead  a prefetch that the next step takes over in ``begin_step``
@@ -48,9 +51,13 @@ class Op:
 
 @dataclass
 class Counters:
-    """Bytes that moved and bytes that are held, by category (``weights``, ``mirrors``, ``activations``, ...)."""
+    """Bytes that moved and bytes that are held, by category (``weights``, ``mirrors``, ``activations``, ...).
+
+    ``staged_bytes`` went through the pinned ring on their way up.
+    """
 
     uploaded_bytes: dict[str, int] = field(default_factory=dict)
+    staged_bytes: dict[str, int] = field(default_factory=dict)
     downloaded_bytes: dict[str, int] = field(default_factory=dict)
     held_bytes: dict[str, int] = field(default_factory=dict)
     peak_bytes: int = 0
@@ -58,7 +65,7 @@ class Counters:
 
 @dataclass(frozen=True)
 class Span:
-    """One operation as it really ran: resource (``host``, ``accelerator``, ``up``, ``down``) and seconds."""
+    """One operation as it really ran: resource (``host``, ``accelerator``, ``up``, ``down``, ``pin``) and seconds."""
 
     name: str
     resource: str
@@ -67,7 +74,7 @@ class Span:
 
 
 class Accelerator(ABC):
-    """One device and its three streams; see the module's docstring for what each operation orders."""
+    """One device, its three streams and the pin thread; see the module's docstring for what each operation orders."""
 
     kind: str
     """``"cuda"`` or ``"emulated"``."""
@@ -99,11 +106,24 @@ class Accelerator(ABC):
         """A view of the staging ring, prepared once at bind time; offsets are multiples of 256 bytes."""
 
     @abstractmethod
-    def pin(self, tensor: torch.Tensor) -> bool:
-        """Pin a host tensor's bytes in place so that prefetches from it are asynchronous.
+    def pin(self, owner: object, address: int, nbytes: int) -> int:
+        """Pin host memory in place, so that prefetches from it are asynchronous, until ``owner`` dies.
 
-        True if its bytes are pinned now (at once or before). The pin ends when the storage dies.
+        Returns 0 if the bytes are pinned now (at once or before), else the driver's error code.
         """
+
+    @abstractmethod
+    def reserve_pinned(self, nbytes: int) -> None:
+        """Make the pinned ring on the host at least ``nbytes`` long (synchronises if it has to grow)."""
+
+    @abstractmethod
+    def pinned_slot(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
+        """A view of the pinned ring, prepared once at bind time; offsets are multiples of 256 bytes."""
+
+    @property
+    @abstractmethod
+    def pinned_bytes(self) -> int:
+        """Host bytes that are pinned now: in place, and the pinned ring."""
 
     # ---- operations of a schedule --------------------------------------------------------------------
     @abstractmethod
@@ -120,8 +140,19 @@ class Accelerator(ABC):
         """Block until everything but prefetches for the next step is over; raise what a stream's work raised."""
 
     @abstractmethod
-    def prefetch(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Token]) -> Transfer:
-        """Start copying ``source`` (contiguous rows of a host weight) into ``slot`` on the up stream."""
+    def stage(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Transfer]) -> Transfer:
+        """Start copying ``source`` (contiguous rows of a host weight) into a slot of the pinned ring.
+
+        ``after`` are the prefetches that read what the slot's bytes held before.
+        """
+
+    @abstractmethod
+    def prefetch(self, op: Op, source: torch.Tensor | Transfer, slot: Slot, after: Sequence[Token]) -> Transfer:
+        """Start copying ``source`` into ``slot`` on the up stream.
+
+        ``source`` is contiguous rows of a host weight, or the ``stage`` that copies them into the pinned ring;
+        each stage is read by one prefetch.
+        """
 
     @abstractmethod
     def prefetch_ahead(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Token]) -> Transfer:

@@ -1,4 +1,4 @@
-"""Vector clocks over the host thread and the three streams of an accelerator.
+"""Vector clocks over the host thread, the three streams of an accelerator and the pin thread.
 
 One component per lane counts the operations issued to it. What a lane's clock covers has happened before the
 lane's next operation; two accesses of which neither covers the other are a race, however the threads run
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-HOST, COMPUTE, UP, DOWN = range(4)
-RESOURCES = ("host", "accelerator", "up", "down")
+HOST, COMPUTE, UP, DOWN, PIN = range(5)
+RESOURCES = ("host", "accelerator", "up", "down", "pin")
 """The lanes' names in traces, in the order of the constants above."""
 
 Clock = tuple[int, ...]
@@ -30,10 +30,10 @@ def covers(clock: Clock, access: Access) -> bool:
 
 
 class Clocks:
-    """The four lanes' clocks; operations are entered in issue order, by the host thread."""
+    """The lanes' clocks; operations are entered in issue order, by the host thread."""
 
     def __init__(self) -> None:
-        self._clocks: list[Clock] = [(0, 0, 0, 0)] * 4
+        self._clocks: list[Clock] = [(0,) * len(RESOURCES)] * len(RESOURCES)
 
     def now(self, lane: int) -> Clock:
         """The clock of what was last issued to ``lane``."""
@@ -58,7 +58,7 @@ class Clocks:
         waited for by the other lanes still.
         """
         issued = self._clocks[UP]
-        host, compute, _, down = self._clocks
-        joined = tuple(map(max, host, compute, down, issued if up is None else up))
-        self._clocks = [joined] * 4
+        others = [clock for lane, clock in enumerate(self._clocks) if lane != UP]
+        joined = tuple(map(max, *others, issued if up is None else up))
+        self._clocks = [joined] * len(RESOURCES)
         self.merge(UP, issued)

@@ -4,7 +4,8 @@ Unverified on a GPU: this module was written on machines without one and is veri
 benchmarks/gpu has run on a device (ordering, asynchrony of copies from registered memory, views of pinned
 buffers).
 
-``compute`` is the caller's current stream; ``up`` and ``down`` are streams of the accelerator's own. Values
+``compute`` is the caller's current stream; ``up`` and ``down`` are streams of the accelerator's own; staged
+weights go up from the pin thread (``cuda_staging``). Values
 are CUDA tensors. The rules of a schedule that the emulated accelerator checks are not checked here, beyond
 what costs nothing; work that fails is reported by the call that meets it.
 """
@@ -16,12 +17,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value
-from hetegen_compile.accelerators.cuda_pinning import CudaHostMemory, cuda_view
+from hetegen_compile.accelerators.cuda_pinning import SUCCESS, CudaHostMemory, cuda_view, pinned_by_others
+from hetegen_compile.accelerators.cuda_staging import Job, PinThread, copy_rows
 from hetegen_compile.accelerators.cuda_trace import CudaTracer
 from hetegen_compile.accelerators.geometry import copy_span, empty_twin, same_geometry, span, span_bytes
 from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
@@ -42,8 +45,9 @@ DIRECT_BYTES = 256 * 1024
 class CudaTransfer:
     """A started copy: its result, what it reads (kept alive), and its event (None: readable at once).
 
-    A prefetch for the next step keeps nothing alive: a finalizer completes it before its source's memory is freed.
-    ``ring`` is the buffer that its slot lies in.
+    ``job`` is the pin thread's part, which sets the event of a prefetch that reads the pinned ring. ``reader``
+    names the prefetch that reads a stage. A prefetch for the next step keeps nothing alive: a finalizer completes
+    it before its source's memory is freed. ``ring`` is the buffer that its slot lies in.
     """
 
     node: str
@@ -53,6 +57,13 @@ class CudaTransfer:
     event: torch.cuda.Event | None = None
     released_by: str | None = None
     ring: torch.Tensor | None = None
+    job: Job | None = None
+    reader: str | None = None
+
+    def issued(self) -> None:
+        """Block until the pin thread has done its part."""
+        if self.job is not None:
+            self.job.result()
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,10 @@ class CudaAccelerator(Accelerator):
         self._down = torch.cuda.Stream(self.device)
         self._ring = torch.empty(0, dtype=torch.uint8, device=self.device)
         self._views: dict[Slot, torch.Tensor] = {}
+        self._pinned_ring = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._pinned_views: dict[Slot, torch.Tensor] = {}
+        self._pin_thread = PinThread(partial(torch.cuda.set_device, self.device))
+        self._staged: list[CudaTransfer] = []
         self._kept: list[torch.Tensor] = []
         self._ahead: list[CudaTransfer] = []
         self._guards: deque[tuple[torch.cuda.Event, weakref.finalize[..., torch.UntypedStorage]]] = deque()
@@ -101,8 +116,7 @@ class CudaAccelerator(Accelerator):
 
     @property
     def pinned_bytes(self) -> int:
-        """Host bytes that were pinned in place and still are."""
-        return self._pins.pinned_bytes
+        return self._pins.pinned_bytes + self._pinned_ring.numel()
 
     @property
     def _compute(self) -> torch.cuda.Stream:
@@ -157,9 +171,33 @@ class CudaAccelerator(Accelerator):
                 view = self._views[slot] = slot_view(self._ring, slot)
         return view
 
-    def pin(self, tensor: torch.Tensor) -> bool:
+    def pin(self, owner: object, address: int, nbytes: int) -> int:
         self._check_open()
-        return self._pins.pin(tensor)
+        code = self._pins.pin(owner, address, nbytes)
+        return SUCCESS if code != SUCCESS and pinned_by_others(address, nbytes) else code
+
+    def reserve_pinned(self, nbytes: int) -> None:
+        self._check_open()
+        if nbytes <= self._pinned_ring.numel():
+            return
+        self.synchronize()
+        self._pinned_views.clear()
+        with self._work(Op("the pinned ring")), torch.inference_mode(False):
+            geometry = torch.empty(nbytes, dtype=torch.uint8, device="meta")
+            self._pinned_ring = empty_twin(geometry, torch.device("cpu"), pinned=True)
+
+    def pinned_slot(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
+        self._check_open()
+        slot = make_slot(self._pinned_ring.numel(), offset, shape, dtype)
+        self._pinned_view(slot)
+        return slot
+
+    def _pinned_view(self, slot: Slot) -> torch.Tensor:
+        view = self._pinned_views.get(slot)
+        if view is None:
+            with torch.inference_mode(False):
+                view = self._pinned_views[slot] = slot_view(self._pinned_ring, slot)
+        return view
 
     # ---- steps -------------------------------------------------------------------------------------
     def begin_step(self, carried: Sequence[CudaTransfer] = ()) -> None:
@@ -170,6 +208,7 @@ class CudaAccelerator(Accelerator):
         if self._in_step:  # the step before was aborted
             self.synchronize()
             self._kept.clear()
+            self._staged.clear()
         for transfer in self._ahead:  # what is given up is overwritten by later copies of the same stream only
             transfer.kind = "given up"
         for transfer in carried:
@@ -181,35 +220,78 @@ class CudaAccelerator(Accelerator):
 
     def end_step(self) -> None:
         self._check_open()
+        if self._ahead:
+            self._synchronize_step()
+        else:
+            self.synchronize()
+        self._kept.clear()
+        while self._guards and self._guards[0][0].query():
+            self._guards.popleft()[1].detach()
+        self._in_step = False
+        staged, self._staged = self._staged, []
+        for transfer in staged:
+            transfer.issued()  # raises what failed on the pin thread
+        self.counters.peak_bytes = torch.cuda.max_memory_reserved(self.device)
+
+    def _synchronize_step(self) -> None:
+        """Block until everything but prefetches for the next step is over."""
+        self._pin_thread.drain()
         with self._work(Op("end_step")):
             self._compute.synchronize()
             self._down.synchronize()
             if self._uploaded is not None:
                 self._uploaded.synchronize()
-        self._kept.clear()
-        while self._guards and self._guards[0][0].query():
-            self._guards.popleft()[1].detach()
-        self._in_step = False
-        self.counters.peak_bytes = torch.cuda.max_memory_reserved(self.device)
 
     def synchronize(self) -> None:
         self._check_open()
+        self._pin_thread.drain()
         with self._work(Op("synchronize")):
             for stream in (self._up, self._compute, self._down):
                 stream.synchronize()
 
     # ---- operations of a schedule --------------------------------------------------------------------
-    def prefetch(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[CudaToken]) -> CudaTransfer:
-        transfer = self._copy_into_slot(op, source, slot, after)
-        transfer.source, self._uploaded = source, transfer.event
+    def stage(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[CudaTransfer]) -> CudaTransfer:
+        self._check_open()
+        view = self._pinned_view(slot)
+        _check_rows(op, source, view)
+        earlier = [_started(op, transfer, ("prefetch",)) for transfer in after]
+        transfer = CudaTransfer(op.name, "stage", view, source)
+        transfer.job = self._pin_thread.submit(op.name, partial(self._fill_pinned, op, source, view, earlier))
+        self._staged.append(transfer)
+        return transfer
+
+    def _fill_pinned(self, op: Op, source: torch.Tensor, view: torch.Tensor, earlier: list[CudaTransfer]) -> None:
+        """On the pin thread: once the uploads of what lay there are over, copy rows into the pinned ring."""
+        for transfer in earlier:
+            assert transfer.event is not None, "the pin thread issued this upload before"
+            transfer.event.synchronize()
+        with self._tracer.host_span(op.name, "pin"):
+            copy_rows(view, source)
+        self._ledger.staged(op.category, span_bytes(view))
+
+    def prefetch(
+        self, op: Op, source: torch.Tensor | CudaTransfer, slot: Slot, after: Sequence[CudaToken]
+    ) -> CudaTransfer:
+        self._check_open()
+        view = self._view(slot)
+        if isinstance(source, CudaTransfer):
+            return self._prefetch_staged(op, source, view, after)
+        _check_rows(op, source, view)
+        transfer = CudaTransfer(op.name, "prefetch", view, source)
+        self._fill_slot(op, transfer, after)
+        self._uploaded = transfer.event
         return transfer
 
     def prefetch_ahead(
         self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[CudaToken]
     ) -> CudaTransfer:
-        transfer = self._copy_into_slot(op, source, slot, after)
+        self._check_open()
+        view = self._view(slot)
+        _check_rows(op, source, view)
+        transfer = CudaTransfer(op.name, "prefetch_ahead", view, source, ring=self._ring)
+        self._fill_slot(op, transfer, after)
         assert transfer.event is not None, "every copy into a slot records its event"
-        transfer.kind = "prefetch_ahead"
+        transfer.source = None
         guard = weakref.finalize(source.untyped_storage(), transfer.event.synchronize)
         guard.atexit = False
         self._guards.append((transfer.event, guard))
@@ -219,25 +301,39 @@ class CudaAccelerator(Accelerator):
     def holds(self, transfer: CudaTransfer) -> bool:
         return not self._in_step and transfer.kind == "prefetch_ahead" and transfer.ring is self._ring
 
-    def _copy_into_slot(
-        self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[CudaToken]
+    def _prefetch_staged(
+        self, op: Op, stage: CudaTransfer, view: torch.Tensor, after: Sequence[CudaToken]
     ) -> CudaTransfer:
-        self._check_open()
-        view = self._view(slot)
-        if not source.is_contiguous() or not same_geometry(source, view):
-            raise ScheduleError(
-                f"{op.name} copies into a slot of another dtype or shape, or not contiguously"
-            )
+        rows = _started(op, stage, ("stage",)).value
+        _check_rows(op, rows, view)
+        if stage.reader is not None:
+            raise SlotInUseError(f"{op.name} reads {stage.node}, which {stage.reader} reads already")
+        stage.reader = op.name
+        transfer = CudaTransfer(op.name, "prefetch", view, rows)
+        transfer.job = self._pin_thread.submit(op.name, partial(self._upload_staged, op, stage, transfer, after))
+        self._staged.append(transfer)
+        return transfer
+
+    def _upload_staged(
+        self, op: Op, stage: CudaTransfer, transfer: CudaTransfer, after: Sequence[CudaToken]
+    ) -> None:
+        """On the pin thread, behind the stage: start the upload unless there is nothing to upload."""
+        stage.issued()
+        self._fill_slot(op, transfer, after)
+        self._uploaded = transfer.event
+
+    def _fill_slot(self, op: Op, transfer: CudaTransfer, after: Sequence[CudaToken]) -> None:
         for token in after:
             self._up.wait_event(token.event)
         with self._work(op), self._on(self._up, "up", op):
-            view.copy_(source, non_blocking=True)
-        self._ledger.uploaded(op.category, source.numel() * source.element_size())
-        return CudaTransfer(op.name, "prefetch", view, None, self._up.record_event(), ring=self._ring)
+            transfer.value.copy_(transfer.source, non_blocking=True)
+        self._ledger.uploaded(op.category, span_bytes(transfer.source))
+        transfer.event = self._up.record_event()
 
     def wait(self, op: Op, transfer: CudaTransfer) -> Value:
         self._check_open()
         transfer = _started(op, transfer, ("prefetch", "to_accelerator"))
+        transfer.issued()
         if transfer.event is not None:
             self._compute.wait_event(transfer.event)
         return transfer.value
@@ -341,11 +437,15 @@ class CudaAccelerator(Accelerator):
     def close(self) -> None:
         if self._closed:
             return
+        self._pin_thread.close()
         torch.cuda.synchronize(self.device)
         self._kept.clear()
         self._ahead.clear()
+        self._staged.clear()
         self._views.clear()
+        self._pinned_views.clear()
         self._ring = torch.empty(0, dtype=torch.uint8, device=self.device)
+        self._pinned_ring = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._pins.close()
         self._closed = True
 
@@ -375,6 +475,11 @@ def _copying() -> Iterator[None]:
     """Copies record no graph and make ordinary tensors, whatever mode the caller is in."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def _check_rows(op: Op, source: torch.Tensor, view: torch.Tensor) -> None:
+    if not source.is_contiguous() or not same_geometry(source, view):
+        raise ScheduleError(f"{op.name} copies into a slot of another dtype or shape, or not contiguously")
 
 
 def _started(op: Op, transfer: object, kinds: tuple[str, ...]) -> CudaTransfer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ REGISTER_PORTABLE = 1
 """``cudaHostRegisterPortable``: pinned for every CUDA context of the process."""
 
 SUCCESS = 0
+INVALID_VALUE = 1
+"""``cudaErrorInvalidValue``."""
 
 LARGEST_REGISTRATION_BYTES = 1 << 39
 """One call of ``cudaHostRegister`` stays below 512 GiB."""
@@ -21,14 +24,14 @@ class CudaHostMemory:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def register(self, address: int, nbytes: int) -> bool:
-        """Pin a range in place; False if the driver refuses (it overlaps a registered range, a limit)."""
+    def register(self, address: int, nbytes: int) -> int:
+        """Pin a range in place; the driver's error code if it refuses (it overlaps a registered range, a limit)."""
         if nbytes >= LARGEST_REGISTRATION_BYTES:
-            return False
+            return INVALID_VALUE
         code = int(_runtime().cudaHostRegister(address, nbytes, REGISTER_PORTABLE))
         if code != SUCCESS:
             self._clear_last_error()
-        return code == SUCCESS
+        return code
 
     def unregister(self, address: int) -> None:
         """End the pinning of a range, after every copy from it is over."""
@@ -45,6 +48,15 @@ class CudaHostMemory:
             torch.zeros(1, device=self._device).add_(1)
         except RuntimeError:
             return
+
+
+def pinned_by_others(address: int, nbytes: int) -> bool:
+    """Whether someone else has pinned a range (``pin_memory``, a registration): both of its ends are.
+
+    What lies between is not looked at: CUDA tells it only byte by byte.
+    """
+    ends = (address, address + nbytes - 1)
+    return all(torch.frombuffer((ctypes.c_uint8 * 1).from_address(end), dtype=torch.uint8).is_pinned() for end in ends)
 
 
 def _runtime() -> Any:

@@ -35,12 +35,12 @@ class CudaTracer:
         self._pending.append((name, resource, start, end))
 
     @contextmanager
-    def host_span(self, name: str) -> Iterator[None]:
-        """Time what the host does inside the block."""
+    def host_span(self, name: str, resource: str = "host") -> Iterator[None]:
+        """Time what a thread of the host does inside the block."""
         start_s = time.perf_counter()
         yield
         if self._enabled:
-            self._spans.append(Span(name, "host", start_s, time.perf_counter()))
+            self._spans.append(Span(name, resource, start_s, time.perf_counter()))
 
     def collect(self, enabled: bool) -> list[Span]:
         """Switch recording on or off; the spans so far, by their start (synchronises the device)."""

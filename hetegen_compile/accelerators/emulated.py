@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value
-from hetegen_compile.accelerators.clocks import COMPUTE, DOWN, HOST, UP, Access
+from hetegen_compile.accelerators.clocks import COMPUTE, DOWN, HOST, PIN, UP, Access
 from hetegen_compile.accelerators.engine import Engine
 from hetegen_compile.accelerators.geometry import same_geometry, span_bytes
 from hetegen_compile.accelerators.hazards import Hazards
@@ -28,9 +28,12 @@ from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
 from hetegen_compile.accelerators.modes import Modes
 from hetegen_compile.accelerators.ring import Ring
 from hetegen_compile.accelerators.streams import Task
-from hetegen_compile.accelerators.values import UNFINISHED, DeviceTensor, Occupancy, Slot, Token, Transfer
+from hetegen_compile.accelerators.values import UNFINISHED, DeviceTensor, Occupancy, Slot, Staged, Token, Transfer
 from hetegen_compile.accelerators.work import Call, DeviceWork, Issued
 from hetegen_compile.errors import ScheduleError
+
+OUT_OF_MEMORY = 2
+"""What CUDA returns where no more host memory can be pinned."""
 
 DIRECT_BYTES = 256 * 1024
 """Below this size ``to_accelerator`` hands out a view of the host's buffer instead of copying."""
@@ -43,27 +46,34 @@ class EmulatedAccelerator(Accelerator):
         memory_bytes: what ``upload`` and ``reserve_ring`` may hold in total.
         pace: every lane takes at least the predicted seconds of its operations times this; None: no pacing.
         seed: random delays of up to a millisecond before each operation of each stream; None: no delays.
+        pin_limit_bytes: host memory that may be pinned in place, as a limit of locked memory; None: no limit.
     """
 
     kind = "emulated"
     device = torch.device("cpu")
 
     def __init__(
-        self, memory_bytes: int = 8 << 30, *, pace: float | None = None, seed: int | None = None
+        self,
+        memory_bytes: int = 8 << 30,
+        *,
+        pace: float | None = None,
+        seed: int | None = None,
+        pin_limit_bytes: int | None = None,
     ) -> None:
         self.memory_bytes = memory_bytes
         self.counters = Counters()
         self._ledger = MemoryLedger(self.counters, memory_bytes)
-        self._pins = PinTable(lambda address, nbytes: True, lambda address: None)
+        self._pin_limit_bytes = pin_limit_bytes
+        self._pins = PinTable(self._register, lambda address: None)
         self._ring = Ring()
+        self._pinned = Ring()
         self._hazards = Hazards()
         self._work = DeviceWork(self._ledger)
         self._engine = Engine(pace, seed)
 
     @property
     def pinned_bytes(self) -> int:
-        """Host bytes that are pinned now."""
-        return self._pins.pinned_bytes
+        return self._pins.pinned_bytes + self._pinned.nbytes
 
     # ---- memory ------------------------------------------------------------------------------------
     def upload(self, op: Op, source: torch.Tensor, *, into: Value | None = None) -> DeviceTensor:
@@ -106,9 +116,28 @@ class EmulatedAccelerator(Accelerator):
         self._engine.check_usable()
         return self._ring.slot(offset, shape, dtype)
 
-    def pin(self, tensor: torch.Tensor) -> bool:
+    def pin(self, owner: object, address: int, nbytes: int) -> int:
         self._engine.check_usable()
-        return self._pins.pin(tensor)
+        return self._pins.pin(owner, address, nbytes)
+
+    def _register(self, address: int, nbytes: int) -> int:
+        """Nothing is locked here: only the limit is kept."""
+        del address
+        limit = self._pin_limit_bytes
+        fits = limit is None or self._pins.pinned_bytes + nbytes <= limit
+        return 0 if fits else OUT_OF_MEMORY
+
+    def reserve_pinned(self, nbytes: int) -> None:
+        self._engine.check_usable()
+        if nbytes <= self._pinned.nbytes:
+            return
+        self.synchronize()
+        self._hazards.restart("reserve_pinned")
+        self._pinned.grow(nbytes)
+
+    def pinned_slot(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
+        self._engine.check_usable()
+        return self._pinned.slot(offset, shape, dtype)
 
     # ---- steps -------------------------------------------------------------------------------------
     def begin_step(self, carried: Sequence[Transfer] = ()) -> None:
@@ -119,7 +148,7 @@ class EmulatedAccelerator(Accelerator):
         self._finish_step()
         self._work.aliases.clear()
         kept = [self._hazards.take_over(transfer) for transfer in carried]
-        self._give_up(self._hazards.restart("begin_step", kept))
+        self._give_up(*self._hazards.restart("begin_step", kept))
         self._engine.enter_step()
 
     def end_step(self) -> None:
@@ -136,12 +165,13 @@ class EmulatedAccelerator(Accelerator):
     def _free_ring(self, reason: str) -> None:
         """All streams are idle: nothing in the ring is wanted any more."""
         self._hazards.clocks.join()
-        self._give_up(self._hazards.restart(reason))
+        self._give_up(*self._hazards.restart(reason))
 
-    def _give_up(self, occupancies: list[Occupancy]) -> None:
-        """Poison slots that nobody released, behind the copies into them that may still be under way."""
-        if occupancies:
-            work = partial(self._ring.poison, occupancies)
+    def _give_up(self, slots: list[Occupancy], pinned: list[Occupancy]) -> None:
+        """Poison what nobody released; slots behind the copies into them that may still be under way."""
+        self._pinned.poison(pinned)
+        if slots:
+            work = partial(self._ring.poison, slots)
             self._engine.submit(UP, Task(Op("begin_step"), work, done=threading.Event()))
 
     def synchronize(self) -> None:
@@ -157,36 +187,70 @@ class EmulatedAccelerator(Accelerator):
             raise failure
 
     # ---- operations of a schedule --------------------------------------------------------------------
-    def prefetch(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Token]) -> Transfer:
-        return self._prefetch(op, source, slot, after, ahead=False)
-
-    def prefetch_ahead(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Token]) -> Transfer:
-        return self._prefetch(op, source, slot, after, ahead=True)
-
-    def _prefetch(
-        self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Token], *, ahead: bool
-    ) -> Transfer:
+    def stage(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Transfer]) -> Transfer:
         self._engine.check_usable()
         self._hazards.refuse_on_host(op.name, source)
-        _check_prefetch(op, source, slot)
-        access = self._hazards.prefetch(op.name, after, ahead=ahead)
+        _check_rows(op, source, slot)
+        access = self._hazards.stage(op.name, after)
         occupancy = Occupancy(op.name, slot.offset, slot.nbytes)
-        self._hazards.occupy(occupancy, access)
-        value, done = DeviceTensor(access, occupancy=occupancy), threading.Event()
-        kind = "prefetch_ahead" if ahead else "prefetch"
-        transfer = Transfer(op.name, kind, access, self._hazards.clocks.now(UP), value, done, carried=ahead)
-        task = Task(
-            op,
-            partial(self._work.fill_slot, op, value, source, self._ring.view(slot)),
-            waits=tuple(token.done for token in after),
-            done=done,
-            on_failure=transfer.fail if ahead else None,
-        )
-        self._engine.submit(UP, task, carried=ahead)
-        return transfer
+        self._hazards.occupy_pinned(occupancy, access)
+        done = threading.Event()
+        work = partial(self._work.fill_pinned, op, source, self._pinned.view(slot))
+        self._engine.submit(PIN, Task(op, work, waits=_done(after), done=done))
+        clock = self._hazards.clocks.now(PIN)
+        return Transfer(op.name, "stage", access, clock, done=done, staged=Staged(slot, occupancy))
+
+    def prefetch(self, op: Op, source: torch.Tensor | Transfer, slot: Slot, after: Sequence[Token]) -> Transfer:
+        self._engine.check_usable()
+        if isinstance(source, Transfer):
+            return self._prefetch_staged(op, source, slot, after)
+        self._hazards.refuse_on_host(op.name, source)
+        return self._start_prefetch(op, source, slot, after)
+
+    def prefetch_ahead(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Token]) -> Transfer:
+        self._engine.check_usable()
+        self._hazards.refuse_on_host(op.name, source)
+        return self._start_prefetch(op, source, slot, after, ahead=True)
 
     def holds(self, transfer: Transfer) -> bool:
         return not self._engine.in_step and self._hazards.held(transfer)
+
+    def _prefetch_staged(self, op: Op, stage: Transfer, slot: Slot, after: Sequence[Token]) -> Transfer:
+        staged = self._hazards.staged(stage, op.name)
+        started = self._start_prefetch(op, self._pinned.view(staged.slot), slot, after, stage)
+        staged.occupancy.released = started.access
+        return started
+
+    def _start_prefetch(
+        self,
+        op: Op,
+        rows: torch.Tensor,
+        slot: Slot,
+        after: Sequence[Token],
+        stage: Transfer | None = None,
+        *,
+        ahead: bool = False,
+    ) -> Transfer:
+        _check_rows(op, rows, slot)
+        access = self._hazards.prefetch(op.name, after, ahead=ahead)
+        occupancy = Occupancy(op.name, slot.offset, slot.nbytes)
+        self._hazards.occupy(occupancy, access)
+        value = DeviceTensor(access, occupancy=occupancy)
+        work = partial(self._work.fill_slot, op, value, rows, self._ring.view(slot))
+        waits, done = _done(after), threading.Event()
+        if stage is not None and stage.staged is not None:
+            work = partial(self._unstage, work, stage.staged.occupancy)
+            waits = (*waits, *_done([stage]))
+        kind = "prefetch_ahead" if ahead else "prefetch"
+        transfer = Transfer(op.name, kind, access, self._hazards.clocks.now(UP), value, done, carried=ahead)
+        task = Task(op, work, waits=waits, done=done, on_failure=transfer.fail if ahead else None)
+        self._engine.submit(UP, task, carried=ahead)
+        return transfer
+
+    def _unstage(self, copy: Callable[[], None], occupancy: Occupancy) -> None:
+        """Copy from the pinned ring, whose bytes then hold nothing valid any more."""
+        copy()
+        self._pinned.poison([occupancy])
 
     def wait(self, op: Op, transfer: Transfer) -> DeviceTensor:
         self._engine.check_usable()
@@ -291,6 +355,7 @@ class EmulatedAccelerator(Accelerator):
         if self._engine.close():
             self._pins.close()
             self._ring = Ring()
+            self._pinned = Ring()
 
 
 def _uploaded_before(op: Op, into: Value, source: torch.Tensor) -> DeviceTensor:
@@ -301,7 +366,12 @@ def _uploaded_before(op: Op, into: Value, source: torch.Tensor) -> DeviceTensor:
     return into
 
 
-def _check_prefetch(op: Op, source: torch.Tensor, slot: Slot) -> None:
+def _done(started: Sequence[Token | Transfer]) -> tuple[threading.Event, ...]:
+    """Events of what a task has to wait for."""
+    return tuple(one.done for one in started if one.done is not None)
+
+
+def _check_rows(op: Op, source: torch.Tensor, slot: Slot) -> None:
     if not source.is_contiguous() or source.dtype != slot.dtype or source.shape != slot.shape:
         raise ScheduleError(
             f"{op.name} copies {source.dtype} {tuple(source.shape)} with strides {source.stride()} "

@@ -11,7 +11,7 @@ import weakref
 import torch
 
 from hetegen_compile.accelerators.base import Op, Span
-from hetegen_compile.accelerators.clocks import COMPUTE, DOWN, UP
+from hetegen_compile.accelerators.clocks import COMPUTE, DOWN, PIN, UP
 from hetegen_compile.accelerators.pacing import Pacer
 from hetegen_compile.accelerators.streams import Shared, Stream, Task
 from hetegen_compile.errors import AcceleratorError, ScheduleError
@@ -23,7 +23,7 @@ LONGEST_JOIN_S = 5.0
 
 
 class Engine:
-    """Three streams; what fails on one of them is kept, and what is queued after it is passed over."""
+    """The streams' threads; what fails on one of them is kept, and what is queued after it is passed over."""
 
     def __init__(self, pace: float | None, seed: int | None) -> None:
         self._shared = Shared(Pacer(pace), seed)
@@ -33,7 +33,7 @@ class Engine:
         self._switch_interval: float | None = None
         self.in_step = False
         threads = torch.get_num_threads()
-        self._streams = {lane: Stream(lane, self._shared) for lane in (COMPUTE, UP, DOWN)}
+        self._streams = {lane: Stream(lane, self._shared) for lane in (COMPUTE, UP, DOWN, PIN)}
         torch.set_num_threads(threads)  # see the docstring of ``streams``
         self._stop = weakref.finalize(self, _stop_streams, self._shared, list(self._streams.values()))
 
@@ -81,7 +81,7 @@ class Engine:
 
     def drain_step(self) -> None:
         """Block until everything is over but what was submitted as carried."""
-        for event in [self._last_upload, *(self.marker(lane, Op("end_step")) for lane in (COMPUTE, DOWN))]:
+        for event in [self._last_upload, *(self.marker(lane, Op("end_step")) for lane in (COMPUTE, DOWN, PIN))]:
             event.wait()
 
     def abort(self) -> None:

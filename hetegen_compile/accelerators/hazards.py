@@ -10,10 +10,12 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from hetegen_compile.accelerators.clocks import COMPUTE, DOWN, HOST, RESOURCES, UP, Access, Clocks, covers
+from hetegen_compile.accelerators.clocks import COMPUTE, DOWN, HOST, PIN, RESOURCES, UP, Access, Clocks, covers
+from hetegen_compile.accelerators.occupied import Occupied
 from hetegen_compile.accelerators.values import (
     DeviceTensor,
     Occupancy,
+    Staged,
     Token,
     Transfer,
     deferred_in,
@@ -26,20 +28,20 @@ class Hazards:
 
     def __init__(self) -> None:
         self.clocks = Clocks()
-        self._occupied: list[Occupancy] = []
+        self._slots = Occupied()
+        self._pinned = Occupied()
         self._uploaded = self.clocks.now(UP)
 
     def step_is_over(self) -> None:
         """Everything but the prefetches for the next step is over."""
         self.clocks.join(self._uploaded)
 
-    def restart(self, node: str, carried: Sequence[Occupancy] = ()) -> list[Occupancy]:
-        """Nothing uses the ring but what is ``carried``: free the rest of it; returns what was not released."""
-        left = [one for one in self._occupied if one.released is None and one not in carried]
-        for occupancy in left:
-            occupancy.released = Access(node, HOST, 0)
-        self._occupied[:] = carried
-        return left
+    def restart(
+        self, node: str, carried: Sequence[Occupancy] = ()
+    ) -> tuple[list[Occupancy], list[Occupancy]]:
+        """Nothing uses the rings but what is ``carried``: free the rest; returns what was not released in each."""
+        by = Access(node, HOST, 0)
+        return self._slots.vacate(by, carried), self._pinned.vacate(by)
 
     # ---- uses ----------------------------------------------------------------------------------------
     def use(self, value: DeviceTensor, user: Access) -> None:
@@ -87,19 +89,7 @@ class Hazards:
     # ---- slots ---------------------------------------------------------------------------------------
     def occupy(self, occupancy: Occupancy, writer: Access) -> None:
         """A prefetch overwrites ring bytes: what was there must be released, and the release waited for."""
-        clock = self.clocks.now(writer.lane)
-        for earlier in [other for other in self._occupied if other.overlaps(occupancy)]:
-            if earlier.released is None:
-                raise SlotInUseError(
-                    f"{writer.node} overwrites the slot of {earlier.node}, which is not released"
-                )
-            if not covers(clock, earlier.released):
-                raise SlotInUseError(
-                    f"{writer.node} overwrites the slot of {earlier.node} without waiting for its release "
-                    f"({earlier.released.node})"
-                )
-            self._occupied.remove(earlier)
-        self._occupied.append(occupancy)
+        self._slots.occupy(occupancy, writer, self.clocks.now(writer.lane))
 
     def release(self, transfer: object, node: str) -> Occupancy:
         """Compute gives a prefetched slot back; its transfer and its downloads must have been waited for."""
@@ -117,6 +107,28 @@ class Hazards:
         occupancy.released = access
         return occupancy
 
+    # ---- the pinned ring -----------------------------------------------------------------------------
+    def stage(self, node: str, after: Iterable[object]) -> Access:
+        """Enter a copy into the pinned ring on the pin thread, behind the prefetches in ``after``."""
+        for transfer in after:
+            self.clocks.merge(PIN, self.started(transfer, node, ("prefetch",)).clock)
+        return self.clocks.issue(PIN, node)
+
+    def occupy_pinned(self, occupancy: Occupancy, writer: Access) -> None:
+        """A stage overwrites bytes of the pinned ring: the prefetch that read them must have been waited for."""
+        self._pinned.occupy(occupancy, writer, self.clocks.now(writer.lane))
+
+    def staged(self, stage: Transfer, node: str) -> Staged:
+        """What the up stream may read once ``stage`` is done."""
+        started = self.started(stage, node, ("stage",))
+        assert started.staged is not None, "a stage fills a slot of the pinned ring"
+        reader = started.staged.occupancy.released
+        if reader is not None:
+            raise SlotInUseError(f"{node} reads the pinned slot of {stage.node}, which {reader.node} gave up already")
+        self.clocks.merge(UP, started.clock)
+        return started.staged
+
+    # ---- prefetches for the next step ----------------------------------------------------------------
     def held(self, transfer: object) -> bool:
         """Whether a prefetch for the next step was neither taken over nor given up yet."""
         if not isinstance(transfer, Transfer) or transfer.kind != "prefetch_ahead":

@@ -7,6 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -64,6 +65,12 @@ class MemoryLedger:
             moved = self.counters.uploaded_bytes
             moved[category] = moved.get(category, 0) + nbytes
 
+    def staged(self, category: str, nbytes: int) -> None:
+        """Count bytes that were copied into the pinned ring."""
+        with self._books():
+            moved = self.counters.staged_bytes
+            moved[category] = moved.get(category, 0) + nbytes
+
     def downloaded(self, category: str, nbytes: int) -> None:
         """Count bytes that came down."""
         with self._books():
@@ -96,17 +103,18 @@ class MemoryLedger:
 
 
 class PinTable:
-    """Address ranges of pinned host storages; ``is_pinned()`` of torch looks at the first address only.
+    """Address ranges of host memory pinned in place; ``is_pinned()`` of torch looks at the first address only.
 
-    ``register(address, nbytes)`` pins a range and says whether it worked; ``unregister(address)`` ends that
-    when the storage dies (it has to synchronise first).
+    ``register(address, nbytes)`` pins a range and returns 0 or an error code; ``unregister(address)`` ends that
+    when the memory's owner dies (it has to synchronise first). Whoever is the owner has to outlive the memory's
+    use and die before the memory does: a storage, an arena.
     """
 
-    def __init__(self, register: Callable[[int, int], bool], unregister: Callable[[int], None]) -> None:
+    def __init__(self, register: Callable[[int, int], int], unregister: Callable[[int], None]) -> None:
         self._register = register
         self._unregister = unregister
         self._ranges: dict[int, int] = {}
-        self._finalizers: list[weakref.finalize[[int], torch.UntypedStorage]] = []
+        self._finalizers: list[weakref.finalize[[int], Any]] = []
 
     @property
     def pinned_bytes(self) -> int:
@@ -118,19 +126,17 @@ class PinTable:
         ranges = list(self._ranges.items())  # a finalizer may change them meanwhile
         return any(start <= address and address + nbytes <= end for start, end in ranges)
 
-    def pin(self, tensor: torch.Tensor) -> bool:
-        """Pin the whole storage of a host tensor; True if it is pinned now (so is an empty one)."""
-        storage = tensor.untyped_storage()
-        address, nbytes = storage.data_ptr(), storage.nbytes()
+    def pin(self, owner: object, address: int, nbytes: int) -> int:
+        """Pin a range until ``owner`` dies; 0 if it is pinned now (so is an empty one), else the error code."""
         if nbytes == 0 or self.covers(address, nbytes):
-            return True
-        if not self._register(address, nbytes):
-            return False
-        self._ranges[address] = address + nbytes
-        finalizer = weakref.finalize(storage, self._unpin, address)
-        finalizer.atexit = False
-        self._finalizers = [other for other in self._finalizers if other.alive] + [finalizer]
-        return True
+            return 0
+        code = self._register(address, nbytes)
+        if code == 0:
+            self._ranges[address] = address + nbytes
+            finalizer = weakref.finalize(owner, self._unpin, address)
+            finalizer.atexit = False
+            self._finalizers = [other for other in self._finalizers if other.alive] + [finalizer]
+        return code
 
     def _unpin(self, address: int) -> None:
         if self._ranges.pop(address, None) is not None:

@@ -1,4 +1,4 @@
-"""The staging ring of the emulated accelerator: one byte buffer, NaN wherever nothing valid lies."""
+"""The rings of the emulated accelerator: one byte buffer each, NaN wherever nothing valid lies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make_slot(ring_bytes: int, offset: int, shape: tuple[int, ...], dtype: torch
     if offset % ALIGNMENT_BYTES or offset < 0 or offset + nbytes > ring_bytes:
         raise ScheduleError(
             f"a slot of {nbytes} bytes at {offset} is not aligned to {ALIGNMENT_BYTES} bytes "
-            f"or does not fit the staging ring of {ring_bytes} bytes"
+            f"or does not fit the ring of {ring_bytes} bytes"
         )
     return Slot(offset, nbytes, shape, dtype)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -69,7 +69,7 @@ UNFINISHED = object()
 
 
 class Occupancy:
-    """The time from the prefetch into a part of the ring to its release."""
+    """The time from filling a part of a ring (the staging ring, the pinned ring) to its release."""
 
     __slots__ = ("end", "node", "released", "start")
 
@@ -82,6 +82,23 @@ class Occupancy:
     def overlaps(self, other: Occupancy) -> bool:
         """Whether the two share bytes of the ring."""
         return self.start < other.end and other.start < self.end
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A typed part of a ring: offset and length in bytes."""
+
+    offset: int
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Staged(NamedTuple):
+    """Where a stage puts its rows: a slot of the pinned ring, and the time for which it holds them."""
+
+    slot: Slot
+    occupancy: Occupancy
 
 
 class DeviceTensor(Deferred):
@@ -118,10 +135,11 @@ class DeviceTensor(Deferred):
 
 @dataclass(eq=False)
 class Transfer(Deferred):
-    """A started copy: ``wait`` gives its device value, ``wait_host`` its host tensor.
+    """A started copy: ``wait`` gives its device value, ``wait_host`` its host tensor, a prefetch reads a stage.
 
     ``done`` is None where nothing has to be waited for; ``value`` is None for downloads, whose task keeps the
-    value alive until it is copied. ``failure`` is what a prefetch for the next step raised.
+    value alive until it is copied, and for stages, whose ``staged`` says where in the pinned ring they copy to.
+    ``failure`` is what a prefetch for the next step raised.
     """
 
     node: str
@@ -132,6 +150,7 @@ class Transfer(Deferred):
     done: threading.Event | None = None
     host_tensors: list[torch.Tensor] | None = None
     single: bool = True
+    staged: Staged | None = None
     carried: bool = False
     failure: BaseException | None = None
 
@@ -152,13 +171,3 @@ class Token(Deferred):
     node: str
     clock: Clock
     done: threading.Event = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A typed part of the staging ring: offset and length in bytes."""
-
-    offset: int
-    nbytes: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype

@@ -57,6 +57,11 @@ class DeviceWork:
         value.data = view
         self._ledger.uploaded(op.category, span_bytes(view))
 
+    def fill_pinned(self, op: Op, source: torch.Tensor, view: torch.Tensor) -> None:
+        """Copy rows of a weight into the pinned ring."""
+        view.copy_(source)
+        self._ledger.staged(op.category, span_bytes(view))
+
     def copy_down(self, op: Op, values: Sequence[DeviceTensor], transfer: Transfer) -> None:
         """Allocate host tensors and fill them from device tensors."""
         twins = []

@@ -108,6 +108,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
         synchronize=lambda device: LOG.append("host waits all"),
         current_stream=lambda device: compute,
         cudart=lambda: runtime,
+        set_device=lambda device: None,
         stream=on,
         Stream=FakeStream,
         Event=FakeEvent,

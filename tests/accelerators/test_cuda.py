@@ -15,7 +15,7 @@ from hetegen_compile.errors import (
     SlotInUseError,
 )
 from tests.accelerators import fake_cuda
-from tests.accelerators.fake_cuda import LOG, PENDING, FakeRuntime
+from tests.accelerators.fake_cuda import ALREADY_REGISTERED, LOG, PENDING, FakeRuntime
 from tests.accelerators.schedules import WIDTH, SplitLayers, make_weights, run_eager
 
 
@@ -188,12 +188,17 @@ def test_memory_and_uploads(accelerator: CudaAccelerator) -> None:
         accelerator.upload(Op("w3"), torch.zeros(5), into=value)
 
 
+def pin(accelerator: CudaAccelerator, tensor: torch.Tensor) -> int:
+    storage = tensor.untyped_storage()
+    return accelerator.pin(storage, storage.data_ptr(), storage.nbytes())
+
+
 def test_pinning_follows_return_codes(accelerator: CudaAccelerator, runtime: FakeRuntime) -> None:
     weight = torch.ones(64)
-    assert accelerator.pin(weight)
-    assert accelerator.pin(weight[3:])
+    assert pin(accelerator, weight) == 0
+    assert pin(accelerator, weight[3:]) == 0
     assert runtime.ranges == {weight.data_ptr(): 256}
-    assert not CudaHostMemory(torch.device("cpu")).register(weight.data_ptr(), 8)
+    assert CudaHostMemory(torch.device("cpu")).register(weight.data_ptr(), 8) == ALREADY_REGISTERED
     del weight
     assert runtime.ranges == {}
 
@@ -212,7 +217,7 @@ def test_a_refused_pin_clears_the_last_error(
         return zeros(size, device=device)
 
     monkeypatch.setattr(torch, "zeros", failing_kernel)
-    assert not accelerator.pin(torch.ones(4))
+    assert pin(accelerator, torch.ones(4)) == ALREADY_REGISTERED
     assert launched == [accelerator.device]
 
 

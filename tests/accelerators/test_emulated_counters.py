@@ -67,8 +67,10 @@ def test_uploads_stay_inside_the_memory() -> None:
 def test_pins_end_with_the_storage(accelerator: EmulatedAccelerator) -> None:
     weight = torch.ones(KIB)
     view = weight[8:16]
-    assert accelerator.pin(view)
-    assert accelerator.pin(weight)
+    for tensor in (view, weight):
+        storage = tensor.untyped_storage()
+        assert accelerator.pin(storage, storage.data_ptr(), storage.nbytes()) == 0
+    del tensor, storage
     assert accelerator.pinned_bytes == 4 * KIB
     del weight
     assert accelerator.pinned_bytes == 4 * KIB

@@ -7,6 +7,8 @@ import torch
 from hetegen_compile.accelerators.base import Counters
 from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
 
+REFUSED = 712
+
 
 class Driver:
     """Records what is registered; refuses what overlaps or is larger than ``limit``."""
@@ -16,24 +18,29 @@ class Driver:
         self.ranges: dict[int, int] = {}
         self.calls = 0
 
-    def register(self, address: int, nbytes: int) -> bool:
+    def register(self, address: int, nbytes: int) -> int:
         self.calls += 1
         overlaps = any(address < end and start < address + nbytes for start, end in self.ranges.items())
         if overlaps or nbytes > self.limit:
-            return False
+            return REFUSED
         self.ranges[address] = address + nbytes
-        return True
+        return 0
 
     def unregister(self, address: int) -> None:
         del self.ranges[address]
+
+
+def pin(table: PinTable, tensor: torch.Tensor) -> int:
+    storage = tensor.untyped_storage()
+    return table.pin(storage, storage.data_ptr(), storage.nbytes())
 
 
 def test_ranges_are_registered_once_and_end_with_their_storage() -> None:
     driver = Driver()
     table = PinTable(driver.register, driver.unregister)
     weight = torch.ones(256)
-    assert table.pin(weight[16:])
-    assert table.pin(weight.view(16, 16))
+    assert pin(table, weight[16:]) == 0
+    assert pin(table, weight.view(16, 16)) == 0
     assert driver.calls == 1
     assert table.covers(weight.data_ptr(), 1024)
     assert not table.covers(weight.data_ptr(), 1025)
@@ -45,7 +52,7 @@ def test_ranges_are_registered_once_and_end_with_their_storage() -> None:
 def test_refusals_are_reported_and_nothing_is_recorded() -> None:
     driver = Driver(limit=16)
     table = PinTable(driver.register, driver.unregister)
-    assert not table.pin(torch.ones(256))
+    assert pin(table, torch.ones(256)) == REFUSED
     assert table.pinned_bytes == 0
 
 
@@ -54,12 +61,12 @@ def test_what_others_registered_is_not_taken_for_pinned() -> None:
     weight = torch.ones(256)
     driver.register(weight.data_ptr(), 16)
     table = PinTable(driver.register, driver.unregister)
-    assert not table.pin(weight)
+    assert pin(table, weight) == REFUSED
 
 
 def test_empty_tensors_need_no_pinning() -> None:
     driver = Driver()
-    assert PinTable(driver.register, driver.unregister).pin(torch.empty(0))
+    assert pin(PinTable(driver.register, driver.unregister), torch.empty(0)) == 0
     assert driver.calls == 0
 
 
@@ -67,7 +74,7 @@ def test_close_unpins_everything() -> None:
     driver = Driver()
     table = PinTable(driver.register, driver.unregister)
     kept = [torch.ones(256) for _ in range(3)]
-    assert all(table.pin(tensor) for tensor in kept)
+    assert not any(pin(table, tensor) for tensor in kept)
     table.close()
     assert driver.ranges == {}
     kept.clear()  # their finalizers have nothing left to do

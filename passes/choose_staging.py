@@ -1,0 +1,40 @@
+"""Which weights are streamed through the pinned ring, because their memory can be neither pinned nor adopted.
+
+Why: a copy to the accelerator is asynchronous only from pinned memory. Pinning in place and adopting into an
+arena cost nothing a step; the ring costs a copy on the pin thread, so splits have to know of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx
+
+from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.passes.context import Context, Refusal, require
+
+
+def choose_staging(module: fx.GraphModule, context: Context) -> Mapping[str, str]:
+    """Placeholders of the weights that are staged, with the reason.
+
+    Weights of which every row is resident are not asked for. Those that are resident beside a forced host share are,
+    for another split may stream from them, but nothing is refused for now.
+    """
+    residency = require(context.residency, "choose_residency")
+    if context.host_memory is None or residency.whole_graph:
+        return {}
+    linears: dict[str, fx.Node] = {}
+    for node in module.graph.find_nodes(op="call_function", target=LINEAR):
+        weight: Any = node.args[1]
+        if weight.name in context.weights and residency.weights.get(weight.name) != 0:
+            linears[weight.name] = node
+    staged = context.host_memory.staged(linears, context.weights)
+    for reason in dict.fromkeys(staged.values()):
+        same = [name for name in staged if staged[name] == reason and name not in residency.weights]
+        if not same:
+            continue
+        first = info(linears[same[0]]).module or same[0]
+        where = f"{first} and {len(same) - 1} more" if len(same) > 1 else first
+        context.refuse(Refusal(where, f"not pinned but streamed through the pinned ring: {reason}"))
+    return staged

@@ -1,0 +1,77 @@
+"""Bytes on the accelerator at each point of a schedule, counted from its replay and not from the plan.
+
+A piece of memory is alive from the node that makes it to the last node that touches it; what a download reads
+lives until the host has waited for it, what becomes a mirror to the end. Mirrors and resident weights are there
+all the time. Inside a segment its members' values count as if nothing were fused. The largest value of the schedule
+counts once more: the host runs ahead of the streams, so a value may be made before the one that it replaces is gone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+
+from torch import Tensor, fx
+
+from hetegen_compile.ir import info
+from hetegen_compile.passes.capture import to_expr
+from hetegen_compile.passes.context import Context
+from hetegen_compile.passes.memory import END, Memory
+from hetegen_compile.passes.replay import Replay
+
+
+@dataclass(frozen=True)
+class Live:
+    """The most bytes at one point, without the rings, and the node at which that is."""
+
+    bytes: int
+    node: fx.Node | None
+
+
+def live_bytes(replay: Replay, context: Context) -> Live:
+    """The peak of mirrors, resident weights and values on the accelerator."""
+    sizes = _Sizes(context)
+    fixed, change, largest = 0, dict[int, int](), 0
+    at: dict[int, fx.Node] = {}
+    for memory in replay.memories:
+        if memory.side != "accelerator" or memory.slot is not None:
+            continue
+        nbytes = sizes.of(memory)
+        if memory.is_input:
+            fixed += nbytes
+            continue
+        largest = max(largest, 0 if memory.inner else nbytes)
+        at.setdefault(memory.born, memory.nodes[0])
+        change[memory.born] = change.get(memory.born, 0) + nbytes
+        if memory.used < END:
+            change[memory.used + 1] = change.get(memory.used + 1, 0) - nbytes
+    places = sorted(change)
+    sums = list(accumulate(change[place] for place in places))
+    peak = max(sums, default=0)
+    node = at.get(places[sums.index(peak)]) if sums else None
+    return Live(fixed + peak + largest, node)
+
+
+class _Sizes:
+    """Bytes at the context's sizes; sizes that are numbers already need no algebra."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._known: dict[object, int] = {}
+
+    def of(self, memory: Memory) -> int:
+        """The largest of the values that lie in the memory; of a shared mirror the whole storage."""
+        values = [info(node).value for node in memory.nodes]
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        if memory.is_input and len(tensors) > 1:
+            return int(tensors[0].untyped_storage().nbytes())
+        return max((self._bytes(tensor) for tensor in tensors), default=0)
+
+    def _bytes(self, tensor: Tensor) -> int:
+        if all(type(size) is int for size in tensor.shape):
+            return prod(tensor.shape) * tensor.element_size()
+        elements = prod(map(to_expr, tensor.shape))
+        if elements not in self._known:
+            self._known[elements] = int(self._context.number(elements))
+        return self._known[elements] * tensor.element_size()
