@@ -4,7 +4,7 @@ Every node of the schedule becomes one line that calls a method of the accelerat
 prepared slots and the values of earlier lines; values are dropped after their last use. Nothing goes
 through torch's dispatcher but the work itself.
 
-    def step(inputs, mirrors, residents, carried, ahead):
+    def step(inputs, mirrors, residents, carried=(), ahead=None):
         w = inputs[3]
         t = prefetch(op_1, w[64:128], slot_1, ())
         d = to_host(op_2, [mirrors[0]])
@@ -104,7 +104,7 @@ class _Binder:
             if node.op != "output" and dying.get(node):
                 self._lines.append(f"del {', '.join(n.name for n in dying[node])}")
         body = "\n    ".join(["twins = []", *self._lines])
-        source = f"def step(inputs, mirrors, residents, carried, ahead):\n    {body}\n"
+        source = f"def step(inputs, mirrors, residents, carried=(), ahead=None):\n    {body}\n"
         exec(compile(source, "<hetegen step>", "exec"), self._env)
         return BoundStep(
             run=self._env["step"],
