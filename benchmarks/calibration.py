@@ -24,12 +24,15 @@ from tabulate import tabulate
 
 from hetegen_compile.calibration import Effort, calibrate, this_machine
 from hetegen_compile.calibration.host import rotation_bytes
-from hetegen_compile.calibration.kernels import LINEAR, dtype_name, kernel_rate, make_weights
+from hetegen_compile.calibration.kernels import Compute, cut_weights, dtype_name, kernel_rate, make_arena
 from hetegen_compile.calibration.timing import plain_torch
 from hetegen_compile.cost_model import HardwareProfile, host_linear_s
+from hetegen_compile.host_kernels import bind_kernels
 
-SHAPES = ((11008, 4096), (5120, 5120), (3072, 768), (1024, 8192))
-TOKENS = (1, 4, 32, 128)
+SHAPES = ((11008, 4096), (5120, 5120), (3072, 768), (1024, 8192), (640, 3584))
+"""Weights (out, in); the last is the size of a split Linear's part."""
+
+TOKENS = (1, 3, 6, 24, 100)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -81,11 +84,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare(profile: HardwareProfile, effort: Effort, runs: int) -> Iterable[Comparison]:
     """Measure every dtype, shape and number of tokens anew, ``runs`` times each."""
     for dtype in DTYPES:
+        largest = max(rows * columns for rows, columns in SHAPES) * dtype.itemsize
+        arena = make_arena(dtype, max(rotation_bytes(effort), largest))
         for shape in SHAPES:
-            weights = make_weights((shape,), dtype, rotation_bytes(effort))
-            rates = [[kernel_rate(LINEAR, weights, tokens, effort) for tokens in TOKENS] for _ in range(runs)]
+            weights = cut_weights(arena, shape[0] * shape[1] * dtype.itemsize, (shape[1],))
+            compute = runtime_linear(profile, weights[0])
+            rates = [[kernel_rate(compute, weights, tokens, effort) for tokens in TOKENS] for _ in range(runs)]
             for tokens, each in zip(TOKENS, zip(*rates, strict=True), strict=True):
                 yield _comparison(profile, dtype, shape, tokens, each)
+
+
+def runtime_linear(profile: HardwareProfile, weight: torch.Tensor) -> Compute:
+    """What the runtime computes with for such a weight: the profile's kernels, by the number of tokens."""
+    linear = bind_kernels(profile.host.linear_kernels, weight, 0, weight.shape[0], 0)
+    return lambda x, rows: linear(x, rows, None)
 
 
 def _comparison(

@@ -35,6 +35,16 @@ class NullAccelerator(Accelerator):
         result: torch.Tensor = value
         return result
 
+    def limit_memory(self, nbytes: int) -> None:
+        """Nothing is counted."""
+
+    def available_bytes(self) -> int:
+        """All of it."""
+        return self.memory_bytes
+
+    def abandon_step(self) -> None:
+        """Nothing is under way."""
+
     def reserve_ring(self, nbytes: int) -> None:
         """Nothing."""
 

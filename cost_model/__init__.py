@@ -4,14 +4,17 @@
 ``split`` divides a Linear between host and link, ``timeline`` simulates a step.
 """
 
+from hetegen_compile.cost_model.chain import Chain, Relaxation, Trip, balance_along, relax, spread_order
 from hetegen_compile.cost_model.hardware import (
     SCHEMA_VERSION,
     AcceleratorProfile,
     HardwareProfile,
     HostProfile,
+    KernelChoice,
     LinkDirection,
     LinkProfile,
     RateCurve,
+    RateTable,
 )
 from hetegen_compile.cost_model.profile_json import (
     load_profile,
@@ -44,18 +47,24 @@ from hetegen_compile.cost_model.timeline import Task, Timeline, lower_bound_s, s
 __all__ = [
     "SCHEMA_VERSION",
     "AcceleratorProfile",
+    "Chain",
     "HardwareProfile",
     "HostProfile",
+    "KernelChoice",
     "LinkDirection",
     "LinkProfile",
     "RateCurve",
+    "RateTable",
+    "Relaxation",
     "SplitProblem",
     "SplitSolution",
     "Task",
     "Timeline",
+    "Trip",
     "accelerator_linear_s",
     "accelerator_op_s",
     "arithmetic_rate",
+    "balance_along",
     "balance_expression",
     "download_s",
     "host_linear_s",
@@ -68,8 +77,10 @@ __all__ = [
     "preset_names",
     "profile_from_json",
     "profile_to_json",
+    "relax",
     "row_granularity",
     "simulate",
+    "spread_order",
     "solve_split",
     "unsourced_fields",
     "upload_s",

@@ -2,7 +2,7 @@
 
 Plain data with units in the names (``_bytes``, ``_s``, ``_bytes_per_s``, ``_flops_per_s``). The annotations
 carry the admissible range of each number; ``profile_json`` reads, checks and writes profiles by them, so a
-new figure is one more line here and one more in each preset.
+new figure is one more line here and one more in each preset. A field with a default may be left out of a file.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Annotated
 
 from hetegen_compile.errors import HardwareProfileError
 
 SCHEMA_VERSION = 1
-"""Version of the profile's fields that this code reads and writes."""
+"""Version of the profile's fields. Fields that may be left out, and further forms of a field, do not raise it."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,75 @@ class RateCurve:
 
 
 @dataclass(frozen=True)
+class RateTable:
+    """A rate that depends on the number of tokens and on the bytes of the weight: a curve over tokens by bytes.
+
+    ``curves`` are pairs (bytes, curve) with bytes strictly increasing; one curve holds for every size. In a profile
+    file one curve is its list of points, a table a list of ``{"weight_bytes": ..., "points": [...]}``.
+
+    Raises HardwareProfileError if there is no curve, or the bytes are not positive, finite and increasing.
+    """
+
+    curves: tuple[tuple[float, RateCurve], ...]
+
+    def __post_init__(self) -> None:
+        """Check the sizes once, so that ``at`` need not."""
+        if not self.curves:
+            raise HardwareProfileError("a rate table has no curves; give at least one")
+        for index, (nbytes, _) in enumerate(self.curves):
+            if not 0.0 < nbytes < math.inf:
+                raise HardwareProfileError(f"curve {index} is for {nbytes} bytes; give a positive, finite number")
+            if index and nbytes <= self.curves[index - 1][0]:
+                previous = self.curves[index - 1][0]
+                raise HardwareProfileError(f"curve {index} is for {nbytes} bytes after {previous}; sort by bytes")
+
+    @staticmethod
+    def of(curve: RateCurve) -> RateTable:
+        """The table that has this curve at every size."""
+        return RateTable(((1.0, curve),))
+
+    def at(self, tokens: float, nbytes: float) -> float:
+        """The rate at a number of tokens and a size: linear in the logarithms, the end's rate beyond the ends."""
+        sizes = [size for size, _ in self.curves]
+        position = bisect_right(sizes, nbytes)
+        near = self.curves[max(0, position - 1) : position + 1]
+        return RateCurve(tuple((size, curve.at(tokens)) for size, curve in near)).at(nbytes)
+
+    @property
+    def peak(self) -> float:
+        """The largest rate: reading weights at the speed of memory."""
+        return max(rate for _, curve in self.curves for _, rate in curve.points)
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """Which host kernel was the fastest, by number of tokens: points ``(tokens, name)``, tokens increasing.
+
+    Between two points the nearer one (in the logarithm) decides.
+
+    Raises HardwareProfileError if the points are none, or the tokens are not positive, finite and increasing.
+    """
+
+    points: tuple[tuple[float, str], ...]
+
+    def __post_init__(self) -> None:
+        """Check the tokens as a curve's."""
+        RateCurve(tuple((tokens, 1.0) for tokens, _ in self.points))
+
+    def limits(self) -> tuple[tuple[float, str], ...]:
+        """(highest number of tokens, name) of each run of equal names; the last one's is infinite."""
+        tokens = [tokens for tokens, _ in self.points]
+        highest = [math.sqrt(low * high) for low, high in pairwise(tokens)] + [math.inf]
+        runs = {index: name for index, (_, name) in enumerate(self.points)}
+        last = [i for i in runs if i + 1 == len(runs) or runs[i + 1] != runs[i]]
+        return tuple((highest[i], runs[i]) for i in last)
+
+    def at(self, tokens: float) -> str:
+        """The kernel's name at a number of tokens."""
+        return next(name for most, name in self.limits() if tokens <= most)
+
+
+@dataclass(frozen=True)
 class HostProfile:
     """The processor and its memory.
 
@@ -80,20 +150,25 @@ class HostProfile:
         cores: physical cores that compute.
         flops_per_s: sustained arithmetic rate by dtype name ("float32", "bfloat16", ...).
         memory_bytes_per_s: sustained rate of reading and writing main memory.
-        linear_bytes_per_s: by dtype, bytes of weights per second that a Linear consumes over its tokens.
+        linear_bytes_per_s: by dtype, bytes of weights per second that a Linear consumes, by the number of tokens and
+            the bytes of the rows that are computed; ``launch_s`` is not in it.
         launch_s: fixed cost of one host operation.
-        contention: share of the Linear's rate that remains while uploads use the same memory.
+        contention: share of the rate of reading weights at the speed of memory that remains while uploads use the
+            same memory. Slower Linears, which arithmetic limits, leave the memory idle anyway.
         memory_bytes: size of main memory.
+        linear_kernels: by dtype, the host kernels that ``linear_bytes_per_s`` belongs to and the runtime uses; empty:
+            ``F.linear``.
     """
 
     name: str
     cores: Count
     flops_per_s: Mapping[str, Rate] = field(hash=False)
     memory_bytes_per_s: Rate
-    linear_bytes_per_s: Mapping[str, RateCurve] = field(hash=False)
+    linear_bytes_per_s: Mapping[str, RateTable] = field(hash=False)
     launch_s: Seconds
     contention: Share
     memory_bytes: Count
+    linear_kernels: Mapping[str, KernelChoice] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
+from collections import Counter
 from importlib.resources import files
 from typing import Any, NoReturn
 
@@ -103,9 +105,8 @@ def _refuse_constant(name: str) -> NoReturn:
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise HardwareProfileError(f"the key '{twice}' occurs twice in one object: remove one")
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise HardwareProfileError(f"the key {reprlib.repr(twice)} occurs twice in one object: remove one")
     return result
 
 

@@ -9,18 +9,23 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
-from typing import Annotated, Any, NoReturn, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from hetegen_compile.cost_model.hardware import Bounds, RateCurve
+from hetegen_compile.cost_model.hardware import Bounds, KernelChoice, RateCurve, RateTable
 from hetegen_compile.errors import HardwareProfileError
 
 MAX_TEXT = 4000
 """Longest text in a profile, in characters."""
 
+MAX_PATH = 200
+"""How much of a field's path an error shows, in characters: keys of a file are not bounded."""
+
 MAX_ENTRIES = 1000
 """Most points in a curve and most entries in a mapping or a list."""
+
+_T = TypeVar("_T")
 
 _KEY = re.compile(r"[A-Za-z][A-Za-z0-9_.]*")
 
@@ -29,8 +34,8 @@ def decode(hint: Any, value: object, path: str) -> Any:
     """The value as the annotated type ``hint``; ``path`` names the field in errors ("" for the whole)."""
     if hint is str:
         return _text(value, path)
-    if hint is RateCurve:
-        return _curve(value, path)
+    if hint in _FORMS:
+        return _FORMS[hint](value, path)
     if is_dataclass(hint) and isinstance(hint, type):
         return _record(hint, value, path)
     origin, arguments = get_origin(hint), get_args(hint)
@@ -42,11 +47,17 @@ def decode(hint: Any, value: object, path: str) -> Any:
 
 
 def encode(value: object) -> Any:
-    """The inverse of ``decode``: dataclasses and curves as plain dicts and lists."""
-    if isinstance(value, RateCurve):
+    """The inverse of ``decode``: plain dicts and lists, without optional fields that are empty."""
+    if isinstance(value, RateTable):
+        return _encode_table(value)
+    if isinstance(value, RateCurve | KernelChoice):
         return [list(point) for point in value.points]
     if is_dataclass(value):
-        return {item.name: encode(getattr(value, item.name)) for item in fields(value)}
+        return {
+            item.name: encode(getattr(value, item.name))
+            for item in fields(value)
+            if not (_optional(item) and not getattr(value, item.name))
+        }
     if isinstance(value, Mapping):
         return {key: encode(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
@@ -54,13 +65,13 @@ def encode(value: object) -> Any:
 
 def refuse(path: str, value: object, remedy: str) -> NoReturn:
     """Raise the HardwareProfileError of one field."""
-    raise HardwareProfileError(f"{path or 'the profile'} is {reprlib.repr(value)}: {remedy}")
+    raise HardwareProfileError(f"{path[:MAX_PATH] or 'the profile'} is {reprlib.repr(value)}: {remedy}")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint at the valid name that is closest to ``name``, with all of them."""
     names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1)
+    close = difflib.get_close_matches(name[:MAX_PATH], names, n=1)
     return (f"did you mean '{close[0]}'? " if close else "") + "valid: " + ", ".join(names)
 
 
@@ -90,17 +101,57 @@ def _items(value: object, path: str) -> list[object]:
     return value
 
 
+_POSITIVE = Bounds(0.0, 1e24)
+
+
+def _positive(value: object, path: str) -> float:
+    return _number(float, _POSITIVE, value, path)
+
+
 def _curve(value: object, path: str) -> RateCurve:
-    positive = Bounds(0.0, 1e24)
-    points = []
+    return _checked(RateCurve, _pairs(value, path, _positive), value, path)
+
+
+def _kernels(value: object, path: str) -> KernelChoice:
+    return _checked(KernelChoice, _pairs(value, path, _text), value, path)
+
+
+def _table(value: object, path: str) -> RateTable:
+    """One curve for every size (a list of pairs), or a list of curves, each with its bytes."""
+    items = _items(value, path)
+    if not all(isinstance(item, dict) for item in items) or not items:
+        return RateTable.of(_curve(value, path))
+    curves = []
+    for index, item in enumerate(items):
+        record: _SizedCurve = _record(_SizedCurve, item, f"{path}[{index}]")
+        curves.append((record.weight_bytes, record.points))
+    return _checked(RateTable, tuple(curves), value, path)
+
+
+def _encode_table(table: RateTable) -> Any:
+    if table == RateTable.of(table.curves[0][1]):
+        return encode(table.curves[0][1])
+    return [{"weight_bytes": nbytes, "points": encode(curve)} for nbytes, curve in table.curves]
+
+
+def _pairs(
+    value: object, path: str, second: Callable[[object, str], Any]
+) -> tuple[tuple[float, Any], ...]:
+    """A list of pairs of a positive number and what ``second`` decodes."""
+    pairs = []
     for index, item in enumerate(_items(value, path)):
         pair = _items(item, f"{path}[{index}]")
         if len(pair) != 2:
-            refuse(f"{path}[{index}]", pair, "give a pair [x, rate]")
-        x, rate = (_number(float, positive, pair[end], f"{path}[{index}][{end}]") for end in (0, 1))
-        points.append((x, rate))
+            refuse(f"{path}[{index}]", pair, "give a pair [x, rate]" if second is not _text else "give [tokens, name]")
+        first = _positive(pair[0], f"{path}[{index}][0]")
+        pairs.append((first, second(pair[1], f"{path}[{index}][1]")))
+    return tuple(pairs)
+
+
+def _checked(kind: Callable[[Any], _T], argument: object, value: object, path: str) -> _T:
+    """``kind(argument)``, whose own check is reported with the field's path."""
     try:
-        return RateCurve(tuple(points))
+        return kind(argument)
     except HardwareProfileError as error:
         refuse(path, value, str(error))
 
@@ -122,7 +173,24 @@ def _record(kind: type, value: object, path: str) -> Any:
     for key in value:
         if key not in hints:
             refuse(f"{prefix}{key}", value[key], f"unknown field; {nearest(str(key), hints)}")
-    for name in hints:
-        if name not in value:
-            raise HardwareProfileError(f"{prefix}{name} is missing: add it (the presets show an example)")
-    return kind(**{name: decode(hint, value[name], f"{prefix}{name}") for name, hint in hints.items()})
+    for item in fields(kind):
+        if item.name not in value and not _optional(item):
+            raise HardwareProfileError(f"{prefix}{item.name} is missing: add it (the presets show an example)")
+    given = {name: hint for name, hint in hints.items() if name in value}
+    return kind(**{name: decode(hint, value[name], f"{prefix}{name}") for name, hint in given.items()})
+
+
+def _optional(item: Field[Any]) -> bool:
+    return item.default is not MISSING or item.default_factory is not MISSING
+
+
+@dataclass(frozen=True)
+class _SizedCurve:
+    """An entry of a rate table in a file."""
+
+    weight_bytes: Annotated[float, _POSITIVE]
+    points: RateCurve
+
+
+_FORMS: Mapping[Any, Callable[[object, str], Any]] = {RateCurve: _curve, RateTable: _table, KernelChoice: _kernels}
+"""Types that files write as lists."""

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from hetegen_compile.cost_model.hardware import HardwareProfile, LinkDirection, RateCurve
+from hetegen_compile.cost_model.hardware import HardwareProfile, LinkDirection, RateTable
 
 
 def operation_s(
@@ -44,16 +44,24 @@ def arithmetic_rate(flops_per_s: Mapping[str, float], dtype: str) -> float:
     return base * min(1.0, 4.0 / item_bytes(dtype))
 
 
-def linear_rate(curves: Mapping[str, RateCurve], dtype: str, tokens: float) -> float:
-    """Bytes of weights per second that a host Linear consumes at a number of tokens.
+def linear_rate(
+    tables: Mapping[str, RateTable], dtype: str, tokens: float, weight_bytes: float, ceiling: float = math.inf
+) -> float:
+    """Bytes of weights per second that a host Linear consumes at a number of tokens and a size of the weight.
 
-    A dtype that is not listed is computed as float32, as in ``arithmetic_rate``: as many elements a second,
-    hence fewer bytes for narrower types; for wider ones the same bytes. Without float32 the slowest curve.
+    ``ceiling`` is the share of the table's peak that memory grants. A dtype that is not listed is computed as float32,
+    as in ``arithmetic_rate``: as many elements a second, hence fewer bytes for narrower types; for wider ones the same
+    bytes. Without float32 the slowest table.
     """
-    if dtype in curves:
-        return curves[dtype].at(tokens)
-    base = curves["float32"].at(tokens) if "float32" in curves else min(c.at(tokens) for c in curves.values())
-    return base * min(1.0, item_bytes(dtype) / 4.0)
+    if dtype in tables:
+        return _granted(tables[dtype], tokens, weight_bytes, ceiling)
+    width = min(1.0, item_bytes(dtype) / 4.0)
+    base = [tables["float32"]] if "float32" in tables else tables.values()
+    return width * min(_granted(table, tokens, weight_bytes / width, ceiling) for table in base)
+
+
+def _granted(table: RateTable, tokens: float, weight_bytes: float, ceiling: float) -> float:
+    return min(table.at(tokens, weight_bytes), ceiling * table.peak)
 
 
 def host_linear_s(
@@ -64,13 +72,15 @@ def host_linear_s(
     flops: float,
     contended: bool = True,
 ) -> float:
-    """Seconds of a Linear, or of some of its rows, on the host.
+    """Seconds of a Linear, or of some of its rows (``weight_bytes`` of them), on the host.
 
-    The longer of the arithmetic bound and the weights over the measured rate, which ``contended`` (uploads
-    running at the same time) reduces to its remaining share.
+    The longer of the arithmetic bound and the weights over the measured rate. ``contended`` (uploads running at the
+    same time) limits that rate to the share of the peak that they leave: DRAM bounds the sum of both, so a Linear that
+    reads slowly because of its arithmetic loses nothing.
     """
     host = profile.host
-    rate = linear_rate(host.linear_bytes_per_s, dtype, tokens) * (host.contention if contended else 1.0)
+    ceiling = host.contention if contended else math.inf
+    rate = linear_rate(host.linear_bytes_per_s, dtype, tokens, weight_bytes, ceiling)
     return operation_s(flops, weight_bytes, arithmetic_rate(host.flops_per_s, dtype), rate, host.launch_s)
 
 

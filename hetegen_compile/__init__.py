@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hetegen_compile.compiled import override_split
+    from hetegen_compile.dry_run import plan, plan_generation
     from hetegen_compile.errors import HetegenError
     from hetegen_compile.runtime import refresh
     from hetegen_compile.schedule import Schedule, schedules
@@ -17,11 +18,13 @@ _HOMES = {
     "HetegenError": "errors",
     "Schedule": "schedule",
     "override_split": "compiled",
+    "plan": "dry_run",
+    "plan_generation": "dry_run",
     "refresh": "runtime",
     "schedules": "schedule",
 }
 
-__all__ = ["HetegenError", "Schedule", "override_split", "refresh", "schedules"]
+__all__ = ["HetegenError", "Schedule", "override_split", "plan", "plan_generation", "refresh", "schedules"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -94,9 +96,18 @@ def _refuse_gradients(module: fx.GraphModule) -> None:
 
 
 def _raising(error: HetegenError) -> Callable[..., Any]:
+    """A callable that raises a copy of ``error`` each time, so that no call's frames (and tensors) stay with it."""
     logger.error("%s", error)
+    _forget_locals(error)
 
     def fail(*args: Tensor) -> Any:
-        raise error
+        raise copy.copy(error) from error.__cause__
 
     return fail
+
+
+def _forget_locals(error: BaseException | None) -> None:
+    """Drop what the frames of an error and its causes hold: graph, weights, runtime. Their lines stay."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

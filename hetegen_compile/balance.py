@@ -1,34 +1,118 @@
-"""The split of all Linears together, judged by the simulated step.
+"""The split of all Linears together: shares from the chain of the step, judged by the simulated step.
 
-The closed form balances host and link inside one Linear. Over a step the host thread also issues everything
-else, so the host's shares are scaled down together and the scale whose simulated step is shortest is
-taken. All-streamed (scale 0) is among them: a plan is never worse than it in the simulation.
+Balance is global over a step: the link works while the accelerator attends, so it gets more rows than a Linear by
+itself would give it, and only those Linears are split that are worth their trip (``cost_model.chain``). The real
+passes then schedule the shares and the timeline simulates the step; what the simulation takes longer than the
+chain (issue, slots, granularity) is fed back. All-streamed and the closed form of each Linear by itself are among the
+candidates: a plan is never worse than those in the simulation.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 from torch import fx
 
-from hetegen_compile.cost_model import row_granularity
+from hetegen_compile.cost_model import Chain, Trip, balance_along, relax, row_granularity
 from hetegen_compile.ir import LINEAR, copy_module, info
-from hetegen_compile.passes.choose_splits import choose_splits, with_host_rows
-from hetegen_compile.passes.context import Context, LinearPlan, Splits, require
-from hetegen_compile.passes.liveness import scheduled_peak_bytes, segment_workspace_bytes
+from hetegen_compile.passes.choose_splits import choose_splits, feed_s, with_host_rows
+from hetegen_compile.passes.context import Context, Splits, require
+from hetegen_compile.passes.predict_step import node_work, trip_s
 from hetegen_compile.pipeline import ONCE_PER_SPLIT, run_pipeline
 
-_ONCE_DECIDED = ("verify", "retarget_devices", "lower")
-SCALES = (1.0, 0.75, 0.5, 0.25, 0.0)
+_ONCE_DECIDED = ("measure_memory", "verify", "retarget_devices", "lower")
+_ROUNDS = 3
+_CLOSE = 0.01
+
+Trips = list[list[fx.Node]]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    splits: Splits
+    step_s: float
 
 
 def balanced_splits(module: fx.GraphModule, context: Context) -> Splits:
-    """The rows of every Linear; with ``split="auto"`` the best of the scaled closed-form splits."""
+    """The rows of every Linear; with ``split="auto"`` those of the shortest simulated step."""
     splits = choose_splits(module, context)
-    if context.options.split != "auto" or not any(plan.host for plan in splits.values()):
+    trips = trips_of(module)
+    chain = step_chain(module, trips, context)
+    if context.options.split != "auto" or not any(trip.link_s for trip in chain.trips):
         return splits
-    candidates = [_scaled(module, context, splits, scale) for scale in SCALES]
-    return min(candidates, key=lambda candidate: simulated_step_s(module, context, candidate))
+    nothing = _with_shares(trips, [0.0] * len(trips), context)
+    candidates = [_Candidate(nothing, simulated_step_s(module, context, nothing))]
+    if any(plan.host for plan in splits.values()):
+        candidates.append(_Candidate(splits, simulated_step_s(module, context, splits)))
+    opened = relax(chain).opened
+    for chosen in dict.fromkeys((opened, frozenset(range(len(trips))))):
+        candidates += _refined(module, context, trips, chain, chosen)
+    return min(candidates, key=lambda candidate: candidate.step_s).splits
+
+
+def _refined(
+    module: fx.GraphModule, context: Context, trips: Trips, chain: Chain, opened: Collection[int]
+) -> list[_Candidate]:
+    """Shares for the opened trips, chosen again with what the simulation took longer than the chain."""
+    found: list[_Candidate] = []
+    while opened and len(found) < _ROUNDS:
+        shares = balance_along(chain, opened)
+        splits = _with_shares(trips, shares, context)
+        found.append(_Candidate(splits, simulated_step_s(module, context, splits)))
+        error_s = found[-1].step_s - chain.step_s(shares)
+        if abs(error_s) < _CLOSE * found[-1].step_s or found[-1].step_s > min(one.step_s for one in found):
+            break
+        chain = replace(chain, serial_s=max(0.0, chain.serial_s + error_s))
+    return found
+
+
+def chain_bound_s(module: fx.GraphModule, context: Context) -> float:
+    """Seconds below which no shares bring the chain of a step: see ``cost_model.chain``."""
+    return relax(step_chain(module, trips_of(module), context)).bound_s
+
+
+def trips_of(module: fx.GraphModule) -> Trips:
+    """Linears that read the same activation, in program order."""
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for node in module.graph.find_nodes(op="call_function", target=LINEAR):
+        groups.setdefault(node.args[0], []).append(node)
+    return list(groups.values())
+
+
+def step_chain(module: fx.GraphModule, trips: Trips, context: Context) -> Chain:
+    """A grouped graph as a chain of trips and the accelerator's segments between them."""
+    serial_s = sum(node_work(node, context).seconds for node in module.graph.find_nodes(op="call_module"))
+    return Chain(tuple(_trip(group, context) for group in trips), serial_s)
+
+
+def _trip(group: list[fx.Node], context: Context) -> Trip:
+    costs = require(context.costs, "annotate_costs")
+    host_s = link_s = accelerator_s = saved_s = 0.0
+    for node in group:
+        cost = costs[info(node).position]
+        plan = with_host_rows(node, 0, context)
+        offloaded = 1.0 - plan.resident_rows / plan.rows
+        host_s += offloaded * cost.host_s
+        link_s += offloaded * feed_s(node, cost, context)
+        accelerator_s += cost.accelerator_s
+        saved_s += offloaded * cost.accelerator_s
+    return Trip(host_s, link_s, accelerator_s, saved_s, fixed_s=trip_s(group[0], context))
+
+
+def _with_shares(trips: Trips, shares: Sequence[float], context: Context) -> Splits:
+    return {
+        info(node).position: with_host_rows(node, _host_rows(node, share, context), context)
+        for group, share in zip(trips, shares, strict=True)
+        for node in group
+    }
+
+
+def _host_rows(node: fx.Node, share: float, context: Context) -> int:
+    plan = with_host_rows(node, 0, context)
+    movable = plan.rows - plan.resident_rows
+    step = row_granularity(plan.rows)
+    return movable if share >= 1.0 else min(movable, round(share * movable / step) * step)
 
 
 def simulated_step_s(module: fx.GraphModule, context: Context, splits: Splits) -> float:
@@ -37,28 +121,7 @@ def simulated_step_s(module: fx.GraphModule, context: Context, splits: Splits) -
     return require(context.prediction, "predict_step").step_s
 
 
-def activation_bytes(module: fx.GraphModule, context: Context) -> int:
-    """Peak bytes of activations of a grouped graph, workspace of segments included, once it is scheduled."""
-    copy, context = _scheduled(module, context, choose_splits(module, context))
-    return scheduled_peak_bytes(copy.graph, context) + segment_workspace_bytes(module, context)
-
-
 def _scheduled(module: fx.GraphModule, context: Context, splits: Splits) -> tuple[fx.GraphModule, Context]:
     copy = copy_module(module)
     stages = tuple(stage for stage in ONCE_PER_SPLIT if stage.run.__name__ not in _ONCE_DECIDED)
     return copy, run_pipeline(copy, replace(context, splits=splits), stages)
-
-
-def _scaled(module: fx.GraphModule, context: Context, splits: Splits, scale: float) -> Splits:
-    if scale == 1.0:
-        return splits
-    linears = {info(node).position: node for node in module.graph.find_nodes(op="call_function", target=LINEAR)}
-    return {
-        position: with_host_rows(linears[position], _scaled_rows(plan, scale), context)
-        for position, plan in splits.items()
-    }
-
-
-def _scaled_rows(plan: LinearPlan, scale: float) -> int:
-    step = row_granularity(plan.rows)
-    return int(plan.host * scale) // step * step

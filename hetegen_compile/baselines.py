@@ -7,10 +7,12 @@ from dataclasses import replace
 from torch import fx
 
 from hetegen_compile.balance import simulated_step_s
-from hetegen_compile.cost_model import upload_s
-from hetegen_compile.ir import LINEAR, info
-from hetegen_compile.passes.choose_splits import choose_splits
-from hetegen_compile.passes.context import Context, LinearPlan, NodeCost, Residency, require
+from hetegen_compile.cost_model import host_linear_s, host_op_s, upload_s
+from hetegen_compile.ir import LINEAR, info, is_tensor
+from hetegen_compile.passes.annotate_costs import dtype_name, value_bytes
+from hetegen_compile.passes.capture import FREE_ATEN
+from hetegen_compile.passes.choose_splits import choose_splits, feed_s
+from hetegen_compile.passes.context import Context, LinearPlan, NodeCost, require
 from hetegen_compile.passes.predict_step import node_work
 
 
@@ -23,59 +25,83 @@ def floor_s(module: fx.GraphModule, context: Context) -> float:
     splits, costs = require(context.splits, "choose_splits"), require(context.costs, "annotate_costs")
     nodes = module.graph.find_nodes(op="call_function", target=LINEAR)
     offloaded = [node for node in nodes if splits[info(node).position].resident is None]
-    link_s = sum(_feed_s(node, costs[info(node).position], context) for node in offloaded)
+    link_s = sum(feed_s(node, costs[info(node).position], context) for node in offloaded)
     host_s = sum(costs[info(node).position].host_s for node in offloaded)
     together = link_s * host_s / (link_s + host_s) if link_s + host_s > 0 else 0.0
     return max(together, _accelerator_s(module, context))
 
 
-def _feed_s(linear: fx.Node, cost: NodeCost, context: Context) -> float:
-    """Seconds to bring a Linear's whole weight over the link, by way of the pinned ring if it is staged."""
-    weight: fx.Node = linear.args[1]  # type: ignore[assignment]
-    if weight.name not in context.staged:
-        return cost.link_s
-    return max(cost.link_s, cost.weight_bytes / context.profile.pin_bytes_per_s)
-
-
 def baselines(module: fx.GraphModule, context: Context) -> dict[str, float | None]:
-    """Seconds of a step done otherwise.
+    """Seconds of a step done otherwise, from the graph with its segments and its Linears whole.
 
-    ``streamed``: the same residency, everything else streamed with prefetch. ``per_module``: no weight
-    resident, each module's weights copied from pageable memory when it is called and waited for.
-    ``host_only``: every Linear on the host. ``resident``: everything on the accelerator, None if that does
-    not fit its memory.
+    ``streamed``: the same residency, everything else streamed with prefetch. ``per_module``: the same residency,
+    each other weight (embedding tables too) copied from pageable memory when its module is called and waited for.
+    ``host_only``: everything on the host, the link idle. ``resident``: everything on the accelerator, None if that
+    does not fit its memory.
     """
     if require(context.residency, "choose_residency").whole_graph:
         return {"resident": _accelerator_s(module, context)}  # nothing is offloaded: there is nothing to compare
     return {
-        "streamed": _predicted(module, context, 0.0),
+        "streamed": _streamed_s(module, context),
         "per_module": _per_module_s(module, context),
-        "host_only": _predicted(module, replace(context, residency=_nothing_resident(context)), 1.0),
+        "per_linear": _per_linear_s(module, context),
+        "host_only": _host_only_s(module, context),
         "resident": _resident_s(module, context),
     }
 
 
-def _predicted(module: fx.GraphModule, context: Context, split: float) -> float:
-    """The simulated step with another split, through the same passes."""
-    context = replace(context, options=replace(context.options, split=split))
+def _streamed_s(module: fx.GraphModule, context: Context) -> float:
+    """The simulated step with no row on the host, through the same passes."""
+    context = replace(context, options=replace(context.options, split=0.0))
     return simulated_step_s(module, context, choose_splits(module, context))
 
 
-def _nothing_resident(context: Context) -> Residency:
-    return replace(require(context.residency, "choose_residency"), weights={})
+def _per_linear_s(module: fx.GraphModule, context: Context) -> float:
+    """The simulated step with each Linear balanced by itself, as if it were alone."""
+    context = replace(context, options=replace(context.options, split="auto"))
+    return simulated_step_s(module, context, choose_splits(module, context))
 
 
 def _per_module_s(module: fx.GraphModule, context: Context) -> float:
-    copies = sum(
-        upload_s(context.profile, cost.weight_bytes, pinned=False) + context.profile.synchronise_s
-        for _, cost in _linears(module, context)
-    )
-    return copies + _accelerator_s(module, context)
+    offloaded = [cost.weight_bytes for plan, cost in _linears(module, context) if plan.resident is None]
+    copies = [
+        upload_s(context.profile, nbytes, pinned=False) + context.profile.synchronise_s
+        for nbytes in (*offloaded, *_table_bytes(module, context))
+    ]
+    return sum(copies) + _accelerator_s(module, context)
+
+
+def _table_bytes(module: fx.GraphModule, context: Context) -> list[int]:
+    """Bytes of the tables that lookups read."""
+    lookups = [node for node in module.graph.nodes if "embedding" in info(node).aten]
+    tables = {operand for node in lookups for operand in node.all_input_nodes if operand.op == "placeholder"}
+    floating = [table for table in tables if is_tensor(table) and info(table).value.dtype.is_floating_point]
+    return [value_bytes(table, context) for table in floating]
+
+
+def _host_only_s(module: fx.GraphModule, context: Context) -> float:
+    nodes = [node for node in module.graph.nodes if node.op in ("call_function", "call_method", "call_module")]
+    return sum(_host_s(node, context) for node in nodes)
+
+
+def _host_s(node: fx.Node, context: Context) -> float:
+    """Seconds of one node on the host while nothing is uploaded."""
+    if node.target == LINEAR:
+        cost = require(context.costs, "annotate_costs")[info(node).position]
+        dtype = dtype_name(info(node.args[1]).value)  # type: ignore[arg-type]
+        return host_linear_s(context.profile, dtype, cost.tokens, cost.weight_bytes, cost.flops, contended=False)
+    if FREE_ATEN.issuperset(info(node).aten) and node.op != "call_module":
+        return 0.0
+    flops, traffic = context.number(info(node).flops), context.number(info(node).traffic_bytes)
+    return host_op_s(context.profile, dtype_name(info(node).value), flops, traffic)
 
 
 def _resident_s(module: fx.GraphModule, context: Context) -> float | None:
+    """None where weights and what a step needs beside them are more than the accelerator's memory."""
     weights = sum(cost.weight_bytes for _, cost in _linears(module, context))
-    fits = weights <= context.profile.accelerator.memory_bytes
+    budget = require(context.residency, "choose_residency").budget
+    others = sum(nbytes for name, nbytes in budget.items() if name not in ("resident weights", "staging ring"))
+    fits = weights + others <= context.profile.accelerator.memory_bytes
     return _accelerator_s(module, context) if fits else None
 
 

@@ -18,9 +18,11 @@ through torch's dispatcher but the work itself.
 from __future__ import annotations
 
 import functools
+import logging
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,12 +30,16 @@ from torch import Tensor, fx
 
 from hetegen_compile import ir
 from hetegen_compile.accelerators.base import Accelerator, Op, Slot
+from hetegen_compile.cost_model import KernelChoice
 from hetegen_compile.errors import ScheduleError
+from hetegen_compile.host_kernels import bind_kernels
 from hetegen_compile.ir import info
 from hetegen_compile.passes.capture import tensors_in
-from hetegen_compile.passes.context import Work
+from hetegen_compile.passes.context import Refusal, Work
 from hetegen_compile.passes.lower import CompiledSegment
 from hetegen_compile.passes.schedule import pinned_ring_bytes
+
+logger = logging.getLogger("hetegen_compile")
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class BoundStep:
         carried: position of the weight of each carried prefetch, in the order of ``carried``.
         pinned_ring_bytes: length of the pinned ring that the step uses.
         source: the generated code, for people.
+        refusals: kernels of the hardware profile that cannot be used here.
     """
 
     run: Callable[..., tuple[tuple[Any, ...], list[tuple[Tensor, Any]]]]
@@ -61,11 +68,22 @@ class BoundStep:
     carried: tuple[int, ...]
     pinned_ring_bytes: int
     source: str
+    refusals: tuple[Refusal, ...]
 
 
-def bind(module: fx.GraphModule, work: Mapping[fx.Node, Work], accelerator: Accelerator) -> BoundStep:
-    """Generate the step function of a lowered schedule for one accelerator."""
-    return _Binder(module, work, accelerator).bind()
+def bind(
+    module: fx.GraphModule,
+    work: Mapping[fx.Node, Work],
+    accelerator: Accelerator,
+    kernels: Mapping[str, KernelChoice] = MappingProxyType({}),
+    workspace_bytes: Mapping[fx.Node, int] = MappingProxyType({}),
+) -> BoundStep:
+    """Generate the step function of a lowered schedule for one accelerator.
+
+    Host parts are computed by ``kernels``: those of the hardware profile, by dtype; without one by ``F.linear``.
+    ``workspace_bytes`` are what nodes occupy while they run beside arguments and results.
+    """
+    return _Binder(module, work, accelerator, kernels, workspace_bytes).bind()
 
 
 _METHODS = (
@@ -74,9 +92,19 @@ _METHODS = (
 
 
 class _Binder:
-    def __init__(self, module: fx.GraphModule, work: Mapping[fx.Node, Work], accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        work: Mapping[fx.Node, Work],
+        accelerator: Accelerator,
+        kernels: Mapping[str, KernelChoice],
+        workspace_bytes: Mapping[fx.Node, int],
+    ) -> None:
+        self._kernels = kernels
+        self._refusals: dict[Refusal, None] = {}
         self._module = module
         self._work = work
+        self._workspace_bytes = workspace_bytes
         self._accelerator = accelerator
         self._inputs = module.graph.find_nodes(op="placeholder")
         self._position = {node: position for position, node in enumerate(self._inputs)}
@@ -115,6 +143,7 @@ class _Binder:
             carried=tuple(self._position[node.args[0]] for node in self._carried),
             pinned_ring_bytes=self._pinned_ring_bytes,
             source=source,
+            refusals=tuple(self._refusals),
         )
 
     def _settled(self) -> tuple[int, ...]:
@@ -136,7 +165,7 @@ class _Binder:
 
     def _op(self, node: fx.Node, category: str = "activations") -> str:
         seconds = self._work[node].seconds if node in self._work else 0.0
-        return self._constant("op", Op(node.name, seconds, category))
+        return self._constant("op", Op(node.name, seconds, category, self._workspace_bytes.get(node, 0)))
 
     def _text(self, argument: Any) -> str:
         """Python text for an argument: names of values, literals, and constants from the environment."""
@@ -226,9 +255,16 @@ class _Binder:
 
     def _host_linear(self, node: fx.Node) -> str:
         x, weight, bias, lo, hi, dim = _arguments(node)
-        function = self._constant("linear", functools.partial(ir.linear_rows, lo=lo, hi=hi, dim=dim))
+        kernel = bind_kernels(self._kernels, info(weight).value, lo, hi, dim, self._refuse)
+        function = self._constant("linear", kernel)
         arguments = f"({x}, {weight}[{lo}:{hi}], {self._text(bias)})"
         return f"{node.name} = host({self._op(node)}, {function}, {arguments}, {{}})"
+
+    def _refuse(self, reason: str) -> None:
+        refusal = Refusal("host Linears", reason)
+        if refusal not in self._refusals:
+            logger.warning("%s: %s", refusal.where, reason)
+            self._refusals[refusal] = None
 
     def _join(self, node: fx.Node) -> str:
         parts, dim = _arguments(node)

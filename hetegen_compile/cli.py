@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="command", required=True)
     _add_calibrate(commands)
     _add_doctor(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -48,6 +49,48 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = "check this installation and this machine; exit code 1 if there is a problem"
     commands.add_parser("doctor", help=text, description=text).set_defaults(run=_doctor)
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "predict a generation without weights and without running: speed, memory, the schedule"
+    parser = commands.add_parser("plan", help=text, description=text)
+    parser.add_argument(
+        "model", help="a folder with a config.json, such a file, or a model whose config is in the hub's cache"
+    )
+    parser.add_argument("--hardware", default="auto", help="a preset or the path of a profile (default: this machine)")
+    parser.add_argument("--gpu-memory", help='budget such as "6GiB" (default: the hardware\'s memory less a sixteenth)')
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt (default: %(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=64, help="tokens to generate (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="sequences (default: %(default)s)")
+    parser.add_argument("--dtype", default="float16", help="type of the weights (default: %(default)s)")
+    parser.add_argument("--split", type=_split, default="auto", help="share of rows on the host (default: %(default)s)")
+    parser.add_argument("--context", type=int, help="tokens of cache that the budget holds (default: what is used)")
+    parser.add_argument("--max-batch", type=int, default=1, help="sequences in the budget (default: %(default)s)")
+    parser.add_argument("--table", action="store_true", help="print the schedules of prefill and of decode too")
+    parser.add_argument("--unfold", action="store_true", help="with --table: every layer by itself")
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON instead of text")
+    parser.set_defaults(run=_plan)
+
+
+def _split(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from hetegen_compile.dry_run import plan_generation
+    from hetegen_compile.dry_run.report import generation_json, generation_report
+
+    names = ("hardware", "gpu_memory", "split", "context", "max_batch", "unfold")
+    plan = plan_generation(
+        arguments.model, prompt=arguments.prompt, new_tokens=arguments.new_tokens, batch=arguments.batch,
+        dtype=arguments.dtype, options={name: getattr(arguments, name) for name in names},
+        tell=lambda line: print(line, file=sys.stderr),
+    )
+    if arguments.json:
+        print(json.dumps(generation_json(plan), indent=2))
+    else:
+        print(generation_report(plan, tables=arguments.table, unfold=arguments.unfold))
+    return 0
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:

@@ -6,27 +6,43 @@ import contextlib
 import contextvars
 import logging
 import time
-from collections.abc import Hashable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import sympy
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from hetegen_compile import planner
 from hetegen_compile.bind import BoundStep, bind
 from hetegen_compile.cost_model import HardwareProfile
-from hetegen_compile.errors import BudgetError
+from hetegen_compile.errors import AcceleratorMemoryError, BudgetError
 from hetegen_compile.graph_inputs import aliased_inputs, as_int, is_weight, number, symbol_inputs, token_count
-from hetegen_compile.mirrors import NoRoomError, Request
+from hetegen_compile.mirrors import WEIGHTS, NoRoomError, Request
 from hetegen_compile.options import Options, format_bytes
 from hetegen_compile.passes.capture import source_name
-from hetegen_compile.passes.context import Bucket, HostOnlyGraphError, Refusal, SegmentCache, SegmentCompiler, require
-from hetegen_compile.planner import BucketPlan, Planner, Sizes, Split, Target, bucket_of
-from hetegen_compile.runtime import WEIGHTS, Runtime
+from hetegen_compile.passes.context import (
+    Bucket,
+    HostOnlyGraphError,
+    Refusal,
+    SegmentCache,
+    SegmentCompiler,
+    require,
+    weight_key,
+)
+from hetegen_compile.planner import BucketPlan, PlannedStep, Planner, Sizes, Split, Target, bucket_of
+from hetegen_compile.room import Room
+from hetegen_compile.runtime import Runtime
 from hetegen_compile.schedule import FITS, Schedule, register
+from hetegen_compile.undo import Undo, host_writes
 
 logger = logging.getLogger("hetegen_compile")
+
+_NEW_PLANS = 2
+"""Plans that are made for a forward that outgrew its plan; the second counts in what the first did not foresee."""
 
 _split_override: contextvars.ContextVar[Split | None] = contextvars.ContextVar("hetegen_split", default=None)
 
@@ -45,13 +61,31 @@ def override_split(split: Split) -> Iterator[None]:
         _split_override.reset(token)
 
 
+_Result = TypeVar("_Result")
+
+Part = tuple[Bucket, int]
+"""A bucket of tokens of one model: Dynamo lets models of one class and shape share a compiled graph."""
+
+
 @dataclass
 class _Plan:
-    """One runnable schedule."""
+    """One runnable schedule.
+
+    Attributes:
+        weights: for each resident weight its position among the inputs, its key in the ledger and its first row.
+        first_rows: from which row on each of them is resident: fewer rows than that are read as a part.
+        budget_bytes: the limit that it was made for, what the device's libraries take not counted.
+        epoch: of the ledger when all of this was last looked at.
+    """
 
     bound: BoundStep
     schedule: Schedule
-    mirror_limit_bytes: int
+    room: Room
+    weights: dict[int, tuple[Hashable, int]]
+    first_rows: dict[int, int]
+    ring_bytes: int
+    budget_bytes: int
+    epoch: int
 
 
 class CompiledGraph:
@@ -75,47 +109,100 @@ class CompiledGraph:
         placeholders = module.graph.find_nodes(op="placeholder")
         self._names = [source_name(node) or node.name for node in placeholders]
         self._weights = {node.name: i for i, node in enumerate(placeholders) if is_weight(node, inputs[i])}
+        self._model_inputs = frozenset(self._weights.values())
         self._symbols = symbol_inputs(placeholders)
         self._aliased = aliased_inputs(placeholders)
         self._tokens = token_count(module)
-        self._epoch = runtime.epoch
-        self._buckets: dict[Bucket, BucketPlan] = {}
-        self._plans: dict[Hashable, _Plan] = {}
+        self._writes = host_writes(module.graph)
+        self._anchor = min(self._weights.values(), default=None)
+        self._buckets: dict[Part, BucketPlan] = {}
+        self._plans: dict[tuple[Part, Split], _Plan] = {}
+        self._unforeseen_bytes = 0
+        self._notes: tuple[Refusal, ...] = ()
         self._host_only: Schedule | None = None
         with runtime.lock:
+            runtime.mirrors.check()
             try:
-                with _quiet(runtime.accelerator.device):
-                    self._plan(inputs)
+                self._with_remedies(lambda: self._plan(inputs))
             except HostOnlyGraphError as reason:
                 self._host_only = self._on_host(str(reason))
 
     def __call__(self, *inputs: Any) -> Any:
-        """One forward: the outputs that eager would give, inputs written as eager would have."""
+        """One forward: the outputs that eager would give, inputs written as eager would have.
+
+        Raises:
+            BudgetError: no plan for this forward fits the budget.
+            AcceleratorMemoryError: the accelerator ran out of memory twice, or after a write that must not be
+                repeated.
+        """
         with self._runtime.lock:
             if self._host_only is not None:
                 return self._module(*inputs)
             try:
-                return self._run(self._ready_plan(inputs), inputs)
+                return self._with_remedies(lambda: self._forward(inputs))
             except HostOnlyGraphError as reason:
                 self._host_only = self._on_host(str(reason))
                 return self._module(*inputs)
-            except NoRoomError:  # nothing has run yet: a cache has grown, so fewer weights can stay
-                self._forget_plans()
-            try:
-                return self._run(self._ready_plan(inputs), inputs)
-            except NoRoomError as error:
-                raise BudgetError(
-                    f"this forward needs {format_bytes(error.excess_bytes)} more on the accelerator than gpu_memory="
-                    f"{format_bytes(budget_bytes(self._options, self._runtime))} leaves beside its activations: use a "
-                    "larger budget, a smaller batch or a shorter context"
-                ) from error
 
     @property
     def compiled_segments(self) -> int:
         """How many different segments were compiled."""
         return len(self._segments.compiled)
 
+    # ---- what does not fit -----------------------------------------------------------------------------------
+
+    def _with_remedies(self, work: Callable[[], _Result]) -> _Result:
+        """Do ``work`` again after it met a lack of memory: with a new plan, with less resident.
+
+        The exceptions are let go before: their tracebacks hold the values of the step.
+        """
+        outgrown, pressed = 0, ""
+        while True:
+            try:
+                return work()
+            except NoRoomError as error:  # nothing has run: a cache has grown beyond the plan
+                if outgrown == _NEW_PLANS:
+                    raise self._too_large(error.excess_bytes) from error
+                outgrown += 1
+                self._unforeseen_bytes += error.excess_bytes if outgrown == _NEW_PLANS else 0
+            except AcceleratorMemoryError as error:
+                if pressed or isinstance(error, _UnrepeatableError):
+                    raise
+                pressed = str(error)
+                self._relieve(pressed)
+            except BudgetError as error:
+                if not pressed:
+                    raise
+                raise AcceleratorMemoryError(f"{pressed}; with less resident it does not go either: {error}") from error
+            self._forget_plans()
+
+    def _too_large(self, excess_bytes: int) -> BudgetError:
+        return BudgetError(
+            f"this forward needs {format_bytes(excess_bytes)} more on the accelerator than gpu_memory="
+            f"{format_bytes(self._budget_bytes())} leaves beside its activations: set options={{'gpu_memory': "
+            f"{self._budget_bytes() + excess_bytes}}} or more, or use a smaller batch or a shorter context"
+        )
+
+    def _relieve(self, reason: str) -> None:
+        """Count on less memory from now on, and say so."""
+        limit = self._runtime.lower_limit(self._budget_bytes())
+        text = f"lowered to {format_bytes(limit)} and the step run again: {reason}"
+        logger.warning("gpu_memory %s", text)
+        self._notes += (Refusal("gpu_memory", text),)
+
     # ---- a step ------------------------------------------------------------------------------------------
+
+    def _forward(self, inputs: Sequence[Any]) -> Any:
+        plan = self._ready_plan(inputs)
+        undo = Undo(self._writes, inputs)
+        try:
+            return self._run(plan, inputs)
+        except AcceleratorMemoryError as error:
+            if undo.restore():
+                raise
+            raise _UnrepeatableError(
+                f"{error}; the step had written inputs in place already and cannot be run again with less resident"
+            ) from error
 
     def _run(self, plan: _Plan, inputs: Sequence[Any]) -> Any:
         accelerator, mirrors = self._runtime.accelerator, self._runtime.mirrors
@@ -128,30 +215,47 @@ class CompiledGraph:
                     accelerator.trace(True)
                 outputs = self._step(plan, inputs)
                 seconds = time.perf_counter() - started
-        except NoRoomError:
-            raise
-        except BaseException:
-            mirrors.forget()  # the step may have written some of them
+        except BaseException as error:
+            _let_go(error)
+            accelerator.abandon_step()
+            if not isinstance(error, NoRoomError):  # the step may have written some of them
+                mirrors.forget_all_but_weights()
+                mirrors.forget(inputs[i] for i in plan.bound.settled)
             raise
         plan.schedule.note_step(seconds, accelerator.trace(False) if tracing else [])
-        plan.schedule.accelerator_peak_bytes = accelerator.counters.peak_bytes
+        peak = max(plan.schedule.accelerator_peak_bytes, accelerator.counters.step_peak_bytes)
+        plan.schedule.accelerator_peak_bytes = peak
         return outputs
 
     def _step(self, plan: _Plan, inputs: Sequence[Any]) -> Any:
-        mirrors, carried, bound = self._runtime.mirrors, self._runtime.carried, plan.bound
-        taken = carried.begin_step(bound, inputs)
+        accelerator, mirrors, bound = self._runtime.accelerator, self._runtime.mirrors, plan.bound
+        carried = self._runtime.carried
+        accelerator.limit_memory(plan.budget_bytes)
+        started = carried.begin_step(bound, inputs)
         mirrors.begin_step()
-        requests = [Request(inputs[i], self._names[i], whole=i in self._aliased) for i in bound.mirrors]
-        requests += [Request(inputs[i].detach()[lo:hi], self._names[i], WEIGHTS) for i, lo, hi in bound.residents]
-        values = mirrors.fetch(requests, plan.mirror_limit_bytes - self._runtime.ring_bytes)
+        requests = [self._mirror(plan, i, inputs[i]) for i in bound.mirrors]
+        requests += [self._rows(plan, i, inputs[i].detach(), lo, hi) for i, lo, hi in bound.residents]
+        taken = self._runtime.ledger.ring_bytes + plan.room.activation_bytes
+        values = mirrors.fetch(requests, plan.budget_bytes - taken)
         count = len(bound.mirrors)
-        outputs, twins = bound.run(list(inputs), values[:count], values[count:], taken, carried.start)
+        outputs, twins = bound.run(list(inputs), values[:count], values[count:], started, carried.start)
         carried.end_step(bound)
         for i in bound.settled:
             mirrors.settle(inputs[i])
         for host, device in twins:
             mirrors.register(host, device)
         return outputs
+
+    def _mirror(self, plan: _Plan, i: int, tensor: Any) -> Request:
+        """What a step reads of an input; where everything fits weights are inputs like any other."""
+        watched = i in self._model_inputs
+        if plan.first_rows.get(i) == 0 and i not in self._aliased:
+            return Request(tensor, self._names[i], WEIGHTS, watched=watched)
+        return Request(tensor, self._names[i], whole=i in self._aliased, watched=watched)
+
+    def _rows(self, plan: _Plan, i: int, weight: Tensor, lo: int, hi: int) -> Request:
+        """Resident rows of a weight: all that the ledger keeps, or the last of them."""
+        return Request(weight[lo:hi], self._names[i], WEIGHTS, watched=True, base=weight[plan.first_rows[i] :])
 
     def _on_host(self, reason: str) -> Schedule:
         """The report on a graph that runs on the host as it is."""
@@ -171,47 +275,112 @@ class CompiledGraph:
         split = _split_override.get()
         split = self._options.split if split is None else split
         sizes = {symbol: sympy.Integer(as_int(inputs[i])) for symbol, i in self._symbols.items()}
-        bucket = bucket_of(number(self._tokens, sizes))
-        if self._epoch != self._runtime.epoch:  # weights of ours were evicted: decide residency again
-            self._forget_plans()
-            self._epoch = self._runtime.epoch
-        plan = self._plans.get((bucket, split))
+        part = bucket_of(number(self._tokens, sizes)), self._model_of(inputs)
+        plan = self._plans.get((part, split))
+        if plan is not None and not self._is_good(plan, sizes):
+            self._forget([part])
+            plan = None
         if plan is None:
             with _quiet(self._runtime.accelerator.device):
-                plan = self._make_plan(bucket, split, sizes, inputs)
-            self._plans[bucket, split] = plan
+                plan = self._make_plan(part, split, sizes, inputs)
+            self._plans[part, split] = plan
         return plan
 
+    def _model_of(self, inputs: Sequence[Any]) -> int:
+        """Whose weights these are: the storage of one of them tells."""
+        return 0 if self._anchor is None else int(inputs[self._anchor].untyped_storage()._cdata)
+
+    def _is_good(self, plan: _Plan, sizes: Sizes) -> bool:
+        """Whether the plan still finds what it counts on, and the forward fits it."""
+        ledger = self._runtime.ledger
+        if plan.epoch != ledger.epoch:
+            shorter = ledger.ring_bytes < plan.ring_bytes or self._budget_bytes() < plan.schedule.budget_bytes
+            if shorter or not ledger.has(list(plan.weights.values())):
+                return False
+            self._look_up(plan)
+        return plan.room.covers(sizes)
+
+    def _look_up(self, plan: _Plan) -> None:
+        """What the ledger keeps of the plan's weights now."""
+        ledger = self._runtime.ledger
+        plan.first_rows = {i: ledger.first_rows[key] for i, (key, _) in plan.weights.items()}
+        plan.room.free_bytes = plan.budget_bytes - ledger.ring_bytes - ledger.resident_bytes
+        plan.epoch = ledger.epoch
+
     def _ready_plan(self, inputs: Sequence[Any]) -> _Plan:
-        """A plan whose streamed weights are pinned, adopted or staged; what cannot be pinned makes another one."""
+        """A plan whose streamed weights are pinned, adopted or staged; what cannot be pinned makes another one.
+
+        So do weights that were adopted: they lie in other storages then.
+        """
         while True:
-            plan = self._plan(inputs)
+            plan, model = self._plan(inputs), self._model_of(inputs)
             streamed = [inputs[i] for i in plan.bound.streamed]
             if self._runtime.host_memory.hold(streamed, lambda: [inputs[i] for i in self._weights.values()]):
                 if not plan.schedule.host_memory:
                     plan.schedule.note_host_memory(
                         self._runtime.host_memory.holdings(streamed), plan.bound.pinned_ring_bytes
                     )
-                return plan
+                if model == self._model_of(inputs):
+                    return plan
             self._forget_plans()
 
     def _forget_plans(self) -> None:
         self._buckets.clear()
         self._plans.clear()
 
-    def _make_plan(self, bucket: Bucket, split: Split, sizes: Sizes, inputs: Sequence[Any]) -> _Plan:
-        if bucket not in self._buckets:
+    def _forget(self, parts: Sequence[Part]) -> None:
+        self._buckets = {part: base for part, base in self._buckets.items() if part not in parts}
+        self._plans = {key: plan for key, plan in self._plans.items() if key[0] not in parts}
+
+    def _make_plan(self, part: Part, split: Split, sizes: Sizes, inputs: Sequence[Any]) -> _Plan:
+        self._forget(self._runtime.ledger.dead_parts(self))
+        if part not in self._buckets:
             weights = {name: inputs[i] for name, i in self._weights.items()}
-            self._buckets[bucket] = self._planner.plan_bucket(bucket, sizes, self._target(), weights)
-            if require(self._buckets[bucket].context.residency, "choose_residency").evicts:
-                self._epoch = self._runtime.evict_weights()
-        planned = self._planner.plan_split(self._buckets[bucket], split)
-        residency = require(planned.context.residency, "choose_residency")
-        self._runtime.reserve_ring(residency.ring_bytes)
-        work = require(planned.context.prediction, "predict_step").work
-        bound = bind(planned.module, work, self._runtime.accelerator)
+            base = self._planner.plan_bucket(part[0], sizes, self._target(part), weights)
+            self._enter(part, base, inputs)
+            self._buckets[part] = base
+        planned = self._planner.plan_split(self._buckets[part], split)
+        bound = self._bound(planned)
+        planned.schedule.refusals += (*self._notes, *bound.refusals)
         self._tell(planned.schedule)
-        return _Plan(bound, planned.schedule, planned.context.budget_bytes - residency.transient_bytes)
+        return self._runnable(planned, bound, inputs)
+
+    def _bound(self, planned: PlannedStep) -> BoundStep:
+        context = planned.context
+        work = require(context.prediction, "predict_step").work
+        need = require(context.memory, "measure_memory")
+        workspace = {node: context.room(sympy.sympify(size)) for node, size in need.workspace.items()}
+        kernels = context.profile.host.linear_kernels
+        return bind(planned.module, work, self._runtime.accelerator, kernels, workspace)
+
+    def _enter(self, part: Part, base: BucketPlan, inputs: Sequence[Any]) -> None:
+        """Make what the residency decision says hold on the accelerator, as long as the weights exist."""
+        anchor = None if self._anchor is None else StorageWeakRef(inputs[self._anchor].untyped_storage())
+        runtime, context = self._runtime, base.context
+        residency = require(context.residency, "choose_residency")
+        runtime.accelerator.limit_memory(context.budget_bytes - sum(context.overhead_bytes.values()))
+        runtime.ledger.enter(self, part, residency, budget_bytes(self._options, runtime), anchor)
+        runtime.reserve(runtime.ledger.ring_bytes)
+
+    def _runnable(self, planned: PlannedStep, bound: BoundStep, inputs: Sequence[Any]) -> _Plan:
+        context, ledger = planned.context, self._runtime.ledger
+        residency = require(context.residency, "choose_residency")
+        budget = context.budget_bytes - sum(context.overhead_bytes.values())
+        resident = {self._weights[name]: first for name, first in residency.weights.items()}
+        keys = {i: weight_key(inputs[i]) for i in resident}
+        read = {i: lo for i, lo, _ in bound.residents}
+        plan = _Plan(
+            bound=bound,
+            schedule=planned.schedule,
+            room=Room.of(context, residency.mirrored, 0),
+            weights={i: (keys[i], read.get(i, first)) for i, first in resident.items()},
+            first_rows={},
+            ring_bytes=residency.ring_bytes,
+            budget_bytes=budget,
+            epoch=ledger.epoch,
+        )
+        self._look_up(plan)
+        return plan
 
     def _tell(self, schedule: Schedule) -> None:
         register(schedule)
@@ -220,35 +389,46 @@ class CompiledGraph:
         if self._options.print_schedule and _split_override.get() is None:
             print(schedule.table(unfold=self._options.unfold), flush=True)
 
-    def _target(self) -> Target:
+    def _target(self, part: Part) -> Target:
         runtime = self._runtime
+        others = runtime.ledger.others(self, part)
+        overhead = dict(runtime.accelerator.overhead_bytes())
+        if self._unforeseen_bytes:
+            overhead["mirrors that the plan did not foresee"] = self._unforeseen_bytes
         return Target(
-            kind=runtime.accelerator.kind,
+            kind=f"on {runtime.accelerator.kind}",
             device=runtime.accelerator.device,
-            budget_bytes=budget_bytes(self._options, runtime),
-            resident=runtime.resident_weights(),
-            ring_bytes=runtime.ring_bytes,
+            budget_bytes=self._budget_bytes(),
+            resident=others,
+            ring_bytes=others.ring_bytes,
+            overhead_bytes=overhead,
             host_memory=runtime.host_memory,
         )
+
+    def _budget_bytes(self) -> int:
+        """The hard limit: of this graph's options, of those of the others on the accelerator, of what is left."""
+        runtime = self._runtime
+        others = runtime.ledger.smallest_budget_bytes
+        return min(budget_bytes(self._options, runtime), runtime.limit_bytes, *(() if others is None else (others,)))
+
+
+class _UnrepeatableError(AcceleratorMemoryError):
+    """The accelerator ran out of memory after the step wrote what must not be written twice."""
 
 
 # ---- helpers ------------------------------------------------------------------------------------------------
 
 
 def budget_bytes(options: Options, runtime: Runtime) -> int:
-    """The hard limit: what the options say, else the accelerator's memory less a sixteenth as a reserve.
+    """The hard limit of a runtime's accelerator."""
+    return planner.budget_bytes(options.gpu_memory, runtime.accelerator.memory_bytes, runtime.accelerator.kind)
 
-    Never more than the accelerator has.
-    """
-    available = runtime.accelerator.memory_bytes
-    if options.gpu_memory is None:
-        return available * 15 // 16
-    if options.gpu_memory > available:
-        logger.warning(
-            "gpu_memory=%s is more than the %s that the %s accelerator has: planning with the latter",
-            format_bytes(options.gpu_memory), format_bytes(available), runtime.accelerator.kind,
-        )
-    return min(options.gpu_memory, available)
+
+def _let_go(error: BaseException | None) -> None:
+    """Drop what the step's frames hold: whoever keeps the exception (a debugger, a shell) would keep device memory."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 @contextlib.contextmanager

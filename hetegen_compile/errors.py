@@ -48,5 +48,13 @@ class AcceleratorError(HetegenError, RuntimeError):
     """Work on one of the accelerator's streams raised; names the node and keeps the cause."""
 
 
+class AcceleratorMemoryError(AcceleratorError, MemoryError):
+    """The accelerator's memory ran out during a step: somebody else took it, or a plan needs more than it says."""
+
+
 class CompilationError(HetegenError, RuntimeError):
     """A graph could not be compiled for a reason that is a defect of hetegen or of torch; keeps the cause."""
+
+
+class HostKernelUnavailableError(HetegenError, RuntimeError):
+    """A kernel for Linears on the host cannot be used on this machine; the message says why."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import isclose
 
-from hetegen_compile.plan import Row
+from hetegen_compile.rows import Row
 
 _TIME_TOLERANCE = 0.01
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import py_sym_types
 
 from hetegen_compile.ir import info
 from hetegen_compile.passes.capture import to_expr
+from hetegen_compile.passes.expressions import evaluate
 
 
 def is_weight(node: fx.Node, value: Any) -> bool:
@@ -40,6 +41,14 @@ def symbol_inputs(placeholders: Sequence[fx.Node]) -> dict[sympy.Symbol, int]:
     }
 
 
+def sequence_shape(placeholders: Sequence[fx.Node], weights: Container[str]) -> tuple[int, int]:
+    """(sequences, tokens of each) that a graph of fixed sizes is given, by its integer inputs; (0, 0) if unknown."""
+    given = [info(node).value for node in placeholders if node.name not in weights]
+    ids = [t for t in given if isinstance(t, Tensor) and t.dim() == 2 and not t.dtype.is_floating_point]
+    fixed = [tuple(map(int, t.shape)) for t in ids if all(isinstance(size, int) for size in t.shape)]
+    return (fixed[0][0], fixed[0][1]) if fixed else (0, 0)
+
+
 def token_count(module: fx.GraphModule) -> sympy.Expr:
     """Activation rows of the Linear that has most, an expression over the graph's symbols."""
     found = [
@@ -60,7 +69,7 @@ def _linear_input(node: fx.Node) -> Tensor | None:
 
 def number(expression: sympy.Expr, sizes: Mapping[sympy.Symbol, sympy.Integer]) -> int:
     """An expression over the graph's symbols at these sizes."""
-    return int(expression.xreplace(sizes)) if expression.free_symbols else int(expression)
+    return int(evaluate(expression, sizes))
 
 
 def as_int(value: Any) -> int:

@@ -27,6 +27,9 @@ Side = Literal["host", "accelerator"]
 
 _META_KEY = "hetegen"
 
+GENERATOR = -1
+"""The state of torch's random generator, as a storage: who draws reads and writes it, so draws keep their order."""
+
 
 @dataclass(frozen=True)
 class NodeInfo:
@@ -36,12 +39,13 @@ class NodeInfo:
         value: the fake result (a tensor, a number or SymInt, or a tuple of them).
         storages: storages of the result's tensors.
         reads: storages of the tensors among the arguments.
-        writes: storages that the node writes in place.
+        writes: storages that the node writes in place (``GENERATOR`` for one that draws random numbers).
         aten: names of the ATen operations it runs.
         random: draws random numbers.
         data_dependent: its result's shape or value (``item``) depends on data.
         flops: floating-point operations (torch.utils.flop_counter's formulas), a sympy expression.
         traffic_bytes: bytes read and written by compute operations, a sympy expression.
+        made_bytes: bytes of all tensors that its ATen operations make, results included, a sympy expression.
         module: dotted path of the module it comes from.
         position: place in program order.
         side: where it runs, once that has been decided.
@@ -56,6 +60,7 @@ class NodeInfo:
     data_dependent: bool = False
     flops: sympy.Expr = sympy.Integer(0)
     traffic_bytes: sympy.Expr = sympy.Integer(0)
+    made_bytes: sympy.Expr = sympy.Integer(0)
     module: str = ""
     position: int = -1
     side: Side | None = None

@@ -4,12 +4,17 @@ Whatever the host owns and the accelerator reads (parameters, buffers, caches, i
 mirror per storage. A mirror is current while storage, address and version counter are what they were.
 Tensors made in inference mode have no version: they are compared by content up to 4 KiB and uploaded
 afresh above. A mirror dies with its host storage.
+
+Writes that no version shows (``p.data += d``, numpy) are found by fingerprints of the host's bytes: a sample of
+everything that a step uses and a block of one tensor are compared each step, everything at each compilation, and
+everything once one change was found. Caches, which steps write themselves, have no fingerprint.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +22,19 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from hetegen_compile.accelerators.base import Accelerator, Op, Value
+from hetegen_compile.fingerprints import Fingerprint
+from hetegen_compile.geometry import is_dense, mirrored_bytes
+
+logger = logging.getLogger("hetegen_compile")
 
 MIRRORS = "mirrors"
 """The category of everything but resident weights."""
+WEIGHTS = "weights"
+"""The category under which resident weights are counted."""
 COMPARED_BYTES = 4096
-_WHOLE_STORAGE_FACTOR = 4
-_WHOLE_STORAGE_BYTES = 1 << 20
+SAMPLED_TENSORS = 128
+"""How many tensors a step compares a sample of: some tens of microseconds."""
+ALWAYS_WATCHED_BYTES = 1 << 16
 
 Geometry = tuple[Any, ...]
 
@@ -31,27 +43,42 @@ class Request(NamedTuple):
     """A host tensor whose device value is wanted.
 
     ``category`` is what its bytes count under. ``whole`` asks for a view of the mirrored storage, because another
-    input of the graph lies in the same storage.
+    input of the graph lies in the same storage. ``watched`` asks that writes which no version shows are found: the
+    tensor belongs to the model. Small tensors are always watched. ``base`` is what is uploaded instead, if ``tensor``
+    is the last rows of that.
     """
 
     tensor: Tensor
     name: str
     category: str = MIRRORS
     whole: bool = False
+    base: Tensor | None = None
+    watched: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Held:
-    """One device value, what it is counted under and the bytes that it holds by itself."""
+    """One device value, what it is counted under and the bytes that it holds by itself.
+
+    ``fingerprint`` is of the host's bytes when they were uploaded; None for what steps write. ``used`` is the step
+    that last asked for it.
+    """
 
     value: Value
     category: str
     nbytes: int
+    name: str = ""
+    fingerprint: Fingerprint | None = None
+    used: int = 0
 
 
 @dataclass
 class _Record:
-    """The mirrors of one host storage: ``base`` holds all of it, ``held`` views or parts by geometry."""
+    """The mirrors of one host storage: ``base`` holds all of it, ``held`` views or parts by geometry.
+
+    ``base`` lies in memory as the host's storage does. ``used`` and ``returned`` are the last step that asked for the
+    storage and the one that made it.
+    """
 
     storage: StorageWeakRef
     address: int
@@ -60,6 +87,10 @@ class _Record:
     held: dict[Geometry, _Held] = field(default_factory=dict)
     base_bytes: int = 0
     used: int = 0
+    returned: int = -1
+
+    def holds(self, category: str) -> bool:
+        return any(held.category == category for held in self.held.values())
 
     def nbytes(self) -> int:
         return self.base_bytes + sum(held.nbytes for held in self.held.values())
@@ -81,6 +112,9 @@ class Mirrors:
         self._records: dict[int, _Record] = {}
         self._step = 0
         self._grown = False
+        self.keep: frozenset[int] = frozenset()
+        """Storages whose weights are resident by plan: only ``forget_weights`` drops those."""
+        self._fits_bytes = 0  # the limit that all mirrors were last made to fit
 
     def begin_step(self) -> None:
         """Forget the mirrors of storages that no longer exist; what is fetched from now on is in use."""
@@ -94,25 +128,61 @@ class Mirrors:
         each other as on the host; under any other category exactly the tensor's own bytes are uploaded. Before
         an upload, mirrors that this step does not use are dropped until all fit ``limit_bytes``.
         """
-        found = [self._lookup(request.tensor) for request in requests]
+        found = [self._lookup(request) for request in requests]
+        if not self._samples_match(found):
+            self.check()
+            found = [self._lookup(request) for request in requests]
         missing = [i for i, (record, geometry) in enumerate(found) if geometry not in record.held]
-        if missing or self._grown:
+        if missing or self._grown or limit_bytes < self._fits_bytes:
             self._grown = False
-            self._make_room(limit_bytes - sum(_nbytes(requests[i].tensor) for i in missing))
+            self._fits_bytes = limit_bytes
+            self._make_room(limit_bytes - _new_bytes([(found[i][0], requests[i]) for i in missing]))
         for i in missing:
             record, geometry = found[i]
-            record.held[geometry] = self._make(record, requests[i])
+            if geometry not in record.held:  # the same tensor may be asked for twice
+                record.held[geometry] = self._make(record, requests[i])
         return [record.held[geometry].value for record, geometry in found]
 
-    def _lookup(self, tensor: Tensor) -> tuple[_Record, Geometry]:
+    def check(self) -> None:
+        """Compare all fingerprints with the host's bytes; what was changed unseen is uploaded at its next use."""
+        for key, record in list(self._records.items()):
+            storage = torch.UntypedStorage._new_with_weak_ptr(record.storage.cdata)
+            if storage is None or storage.data_ptr() != record.address:
+                del self._records[key]
+                continue
+            changed = [h for h in record.held.values() if h.fingerprint and not h.fingerprint.matches(storage)]
+            if changed:
+                logger.warning("%s was written in a way that torch does not see: uploaded again", changed[0].name)
+                del self._records[key]
+
+    def _samples_match(self, found: Sequence[tuple[_Record, Geometry]]) -> bool:
+        """Whether a sample of what is used (of up to 128 tensors a step) and a block of one are what was uploaded."""
+        used = [(r.address, held.fingerprint) for r, g in found if (held := r.held.get(g)) and held.fingerprint]
+        if not used:
+            return True
+        first = self._step % len(used)
+        turn = self._step // len(used)
+        sampled = (used * 2)[first : first + min(SAMPLED_TENSORS, len(used))]
+        address, fingerprint = used[first]
+        return all(f.sample_matches(a, self._step) for a, f in sampled) and fingerprint.block_matches(address, turn)
+
+    def _lookup(self, request: Request) -> tuple[_Record, Geometry]:
+        tensor = request.tensor
         record = self._current(tensor)
         record.used = self._step
-        return record, _geometry(tensor)
+        if request.whole and record.base is None:
+            record.held.clear()  # values that do not share memory
+        geometry = _geometry(tensor)
+        wanted = (geometry,) if request.base is None else (geometry, _geometry(request.base))
+        for one in wanted:
+            if one in record.held:
+                record.held[one].used = self._step
+        return record, geometry
 
     def _make_room(self, limit_bytes: int) -> None:
         """Drop what this step does not use, oldest use first, until the rest fits ``limit_bytes``.
 
-        Nothing is lost: a mirror or a resident weight that is needed again is uploaded again.
+        Nothing is lost: a mirror that is needed again is uploaded again. Weights that are resident by plan stay.
 
         Raises:
             NoRoomError: what this step uses does not fit.
@@ -121,21 +191,49 @@ class Mirrors:
         for key, record in sorted(self._records.items(), key=lambda item: item[1].used):
             if excess <= 0:
                 return
-            if record.used < self._step:
+            if record.used < self._step and not (key in self.keep and record.holds(WEIGHTS)):
                 excess -= record.nbytes()
                 del self._records[key]
+            else:
+                excess -= self._drop_unused_parts(record)
         if excess > 0:
             raise NoRoomError(excess)
 
+    def _drop_unused_parts(self, record: _Record) -> int:
+        """Drop what earlier plans held of a storage that this step uses; returns the bytes."""
+        unused = {g: held for g, held in record.held.items() if held.nbytes and held.used < self._step}
+        record.held = {g: held for g, held in record.held.items() if g not in unused}
+        return sum(held.nbytes for held in unused.values())
+
     def register(self, tensor: Tensor, value: Value, category: str = MIRRORS) -> None:
-        """Make ``value`` the mirror of a host tensor that a step just returned with the same contents."""
-        if tensor.numel() == 0 or not _covers_storage(tensor):
+        """Make ``value`` the mirror of a host tensor that a step just returned with the same contents.
+
+        Later views of a tensor that is all of its storage (a cache that was cropped) are views of ``value``. A
+        tensor that is a part (a sliding window of what was concatenated) is mirrored by itself.
+        """
+        if tensor.numel() == 0:
             return
-        record = _Record(_weak(tensor), tensor.untyped_storage().data_ptr(), _version(tensor))
-        record.used = self._step
+        record = self._returned(tensor)
         self._grown = True
-        record.held[_geometry(tensor)] = _Held(value, category, _nbytes(tensor))
-        self._records[_key(tensor)] = record
+        geometry = _geometry(tensor)
+        if _covers_storage(tensor):
+            record.base, record.base_bytes = value, _nbytes(tensor)
+            record.held[geometry] = _Held(value, category, 0, used=self._step)
+            return
+        shape, stride = tuple(tensor.shape), tuple(tensor.stride())
+        alike = self._accelerator.launch(Op("twin", category=category), _laid_out, (value, shape, stride))
+        nbytes = int(tensor.untyped_storage().nbytes())  # the value keeps its storage, as the tensor does
+        record.held[geometry] = _Held(alike, category, nbytes, used=self._step)
+
+    def _returned(self, tensor: Tensor) -> _Record:
+        """The record of a storage that this step made: a new one, unless another view of it was returned, too."""
+        key, address, version = _key(tensor), tensor.untyped_storage().data_ptr(), _version(tensor)
+        record = self._records.get(key)
+        made = record is not None and record.returned == self._step and not record.storage.expired()
+        if record is None or not made:
+            record = self._records[key] = _Record(_weak(tensor), address, version, returned=self._step)
+        record.used = self._step
+        return record
 
     def settle(self, tensor: Tensor) -> None:
         """The step wrote the host tensor and its mirror alike: what the mirror holds is current again."""
@@ -143,6 +241,8 @@ class Mirrors:
         if record is None:
             return
         record.version = _version(tensor)
+        for held in record.held.values():
+            held.fingerprint = None
         if record.base is None:  # other views of the storage were uploaded by themselves and know nothing of it
             geometry = _geometry(tensor)
             record.held = {geometry: record.held[geometry]} if geometry in record.held else {}
@@ -160,17 +260,16 @@ class Mirrors:
         for tensor in tensors:
             self._records.pop(_key(tensor), None)
 
-    def forget_category(self, category: str) -> None:
-        """Drop all mirrors of one category."""
-        for record in self._records.values():
-            record.held = {geometry: held for geometry, held in record.held.items() if held.category != category}
+    def forget_all_but_weights(self) -> None:
+        """Drop what a step may have written."""
+        self._records = {key: record for key, record in self._records.items() if record.holds(WEIGHTS)}
 
-    def held(self, tensor: Tensor, category: str) -> bool:
-        """Whether some of the tensor's storage is mirrored under ``category`` now."""
-        record = self._records.get(_key(tensor))
-        if record is None or record.storage.expired():
-            return False
-        return any(held.category == category for held in record.held.values())
+    def forget_weights(self, storages: Iterable[int]) -> None:
+        """Drop the resident rows of weights, given by their storages."""
+        for key in storages:
+            record = self._records.get(key)
+            if record is not None:
+                record.held = {where: held for where, held in record.held.items() if held.category != WEIGHTS}
 
     def held_bytes(self, category: str) -> int:
         """Bytes that mirrors of one category hold on the accelerator."""
@@ -197,23 +296,84 @@ class Mirrors:
         return version is not None and not isinstance(record.version, Tensor) and bool(record.version == version)
 
     def _make(self, record: _Record, request: Request) -> _Held:
+        """Upload or view the tensor, with a fingerprint of what its bytes are now."""
+        watched = request.watched or _nbytes(request.tensor) <= ALWAYS_WATCHED_BYTES
+        fingerprint = _fingerprint(request.tensor) if watched else None
+        return replace(self._upload(record, request), name=request.name, fingerprint=fingerprint, used=self._step)
+
+    def _upload(self, record: _Record, request: Request) -> _Held:
         tensor, op = request.tensor.detach(), Op(request.name, category=request.category)
         covers = _covers_storage(tensor)
-        view_of_base = request.whole or record.base is not None or _needs_whole_storage(tensor)
-        if request.category != MIRRORS or not (covers or view_of_base):
+        if request.base is not None and _geometry(request.base) != _geometry(tensor):
+            return self._rows_of(record, request, op)
+        if not _through_base(record, request):
             return _Held(self._accelerator.upload(op, tensor), op.category, _nbytes(tensor))
         if record.base is None:
             whole = tensor if covers else torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
             record.base = self._accelerator.upload(op, whole)
             record.base_bytes = _nbytes(whole)
-        if covers and not record.held:
-            return _Held(record.base, op.category, 0)
+            if covers:
+                return _Held(record.base, op.category, 0)
         view = tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset()
         return _Held(self._accelerator.launch(op, _view, (record.base, tensor.dtype, view)), op.category, 0)
 
+    def _rows_of(self, record: _Record, request: Request, op: Op) -> _Held:
+        """The last rows of what is uploaded as a whole."""
+        base = request.base
+        assert base is not None
+        whole = record.held.get(_geometry(base))
+        if whole is None:
+            whole = _Held(self._accelerator.upload(op, base.detach()), op.category, _nbytes(base), used=self._step)
+            record.held[_geometry(base)] = whole
+        rows = request.tensor.shape[0]
+        return _Held(self._accelerator.launch(op, _last_rows, (whole.value, rows)), op.category, 0)
+
+
+def _last_rows(base: Tensor, rows: int) -> Tensor:
+    return base[base.shape[0] - rows :]
+
+
+def _through_base(record: _Record, request: Request) -> bool:
+    """Whether the tensor's mirror is (a view of) one of its whole storage."""
+    tensor = request.tensor
+    whole = request.whole or record.base is not None or _covers_storage(tensor) or _lies_in_little(tensor)
+    return request.category == MIRRORS and whole
+
+
+def _new_bytes(missing: Sequence[tuple[_Record, Request]]) -> int:
+    """Bytes that mirrors which are not there yet will hold; parts of one base or storage share it."""
+    sizes: dict[Any, int] = {}
+    for record, request in missing:
+        tensor = request.tensor
+        if _through_base(record, request):
+            sizes[id(record)] = int(tensor.untyped_storage().nbytes()) if record.base is None else 0
+        else:
+            uploaded = tensor if request.base is None else request.base
+            geometry = _geometry(uploaded)
+            sizes[id(record), geometry] = 0 if geometry in record.held else _nbytes(uploaded)
+    return sum(sizes.values())
+
 
 def _view(base: Tensor, dtype: torch.dtype, view: tuple[Any, ...]) -> Tensor:
-    return (base if base.dtype == dtype else base.view(dtype)).as_strided(*view)
+    same_type = base if base.dtype == dtype else base.view(dtype)
+    shape, stride, offset = view
+    return same_type.as_strided(shape, stride, same_type.storage_offset() + offset)
+
+
+def _laid_out(value: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    """The value with the strides that the host's tensor has."""
+    if value.stride() == stride:
+        return value
+    return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device).copy_(value)
+
+
+def _fingerprint(tensor: Tensor) -> Fingerprint | None:
+    """Of all bytes between the tensor's first and last element; None where there are none or no version."""
+    if tensor.numel() == 0 or tensor.is_inference():
+        return None
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    return Fingerprint(tensor.untyped_storage(), start, (last + 1) * tensor.element_size())
 
 
 def _geometry(tensor: Tensor) -> Geometry:
@@ -240,21 +400,11 @@ def _version(tensor: Tensor) -> Any:
     return tensor.detach().clone() if small else None
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the tensor is a permutation of a contiguous one: no gaps, no two elements in one place."""
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
 def _covers_storage(tensor: Tensor) -> bool:
-    return _nbytes(tensor) == tensor.untyped_storage().nbytes() and _is_dense(tensor)
+    return _nbytes(tensor) == tensor.untyped_storage().nbytes() and is_dense(tensor.shape, tensor.stride())
 
 
-def _needs_whole_storage(tensor: Tensor) -> bool:
-    """Whether a view is mirrored through its whole storage: small ones are, and those that overlap."""
-    limit = max(_WHOLE_STORAGE_BYTES, _WHOLE_STORAGE_FACTOR * _nbytes(tensor))
-    return not _is_dense(tensor) or tensor.untyped_storage().nbytes() <= limit
+def _lies_in_little(tensor: Tensor) -> bool:
+    """Whether the tensor is mirrored through its whole storage."""
+    storage_bytes = tensor.untyped_storage().nbytes()
+    return mirrored_bytes(tensor.shape, tensor.stride(), tensor.element_size(), storage_bytes) == storage_bytes

@@ -24,7 +24,10 @@ _UNIT_BYTES = {
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+_SIZE = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]{0,3})\s*")
+_LARGEST = 2**62
+"""Of whole numbers: sizes in bytes, tokens, sequences, seeds. More is a mistake, and no arithmetic overflows below."""
+_SHOWN_CHARACTERS = 200
 _SIZE_HELP = 'bytes as an int, or a number with a unit such as "8GiB", "512 MiB" or "1.5GB"'
 
 
@@ -65,7 +68,7 @@ def parse_options(options: Mapping[str, object] | None) -> Options:
             options that exclude each other.
     """
     if options is not None and not isinstance(options, Mapping):
-        raise OptionError(f"options must be a dict, not {options!r}")
+        raise OptionError(f"options must be a dict, not {_shown(options)}")
     given = dict(options or {})
     _check_keys(given)
     values = {**asdict(Options()), **given}
@@ -99,7 +102,7 @@ def parse_bytes(text: str) -> int:
     unit = _UNIT_BYTES.get((match[2] or "b").lower()) if match else None
     if match is None or unit is None:
         raise OptionError(
-            f"{text!r} is not a size: expected {_SIZE_HELP}; units are B, kB, MB, GB, TB (powers of 1000) "
+            f"{_shown(text)} is not a size: expected {_SIZE_HELP}; units are B, kB, MB, GB, TB (powers of 1000) "
             "and KiB, MiB, GiB, TiB (powers of 1024)"
         )
     return int(Fraction(match[1]) * unit)
@@ -121,12 +124,21 @@ def _check_keys(given: Mapping[str, object]) -> None:
     valid = [field.name for field in fields(Options)]
     for key in given:
         if key not in valid:
-            nearest = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.0)[0]
-            raise OptionError(f"unknown option {key!r}: did you mean {nearest!r}? Valid: {', '.join(valid)}")
+            nearest = difflib.get_close_matches(_shown(key).strip("'"), valid, n=1, cutoff=0.0)[0]
+            raise OptionError(f"unknown option {_shown(key)}: did you mean {nearest!r}? Valid: {', '.join(valid)}")
 
 
 def _invalid(key: str, value: object, expected: str) -> OptionError:
-    return OptionError(f"option {key!r} = {value!r}: expected {expected}")
+    return OptionError(f"option {key!r} = {_shown(value)}: expected {expected}")
+
+
+def _shown(value: object) -> str:
+    """``repr`` for a message: cut where it is long, the type's name where there is none."""
+    try:
+        text = repr(value)
+    except Exception:  # whatever a foreign __repr__ raises, the option is the error to tell
+        return f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
 def _size(key: str, values: Mapping[str, object]) -> int | None:
@@ -142,15 +154,15 @@ def _size(key: str, values: Mapping[str, object]) -> int | None:
         nbytes = int(value)
     else:
         raise _invalid(key, value, f"{_SIZE_HELP}, or None")
-    if nbytes <= 0:
-        raise _invalid(key, value, f"more than 0 bytes: {_SIZE_HELP}")
+    if not 0 < nbytes <= _LARGEST:
+        raise _invalid(key, value, f"more than 0 bytes and at most 4 EiB: {_SIZE_HELP}")
     return nbytes
 
 
 def _accelerator(key: str, values: Mapping[str, object]) -> AcceleratorChoice:
     choices: tuple[AcceleratorChoice, ...] = get_args(AcceleratorChoice)
     for choice in choices:
-        if values[key] == choice:
+        if isinstance(values[key], str) and values[key] == choice:
             return choice
     raise _invalid(key, values[key], "one of " + ", ".join(map(repr, choices)))
 
@@ -164,8 +176,8 @@ def _text(key: str, values: Mapping[str, object]) -> str:
 
 def _whole(key: str, values: Mapping[str, object], *, at_least: int) -> int:
     value = values[key]
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < at_least:
-        raise _invalid(key, value, f"a whole number of at least {at_least}")
+    if not isinstance(value, Integral) or isinstance(value, bool) or not at_least <= int(value) <= _LARGEST:
+        raise _invalid(key, value, f"a whole number of at least {at_least} and at most 2**62")
     return int(value)
 
 
@@ -175,7 +187,7 @@ def _optional_whole(key: str, values: Mapping[str, object], *, at_least: int) ->
 
 def _share(key: str, values: Mapping[str, object]) -> float | Literal["auto"]:
     value = values[key]
-    if value == "auto":
+    if isinstance(value, str) and value == "auto":
         return "auto"
     share = _real(value)
     if not 0 <= share <= 1:
@@ -195,7 +207,10 @@ def _factor(key: str, values: Mapping[str, object]) -> float | None:
 
 def _real(value: object) -> float:
     """A number as a float; NaN, which fails every comparison, for anything else."""
-    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def _flag(key: str, values: Mapping[str, object]) -> bool:

@@ -24,6 +24,7 @@ from hetegen_compile.passes import (
     group_segments,
     insert_transfers,
     lower,
+    measure_memory,
     normalise_linears,
     note_effects,
     place_nodes,
@@ -63,6 +64,7 @@ PIPELINE: tuple[Stage, ...] = (
     Stage(insert_transfers, "rewrite", "nothing crosses a border without a start and a wait"),
     Stage(schedule, "rewrite", "slots and issue order: what runs by itself first, host work last"),
     Stage(carry_prefetches, "rewrite", "the link does not idle between two steps"),
+    Stage(measure_memory, "analyse", "what it occupies, in issue order, at any sizes", "memory"),
     Stage(predict_step, "analyse", "the step on a timeline, for the table and for pacing", "prediction"),
     Stage(verify, "analyse", "no race, or an error that names the node"),
     Stage(retarget_devices, "rewrite", "constants and example values of the device that segments run on"),
@@ -71,10 +73,13 @@ PIPELINE: tuple[Stage, ...] = (
 
 
 _FIRST_OF_PLAN = next(i for i, stage in enumerate(PIPELINE) if stage.run is split_linears)
+_MEASURED = next(i for i, stage in enumerate(PIPELINE) if stage.run is measure_memory)
 ONCE_PER_BUCKET = PIPELINE[:_FIRST_OF_PLAN]
 """Stages up to the segments: what they leave is the same for every split of the Linears."""
 ONCE_PER_SPLIT = PIPELINE[_FIRST_OF_PLAN:]
 """Stages that turn one assignment of rows into a schedule."""
+UNTIL_MEASURED = PIPELINE[_FIRST_OF_PLAN : _MEASURED + 1]
+"""Stages up to what a schedule occupies."""
 
 
 def run_pipeline(

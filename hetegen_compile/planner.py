@@ -6,20 +6,26 @@ A compiled graph (``compiled.py``) binds the schedules that it makes to an accel
 from __future__ import annotations
 
 import bisect
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import sympy
 import torch
 from torch import Tensor, fx
 
-from hetegen_compile.balance import activation_bytes, balanced_splits
+from hetegen_compile.balance import balanced_splits
 from hetegen_compile.baselines import baselines, floor_s
 from hetegen_compile.cost_model import HardwareProfile
+from hetegen_compile.errors import BudgetError
+from hetegen_compile.graph_inputs import number, sequence_shape, token_count
 from hetegen_compile.ir import LINEAR, copy_module, info
-from hetegen_compile.options import Options
+from hetegen_compile.options import Options, format_bytes
+from hetegen_compile.passes import choose_splits
 from hetegen_compile.passes.context import (
+    ACTIVATIONS,
+    RESIDENT,
     Bucket,
     Context,
     HostWeights,
@@ -28,11 +34,16 @@ from hetegen_compile.passes.context import (
     SegmentCache,
     require,
 )
-from hetegen_compile.pipeline import ONCE_PER_BUCKET, ONCE_PER_SPLIT, Stage, run_pipeline
+from hetegen_compile.pipeline import ONCE_PER_BUCKET, ONCE_PER_SPLIT, UNTIL_MEASURED, Stage, run_pipeline
 from hetegen_compile.schedule import LinearSite, Schedule, schedule_rows
+
+logger = logging.getLogger("hetegen_compile")
 
 BUCKET_LIMITS = (1, 4, 16, 64, 256)
 """Highest number of tokens of each bucket but the last, which is open."""
+
+_ATTEMPTS = 3
+"""Residencies that are tried before the leanest is taken."""
 
 Sizes = dict[sympy.Symbol, sympy.Integer]
 Split = float | Literal["auto"]
@@ -46,8 +57,9 @@ class Target:
         kind: ``"cuda"`` or ``"emulated"``, for people.
         device: where segments will run.
         budget_bytes: the hard limit.
-        resident: the weights on the accelerator.
+        resident: what other graphs keep on the accelerator.
         ring_bytes: length of its staging ring.
+        overhead_bytes: what the device's libraries take of the budget, item by item.
         host_memory: what can be pinned; None says everything.
     """
 
@@ -56,6 +68,7 @@ class Target:
     budget_bytes: int
     resident: ResidentWeights
     ring_bytes: int = 0
+    overhead_bytes: Mapping[str, int] = field(default_factory=dict)
     host_memory: HostWeights | None = None
 
 
@@ -88,6 +101,7 @@ class Planner:
         self._options = options
         self._profile = profile
         self._segments = segments
+        self._tokens = token_count(module)
 
     def plan_bucket(
         self, bucket: Bucket, sizes: Sizes, target: Target, weights: Mapping[str, Tensor]
@@ -110,10 +124,14 @@ class Planner:
             refuse=lambda refusal: refusals.setdefault(refusal),
             segments=self._segments,
             ring_bytes=target.ring_bytes,
+            overhead_bytes=target.overhead_bytes,
             device=target.device,
             host_memory=target.host_memory,
         )
-        module, context = self._within_budget(context)
+        try:
+            module, context = self._within_budget(self._with_room(context, spare=True))
+        except BudgetError:  # no room beyond what the options state: a larger forward will be planned anew
+            module, context = self._within_budget(self._with_room(context, spare=False))
         context = replace(context, refusals=tuple(refusals), weights={})
         return BucketPlan(module, context, _sites(module, context), target.kind)
 
@@ -121,25 +139,58 @@ class Planner:
         self, base: BucketPlan, split: Split, stages: tuple[Stage, ...] = ONCE_PER_SPLIT
     ) -> PlannedStep:
         """The schedule of one split; ``stages`` leaves out lowering where nothing will run."""
-        module = copy_module(base.module)
         context = replace(base.context, options=replace(self._options, split=split))
-        context = replace(context, splits=balanced_splits(module, context))
-        context = run_pipeline(module, context, stages)
-        return PlannedStep(module, context, self._schedule(base, module, context))
+        module, done = _scheduled(base.module, replace(context, splits=balanced_splits(base.module, context)), stages)
+        if _excess_bytes(done) > 0 and split == "auto":  # the residency was decided with these:
+            closed_form = choose_splits(base.module, context)
+            module, done = _scheduled(base.module, replace(context, splits=closed_form), stages)
+        if _excess_bytes(done) > 0:
+            raise BudgetError(
+                f"split={split} needs {_excess_bytes(done)} bytes more for activations than gpu_memory="
+                f"{format_bytes(context.budget_bytes)} leaves: use a larger budget"
+            )
+        return PlannedStep(module, done, self._schedule(base, module, done))
+
+    def _with_room(self, context: Context, *, spare: bool) -> Context:
+        """The context with the sizes that the budget has to hold."""
+        sequences, tokens = sequence_shape(self._module.graph.find_nodes(op="placeholder"), context.weights)
+        largest = largest_sizes(self._tokens, context, spare=spare)
+        return replace(context, largest=largest, sequences=sequences, tokens_per_sequence=tokens, spare=spare)
 
     def _within_budget(self, context: Context) -> tuple[fx.GraphModule, Context]:
         """Run the stages that do not depend on the split until residency leaves room for its own schedule.
 
-        Activations are estimated from the captured graph at first; a schedule keeps some values longer
-        (what goes down at the end of the step, parts of a Linear beside their join).
+        What a schedule needs for activations depends on the residency that it was made with. So the leanest
+        residency (no weights, the smallest ring) is scheduled first: if the budget holds that, there is a plan,
+        and the budget that it needs is the smallest that works.
+
+        Raises:
+            BudgetError: the leanest residency does not fit.
         """
-        while True:
-            module = copy_module(self._module)
-            done = run_pipeline(module, context, ONCE_PER_BUCKET)
-            needed = activation_bytes(module, done)
-            if needed <= require(done.residency, "choose_residency").budget["activations"]:
+        _, lean, needed = self._tried(replace(context, lean=True))
+        context = replace(context, activation_bytes=needed)
+        for attempt in range(_ATTEMPTS):
+            try:
+                module, done, needed = self._tried(context)
+            except BudgetError:
+                if attempt == 0:
+                    raise
+                break
+            if needed <= require(done.residency, "choose_residency").budget[ACTIVATIONS]:
                 return module, done
             context = replace(context, activation_bytes=needed)
+        lean_bytes = require(lean.memory, "measure_memory").peak_bytes(lean.room)
+        module, done, _ = self._tried(replace(context, lean=True, activation_bytes=lean_bytes))
+        return module, done
+
+    def _tried(self, context: Context) -> tuple[fx.GraphModule, Context, int]:
+        """A grouped graph, its context, and the bytes of activations that its schedule takes."""
+        module = copy_module(self._module)
+        context = run_pipeline(module, context, ONCE_PER_BUCKET)
+        splits = choose_splits(module, context)
+        _, scheduled = _scheduled(module, replace(context, splits=splits), UNTIL_MEASURED)
+        need = require(scheduled.memory, "measure_memory")
+        return module, replace(context, memory=need), need.peak_bytes(context.room)
 
     def _schedule(self, base: BucketPlan, module: fx.GraphModule, context: Context) -> Schedule:
         prediction = require(context.prediction, "predict_step")
@@ -147,10 +198,11 @@ class Planner:
         residency = require(context.residency, "choose_residency")
         sites = {position: replace(site, plan=splits[position]) for position, site in base.sites.items()}
         low, high = context.bucket.low, context.bucket.high
-        tokens = f"{low} token{'s' if low > 1 else ''}" if high == low else f"{low} to {high or 'more'} tokens"
-        whole = residency.budget["resident weights"] if residency.whole_graph else 0
+        tokens = f"{low} token{'s' if low > 1 else ''}" if high == low else f"{low} to {high} tokens"
+        tokens = f"{low} tokens or more" if high is None else tokens
+        whole = residency.budget[RESIDENT] if residency.whole_graph else 0
         return Schedule(
-            title=f"hetegen on {base.kind}, hardware {self._profile.name}, {tokens} a forward",
+            title=f"hetegen {base.kind}, hardware {self._profile.name}, {tokens} a forward",
             tokens=(low, high),
             split=context.options.split,
             rows=schedule_rows(module.graph, prediction, sites, context.number),
@@ -162,9 +214,55 @@ class Planner:
             baselines=baselines(base.module, context),
             budget_bytes=context.budget_bytes,
             budget=residency.budget,
-            refusals=context.refusals,
+            refusals=(*context.refusals, *self._segments.refused.values()),
             whole_graph=residency.whole_graph,
         )
+
+
+def budget_bytes(gpu_memory: int | None, available_bytes: int, accelerator: str) -> int:
+    """The hard limit: ``gpu_memory``, else ``available_bytes`` less a sixteenth as a reserve.
+
+    Never more than there is.
+    """
+    if gpu_memory is None:
+        return available_bytes * 15 // 16
+    if gpu_memory > available_bytes:
+        logger.warning(
+            "gpu_memory=%s is more than the %s that the %s accelerator has: planning with the latter",
+            format_bytes(gpu_memory), format_bytes(available_bytes), accelerator,
+        )
+    return min(gpu_memory, available_bytes)
+
+
+def largest_sizes(tokens: sympy.Expr, context: Context, *, spare: bool) -> Sizes:
+    """The sizes up to which a plan's memory is reserved.
+
+    Lengths of caches reach the stated context. With ``spare`` they reach twice what they are where none is stated,
+    and the number of tokens (if one size tells it) the end of the bucket.
+    """
+    counted = tokens.free_symbols & context.sizes.keys()
+    found: Sizes = {}
+    for symbol, size in context.sizes.items():
+        if symbol not in counted:
+            found[symbol] = max(size, sympy.Integer(context.options.context or (2 * size if spare else size)))
+        elif spare and len(counted) == 1:
+            now = number(tokens, dict(context.sizes))
+            high = context.bucket.high or 2 * now
+            found[symbol] = max(size, size * high // max(1, now))
+    return found
+
+
+def _scheduled(
+    module: fx.GraphModule, context: Context, stages: tuple[Stage, ...]
+) -> tuple[fx.GraphModule, Context]:
+    copy = copy_module(module)
+    return copy, run_pipeline(copy, context, stages)
+
+
+def _excess_bytes(context: Context) -> int:
+    """Bytes by which a schedule's activations exceed what its residency left for them."""
+    budget = require(context.residency, "choose_residency").budget
+    return require(context.memory, "measure_memory").peak_bytes(context.room) - budget[ACTIVATIONS]
 
 
 def bucket_of(tokens: int) -> Bucket:
@@ -192,4 +290,4 @@ def _bytes_in(sites: Mapping[int, LinearSite], rows: str) -> int:
     return sum(site.weight_bytes * getattr(site.plan, rows) // site.plan.rows for site in sites.values())
 
 
-__all__ = ["BucketPlan", "PlannedStep", "Planner", "Split", "Target", "bucket_of"]
+__all__ = ["BucketPlan", "PlannedStep", "Planner", "Split", "Target", "bucket_of", "budget_bytes"]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import weakref
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from hetegen_compile.accelerators import Accelerator, open_accelerator
 from hetegen_compile.carried import CarriedPrefetches
@@ -16,12 +16,21 @@ from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.host_memory import HostMemory
 from hetegen_compile.mirrors import Mirrors
 from hetegen_compile.options import Options
-
-WEIGHTS = "weights"
-"""The category under which resident weights are counted."""
+from hetegen_compile.residency import ResidencyLedger
 
 _open: weakref.WeakValueDictionary[Any, Runtime] = weakref.WeakValueDictionary()
 _opening = threading.Lock()
+
+
+def _after_fork() -> None:
+    """In the child: locks that another thread held at the fork would stay locked for good."""
+    global _opening
+    _opening = threading.Lock()
+    for runtime in list(_open.values()):
+        runtime.lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class Runtime:
@@ -33,44 +42,22 @@ class Runtime:
         self.carried = CarriedPrefetches(accelerator)
         self.host_memory = HostMemory(accelerator.pin)
         self.lock = threading.RLock()
-        self.epoch = 0
-        self.ring_bytes = 0
+        self.ledger = ResidencyLedger(self.mirrors)
+        self.limit_bytes = accelerator.memory_bytes
         weakref.finalize(self, accelerator.close)
 
-    def resident_weights(self) -> ResidentWeightsView:
-        """What the residency decision may know: the weights of models that still exist."""
-        self.mirrors.purge()
-        return ResidentWeightsView(self.mirrors)
+    def reserve(self, ring_bytes: int) -> None:
+        """Make the staging ring that all graphs share as long as the ledger says."""
+        self.accelerator.reserve_ring(ring_bytes)
 
-    def reserve_ring(self, nbytes: int) -> None:
-        """Make the staging ring at least this long; all graphs share it."""
-        if nbytes > self.ring_bytes:
-            self.carried.drop("the staging ring grows")
-            self.accelerator.reserve_ring(nbytes)
-            self.ring_bytes = nbytes
+    def lower_limit(self, budget_bytes: int) -> int:
+        """The accelerator ran out of memory within a budget: count on less from now on; the new limit.
 
-    def evict_weights(self) -> int:
-        """Drop all resident weights; graphs that planned with them plan again. Returns the new epoch."""
-        self.carried.drop("weights are evicted")
-        self.accelerator.synchronize()
-        self.mirrors.forget_category(WEIGHTS)
-        self.epoch += 1
-        return self.epoch
-
-
-@dataclass(frozen=True)
-class ResidentWeightsView:
-    """Read-only view of the weights that lie on the accelerator."""
-
-    mirrors: Mirrors
-
-    def is_resident(self, weight: Tensor) -> bool:
-        """Whether the weight (or the part that residency chose) is on the accelerator already."""
-        return self.mirrors.held(weight, WEIGHTS)
-
-    def held_bytes(self) -> int:
-        """Bytes of all resident weights, those of other graphs included."""
-        return self.mirrors.held_bytes(WEIGHTS)
+        That is what the accelerator says it has, or seven eighths of the budget if it says to have more.
+        """
+        self.limit_bytes = min(self.accelerator.available_bytes(), budget_bytes * 7 // 8)
+        self.ledger.epoch += 1
+        return self.limit_bytes
 
 
 def runtime_for(options: Options, profile: HardwareProfile) -> Runtime:
@@ -82,7 +69,7 @@ def runtime_for(options: Options, profile: HardwareProfile) -> Runtime:
     key = (options.accelerator, options.pace, options.seed, profile.accelerator.memory_bytes)
     with _opening:
         runtime = _open.get(key)
-        if runtime is None:
+        if runtime is None or not runtime.accelerator.usable:
             runtime = Runtime(
                 open_accelerator(
                     options.accelerator,

@@ -15,11 +15,12 @@ from torch import fx
 
 from hetegen_compile import ir
 from hetegen_compile.accelerators.base import Span
+from hetegen_compile.files import write_private
 from hetegen_compile.host_memory import Holding
 from hetegen_compile.ir import info
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.context import LinearPlan, Prediction, Refusal
-from hetegen_compile.plan import Placement, Row, Totals
+from hetegen_compile.rows import Placement, Row, Totals
 from hetegen_compile.table import schedule_table
 
 FITS = "everything fits, nothing is offloaded; the graph is compiled in one piece"
@@ -42,6 +43,7 @@ class Schedule:
         host_pinned_bytes: bytes of host memory pinned for prefetches, the pinned ring included.
         host_memory: what became of the storages that are streamed from, once a step has run.
         pinned_ring_bytes: length of the pinned ring that staged weights go through.
+        others: in a dry run, the schedules of the same forward's other graphs.
     """
 
     title: str
@@ -64,6 +66,7 @@ class Schedule:
     pinned_ring_bytes: int = 0
     spans: list[Span] = field(default_factory=list)
     step_times_s: list[float] = field(default_factory=list)
+    others: tuple[Schedule, ...] = ()
 
     @property
     def measured_step_s(self) -> float | None:
@@ -120,7 +123,7 @@ class Schedule:
                 _event("measured", span.name, span.resource, span.start_s - origin, span.end_s - origin)
                 for span in self.spans
             ]
-        Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+        write_private(Path(path), json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
     def note_step(self, seconds: float, spans: list[Span]) -> None:
         """Keep one step's time (the last 1000) and, if it was traced, its spans on the rows."""

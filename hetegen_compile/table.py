@@ -18,7 +18,8 @@ from tabulate import Line as Rule
 
 from hetegen_compile.fold import Line, fold, unfolded
 from hetegen_compile.options import format_bytes
-from hetegen_compile.plan import Row, Totals
+from hetegen_compile.rows import Row, Totals
+from hetegen_compile.verdict import BASELINE_NAMES, verdict
 
 WIDTH = 120
 """Columns of text that the table keeps to; long module paths wrap."""
@@ -31,13 +32,6 @@ _FORMAT = TableFormat(
     headerrow=None, datarow=DataRow("", " ", ""), padding=0, with_header_hide=None,
 )  # fmt: skip
 """One space between columns. Headers are rows (tabulate pads headers proper), SEPARATING_LINE is the rule."""
-
-_BASELINES = {
-    "streamed": "all streamed, prefetched",
-    "per_module": "module by module, no prefetch",
-    "host_only": "CPU only",
-    "resident": "all resident on the accelerator",
-}
 
 
 def schedule_table(rows: Sequence[Row], totals: Totals, *, title: str, unfold: bool = False) -> str:
@@ -179,7 +173,7 @@ def _pieces(text: str, separator: str, width: int) -> list[str]:
 def _render_totals(totals: Totals) -> str:
     ours = totals.predicted_step_s
     seconds: list[tuple[str, float | None]] = [("this schedule", ours), ("floor", totals.floor_s)]
-    seconds += [(_BASELINES.get(name, name), value) for name, value in totals.baselines.items()]
+    seconds += [(BASELINE_NAMES.get(name, name), value) for name, value in totals.baselines.items()]
     lines = [[name, *_compared(value, ours)] for name, value in seconds]
     table: str = tabulate(
         lines,
@@ -192,7 +186,7 @@ def _render_totals(totals: Totals) -> str:
         f"weights of one step: {format_bytes(totals.resident_bytes)} resident, "
         f"{format_bytes(totals.streamed_bytes)} streamed, {format_bytes(totals.host_bytes)} on the host"
     )
-    return f"{weights}\n\n{table}"
+    return f"{weights}\n\n{table}\n\n{verdict(ours, totals.baselines)}"
 
 
 def _compared(seconds: float | None, ours: float) -> list[str]:

@@ -9,6 +9,7 @@ from hetegen_compile.passes.choose_staging import choose_staging
 from hetegen_compile.passes.group_segments import group_segments
 from hetegen_compile.passes.insert_transfers import insert_transfers
 from hetegen_compile.passes.lower import lower
+from hetegen_compile.passes.measure_memory import measure_memory
 from hetegen_compile.passes.normalise_linears import normalise_linears
 from hetegen_compile.passes.note_effects import note_effects
 from hetegen_compile.passes.place_nodes import place_nodes
@@ -29,6 +30,7 @@ __all__ = [
     "group_segments",
     "insert_transfers",
     "lower",
+    "measure_memory",
     "normalise_linears",
     "note_effects",
     "place_nodes",

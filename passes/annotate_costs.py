@@ -6,6 +6,7 @@ left on the nodes; here they become numbers for one bucket of tokens and seconds
 
 from __future__ import annotations
 
+import sympy
 from torch import Tensor, fx
 
 from hetegen_compile.cost_model import (
@@ -70,6 +71,11 @@ def dtype_name(value: object) -> str:
     """The profile's name for a value's dtype; float32 for what holds no floating-point tensor."""
     floating = [t.dtype for t in tensors_in(value) if isinstance(t, Tensor) and t.dtype.is_floating_point]
     return str(floating[0]).removeprefix("torch.") if floating else "float32"
+
+
+def value_size(node: fx.Node) -> sympy.Expr:
+    """Bytes of all tensors in the node's result, an expression over the graph's sizes."""
+    return sympy.Add(*(tensor_bytes(tensor) for tensor in tensors_in(info(node).value)))
 
 
 def value_bytes(node: fx.Node, context: Context) -> int:

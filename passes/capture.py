@@ -23,25 +23,29 @@ from torch.fx.experimental.proxy_tensor import py_sym_types
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.symbol import SymT, symbol_is_type
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import bmm_flop, flop_registry, mm_flop, sdpa_flop_count
 
 from hetegen_compile.errors import UnsupportedModelError
-from hetegen_compile.ir import NodeInfo, annotate, info
+from hetegen_compile.ir import GENERATOR, NodeInfo, annotate, info
+from hetegen_compile.passes.fold_transforms import fold_transforms
 
 FREE_ATEN = frozenset({"view", "_unsafe_view", "expand", "permute", "transpose", "t", "slice", "select"})
 FREE_ATEN |= frozenset({"unsqueeze", "squeeze", "detach", "alias", "as_strided", "empty", "split", "unbind"})
 """ATen operations that move no bytes."""
 _LOOKUPS = frozenset({"embedding", "index", "index_select", "gather"})
+_GROUPED = frozenset({"_grouped_mm", "grouped_mm_fallback"})  # the latter is transformers' operation
 _UPDATES = frozenset({"index_copy_", "index_put_", "scatter_", "index_add_"})
 
 
 def to_expr(value: Any) -> sympy.Expr:
     """A number or SymInt as a sympy expression over the graph's symbols."""
-    return value.node.expr if isinstance(value, py_sym_types) else sympy.sympify(value)
+    return value.node.expr if isinstance(value, py_sym_types) else sympy.sympify(value, strict=True)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
     """All tensors in a nest of containers, in order."""
+    if isinstance(value, Tensor):
+        return [value]
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
@@ -66,7 +70,7 @@ class _Listener(TorchDispatchMode):
         found = dict(getattr(self, "_found", {}))
         self._found: dict[str, Any] = {
             "aten": (), "random": False, "data_dependent": False,
-            "flops": sympy.Integer(0), "traffic_bytes": sympy.Integer(0),
+            "flops": sympy.Integer(0), "traffic_bytes": sympy.Integer(0), "made_bytes": sympy.Integer(0),
         }
         return found
 
@@ -83,6 +87,7 @@ class _Listener(TorchDispatchMode):
         )
         found["flops"] += _flops(func, args, kwargs or {}, out)
         found["traffic_bytes"] += _traffic(name, args, out)
+        found["made_bytes"] += _new_bytes(out, (args, kwargs))
         return out
 
 
@@ -94,11 +99,26 @@ def _traffic(name: str, args: Any, out: Any) -> sympy.Expr:
         return 2 * _total_bytes(out)
     if name in _UPDATES:
         return 2 * _total_bytes(args[1:])
+    if name in _GROUPED and args[0].dim() == 2 and args[1].dim() == 3:
+        return _grouped_bytes(args[0], args[1]) + _total_bytes(out)
     return _total_bytes((args, out))
+
+
+def _grouped_bytes(rows: Tensor, matrices: Tensor) -> sympy.Expr:
+    """Bytes that a grouped product reads: no more groups' matrices than there are rows."""
+    groups = int(matrices.shape[0])
+    read = sympy.Min(groups, to_expr(rows.shape[0]))
+    return tensor_bytes(rows) + read * (tensor_bytes(matrices) / groups)
 
 
 def _total_bytes(value: Any) -> sympy.Expr:
     return sum((tensor_bytes(tensor) for tensor in tensors_in(value)), sympy.Integer(0))
+
+
+def _new_bytes(out: Any, operands: Any) -> sympy.Expr:
+    """Bytes of the tensors of ``out`` that lie in no operand's storage."""
+    known = {storage_id(tensor) for tensor in tensors_in(operands)}
+    return _total_bytes([tensor for tensor in tensors_in(out) if storage_id(tensor) not in known])
 
 
 def _is_random(func: Any, args: Any, kwargs: Any) -> bool:
@@ -111,13 +131,26 @@ def _is_random(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> sympy.Expr:
-    """FLOPs of one ATen call by torch's own formulas; attention that chose a CPU kernel counts as attention."""
+    """FLOPs of one ATen call by torch's own formulas.
+
+    The formulas' registry lacks attention's CPU kernel, which counts as attention, and products by groups of rows.
+    """
     packet = func.overloadpacket
     if packet in flop_registry:
         return to_expr(flop_registry[packet](*args, **kwargs, out_val=out))
     if packet.__name__.startswith("_scaled_dot_product"):
         return to_expr(sdpa_flop_count(*(tuple(t.shape) for t in args[:3])))
+    if packet.__name__ in _GROUPED:
+        return to_expr(_grouped_flops(tuple(args[0].shape), tuple(args[1].shape)))
     return sympy.Integer(0)
+
+
+def _grouped_flops(a: tuple[Any, ...], b: tuple[Any, ...]) -> Any:
+    """A grouped product multiplies each row (or column) with its group's matrix only: one product over all groups.
+
+    Both operands with groups of their own (three dimensions each) are a batch of products.
+    """
+    return bmm_flop(a, b) if len(a) == len(b) == 3 else mm_flop(a[-2:], b[-2:])
 
 
 class _Propagator(fx.Interpreter):
@@ -140,10 +173,11 @@ class _Propagator(fx.Interpreter):
         self._listener.take()
         result = super().run_node(n)
         writes = frozenset(storage_id(t) for t in reads if t._version != before[storage_id(t)])
+        found = self._listener.take()
+        generator = frozenset({GENERATOR} if found["random"] else ())
         annotate(
-            n, NodeInfo(), value=result, position=self._position, module=module_path(n), writes=writes,
-            storages=frozenset(map(storage_id, tensors_in(result))), reads=frozenset(before),
-            **self._listener.take(),
+            n, NodeInfo(), value=result, position=self._position, module=module_path(n), writes=writes | generator,
+            storages=frozenset(map(storage_id, tensors_in(result))), reads=frozenset(before) | generator, **found,
         )
         self._position += 1
         return result
@@ -164,13 +198,30 @@ def capture(module: fx.GraphModule, inputs: Sequence[Any]) -> FakeTensorMode:
     """
     _drop_side_notes(module.graph)
     _drop_idle_autocast(module.graph)
+    fold_transforms(module)
     _bind_python_floats(module)
     mode = _fake_mode(module)
     _check_devices(module, inputs)
     fakes = _fake_inputs(module, inputs, mode)
     with torch.inference_mode(False), torch.no_grad(), _restored_state(), mode, _Listener() as listener:
         _Propagator(module, mode, listener).run(*fakes, enable_io_processing=False)
+    _unify_symbols(module.graph, mode)
     return mode
+
+
+def _unify_symbols(graph: fx.Graph, mode: FakeTensorMode) -> None:
+    """Write the costs with the symbols that were left when symbols had turned out to be equal."""
+    if mode.shape_env is None:
+        return
+    unified: dict[sympy.Expr, sympy.Expr] = {}
+    for node in graph.nodes:
+        found = info(node)
+        for cost in (found.flops, found.traffic_bytes):
+            if cost.free_symbols and cost not in unified:
+                unified[cost] = mode.shape_env.replace(cost)
+        if found.flops in unified or found.traffic_bytes in unified:
+            flops, traffic = (unified.get(cost, cost) for cost in (found.flops, found.traffic_bytes))
+            annotate(node, flops=flops, traffic_bytes=traffic)
 
 
 def _drop_side_notes(graph: fx.Graph) -> None:
@@ -224,11 +275,18 @@ def _fake_mode(module: fx.GraphModule) -> FakeTensorMode:
 def _check_devices(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     for node, value in zip(placeholders, inputs, strict=True):
-        if isinstance(value, Tensor) and value.device.type != "cpu":
+        if not isinstance(value, Tensor) or value.device.type == "cpu":
+            continue
+        name = source_name(node) or node.name
+        if value.device.type == "meta":
             raise UnsupportedModelError(
-                f"{source_name(node) or node.name} is on {value.device}; hetegen expects the whole model and its "
-                "inputs in host memory and moves what it needs itself: call .to('cpu') on it first"
+                f"{name} is on meta and has no values to compute with: load the weights first, or use "
+                "hetegen_compile.plan(model, ...) for a plan without running"
             )
+        raise UnsupportedModelError(
+            f"{name} is on {value.device}; hetegen expects the whole model and its "
+            "inputs in host memory and moves what it needs itself: call .to('cpu') on it first"
+        )
 
 
 def _fake_inputs(module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:

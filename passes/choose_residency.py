@@ -3,25 +3,32 @@
 Why: the budget is hard, so what must be there (mirrors of what the accelerator reads, activations, the
 staging ring) is counted first and weights fill what is left, in the order of the paper's
 g = T_cpu / M_gpu: seconds of a decode step saved per byte held. It is judged at one token whatever the
-graph, since prefill is compiled first and decode is what runs often. If everything fits, nothing is
-offloaded.
+graph, since prefill is compiled first and decode is what runs often. The rest is shared with the other graphs
+on the accelerator (``residency_shares``). If everything fits, nothing is offloaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 from torch import fx
 
 from hetegen_compile.cost_model import row_granularity
 from hetegen_compile.errors import BudgetError
-from hetegen_compile.ir import LINEAR, info, is_tensor
+from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.annotate_costs import linear_cost, value_bytes
-from hetegen_compile.passes.capture import tensor_bytes, tensors_in, to_expr
-from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, forced_split, table_only
-from hetegen_compile.passes.context import GROWTH, Context, Residency
-from hetegen_compile.passes.liveness import activation_peak_bytes
+from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, forced_split
+from hetegen_compile.passes.context import (
+    OTHERS,
+    RESIDENT,
+    RING,
+    Claim,
+    Context,
+    Residency,
+)
+from hetegen_compile.passes.residency_shares import residency_shares
+from hetegen_compile.passes.step_memory import mirrored_size, step_memory
 
 SLOT_ALIGNMENT = 256
 _WINDOW = 2  # slots the ring holds at least: one being read while the next one is being filled
@@ -36,101 +43,77 @@ def choose_residency(module: fx.GraphModule, context: Context) -> Residency:
     """
     linears = [node for node in module.graph.nodes if node.target == LINEAR]
     weights = {node.args[1]: node for node in linears}
-    fixed = _fixed_items(module, weights, context)
-    free = context.budget_bytes - sum(fixed.values())
-    sizes = {weight: _resident_bytes(weight, context) for weight in weights}
-    elsewhere = _held_elsewhere(sizes, context)
-    smallest = _WINDOW * max((_smallest_chunk(weight) for weight in weights), default=0)
-    smallest = max(smallest, context.ring_bytes)
-    if free < smallest:
-        raise _budget_error(fixed, smallest, context)
-    evicts = free - elsewhere < smallest
-    free -= 0 if evicts else elsewhere
-    if sum(sizes.values()) <= free and not forced_split(context):
-        budget = {**fixed, "resident weights": sum(sizes.values())}
-        return Residency(_first_rows(weights, context), 0, 0, budget, whole_graph=True, evicts=evicts)
-    ring = _ring_bytes(weights, smallest, free, context)
-    chosen = _fill(weights, sizes, free - ring, context)
-    budget = {**fixed, "staging ring": ring, "resident weights": sum(sizes[weight] for weight in chosen)}
-    chunk = max(smallest // _WINDOW, ring // _CHUNKS)
-    return Residency(_first_rows(chosen, context), ring, chunk, budget, evicts=evicts)
+    return _Sharing(module, weights, context).decide()
 
 
-def _first_rows(weights: Iterable[fx.Node], context: Context) -> dict[str, int]:
-    """First resident row of each chosen weight: the rows before it are the forced host share."""
-    return {weight.name: forced_host_rows(int(info(weight).value.shape[0]), context) for weight in weights}
+class _Sharing:
+    def __init__(self, module: fx.GraphModule, weights: Mapping[fx.Node, fx.Node], context: Context) -> None:
+        self._weights = weights
+        self._context = context
+        self._mirrored = mirrored_size(module, weights, context)
+        self._fixed = {**step_memory(module, weights, context), **context.overhead_bytes}
+        self._smallest = _WINDOW * max((_smallest_chunk(weight) for weight in weights), default=0)
+        self._keys = {weight: context.resident.identify(context.weights[weight.name]) for weight in weights}
+
+    def decide(self) -> Residency:
+        own = sum(self._fixed.values())
+        others = self._context.resident.claims()
+        if self._context.lean:
+            budget = {**self._fixed, RING: self._smallest, RESIDENT: 0}
+            rest = residency_shares(others, self._context.budget_bytes - own - self._smallest)
+            return self._residency((), rest, self._smallest, budget)
+        if self._context.budget_bytes < own + self._smallest:
+            raise _budget_error(self._fixed, self._smallest, self._context)
+        beyond = max(0, self._context.resident.reserved_bytes() - own)
+        if self._context.budget_bytes < own + beyond + self._smallest:
+            beyond = 0  # both cannot stay at once, whatever is resident
+        fixed = {**self._fixed, **({OTHERS: beyond} if beyond else {})}
+        return self._share(fixed, self._context.budget_bytes - sum(fixed.values()), others)
+
+    def _share(self, fixed: Mapping[str, int], free: int, others: Sequence[Sequence[Claim]]) -> Residency:
+        claims = self._claims()
+        wanted = {claim.key: claim.nbytes for graph in (*others, claims) for claim in graph}
+        shared_ring = self._context.ring_bytes if self._context.ring_bytes <= free else 0
+        if sum(wanted.values()) <= free - shared_ring and not forced_split(self._context):
+            budget = {**fixed, **({RING: shared_ring} if shared_ring else {}), RESIDENT: _nbytes(claims)}
+            return self._residency(claims, residency_shares([*others, claims], free), shared_ring, budget, whole=True)
+        ring = self._ring_bytes(free)
+        first_rows = residency_shares([*others, claims], free - ring)
+        held = sum((c.rows - first_rows.get(c.key, c.rows)) * c.row_bytes for c in claims)
+        return self._residency(claims, first_rows, ring, {**fixed, RING: ring, RESIDENT: held})
+
+    def _residency(
+        self, claims: Sequence[Claim], first_rows: Mapping[Hashable, int], ring: int, budget: Mapping[str, int], *,
+        whole: bool = False,
+    ) -> Residency:  # fmt: skip
+        own = {claim.key for claim in claims}
+        weights = {w.name: first_rows[key] for w, key in self._keys.items() if key in own and key in first_rows}
+        chunk = 0 if whole else max(self._smallest // _WINDOW, ring // _CHUNKS)
+        return Residency(weights, ring, chunk, budget, whole, tuple(claims), first_rows, self._mirrored)
+
+    def _claims(self) -> tuple[Claim, ...]:
+        """What each different weight asks for; the rows of a forced host share stay on the host."""
+        found: dict[Hashable, Claim] = {}
+        for weight, linear in self._weights.items():
+            value = info(weight).value
+            rows, row_bytes = int(value.shape[0]), int(value.shape[1]) * int(value.element_size())
+            first = forced_host_rows(rows, self._context)
+            claim = Claim(self._keys[weight], rows, first, row_bytes, _gain(linear, self._context))
+            found.setdefault(claim.key, claim)
+        return tuple(claim for claim in found.values() if claim.nbytes)
+
+    def _ring_bytes(self, free: int) -> int:
+        """Bytes of the staging ring: two of the largest weight, at most a quarter of what is free.
+
+        All graphs share the ring, so it is as long as others made it unless that takes more than half.
+        """
+        largest = _WINDOW * max((_aligned(value_bytes(weight, self._context)) for weight in self._weights), default=0)
+        ring = max(self._smallest, min(largest, free // 4 // SLOT_ALIGNMENT * SLOT_ALIGNMENT))
+        return max(ring, self._context.ring_bytes if self._context.ring_bytes <= free // 2 else 0)
 
 
-def _held_elsewhere(sizes: Mapping[fx.Node, int], context: Context) -> int:
-    """Bytes of resident weights of other graphs that this graph does not use."""
-    shared = sum(size for weight, size in sizes.items() if _already(weight, context))
-    return max(0, context.resident.held_bytes() - shared)
-
-
-def _fixed_items(module: fx.GraphModule, weights: Iterable[fx.Node], context: Context) -> dict[str, int]:
-    """Bytes on the accelerator that do not depend on which weights are resident."""
-    skipped = set(weights)
-    mirrored = [
-        node for node in module.graph.nodes
-        if node.op in ("placeholder", "get_attr") and is_tensor(node) and node not in skipped
-        and not table_only(node, context)
-    ]
-    growing = [
-        tensor
-        for node in module.graph.nodes
-        if node.op in ("placeholder", "output") and node not in skipped
-        for tensor in tensors_in(info(node).value)
-        if any(to_expr(size).free_symbols for size in tensor.shape)
-    ]
-    linear_io = [value_bytes(node, context) + value_bytes(node.args[0], context) for node in module.graph.nodes
-                 if node.target == LINEAR]
-    return {
-        "mirrors of inputs, buffers and caches": sum(_mirror_bytes(node, mirrored, context) for node in mirrored),
-        GROWTH: _growth(sum(int(context.number(tensor_bytes(t))) for t in growing), context),
-        "activations": max(
-            activation_peak_bytes(module, context) + max(linear_io, default=0), context.activation_bytes
-        ),
-    }
-
-
-def _mirror_bytes(node: fx.Node, mirrored: Sequence[fx.Node], context: Context) -> int:
-    """Bytes of an input's mirror; inputs that lie in one storage share a mirror of all of it."""
-    sharing = [other for other in mirrored if info(other).storages & info(node).storages]
-    if len(sharing) == 1:
-        return value_bytes(node, context)
-    return int(info(node).value.untyped_storage().nbytes()) if sharing[0] is node else 0
-
-
-def _growth(nbytes: int, context: Context) -> int:
-    """Bytes kept free for inputs and outputs of varying size that now have ``nbytes``.
-
-    Up to the stated context (as long again without one), for ``max_batch`` sequences. A forward that outgrows this
-    is planned anew.
-    """
-    longest = max((int(size) for size in context.sizes.values()), default=1)
-    times = 2.0 if context.options.context is None else context.options.context / max(1, longest)
-    return max(0, round(nbytes * (times * context.options.max_batch - 1)))
-
-
-def _resident_bytes(weight: fx.Node, context: Context) -> int:
-    """Bytes of the weight's rows that residency would hold (a forced host share stays on the host)."""
-    value = info(weight).value
-    rows = int(value.shape[0])
-    row_bytes = int(value.shape[1]) * int(value.element_size())
-    return (rows - forced_host_rows(rows, context)) * row_bytes
-
-
-def _already(weight: fx.Node, context: Context) -> bool:
-    return context.resident.is_resident(context.weights[weight.name])
-
-
-def _ring_bytes(weights: Mapping[fx.Node, fx.Node], smallest: int, free: int, context: Context) -> int:
-    """Bytes of the staging ring: two of the largest weight, at most a quarter of what is free.
-
-    The ring is shared by all graphs, so it is never shorter than it is already.
-    """
-    largest = _WINDOW * max((_aligned(value_bytes(weight, context)) for weight in weights), default=0)
-    return max(smallest, context.ring_bytes, min(largest, free // 4 // SLOT_ALIGNMENT * SLOT_ALIGNMENT))
+def _nbytes(claims: Sequence[Claim]) -> int:
+    return sum(claim.nbytes for claim in claims)
 
 
 def _smallest_chunk(weight: fx.Node) -> int:
@@ -148,23 +131,10 @@ def _budget_error(fixed: Mapping[str, int], smallest: int, context: Context) -> 
     need = sum(fixed.values()) + smallest
     return BudgetError(
         f"gpu_memory={format_bytes(context.budget_bytes)} cannot hold what a step needs on the accelerator: "
-        f"{items}; staging ring (two of the smallest slots at least): {format_bytes(smallest)}. "
+        f"{items}; {RING} (two of the smallest slots at least): {format_bytes(smallest)}. "
         f"The smallest budget that works is {need} bytes ({format_bytes(need)}): "
         f"set options={{'gpu_memory': {need}}} or use a smaller batch or context"
     )
-
-
-def _fill(
-    weights: Mapping[fx.Node, fx.Node], sizes: Mapping[fx.Node, int], free: int, context: Context
-) -> list[fx.Node]:
-    """Weights in falling order of gain per byte, as many as fit; those already there come first."""
-    order = sorted(weights, key=lambda weight: (not _already(weight, context), -_gain(weights[weight], context)))
-    chosen = []
-    for weight in order:
-        if 0 < sizes[weight] <= free:
-            chosen.append(weight)
-            free -= sizes[weight]
-    return chosen
 
 
 def _gain(linear: fx.Node, context: Context) -> float:

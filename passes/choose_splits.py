@@ -27,6 +27,14 @@ STAGED_CHUNK_BYTES = 16 << 20
 """Most bytes of a chunk of a staged weight: where the link's rate has levelled off, so the pinned ring stays small."""
 
 
+def feed_s(linear: fx.Node, cost: NodeCost, context: Context) -> float:
+    """Seconds to bring a Linear's whole weight over the link, by way of the pinned ring if it is staged."""
+    weight: fx.Node = linear.args[1]  # type: ignore[assignment]
+    if weight.name not in context.staged:
+        return cost.link_s
+    return max(cost.link_s, cost.weight_bytes / context.profile.pin_bytes_per_s)
+
+
 def best_split(rows: int, cost: NodeCost, context: Context, *, staged: bool = False) -> SplitSolution:
     """The balance of host and link for one Linear none of whose rows are resident.
 

@@ -7,8 +7,9 @@ field of the same meaning, so that a pass that runs too early fails on None and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Protocol, TypeVar
 
 import sympy
@@ -17,6 +18,7 @@ from torch import Tensor, fx
 
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.options import Options
+from hetegen_compile.passes.expressions import evaluate
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,16 @@ Splits = Mapping[int, LinearPlan]
 """Plans of the Linears by their place in program order (``NodeInfo.position``)."""
 
 
+MIRRORED = "mirrors of inputs, buffers and caches"
+"""The budget's item for what the step reads beside weights, at the sizes of this call."""
+ACTIVATIONS = "activations"
+"""The budget's item for what the step makes, segments' inner values included, at the largest sizes of the plan."""
 GROWTH = "room for caches to grow"
-"""The budget's item for inputs and outputs of varying size, half of it for each."""
+"""The budget's item for what caches take beyond this call, up to the stated context and ``max_batch``."""
+OTHERS = "steps of other graphs"
+"""The budget's item for what other graphs on the accelerator need beyond this one."""
+RESIDENT = "resident weights"
+RING = "staging ring"
 
 
 @dataclass(frozen=True)
@@ -88,8 +98,12 @@ class Residency:
 
     ``weights`` maps the placeholder's name to the first row that is resident; the rows after it are, too.
 
-    ``whole_graph`` says that everything fits: nothing is offloaded and the graph is compiled in one piece.
-    ``evicts`` says that weights of other graphs have to leave first.
+    Attributes:
+        whole_graph: everything fits: nothing is offloaded and the graph is compiled in one piece.
+        claims: what this graph would keep on the accelerator.
+        first_rows: first resident row of every claimed weight, those of other graphs included (a weight of no
+            resident row is not in it).
+        mirrored: bytes of the mirrors that the step reads, an expression over the graph's sizes.
     """
 
     weights: Mapping[str, int]
@@ -97,12 +111,14 @@ class Residency:
     chunk_bytes: int
     budget: Mapping[str, int]
     whole_graph: bool = False
-    evicts: bool = False
+    claims: Sequence[Claim] = ()
+    first_rows: Mapping[Hashable, int] = field(default_factory=dict)
+    mirrored: sympy.Expr = sympy.Integer(0)
 
     @property
-    def transient_bytes(self) -> int:
-        """What a step makes beside what it reads: activations, and the growth of the caches that it returns."""
-        return self.budget["activations"] + self.budget[GROWTH] // 2
+    def step_bytes(self) -> int:
+        """What this graph's step needs beside resident weights and the ring."""
+        return sum(self.budget.get(item, 0) for item in (MIRRORED, ACTIVATIONS, GROWTH))
 
 
 @dataclass(frozen=True)
@@ -141,6 +157,41 @@ class Work:
     seconds: float
 
 
+Life = tuple[int, int, sympy.Expr]
+"""First and last place of a value in some order, and its bytes."""
+
+
+def most_at_once(lives: Iterable[tuple[int, int, int]]) -> int:
+    """Largest sum of bytes of (first place, last place, bytes) at one place, both ends included."""
+    change: dict[int, int] = {}
+    for born, dies, size in lives:
+        change[born] = change.get(born, 0) + size
+        change[dies + 1] = change.get(dies + 1, 0) - size
+    return max(accumulate(change[place] for place in sorted(change)), default=0)
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """What a schedule occupies on the accelerator beside mirrors, resident weights and the ring.
+
+    Attributes:
+        lives: (first point, last point, bytes) of each value, in points of issue order.
+        workspace: for each node that has inner values, their most bytes at once.
+    """
+
+    lives: tuple[Life, ...]
+    workspace: Mapping[fx.Node, sympy.Expr | int]
+
+    def peak_bytes(self, nbytes: Callable[[sympy.Expr], float]) -> int:
+        """Most bytes at one point, ``nbytes`` evaluating the sizes; the largest value counts once more.
+
+        (The host runs ahead of the streams, so a value may be made before the one that it replaces is gone.)
+        """
+        known = {size: int(nbytes(size)) for size in {size for _, _, size in self.lives}}
+        peak = most_at_once((born, dies, known[size]) for born, dies, size in self.lives)
+        return peak + max(known.values(), default=0)
+
+
 @dataclass(frozen=True)
 class Prediction:
     """The simulated step: per node its work and its interval, in seconds from the start of the step."""
@@ -159,10 +210,14 @@ SegmentCompiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 @dataclass(frozen=True)
 class SegmentCache:
-    """Compiled segments of one captured graph, by key; shared by the plans of all its buckets."""
+    """Compiled segments of one captured graph, by key; shared by the plans of all its buckets.
+
+    ``refused`` has the reason for each that the compiler failed on and that runs as plain FX code.
+    """
 
     compile_segment: SegmentCompiler
     compiled: MutableMapping[Hashable, Callable[..., Any]]
+    refused: MutableMapping[Hashable, Refusal] = field(default_factory=dict)
 
 
 class HostOnlyGraphError(Exception):
@@ -170,14 +225,61 @@ class HostOnlyGraphError(Exception):
     transfer of values keeps in step. The message says which nodes."""
 
 
+@dataclass(frozen=True)
+class Claim:
+    """A weight that a graph would keep on the accelerator.
+
+    Attributes:
+        key: the identity of its storage and of its place in it: graphs that share a weight share the key.
+        rows, first: rows ``first:rows`` may be resident (those before are the host's by option).
+        row_bytes: bytes of a row.
+        gain_s_per_byte: seconds of a decode step that a resident byte saves.
+    """
+
+    key: Hashable
+    rows: int
+    first: int
+    row_bytes: int
+    gain_s_per_byte: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows that may be resident."""
+        return (self.rows - self.first) * self.row_bytes
+
+
 class ResidentWeights(Protocol):
-    """What the residency decision needs to know about weights that are already on the accelerator."""
+    """What the residency decision needs to know about the other graphs on the accelerator."""
 
-    def is_resident(self, weight: Tensor) -> bool:
-        """Whether the whole weight is on the accelerator already."""
+    def identify(self, weight: Tensor) -> Hashable:
+        """The key of a weight's claim."""
 
-    def held_bytes(self) -> int:
-        """Bytes of all resident weights, those of other graphs included."""
+    def claims(self) -> Sequence[Sequence[Claim]]:
+        """The claims of each other graph, oldest first."""
+
+    def reserved_bytes(self) -> int:
+        """The most that a step of another graph needs beside resident weights and the ring."""
+
+
+class NothingResident:
+    """An accelerator that no other graph uses."""
+
+    def identify(self, weight: Tensor) -> Hashable:
+        """By storage, and place in it."""
+        return weight_key(weight)
+
+    def claims(self) -> Sequence[Sequence[Claim]]:
+        """None."""
+        return ()
+
+    def reserved_bytes(self) -> int:
+        """Nothing."""
+        return 0
+
+
+def weight_key(weight: Tensor) -> Hashable:
+    """Identity of a weight while its storage lives."""
+    return (weight.untyped_storage()._cdata, weight.storage_offset(), tuple(weight.shape), tuple(weight.stride()))
 
 
 class HostWeights(Protocol):
@@ -191,10 +293,13 @@ class HostWeights(Protocol):
 class Context:
     """Everything a pass may know. Fields from ``effects`` on are filled in as the pipeline runs.
 
-    ``activation_bytes`` is what an earlier schedule of the same graph is known to need for activations;
-    ``ring_bytes`` the length that the accelerator's staging ring has already; ``device`` where segments will run;
-    ``host_memory`` None says that all weights are pinned. ``staged`` are the placeholders of the weights whose rows
-    go through the pinned ring, with the reason.
+    ``largest`` are the sizes that the budget has room for, ``spare`` says whether beyond what the options state;
+    ``sequences`` and ``tokens_per_sequence`` are what a graph of fixed sizes is given (0: unknown).
+    ``activation_bytes`` is what a schedule of the same graph is known to need for activations (None: an estimate is
+    made); ``lean`` asks for the smallest ring and no resident weights. ``ring_bytes`` is the length that other graphs
+    gave the accelerator's staging ring; ``overhead_bytes`` what the device's libraries take, item by item; ``device``
+    where segments will run. ``host_memory`` None says that all weights are pinned. ``staged`` are the placeholders of
+    the weights whose rows go through the pinned ring, with the reason.
     """
 
     options: Options
@@ -207,8 +312,14 @@ class Context:
     refuse: Callable[[Refusal], None]
     segments: SegmentCache
     refusals: tuple[Refusal, ...] = ()
-    activation_bytes: int = 0
+    activation_bytes: int | None = None
+    lean: bool = False
+    largest: Mapping[sympy.Symbol, sympy.Integer] = field(default_factory=dict)
+    spare: bool = True
+    tokens_per_sequence: int = 0
+    sequences: int = 0
     ring_bytes: int = 0
+    overhead_bytes: Mapping[str, int] = field(default_factory=dict)
     device: torch.device = torch.device("cpu")
     host_memory: HostWeights | None = None
     effects: Effects | None = None
@@ -217,14 +328,17 @@ class Context:
     residency: Residency | None = None
     splits: Splits | None = None
     placement: Placement | None = None
+    memory: MemoryNeed | None = None
     prediction: Prediction | None = None
 
     def number(self, expression: sympy.Expr) -> float:
         """A cost expression at this context's sizes; a size that depends on data counts as 1."""
-        if not expression.free_symbols:
-            return float(expression)
-        unknown = dict.fromkeys(expression.free_symbols - self.sizes.keys(), sympy.Integer(1))
-        return float(expression.xreplace({**self.sizes, **unknown}))
+        return evaluate(expression, self.sizes)
+
+    def room(self, expression: sympy.Expr) -> int:
+        """Bytes that the budget keeps for what has ``expression`` bytes: at the largest sizes, never less than now."""
+        now = self.number(expression)
+        return int(max(now, evaluate(expression, {**self.sizes, **self.largest})) if self.largest else now)
 
 
 _T = TypeVar("_T")

@@ -15,17 +15,23 @@ After:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch.fx.experimental.proxy_tensor import py_sym_types
 
 from hetegen_compile.ir import info
 from hetegen_compile.passes.capture import storage_id, to_expr
-from hetegen_compile.passes.context import Context, SegmentCache
+from hetegen_compile.passes.context import Context, Refusal, SegmentCache
+
+logger = logging.getLogger("hetegen_compile")
+
+_REASON_CHARACTERS = 500  # a compiler's message may hold the code that it was given
 
 
 class CompiledSegment(torch.nn.Module):
@@ -47,17 +53,32 @@ def lower(module: fx.GraphModule, context: Context) -> None:
     for node in module.graph.find_nodes(op="call_module"):
         segment = module.get_submodule(str(node.target))
         if isinstance(segment, fx.GraphModule):
-            setattr(module, str(node.target), _compiled(segment, context.segments))
+            where = " ".join(filter(None, (node.name, info(node).module)))
+            setattr(module, str(node.target), _compiled(segment, where, context.segments))
 
 
-def _compiled(segment: fx.GraphModule, cache: SegmentCache) -> CompiledSegment:
+def _compiled(segment: fx.GraphModule, where: str, cache: SegmentCache) -> CompiledSegment:
     key = segment_key(segment)
     if key not in cache.compiled:
-        examples = [info(node).value for node in segment.graph.find_nodes(op="placeholder")]
-        cache.compiled[key] = cache.compile_segment(segment, examples)
+        cache.compiled[key] = _compile_or_refuse(segment, where, key, cache)
     outputs = [info(node).value for node in next(iter(reversed(segment.graph.nodes))).args[0]]
     function = with_declared_strides(cache.compiled[key], outputs)
     return CompiledSegment(function, len(outputs), mutated_inputs(segment))
+
+
+def _compile_or_refuse(segment: fx.GraphModule, where: str, key: Hashable, cache: SegmentCache) -> Callable[..., Any]:
+    """The compiled segment or, where its compiler fails, the segment as plain FX code and a refusal that says so."""
+    examples = [info(node).value for node in segment.graph.find_nodes(op="placeholder")]
+    try:
+        return cache.compile_segment(segment, examples)
+    except TensorifyScalarRestartAnalysis:
+        raise
+    except Exception as error:  # whatever a compiler raises: right and slow beats not at all, and it is told
+        reason = f"{type(error).__name__}: {error}"[:_REASON_CHARACTERS]
+        cache.refused[key] = Refusal(where, f"runs as plain FX code, its compiler failed with {reason}")
+        logger.warning("%s %s", where, cache.refused[key].reason)
+        forward: Callable[..., Any] = segment.forward
+        return forward
 
 
 def with_declared_strides(function: Callable[..., Any], outputs: Sequence[Tensor]) -> Callable[..., Any]:

@@ -27,6 +27,7 @@ from torch import Tensor, fx
 from hetegen_compile.ir import LINEAR, annotate, erase_dead_nodes, info, is_tensor
 from hetegen_compile.passes.capture import source_name
 from hetegen_compile.passes.context import Context, Refusal
+from hetegen_compile.passes.fold_transforms import Folded
 from hetegen_compile.passes.place_nodes import autocast_regions
 
 _LINEAR = {torch._C._nn.linear, torch.nn.functional.linear, torch.ops.aten.linear.default}
@@ -53,6 +54,8 @@ def normalise_linears(module: fx.GraphModule, context: Context) -> None:
     stored = _made_of_weights(module.graph, context)
     under_autocast = {node for region in autocast_regions(list(module.graph.nodes)) for node in region}
     for node in list(module.graph.nodes):
+        if isinstance(node.target, Folded) and any(_match(inner) for inner in node.target.module.graph.nodes):
+            context.refuse(Refusal(info(node).module or node.name, "it has products inside a vmap, which is not cut"))
         match = _match(node)
         if match is None:
             continue

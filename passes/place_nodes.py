@@ -60,6 +60,7 @@ class _Placer:
     def place(self) -> Placement:
         written_back = self._place_host()
         accelerator = self._needed_on_accelerator(written_back)
+        accelerator |= self._returned_to_accelerator(accelerator)
         reason = _mixed_region(self._regions) or self._mixed_storage(accelerator, written_back)
         if reason is not None:
             raise HostOnlyGraphError(reason)
@@ -188,6 +189,35 @@ class _Placer:
             pending += node.all_input_nodes
             pending += self._writers_touching(node)
         return {node for node in needed if node.target != LINEAR}
+
+    def _returned_to_accelerator(self, accelerator: set[fx.Node]) -> set[fx.Node]:
+        """Results that the host moves together and the accelerator can make of values that it has, too.
+
+        They are the next step's inputs, if they are a cache: a window cut from what was concatenated.
+        """
+        found: set[fx.Node] = set()
+        for node in self._nodes[-1].all_input_nodes:
+            if node in self._host and not _is_integer(node):
+                chain = self._chain_from(node, accelerator)
+                found |= chain or set()
+        return found
+
+    def _chain_from(self, node: fx.Node, accelerator: set[fx.Node]) -> set[fx.Node] | None:
+        """The nodes beyond ``accelerator`` that make ``node`` of its values; None if anything else is needed."""
+        if node in accelerator or _is_scalar(node):
+            return set()
+        if node.op in ("placeholder", "get_attr"):
+            return set() if any(user in accelerator for user in node.users) else None
+        movable = node not in self._host_only and node.target != LINEAR and self._repeatable(node)
+        if not movable or not accelerator.issuperset(self._writers_touching(node)):
+            return None
+        chain = {node}
+        for argument in node.all_input_nodes:
+            more = self._chain_from(argument, accelerator)
+            if more is None:
+                return None
+            chain |= more
+        return chain
 
     # ---- what the two sides cannot share ---------------------------------------------------------------------
 

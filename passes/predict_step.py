@@ -143,6 +143,13 @@ def _linear_work(node: fx.Node, context: Context) -> Work:
     return Work("host", seconds + _untold_trip_s(context))
 
 
+def trip_s(linear: fx.Node, context: Context) -> float:
+    """What a trip of a Linear's activation to the host and of a result back costs beside the host's work."""
+    profile = context.profile
+    down_s = download_s(profile, value_bytes(linear.all_input_nodes[0], context))
+    return down_s + profile.synchronise_s + profile.link.view_s + _untold_trip_s(context)
+
+
 def _untold_trip_s(context: Context) -> float:
     """The part of a split's measured fixed cost that the trip's own tasks do not account for."""
     profile = context.profile

@@ -13,40 +13,73 @@ After:
 
     a = arange(4, device="cuda:0"); b = x.to("cuda:0"); c = zeros(2, device="cuda:0")
 
-The propagation also runs where torch has no CUDA: the Python forms that ask for a device guard there
-(indexing, ``contiguous``, ``copy_``) go to their ATen overloads.
+The propagation also runs where torch has no CUDA: the Python forms that ask for a device guard there (indexing,
+``contiguous``, ``copy_``, ``~``) go to their ATen overloads, and attention's softmax to one whose decomposition for
+symbolic sizes does not use them. With ``HETEGEN_CHECK_DEVICES=1`` in the environment every schedule of the
+emulated accelerator is propagated so for ``cuda:0``, and the result thrown away: a host tensor that reaches a
+node of the accelerator is an error at compile time on a machine without one. It costs a fifth of a second for two
+layers of a transformer, so it is not always on; the tests do it for all architectures.
 """
 
 from __future__ import annotations
 
+import contextlib
 import operator
+import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._device import _device_constructors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hetegen_compile import ir
-from hetegen_compile.ir import annotate, info
+from hetegen_compile.errors import ScheduleError
+from hetegen_compile.ir import annotate, copy_module, info
 from hetegen_compile.passes.capture import storage_id, tensors_in
 from hetegen_compile.passes.context import Context
+from hetegen_compile.passes.fold_transforms import Folded
+
+CHECK_VARIABLE = "HETEGEN_CHECK_DEVICES"
+_CUDA = torch.device("cuda", 0)
 
 aten = torch.ops.aten
 
 
 def retarget_devices(module: fx.GraphModule, context: Context) -> None:
     """Move every segment, and the notes on its values, to the context's device."""
-    if context.device.type == "cpu":
-        return
+    if context.device.type != "cpu":
+        _retarget(module, context.device)
+    elif os.environ.get(CHECK_VARIABLE) == "1":
+        check_devices(module)
+
+
+def check_devices(module: fx.GraphModule) -> None:
+    """Propagate a copy of a scheduled graph as if the accelerator were ``cuda:0``.
+
+    Raises:
+        ScheduleError: a tensor is used on a device where it is not; names the node and its module.
+    """
+    copy = copy_module(module)
+    for call in copy.graph.find_nodes(op="call_module"):
+        segment = copy.get_submodule(str(call.target))
+        if isinstance(segment, fx.GraphModule):
+            setattr(copy, str(call.target), copy_module(segment))
+    _retarget(copy, _CUDA)
+
+
+def _retarget(module: fx.GraphModule, device: torch.device) -> None:
     segments = [module.get_submodule(str(call.target)) for call in module.graph.find_nodes(op="call_module")]
     for segment in segments:
         if isinstance(segment, fx.GraphModule):
-            retarget_constants(segment.graph, context.device)
+            retarget_constants(segment.graph, device)
     mode = _fake_mode(module)
     if mode is not None:
-        with mode, torch.no_grad():
-            _DeviceValues(module, context.device).propagate()
+        guards = contextlib.nullcontext() if torch.cuda.is_available() else _GuardFreeAttention()  # type: ignore[no-untyped-call]
+        with mode, torch.no_grad(), guards:
+            _DeviceValues(module, device).propagate()
 
 
 def retarget_constants(graph: fx.Graph, device: torch.device) -> None:
@@ -54,6 +87,8 @@ def retarget_constants(graph: fx.Graph, device: torch.device) -> None:
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
+        if isinstance(node.target, Folded):
+            node.target = node.target.on(device, retarget_constants)
         node.args = tuple(_replaced(argument, node, device) for argument in node.args)
         node.kwargs = {name: _replaced(argument, node, device) for name, argument in node.kwargs.items()}
         if node.op == "call_method" and node.target == "cpu":
@@ -80,7 +115,7 @@ def _fake_mode(module: fx.GraphModule) -> FakeTensorMode | None:
 
 
 class _DeviceValues:
-    """Fakes on the accelerator's device for every value there, by propagation in issue order."""
+    """Fakes of every value on the device where it is, by propagation in issue order."""
 
     def __init__(self, module: fx.GraphModule, device: torch.device) -> None:
         self._module = module
@@ -89,13 +124,34 @@ class _DeviceValues:
         self._bases: dict[int, Tensor] = {}
 
     def propagate(self) -> None:
+        """Go through the schedule; values of the accelerator are on the device, all others on the host."""
         for node in self._module.graph.nodes:
-            if node.op == "call_module":
-                self._values[node] = self._segment(node)
-            elif node.target is operator.getitem and node.args[0] in self._values:
-                self._values[node] = self._values[node.args[0]][node.args[1]]
-            elif info(node).side == "accelerator" and isinstance(info(node).value, Tensor):
-                self._values[node] = self._fresh(node, info(node).value)
+            reads = _READS.get(node.target, info(node).side if node.op != "output" else "host")
+            if reads is not None and node.target is not operator.getitem:
+                self._check(node, reads)
+            self._values[node] = self._value(node)
+
+    def _value(self, node: fx.Node) -> Any:
+        if node.op == "call_module":
+            return self._segment(node)
+        if node.target is operator.getitem and isinstance(self._values[_first(node)], tuple | list):
+            return self._values[_first(node)][node.args[1]]
+        value = info(node).value
+        if info(node).side != "accelerator" or node.target in _ON_THE_WAY:
+            return value
+        return self._fresh(node, value) if isinstance(value, Tensor) else value
+
+    def _check(self, node: fx.Node, side: ir.Side) -> None:
+        expected = self._device.type if side == "accelerator" else "cpu"
+        for operand in node.all_input_nodes:
+            if operand.target in _ON_THE_WAY:
+                continue
+            for tensor in tensors_in(self._values[operand]):
+                if tensor.device.type != expected:
+                    raise ScheduleError(
+                        f"retarget_devices: {node.name} ({info(node).module}) runs on {expected} and reads "
+                        f"{operand.name} ({info(operand).module}), which is on {tensor.device.type}"
+                    )
 
     def _fresh(self, node: fx.Node, value: Tensor) -> Tensor:
         """A fake of the same geometry; mirrors of one storage share one."""
@@ -112,34 +168,80 @@ class _DeviceValues:
     def _segment(self, node: fx.Node) -> tuple[Any, ...]:
         segment = self._module.get_submodule(str(node.target))
         assert isinstance(segment, fx.GraphModule)
-        inputs = [self._values.get(arg, info(arg).value) for arg in node.args if isinstance(arg, fx.Node)]
+        inputs = [self._values[arg] for arg in node.args if isinstance(arg, fx.Node)]
         for placeholder, value in zip(segment.graph.find_nodes(op="placeholder"), inputs, strict=True):
             annotate(placeholder, value=value)
-        outputs: tuple[Any, ...] = _SegmentOnDevice(segment, garbage_collect_values=False).run(*inputs)
+        outputs: tuple[Any, ...] = _SegmentOnDevice(segment, node, self._device).run(*inputs)
         return outputs
+
+
+_ON_THE_WAY = (ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.TO_HOST, ir.TO_ACCELERATOR, ir.RELEASE)
+_READS: dict[Any, ir.Side | None] = {
+    ir.MIRROR: "host", ir.RESIDENT: "host", ir.PREFETCH: "host", ir.PREFETCH_AHEAD: "host", ir.CARRIED: "host",
+    ir.TO_ACCELERATOR: "host", ir.TO_HOST: "accelerator",
+    ir.WAIT: None, ir.WAIT_HOST: None, ir.RELEASE: None, ir.TWIN: None,
+}  # fmt: skip
+"""Where the schedule's own operations read; every other node where it runs."""
+
+
+def _first(node: fx.Node) -> fx.Node:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source
 
 
 class _SegmentOnDevice(fx.Interpreter):
     """Runs a segment on fakes of the device and leaves each value on its node."""
 
+    def __init__(self, segment: fx.GraphModule, call: fx.Node, device: torch.device) -> None:
+        super().__init__(segment, garbage_collect_values=False)
+        self.extra_traceback = False
+        self._call = call
+        self._device = device
+
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+        try:
+            result = super().run_node(n)
+        except RuntimeError as error:
+            raise ScheduleError(
+                f"retarget_devices: {n.name} ({info(n).module}) in {self._call.name} does not run on "
+                f"{self._device.type}: {error}"
+            ) from error
         annotate(n, value=result)
         return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is operator.getitem and isinstance(args[0], Tensor):
-            return index(args[0], args[1])
-        if target is operator.setitem and isinstance(args[0], Tensor):
-            return _write(index(args[0], args[1]), args[2])
+        if target in _FUNCTIONS and isinstance(args[0], Tensor):
+            return _FUNCTIONS[target](*args, **kwargs)
         return super().call_function(target, args, kwargs)
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target == "contiguous" and not kwargs:
-            return args[0] if args[0].is_contiguous() else aten.clone(args[0], memory_format=torch.contiguous_format)
-        if target == "copy_":
-            return aten.copy_(*args, **kwargs)
+        if target in _METHODS:
+            return _METHODS[target](*args, **kwargs)
         return super().call_method(target, args, kwargs)
+
+
+class _GuardFreeAttention(TorchDispatchMode):
+    """Attention's softmax by its plain form, of the same geometry, where a device guard cannot be had."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is aten._safe_softmax.default:
+            return aten._softmax.default(args[0], args[1], False)
+        return func(*args, **(kwargs or {}))
+
+
+def _contiguous(tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    if tensor.is_contiguous(memory_format=memory_format):
+        return tensor
+    result: Tensor = aten.clone(tensor, memory_format=memory_format)
+    return result
+
+
+def _copy(tensor: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    result: Tensor = aten.copy_(tensor, source, non_blocking)
+    return result
 
 
 def index(tensor: Tensor, key: Any) -> Tensor:
@@ -176,3 +278,15 @@ def _write(view: Tensor, value: Any) -> None:
         aten.copy_(view, value)
     else:
         aten.fill_(view, value)
+
+
+def _set_item(tensor: Tensor, key: Any, value: Any) -> None:
+    _write(index(tensor, key), value)
+
+
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    operator.getitem: index,
+    operator.setitem: _set_item,
+    operator.invert: aten.bitwise_not,
+}
+_METHODS: dict[str, Callable[..., Any]] = {"contiguous": _contiguous, "copy_": _copy}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._inductor.exc import InvalidCxxCompiler
+from transformers import OPTConfig
 
 from hetegen_compile import calibration, cli, doctor
 from hetegen_compile.calibration import Effort, calibrate
@@ -158,3 +159,67 @@ def test_a_memory_limit_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     check = doctor._memory()
     assert check.status == "warn"
     assert "1.00 GiB" in check.finding
+
+
+# ---- hetegen plan -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """A folder with the config of a small OPT."""
+    config = OPTConfig(
+        hidden_size=1024, ffn_dim=4096, num_hidden_layers=2, num_attention_heads=16, vocab_size=1024,
+        word_embed_proj_dim=1024,
+    )
+    config.save_pretrained(tmp_path / "opt")
+    return str(tmp_path / "opt")
+
+
+PLAN = ["--hardware", "a10-xeon", "--gpu-memory", "24MiB", "--prompt", "32", "--new-tokens", "4"]
+
+
+def test_plan_prints_speed_memory_and_what_splitting_buys(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", model, *PLAN, "--table"]) == 0
+    printed = capsys.readouterr()
+    assert "float16, on a10-xeon: 32 tokens in, 4 out. Predicted, nothing was run." in printed.out
+    for expected in (
+        "decode step, 34 tokens in the cache", "tokens/s, prefill included", "24.00 MiB budget", "- resident weights",
+        "- weights and buffers", "module by module, no prefetch", "CPU only", "splitting ",
+        "prefill: hetegen dry run, hardware a10-xeon, 17 to 64 tokens", "model.decoder.layers.{0..1}",
+        "decode, at the longest context: hetegen dry run, hardware a10-xeon, 1 token",
+    ):  # fmt: skip
+        assert expected in printed.out
+    assert "tracing the forward of 32 tokens" in printed.err
+
+
+def test_plan_as_json_is_json_and_nothing_else(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", model, *PLAN, "--split", "0.5", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["budget_bytes"] == 24 * 2**20
+    shares = {row["host_share"] for row in data["decode"]["rows"] if row["placement"] == "split"}
+    assert shares == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "no/such-model"], "the network is not used"),
+        (["plan", "MODEL", "--hardware", "nothing"], "nothing"),
+        (["plan", "MODEL", "--dtype", "int4"], "dtype='int4'"),
+        (["plan", "MODEL", "--gpu-memory", "6 bananas"], "is not a size"),
+        (["plan", "MODEL", "--hardware", "a10-xeon", "--gpu-memory", "10KiB", "--new-tokens", "1"], "smallest budget"),
+    ],
+)
+def test_plan_errors_are_one_line(
+    arguments: list[str], message: str, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([model if argument == "MODEL" else argument for argument in arguments]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("hetegen: ")
+    assert message in line
+
+
+def test_plan_knows_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "m", "--split", "half"])
+    assert "--split" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEAVES = {"hetegen_compile.errors", "hetegen_compile.ir", "hetegen_compile.options", "hetegen_compile.plan"}
+LEAVES = {f"hetegen_compile.{name}" for name in ("errors", "geometry", "ir", "options", "rows")}
 BELOW = {
     "cost_model": {"hetegen_compile.cost_model"},
     "passes": {"hetegen_compile.cost_model", "hetegen_compile.passes"},

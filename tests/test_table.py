@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetegen_compile.plan import Row, Totals
+from hetegen_compile.rows import Row, Totals
 from hetegen_compile.table import WIDTH, schedule_table
 
 TOTALS = Totals(
@@ -180,7 +180,7 @@ def test_long_names_wrap_at_their_separators_and_lose_nothing() -> None:
 def test_totals_say_where_weights_are_consumed_and_what_else_would_take() -> None:
     text = schedule_table(layer(0), TOTALS, title="")
     assert "5.00 MiB resident, 100.00 MiB streamed, 1.50 GiB on the host" in text
-    lines = [re.split(r"\s{2,}", line) for line in text.splitlines()[-6:]]
+    lines = [re.split(r"\s{2,}", line) for line in text.splitlines()[-8:-2]]
     assert lines == [
         ["this schedule", "12.5", "1.00x"],
         ["floor", "10.0", "0.80x"],
@@ -191,11 +191,26 @@ def test_totals_say_where_weights_are_consumed_and_what_else_would_take() -> Non
     ]
 
 
+@pytest.mark.parametrize(
+    ("baselines", "says"),
+    [
+        ({"streamed": 0.025, "host_only": 0.03, "resident": 0.001}, "2.00 times as fast as the best alternative"),
+        ({"streamed": 0.0125, "host_only": 0.03}, "splitting buys nothing: the host adds nothing to the link here"),
+        ({"streamed": 0.025, "host_only": 0.0126}, "splitting buys nothing: the link adds nothing to the host here"),
+        ({"streamed": 0.025, "host_only": 0.005}, "splitting loses: CPU only is 2.50 times as fast"),
+        ({"resident": 0.0125}, "everything fits the budget: there is nothing to split"),
+    ],
+)
+def test_the_last_line_says_what_splitting_buys(baselines: dict[str, float | None], says: str) -> None:
+    text = schedule_table(layer(0), replace(TOTALS, baselines=baselines), title="")
+    assert says in text.splitlines()[-1]
+
+
 def test_an_empty_schedule_has_totals_and_no_ratio() -> None:
     nothing = Totals(0, 0, 0, 0.0, 0.0, {"host_only": 0.002})
     text = schedule_table([], nothing, title="")
     assert "0 B resident" in text
-    assert [line.split() for line in text.splitlines()[-3:]] == [
+    assert [line.split() for line in text.splitlines()[-5:-2]] == [
         ["this", "schedule", "0"], ["floor", "0"], ["CPU", "only", "2.00"],
     ]  # fmt: skip
 

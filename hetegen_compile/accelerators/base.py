@@ -24,7 +24,7 @@ future on the emulated accelerator. Only the accelerator looks inside it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,18 +41,21 @@ class Op:
     """One operation of a bound schedule, as the accelerator needs to know it.
 
     ``name`` is the node's name (errors, traces), ``seconds`` what the cost model predicts for it on the
-    stated hardware (pacing), ``category`` what its bytes are counted under.
+    stated hardware (pacing), ``category`` what its bytes are counted under, ``workspace_bytes`` what it
+    occupies while it runs beside its arguments and results.
     """
 
     name: str
     seconds: float = 0.0
     category: str = "activations"
+    workspace_bytes: int = 0
 
 
 @dataclass
 class Counters:
     """Bytes that moved and bytes that are held, by category (``weights``, ``mirrors``, ``activations``, ...).
 
+    ``peak_bytes`` is the most that was held at once, workspace included, ``step_peak_bytes`` that of the last step.
     ``staged_bytes`` went through the pinned ring on their way up.
     """
 
@@ -61,6 +64,7 @@ class Counters:
     downloaded_bytes: dict[str, int] = field(default_factory=dict)
     held_bytes: dict[str, int] = field(default_factory=dict)
     peak_bytes: int = 0
+    step_peak_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,15 @@ class Span:
     end_s: float
 
 
+def call_on_host(op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``function(*args, **kwargs)``; what it raises is raised as it is in eager, with a note that names the node."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        error.add_note(f"raised by the host operation {op.name} of hetegen's schedule")
+        raise
+
+
 class Accelerator(ABC):
     """One device, its three streams and the pin thread; see the module's docstring for what each operation orders."""
 
@@ -83,6 +96,11 @@ class Accelerator(ABC):
     counters: Counters
     memory_bytes: int
     """Bytes of device memory that may be used at all (free memory on CUDA, the profile's when emulated)."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether work can be given to it; if not, every method raises AcceleratorError with the reason."""
+        return True
 
     # ---- memory ------------------------------------------------------------------------------------
     @abstractmethod
@@ -98,8 +116,20 @@ class Accelerator(ABC):
         """Copy a device value down into a new ordinary host tensor; blocks until it is complete."""
 
     @abstractmethod
+    def limit_memory(self, nbytes: int) -> None:
+        """Hold at most ``nbytes`` from now on, the ring included: what would exceed it is an AcceleratorMemoryError."""
+
+    @abstractmethod
+    def available_bytes(self) -> int:
+        """Bytes that could be held now: what is held and what is free."""
+
+    def overhead_bytes(self) -> Mapping[str, int]:
+        """What the device's libraries take beside what this interface allocates, item by item."""
+        return {}
+
+    @abstractmethod
     def reserve_ring(self, nbytes: int) -> None:
-        """Make the staging ring at least ``nbytes`` long (synchronises if it has to grow)."""
+        """Make the staging ring ``nbytes`` long (synchronises if its length changes; what it held is lost)."""
 
     @abstractmethod
     def slot(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
@@ -111,6 +141,11 @@ class Accelerator(ABC):
 
         Returns 0 if the bytes are pinned now (at once or before), else the driver's error code.
         """
+
+    @abstractmethod
+    def abandon_step(self) -> None:
+        """The host left the step by an exception: pass over what is queued, let go of what the step held, and undo
+        what it set process-wide. Nothing happens outside a step."""
 
     @abstractmethod
     def reserve_pinned(self, nbytes: int) -> None:

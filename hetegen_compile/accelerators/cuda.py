@@ -12,9 +12,11 @@ what costs nothing; work that fails is reported by the call that meets it.
 
 from __future__ import annotations
 
+import os
+import re
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +24,7 @@ from typing import Any
 
 import torch
 
-from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value
+from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value, call_on_host
 from hetegen_compile.accelerators.cuda_pinning import SUCCESS, CudaHostMemory, cuda_view, pinned_by_others
 from hetegen_compile.accelerators.cuda_staging import Job, PinThread, copy_rows
 from hetegen_compile.accelerators.cuda_trace import CudaTracer
@@ -32,6 +34,7 @@ from hetegen_compile.accelerators.ring import make_slot, slot_view
 from hetegen_compile.accelerators.values import Slot
 from hetegen_compile.errors import (
     AcceleratorError,
+    AcceleratorMemoryError,
     AcceleratorUnavailableError,
     ScheduleError,
     SlotInUseError,
@@ -39,6 +42,9 @@ from hetegen_compile.errors import (
 
 DIRECT_BYTES = 256 * 1024
 """Below this size ``to_accelerator`` makes a CUDA view of a pinned buffer instead of queueing a copy."""
+
+ALLOCATOR_BLOCK_BYTES = 20 << 20
+"""Torch's allocator reserves in blocks of this size for tensors of 1 to 10 MiB: the last one is rarely full."""
 
 
 @dataclass(eq=False)
@@ -96,6 +102,7 @@ class CudaAccelerator(Accelerator):
         self.memory_bytes = free_bytes if memory_bytes is None else min(memory_bytes, free_bytes)
         self.counters = Counters()
         self._ledger = MemoryLedger(self.counters, self.memory_bytes)
+        self._reserved_before = torch.cuda.memory_reserved(self.device)
         memory = CudaHostMemory(self.device)
         self._pins = PinTable(memory.register, memory.unregister)
         self._tracer = CudaTracer(self.device)
@@ -145,9 +152,23 @@ class CudaAccelerator(Accelerator):
         self._ledger.downloaded(op.category, span_bytes(value))
         return result
 
+    def limit_memory(self, nbytes: int) -> None:
+        self._ledger.limit_bytes = nbytes
+
+    def available_bytes(self) -> int:
+        """What is reserved by torch's allocator is ours; the driver says what is free beside it."""
+        free_bytes, _ = torch.cuda.mem_get_info(self.device)
+        return int(free_bytes) + torch.cuda.memory_reserved(self.device) - self._reserved_before
+
+    def overhead_bytes(self) -> Mapping[str, int]:
+        return {
+            "cuBLAS workspace": cublas_workspace_bytes(torch.cuda.get_device_capability(self.device)),
+            "rounding of torch's allocator": ALLOCATOR_BLOCK_BYTES,
+        }
+
     def reserve_ring(self, nbytes: int) -> None:
         self._check_open()
-        if nbytes <= self._ring.numel():
+        if nbytes == self._ring.numel():
             return
         self.synchronize()
         self._ledger.require("the staging ring", nbytes - self._ring.numel())
@@ -205,15 +226,11 @@ class CudaAccelerator(Accelerator):
         for transfer in carried:
             if not self.holds(transfer):
                 raise ScheduleError(f"begin_step takes over {transfer.node}, which is not held for it")
-        if self._in_step:  # the step before was aborted
-            self.synchronize()
-            self._kept.clear()
-            self._staged.clear()
-        for transfer in self._ahead:  # what is given up is overwritten by later copies of the same stream only
-            transfer.kind = "given up"
+        self.abandon_step()
+        self._give_up_ahead()
         for transfer in carried:
             transfer.kind = "prefetch"
-        self._ahead.clear()
+        self._ledger.begin_step()
         self._up.wait_stream(self._compute)
         self._down.wait_stream(self._compute)
         self._in_step = True
@@ -231,7 +248,22 @@ class CudaAccelerator(Accelerator):
         staged, self._staged = self._staged, []
         for transfer in staged:
             transfer.issued()  # raises what failed on the pin thread
-        self.counters.peak_bytes = torch.cuda.max_memory_reserved(self.device)
+        reserved = torch.cuda.max_memory_reserved(self.device) - self._reserved_before
+        self.counters.peak_bytes = self.counters.step_peak_bytes = max(0, reserved)
+
+    def abandon_step(self) -> None:
+        if self._in_step:
+            self.synchronize()
+            self._kept.clear()
+            self._staged.clear()
+            self._give_up_ahead()
+            self._in_step = False
+
+    def _give_up_ahead(self) -> None:
+        """Forget prefetches for the next step; only later copies of the same stream overwrite their bytes."""
+        for transfer in self._ahead:
+            transfer.kind = "given up"
+        self._ahead.clear()
 
     def _synchronize_step(self) -> None:
         """Block until everything but prefetches for the next step is over."""
@@ -427,7 +459,7 @@ class CudaAccelerator(Accelerator):
             ):
                 raise ScheduleError(f"{op.name} runs on the host but gets a value of the accelerator")
         with self._tracer.host_span(op.name):
-            return function(*args, **kwargs)
+            return call_on_host(op, function, args, kwargs)
 
     # ---- life --------------------------------------------------------------------------------------
     def trace(self, enabled: bool) -> list[Span]:
@@ -464,6 +496,8 @@ class CudaAccelerator(Accelerator):
         """Errors of torch and CUDA name the node at which they were met."""
         try:
             yield
+        except torch.OutOfMemoryError as error:
+            raise AcceleratorMemoryError(f"{op.name} found no memory on {self.device}: {error}") from error
         except RuntimeError as error:
             if isinstance(error, AcceleratorError):
                 raise
@@ -489,6 +523,19 @@ def _started(op: Op, transfer: object, kinds: tuple[str, ...]) -> CudaTransfer:
     if transfer.kind not in kinds:
         raise ScheduleError(f"{op.name} waits for {transfer.node}, which is a {transfer.kind}")
     return transfer
+
+
+def cublas_workspace_bytes(capability: tuple[int, int]) -> int:
+    """What torch gives cuBLAS for a handle and stream: what it says itself (torch 2.13), else what it documents.
+
+    That is ``CUBLAS_WORKSPACE_CONFIG``, a list of ``:KiB:count``, else 32 MiB on Hopper and newer.
+    """
+    if hasattr(torch.backends.cuda, "cublas_workspace_size") and torch.version.cuda is not None:
+        return int(torch.backends.cuda.cublas_workspace_size())
+    pairs = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    if pairs:
+        return sum(int(kib) * int(count) for kib, count in pairs) * 1024
+    return 32 << 20 if capability[0] >= 9 else (4096 * 2 + 16 * 8) * 1024
 
 
 def _current_device() -> torch.device:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value
+from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value, call_on_host
 from hetegen_compile.accelerators.clocks import COMPUTE, DOWN, HOST, PIN, UP, Access
 from hetegen_compile.accelerators.engine import Engine
 from hetegen_compile.accelerators.geometry import same_geometry, span_bytes
@@ -45,7 +45,8 @@ class EmulatedAccelerator(Accelerator):
     Args:
         memory_bytes: what ``upload`` and ``reserve_ring`` may hold in total.
         pace: every lane takes at least the predicted seconds of its operations times this; None: no pacing.
-        seed: random delays of up to a millisecond before each operation of each stream; None: no delays.
+        seed: random delays of up to a millisecond before each operation of the streams and of the host thread that
+            issues them; lanes differ in how long theirs are. None: no delays.
         pin_limit_bytes: host memory that may be pinned in place, as a limit of locked memory; None: no limit.
     """
 
@@ -72,8 +73,18 @@ class EmulatedAccelerator(Accelerator):
         self._engine = Engine(pace, seed)
 
     @property
+    def usable(self) -> bool:
+        """False after ``close``, in a forked child, and once a worker thread has died."""
+        return self._engine.why_unusable() is None
+
+    @property
     def pinned_bytes(self) -> int:
         return self._pins.pinned_bytes + self._pinned.nbytes
+
+    def reseed(self, seed: int | None) -> None:
+        """Other random delays from the next step on, as if the accelerator had been opened with this seed."""
+        self.synchronize()
+        self._engine.reseed(seed)
 
     # ---- memory ------------------------------------------------------------------------------------
     def upload(self, op: Op, source: torch.Tensor, *, into: Value | None = None) -> DeviceTensor:
@@ -81,7 +92,6 @@ class EmulatedAccelerator(Accelerator):
         self._hazards.refuse_on_host(op.name, source)
         access = self._hazards.clocks.issue(COMPUTE, op.name)
         if into is None:
-            self._ledger.require(op.name, span_bytes(source))
             value = DeviceTensor(access)
             work = partial(self._work.copy_up, op, value, source)
         else:
@@ -102,14 +112,25 @@ class EmulatedAccelerator(Accelerator):
         result: torch.Tensor = self.wait_host(Op(op.name), self.to_host(op, value))
         return result
 
+    def limit_memory(self, nbytes: int) -> None:
+        self._ledger.limit_bytes = nbytes
+
+    def available_bytes(self) -> int:
+        return self.memory_bytes
+
+    def withdraw_memory(self, nbytes: int) -> None:
+        """Play that somebody else takes ``nbytes`` of the device's memory (gives back, if negative)."""
+        self.memory_bytes -= nbytes
+        self._ledger.memory_bytes = self.memory_bytes
+
     def reserve_ring(self, nbytes: int) -> None:
         self._engine.check_usable()
-        if nbytes <= self._ring.nbytes:
+        if nbytes == self._ring.nbytes:
             return
         self.synchronize()
         self._ledger.require("the staging ring", nbytes - self._ring.nbytes)
         self._hazards.restart("reserve_ring")
-        self._ring.grow(nbytes)
+        self._ring.resize(nbytes)
         self._ledger.hold(self._ring.buffer, "slots")
 
     def slot(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
@@ -133,7 +154,7 @@ class EmulatedAccelerator(Accelerator):
             return
         self.synchronize()
         self._hazards.restart("reserve_pinned")
-        self._pinned.grow(nbytes)
+        self._pinned.resize(nbytes)
 
     def pinned_slot(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
         self._engine.check_usable()
@@ -142,19 +163,25 @@ class EmulatedAccelerator(Accelerator):
     # ---- steps -------------------------------------------------------------------------------------
     def begin_step(self, carried: Sequence[Transfer] = ()) -> None:
         self._engine.check_usable()
-        if self._engine.in_step:
-            self._engine.abort()
-            self._free_ring("the aborted step")
+        self.abandon_step()
         self._finish_step()
         self._work.aliases.clear()
         kept = [self._hazards.take_over(transfer) for transfer in carried]
         self._give_up(*self._hazards.restart("begin_step", kept))
+        self._ledger.begin_step()
         self._engine.enter_step()
 
     def end_step(self) -> None:
         self._engine.check_usable()
         self._finish_step()
         self._engine.leave_step()
+        self._hazards.check_lent()
+
+    def abandon_step(self) -> None:
+        if self._engine.in_step:
+            self._engine.abort()
+            self._work.aliases.clear()
+            self._free_ring("abandon_step")
 
     def _finish_step(self) -> None:
         """Wait for everything but prefetches for the next step."""
@@ -191,6 +218,7 @@ class EmulatedAccelerator(Accelerator):
         self._engine.check_usable()
         self._hazards.refuse_on_host(op.name, source)
         _check_rows(op, source, slot)
+        self._hazards.lend(op.name, source)
         access = self._hazards.stage(op.name, after)
         occupancy = Occupancy(op.name, slot.offset, slot.nbytes)
         self._hazards.occupy_pinned(occupancy, access)
@@ -205,6 +233,7 @@ class EmulatedAccelerator(Accelerator):
         if isinstance(source, Transfer):
             return self._prefetch_staged(op, source, slot, after)
         self._hazards.refuse_on_host(op.name, source)
+        self._hazards.lend(op.name, source)
         return self._start_prefetch(op, source, slot, after)
 
     def prefetch_ahead(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Token]) -> Transfer:
@@ -235,7 +264,7 @@ class EmulatedAccelerator(Accelerator):
         access = self._hazards.prefetch(op.name, after, ahead=ahead)
         occupancy = Occupancy(op.name, slot.offset, slot.nbytes)
         self._hazards.occupy(occupancy, access)
-        value = DeviceTensor(access, occupancy=occupancy)
+        value = DeviceTensor(access, occupancy=occupancy, arrived=False)
         work = partial(self._work.fill_slot, op, value, rows, self._ring.view(slot))
         waits, done = _done(after), threading.Event()
         if stage is not None and stage.staged is not None:
@@ -298,10 +327,11 @@ class EmulatedAccelerator(Accelerator):
     def to_accelerator(self, op: Op, tensor: torch.Tensor) -> Transfer:
         self._engine.check_usable()
         self._hazards.refuse_on_host(op.name, tensor)
+        self._hazards.lend(op.name, tensor)
         if span_bytes(tensor) < DIRECT_BYTES:
             return self._lend(op, tensor)
         access = self._hazards.upload(op.name)
-        value = DeviceTensor(access)
+        value = DeviceTensor(access, arrived=False)
         done = threading.Event()
         self._engine.submit(UP, Task(op, partial(self._work.copy_up, op, value, tensor), done=done))
         return Transfer(op.name, "to_accelerator", access, self._hazards.clocks.now(UP), value, done)
@@ -309,7 +339,7 @@ class EmulatedAccelerator(Accelerator):
     def _lend(self, op: Op, tensor: torch.Tensor) -> Transfer:
         """Small tensors are read where they lie; the value keeps the host's tensor alive."""
         access = self._hazards.clocks.issue(HOST, op.name)
-        value = DeviceTensor(access, borrowed=True)
+        value = DeviceTensor(access, borrowed=True, arrived=False)
         value.data = tensor.detach()
         self._ledger.hold(tensor, op.category, nbytes=0)
         self._ledger.uploaded(op.category, span_bytes(tensor))
@@ -331,7 +361,7 @@ class EmulatedAccelerator(Accelerator):
             self._hazards.mutate(args[position], access)
         results = [DeviceTensor(access) for _ in range(1 if outputs is None else outputs)]
         call = Call(function, args, tuple(args[i] for i in mutates), results, outputs is None)
-        work = partial(self._work.call, call, self._issued(access))
+        work = partial(self._work.call, op, call, self._issued(access))
         self._engine.submit(COMPUTE, Task(op, work, Modes.current()))
         return results[0] if outputs is None else results
 
@@ -342,7 +372,7 @@ class EmulatedAccelerator(Accelerator):
         self._hazards.refuse_on_host(op.name, (args, kwargs))
         self._hazards.clocks.issue(HOST, op.name)
         start_s = time.perf_counter()
-        result = function(*args, **kwargs)
+        result = call_on_host(op, function, args, kwargs)
         self._engine.account(op, HOST, start_s)
         return result
 

@@ -11,10 +11,10 @@ import weakref
 import torch
 
 from hetegen_compile.accelerators.base import Op, Span
-from hetegen_compile.accelerators.clocks import COMPUTE, DOWN, PIN, UP
+from hetegen_compile.accelerators.clocks import COMPUTE, DOWN, HOST, PIN, UP
 from hetegen_compile.accelerators.pacing import Pacer
-from hetegen_compile.accelerators.streams import Shared, Stream, Task
-from hetegen_compile.errors import AcceleratorError, ScheduleError
+from hetegen_compile.accelerators.streams import Delays, Shared, Stream, Task
+from hetegen_compile.errors import AcceleratorError, AcceleratorMemoryError, ScheduleError
 
 SWITCH_INTERVAL_S = 1e-5
 """Of the interpreter while a step runs: at the default a hand-off beside a busy thread takes milliseconds."""
@@ -32,26 +32,49 @@ class Engine:
         self._pid = os.getpid()
         self._switch_interval: float | None = None
         self.in_step = False
+        self._host_delays = None if seed is None else Delays(seed, HOST)
         threads = torch.get_num_threads()
         self._streams = {lane: Stream(lane, self._shared) for lane in (COMPUTE, UP, DOWN, PIN)}
         torch.set_num_threads(threads)  # see the docstring of ``streams``
         self._stop = weakref.finalize(self, _stop_streams, self._shared, list(self._streams.values()))
 
     def check_usable(self) -> None:
-        """Raise AcceleratorError after close and in a forked child, which has no threads."""
+        """Raise AcceleratorError after close, in a forked child (which has no threads), and if a thread has died."""
+        reason = self.why_unusable()
+        if reason is not None:
+            raise AcceleratorError(reason)
+
+    def why_unusable(self) -> str | None:
+        """Why nothing can run on it any more, with the remedy, or None."""
         if not self._stop.alive:
-            raise AcceleratorError("the accelerator is closed")
+            return "the accelerator is closed"
         if os.getpid() != self._pid:
-            raise AcceleratorError(
-                "the accelerator's threads do not exist in a forked process; open one there"
+            return (
+                "the accelerator's threads do not exist in a forked process: compile the model again there "
+                "(torch._dynamo.reset() first)"
             )
+        dead = next((stream for stream in self._streams.values() if stream.ended), None)
+        if dead is not None:
+            return (
+                f"the accelerator's thread {dead.thread.name} has died: compile the model again "
+                "(torch._dynamo.reset() first)"
+            )
+        return None
 
     # ---- work ----------------------------------------------------------------------------------------
     def submit(self, lane: int, task: Task, *, carried: bool = False) -> None:
         """Enqueue a task on a stream; ``carried``: the end of the step does not wait for it."""
         if lane == UP and not carried and task.done is not None:
             self._last_upload = task.done
+        if self._host_delays is not None:
+            self._host_delays.sleep()
         self._streams[lane].submit(task)
+
+    def reseed(self, seed: int | None) -> None:
+        """Other random delays from here on (None: none); all streams have to be idle."""
+        self._host_delays = None if seed is None else Delays(seed, HOST)
+        for lane, stream in self._streams.items():
+            stream.delays = None if seed is None else Delays(seed, lane)
 
     def marker(self, lane: int, op: Op) -> threading.Event:
         """An event that is set once everything issued to a stream so far is over."""
@@ -102,6 +125,10 @@ class Engine:
     def leave_step(self) -> None:
         """Give the interpreter its own switch interval back."""
         self.in_step = False
+        self.restore_switch_interval()
+
+    def restore_switch_interval(self) -> None:
+        """Undo what ``enter_step`` set for the whole interpreter."""
         if self._switch_interval is not None:
             sys.setswitchinterval(self._switch_interval)
             self._switch_interval = None
@@ -111,9 +138,10 @@ class Engine:
         failure = self._shared.failure
         if failure is None:
             return None
+        self.check_usable()
         self.abort()
         node, cause = failure
-        if isinstance(cause, ScheduleError):
+        if isinstance(cause, (ScheduleError, AcceleratorMemoryError)):
             return cause
         error = AcceleratorError(f"{node} failed on the accelerator: {type(cause).__name__}: {cause}")
         error.__cause__ = cause

@@ -31,6 +31,7 @@ class Hazards:
         self._slots = Occupied()
         self._pinned = Occupied()
         self._uploaded = self.clocks.now(UP)
+        self._lent: list[tuple[str, torch.Tensor, int]] = []
 
     def step_is_over(self) -> None:
         """Everything but the prefetches for the next step is over."""
@@ -40,8 +41,22 @@ class Hazards:
         self, node: str, carried: Sequence[Occupancy] = ()
     ) -> tuple[list[Occupancy], list[Occupancy]]:
         """Nothing uses the rings but what is ``carried``: free the rest; returns what was not released in each."""
+        self._lent.clear()
         by = Access(node, HOST, 0)
         return self._slots.vacate(by, carried), self._pinned.vacate(by)
+
+    # ---- host tensors that the streams read --------------------------------------------------------------
+    def lend(self, node: str, tensor: torch.Tensor) -> None:
+        """A transfer reads a host tensor, which nothing may write before the step's end."""
+        if not tensor.is_inference():  # torch counts no writes of those
+            self._lent.append((node, tensor, tensor._version))
+
+    def check_lent(self) -> None:
+        """At the step's end: MissingWaitError if a host tensor was written while a stream could read it."""
+        lent, self._lent = self._lent, []
+        for node, tensor, version in lent:
+            if tensor._version != version:
+                raise MissingWaitError(f"what {node} sends up was written on the host before the end of the step")
 
     # ---- uses ----------------------------------------------------------------------------------------
     def use(self, value: DeviceTensor, user: Access) -> None:
@@ -51,6 +66,8 @@ class Hazards:
             raise SlotInUseError(
                 f"{user.node} uses {value.node} after {occupancy.released.node} released its slot"
             )
+        if not value.arrived:
+            raise MissingWaitError(f"{user.node} uses {value.node} without waiting for it")
         self._require(value.writer, user, "uses")
 
     def use_arguments(self, arguments: Iterable[object], user: Access) -> None:
@@ -158,6 +175,7 @@ class Hazards:
         """``transfer`` and its value, or the error of waiting for something that does not go up."""
         started = self.started(transfer, user, ("prefetch", "to_accelerator"))
         assert started.value is not None, "what goes up has a device value"
+        started.value.arrived = True
         return started, started.value
 
     def upload(self, node: str) -> Access:

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 
 from hetegen_compile.accelerators.base import Counters
-from hetegen_compile.errors import BudgetError
+from hetegen_compile.errors import AcceleratorMemoryError
 
 
 class MemoryLedger:
     """Counts every storage once, however many views of it exist, until the last of them is gone.
+
+    ``memory_bytes`` is what the device has, ``limit_bytes`` what may be held of it: what would exceed the
+    smaller of the two is refused.
 
     Called by any thread. A finalizer may run inside any of these methods (garbage collection), where it
     cannot take the lock: it only queues the storage's key, and whoever has or gets the lock removes it.
@@ -24,7 +27,8 @@ class MemoryLedger:
 
     def __init__(self, counters: Counters, memory_bytes: int) -> None:
         self.counters = counters
-        self._memory_bytes = memory_bytes
+        self.memory_bytes = memory_bytes
+        self.limit_bytes = memory_bytes
         self._storages: dict[int, tuple[str, int]] = {}
         self._dead: deque[int] = deque()
         self._lock = threading.Lock()
@@ -35,12 +39,17 @@ class MemoryLedger:
         with self._books():
             return sum(self.counters.held_bytes.values())
 
+    def begin_step(self) -> None:
+        """Start a step's peak with what is held."""
+        with self._books():
+            self.counters.step_peak_bytes = sum(self.counters.held_bytes.values())
+
     def require(self, name: str, nbytes: int) -> None:
-        """Raise BudgetError unless ``nbytes`` more fit."""
-        held = self.held_bytes
-        if held + nbytes > self._memory_bytes:
-            raise BudgetError(
-                f"{name} needs {nbytes} bytes, {held} of {self._memory_bytes} bytes of accelerator memory "
+        """Raise AcceleratorMemoryError unless ``nbytes`` more fit."""
+        held, most = self.held_bytes, min(self.memory_bytes, self.limit_bytes)
+        if held + nbytes > most:
+            raise AcceleratorMemoryError(
+                f"{name} needs {nbytes} bytes, {held} of {most} bytes of accelerator memory "
                 f"are in use; raise gpu_memory or keep less resident"
             )
 
@@ -55,9 +64,21 @@ class MemoryLedger:
             self._storages[key] = (category, size)
             held = self.counters.held_bytes
             held[category] = held.get(category, 0) + size
-            self.counters.peak_bytes = max(self.counters.peak_bytes, sum(held.values()))
+            self._note_peak(0)
         finalizer = weakref.finalize(storage, self._drop, key)
         finalizer.atexit = False
+
+    def note_workspace(self, name: str, nbytes: int) -> None:
+        """Count ``nbytes`` that an operation occupied until now; AcceleratorMemoryError if they did not fit."""
+        with self._books():
+            self._note_peak(nbytes)
+        self.require(name, nbytes)
+
+    def _note_peak(self, workspace_bytes: int) -> None:
+        counters = self.counters
+        held = sum(counters.held_bytes.values()) + workspace_bytes
+        counters.peak_bytes = max(counters.peak_bytes, held)
+        counters.step_peak_bytes = max(counters.step_peak_bytes, held)
 
     def uploaded(self, category: str, nbytes: int) -> None:
         """Count bytes that went up."""

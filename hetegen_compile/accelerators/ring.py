@@ -33,7 +33,7 @@ def slot_view(buffer: torch.Tensor, slot: Slot) -> torch.Tensor:
 
 
 class Ring:
-    """A buffer that may grow; slots stay valid because they are looked up at each use."""
+    """A buffer that may be replaced by another one; slots stay valid because they are looked up at each use."""
 
     def __init__(self) -> None:
         self.buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -44,7 +44,7 @@ class Ring:
         """Length of the ring."""
         return self.buffer.numel()
 
-    def grow(self, nbytes: int) -> None:
+    def resize(self, nbytes: int) -> None:
         """Replace the buffer by one of ``nbytes``; what the old one held is lost."""
         self._views.clear()
         self.buffer = torch.empty(0, dtype=torch.uint8, device="cpu")

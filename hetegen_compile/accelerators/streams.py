@@ -12,6 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +24,21 @@ from hetegen_compile.accelerators.pacing import Pacer
 
 LONGEST_DELAY_S = 1e-3
 """Of the random delays that a seed asks for."""
+_SPEEDS = (0.0, 0.1, 1.0)
+"""Shares of the longest delay, one drawn for each lane: lanes that run far ahead of each other show more."""
+
+
+class Delays:
+    """Random delays of one lane; the same seed gives the same ones."""
+
+    def __init__(self, seed: int, lane: int) -> None:
+        self._random = random.Random(f"{seed} {RESOURCES[lane]}")
+        self._longest_s = LONGEST_DELAY_S * self._random.choice(_SPEEDS)
+
+    def sleep(self) -> None:
+        """Sleep for a random time, which may be none."""
+        if self._longest_s > 0.0:
+            time.sleep(self._random.uniform(0.0, self._longest_s))
 
 
 @dataclass(eq=False)
@@ -78,8 +94,9 @@ class Stream:
         self._lane = lane
         self._shared = shared
         self._queue: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-        self._random = None if shared.seed is None else random.Random(f"{shared.seed} {RESOURCES[lane]}")
+        self.delays = None if shared.seed is None else Delays(shared.seed, lane)
         self._started = threading.Event()
+        self.ended = False
         self.thread = threading.Thread(target=self._run, name=f"hetegen-{RESOURCES[lane]}", daemon=True)
         self.thread.start()
         self._started.wait()
@@ -87,6 +104,8 @@ class Stream:
     def submit(self, task: Task) -> None:
         """Enqueue a task; returns at once."""
         self._queue.put(task)
+        if self.ended:
+            self._pass_over()
 
     def stop(self) -> None:
         """Let the thread end after what is queued; does not wait for it."""
@@ -98,9 +117,28 @@ class Stream:
         torch.set_num_threads(1)
         modes = EnteredModes()
         self._started.set()
-        while (task := self._queue.get()) is not None:
-            self._finish(task, modes)
-            del task  # the next get() may block for long, and a task holds tensors
+        task: Task | None = None
+        try:
+            while (task := self._queue.get()) is not None:
+                self._finish(task, modes)
+                task = None  # the next get() may block for long, and a task holds tensors
+        finally:  # also when the thread dies: what is queued and what will be must not be waited for
+            self.ended = True
+            if task is not None and task.done is not None:
+                task.done.set()
+            if self._shared.failure is None:
+                self._shared.failure = (self.thread.name, RuntimeError("the thread has ended"))
+            self._pass_over()
+
+    def _pass_over(self) -> None:
+        """Set the events of everything queued without running it."""
+        with suppress(queue.Empty):
+            while True:
+                task = self._queue.get_nowait()
+                if task is not None:
+                    task.work = None
+                    if task.done is not None:
+                        task.done.set()
 
     def _finish(self, task: Task, modes: EnteredModes) -> None:
         """Run a task and set its event, whatever happens: nobody may hang on a failed one."""
@@ -120,8 +158,8 @@ class Stream:
                 task.done.set()
 
     def _perform(self, task: Task, work: Callable[[], None], modes: EnteredModes) -> None:
-        if self._random is not None:
-            time.sleep(self._random.uniform(0.0, LONGEST_DELAY_S))
+        if self.delays is not None:
+            self.delays.sleep()
         modes.enter(task.modes)
         start_s = time.perf_counter()
         work()

@@ -110,15 +110,19 @@ class DeviceTensor(Deferred):
         readers: downloads that may still be reading it.
         occupancy: the ring bytes it lies in, if it was prefetched.
         borrowed: it is a view of a host tensor, which nothing may write.
+        arrived: its transfer, if it has one, has been waited for (also where there is nothing to wait for).
         data: the tensor, ``UNFINISHED`` until the stream got there.
     """
 
-    def __init__(self, writer: Access, *, occupancy: Occupancy | None = None, borrowed: bool = False) -> None:
+    def __init__(
+        self, writer: Access, *, occupancy: Occupancy | None = None, borrowed: bool = False, arrived: bool = True
+    ) -> None:
         self.node = writer.node
         self.writer = writer
         self.readers: list[Access] = []
         self.occupancy = occupancy
         self.borrowed = borrowed
+        self.arrived = arrived
         self.data: Any = UNFINISHED
 
     def tensor(self) -> torch.Tensor:

@@ -39,6 +39,7 @@ class DeviceWork:
 
     def copy_up(self, op: Op, value: DeviceTensor, source: torch.Tensor) -> None:
         """Allocate a device tensor and fill it from a host tensor."""
+        self._ledger.require(op.name, span_bytes(source))
         twin = empty_twin(source, HOST_DEVICE)
         self._ledger.hold(twin, op.category)
         copy_span(twin, source)
@@ -74,8 +75,12 @@ class DeviceWork:
             self._ledger.downloaded(op.category, span_bytes(source))
         transfer.host_tensors = twins
 
-    def call(self, call: Call, issued: Issued) -> None:
-        """Run a launch's function on the finished arguments and finish its results."""
+    def call(self, op: Op, call: Call, issued: Issued) -> None:
+        """Run a launch's function on the finished arguments and finish its results.
+
+        Results and workspace are there at the same time, and refused afterwards if they do not fit.
+        """
+        self._ledger.require(op.name, op.workspace_bytes)
         for value in deferred_in(call.written):
             if isinstance(value, DeviceTensor):
                 self.aliases.write(value.tensor(), *issued)
@@ -84,6 +89,7 @@ class DeviceWork:
             value.data = data
             if isinstance(data, torch.Tensor):
                 self._ledger.hold(data, "activations")
+        self._ledger.note_workspace(op.name, op.workspace_bytes)
 
 
 def _resolve(argument: Any) -> Any:

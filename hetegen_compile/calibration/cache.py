@@ -10,13 +10,12 @@ import json
 import logging
 import os
 import stat
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 from hetegen_compile.calibration.machine import Machine
 from hetegen_compile.cost_model import HardwareProfile, load_profile, profile_to_json
 from hetegen_compile.errors import HardwareProfileError
+from hetegen_compile.files import write_private
 
 logger = logging.getLogger("hetegen_compile")
 
@@ -29,8 +28,11 @@ def cache_path(machine: Machine) -> Path | None:
     """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not base.is_absolute():
-        base = Path(os.path.expanduser("~")) / ".cache"
-    return base / "hetegen" / "profiles" / f"{machine.key}.json" if base.is_absolute() else None
+        home = Path(os.path.expanduser("~"))
+        if not (home.is_absolute() and home.is_dir()):  # as of services' users: not ours to make
+            return None
+        base = home / ".cache"
+    return base / "hetegen" / "profiles" / f"{machine.key}.json"
 
 
 def read_profile(path: Path, machine: Machine) -> HardwareProfile | None:
@@ -61,7 +63,7 @@ def write_profile(path: Path | None, profile: HardwareProfile) -> bool:
         return False
     try:
         _make_private(path.parent)
-        _replace(path, json.dumps(profile_to_json(profile), indent=2) + "\n")
+        write_private(path, json.dumps(profile_to_json(profile), indent=2) + "\n")
     except OSError as error:
         logger.warning("the profile is used but not cached: %s", error)
         return False
@@ -78,21 +80,9 @@ def _check_owner(path: Path) -> None:
 
 
 def _make_private(folder: Path) -> None:
-    """The folder and the one above it, for this user only."""
+    """The folder, the one above it and whatever is missing above that, for this user only."""
+    missing = [place for place in folder.parents if not place.exists()]
+    for place in (*reversed(missing), folder):
+        place.mkdir(mode=0o700, exist_ok=True)
     for place in (folder.parent, folder):
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
         place.chmod(0o700)
-
-
-def _replace(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise

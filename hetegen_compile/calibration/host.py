@@ -15,23 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetegen_compile.calibration.kernels import (
-    LINEAR,
-    compare_kernels,
-    describe_fastest,
-    dtype_name,
-    kernel_rate,
-    kernel_rates,
-    kernels_for,
-    make_weights,
-)
+from hetegen_compile.calibration.kernels import cut_weights, dtype_name, in_place, kernel_rate, make_arena
+from hetegen_compile.calibration.linears import LinearFigures, linear_steps, measure_linears
 from hetegen_compile.calibration.machine import cpu_model, host_memory_bytes, last_level_cache_bytes
 from hetegen_compile.calibration.timing import Effort, median_s
-from hetegen_compile.cost_model import HostProfile, RateCurve
+from hetegen_compile.cost_model import HostProfile, RateTable
+from hetegen_compile.host_kernels import KERNELS
 
 logger = logging.getLogger("hetegen_compile")
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 MIN_ROTATE_BYTES = 128 << 20
 
@@ -40,15 +33,16 @@ _LAUNCHES = 100
 
 @dataclass(frozen=True)
 class HostFigures:
-    """The host's profile, and per dtype which kernel was fastest at which number of tokens, as text."""
+    """The host's profile, and per dtype how its kernels compare, as text."""
 
     profile: HostProfile
-    fastest: Mapping[str, str]
+    comparison: Mapping[str, str]
 
 
 def host_steps(effort: Effort) -> int:
     """How often ``measure_host`` reports progress."""
-    return len(DTYPES) * (effort.repeats * len(effort.tokens) + len(effort.kernel_tokens) + 2) + 2
+    floating = sum(dtype.is_floating_point for dtype in DTYPES)
+    return linear_steps(DTYPES, effort) + 2 * floating + 2
 
 
 def measure_host(
@@ -63,40 +57,42 @@ def measure_host(
     """
     rotate_bytes = rotation_bytes(effort)
     copy = copy or memory_copy(rotate_bytes)
+    step("host launch")
+    fixed_s = launch_s(effort)
+    linears: dict[str, LinearFigures] = {}
     flops: dict[str, float] = {}
-    curves: dict[str, RateCurve] = {}
-    fastest: dict[str, str] = {}
     shares: list[float] = []
     for dtype in DTYPES:
         name = dtype_name(dtype)
-        weights = make_weights(effort.shapes, dtype, rotate_bytes)
-        curves[name] = _linear_curve(weights, effort, step)
-        step(f"host arithmetic, {name}")
-        flops[name] = max(arithmetic_rate(dtype, effort), _linear_flops(curves[name], dtype))
-        step(f"host Linear during copies, {name}")
-        shares.append(remaining_share(weights, copy, effort))
-        fastest[name] = _fastest(weights, effort, step)
+        arena = make_arena(dtype, rotate_bytes)
+        linears[name] = measure_linears(arena, effort, fixed_s, step)
+        flops[name] = _linear_flops(linears[name].table, dtype)
+        if dtype.is_floating_point:
+            step(f"host arithmetic, {name}")
+            flops[name] = max(flops[name], arithmetic_rate(dtype, effort))
+            step(f"host Linear during copies, {name}")
+            shares.append(remaining_share(arena, linears[name], copy, effort))
+        del arena
     step("host memory")
-    memory_rate = memory_bytes_per_s(rotate_bytes, effort)
-    step("host launch")
     profile = HostProfile(
         name=cpu_model(),
         cores=torch.get_num_threads(),
         flops_per_s=flops,
-        memory_bytes_per_s=memory_rate,
-        linear_bytes_per_s=curves,
-        launch_s=launch_s(effort),
+        memory_bytes_per_s=memory_bytes_per_s(rotate_bytes, effort),
+        linear_bytes_per_s={name: figures.table for name, figures in linears.items()},
+        launch_s=fixed_s,
         contention=median(shares),
         memory_bytes=host_memory_bytes(),
+        linear_kernels={name: figures.kernels for name, figures in linears.items()},
     )
-    return HostFigures(profile, fastest)
+    return HostFigures(profile, {name: figures.comparison for name, figures in linears.items()})
 
 
 def rotation_bytes(effort: Effort) -> int:
     """Bytes of weights to rotate over: 1.5 times the last-level cache, at most 1/16 of main memory."""
     if effort.rotate_bytes is not None:
         return effort.rotate_bytes
-    wanted = max(last_level_cache_bytes() * 3 // 2, MIN_ROTATE_BYTES)
+    wanted = max(last_level_cache_bytes() * 3 // 2, MIN_ROTATE_BYTES, 2 * max(effort.weight_bytes))
     most = host_memory_bytes() // 16
     if wanted > most:
         logger.warning(
@@ -131,18 +127,22 @@ def launch_s(effort: Effort) -> float:
     return median_s(launch, effort) / _LAUNCHES
 
 
-def remaining_share(weights: tuple[Tensor, ...], copy: Callable[[], object], effort: Effort) -> float:
-    """Share in (0, 1] of the rate of a one-token Linear that remains while ``copy`` runs in another thread.
+def remaining_share(
+    arena: Tensor, figures: LinearFigures, copy: Callable[[], object], effort: Effort
+) -> float:
+    """Share in (0, 1] of the rate of large one-token Linears that remains while ``copy`` runs in another thread.
 
     Median over pairs of a quiet and a busy measurement that follow each other, so that other load on the
     machine, which changes slowly, hits both.
     """
     each = replace(effort, budget_s=effort.budget_s / 2)
+    compute = in_place(KERNELS[figures.kernels.at(1)])
+    weights = cut_weights(arena, max(effort.weight_bytes), effort.columns)
     ratios = []
     for _ in range(effort.repeats):
-        quiet = kernel_rate(LINEAR, weights, 1, each)
+        quiet = kernel_rate(compute, weights, 1, each)
         with repeatedly(copy):
-            ratios.append(kernel_rate(LINEAR, weights, 1, each) / quiet)
+            ratios.append(kernel_rate(compute, weights, 1, each) / quiet)
     return min(1.0, median(ratios))
 
 
@@ -181,29 +181,6 @@ def copy_bytes(target: Tensor, source: Tensor) -> None:
     ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
 
 
-def _linear_curve(weights: tuple[Tensor, ...], effort: Effort, step: Callable[[str], None]) -> RateCurve:
-    """Medians over rounds through all numbers of tokens: a burst of other load hits no point alone."""
-    each = replace(effort, budget_s=effort.budget_s / effort.repeats, repeats=1)
-    rates: dict[int, list[float]] = {tokens: [] for tokens in effort.tokens}
-    for number in range(1, effort.repeats + 1):
-        for tokens in effort.tokens:
-            step(f"host Linear, {dtype_name(weights[0].dtype)}, {tokens} token(s), round {number}")
-            rates[tokens] += kernel_rates(LINEAR, weights, tokens, each)
-    return RateCurve(tuple((float(tokens), median(rates[tokens])) for tokens in effort.tokens))
-
-
-def _linear_flops(curve: RateCurve, dtype: torch.dtype) -> float:
+def _linear_flops(table: RateTable, dtype: torch.dtype) -> float:
     """The largest FLOP/s of the measured Linears: the arithmetic bound must not lie below a measurement."""
-    return max(2.0 * tokens * rate / dtype.itemsize for tokens, rate in curve.points)
-
-
-def _fastest(weights: tuple[Tensor, ...], effort: Effort, step: Callable[[str], None]) -> str:
-    name = dtype_name(weights[0].dtype)
-    texts = []
-    for tokens in effort.kernel_tokens:
-        step(f"host kernels, {name}, {tokens} token(s)")
-        rates = compare_kernels(kernels_for(weights[0].dtype), weights, tokens, effort)
-        texts.append(f"{tokens} token(s): {describe_fastest(rates)}")
-    text = "; ".join(texts)
-    logger.info("fastest host kernel, %s: %s", name, text)
-    return text
+    return max(2.0 * tokens * rate / dtype.itemsize for _, curve in table.curves for tokens, rate in curve.points)

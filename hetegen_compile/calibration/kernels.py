@@ -1,13 +1,10 @@
-"""The ways in which torch computes a Linear on the host, and their rates.
-
-The runtime computes with ``F.linear``; the others are timed to say what it leaves unused.
-"""
+"""Time kernels for host Linears: rotating over more weights than the caches hold, in bytes of weights per second."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -16,30 +13,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetegen_compile.calibration.timing import Effort, durations_s
+from hetegen_compile.host_kernels import HostKernel
 
 logger = logging.getLogger("hetegen_compile")
 
+Compute = Callable[[Tensor, Tensor], object]
+"""(x, weight) -> x @ weight.T, whatever form of the weight it wants."""
+
 
 @dataclass(frozen=True)
-class HostKernel:
-    """One way to compute ``x @ weight.T``.
+class CopyingKernel:
+    """A kernel that wants a copy of the weight in another form, which the runtime never makes: only timed.
 
     Attributes:
         name: for reports.
-        prepare: (weight, tokens) -> the weight as the kernel wants it, done once; RuntimeError: it cannot.
-        run: (x, prepared weight) -> result.
+        prepare: (weight, tokens) -> the copy; RuntimeError: this build of torch or this processor has no such kernel.
+        run: (x, copy) -> result.
     """
 
     name: str
     prepare: Callable[[Tensor, int], Tensor]
-    run: Callable[[Tensor, Tensor], Tensor]
+    run: Compute
 
 
 def _prepack(weight: Tensor, tokens: int) -> Tensor:
-    """The weight in oneDNN's blocked layout, as Inductor's freezing makes it.
-
-    Raises RuntimeError if this build of torch or this processor has no such kernel for the dtype.
-    """
+    """The weight in oneDNN's blocked layout, as Inductor's freezing makes it."""
     try:
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, tokens)
     except AttributeError as error:
@@ -52,20 +50,20 @@ def _prepacked(x: Tensor, weight: Tensor) -> Tensor:
     return result
 
 
-LINEAR = HostKernel("F.linear", lambda weight, tokens: weight, F.linear)
+PREPACKED = CopyingKernel("oneDNN prepacked", _prepack, _prepacked)
 
-PREPACKED = HostKernel("oneDNN prepacked", _prepack, _prepacked)
-
-FLOAT32_COPY = HostKernel(
+FLOAT32_COPY = CopyingKernel(
     "F.linear on a float32 copy",
     lambda weight, tokens: weight.float(),
     lambda x, weight: F.linear(x.float(), weight).to(x.dtype),
 )
 
 
-def kernels_for(dtype: torch.dtype) -> tuple[HostKernel, ...]:
-    """The kernels that may compute a Linear of this dtype; whether they can shows when they prepare."""
-    return (LINEAR, PREPACKED) if dtype == torch.float32 else (LINEAR, PREPACKED, FLOAT32_COPY)
+def copying_kernels(dtype: torch.dtype) -> tuple[CopyingKernel, ...]:
+    """The kernels with copies that may compute a Linear of this dtype; whether they can shows when they prepare."""
+    if not dtype.is_floating_point:
+        return ()
+    return (PREPACKED,) if dtype == torch.float32 else (PREPACKED, FLOAT32_COPY)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -73,60 +71,66 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def make_weights(
-    shapes: Sequence[tuple[int, int]], dtype: torch.dtype, rotate_bytes: int
-) -> tuple[Tensor, ...]:
-    """Weights of the (out, in) ``shapes`` in turn, as many whole turns as fill ``rotate_bytes``.
+def activation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of activations that meet weights of ``dtype``: integers are met by bfloat16."""
+    return dtype if dtype.is_floating_point else torch.bfloat16
+
+
+def make_arena(dtype: torch.dtype, nbytes: int) -> Tensor:
+    """One range of memory that all weights of a dtype are cut from."""
+    value = 0.01 if dtype.is_floating_point else 1
+    return torch.full((math.ceil(nbytes / dtype.itemsize),), value, dtype=dtype, device="cpu")
+
+
+def cut_weights(arena: Tensor, nbytes: int, columns: Sequence[int]) -> tuple[Tensor, ...]:
+    """Weights [out, in] of about ``nbytes`` each that tile the arena, in features from ``columns`` in turn.
 
     A weight used over and over would be read from the cache, which holds no model's weights.
     """
-    turn_bytes = sum(rows * columns for rows, columns in shapes) * dtype.itemsize
-    turns = max(1, math.ceil(rotate_bytes / turn_bytes))
-    return tuple(torch.full(shape, 0.01, dtype=dtype, device="cpu") for _ in range(turns) for shape in shapes)
+    weights: list[Tensor] = []
+    start = 0
+    while True:
+        width = columns[len(weights) % len(columns)]
+        rows = max(1, nbytes // arena.itemsize // width)
+        if start + rows * width > arena.numel():
+            return tuple(weights)
+        weights.append(arena[start : start + rows * width].view(rows, width))
+        start += rows * width
 
 
-def kernel_rate(kernel: HostKernel, weights: Sequence[Tensor], tokens: int, effort: Effort) -> float:
-    """Median of ``kernel_rates``."""
-    return median(kernel_rates(kernel, weights, tokens, effort))
+def in_place(kernel: HostKernel) -> Compute:
+    """A kernel of the registry as a whole Linear without bias."""
+    return lambda x, weight: kernel.run(x, weight, None, 0, weight.shape[0], 0)
 
 
-def kernel_rates(kernel: HostKernel, weights: Sequence[Tensor], tokens: int, effort: Effort) -> list[float]:
-    """Bytes of ``weights`` (as given, not as prepared) per second at a number of tokens, call by call.
-
-    Raises RuntimeError if the kernel cannot compute them.
-    """
-    prepared = [kernel.prepare(weight, tokens) for weight in weights]
-    inputs = {
-        width: torch.full((tokens, width), 0.5, dtype=weights[0].dtype, device="cpu")
-        for width in {weight.shape[1] for weight in weights}
-    }
+def call_durations_s(
+    compute: Compute, weights: Sequence[Tensor], tokens: int, effort: Effort, forms: Sequence[Tensor] | None = None
+) -> list[tuple[int, float]]:
+    """(bytes of the weight, seconds) call by call, rotating over ``weights``; ``forms`` are what is computed with."""
+    dtype = activation_dtype(weights[0].dtype)
+    widths = {weight.shape[1] for weight in weights}
+    inputs = {width: torch.full((tokens, width), 0.5, dtype=dtype, device="cpu") for width in widths}
 
     def call(index: int) -> None:
         which = index % len(weights)
-        kernel.run(inputs[weights[which].shape[1]], prepared[which])
+        compute(inputs[weights[which].shape[1]], (forms or weights)[which])
 
     durations = durations_s(call, effort)
-    return [weights[index % len(weights)].nbytes / time_s for index, time_s in enumerate(durations)]
+    return [(weights[index % len(weights)].nbytes, seconds) for index, seconds in enumerate(durations)]
 
 
-def compare_kernels(
-    kernels: Iterable[HostKernel], weights: Sequence[Tensor], tokens: int, effort: Effort
-) -> dict[str, float]:
-    """Bytes of weights per second by the kernel's name; kernels that cannot compute them are left out."""
-    rates: dict[str, float] = {}
-    for kernel in kernels:
-        try:
-            rates[kernel.name] = kernel_rate(kernel, weights, tokens, effort)
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            logger.info("%s: not for %s here: %s", kernel.name, dtype_name(weights[0].dtype), reason)
-    return rates
+def kernel_rate(compute: Compute, weights: Sequence[Tensor], tokens: int, effort: Effort) -> float:
+    """Median bytes of weights per second of whole calls."""
+    return median(nbytes / seconds for nbytes, seconds in call_durations_s(compute, weights, tokens, effort))
 
 
-def describe_fastest(rates: Mapping[str, float]) -> str:
-    """The fastest kernel, beside ``F.linear`` where that is another."""
-    best = max(rates, key=lambda name: rates[name])
-    text = f"{best} {rates[best] / 1e9:.3g} GB/s"
-    if best == LINEAR.name or LINEAR.name not in rates:
-        return text
-    return f"{text} (F.linear {rates[LINEAR.name] / 1e9:.3g})"
+def copying_rate(kernel: CopyingKernel, weights: Sequence[Tensor], tokens: int, effort: Effort) -> float | None:
+    """The rate of a kernel with copies, in bytes of the given weights; None, with a line in the log: it cannot."""
+    try:
+        forms = [kernel.prepare(weight, tokens) for weight in weights]
+        calls = call_durations_s(kernel.run, weights, tokens, effort, forms)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        logger.info("%s: not for %s here: %s", kernel.name, dtype_name(weights[0].dtype), reason)
+        return None
+    return median(nbytes / seconds for nbytes, seconds in calls)

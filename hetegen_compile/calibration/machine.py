@@ -21,6 +21,9 @@ from hetegen_compile.cost_model import SCHEMA_VERSION
 
 logger = logging.getLogger("hetegen_compile")
 
+METHOD_VERSION = 2
+"""Of what a calibration measures and how; a profile that an earlier method measured is measured anew."""
+
 ROOT = Path("/")
 
 FALLBACK_CACHE_BYTES = 64 << 20
@@ -48,7 +51,7 @@ class Machine:
     @property
     def key(self) -> str:
         """32 hexadecimal digits that differ whenever a profile must be measured anew."""
-        identity = json.dumps([SCHEMA_VERSION, *astuple(self)])
+        identity = json.dumps([SCHEMA_VERSION, METHOD_VERSION, *astuple(self)])
         return hashlib.sha256(identity.encode()).hexdigest()[:32]
 
     @property

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from tabulate import tabulate
 
-from hetegen_compile.cost_model import HardwareProfile, LinkDirection, RateCurve, arithmetic_rate
+from hetegen_compile.cost_model import HardwareProfile, HostProfile, LinkDirection, RateCurve, arithmetic_rate
 from hetegen_compile.options import format_bytes
 
 
@@ -15,18 +17,27 @@ def profile_table(profile: HardwareProfile) -> str:
 
 
 def _by_dtype(profile: HardwareProfile) -> str:
-    """Rates of weights by tokens, and of arithmetic; a column a dtype."""
+    """Rates of large weights by tokens with the kernel's name, of one token by size, and of arithmetic, by dtype."""
     host, accelerator = profile.host, profile.accelerator
-    curves = host.linear_bytes_per_s
-    tokens = sorted({x for curve in curves.values() for x, _ in curve.points})
+    tables = host.linear_bytes_per_s
+    tokens = sorted({x for table in tables.values() for x, _ in table.curves[-1][1].points})
+    sizes = sorted({nbytes for table in tables.values() if len(table.curves) > 1 for nbytes, _ in table.curves})
     rows: list[list[object]] = [
-        [f"host Linear, {x:g} token(s), GB/s", *(curve.at(x) / 1e9 for curve in curves.values())]
-        for x in tokens
+        [f"host Linear, {x:g} token(s), GB/s", *(_rate(host, name, x, math.inf) for name in tables)] for x in tokens
+    ]
+    rows += [
+        [f"  1 token, weights of {format_bytes(int(size))}", *(_rate(host, name, 1, size) for name in tables)]
+        for size in sizes
     ]
     for label, rates in (("host", host.flops_per_s), ("accelerator", accelerator.flops_per_s)):
-        row = (arithmetic_rate(rates, name) / 1e9 for name in curves)
+        row = (f"{arithmetic_rate(rates, name) / 1e9:.4g}" for name in tables)
         rows.append([f"{label} arithmetic, GFLOP/s", *row])
-    return str(tabulate(rows, headers=["", *curves], floatfmt=".4g"))
+    return str(tabulate(rows, headers=["", *tables], disable_numparse=True))
+
+
+def _rate(host: HostProfile, dtype: str, tokens: float, nbytes: float) -> str:
+    rate = f"{host.linear_bytes_per_s[dtype].at(tokens, nbytes) / 1e9:.3g}"
+    return f"{rate} {host.linear_kernels[dtype].at(tokens)}" if dtype in host.linear_kernels else rate
 
 
 def _others(profile: HardwareProfile) -> str:
@@ -35,7 +46,7 @@ def _others(profile: HardwareProfile) -> str:
         ("host memory", f"{host.memory_bytes_per_s / 1e9:.3g} GB/s", "host.memory_bytes_per_s"),
         ("host memory, size", format_bytes(host.memory_bytes), "host.memory_bytes"),
         ("host launch", _microseconds(host.launch_s), "host.launch_s"),
-        ("Linear's rate during uploads", f"{host.contention:.0%}", "host.contention"),
+        ("memory's rate left during uploads", f"{host.contention:.0%}", "host.contention"),
         ("accelerator memory", f"{accelerator.memory_bytes_per_s / 1e9:.4g} GB/s", "accelerator"),
         ("accelerator memory, size", format_bytes(accelerator.memory_bytes), "accelerator"),
         ("accelerator launch", _microseconds(accelerator.launch_s), "accelerator"),

@@ -129,16 +129,19 @@ def _profile(
 
 
 def _host_sources(effort: Effort, host: HostFigures) -> dict[str, str]:
-    shapes = ", ".join(f"{rows} x {columns}" for rows, columns in effort.shapes)
-    kernels = ". ".join(f"{dtype}: {text}" for dtype, text in host.fastest.items())
+    kernels = ". ".join(f"{dtype}: {text}" for dtype, text in host.comparison.items())
+    sizes = ", ".join(f"{nbytes / 2**20:g}" for nbytes in effort.weight_bytes)
+    columns = ", ".join(map(str, effort.columns))
     return {
         "host.cores": "threads of torch",
         "host.flops_per_s": f"measured: the fastest of a Linear of {effort.square}^3 and those below",
         "host.memory_bytes_per_s": "measured: a copy with all threads, read and written bytes",
         "host.linear_bytes_per_s": (
-            f"measured: F.linear, medians, rotating over {rotation_bytes(effort) >> 20} MiB of weights of "
-            f"{shapes}. Fastest host kernels (the runtime uses F.linear). {kernels}"
+            f"measured: the fastest kernel's medians, rotating over {rotation_bytes(effort) >> 20} MiB of weights of "
+            f"{sizes} MiB with {columns} columns; above {effort.sized_tokens} tokens one size. GB/s of the largest "
+            f"weights: {kernels}"
         ),
+        "host.linear_kernels": "measured: the fastest kernel that needs no copy of the weights",
         "host.launch_s": "measured: F.linear on 16 x 16",
         "host.memory_bytes": "main memory, or the control group's limit where that is lower",
     }

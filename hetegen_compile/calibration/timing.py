@@ -20,21 +20,29 @@ class Effort:
 
     Attributes:
         tokens: numbers of tokens at which host Linears are timed, ascending.
-        kernel_tokens: those at which the host's kernels are compared.
-        shapes: (out, in) features of the weights that are rotated.
+        sized_tokens: up to this number they are timed at every size of ``weight_bytes``.
+        weight_bytes: sizes of the weights, ascending.
+        arithmetic_bytes: the one of them at which more tokens are timed.
+        columns: in features of the weights, used in turn.
+        kernel_tokens: numbers of tokens at which kernels that copy weights are timed too; some of ``tokens``.
         rotate_bytes: weights to rotate over; None: 1.5 times the last-level cache, at least 128 MiB.
         square: tokens, in and out features of the Linear that measures arithmetic.
-        budget_s: seconds for one figure, once it has been repeated often enough.
-        repeats: calls that a median needs at least.
+        linear_budget_s: seconds for one kernel at one point in one round.
+        budget_s: seconds for another figure, once it has been repeated often enough.
+        repeats: rounds, and calls that a median needs at least.
         clock: monotonic seconds.
     """
 
-    tokens: tuple[int, ...] = (1, 2, 4, 16, 64, 256)
+    tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    sized_tokens: int = 16
+    weight_bytes: tuple[int, ...] = (1 << 17, 1 << 20, 1 << 23, 1 << 26)
+    arithmetic_bytes: int = 1 << 23
+    columns: tuple[int, ...] = (4096, 2048, 8192)
     kernel_tokens: tuple[int, ...] = (1, 4)
-    shapes: tuple[tuple[int, int], ...] = ((4096, 4096), (2048, 5120), (6144, 3072))
     rotate_bytes: int | None = None
     square: int = 1024
-    budget_s: float = 0.45
+    linear_budget_s: float = 0.02
+    budget_s: float = 0.3
     repeats: int = 3
     clock: Callable[[], float] = time.perf_counter
 

@@ -104,7 +104,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     parts = SimpleNamespace(
         is_available=lambda: True,
         mem_get_info=lambda device: (1 << 30, 1 << 31),
+        memory_reserved=lambda device: 0,
         max_memory_reserved=lambda device: 12345,
+        get_device_capability=lambda device: (9, 0),
         synchronize=lambda device: LOG.append("host waits all"),
         current_stream=lambda device: compute,
         cudart=lambda: runtime,

@@ -9,8 +9,8 @@ from hetegen_compile.accelerators import CudaAccelerator, Op
 from hetegen_compile.accelerators.cuda_pinning import CudaHostMemory, _PinnedBytes
 from hetegen_compile.errors import (
     AcceleratorError,
+    AcceleratorMemoryError,
     AcceleratorUnavailableError,
-    BudgetError,
     ScheduleError,
     SlotInUseError,
 )
@@ -182,7 +182,7 @@ def test_memory_and_uploads(accelerator: CudaAccelerator) -> None:
     assert accelerator.upload(Op("w2", category="weights"), torch.zeros(4), into=value) is value
     assert accelerator.download(Op("out"), value).tolist() == [0] * 4
     assert accelerator.counters.held_bytes == {"slots": 4096, "weights": 16}
-    with pytest.raises(BudgetError, match="staging ring"):
+    with pytest.raises(AcceleratorMemoryError, match="staging ring"):
         accelerator.reserve_ring(1 << 31)
     with pytest.raises(ScheduleError, match=r"w3 overwrites"):
         accelerator.upload(Op("w3"), torch.zeros(5), into=value)

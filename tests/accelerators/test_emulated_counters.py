@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hetegen_compile.accelerators import EmulatedAccelerator, Op
-from hetegen_compile.errors import BudgetError
+from hetegen_compile.errors import AcceleratorMemoryError
 
 KIB = 1024
 
@@ -54,9 +54,9 @@ def test_small_activations_are_the_hosts_memory(accelerator: EmulatedAccelerator
 def test_uploads_stay_inside_the_memory() -> None:
     accelerator = EmulatedAccelerator(8 * KIB)
     value = accelerator.upload(Op("first"), torch.ones(KIB))
-    with pytest.raises(BudgetError, match=r"second needs 8192 bytes, 4096 of 8192"):
+    with pytest.raises(AcceleratorMemoryError, match=r"second needs 8192 bytes, 4096 of 8192"):
         accelerator.upload(Op("second"), torch.ones(2 * KIB))
-    with pytest.raises(BudgetError, match=r"ring needs 5120 bytes, 4096 of 8192"):
+    with pytest.raises(AcceleratorMemoryError, match=r"ring needs 5120 bytes, 4096 of 8192"):
         accelerator.reserve_ring(5 * KIB)
     del value
     accelerator.reserve_ring(5 * KIB)

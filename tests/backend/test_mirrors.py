@@ -31,9 +31,12 @@ def _moved(accelerator: Accelerator) -> int:
     return sum(nbytes for category, nbytes in accelerator.counters.uploaded_bytes.items() if category != "weights")
 
 
-@pytest.mark.parametrize("cache", [None, "static"])
-def test_a_cache_is_not_uploaded_again(cache: str | None) -> None:
-    model, backend, known = tiny_model("llama"), RecordingBackend(), hetegen_compile.schedules()
+@pytest.mark.parametrize(
+    ("architecture", "cache"), [("llama", None), ("llama", "static"), ("mistral", None), ("gemma3", "static")]
+)
+def test_a_cache_is_not_uploaded_again(architecture: str, cache: str | None) -> None:
+    """Full and sliding layers; the windows of 8 tokens are full before the steps that are counted."""
+    model, backend, known = tiny_model(architecture), RecordingBackend(), hetegen_compile.schedules()
     prompt = torch.randint(2, 256, (1, PROMPT), generator=torch.Generator().manual_seed(1))
     mirrors: list[int] = []
     moved: list[int] = []
@@ -150,3 +153,110 @@ def test_a_resident_weight_is_uploaded_once() -> None:
     first, second, third = uploaded
     assert first == schedule.resident_bytes + schedule.streamed_bytes
     assert third - second == second - first == schedule.streamed_bytes
+
+
+def _add_to_data(model: nn.Module) -> None:
+    """What PEFT's ``merge`` does."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data += torch.ones_like(parameter) * 0.1
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    assert isinstance(layer, nn.Linear)
+    return layer.weight.detach()
+
+
+def _write_numpy(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        view = parameter.detach().numpy()
+        view *= 0.5
+
+
+@pytest.mark.parametrize("change", [_add_to_data, _write_numpy])
+def test_writes_that_torch_does_not_see_are_noticed(
+    change: Callable[[nn.Module], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = Mlp().eval()
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    x = random(2, 64)
+
+    def run() -> list[Tensor]:
+        model.load_state_dict(start)
+        with torch.no_grad():
+            before = [model(x) for _ in range(2)]
+            versions = [parameter._version for parameter in model.parameters()]
+            change(model)
+            assert versions == [parameter._version for parameter in model.parameters()]
+            return [*before, model(x), model(x)]
+
+    found = compiled_like_eager(model, run, options=emulated(gpu_memory=BUDGET), weights_change=True)
+    assert any(schedule.resident_bytes > 0 for schedule in found.schedules), "some weights are held"
+    assert not torch.allclose(found.compiled[1], found.compiled[2])
+    assert "written in a way that torch does not see" in caplog.text
+
+
+def test_one_element_written_through_numpy_is_noticed_in_time() -> None:
+    torch.manual_seed(0)
+    model = Mlp(layers=2, width=128).eval()
+    x = random(2, 128)
+    backend, options = RecordingBackend(), emulated(gpu_memory=200 << 10, split=0.25)
+    model.compile(backend=backend, options=options)
+    with torch.no_grad():
+        before = model(x)
+        assert backend.accelerator.counters.held_bytes["weights"] >= 1.5 * 128 * 128 * 4, "resident"
+        for layer in model.layers:
+            _weight(layer).numpy()[77, 5] += 100.0
+        results = [model(x) for _ in range(200)]
+        expected = Mlp.forward(model, x)
+    torch.testing.assert_close(results[-1], expected)
+    assert not torch.allclose(before, expected)
+
+
+def test_everything_is_compared_when_a_graph_is_compiled() -> None:
+    torch.manual_seed(0)
+    model = Mlp().eval()
+    x = random(2, 64)
+    backend = RecordingBackend()
+    model.compile(backend=backend, options=emulated(gpu_memory=112 << 10, split=0.25), dynamic=False)
+    with torch.no_grad():
+        model(x)
+        assert backend.accelerator.counters.held_bytes["weights"] >= 3 * 64 * 64 * 4
+        for layer in model.layers:
+            _weight(layer).numpy()[40, 9] += 100.0
+        wider = random(3, 64)
+        result, expected = model(wider), Mlp.forward(model, wider)
+    assert len(backend.graphs) == 2
+    torch.testing.assert_close(result, expected)
+
+
+def test_steps_upload_nothing_but_what_is_new() -> None:
+    """Parameters (biases), buffers and inputs that stay what they are move once."""
+    torch.manual_seed(0)
+    model, x = Mlp().eval(), random(2, 64)
+    backend = RecordingBackend()
+    model.compile(backend=backend, options=emulated(gpu_memory=BUDGET))
+    moved = []
+    with torch.no_grad():
+        for _ in range(4):
+            model(x)
+            moved.append(backend.accelerator.counters.uploaded_bytes["mirrors"])
+        model(random(2, 64, seed=2))
+        moved.append(backend.accelerator.counters.uploaded_bytes["mirrors"])
+    assert moved[0] == moved[3] >= x.numel() * 4
+    assert moved[4] - moved[3] == x.numel() * 4
+
+
+def test_a_longer_forward_makes_resident_weights_leave() -> None:
+    """Its activations need their room, also where it uploads nothing itself."""
+    torch.manual_seed(0)
+    model = Mlp().eval()
+    backend, known, budget = RecordingBackend(), hetegen_compile.schedules(), 80 << 10
+    model.compile(backend=backend, options=emulated(gpu_memory=budget, split=0.25), dynamic=True)
+    with torch.no_grad():
+        for x in (random(2, 64), random(24, 64)):
+            torch.testing.assert_close(model(x), Mlp.forward(model, x))
+    first, *_, last = new_schedules(known)
+    assert first.resident_bytes > last.resident_bytes
+    assert backend.accelerator.counters.peak_bytes <= budget

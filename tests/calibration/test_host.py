@@ -21,7 +21,9 @@ from hetegen_compile.calibration.host import (
     repeatedly,
     rotation_bytes,
 )
-from hetegen_compile.calibration.kernels import make_weights
+from hetegen_compile.calibration.kernels import make_arena
+from hetegen_compile.calibration.linears import LinearFigures
+from hetegen_compile.cost_model import KernelChoice, RateCurve, RateTable
 from tests.calibration.tiny import TINY
 
 
@@ -44,50 +46,42 @@ def test_measuring_reports_as_many_steps_as_announced() -> None:
     assert len(steps) == host_steps(TINY)
     assert len(set(steps)) == len(steps)
     profile = figures.profile
-    assert set(profile.linear_bytes_per_s) == set(profile.flops_per_s) == {"float32", "bfloat16", "float16"}
-    assert [x for x, _ in profile.linear_bytes_per_s["float16"].points] == [1.0, 2.0]
+    assert set(profile.linear_bytes_per_s) == set(profile.flops_per_s) == set(profile.linear_kernels)
+    assert set(profile.flops_per_s) == {"float32", "bfloat16", "float16", "int8"} == set(figures.comparison)
     assert 0 < profile.contention <= 1
     assert profile.cores == torch.get_num_threads()
-    assert all("1 token(s): " in text for text in figures.fastest.values())
 
 
 def test_arithmetic_is_never_slower_than_a_measured_linear(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "kernel_rates", lambda kernel, weights, tokens, effort: [1000.0])
-    monkeypatch.setattr(host, "arithmetic_rate", lambda dtype, effort: 1.0)
+    table = RateTable(((64.0, RateCurve(((1.0, 1000.0), (32.0, 100.0)))),))
+    figures = LinearFigures(table, KernelChoice(((1.0, "F.linear"),)), "")
+    monkeypatch.setattr(host, "measure_linears", lambda arena, effort, fixed_s, step: figures)
+    monkeypatch.setattr(host, "arithmetic_rate", lambda dtype, effort: 1700.0)
+    monkeypatch.setattr(host, "remaining_share", lambda *_: 1.0)
     flops = measure_host(TINY, None, lambda name: None).profile.flops_per_s
-    assert flops == {"float32": 2 * 2 * 1000 / 4, "bfloat16": 2 * 2 * 1000 / 2, "float16": 2 * 2 * 1000 / 2}
+    widest = 2 * 32 * 100
+    assert flops == {"float32": 1700.0, "bfloat16": widest / 2, "float16": widest / 2, "int8": widest}
 
 
-def test_a_burst_of_other_load_does_not_decide_a_point(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-
-    def rates(kernel: object, weights: object, tokens: int, effort: Effort) -> list[float]:
-        calls.append(tokens)
-        return [1.0, 1.0] if len(calls) in (5, 6) else [50.0, 50.0]  # the third round is disturbed
-
-    monkeypatch.setattr(host, "kernel_rates", rates)
-    curves = measure_host(TINY, None, lambda name: None).profile.linear_bytes_per_s
-    assert calls[:6] == [1, 2] * 3
-    assert curves["float32"].points == ((1.0, 50.0), (2.0, 50.0))
+FIGURES = LinearFigures(RateTable.of(RateCurve.constant(1.0)), KernelChoice(((1.0, "vectorised"),)), "")
 
 
 def test_the_share_compares_busy_with_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     copying = threading.Event()
 
-    def rate(kernel: object, weights: object, tokens: int, effort: Effort) -> float:
+    def rate(compute: object, weights: object, tokens: int, effort: Effort) -> float:
         busy = any(thread.name.startswith("hetegen-calibrate") for thread in threading.enumerate())
         return 3.0 if busy else 4.0
 
     monkeypatch.setattr(host, "kernel_rate", rate)
-    weights = make_weights(((4, 8),), torch.float32, 64)
-    assert remaining_share(weights, copying.set, TINY) == 0.75
+    assert remaining_share(make_arena(torch.float32, 2048), FIGURES, copying.set, TINY) == 0.75
     assert copying.is_set()
 
 
 def test_a_share_is_at_most_1(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = iter([1.0, 2.0] * 3)
     monkeypatch.setattr(host, "kernel_rate", lambda *_: next(rates))
-    assert remaining_share(make_weights(((4, 8),), torch.float32, 64), lambda: None, TINY) == 1.0
+    assert remaining_share(make_arena(torch.float32, 2048), FIGURES, lambda: None, TINY) == 1.0
 
 
 def test_work_runs_again_and_again_and_ends_with_the_block() -> None:
@@ -132,6 +126,7 @@ def test_the_rotation_exceeds_the_cache_and_spares_main_memory(
     monkeypatch.setattr(host, "host_memory_bytes", lambda: 64 << 30)
     monkeypatch.setattr(host, "last_level_cache_bytes", lambda: 1 << 20)
     assert rotation_bytes(effort) == 128 << 20
+    assert rotation_bytes(replace(effort, weight_bytes=(1 << 20, 80 << 20))) == 160 << 20
     monkeypatch.setattr(host, "last_level_cache_bytes", lambda: 256 << 20)
     assert rotation_bytes(effort) == 384 << 20
     assert not caplog.records

@@ -50,6 +50,12 @@ def test_the_schema_version_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> 
     assert MACHINE.key != before
 
 
+def test_another_method_of_measuring_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = MACHINE.key
+    monkeypatch.setattr(machine, "METHOD_VERSION", machine.METHOD_VERSION + 1)
+    assert MACHINE.key != before
+
+
 def test_the_model_is_the_first_processors(tmp_path: Path) -> None:
     write(tmp_path, "proc/cpuinfo", "processor\t: 0\nmodel name\t: Fast: 3 GHz\nmodel name\t: Slow")
     assert cpu_model(tmp_path) == "Fast: 3 GHz"

@@ -47,8 +47,11 @@ def test_what_was_measured_is_not_inferred(profile: HardwareProfile) -> None:
         profile.inferred
     )
     source = profile.sources["host.linear_bytes_per_s"]
-    assert "16 x 8, 8 x 16" in source
-    assert "float16: 1 token(s): " in source
+    assert "with 16, 32 columns" in source
+    assert "float16: 1 token(s): F.linear " in source
+    assert "oneDNN prepacked (needs a copy)" in source
+    assert set(profile.host.linear_kernels) == {"float32", "bfloat16", "float16", "int8"}
+    assert [nbytes for nbytes, _ in profile.host.linear_bytes_per_s["int8"].curves] == [64.0, 512.0]
 
 
 def test_progress_is_shown_on_standard_error_or_not(capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,7 +88,8 @@ def test_the_table_shows_rates_and_origins(profile: HardwareProfile) -> None:
     text = profile_table(profile)
     assert "host Linear, 2 token(s), GB/s" in text
     assert "inferred; not measured, there is no GPU" in text
-    assert "Fastest host kernels" in text
+    assert f" {profile.host.linear_kernels['float32'].at(2)}" in text
+    assert "1 token, weights of 512" in text
 
 
 def test_the_table_takes_profiles_with_few_sources() -> None:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from hetegen_compile.calibration import Effort, Machine
 
 TINY = Effort(
-    tokens=(1, 2), kernel_tokens=(1,), shapes=((16, 8), (8, 16)), rotate_bytes=1024, square=8, budget_s=0.0
+    tokens=(1, 2, 32),
+    sized_tokens=2,
+    weight_bytes=(64, 512),
+    arithmetic_bytes=64,
+    columns=(16, 32),
+    kernel_tokens=(1,),
+    rotate_bytes=2048,
+    square=8,
+    linear_budget_s=0.0,
+    budget_s=0.0,
 )
 
 MACHINE = Machine("a processor", None, "2.13.0", 4)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetegen_compile.cost_model import HardwareProfile, RateCurve, load_profile
+from hetegen_compile.cost_model import HardwareProfile, KernelChoice, RateCurve, RateTable, load_profile
 from hetegen_compile.errors import HardwareProfileError
 
 positive = st.floats(1e-3, 1e15)
@@ -71,3 +71,49 @@ def test_profiles_are_frozen_and_hashable() -> None:
         profile.name = "other"  # type: ignore[misc]
     assert hash(profile) == hash(load_profile("a10-xeon"))
     assert hash(profile) != hash(load_profile("t4-xeon"))
+
+
+SMALL, LARGE = RateCurve(((1.0, 10.0), (4.0, 5.0))), RateCurve(((1.0, 40.0), (4.0, 20.0)))
+TABLE = RateTable(((1e6, SMALL), (4e6, LARGE)))
+
+
+def test_a_table_is_linear_in_the_logarithms_of_both_axes() -> None:
+    assert TABLE.at(1, 1e6) == 10.0
+    assert TABLE.at(4, 4e6) == 20.0
+    assert TABLE.at(1, 2e6) == pytest.approx(20.0)
+    assert TABLE.at(2, 2e6) == pytest.approx(math.sqrt(20.0 * 10.0))
+
+
+def test_beyond_its_ends_a_table_keeps_the_ends_rate() -> None:
+    assert TABLE.at(1, 1.0) == TABLE.at(0.5, 1e6) == 10.0
+    assert TABLE.at(100, 1e12) == 20.0
+    assert TABLE.peak == 40.0
+
+
+def test_one_curve_is_a_table_for_every_size() -> None:
+    assert {RateTable.of(LARGE).at(1, nbytes) for nbytes in (0.5, 1.0, 1e12)} == {40.0}
+
+
+@given(curves, curves, st.floats(1.0, 1e9), st.floats(1.0, 1e9))
+def test_a_tables_rate_lies_between_its_curves(one: RateCurve, other: RateCurve, tokens: float, nbytes: float) -> None:
+    rates = sorted((one.at(tokens), other.at(tokens)))
+    rate = RateTable(((1e3, one), (1e6, other))).at(tokens, nbytes)
+    assert rates[0] * (1 - 1e-9) <= rate <= rates[1] * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("sizes", [[], [0.0], [-1.0], [math.inf], [math.nan], [2.0, 2.0], [2.0, 1.0]])
+def test_a_tables_sizes_are_positive_finite_and_sorted(sizes: list[float]) -> None:
+    with pytest.raises(HardwareProfileError, match="curve"):
+        RateTable(tuple((size, SMALL) for size in sizes))
+
+
+def test_the_nearer_point_decides_the_kernel() -> None:
+    choice = KernelChoice(((1.0, "a"), (2.0, "a"), (8.0, "b"), (32.0, "a")))
+    assert choice.limits() == ((4.0, "a"), (16.0, "b"), (math.inf, "a"))
+    assert [choice.at(tokens) for tokens in (0.5, 1, 4, 5, 16, 17, 1e6)] == ["a", "a", "a", "b", "b", "a", "a"]
+
+
+@pytest.mark.parametrize("points", [(), ((0.0, "a"),), ((2.0, "a"), (1.0, "a"))])
+def test_a_choice_has_positive_increasing_tokens(points: tuple[tuple[float, str], ...]) -> None:
+    with pytest.raises(HardwareProfileError):
+        KernelChoice(points)

@@ -70,10 +70,11 @@ def test_figures_are_consistent(name: str) -> None:
     up, host, device = profile.link.up, profile.host, profile.accelerator
     assert up.pinned.at(0.25e6) == pytest.approx(up.pinned.at(16e6) / 2, rel=0.05)
     assert up.pageable.at(16e6) < up.pinned.at(16e6) < host.memory_bytes_per_s < device.memory_bytes_per_s
-    for dtype, curve in host.linear_bytes_per_s.items():
-        rates = [rate for _, rate in curve.points]
-        assert rates == sorted(rates, reverse=True), f"{dtype}: the rate falls with the number of tokens"
-        assert rates[0] <= host.memory_bytes_per_s
+    for dtype, table in host.linear_bytes_per_s.items():
+        for _, curve in table.curves:
+            rates = [rate for _, rate in curve.points]
+            assert rates == sorted(rates, reverse=True), f"{dtype}: the rate falls with the number of tokens"
+        assert table.peak * host.contention + up.pinned.at(64e6) <= host.memory_bytes_per_s, "DRAM bounds the sum"
     for curve in (up.pinned, up.pageable, profile.link.down.pinned, profile.link.down.pageable):
         rates = [rate for _, rate in curve.points]
         assert rates == sorted(rates), "the rate rises with the size of a transfer"

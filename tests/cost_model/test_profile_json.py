@@ -234,3 +234,52 @@ def test_a_source_covers_what_is_below_it_and_not_what_begins_like_it() -> None:
     data["sources"] = sources | {"host.flops_per_s.int4": "measured"}
     data["inferred"] = []
     assert unsourced_fields(profile_from_json(data, "mine")) == ("host.flops_per_s.int4_packed",)
+
+
+TABLE = [
+    {"weight_bytes": 1e6, "points": [[1, 10e9], [4, 5e9]]},
+    {"weight_bytes": 64e6, "points": [[1, 40e9], [4, 20e9]]},
+]
+KERNELS = {"float32": [[1, "vectorised"], [16, "F.linear"]]}
+
+
+def test_rates_by_size_and_kernels_come_back_as_they_were_written() -> None:
+    data = changed("host.linear_bytes_per_s", {"float32": TABLE, "int8": [[1, 3e9]]})
+    data["host"]["linear_kernels"] = KERNELS
+    profile = profile_from_json(data, "mine")
+    assert profile.host.linear_bytes_per_s["float32"].at(1, 64e6) == 40e9
+    assert profile.host.linear_bytes_per_s["int8"].at(9, 5) == 3e9
+    assert profile.host.linear_kernels["float32"].at(2) == "vectorised"
+    written = profile_to_json(profile)
+    assert written["host"]["linear_bytes_per_s"]["float32"] == TABLE
+    assert written["host"]["linear_bytes_per_s"]["int8"] == [[1, 3e9]]
+    assert written["host"]["linear_kernels"] == KERNELS
+    assert profile_from_json(json.loads(json.dumps(written)), "again") == profile
+
+
+def test_a_profile_of_before_there_were_kernels_is_read_and_written_without_them() -> None:
+    profile = load_profile("a10-xeon")
+    assert profile.host.linear_kernels == {}
+    assert "linear_kernels" not in profile_to_json(profile)["host"]
+
+
+@pytest.mark.parametrize(
+    ("table", "complaint"),
+    [
+        ([{"weight_bytes": 0, "points": [[1, 1]]}], r"float32[0].weight_bytes is 0"),
+        ([{"points": [[1, 1]]}], "float32[0].weight_bytes is missing"),
+        ([{"weight_bytes": 1, "points": [[1, 1]], "dots": 1}], "float32[0].dots is 1: unknown field"),
+        ([{"weight_bytes": 1, "points": [[1]]}], "float32[0].points[0] is [1]"),
+        ([TABLE[1], TABLE[0]], "sort by bytes"),
+        ([TABLE[0], [1, 2]], "float32[0]"),
+    ],
+)
+def test_a_wrong_table_is_refused_with_its_place(table: object, complaint: str) -> None:
+    assert complaint in refusal(changed("host.linear_bytes_per_s", {"float32": table}))
+
+
+@pytest.mark.parametrize("points", [[], [[1]], [[0, "a"]], [[1, 2]], [[1, ""]], [[2, "a"], [1, "b"]], "a"])
+def test_wrong_kernels_are_refused_with_their_place(points: object) -> None:
+    data = changed("name", "mine")
+    data["host"]["linear_kernels"] = {"float32": points}
+    assert "host.linear_kernels.float32" in refusal(data)

@@ -15,6 +15,7 @@ from hetegen_compile.cost_model import (
     LinkDirection,
     LinkProfile,
     RateCurve,
+    RateTable,
     accelerator_linear_s,
     accelerator_op_s,
     arithmetic_rate,
@@ -40,7 +41,7 @@ PROFILE = HardwareProfile(
         cores=4,
         flops_per_s={"float32": 1e12},
         memory_bytes_per_s=100e9,
-        linear_bytes_per_s={"float32": RateCurve(((1.0, 50e9), (4.0, 20e9)))},
+        linear_bytes_per_s={"float32": RateTable.of(RateCurve(((1.0, 50e9), (4.0, 20e9))))},
         launch_s=1e-6,
         contention=0.5,
         memory_bytes=2**34,
@@ -68,6 +69,13 @@ def test_a_host_linear_is_bound_by_its_measured_rate_at_few_tokens() -> None:
 
 def test_a_host_linear_is_bound_by_arithmetic_at_many_tokens() -> None:
     assert host_linear_s(PROFILE, "float32", 4096, 4e9, 8e12) == pytest.approx(8.0 + 1e-6)
+
+
+def test_uploads_leave_a_share_of_the_memorys_rate_not_of_a_slower_linears() -> None:
+    alone = host_linear_s(PROFILE, "float32", 4, 50e9, 0.0, contended=False)
+    assert host_linear_s(PROFILE, "float32", 4, 50e9, 0.0) == alone  # 20 GB/s, and 25 of 50 are left
+    between = host_linear_s(PROFILE, "float32", 2, 50e9, 0.0)
+    assert between == pytest.approx(50e9 / 25e9 + 1e-6)
 
 
 def test_contention_slows_the_measured_rate_only() -> None:
@@ -130,13 +138,31 @@ def test_a_dtype_without_a_figure_is_computed_as_float32() -> None:
     assert arithmetic_rate({"int8": 2.0, "float16": 1.0}, "bfloat16") == 1.0
 
 
+def constant(rate: float) -> RateTable:
+    return RateTable.of(RateCurve.constant(rate))
+
+
 def test_a_linear_without_a_figure_consumes_float32s_elements() -> None:
-    curves = {"float32": RateCurve.constant(40e9), "int8": RateCurve.constant(30e9)}
-    assert linear_rate(curves, "int8", 1) == 30e9
-    assert linear_rate(curves, "float16", 1) == 20e9
-    assert linear_rate(curves, "float64", 1) == 40e9
-    without = {"int8": RateCurve.constant(30e9), "float16": RateCurve.constant(20e9)}
-    assert linear_rate(without, "float64", 1) == 20e9
+    tables = {"float32": constant(40e9), "int8": constant(30e9)}
+    assert linear_rate(tables, "int8", 1, 1e6) == 30e9
+    assert linear_rate(tables, "float16", 1, 1e6) == 20e9
+    assert linear_rate(tables, "float64", 1, 1e6) == 40e9
+    without = {"int8": constant(30e9), "float16": constant(20e9)}
+    assert linear_rate(without, "float64", 1, 1e6) == 20e9
+
+
+def test_a_linear_without_a_figure_is_as_large_as_its_float32_form() -> None:
+    small, large = RateCurve.constant(10e9), RateCurve.constant(40e9)
+    tables = {"float32": RateTable(((1e6, small), (4e6, large)))}
+    assert linear_rate(tables, "float16", 1, 2e6) == 20e9
+    assert linear_rate(tables, "float32", 1, 2e6) == pytest.approx(20e9)
+
+
+def test_a_small_weight_has_its_own_rate() -> None:
+    table = RateTable(((1e6, RateCurve.constant(10e9)), (1e8, RateCurve.constant(50e9))))
+    profile = replace(PROFILE, host=replace(PROFILE.host, linear_bytes_per_s={"float32": table}))
+    assert host_linear_s(profile, "float32", 1, 1e6, 0.0, contended=False) == pytest.approx(1e6 / 10e9 + 1e-6)
+    assert host_linear_s(profile, "float32", 1, 1e9, 0.0, contended=False) == pytest.approx(1e9 / 50e9 + 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +185,6 @@ def test_more_work_never_takes_less_time(tokens: float, nbytes: float, flops: fl
 
 
 def test_a_faster_host_is_faster() -> None:
-    host = replace(PROFILE.host, linear_bytes_per_s={"float32": RateCurve.constant(100e9)})
+    host = replace(PROFILE.host, linear_bytes_per_s={"float32": constant(100e9)})
     faster = replace(PROFILE, host=host)
     assert host_linear_s(faster, "float32", 1, 50e9, 0.0) < host_linear_s(PROFILE, "float32", 1, 50e9, 0.0)

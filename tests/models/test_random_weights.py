@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hetegen_compile.passes.retarget_devices import CHECK_VARIABLE
 from hetegen_compile.segments import inductor_compiler, plain_compiler
 from tests.models.architectures import ARCHITECTURES, generate, prompts, tiny_model
 from tests.models.harness import (
@@ -54,7 +55,11 @@ def _same_tokens_and_close_logits(result: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize(("architecture", "cache", "batch"), EITHER_CACHE)
-def test_generates_what_eager_generates(architecture: str, cache: str | None, batch: int) -> None:
+def test_generates_what_eager_generates(
+    architecture: str, cache: str | None, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each schedule is also propagated as if the accelerator were a GPU; a tensor on the wrong device is an error."""
+    monkeypatch.setenv(CHECK_VARIABLE, "1")
     found = _generate_like_eager(architecture, cache, batch)
     assert len(found.backend.returned) >= PREFILL_AND_DECODE
 

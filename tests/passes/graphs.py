@@ -29,7 +29,16 @@ from hetegen_compile.passes import (
     split_linears,
 )
 from hetegen_compile.passes.capture import capture, source_name
-from hetegen_compile.passes.context import GROWTH, Bucket, Context, LinearPlan, Refusal, Residency, SegmentCache
+from hetegen_compile.passes.context import (
+    GROWTH,
+    Bucket,
+    Context,
+    LinearPlan,
+    NothingResident,
+    Refusal,
+    Residency,
+    SegmentCache,
+)
 from hetegen_compile.pipeline import PIPELINE, run_pipeline
 from hetegen_compile.segments import plain_compiler
 
@@ -42,19 +51,6 @@ property_test = settings(deadline=None, max_examples=50)
 
 class _GraphTaken(BaseException):
     """Ends the call in the backend: nothing is executed, no guards are built. Dynamo wraps Exceptions only."""
-
-
-class NothingResident:
-    """No weight is on the accelerator yet."""
-
-    def is_resident(self, weight: Tensor) -> bool:
-        """Never."""
-        del weight
-        return False
-
-    def held_bytes(self) -> int:
-        """None."""
-        return 0
 
 
 def dynamo_graph(

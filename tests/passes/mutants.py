@@ -15,9 +15,8 @@ from hetegen_compile import ir
 from hetegen_compile.accelerators import EmulatedAccelerator
 from hetegen_compile.bind import BoundStep, bind
 from hetegen_compile.ir import info
-from hetegen_compile.mirrors import Mirrors, Request
+from hetegen_compile.mirrors import WEIGHTS, Mirrors, Request
 from hetegen_compile.passes import lower
-from hetegen_compile.runtime import WEIGHTS
 from tests.passes.graphs import Case
 
 STEPS = 2

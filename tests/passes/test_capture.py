@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hetegen_compile.backend import make_backend
 from hetegen_compile.errors import UnsupportedModelError
@@ -191,8 +192,27 @@ def test_inputs_are_not_written_while_capturing() -> None:
 
 def test_an_input_that_is_not_on_the_cpu_is_refused_by_its_name() -> None:
     module, _ = dynamo_graph(lambda x, y: x + y, torch.randn(4), torch.randn(4))
-    with pytest.raises(UnsupportedModelError, match=r"y is on meta.*\.to\('cpu'\)"):
+    with pytest.raises(UnsupportedModelError, match=r"y is on meta .*hetegen_compile\.plan\(model, \.\.\.\)"):
         capture(module, [torch.randn(4), torch.randn(4, device="meta")])
+    elsewhere = FakeTensorMode().from_tensor(torch.randn(4))
+    elsewhere.fake_device = torch.device("cuda:0")
+    with pytest.raises(UnsupportedModelError, match=r"y is on cuda:0.*\.to\('cpu'\)"):
+        capture(module, [torch.randn(4), elsewhere])
+
+
+def test_costs_use_the_symbols_that_are_left_when_some_turn_out_equal() -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ x.T).sum() + (y @ y.T).sum() + (x + y).sum()
+
+    a, b = torch.randn(6, 4), torch.randn(6, 4)
+    for tensor in (a, b):
+        torch._dynamo.mark_dynamic(tensor, 0)
+    found = case(function, a, b)
+    left = set(found.context.sizes)
+    assert len(left) == 1
+    costs = [cost for node in found.module.graph.nodes for cost in (info(node).flops, info(node).traffic_bytes)]
+    assert any(cost.free_symbols for cost in costs)
+    assert all(cost.free_symbols <= left for cost in costs)
 
 
 def test_autocast_is_as_before() -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hetegen_compile.ir import info
+from hetegen_compile.errors import ScheduleError
+from hetegen_compile.ir import HOST_LINEAR, JOIN, PARTIAL_LINEAR, TO_HOST, info
 from hetegen_compile.passes import retarget_devices
-from hetegen_compile.passes.retarget_devices import index, retarget_constants
+from hetegen_compile.passes.retarget_devices import CHECK_VARIABLE, check_devices, index, retarget_constants
 from tests.passes.graphs import Case, scheduled
 
 CUDA = torch.device("cuda:0")
@@ -85,3 +86,74 @@ def test_fake_cuda_tensors_are_indexed_without_cuda() -> None:
     with FakeTensorMode():
         x = torch.empty(4, 3, 2, device=CUDA)
         assert index(x, (slice(1, 3), ..., None)).shape == (2, 3, 2, 1)
+
+
+# ---- every schedule as if the accelerator were a GPU -----------------------------------------------------------
+
+
+def test_a_schedule_is_checked_for_a_gpu_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = scheduled(attention, torch.randn(1, 5, 64))
+    first = next(node for node in found.module.graph.nodes if node.op == "call_module")
+    first.update_arg(0, found.module.graph.find_nodes(op="placeholder")[0])
+    monkeypatch.delenv(CHECK_VARIABLE, raising=False)
+    retarget_devices(found.module, found.context)
+    monkeypatch.setenv(CHECK_VARIABLE, "1")
+    with pytest.raises(ScheduleError, match=f"{first.name} .*runs on cuda and reads .*, which is on cpu"):
+        retarget_devices(found.module, found.context)
+
+
+def test_the_check_leaves_the_schedule_as_it_was() -> None:
+    found = scheduled(attention, torch.randn(1, 5, 64))
+    before = [str(node.args) for node in found.module.graph.nodes]
+    check_devices(found.module)
+    assert [str(node.args) for node in found.module.graph.nodes] == before
+    assert {tensor.device.type for tensor in tensors_of(found)} == {"cpu"}
+
+
+@pytest.mark.parametrize("target", [PARTIAL_LINEAR, JOIN, TO_HOST])
+def test_a_host_tensor_that_reaches_the_accelerator(target: object) -> None:
+    found = scheduled(attention, torch.randn(1, 5, 64))
+    reader, host = found.nodes(target)[0], found.module.graph.find_nodes(op="placeholder")[-1]
+    reader.replace_input_with(reader.all_input_nodes[0], host)
+    with pytest.raises(ScheduleError, match=f"{reader.name} .*runs on cuda and reads {host.name} .*on cpu"):
+        check_devices(found.module)
+
+
+def test_an_accelerator_value_that_reaches_the_host() -> None:
+    found = scheduled(attention, torch.randn(1, 5, 64))
+    reader = found.nodes(HOST_LINEAR)[-1]
+    value = found.nodes(TO_HOST)[0].args[0][0]
+    reader.update_arg(0, value)
+    with pytest.raises(ScheduleError, match=f"{reader.name} .*runs on cpu and reads {value.name} .*on cuda"):
+        check_devices(found.module)
+
+
+def test_a_host_constant_inside_a_segment_names_the_node() -> None:
+    found = scheduled(attention, torch.randn(1, 5, 64))
+    call = next(node for node in found.module.graph.nodes if node.op == "call_module")
+    segment = found.module.get_submodule(str(call.target))
+    assert isinstance(segment, fx.GraphModule)
+    node = next(n for n in segment.graph.nodes if n.op == "call_method" and isinstance(info(n).value, Tensor))
+    with segment.graph.inserting_after(node):
+        mixed = segment.graph.call_function(on_the_host, (node,))
+    node.replace_all_uses_with(mixed, delete_user_cb=lambda user: user is not mixed)
+    with pytest.raises(ScheduleError, match=rf"{mixed.name} \(\) in {call.name} does not run on cuda"):
+        check_devices(found.module)
+
+
+def on_the_host(x: Tensor) -> Tensor:
+    """Adds a tensor of the host, whose device no argument of a node names."""
+    return x + torch.ones(1, 1, 1, 1, device="cpu")
+
+
+def test_attention_of_symbolic_length_is_propagated() -> None:
+    def cached(x: Tensor, past: Tensor) -> Tensor:
+        keys = torch.cat([past, A(x).view(1, 4, 1, 16)], dim=2)
+        result: Tensor = B(nn.functional.scaled_dot_product_attention(keys[:, :, -1:], keys, keys).reshape(1, 64))
+        return result
+
+    past = torch.randn(1, 4, 7, 16)
+    torch._dynamo.mark_dynamic(past, 2)
+    found = scheduled(cached, torch.randn(1, 64), past)
+    assert any(not isinstance(size, int) for tensor in tensors_of(found) for size in tensor.shape)
+    check_devices(found.module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from hetegen_compile import ir
-from hetegen_compile.errors import MissingWaitError, ScheduleError, SlotInUseError
-from hetegen_compile.ir import PREFETCH, RELEASE, TO_ACCELERATOR, TO_HOST, WAIT, WAIT_HOST, info
+from hetegen_compile.errors import BudgetError, MissingWaitError, ScheduleError, SlotInUseError
+from hetegen_compile.ir import PREFETCH, RELEASE, TO_ACCELERATOR, TO_HOST, WAIT, WAIT_HOST, annotate, info
 from hetegen_compile.passes import verify
 from hetegen_compile.passes.context import LinearPlan
 from tests.passes.graphs import Case, again, halves, quarters, scheduled, streamed
@@ -263,4 +264,101 @@ def test_a_host_write_that_overtakes_the_hosts_read_before_it() -> None:
     (write,) = [n for n in found.module.graph.nodes if n.target == "add_"]
     write.append(read)
     with pytest.raises(ScheduleError, match=f"{read} touches l_ids_, .*edge: {read} -> {write}"):
+        check(found)
+
+
+# ---- at return -----------------------------------------------------------------------------------------------------
+
+
+def test_an_input_that_is_not_written() -> None:
+    found = scheduled(static_cache, X, torch.tensor([2]), torch.randn(6, 64), plan=halves)
+    check(found)
+    (write,) = [n for n in found.module.graph.nodes if n.target == "index_copy_"]
+    write.replace_all_uses_with(write.args[0])
+    found.module.graph.erase_node(write)
+    with pytest.raises(ScheduleError, match="at return l_cache_ misses the write of index_copy_"):
+        check(found)
+
+
+def test_an_input_that_is_not_written_back() -> None:
+    function, inputs = FUNCTIONS["computed write"]
+    found = scheduled(function, *inputs, plan=halves)
+    (write,) = found.nodes(ir.WRITE_BACK)
+    found.module.graph.erase_node(write)
+    with pytest.raises(ScheduleError, match="at return l_x_ misses the write of mul_"):
+        check(found)
+
+
+def test_a_mirror_that_missed_the_hosts_write() -> None:
+    function, inputs = FUNCTIONS["computed write"]
+    found = scheduled(function, *inputs, plan=halves)
+    (segment,) = [n for n in found.module.graph.find_nodes(op="call_module") if info(n).writes]
+    found.module.graph.erase_node(segment)
+    with pytest.raises(ScheduleError, match=r"misses the write of mul_ .*missing edge: mul_ "):
+        check(found)
+
+
+def test_a_twin_of_something_else() -> None:
+    function, inputs = FUNCTIONS["grown cache"]
+    found = scheduled(function, *inputs, plan=halves)
+    (twin,) = found.nodes(ir.TWIN)
+    twin.update_arg(1, found.nodes(ir.MIRROR)[0])
+    with pytest.raises(ScheduleError, match=f"{twin.name} keeps .* as the mirror of .*, but the two differ"):
+        check(found)
+
+
+def test_an_output_that_shares_memory_with_an_input() -> None:
+    found = scheduled(chain, X, plan=halves)
+    output = next(iter(reversed(found.module.graph.nodes)))
+    x = next(n for n in found.module.graph.find_nodes(op="placeholder") if "x" in n.name)
+    output.args = ((x,),)
+    with pytest.raises(ScheduleError, match=f"the output {x} .*is not what the program returns there"):
+        check(found)
+
+
+def test_two_outputs_that_share_memory_as_the_program_does_not() -> None:
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = A(x)
+        return y, B(y)
+
+    found = scheduled(function, X, plan=halves)
+    check(found)
+    output = next(iter(reversed(found.module.graph.nodes)))
+    first, _ = output.args[0]
+    output.args = ((first, first),)
+    with pytest.raises(ScheduleError, match="is not what the program returns there"):
+        check(found)
+
+
+# ---- the budget and what is lent -------------------------------------------------------------------------------------
+
+
+def test_a_schedule_that_needs_more_than_the_budget(good: Case) -> None:
+    found = again(good)
+    floor = RING + 3 * 16 * 64 * 4  # the ring and three resident quarters
+    found.context = replace(found.context, budget_bytes=floor + 4096)
+    check(found)
+    found.context = replace(found.context, budget_bytes=floor)
+    with pytest.raises(BudgetError, match=r"verify: at .* are alive on the accelerator beside a ring of 8.00 KiB"):
+        check(found)
+
+
+def test_an_activation_buffer_that_is_reused_while_it_is_lent(good: Case) -> None:
+    found = again(good)
+    up = found.nodes(TO_ACCELERATOR)[0]
+    with found.module.graph.inserting_after(up.next):
+        write = found.module.graph.call_method("zero_", (up.args[0],))
+    key = 1 << 40
+    annotate(up.args[0], storages=frozenset({key}))
+    annotate(write, side="host", writes=frozenset({key}), position=10**6)
+    with pytest.raises(MissingWaitError, match=f"{write.name} writes what {up.name} .*lent to the accelerator"):
+        check(found)
+
+
+def test_a_wait_for_what_never_started(good: Case) -> None:
+    found = again(good)
+    wait = found.nodes(WAIT)[0]
+    with found.module.graph.inserting_before(wait):
+        other = found.module.graph.call_function(WAIT, (found.nodes(ir.RESIDENT)[0],))
+    with pytest.raises(ScheduleError, match=f"{other.name} waits for resident.*, which records no event of that kind"):
         check(found)

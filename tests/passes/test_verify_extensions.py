@@ -57,7 +57,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
         OPERATIONS, STAGED,
         Operation(
-            STAGE, ("host",), waits=(4,), waits_for=(PREFETCH,), gives=Gives.SLOT, ring="pinned", ended_by=(PREFETCH,)
+            STAGE, ("host",), waits=(4,), waits_for=(PREFETCH,), gives=Gives.SLOT, ring="own", ended_by=(PREFETCH,)
         ),
     )  # fmt: skip
     monkeypatch.setitem(

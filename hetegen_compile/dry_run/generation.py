@@ -1,0 +1,167 @@
+"""What generating text would take: prefill, each decode step, memory, and the same done otherwise.
+
+Prefill is captured at the prompt's length and decode once, with the length of the cache as a symbol. The plan of
+decode is made at the longest context, so that the budget holds it; its step is then evaluated at the first, the
+middle and the last context. Weights that decode keeps on the accelerator are there in prefill too: one ledger.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from hetegen_compile.dry_run.forwards import TracedGeneration, trace_generation
+from hetegen_compile.dry_run.generation_plan import Generation, GenerationPlan
+from hetegen_compile.dry_run.memory import accelerator_items, host_items, pinned_bytes
+from hetegen_compile.dry_run.models import NamedModel, named_model
+from hetegen_compile.dry_run.planning import (
+    Machine,
+    PlannedGraph,
+    PlannedWeights,
+    main_schedule,
+    plan_graph,
+    sizes_at,
+    weight_bytes,
+)
+from hetegen_compile.dry_run.times import as_planned, contexts_of, generations, sum_of_steps, total
+from hetegen_compile.dry_run.trace import TracedForward
+from hetegen_compile.errors import OptionError
+from hetegen_compile.hardware import profile_for
+from hetegen_compile.options import parse_options
+
+logger = logging.getLogger("hetegen_compile")
+
+
+def plan_generation(
+    model: Any,
+    *,
+    prompt: int = 512,
+    new_tokens: int = 64,
+    batch: int = 1,
+    dtype: str = "float16",
+    options: Mapping[str, object] | None = None,
+    tell: Callable[[str], None] = logger.info,
+) -> GenerationPlan:
+    """Plan a generation without weights, without running and without the network.
+
+    Args:
+        model: a folder with a config.json, such a file, the id of a model whose config is in the hub's cache, a
+            transformers config, or a module. An encoder has one forward and generates nothing.
+        prompt, new_tokens, batch: tokens of a prompt, generated tokens of each sequence, sequences.
+        dtype: of weights and activations; a module keeps its own.
+        options: those of the backend. Without ``context`` the budget holds the prompt and what is generated.
+        tell: called with what is done next; large models take a minute.
+
+    Raises:
+        OptionError: a figure or an option is wrong.
+        HardwareProfileError: no such hardware.
+        UnsupportedModelError: no such model, or one that cannot be planned; the message says what to do.
+        BudgetError: ``gpu_memory`` is too small; the message has the number that works.
+    """
+    for name, value in (("prompt", prompt), ("new_tokens", new_tokens), ("batch", batch)):
+        if value < 1:
+            raise OptionError(f"{name}={value!r}: expected a whole number of at least 1")
+    machine = _machine(options, prompt + new_tokens, batch)
+    named = named_model(model, dtype)
+    machine = replace(machine, weight_bytes=weight_bytes(named.module))
+    tell(f"{named.name}: tracing the forward of {prompt} tokens and that of one")
+    traced = trace_generation(named, prompt, batch, steps=new_tokens > 1)
+    tell(f"planning for {machine.profile.name}")
+    context = machine.options.context or prompt + new_tokens
+    contexts = contexts_of(prompt, new_tokens) if traced.decode is not None else []
+    prefill, decode = _plan_both(traced, machine, max([context - 1, *contexts]))
+    times = {n: total([one.at(sizes_at(one.graph, traced.hint, n)) for one in decode]) for n in contexts}
+    first = total([as_planned(one) for one in prefill])
+    generated = batch * (new_tokens if named.generates else prompt)
+    return GenerationPlan(
+        model=named.name,
+        hardware=machine.profile.name,
+        dtype=dtype if not isinstance(model, nn.Module) else _dtype_of(model),
+        prompt=prompt,
+        new_tokens=new_tokens if named.generates else 0,
+        batch=batch,
+        context=context,
+        prefill=main_schedule(prefill),
+        decode=main_schedule(decode) if decode else None,
+        decode_step_s={tokens: time.step_s for tokens, time in times.items()},
+        ours=Generation(first.step_s, sum_of_steps({n: t.step_s for n, t in times.items()}), generated),
+        floor_s=first.floor_s + sum_of_steps({n: t.floor_s for n, t in times.items()}),
+        baselines=generations(first, times, generated),
+        accelerator_bytes=accelerator_items([prefill, decode]),
+        budget_bytes=machine.budget_bytes,
+        host_bytes=host_items(named.module, decode or prefill),
+        pinned_bytes=pinned_bytes([*prefill, *decode]),
+        host_memory_bytes=machine.profile.host.memory_bytes,
+        notes=_notes(named, machine, prompt + new_tokens),
+    )
+
+
+def _machine(options: Mapping[str, object] | None, context: int, batch: int) -> Machine:
+    parsed = parse_options(options)
+    if parsed.context is not None and parsed.context < context:
+        raise OptionError(f"context={parsed.context} is less than the {context} tokens of prompt and generation")
+    sequences = -(-parsed.max_batch // batch)  # the graphs hold ``batch`` of them already
+    return Machine(replace(parsed, context=parsed.context or context, max_batch=sequences), profile_for(parsed))
+
+
+# ---- plans ---------------------------------------------------------------------------------------------------
+
+
+def _plan_both(traced: TracedGeneration, machine: Machine, last: int) -> tuple[list[PlannedGraph], list[PlannedGraph]]:
+    """Plans of prefill and of decode with the weights of one ledger: what decode keeps is there in prefill.
+
+    Decode decides, since it runs most. If prefill then has no room, its activations being larger, decode leaves it.
+    """
+    if traced.decode is None:
+        return _plan_forward(traced.prefill, machine, PlannedWeights(), traced.hint, traced.hint), []
+    spare = 0
+    while True:
+        resident = PlannedWeights()
+        decode = _plan_forward(traced.decode, replace(machine, reserved_bytes=spare), resident, traced.hint, last)
+        held = dict(resident.first_rows)
+        prefill = _plan_forward(traced.prefill, machine, resident, traced.hint, traced.hint)
+        if resident.first_rows == held:
+            return prefill, decode
+        more = max(1, _fixed_bytes(prefill) - _fixed_bytes(decode))
+        if more <= spare or not held:
+            return prefill, decode
+        spare = more
+
+
+def _fixed_bytes(planned: Sequence[PlannedGraph]) -> int:
+    """Bytes on the accelerator that are not resident weights."""
+    return max(
+        sum(nbytes for name, nbytes in one.residency.budget.items() if name != "resident weights") for one in planned
+    )
+
+
+def _plan_forward(
+    forward: TracedForward, machine: Machine, resident: PlannedWeights, hint: int, size: int
+) -> list[PlannedGraph]:
+    return [plan_graph(graph, machine, resident, sizes_at(graph, hint, size)) for graph in forward.graphs]
+
+
+def _dtype_of(model: nn.Module) -> str:
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
+    return ", ".join(sorted(dtypes)) or "none"
+
+
+def _notes(named: NamedModel, machine: Machine, tokens: int) -> tuple[str, ...]:
+    notes = []
+    if named.positions is not None and tokens > named.positions:
+        notes.append(f"{tokens} tokens are more than the {named.positions} positions that the model's config states")
+    if named.quantised:
+        notes.append("the config states quantised weights; the plan is for unquantised ones of the stated dtype")
+    if machine.weight_bytes > machine.profile.host.memory_bytes:
+        notes.append(
+            "the weights are larger than the host's memory: they are read by way of the pinned ring, and what the "
+            "disk takes is not in these times"
+        )
+    return tuple(notes)
+
+
+__all__ = ["Generation", "GenerationPlan", "plan_generation"]

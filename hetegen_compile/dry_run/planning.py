@@ -1,0 +1,206 @@
+"""``hetegen_compile.plan``: the schedule of one forward, from shapes alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+
+from hetegen_compile.baselines import baselines, floor_s
+from hetegen_compile.cost_model import HardwareProfile
+from hetegen_compile.dry_run.fakes import Fakes
+from hetegen_compile.dry_run.trace import TracedGraph, trace
+from hetegen_compile.graph_inputs import number, token_count
+from hetegen_compile.hardware import profile_for
+from hetegen_compile.options import Options, format_bytes, parse_options
+from hetegen_compile.passes import annotate_costs, predict_step
+from hetegen_compile.passes.capture import storage_id
+from hetegen_compile.passes.context import Claim, Context, Residency, SegmentCache, require
+from hetegen_compile.pipeline import ONCE_PER_SPLIT
+from hetegen_compile.planner import BucketPlan, PlannedStep, Planner, Sizes, Target, bucket_of, budget_bytes
+from hetegen_compile.schedule import Schedule, register
+
+_KIND = "dry run"
+_FOR_RUNNING = ("retarget_devices", "lower")
+_STAGES = tuple(stage for stage in ONCE_PER_SPLIT if stage.run.__name__ not in _FOR_RUNNING)
+
+
+def plan(model: nn.Module, *args: Any, options: Mapping[str, object] | None = None, **kwargs: Any) -> Schedule:
+    """The schedule of ``model(*args, **kwargs)`` without running it.
+
+    The model may be in host memory, on meta (``with torch.device("meta"): ...``) or both: only shapes are looked at,
+    nothing is computed, no memory is taken for weights, and neither the model nor Dynamo's state is changed. The
+    hardware may be a machine that one does not have.
+
+    Args:
+        model: the model; one that ``torch.compile`` or ``.compile()`` made is planned as what it was made from.
+        args, kwargs: what its forward is called with; tensors may be on meta.
+        options: those of the backend. ``hardware`` names the machine and ``gpu_memory`` the budget (default: the
+            profile's memory less a sixteenth). ``print_schedule=True`` prints the table; ``pace`` and ``seed``, which
+            are about running, say nothing here.
+
+    Returns:
+        The schedule of the graph that reads most weights; those of the forward's other graphs, if it breaks into
+        several, are in its ``others``. ``hetegen_compile.schedules()`` lists all of them. ``measured_step_s`` is None.
+
+    Raises:
+        OptionError, HardwareProfileError: an option is wrong.
+        UnsupportedModelError: the forward depends on values that only a run can tell.
+        BudgetError: ``gpu_memory`` is too small; the message has the number that works.
+    """
+    parsed = parse_options(options)
+    inner = getattr(model, "_orig_mod", model)
+    machine = Machine(parsed, profile_for(parsed), weight_bytes(inner))
+    fakes = Fakes()
+    graphs = trace(fakes.copy(inner), fakes, fakes.copy(args), fakes.copy(kwargs)).graphs
+    resident = PlannedWeights()
+    planned = [plan_graph(graph, machine, resident) for graph in graphs]
+    schedule = main_schedule(planned)
+    if (options or {}).get("print_schedule"):
+        print(schedule.table(unfold=parsed.unfold), flush=True)
+    return schedule
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What plans are made for: the options, the hardware, the whole model's bytes, what of the budget is taken."""
+
+    options: Options
+    profile: HardwareProfile
+    weight_bytes: int = 0
+    reserved_bytes: int = 0
+
+    @property
+    def budget_bytes(self) -> int:
+        """The hard limit on the accelerator's memory."""
+        accelerator = self.profile.accelerator
+        return budget_bytes(self.options.gpu_memory, accelerator.memory_bytes, accelerator.name)
+
+
+    def staged(self, names: Collection[str], weights: Mapping[str, Tensor]) -> dict[str, str]:
+        """All of ``names`` if the model does not fit the host's memory: a mapped file cannot be pinned whole."""
+        available = self.profile.host.memory_bytes
+        if self.weight_bytes <= available:
+            return {}
+        reason = f"{format_bytes(self.weight_bytes)} of weights are more than the host's {format_bytes(available)}"
+        return dict.fromkeys(names, reason)
+
+
+@dataclass
+class PlannedWeights:
+    """What earlier plans of the same model claim, which rows of weights they keep, and their staging ring."""
+
+    plans: list[Residency] = field(default_factory=list)
+
+    def add(self, residency: Residency) -> None:
+        """Note a plan: what it decides about resident rows holds for those before it, too."""
+        self.plans.append(residency)
+
+    @property
+    def first_rows(self) -> Mapping[Hashable, int]:
+        """First resident row of each weight, as the last plan decided."""
+        return self.plans[-1].first_rows if self.plans else {}
+
+    @property
+    def ring_bytes(self) -> int:
+        """The longest staging ring."""
+        return max((plan.ring_bytes for plan in self.plans), default=0)
+
+    def identify(self, weight: Tensor) -> Hashable:
+        """A fake stands for one weight in all graphs."""
+        return id(weight)
+
+    def claims(self) -> Sequence[Sequence[Claim]]:
+        """What each plan claims, oldest first."""
+        return [plan.claims for plan in self.plans]
+
+    def reserved_bytes(self) -> int:
+        """The most that a step needs beside resident weights and the ring."""
+        return max((plan.step_bytes for plan in self.plans), default=0)
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of a step: ours, the bound, and done otherwise."""
+
+    step_s: float
+    floor_s: float
+    baselines: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class PlannedGraph:
+    """One captured graph with its plan."""
+
+    graph: TracedGraph
+    base: BucketPlan
+    step: PlannedStep
+
+    @property
+    def residency(self) -> Residency:
+        """How its plan shares out the accelerator's memory."""
+        return require(self.base.context.residency, "choose_residency")
+
+    def at(self, sizes: Sizes) -> StepTimes:
+        """The same plan's step at other sizes: nothing is decided again."""
+        context = self._resized(self.base.module, self.base.context, sizes)
+        split = replace(context, splits=self.base.context.splits)
+        return StepTimes(
+            step_s=predict_step(self.step.module, replace(self.step.context, sizes=sizes)).step_s,
+            floor_s=floor_s(self.base.module, split),
+            baselines=baselines(self.base.module, split),
+        )
+
+    def _resized(self, module: fx.GraphModule, context: Context, sizes: Sizes) -> Context:
+        context = replace(context, sizes=sizes)
+        return replace(context, costs=annotate_costs(module, context))
+
+
+def plan_graph(
+    graph: TracedGraph, machine: Machine, resident: PlannedWeights, sizes: Sizes | None = None
+) -> PlannedGraph:
+    """The plan of one captured graph at ``sizes`` (default: those it was captured with).
+
+    What it keeps on the accelerator is added to ``resident``.
+    """
+    sizes = graph.sizes if sizes is None else sizes
+    planner = Planner(
+        graph.module, options=machine.options, profile=machine.profile, segments=SegmentCache(_never, {})
+    )
+    target = Target(
+        kind=_KIND, device=torch.device("cpu"), budget_bytes=machine.budget_bytes - machine.reserved_bytes,
+        resident=resident, ring_bytes=resident.ring_bytes, host_memory=machine,
+    )
+    base = planner.plan_bucket(bucket_of(number(token_count(graph.module), sizes)), sizes, target, graph.weights)
+    resident.add(require(base.context.residency, "choose_residency"))
+    return PlannedGraph(graph, base, planner.plan_split(base, machine.options.split, _STAGES))
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers; what several modules share counts once."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    storages = {storage_id(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return int(sum(storages.values()))
+
+
+def main_schedule(planned: Sequence[PlannedGraph]) -> Schedule:
+    """The schedule of the graph that reads most weights, registered, the others on it."""
+    chosen = max(planned, key=lambda one: one.graph.weight_bytes).step.schedule
+    chosen.others = tuple(one.step.schedule for one in planned if one.step.schedule is not chosen)
+    for one in planned:
+        register(one.step.schedule)
+    return chosen
+
+
+def sizes_at(graph: TracedGraph, hint: int, size: int) -> Sizes:
+    """The graph's sizes with ``size`` for every symbol that was ``hint`` when it was captured."""
+    return {symbol: sympy.Integer(size) if found == hint else found for symbol, found in graph.sizes.items()}
+
+
+def _never(segment: fx.GraphModule, examples: Any) -> Any:
+    raise AssertionError("a dry run compiles nothing")

@@ -1,0 +1,30 @@
+"""How a tensor lies in its storage, as plain numbers: what a mirror of it takes. A leaf, imports nothing of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+_WHOLE_STORAGE_FACTOR = 4
+_WHOLE_STORAGE_BYTES = 1 << 16
+
+
+def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether the geometry is a permutation of a contiguous one: no gaps, no two elements in one place."""
+    expected = 1
+    for step, size in sorted((s, n) for s, n in zip(stride, shape, strict=True) if n != 1):
+        if step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def mirrored_bytes(shape: Sequence[int], stride: Sequence[int], item_bytes: int, storage_bytes: int) -> int:
+    """Bytes that the mirror of a tensor takes: its own, or its whole storage's.
+
+    A view is mirrored through its whole storage if it has gaps or overlaps, or if the storage is small (64 KiB, or
+    four times the view).
+    """
+    own = prod(shape) * item_bytes
+    whole = not is_dense(shape, stride) or storage_bytes <= max(_WHOLE_STORAGE_BYTES, _WHOLE_STORAGE_FACTOR * own)
+    return storage_bytes if whole else own

@@ -1,0 +1,70 @@
+"""The kernel of each host part, as the hardware profile recorded it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hetegen_compile.cost_model import KernelChoice
+from hetegen_compile.host_kernels.kernels import KERNELS, LINEAR, HostKernel
+
+
+@dataclass(frozen=True)
+class HostLinear:
+    """The rows ``lo:hi`` of one Linear on the host: a callable (x, rows, bias) -> result.
+
+    ``kernels`` are the kernels by the highest number of tokens that each serves, ascending; the last serves the rest.
+    """
+
+    lo: int
+    hi: int
+    dim: int
+    kernels: tuple[tuple[float, HostKernel], ...]
+
+    def __call__(self, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """The part of the Linear that ``rows`` contribute."""
+        kernel = self.kernel(x.numel() // max(1, x.shape[-1]))
+        if not x.numel() or rows.is_floating_point() and (x.dtype != rows.dtype or torch.is_autocast_enabled("cpu")):
+            kernel = LINEAR  # autocast decides the dtype; the rest are cases that only torch defines
+        return kernel.run(x, rows, bias, self.lo, self.hi, self.dim)
+
+    def kernel(self, tokens: int) -> HostKernel:
+        """The kernel for a number of tokens."""
+        for most, kernel in self.kernels:
+            if tokens <= most:
+                return kernel
+        return self.kernels[-1][1]
+
+
+def bind_kernels(
+    choices: Mapping[str, KernelChoice],
+    rows: Tensor,
+    lo: int,
+    hi: int,
+    dim: int,
+    refuse: Callable[[str], None] = lambda reason: None,
+) -> HostLinear:
+    """The callable that computes ``rows`` (a fake is enough) with the kernels that a profile records.
+
+    Each kernel is prepared here, so that no step builds one. A recorded kernel that cannot be used is replaced by
+    ``F.linear``; ``refuse`` is told the reason.
+    """
+    choice = choices.get(str(rows.dtype).removeprefix("torch."))
+    if choice is None:
+        return HostLinear(lo, hi, dim, ((float("inf"), LINEAR),))
+    usable = tuple((most, _usable(name, rows, refuse)) for most, name in choice.limits())
+    return HostLinear(lo, hi, dim, usable)
+
+
+def _usable(name: str, rows: Tensor, refuse: Callable[[str], None]) -> HostKernel:
+    kernel = KERNELS.get(name)
+    reason = "this version has no kernel of that name" if kernel is None else kernel.refusal(rows)
+    if kernel is not None and reason is None:
+        return kernel
+    refuse(f"computed with F.linear, not with the hardware profile's kernel '{name}': {reason}")
+    return LINEAR
+
+

@@ -1,0 +1,242 @@
+// Linears on few tokens, at the speed of reading the weights: each weight is loaded once from main memory.
+//
+// Products are summed in float32. Elements are float32, bfloat16 or float16; the activations come as Ops<T>::X.
+// at::vec gives the vectors of the processor that this is compiled for (AVX2, AVX-512, NEON, ...).
+
+#include <ATen/cpu/vec/functional.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#define HETEGEN_INLINE inline __attribute__((always_inline))
+#define HETEGEN_UNROLL _Pragma("GCC unroll 8")
+
+namespace {
+
+using Vec = at::vec::Vectorized<float>;
+
+constexpr int64_t kAhead = 1024;        // bytes that each row of a tile is prefetched ahead
+constexpr int64_t kAheadOneRow = 4096;  // the same where rows are read one after the other: the next page
+constexpr int64_t kParallel = 1 << 16;  // multiply-adds from which further threads pay
+
+// Elements of T, `step` at a time: as float32 vectors.
+template <typename T>
+struct Ops {
+  using X = float;
+  static constexpr int64_t step = at::vec::Vectorized<T>::size();
+  static constexpr int count = step / Vec::size();
+  struct Elements {
+    Vec part[count];
+  };
+  static HETEGEN_INLINE Elements load(const T* p) {
+    Elements e;
+    if constexpr (count == 1) {
+      e.part[0] = Vec::loadu(p);
+    } else {
+      at::vec::load_to_float<T>(p, e.part[0], e.part[1]);
+    }
+    return e;
+  }
+  static HETEGEN_INLINE Vec dot(const Elements& e, const X* x, Vec sum) {
+    HETEGEN_UNROLL for (int i = 0; i < count; ++i) {
+      sum = at::vec::fmadd(e.part[i], Vec::loadu(x + i * Vec::size()), sum);
+    }
+    return sum;
+  }
+};
+
+#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
+#define HETEGEN_BFLOAT16_DOT 1
+// Elements of the rows, and of the activations, multiplied as they are.
+struct Bfloat16Dot {
+  using X = c10::BFloat16;
+  static constexpr int64_t step = 32;
+  using Elements = __m512i;
+  static HETEGEN_INLINE Elements load(const c10::BFloat16* p) {
+    return _mm512_loadu_si512(p);
+  }
+  static HETEGEN_INLINE Vec dot(const Elements& e, const X* x, Vec sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)e, (__m512bh)_mm512_loadu_si512(x));
+  }
+};
+#else
+#define HETEGEN_BFLOAT16_DOT 0
+#endif
+
+template <typename T>
+struct DotOps : Ops<T> {};
+#if HETEGEN_BFLOAT16_DOT
+template <>
+struct DotOps<c10::BFloat16> : Bfloat16Dot {};
+#endif
+
+// out[m, r] = sum over k of x[m, k] * w[r, k] (+ bias[r]) for M tokens and R rows, U steps at a time.
+template <typename T, int M, int R, int U>
+HETEGEN_INLINE void dot_tile(
+    const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* out, int64_t ldo,
+    int64_t k) {
+  using O = DotOps<T>;
+  // One row and one token is a pure stream, which the hardware prefetches best when left alone.
+  constexpr int64_t ahead = R > 1 ? kAhead : M > 1 ? kAheadOneRow : 0;
+  Vec sum[U][R][M];
+  HETEGEN_UNROLL for (int u = 0; u < U; ++u) {
+    HETEGEN_UNROLL for (int r = 0; r < R; ++r) {
+      HETEGEN_UNROLL for (int m = 0; m < M; ++m) sum[u][r][m] = Vec(0.f);
+    }
+  }
+  int64_t i = 0;
+  for (; i + U * O::step <= k; i += U * O::step) {
+    HETEGEN_UNROLL for (int u = 0; u < U; ++u) {
+      HETEGEN_UNROLL for (int r = 0; r < R; ++r) {
+        const T* p = w + r * ldw + i + u * O::step;
+        if constexpr (ahead > 0) __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead);
+        const auto elements = O::load(p);
+        HETEGEN_UNROLL for (int m = 0; m < M; ++m) {
+          sum[u][r][m] = O::dot(elements, x + m * ldx + i + u * O::step, sum[u][r][m]);
+        }
+      }
+    }
+  }
+  HETEGEN_UNROLL for (int r = 0; r < R; ++r) {
+    HETEGEN_UNROLL for (int m = 0; m < M; ++m) {
+      Vec total = sum[0][r][m];
+      HETEGEN_UNROLL for (int u = 1; u < U; ++u) total = total + sum[u][r][m];
+      float result = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, total);
+      for (int64_t j = i; j < k; ++j) result += float(w[r * ldw + j]) * float(x[m * ldx + j]);
+      out[m * ldo + r] = T(result + (bias ? float(bias[r]) : 0.f));
+    }
+  }
+}
+
+// All tokens with R rows; from the second block of tokens on the rows come from the first-level cache.
+template <typename T, int R, int U>
+HETEGEN_INLINE void dot_rows(
+    const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* out, int64_t ldo,
+    int64_t m, int64_t k) {
+  for (; m >= 4; m -= 4, x += 4 * ldx, out += 4 * ldo) dot_tile<T, 4, R, 1>(x, ldx, w, ldw, bias, out, ldo, k);
+  if (m == 3) dot_tile<T, 3, R, 1>(x, ldx, w, ldw, bias, out, ldo, k);
+  if (m == 2) dot_tile<T, 2, R, U>(x, ldx, w, ldw, bias, out, ldo, k);
+  if (m == 1) dot_tile<T, 1, R, U>(x, ldx, w, ldw, bias, out, ldo, k);
+}
+
+// Tiles of R rows are shared out among the threads in chunks, as each becomes free.
+template <typename T, int R, int U>
+void dot_linear(
+    const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* out, int64_t m,
+    int64_t n, int64_t k) {
+  const int64_t tiles = n / R;
+  const int64_t chunk = std::max<int64_t>(1, tiles / (8 * omp_get_max_threads()));
+#pragma omp parallel for schedule(dynamic, chunk) if (m * n * k >= kParallel)
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t r = tile * R;
+    dot_rows<T, R, U>(x, ldx, w + r * ldw, ldw, bias ? bias + r : nullptr, out + r, n, m, k);
+  }
+  for (int64_t r = tiles * R; r < n; ++r) {
+    dot_rows<T, 1, U>(x, ldx, w + r * ldw, ldw, bias ? bias + r : nullptr, out + r, n, m, k);
+  }
+}
+
+// One or two tokens read row after row, which is what hardware prefetchers follow best; more tokens want
+// tiles of rows, so that an activation that is loaded is used several times.
+template <typename T>
+void linear(
+    const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* out, int64_t m,
+    int64_t n, int64_t k) {
+  if (m <= 2) {
+    dot_linear<T, 1, 4>(x, ldx, w, ldw, bias, out, m, n, k);
+  } else {
+    dot_linear<T, 6, 1>(x, ldx, w, ldw, bias, out, m, n, k);
+  }
+}
+
+// sums[m, j] += sum over R rows of x[m, r] * w[r, j], for columns of whole steps and then one by one.
+template <typename T, int M, int R>
+HETEGEN_INLINE void axpy_rows(
+    const float* x, int64_t ldx, const T* w, int64_t ldw, float* sums, int64_t lds, int64_t n) {
+  using O = Ops<T>;
+  int64_t j = 0;
+  for (; j + O::step <= n; j += O::step) {
+    Vec sum[M][O::count];
+    HETEGEN_UNROLL for (int m = 0; m < M; ++m) {
+      HETEGEN_UNROLL for (int c = 0; c < O::count; ++c) sum[m][c] = Vec::loadu(sums + m * lds + j + c * Vec::size());
+    }
+    HETEGEN_UNROLL for (int r = 0; r < R; ++r) {
+      const auto elements = O::load(w + r * ldw + j);
+      HETEGEN_UNROLL for (int m = 0; m < M; ++m) {
+        HETEGEN_UNROLL for (int c = 0; c < O::count; ++c) {
+          sum[m][c] = at::vec::fmadd(elements.part[c], Vec(x[m * ldx + r]), sum[m][c]);
+        }
+      }
+    }
+    HETEGEN_UNROLL for (int m = 0; m < M; ++m) {
+      HETEGEN_UNROLL for (int c = 0; c < O::count; ++c) sum[m][c].store(sums + m * lds + j + c * Vec::size());
+    }
+  }
+  for (; j < n; ++j) {
+    for (int m = 0; m < M; ++m) {
+      for (int r = 0; r < R; ++r) sums[m * lds + j] += x[m * ldx + r] * float(w[r * ldw + j]);
+    }
+  }
+}
+
+// The columns j0:j1 of all tokens: rows in groups of R, the sums stay in the cache.
+template <typename T, int M, int R>
+void axpy_columns(
+    const float* x, int64_t ldx, const T* w, int64_t ldw, float* sums, int64_t lds, int64_t n, int64_t k) {
+  int64_t r = 0;
+  for (; r + R <= k; r += R) axpy_rows<T, M, R>(x + r, ldx, w + r * ldw, ldw, sums, lds, n);
+  for (; r < k; ++r) axpy_rows<T, M, 1>(x + r, ldx, w + r * ldw, ldw, sums, lds, n);
+}
+
+// out[m, j] = sum over k rows of x[m, k] * w[k, j] (+ bias[j]); `sums` is [m, n] of float32 to work in.
+// Each thread has columns of its own, cut at multiples of 64 bytes of sums.
+template <typename T>
+void partial_linear(
+    const float* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* out, float* sums, int64_t m, int64_t n,
+    int64_t k) {
+  const int64_t threads = m * n * k >= kParallel ? omp_get_max_threads() : 1;
+  const int64_t width = std::max<int64_t>(64, ((n + threads - 1) / threads + 63) / 64 * 64);
+#pragma omp parallel for schedule(static, 1) if (threads > 1)
+  for (int64_t lo = 0; lo < n; lo += width) {
+    const int64_t columns = std::min(width, n - lo);
+    for (int64_t i = 0; i < m; ++i) std::fill_n(sums + i * n + lo, columns, 0.f);
+    int64_t i = 0;
+    for (; i + 4 <= m; i += 4) axpy_columns<T, 4, 4>(x + i * ldx, ldx, w + lo, ldw, sums + i * n + lo, n, columns, k);
+    if (i + 2 <= m) {
+      axpy_columns<T, 2, 4>(x + i * ldx, ldx, w + lo, ldw, sums + i * n + lo, n, columns, k);
+      i += 2;
+    }
+    if (i < m) axpy_columns<T, 1, 8>(x + i * ldx, ldx, w + lo, ldw, sums + i * n + lo, n, columns, k);
+    for (i = 0; i < m; ++i) {
+      for (int64_t j = lo; j < lo + columns; ++j) {
+        out[i * n + j] = T(sums[i * n + j] + (bias ? float(bias[j]) : 0.f));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+#define HETEGEN_EXPORT(NAME, T)                                                                                \
+  extern "C" void linear_##NAME(                                                                               \
+      const void* x, int64_t ldx, const void* w, int64_t ldw, const void* bias, void* out, int64_t m, int64_t n, \
+      int64_t k) {                                                                                             \
+    linear<T>((const DotOps<T>::X*)x, ldx, (const T*)w, ldw, (const T*)bias, (T*)out, m, n, k);                \
+  }                                                                                                            \
+  extern "C" void partial_linear_##NAME(                                                                       \
+      const void* x, int64_t ldx, const void* w, int64_t ldw, const void* bias, void* out, void* sums, int64_t m, \
+      int64_t n, int64_t k) {                                                                                  \
+    partial_linear<T>((const float*)x, ldx, (const T*)w, ldw, (const T*)bias, (T*)out, (float*)sums, m, n, k); \
+  }
+
+HETEGEN_EXPORT(float32, float)
+HETEGEN_EXPORT(bfloat16, c10::BFloat16)
+HETEGEN_EXPORT(float16, c10::Half)
+
+// Whether linear_bfloat16 takes its activations in bfloat16 (else in float32).
+extern "C" int64_t bfloat16_dot() {
+  return HETEGEN_BFLOAT16_DOT;
+}

@@ -1,0 +1,127 @@
+"""A Linear on few tokens at the speed of main memory: ``linear.cpp``, built by torch's own C++ tool chain.
+
+Why not ``F.linear``: at one token torch's 16-bit kernels reach half of the memory's read rate, and from two tokens on
+most of its kernels fall far below. Why C++ of our own and not an Inductor graph: one build serves every shape and
+number of tokens (3 dtypes, seconds, kept in Inductor's cache on disk), and a call through ctypes costs a few
+microseconds and releases the GIL while it runs, without Dynamo's guards.
+
+The weight is read where it lies. Sums are float32 whatever the dtype. The threads are torch's: the calling thread's
+number of them, from the same OpenMP pool.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache, cached_property
+from importlib.resources import files
+
+import torch
+from torch import Tensor
+
+from hetegen_compile.errors import HostKernelUnavailableError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Element types of the weights that the kernel takes."""
+
+
+class Library:
+    """The built library. ``linear`` and ``partial_linear`` are its functions by dtype."""
+
+    def __init__(self, handle: ctypes.CDLL) -> None:
+        self._handle = handle
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        operands = [pointer, number, pointer, number, pointer, pointer]
+        self.linear = {dtype: self._function("linear", dtype, [*operands, *[number] * 3]) for dtype in DTYPES}
+        self.partial_linear = {
+            dtype: self._function("partial_linear", dtype, [*operands, pointer, *[number] * 3]) for dtype in DTYPES
+        }
+
+    def _function(self, prefix: str, dtype: torch.dtype, arguments: list[type]) -> Callable[..., None]:
+        function: ctypes._FuncPointer = getattr(self._handle, f"{prefix}_{str(dtype).removeprefix('torch.')}")
+        function.argtypes, function.restype = arguments, None
+        return function
+
+    @cached_property
+    def activations(self) -> dict[torch.dtype, torch.dtype]:
+        """By the weight's dtype, the dtype that ``linear`` takes activations in."""
+        taken = dict.fromkeys(DTYPES, torch.float32)
+        return {**taken, torch.bfloat16: torch.bfloat16} if self._handle.bfloat16_dot() else taken
+
+
+@cache
+def library() -> Library:
+    """The kernel, built on first use in this process or loaded from Inductor's cache.
+
+    Raises:
+        HostKernelUnavailableError: it cannot be built (no C++ compiler, a torch without its tool chain); the reason is
+            kept, later calls raise it again without a new attempt.
+    """
+    built = _build()
+    if isinstance(built, str):
+        raise HostKernelUnavailableError(built)
+    return built
+
+
+@cache
+def _build() -> Library | str:
+    source = files(__package__).joinpath("linear.cpp").read_text()
+    try:
+        from torch._inductor.codecache import CppCodeCache
+
+        return Library(CppCodeCache.load(source))
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        return f"the vectorised host kernel cannot be built, install a C++ compiler (g++ or CXX): {first}"
+
+
+def vectorised_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int) -> Tensor:
+    """``ir.linear_rows`` for weights of ``DTYPES`` whose last dimension is contiguous, sums in float32.
+
+    Raises:
+        HostKernelUnavailableError: the kernel cannot be built.
+    """
+    if dim == 0:
+        return _columns(x, rows, None if bias is None else bias[lo:hi])
+    return _partial_sum(x[..., lo:hi], rows, bias)
+
+
+def _columns(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    kernel = library()
+    dtype = rows.dtype
+    tokens, stride, flat = _flat(x, kernel.activations[dtype])
+    count, width = rows.shape
+    out = x.new_empty((*x.shape[:-1], count))
+    kernel.linear[dtype](
+        flat.data_ptr(), stride, rows.data_ptr(), rows.stride(0), _address(bias), out.data_ptr(), tokens, count, width
+    )
+    return out
+
+
+def _partial_sum(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    kernel = library()
+    tokens, stride, flat = _flat(x, torch.float32)
+    count, width = rows.shape
+    out = x.new_empty((*x.shape[:-1], width))
+    sums = torch.empty((tokens, width), dtype=torch.float32, device="cpu")
+    kernel.partial_linear[rows.dtype](
+        flat.data_ptr(), stride, rows.data_ptr(), rows.stride(0), _address(bias), out.data_ptr(), sums.data_ptr(),
+        tokens, width, count,
+    )  # fmt: skip
+    return out
+
+
+def _flat(x: Tensor, dtype: torch.dtype) -> tuple[int, int, Tensor]:
+    """(tokens, elements from one token to the next, a tensor that holds them): each token contiguous, of a dtype."""
+    width = x.shape[-1]
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    if x.is_contiguous():
+        return x.numel() // width, width, x
+    flat = x.reshape(-1, width)
+    flat = flat if flat.stride(1) == 1 else flat.contiguous()
+    return flat.shape[0], flat.stride(0), flat
+
+
+def _address(bias: Tensor | None) -> int | None:
+    return None if bias is None else bias.data_ptr()

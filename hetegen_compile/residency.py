@@ -1,0 +1,122 @@
+"""The ledger of an accelerator: which rows of which weights stay there, for all graphs that share it.
+
+A backend sees graphs and not models, and each is compiled and run before the next exists. So every plan enters
+here what it claims and what its steps need beside; the next plan is made with that in view, and what it decides
+holds for all. Plans that counted on rows that have left are made again when they are next called.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from hetegen_compile.mirrors import Mirrors
+from hetegen_compile.passes.context import Claim, Residency, weight_key
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One plan: whose it is, what it claims, what its step needs beside, and the budget that it was made for.
+
+    ``anchor`` is the storage of one of the weights: the plan is void when that is gone.
+    """
+
+    owner: weakref.ref[object]
+    anchor: StorageWeakRef | None
+    claims: Sequence[Claim]
+    step_bytes: int
+    ring_bytes: int
+    budget_bytes: int
+
+    def lives(self) -> bool:
+        return self.owner() is not None and (self.anchor is None or not self.anchor.expired())
+
+
+class ResidencyLedger:
+    """Not thread-safe: used under the accelerator's step lock."""
+
+    def __init__(self, mirrors: Mirrors) -> None:
+        self._mirrors = mirrors
+        self._entries: dict[tuple[int, Hashable], _Entry] = {}
+        self._row_bytes: dict[Hashable, tuple[int, int]] = {}
+        self.first_rows: Mapping[Hashable, int] = {}
+        self.ring_bytes = 0
+        self.epoch = 0
+        """Counts the changes after which a plan may no longer find what it counted on."""
+
+    def others(self, owner: object, part: Hashable) -> OtherPlans:
+        """What one plan (``part`` of ``owner``) has to know about the others, owner's other plans included."""
+        self._entries = {key: entry for key, entry in self._entries.items() if entry.lives()}
+        own = (id(owner), part)
+        return OtherPlans(tuple(entry for key, entry in self._entries.items() if key != own))
+
+    def dead_parts(self, owner: object) -> list[Any]:
+        """The parts of ``owner`` whose weights are gone."""
+        found = [(part, entry) for (who, part), entry in self._entries.items() if who == id(owner)]
+        return [part for part, entry in found if not entry.lives()]
+
+    def enter(
+        self, owner: object, part: Hashable, residency: Residency, budget_bytes: int, anchor: StorageWeakRef | None
+    ) -> None:
+        """Make what a plan decided hold: rows that leave are dropped, those that came are uploaded by need."""
+        known = self.smallest_budget_bytes
+        self._entries[id(owner), part] = _Entry(
+            weakref.ref(owner), anchor, residency.claims, residency.step_bytes, residency.ring_bytes, budget_bytes
+        )
+        self._row_bytes = {c.key: (c.rows, c.row_bytes) for e in self._entries.values() for c in e.claims}
+        lower = budget_bytes < (known if known is not None else budget_bytes)
+        old, new = self.first_rows, dict(residency.first_rows)
+        moved = [key for key, first in old.items() if new.get(key) != first]
+        if moved or lower or residency.ring_bytes < self.ring_bytes:
+            self._mirrors.forget_weights({key[0] for key in moved if isinstance(key, tuple)})
+            self.epoch += 1
+        self.first_rows, self.ring_bytes = new, residency.ring_bytes
+        self._mirrors.keep = frozenset(key[0] for key in new if isinstance(key, tuple))
+
+    def has(self, residents: Sequence[tuple[Hashable, int]]) -> bool:
+        """Whether all rows from (weight, first row) on are still meant to be resident."""
+        return all(self.first_rows.get(key, math.inf) <= first for key, first in residents)
+
+    @property
+    def smallest_budget_bytes(self) -> int | None:
+        """The smallest ``gpu_memory`` of the graphs that are alive, which holds for all of them; None without any."""
+        return min((entry.budget_bytes for entry in self._entries.values() if entry.lives()), default=None)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of all rows that are meant to be resident."""
+        known = ((self._row_bytes[key], first) for key, first in self.first_rows.items() if key in self._row_bytes)
+        return sum((rows - first) * row_bytes for (rows, row_bytes), first in known)
+
+
+@dataclass(frozen=True)
+class OtherPlans:
+    """Read-only view of the plans of an accelerator but one."""
+
+    entries: tuple[_Entry, ...]
+
+    def identify(self, weight: Tensor) -> Hashable:
+        """By storage, and place in it."""
+        return weight_key(weight)
+
+    def claims(self) -> Sequence[Sequence[Claim]]:
+        """What each plan claims, oldest first."""
+        return [entry.claims for entry in self.entries]
+
+    def reserved_bytes(self) -> int:
+        """The most that a step needs beside resident weights and the ring."""
+        return max((entry.step_bytes for entry in self.entries), default=0)
+
+    @property
+    def ring_bytes(self) -> int:
+        """The longest staging ring."""
+        return max((entry.ring_bytes for entry in self.entries), default=0)
+
+
+__all__ = ["OtherPlans", "ResidencyLedger"]

@@ -1,0 +1,170 @@
+"""What a schedule occupies on the accelerator, in issue order, as expressions over the graph's sizes.
+
+Why: the budget is hard, so it is checked against the schedule and not against an estimate; and sizes change
+from call to call (a cache grows), so what is kept are expressions. A later call with larger sizes is then
+checked in milliseconds and not planned again.
+
+A value lives from the node that makes its storage to the last node that touches it; what a download reads,
+until the host has waited; what becomes a mirror, all the time, since in the next step it is there from the
+start: a prefill's plan then holds for the decode steps after it. What goes up from the host may be made as soon as
+the host has the operands for it, that is while the accelerator is still at the last download that the host has
+waited for. Inner values of segments have points of their own between those of the schedule's nodes, as if
+nothing were fused, and operations of several kernels count all that these make: an upper bound for compiled
+code. Parts of a Linear and joins count what their kernels make beside their result.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from dataclasses import dataclass, field
+
+import sympy
+from torch import fx
+
+from hetegen_compile import ir
+from hetegen_compile.ir import info
+from hetegen_compile.passes.annotate_costs import value_size
+from hetegen_compile.passes.context import Context, Life, MemoryNeed
+from hetegen_compile.passes.liveness import larger, storage_lives
+
+_NOT_VALUES = (
+    ir.MIRROR, ir.RESIDENT, ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.WAIT, ir.RELEASE,
+)  # fmt: skip
+
+
+def measure_memory(module: fx.GraphModule, context: Context) -> MemoryNeed:
+    """Lives of all values of a schedule, and the workspace of each node that has one."""
+    return _Meter(module, context).measure()
+
+
+def inner_lives(segment: fx.GraphModule) -> list[Life]:
+    """Lives of the values that a segment makes and does not return, in places of its own order."""
+    inputs = [node for node in segment.graph.nodes if node.op in ("placeholder", "get_attr")]
+    returned = next(iter(reversed(segment.graph.nodes))).all_input_nodes
+    outside = frozenset[int]().union(*(info(node).storages for node in (*inputs, *returned)))
+    lives = [life for key, life in storage_lives(segment.graph.nodes).items() if key not in outside]
+    return lives + [
+        (place, place, scratch) for place, node in enumerate(segment.graph.nodes) if (scratch := _scratch(node)) != 0
+    ]
+
+
+def _scratch(node: fx.Node) -> sympy.Expr:
+    """What an operation of several kernels makes beside its result (the statistics of a norm, a softmax)."""
+    return info(node).made_bytes - value_size(node) if info(node).made_bytes != 0 else sympy.Integer(0)
+
+
+@dataclass
+class _Meter:
+    module: fx.GraphModule
+    context: Context
+    inner: dict[str, list[Life]] = field(default_factory=dict)
+    bases: dict[int, sympy.Expr] = field(default_factory=dict)
+
+    def measure(self) -> MemoryNeed:
+        nodes = list(self.module.graph.nodes)
+        self.points = self._points(nodes)
+        self.end = max(last for _, last in self.points.values())
+        self.behind = self._where_the_accelerator_is_at_least(nodes)
+        workspace = {node: self._workspace(node) for node in nodes}
+        lives = [*self._values(nodes), *self._inner_lives(nodes)]
+        lives += [(*self.points[node], size) for node, size in workspace.items() if node.op != "call_module" and size]
+        return MemoryNeed(tuple(lives), {node: size for node, size in workspace.items() if size})
+
+    def _points(self, nodes: list[fx.Node]) -> dict[fx.Node, tuple[int, int]]:
+        """First and last point of each node: a segment has one for each of its own nodes."""
+        points, point = {}, 0
+        for node in nodes:
+            segment = self._segment(node)
+            length = len(segment.graph.nodes) if segment is not None else 1
+            points[node] = (point, point + length - 1)
+            point += length
+        return points
+
+    def _segment(self, node: fx.Node) -> fx.GraphModule | None:
+        found = self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return found if isinstance(found, fx.GraphModule) else None
+
+    def _inner(self, node: fx.Node) -> list[Life]:
+        name = str(node.target)
+        segment = self._segment(node)
+        if name not in self.inner:
+            if segment is not None:
+                self.bases |= {key: size for key, (_, _, size) in storage_lives(segment.graph.nodes).items()}
+            self.inner[name] = [] if segment is None else inner_lives(segment)
+        return self.inner[name]
+
+    def _inner_lives(self, nodes: list[fx.Node]) -> list[Life]:
+        calls = [node for node in nodes if node.op == "call_module"]
+        first = {node: self.points[node][0] for node in calls}
+        return [(first[n] + born, first[n] + dies, size) for n in calls for born, dies, size in self._inner(n)]
+
+    def _where_the_accelerator_is_at_least(self, nodes: list[fx.Node]) -> dict[fx.Node, int]:
+        """For each upload the point that the accelerator has passed when the host issues it."""
+        passed, behind = 0, {}
+        for node in nodes:
+            if node.target == ir.WAIT_HOST:
+                (transfer,) = node.all_input_nodes
+                passed = max(passed, self.points[transfer][0])
+            behind[node] = passed
+        return behind
+
+    def _values(self, nodes: list[fx.Node]) -> list[Life]:
+        mirrored = frozenset[int]().union(*(info(node).storages for node in nodes if node.target == ir.MIRROR))
+        own: dict[object, Life] = {}
+        for node in nodes:
+            if info(node).side != "accelerator" or node.op == "call_module" or node.target in _NOT_VALUES:
+                continue
+            keys = info(node).storages
+            if keys & mirrored:
+                continue
+            key: object = keys or node
+            born, dies, size = own.get(key, (self.end, 0, sympy.Integer(0)))
+            born = min(born, self._born(node))
+            # a value may be a view of something larger that only its segment saw
+            whole = [value_size(node), *(self.bases[storage] for storage in keys if storage in self.bases)]
+            own[key] = born, max(dies, self._last_use(node)), functools.reduce(larger, whole, size)
+        return list(own.values())
+
+    def _born(self, node: fx.Node) -> int:
+        if any(user.target == ir.TWIN for user in node.users):
+            return 0
+        made_by = node.args[0] if node.target is operator.getitem and isinstance(node.args[0], fx.Node) else node
+        return self.behind[node] if node.target == ir.TO_ACCELERATOR else self.points[made_by][0]
+
+    def _last_use(self, node: fx.Node) -> int:
+        last = self.points[node][1]
+        for user in node.users:
+            if user.target in (ir.WAIT, ir.TO_HOST):  # what is waited for later is in use until then
+                last = max(last, self._last_use(user))
+            else:
+                last = max(last, self.end if user.target == ir.TWIN else self.points[user][1])
+        return last
+
+    def _workspace(self, node: fx.Node) -> sympy.Expr:
+        if node.op == "call_module":
+            inner = MemoryNeed(tuple(self._inner(node)), {})
+            return sympy.Integer(inner.peak_bytes(self.context.room)) if inner.lives else sympy.Integer(0)
+        if node.target == ir.PARTIAL_LINEAR and node.args[5] == 1:  # columns of x put together, the sum before the bias
+            return _columns_size(node) + (value_size(node) if node.args[2] is not None else 0)
+        if node.target == ir.JOIN and node.args[1] == 1:
+            return _sum_size(node)
+        return sympy.Integer(0)
+
+
+def _columns_size(partial: fx.Node) -> sympy.Expr:
+    """Bytes of the columns of the activations that a part of a Linear with [in, out] weights reads."""
+    x, rows = partial.all_input_nodes[:2]
+    return value_size(x) * sympy.Rational(int(info(rows).value.shape[0]), int(info(x).value.shape[-1]))
+
+
+def _sum_size(join: fx.Node) -> sympy.Expr:
+    """Bytes that adding partial sums takes beside the sum: one more; for half precision all of them in float32."""
+    parts = len(join.all_input_nodes)
+    if parts == 1:
+        return sympy.Integer(0)
+    half = info(join).value.element_size() == 2
+    return value_size(join) * (2 * (parts + 1) if half else 1)
+
+
+__all__ = ["inner_lives", "measure_memory"]

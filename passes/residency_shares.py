@@ -1,0 +1,80 @@
+"""How the memory for resident weights is shared out among all graphs on one accelerator.
+
+Graphs that share a weight belong together (prefill and decode of one model); each such model gets memory in
+proportion to the bytes that it would keep, so that a later one does not starve and an earlier one keeps the rest.
+Within a model what saves most per byte comes first, and the last weight that only partly fits keeps as many rows
+as fit. The order does not depend on which graph asks, so graphs with the same memory left agree on every weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+
+from hetegen_compile.cost_model import row_granularity
+from hetegen_compile.passes.context import Claim
+
+
+def residency_shares(graphs: Sequence[Sequence[Claim]], free_bytes: int) -> dict[Hashable, int]:
+    """First resident row of each weight that keeps any, at most ``free_bytes`` in all.
+
+    ``graphs`` are the claims of each graph, oldest first.
+    """
+    models = _models(graphs)
+    wanted = [sum(claim.nbytes for claim in model) for model in models]
+    if sum(wanted) <= max(0, free_bytes):
+        return {claim.key: claim.first for model in models for claim in model if claim.nbytes}
+    first_rows: dict[Hashable, int] = {}
+    for model, nbytes in zip(models, wanted, strict=True):
+        first_rows |= _fill(model, free_bytes * nbytes // sum(wanted))
+    return first_rows
+
+
+def _fill(claims: Sequence[Claim], free_bytes: int) -> dict[Hashable, int]:
+    """In falling order of gain per byte; the first weight that does not fit whole keeps the rows that do.
+
+    Of those after it only whole ones are taken: every weight in two places costs a launch more.
+    """
+    found: dict[Hashable, int] = {}
+    whole = True
+    for claim in sorted(claims, key=lambda claim: -claim.gain_s_per_byte):
+        if claim.nbytes <= free_bytes:
+            first = claim.first
+        else:
+            first, whole = _partial(claim, free_bytes) if whole else claim.rows, False
+        if first < claim.rows:
+            found[claim.key] = first
+            free_bytes -= (claim.rows - first) * claim.row_bytes
+    return found
+
+
+def _partial(claim: Claim, free_bytes: int) -> int:
+    step = row_granularity(claim.rows)
+    rows = max(0, free_bytes) // claim.row_bytes
+    return max(claim.first, -(-(claim.rows - rows) // step) * step)
+
+
+def _models(graphs: Sequence[Sequence[Claim]]) -> list[list[Claim]]:
+    """Claims of the graphs that share weights, each weight once, in the order in which they were first claimed."""
+    models: list[dict[Hashable, Claim]] = []
+    for claims in graphs:
+        own: dict[Hashable, Claim] = {}
+        _merge(own, claims)
+        related = [model for model in models if not model.keys().isdisjoint(own)]
+        target = related[0] if related else {}
+        if not related:
+            models.append(target)
+        for other in related[1:]:
+            _merge(target, other.values())
+            models.remove(other)
+        _merge(target, own.values())
+    return [list(model.values()) for model in models]
+
+
+def _merge(model: dict[Hashable, Claim], claims: Iterable[Claim]) -> None:
+    """Add claims; of two on one weight the one for fewer rows counts, which serves both graphs."""
+    for claim in claims:
+        if claim.first > model.setdefault(claim.key, claim).first:
+            model[claim.key] = claim
+
+
+__all__ = ["residency_shares"]

@@ -1,0 +1,204 @@
+"""What is made goes away again, and what went wrong in one call leaves the next one working."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hetegen_compile.accelerators import EmulatedAccelerator
+from hetegen_compile.accelerators.base import Op
+from hetegen_compile.errors import AcceleratorError
+from hetegen_compile.runtime import live_runtimes
+from tests.backend.modules import BUDGET, WIDTH, Mlp, random
+from tests.models.architectures import prompts, tiny_model
+from tests.models.harness import RecordingBackend, emulated
+
+REPEATS = 20
+
+
+def _resident_bytes() -> int:
+    """Of this process, from the kernel."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def _threads() -> int:
+    return sum(thread.name.startswith("hetegen") for thread in threading.enumerate())
+
+
+def _reset(model: nn.Module) -> nn.Module:
+    torch._dynamo.reset()
+    return model
+
+
+def _another(model: nn.Module) -> nn.Module:
+    del model
+    torch.manual_seed(0)
+    return Mlp(4, 256).eval()
+
+
+def _same(model: nn.Module) -> nn.Module:
+    return model
+
+
+@pytest.mark.parametrize("between", [_reset, _another, _same])
+def test_memory_and_threads_level_off(between: Callable[[nn.Module], nn.Module]) -> None:
+    """Dynamo reset, the model deleted, the model compiled again: 20 times each."""
+    model, x = _another(nn.Identity()), random(3, 256)
+    held, threads, resident = [], [], []
+    accelerators: list[weakref.ref[Any]] = []
+    for _ in range(REPEATS):
+        backend = RecordingBackend()
+        model.compile(backend=backend, options=emulated(gpu_memory=400 << 10, seed=1))
+        with torch.no_grad():
+            for _ in range(2):
+                model(x)
+        held.append(sum(backend.accelerator.counters.held_bytes.values()))
+        accelerators.append(weakref.ref(backend.accelerator))
+        del backend
+        model = between(model)
+        gc.collect()
+        threads.append(_threads())
+        resident.append(_resident_bytes())
+    assert max(held) <= 400 << 10
+    assert held[-1] <= held[1]
+    assert max(threads[1:]) <= max(3, threads[1])
+    assert len({id(reference()) for reference in accelerators if reference() is not None}) <= 1
+    growth = resident[-1] - resident[REPEATS // 2]
+    assert growth < 20 * (4 * 256 * 256 * 4), f"{growth} bytes more after {REPEATS // 2} repetitions"
+
+
+def test_nothing_is_left_after_the_last_model() -> None:
+    model = Mlp().eval()
+    backend = RecordingBackend()
+    model.compile(backend=backend, options=emulated(gpu_memory=BUDGET, seed=7))
+    with torch.no_grad():
+        model(random(2, WIDTH))
+    accelerator = backend.accelerator
+    assert isinstance(accelerator, EmulatedAccelerator)
+    counters, before = accelerator.counters, len(live_runtimes())
+    assert accelerator.pinned_bytes > 0
+    pins = accelerator._pins
+    del accelerator, backend, model
+    torch._dynamo.reset()
+    gc.collect()
+    assert len(live_runtimes()) == before - 1
+    assert sum(counters.held_bytes.values()) == 0
+    assert pins.pinned_bytes == 0
+    assert _threads() == 0
+
+
+def test_two_threads_call_the_same_model() -> None:
+    torch.manual_seed(0)
+    model = Mlp().eval()
+    inputs = [random(2, WIDTH, seed=seed) for seed in range(2)]
+    found: dict[int, list[Tensor]] = {0: [], 1: []}
+    errors: list[BaseException] = []
+
+    def work(thread: int) -> None:
+        try:
+            with torch.no_grad():
+                for _ in range(20):
+                    found[thread].append(model(inputs[thread]))
+        except BaseException as error:
+            errors.append(error)
+
+    with torch.no_grad():
+        expected = [model(x) for x in inputs]
+        model.compile(backend=RecordingBackend(), options=emulated(gpu_memory=BUDGET))
+        model(inputs[0])
+    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not errors
+    for number, results in found.items():
+        assert len(results) == 20
+        for result in results:
+            torch.testing.assert_close(result, expected[number], rtol=1e-4, atol=1e-5)
+
+
+class Interrupts:
+    """Raises in the place of the n-th call of a method of the accelerator."""
+
+    def __init__(self, owner: Any, name: str, call: int, error: BaseException) -> None:
+        self.left, self.error = call, error
+        self._method = getattr(owner, name)
+        setattr(owner, name, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise self.error
+        return self._method(*args, **kwargs)
+
+
+@pytest.mark.parametrize("call", [1, 4, 11])
+@pytest.mark.parametrize("where", ["submit", "drain"])
+def test_an_interrupted_step_leaves_the_next_one_working(where: str, call: int) -> None:
+    torch.manual_seed(0)
+    model, x, backend = Mlp().eval(), random(2, WIDTH), RecordingBackend()
+    with torch.no_grad():
+        expected = model(x)
+        model.compile(backend=backend, options=emulated(gpu_memory=BUDGET))
+        for _ in range(2):
+            model(x)
+        accelerator = backend.accelerator
+        assert isinstance(accelerator, EmulatedAccelerator)
+        interrupts = Interrupts(accelerator._engine, where, call, KeyboardInterrupt())
+        interrupted = 0
+        for _ in range(12):
+            try:
+                torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+            except KeyboardInterrupt:
+                interrupted += 1
+        assert interrupted == 1
+        assert interrupts.left < 0
+        assert accelerator.counters.peak_bytes <= BUDGET
+
+
+def test_an_interrupted_generation_can_be_started_again() -> None:
+    model, inputs, backend = tiny_model("llama"), prompts(1), RecordingBackend()
+    config = {"cache_implementation": "static", "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**inputs, **config)  # type: ignore[operator]
+    model.compile(backend=backend, options=emulated(gpu_memory=200 << 10))
+    torch.testing.assert_close(model.generate(**inputs, **config), expected)  # type: ignore[operator]
+    Interrupts(backend.accelerator._engine, "submit", 150, KeyboardInterrupt())  # type: ignore[attr-defined]
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(**inputs, **config)  # type: ignore[operator]
+    torch.testing.assert_close(model.generate(**inputs, **config), expected)  # type: ignore[operator]
+
+
+def test_an_error_in_a_streams_work_names_the_node_and_the_next_call_works() -> None:
+    torch.manual_seed(0)
+    model, x, backend = Mlp().eval(), random(2, WIDTH), RecordingBackend()
+    with torch.no_grad():
+        expected = model(x)
+        model.compile(backend=backend, options=emulated(gpu_memory=BUDGET))
+        model(x)
+        accelerator = backend.accelerator
+        assert isinstance(accelerator, EmulatedAccelerator)
+        names: list[str] = []
+        work = accelerator._work.call
+
+        def fail(op: Op, call: Any, issued: Any) -> None:
+            names.append(op.name)
+            if len(names) == 3:
+                raise ValueError("a kernel that fails")
+            work(op, call, issued)
+
+        accelerator._work.call = fail  # type: ignore[method-assign]
+        with pytest.raises(AcceleratorError, match="a kernel that fails") as error:
+            model(x)
+        assert str(error.value).startswith(names[2])
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)

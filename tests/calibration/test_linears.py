@@ -1,0 +1,116 @@
+"""Which kernel is recorded for which number of tokens, and whose rates make the table; by a clock of the tests' own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from hetegen_compile.calibration import linears
+from hetegen_compile.calibration.kernels import make_arena
+from hetegen_compile.calibration.linears import linear_steps, measure_linears, points, usable_kernels
+from hetegen_compile.errors import HostKernelUnavailableError
+from hetegen_compile.host_kernels import INT8PACK, KERNELS, LINEAR, VECTORISED, HostKernel
+from tests.calibration.tiny import TINY, Clock
+
+Seconds = Callable[[str, int, int], float]
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> Callable[[Seconds], None]:
+    """Make the registry's kernels take the seconds that a function of (name, tokens, bytes) says."""
+
+    def install(seconds: Seconds) -> None:
+        def fake(kernel: HostKernel) -> HostKernel:
+            def run(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int) -> Tensor:
+                clock.advance(seconds(kernel.name, x.shape[0], rows.nbytes))
+                return x
+
+            return replace(kernel, run=run)
+
+        for name in list(KERNELS):
+            monkeypatch.setitem(KERNELS, name, fake(KERNELS[name]))
+
+    monkeypatch.setattr(linears, "copying_kernels", lambda dtype: ())
+    return install
+
+
+def measure(clock: Clock, launch_s: float = 0.0, steps: list[str] | None = None) -> linears.LinearFigures:
+    said: list[str] = [] if steps is None else steps
+    return measure_linears(make_arena(torch.float32, 2048), replace(TINY, clock=clock), launch_s, said.append)
+
+
+def test_many_tokens_are_timed_at_one_size() -> None:
+    assert points(TINY) == [(1, 64), (2, 64), (32, 64), (1, 512), (2, 512)]
+
+
+def test_each_number_of_tokens_gets_the_fastest_kernel_and_its_rates(
+    clock: Clock, timed: Callable[[Seconds], None]
+) -> None:
+    fast = {("vectorised", 1), ("vectorised", 2), ("F.linear", 32)}
+    timed(lambda name, tokens, nbytes: nbytes * tokens * (1.0 if (name, tokens) in fast else 4.0))
+    figures = measure(clock)
+    assert figures.kernels.points == ((1.0, "vectorised"), (2.0, "vectorised"), (32.0, "F.linear"))
+    small, large = figures.table.curves
+    assert small == (64.0, small[1])
+    assert small[1].points == ((1.0, 1.0), (2.0, 1 / 2), (32.0, 1 / 32))
+    assert large[1].points == small[1].points  # at 32 tokens the rate of the size that was timed
+    assert figures.comparison == "1 token(s): F.linear 2.5e-10, vectorised 1e-09"
+
+
+def test_the_size_is_an_axis(clock: Clock, timed: Callable[[Seconds], None]) -> None:
+    timed(lambda name, tokens, nbytes: 3.0 + nbytes / 64)
+    table = measure(clock).table
+    assert table.at(1, 64) == 64 / 4.0
+    assert table.at(1, 512) == 512 / 11.0
+
+
+def test_the_launch_is_taken_off_but_at_most_half(clock: Clock, timed: Callable[[Seconds], None]) -> None:
+    timed(lambda name, tokens, nbytes: nbytes / 64)
+    table = measure(clock, launch_s=2.0).table
+    assert table.at(1, 512) == 512 / 6.0
+    assert table.at(1, 64) == 64 / 0.5
+
+
+def test_a_burst_of_other_load_does_not_decide_a_point(clock: Clock, timed: Callable[[Seconds], None]) -> None:
+    steps: list[str] = []
+    timed(lambda name, tokens, nbytes: 9.0 if steps[-1].endswith("round 2") else 1.0)
+    assert measure(clock, steps=steps).table.at(1, 64) == 64.0
+
+
+def test_as_many_steps_as_announced(clock: Clock) -> None:
+    steps: list[str] = []
+    measure(clock, steps=steps)
+    assert len(steps) == linear_steps((torch.float32,), TINY)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise HostKernelUnavailableError("no compiler")
+
+    monkeypatch.setitem(KERNELS, "vectorised", replace(VECTORISED, prepare=fail))
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_kernel_that_cannot_be_built_is_neither_timed_nor_recorded(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="hetegen_compile"):
+        figures = measure(clock)
+    assert {name for _, name in figures.kernels.points} == {"F.linear"}
+    assert "'vectorised' is not measured for float32: no compiler" in caplog.text
+
+
+def test_what_is_timed_for_a_dtype() -> None:
+    assert usable_kernels(torch.bfloat16) == (LINEAR, VECTORISED)
+    assert usable_kernels(torch.int8) == (INT8PACK,)

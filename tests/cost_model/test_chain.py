@@ -1,0 +1,86 @@
+"""The balance of a step: its bound, and shares that come close to it with a short staging ring."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetegen_compile.cost_model import Chain, Trip, balance_along, relax, spread_order
+
+seconds = st.floats(0.0, 10.0, allow_nan=False).map(lambda x: round(x, 3))
+positive = st.floats(0.1, 10.0, allow_nan=False).map(lambda x: round(x, 3))
+
+
+@st.composite
+def trips(draw: st.DrawFn) -> Trip:
+    saved = draw(seconds)
+    return Trip(draw(positive), draw(positive), saved + draw(seconds), saved, draw(seconds))
+
+
+chains = st.builds(Chain, st.lists(trips(), min_size=1, max_size=3).map(tuple), seconds)
+
+
+@settings(derandomize=True)
+@given(chains)
+def test_no_shares_beat_the_bound(chain: Chain) -> None:
+    grid = [i / 8 for i in range(9)]
+    best = min(chain.step_s(shares) for shares in itertools.product(grid, repeat=len(chain.trips)))
+    assert relax(chain).bound_s <= best * (1 + 1e-9) + 1e-12
+
+
+@settings(derandomize=True)
+@given(st.lists(positive, min_size=1, max_size=8), positive, seconds)
+def test_the_bound_is_reached_where_no_trip_costs_anything(sizes: list[float], ratio: float, serial_s: float) -> None:
+    chain = Chain(tuple(Trip(size, size * ratio, 0.0, 0.0) for size in sizes), serial_s)
+    relaxation = relax(chain)
+    assert chain.step_s(balance_along(chain, relaxation.opened)) == pytest.approx(relaxation.bound_s, rel=1e-3)
+
+
+@settings(derandomize=True)
+@given(chains)
+def test_shares_are_shares_and_only_of_opened_trips(chain: Chain) -> None:
+    opened = relax(chain).opened
+    for index, share in enumerate(balance_along(chain, opened)):
+        assert 0.0 <= share <= 1.0
+        assert share == 0.0 or index in opened
+
+
+def test_equal_layers_are_balanced_alike_to_the_closed_form() -> None:
+    layer = Trip(host_s=1.0, link_s=2.0, accelerator_s=0.0, accelerator_saved_s=0.0)
+    chain = Chain((layer,) * 10, 0.0)
+    relaxation = relax(chain)
+    shares = balance_along(chain, relaxation.opened)
+    assert shares == pytest.approx([2 / 3] * 10)  # V_cpu = 2 V_link: the host takes two of three rows
+    assert chain.step_s(shares) == pytest.approx(relaxation.bound_s) == pytest.approx(10 * 2 / 3)
+
+
+def test_the_link_gains_what_the_segments_take() -> None:
+    layer = Trip(host_s=1.0, link_s=2.0, accelerator_s=0.0, accelerator_saved_s=0.0)
+    idle = Chain((layer,) * 4, serial_s=1.0)
+    shares = balance_along(idle, relax(idle).opened)
+    assert max(shares) < 2 / 3
+    assert idle.step_s(shares) == pytest.approx(relax(idle).bound_s)
+
+
+def test_small_linears_are_not_worth_their_trip() -> None:
+    small = Trip(host_s=0.1, link_s=0.2, accelerator_s=0.01, accelerator_saved_s=0.01, fixed_s=1.0)
+    large = Trip(host_s=5.0, link_s=10.0, accelerator_s=0.1, accelerator_saved_s=0.1, fixed_s=1.0)
+    chain = Chain((small, large, small, large), 0.0)
+    assert relax(chain).opened == {1, 3}
+    shares = balance_along(chain, {1, 3})
+    assert shares[0] == shares[2] == 0.0
+    assert chain.step_s(shares) < chain.step_s([0.0] * 4)
+
+
+def test_nothing_is_opened_where_the_link_is_no_bottleneck() -> None:
+    fast = Trip(host_s=9.0, link_s=0.1, accelerator_s=0.5, accelerator_saved_s=0.5, fixed_s=0.6)
+    assert relax(Chain((fast,) * 3, 5.0)).opened == frozenset()
+
+
+def test_each_beginning_of_the_spread_order_is_spread() -> None:
+    assert sorted(spread_order(13)) == list(range(13))
+    assert spread_order(8)[:4] == [0, 4, 2, 6]
+    assert spread_order(1) == [0]

@@ -1,0 +1,187 @@
+"""Every kernel computes what ``F.linear`` computes: odd shapes, slices, strides, biases, both layouts of a weight."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hetegen_compile.errors import HostKernelUnavailableError
+from hetegen_compile.host_kernels import INT8PACK, KERNELS, LINEAR, VECTORISED, HostKernel, kernels_for, vectorised
+from hetegen_compile.host_kernels.vectorised import DTYPES
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+"""Largest difference, relative to the largest result: half a unit of the result's type, and sums in float32."""
+
+SHAPES = [(1, 1), (7, 5), (64, 100), (77, 1003), (256, 512)]
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+kernels = pytest.mark.parametrize("kernel", [LINEAR, VECTORISED], ids=lambda kernel: kernel.name)
+
+
+def assert_close(result: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    assert result.dtype == dtype
+    assert result.shape == exact.shape
+    error = (result.double() - exact).abs().max() / exact.abs().max().clamp(min=1.0)
+    assert error <= TOLERANCE[dtype], f"relative error {error:.2g}"
+
+
+@kernels
+@dtypes
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 7, 8, 17])
+def test_rows_of_a_larger_weight_give_columns_of_the_result(
+    kernel: HostKernel, dtype: torch.dtype, shape: tuple[int, int], tokens: int
+) -> None:
+    torch.manual_seed(0)
+    rows, width = shape
+    weight, bias = torch.randn(rows + 9, width).to(dtype), torch.randn(rows + 9).to(dtype)
+    x = torch.randn(tokens, width).to(dtype)
+    lo, hi = 4, 4 + rows
+    exact = F.linear(x.double(), weight[lo:hi].double(), bias[lo:hi].double())
+    assert_close(kernel.run(x, weight[lo:hi], bias, lo, hi, 0), exact, dtype)
+    assert_close(kernel.run(x, weight[lo:hi], None, lo, hi, 0), exact - bias[lo:hi].double(), dtype)
+
+
+@kernels
+@dtypes
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 6, 8])
+def test_rows_of_an_in_out_weight_give_a_partial_sum(
+    kernel: HostKernel, dtype: torch.dtype, shape: tuple[int, int], tokens: int
+) -> None:
+    torch.manual_seed(0)
+    rows, out = shape
+    weight, bias = torch.randn(rows + 9, out).to(dtype), torch.randn(out).to(dtype)
+    x = torch.randn(tokens, rows + 9).to(dtype)
+    lo, hi = 5, 5 + rows
+    exact = x[:, lo:hi].double() @ weight[lo:hi].double()
+    assert_close(kernel.run(x, weight[lo:hi], None, lo, hi, 1), exact, dtype)
+    assert_close(kernel.run(x, weight[lo:hi], bias, lo, hi, 1), exact + bias.double(), dtype)
+
+
+@kernels
+@dtypes
+def test_activations_may_have_any_shape_and_strides(kernel: HostKernel, dtype: torch.dtype) -> None:
+    weight = torch.randn(24, 40).to(dtype)
+    wide, tall = torch.randn(2, 3, 90).to(dtype), torch.randn(40, 5).to(dtype)
+    for x in (wide[..., 7:47], wide[..., ::2][..., :40], tall.t(), torch.randn(40).to(dtype), wide[:, :1, :40]):
+        exact = F.linear(x.double(), weight.double())
+        assert_close(kernel.run(x, weight, None, 0, 24, 0), exact, dtype)
+        exact = x[..., 3:27].double() @ weight.double()
+        assert_close(kernel.run(x, weight, None, 3, 27, 1), exact, dtype)
+
+
+@kernels
+@dtypes
+def test_a_weight_whose_rows_lie_apart(kernel: HostKernel, dtype: torch.dtype) -> None:
+    weight, x = torch.randn(50, 64).to(dtype)[::2, 3:40], torch.randn(4, 37).to(dtype)
+    assert weight.stride() == (128, 1)
+    assert_close(kernel.run(x, weight, None, 0, 25, 0), F.linear(x.double(), weight.double()), dtype)
+    x = torch.randn(3, 25).to(dtype)
+    assert_close(kernel.run(x, weight, None, 0, 25, 1), x.double() @ weight.double(), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_sums_are_float32(dtype: torch.dtype, dim: int) -> None:
+    """4096 ones and a 1 more: 4097 is no 16-bit number, but 4096 - 4095 is 1 only if no sum was rounded."""
+    x = torch.ones(1, 8192, dtype=dtype)
+    x[0, 4097:] = -1.0
+    weight = torch.ones(1, 8192, dtype=dtype) if dim == 0 else torch.ones(8192, 1, dtype=dtype)
+    result = VECTORISED.run(x, weight, None, 0, weight.shape[0], dim)
+    assert result.item() == 4097 - 4095
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_threads_do_not_change_the_result(dim: int) -> None:
+    weight, x = torch.randn(500, 300), torch.randn(5, 300 if dim == 0 else 500)
+    expected = VECTORISED.run(x, weight, None, 0, 500, dim)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(VECTORISED.run(x, weight, None, 0, 500, dim), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_nothing_of_the_weights_is_kept() -> None:
+    weight, x = torch.randn(64, 64), torch.randn(1, 64)
+    VECTORISED.run(x, weight, None, 0, 64, 0)
+    weight.zero_()
+    assert VECTORISED.run(x, weight, None, 0, 64, 0).abs().max() == 0
+
+
+def test_the_gil_is_released_while_it_runs() -> None:
+    """A long call: were the GIL held, the other thread could not count until it had ended."""
+    weight, x = torch.ones(4096, 4096), torch.ones(64, 4096)
+    VECTORISED.prepare()
+    running, counted = threading.Event(), 0
+
+    def compute() -> None:
+        running.set()
+        VECTORISED.run(x, weight, None, 0, 4096, 0)
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    running.wait()
+    while thread.is_alive():
+        counted += 1
+        time.sleep(1e-4)
+    assert counted > 20
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_int8_weights_are_multiplied_as_they_are(dtype: torch.dtype) -> None:
+    weight = torch.randint(-127, 127, (48, 64), dtype=torch.int8)
+    x, bias = torch.randn(2, 3, 64).to(dtype), torch.randn(80).to(dtype)
+    exact = F.linear(x.double(), weight[8:40].double())
+    assert_close(INT8PACK.run(x, weight[8:40], None, 8, 40, 0), exact, dtype)
+    result = INT8PACK.run(x, weight[8:40], bias, 8, 40, 0)
+    torch.testing.assert_close(result.double(), exact + bias[8:40].double(), rtol=2e-2, atol=2.0)
+    with pytest.raises(HostKernelUnavailableError, match=r"\[out, in\]"):
+        INT8PACK.run(x, weight[8:40], None, 8, 40, 1)
+    with pytest.raises(HostKernelUnavailableError, match="multiple of 16 columns, not 63"):
+        INT8PACK.run(x[..., :63], weight[:, :63].contiguous(), None, 0, 48, 0)
+    assert "63 columns" in (INT8PACK.refusal(weight[:, :63]) or "")
+
+
+def test_the_registry() -> None:
+    assert {name: kernel.name for name, kernel in KERNELS.items()} == {name: name for name in KERNELS}
+    assert kernels_for(torch.bfloat16) == (LINEAR, VECTORISED)
+    assert kernels_for(torch.float64) == (LINEAR,)
+    assert kernels_for(torch.int8) == (INT8PACK,)
+    assert kernels_for(torch.complex64) == ()
+
+
+def test_a_kernel_says_what_it_cannot() -> None:
+    assert VECTORISED.refusal(torch.ones(4, 4)) is None
+    assert "torch.float64" in (VECTORISED.refusal(torch.ones(4, 4, dtype=torch.float64)) or "")
+    assert "strides (1, 4)" in (VECTORISED.refusal(torch.ones(4, 4).t()) or "")
+    assert LINEAR.refusal(torch.ones(4, 4).t()) is None
+
+
+def test_without_a_compiler_the_reason_is_given_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.codecache import CppCodeCache
+
+    attempts: list[str] = []
+
+    def fail(source: str) -> None:
+        attempts.append(source)
+        raise RuntimeError("no g++ here\nand a long trace")
+
+    monkeypatch.setattr(CppCodeCache, "load", fail)
+    for function in (vectorised.library, vectorised._build):
+        function.cache_clear()
+    try:
+        reasons = {VECTORISED.refusal(torch.ones(4, 4)) for _ in range(2)}
+        assert len(attempts) == 1
+        (reason,) = reasons
+        assert reason is not None
+        assert reason.endswith("no g++ here")
+        assert "install a C++ compiler" in reason
+    finally:
+        vectorised._build.cache_clear()

@@ -1,0 +1,63 @@
+"""Prompts of many lengths: few backend calls, one plan a bucket, no guard that a plan added."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from hetegen_compile.compiled import CompiledGraph
+from hetegen_compile.planner import Planner
+from tests.models.architectures import tiny_model
+from tests.models.harness import RecordingBackend, emulated
+
+LENGTHS = (5, 7, 9, 2, 3, 12, 17, 20, 33, 64, 65, 40, 4, 1, 70, 90, 16, 6, 25, 8)
+
+
+class CountsGuards:
+    """Guards of the shape environment before and after every plan."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.plans: list[tuple[Any, Any]] = []
+        self.added: list[int] = []
+        plan_bucket = Planner.plan_bucket
+
+        def counted(planner: Planner, bucket: Any, sizes: Any, target: Any, weights: Any) -> Any:
+            before = self._guards(planner._module)
+            found = plan_bucket(planner, bucket, sizes, target, weights)
+            self.added.append(self._guards(planner._module) - before)
+            self.plans.append((planner, bucket))
+            return found
+
+        monkeypatch.setattr(Planner, "plan_bucket", counted)
+
+    def _guards(self, module: fx.GraphModule) -> int:
+        modes = [node.meta["example_value"].fake_mode for node in module.graph.find_nodes(op="placeholder")
+                 if isinstance(node.meta.get("example_value"), Tensor)]  # fmt: skip
+        return len(modes[0].shape_env.guards) if modes and modes[0].shape_env is not None else 0
+
+
+def _plans_of(graphs: Sequence[CompiledGraph]) -> list[int]:
+    return [len(graph._plans) for graph in graphs]
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_twenty_prompt_lengths(cache: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, backend, counted = tiny_model("llama", layers=1), RecordingBackend(), CountsGuards(monkeypatch)
+    tokens = torch.randint(2, 256, (1, max(LENGTHS)), generator=torch.Generator().manual_seed(1))
+    config: dict[str, Any] = {"cache_implementation": cache, "max_new_tokens": 3, "min_new_tokens": 3}
+    expected = [model.generate(tokens[:, :length], do_sample=False, **config) for length in LENGTHS]  # type: ignore[operator]
+    model.compile(backend=backend, options=emulated(gpu_memory="1MiB"))
+    for length, right in zip(LENGTHS, expected, strict=True):
+        found = model.generate(tokens[:, :length], do_sample=False, **config)  # type: ignore[operator]
+        assert torch.equal(found, right), length
+    assert len(backend.graphs) <= 4, "backend calls"
+    assert len(set(counted.plans)) == len(counted.plans), "a bucket was planned twice"
+    assert counted.plans
+    assert counted.added == [0] * len(counted.plans)
+    assert sum(_plans_of(backend.graphs)) == len(counted.plans)
+    assert any(len(graph._plans) >= 4 for graph in backend.graphs), "one graph serves several buckets"
+    assert backend.accelerator.counters.peak_bytes <= 1 << 20
