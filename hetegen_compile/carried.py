@@ -1,8 +1,9 @@
 """Prefetches that one step has started for the next: what they read, and whether that is still what it was.
 
 A transfer is used by the next step of the same plan if the weight has the storage, address and version that it
-had when the copy was issued; otherwise the step starts the copy again. Tensors made in inference mode have no
-version, so nothing of them is carried. A plan starts prefetches for its next step only from its second step in
+had when the copy was issued, and samples of the rows show the same bytes (for changes of a whole tensor that no
+version counter shows); otherwise the step starts the copy again. Tensors made in inference mode have no version, so
+nothing of them is carried. A plan starts prefetches for its next step only from its second step in
 a row on: plans that alternate would fill the ring for each other in vain.
 """
 
@@ -19,16 +20,22 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from hetegen_compile.accelerators.base import Accelerator, Op, Slot, Token, Transfer
 from hetegen_compile.bind import BoundStep
+from hetegen_compile.fingerprints import sampled
 
 logger = logging.getLogger("hetegen_compile")
 
 
 @dataclass(frozen=True)
 class _Started:
-    """A transfer and the state of the weight that it reads. The weak reference keeps the storage's identity."""
+    """A transfer and the state of the weight whose rows, ``nbytes`` from the address ``rows``, it reads.
+
+    The weak reference keeps the storage's identity.
+    """
 
     transfer: Transfer
+    rows: int
     nbytes: int
+    samples: tuple[bytes, ...]
     storage: StorageWeakRef
     address: int
     version: int
@@ -40,6 +47,7 @@ class _Started:
             and self.storage.cdata == weight.untyped_storage()._cdata
             and self.address == weight.data_ptr()
             and self.version == weight._version
+            and self.samples == sampled(self.rows, self.nbytes)
         )
 
 
@@ -89,8 +97,10 @@ class CarriedPrefetches:
             return
         storage = StorageWeakRef(weight.untyped_storage())
         state = (storage, weight.data_ptr(), weight._version)
+        rows, nbytes = source.data_ptr(), source.numel() * source.element_size()
+        samples = sampled(rows, nbytes)
         transfer = self._accelerator.prefetch_ahead(op, source, slot, after)
-        self._started[index] = _Started(transfer, source.numel() * source.element_size(), *state)
+        self._started[index] = _Started(transfer, rows, nbytes, samples, *state)
 
     def end_step(self, plan: BoundStep) -> None:
         """End the step on the accelerator; what it has started is good for the next step of ``plan``."""

@@ -135,9 +135,23 @@ def test_a_new_parameter(steady: Compiled) -> None:
     assert steady.carried.held_bytes == held
 
 
-def test_a_write_that_torch_cannot_see_needs_refresh(steady: Compiled) -> None:
+@pytest.mark.parametrize("through", ["data", "numpy"])
+def test_a_weight_that_is_changed_unseen(steady: Compiled, through: str) -> None:
+    weight = steady.layer(carried=True).weight
+    version = weight._version
+    if through == "data":
+        weight.data += 0.1
+    else:
+        rows = weight.detach().numpy()
+        rows *= 0.5
+    assert weight._version == version
+    steady.check()
+    assert steady.carried.wasted_bytes > 0
+
+
+def test_a_part_that_is_written_unseen_needs_refresh(steady: Compiled) -> None:
     with torch.no_grad():
-        steady.layer(carried=True).weight.data.mul_(0.5)
+        steady.layer(carried=True).weight.data[1::2, 7] += 1.0
     held = steady.carried.held_bytes
     hetegen_compile.refresh(steady.model)
     assert (steady.carried.held_bytes, steady.carried.wasted_bytes) == (0, held)
