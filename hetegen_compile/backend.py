@@ -98,7 +98,8 @@ def _refuse_gradients(module: fx.GraphModule) -> None:
 def _raising(error: HetegenError) -> Callable[..., Any]:
     """A callable that raises a copy of ``error`` each time, so that no call's frames (and tensors) stay with it."""
     logger.error("%s", error)
-    _forget_locals(error)
+    logger.debug("where it was raised", exc_info=error)
+    _drop_frames(error)
 
     def fail(*args: Tensor) -> Any:
         raise copy.copy(error) from error.__cause__
@@ -106,8 +107,10 @@ def _raising(error: HetegenError) -> Callable[..., Any]:
     return fail
 
 
-def _forget_locals(error: BaseException | None) -> None:
-    """Drop what the frames of an error and its causes hold: graph, weights, runtime. Their lines stay."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+def _drop_frames(error: BaseException) -> None:
+    """Drop the frames of an error and its causes: they hold graph, weights and runtime. A cause keeps their text."""
+    error.__traceback__ = None
+    inner = error.__cause__ or error.__context__
+    if inner is not None:
+        inner.add_note("raised at\n" + "".join(traceback.format_tb(inner.__traceback__)))
+        _drop_frames(inner)

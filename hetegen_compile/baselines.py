@@ -36,7 +36,8 @@ def baselines(module: fx.GraphModule, context: Context) -> dict[str, float | Non
 
     ``streamed``: the same residency, everything else streamed with prefetch. ``per_module``: the same residency,
     each other weight (embedding tables too) copied from pageable memory when its module is called and waited for.
-    ``host_only``: everything on the host, the link idle. ``resident``: everything on the accelerator, None if that
+    ``per_linear``: host and link balanced inside each Linear, as if it were alone. ``host_only``: everything on the
+    host, the link idle. ``resident``: everything on the accelerator, None if that
     does not fit its memory.
     """
     if require(context.residency, "choose_residency").whole_graph:

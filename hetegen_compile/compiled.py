@@ -349,7 +349,7 @@ class CompiledGraph:
         context = planned.context
         work = require(context.prediction, "predict_step").work
         need = require(context.memory, "measure_memory")
-        workspace = {node: context.room(sympy.sympify(size)) for node, size in need.workspace.items()}
+        workspace = {node: context.room(sympy.sympify(size, strict=True)) for node, size in need.workspace.items()}
         kernels = context.profile.host.linear_kernels
         return bind(planned.module, work, self._runtime.accelerator, kernels, workspace)
 

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 BASELINE_NAMES = {
     "streamed": "all streamed, prefetched",
     "per_module": "module by module, no prefetch",
+    "per_linear": "split, each Linear by itself",
     "host_only": "CPU only",
     "resident": "all resident on the accelerator",
 }
 """What the baselines are called in reports."""
 
+_NOT_INSTEAD = ("per_linear", "resident")  # a split too; needs more than the budget
 _SAME = 0.02  # less than the model's own error: not a difference
 _BEST_IS = {
     "streamed": "the host adds nothing to the link here",
@@ -21,8 +23,8 @@ _BEST_IS = {
 
 
 def verdict(ours_s: float, baselines: Mapping[str, float | None]) -> str:
-    """One sentence on ``ours_s`` against the baselines that work with the same budget."""
-    others = {name: seconds for name, seconds in baselines.items() if name != "resident" and seconds is not None}
+    """One sentence on ``ours_s`` against the baselines that work with the same budget and split nothing."""
+    others = {name: s for name, s in baselines.items() if name not in _NOT_INSTEAD and s is not None}
     if not others or ours_s <= 0:
         return "everything fits the budget: there is nothing to split"
     best = min(others, key=others.__getitem__)

@@ -196,6 +196,7 @@ def test_totals_say_where_weights_are_consumed_and_what_else_would_take() -> Non
     [
         ({"streamed": 0.025, "host_only": 0.03, "resident": 0.001}, "2.00 times as fast as the best alternative"),
         ({"streamed": 0.0125, "host_only": 0.03}, "splitting buys nothing: the host adds nothing to the link here"),
+        ({"streamed": 0.025, "per_linear": 0.0125}, "2.00 times as fast as the best alternative"),
         ({"streamed": 0.025, "host_only": 0.0126}, "splitting buys nothing: the link adds nothing to the host here"),
         ({"streamed": 0.025, "host_only": 0.005}, "splitting loses: CPU only is 2.50 times as fast"),
         ({"resident": 0.0125}, "everything fits the budget: there is nothing to split"),

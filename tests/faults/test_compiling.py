@@ -145,4 +145,4 @@ def test_a_defect_keeps_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(CompilationError, match="ZeroDivisionError: in a pass") as caught:
             _call(model)
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
-        assert any("broken" in frame.tb_frame.f_code.co_name for frame in _frames(caught.value.__cause__))
+        assert "in broken" in "".join(caught.value.__cause__.__notes__)
