@@ -30,8 +30,11 @@ from hetegen_compile.ir import NodeInfo, Side, annotate, info, is_tensor
 from hetegen_compile.passes.capture import tensors_in
 from hetegen_compile.passes.context import Context
 
-_READS_HOST = {ir.STAGE, ir.PREFETCH, ir.RESIDENT, ir.MIRROR, ir.TO_ACCELERATOR, ir.WRITE_BACK}
-_STARTED = {ir.STAGE, ir.PREFETCH, ir.TO_HOST, ir.TO_ACCELERATOR}  # their result is a transfer, on no side yet
+_READS_HOST = {
+    ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.RESIDENT, ir.MIRROR, ir.TO_ACCELERATOR, ir.WRITE_BACK,
+}
+# their result is a transfer, on no side yet
+_STARTED = {ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.TO_HOST, ir.TO_ACCELERATOR}
 
 
 def insert_transfers(module: fx.GraphModule, context: Context) -> None:

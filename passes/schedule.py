@@ -218,4 +218,4 @@ def _rank(node: fx.Node) -> int:
     return _ACCELERATOR_RANK if info(node).side == "accelerator" else _HOST_RANK
 
 
-__all__ = ["assign_slots", "pinned_ring_bytes", "reorder", "schedule", "slot_bytes", "task_graph"]
+__all__ = ["assign_slots", "pinned_ring_bytes", "release_of", "reorder", "schedule", "slot_bytes", "task_graph"]
