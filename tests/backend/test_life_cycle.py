@@ -43,7 +43,7 @@ def _reset(model: nn.Module) -> nn.Module:
 def _another(model: nn.Module) -> nn.Module:
     del model
     torch.manual_seed(0)
-    return Mlp(4, 256).eval()
+    return Mlp(2, 256).eval()
 
 
 def _same(model: nn.Module) -> nn.Module:
@@ -58,7 +58,7 @@ def test_memory_and_threads_level_off(between: Callable[[nn.Module], nn.Module])
     accelerators: list[weakref.ref[Any]] = []
     for _ in range(REPEATS):
         backend = RecordingBackend()
-        model.compile(backend=backend, options=emulated(gpu_memory=400 << 10, seed=1))
+        model.compile(backend=backend, options=emulated(gpu_memory=400 << 10, seed=None))
         with torch.no_grad():
             for _ in range(2):
                 model(x)
@@ -74,7 +74,7 @@ def test_memory_and_threads_level_off(between: Callable[[nn.Module], nn.Module])
     assert max(threads[1:]) <= max(3, threads[1])
     assert len({id(reference()) for reference in accelerators if reference() is not None}) <= 1
     growth = resident[-1] - resident[REPEATS // 2]
-    assert growth < 20 * (4 * 256 * 256 * 4), f"{growth} bytes more after {REPEATS // 2} repetitions"
+    assert growth < REPEATS * (2 * 256 * 256 * 4), f"{growth} bytes more after {REPEATS // 2} repetitions"
 
 
 def test_nothing_is_left_after_the_last_model() -> None:
