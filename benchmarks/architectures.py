@@ -235,7 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _in_a_process(name: str, arguments: argparse.Namespace) -> Outcome:
     command = [sys.executable, "-m", "benchmarks.architectures", "--one", name, "--kind", arguments.kind]
-    command += ["--limit", str(arguments.limit), "--cache", arguments.cache, *(["--inductor"] if arguments.inductor else [])]
+    command += ["--limit", str(arguments.limit), "--cache", arguments.cache]
+    command += ["--inductor"] if arguments.inductor else []
     blank = Outcome(name, arguments.kind, arguments.cache, "time limit")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     try:

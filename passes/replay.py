@@ -343,15 +343,16 @@ class _Members:
 
     def _member(self, member: fx.Node) -> None:
         notes, held, place = info(member), Held(), self._replay.advance()
-        for operand in member.all_input_nodes:
-            for key, memory in self._held.get(operand, {}).items():
-                memory.used = place
-                if notes.position >= 0:
-                    self._replay.accesses.check_version(self._call, key, memory, notes.position)
-                if key in notes.writes:
-                    self._write(memory, notes.position)
-                if key in notes.storages:
-                    held.setdefault(key, memory)
+        touched = [pair for operand in member.all_input_nodes for pair in self._held.get(operand, {}).items()]
+        for key, memory in touched:
+            memory.used = place
+            if notes.position >= 0:
+                self._replay.accesses.check_version(self._call, key, memory, notes.position)
+        for key, memory in touched:  # an operand and its view are one memory: all are read before one is written
+            if key in notes.writes:
+                self._write(memory, notes.position)
+            if key in notes.storages:
+                held.setdefault(key, memory)
         for key in notes.storages - held.keys():
             held[key] = self._replay.new(member, "accelerator", self._access, inner=True)
         self._held[member] = held

@@ -132,3 +132,21 @@ def test_a_tensor_made_in_inference_mode_is_written() -> None:
             return [model(random(2, 64), cache).clone() for _ in range(STEPS)], cache.clone()
 
     compiled_like_eager(model, run, options=emulated(gpu_memory=BUDGET))
+
+
+def test_a_part_of_a_value_is_written_with_itself() -> None:
+    """``y[1:] += ...`` reads and writes one memory in one node, after an in-place addition to its view."""
+
+    def body(before: Linear, after: Linear, x: Tensor) -> Tensor:
+        y = before(x) * 2
+        y[1:] += y[0]
+        return after(y)
+
+    model = around(body)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            result: Tensor = model(random(3, 64))
+        return result
+
+    compiled_like_eager(model, run, options=emulated(gpu_memory=BUDGET), calls=1)

@@ -64,7 +64,7 @@ def _scaled(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize(("make", "budget"), [(_t5, 0.33), (_bart, 0.4), (_lfm2, 0.5), (_mixtral, 0.93)])
+@pytest.mark.parametrize(("make", "budget"), [(_t5, 0.33), (_bart, 0.4), (_lfm2, 0.5), (_mixtral, 0.97)])
 def test_generates_what_eager_generates(make: Callable[[], PreTrainedModel], budget: float) -> None:
     """A padded batch; encoder and decoder models have caches of their cross attention.
 
