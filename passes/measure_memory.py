@@ -145,11 +145,26 @@ class _Meter:
         if node.op == "call_module":
             inner = MemoryNeed(tuple(self._inner(node)), {})
             return sympy.Integer(inner.peak_bytes(self.context.room)) if inner.lives else sympy.Integer(0)
-        if node.target == ir.PARTIAL_LINEAR and node.args[5] == 1:  # columns of x put together, the sum before the bias
-            return _columns_size(node) + (value_size(node) if node.args[2] is not None else 0)
+        if node.target == ir.PARTIAL_LINEAR:
+            return _partial_size(node)
         if node.target == ir.JOIN and node.args[1] == 1:
             return _sum_size(node)
         return sympy.Integer(0)
+
+
+def _partial_size(partial: fx.Node) -> sympy.Expr:
+    """Bytes that a part of a Linear takes beside its result.
+
+    Rows and activations in autocast's type; for [in, out] weights columns of x put together, the sum before the bias.
+    """
+    x, rows = partial.all_input_nodes[:2]
+    result, found = info(partial).value, sympy.Integer(0)
+    if info(rows).value.dtype != result.dtype:
+        elements = value_size(rows) / info(rows).value.element_size() + value_size(x) / info(x).value.element_size()
+        found += elements * result.element_size()
+    if partial.args[5] == 1:
+        found += _columns_size(partial) + (value_size(partial) if partial.args[2] is not None else 0)
+    return found
 
 
 def _columns_size(partial: fx.Node) -> sympy.Expr:

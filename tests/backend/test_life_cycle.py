@@ -43,7 +43,7 @@ def _reset(model: nn.Module) -> nn.Module:
 def _another(model: nn.Module) -> nn.Module:
     del model
     torch.manual_seed(0)
-    return Mlp(4, 256).eval()
+    return Mlp(2, 256).eval()
 
 
 def _same(model: nn.Module) -> nn.Module:
@@ -58,7 +58,7 @@ def test_memory_and_threads_level_off(between: Callable[[nn.Module], nn.Module])
     accelerators: list[weakref.ref[Any]] = []
     for _ in range(REPEATS):
         backend = RecordingBackend()
-        model.compile(backend=backend, options=emulated(gpu_memory=400 << 10, seed=1))
+        model.compile(backend=backend, options=emulated(gpu_memory=400 << 10, seed=None))
         with torch.no_grad():
             for _ in range(2):
                 model(x)
@@ -74,7 +74,7 @@ def test_memory_and_threads_level_off(between: Callable[[nn.Module], nn.Module])
     assert max(threads[1:]) <= max(3, threads[1])
     assert len({id(reference()) for reference in accelerators if reference() is not None}) <= 1
     growth = resident[-1] - resident[REPEATS // 2]
-    assert growth < 20 * (4 * 256 * 256 * 4), f"{growth} bytes more after {REPEATS // 2} repetitions"
+    assert growth < REPEATS * (2 * 256 * 256 * 4), f"{growth} bytes more after {REPEATS // 2} repetitions"
 
 
 def test_nothing_is_left_after_the_last_model() -> None:
@@ -85,16 +85,18 @@ def test_nothing_is_left_after_the_last_model() -> None:
         model(random(2, WIDTH))
     accelerator = backend.accelerator
     assert isinstance(accelerator, EmulatedAccelerator)
-    counters, before = accelerator.counters, len(live_runtimes())
+    counters = accelerator.counters
+    runtime = weakref.ref(next(one for one in live_runtimes() if one.accelerator is accelerator))
+    threads = [stream.thread for stream in accelerator._engine._streams.values()]
     assert accelerator.pinned_bytes > 0
     pins = accelerator._pins
     del accelerator, backend, model
     torch._dynamo.reset()
     gc.collect()
-    assert len(live_runtimes()) == before - 1
+    assert runtime() is None
     assert sum(counters.held_bytes.values()) == 0
     assert pins.pinned_bytes == 0
-    assert _threads() == 0
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_two_threads_call_the_same_model() -> None:

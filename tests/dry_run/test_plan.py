@@ -126,7 +126,7 @@ def test_weights_of_earlier_graphs_of_the_forward_count_against_the_budget() -> 
     schedule = hetegen_compile.plan(Blocks(), torch.empty(3, 256, device="meta"), options=options)
     (other,) = schedule.others
     assert schedule.resident_bytes == 512 * 256 * 4
-    assert other.resident_bytes == 0
+    assert 0 < other.resident_bytes < 512 * 256 * 4, "the part of its weight that is its share"
     alone = hetegen_compile.plan(Blocks().second_only(), torch.empty(3, 512, device="meta"), options=options)
     assert alone.whole_graph
 
