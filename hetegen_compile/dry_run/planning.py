@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -22,7 +23,7 @@ from hetegen_compile.passes import annotate_costs, predict_step
 from hetegen_compile.passes.capture import storage_id
 from hetegen_compile.passes.context import Claim, Context, Residency, SegmentCache, require
 from hetegen_compile.pipeline import ONCE_PER_SPLIT
-from hetegen_compile.planner import BucketPlan, PlannedStep, Planner, Sizes, Target, bucket_of, budget_bytes
+from hetegen_compile.planner import BucketPlan, PlannedStep, Planner, Sizes, Split, Target, bucket_of, budget_bytes
 from hetegen_compile.schedule import Schedule, register
 
 _KIND = "dry run"
@@ -139,7 +140,13 @@ class PlannedGraph:
 
     graph: TracedGraph
     base: BucketPlan
-    step: PlannedStep
+    planner: Planner
+    split: Split
+
+    @cached_property
+    def step(self) -> PlannedStep:
+        """Its schedule, made when it is asked for: while residency is being settled nobody does."""
+        return self.planner.plan_split(self.base, self.split, _STAGES)
 
     @property
     def residency(self) -> Residency:
@@ -178,7 +185,7 @@ def plan_graph(
     )
     base = planner.plan_bucket(bucket_of(number(token_count(graph.module), sizes)), sizes, target, graph.weights)
     resident.add(require(base.context.residency, "choose_residency"))
-    return PlannedGraph(graph, base, planner.plan_split(base, machine.options.split, _STAGES))
+    return PlannedGraph(graph, base, planner, machine.options.split)
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -201,7 +201,9 @@ def test_launch_on_a_host_tensor(accelerator: EmulatedAccelerator, value: Value)
 
 
 @pytest.mark.parametrize(
-    "source", [torch.ones(4, 5), torch.ones(4, 4).double(), torch.rand(4, 8)[:, ::2]], ids=str
+    "source",
+    [torch.ones(4, 5), torch.ones(4, 4).double(), torch.rand(4, 8)[:, ::2]],
+    ids=["shape", "dtype", "strides"],
 )
 def test_prefetch_that_is_no_plain_copy(
     accelerator: EmulatedAccelerator, slot: Slot, source: torch.Tensor
