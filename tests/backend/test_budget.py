@@ -105,6 +105,7 @@ def _decode_budgets(model: PreTrainedModel, tokens: int, **options: Any) -> list
     schedules = new_schedules(known)
     streamed = sum(schedule.streamed_bytes * len(schedule.step_times_s) for schedule in schedules)
     (carried,) = {graph._runtime.carried for graph in backend.graphs}
+    backend.accelerator.synchronize()  # counts what was started for a next step, too
     streamed += carried.held_bytes + carried.wasted_bytes
     uploaded = backend.accelerator.counters.uploaded_bytes["weights"]
     return [(uploaded - streamed, schedule.resident_bytes) for schedule in schedules]
