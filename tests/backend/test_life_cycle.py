@@ -146,7 +146,7 @@ class Interrupts:
 
 
 @pytest.mark.parametrize("call", [1, 4, 11])
-@pytest.mark.parametrize("where", ["submit", "drain"])
+@pytest.mark.parametrize("where", ["submit", "drain_step"])
 def test_an_interrupted_step_leaves_the_next_one_working(where: str, call: int) -> None:
     torch.manual_seed(0)
     model, x, backend = Mlp().eval(), random(2, WIDTH), RecordingBackend()
