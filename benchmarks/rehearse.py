@@ -113,6 +113,10 @@ def as_if_on_a_gpu() -> Iterator[None]:
         mock.patch.object(worker, "get_device_properties", return_value=DEVICE),
         mock.patch.object(worker, "current_device", return_value=0),
         mock.patch("torch._inductor.scheduler.has_triton", return_value=True),
+        # ``torch.tensor(..., device="cuda")``, an empty cache: on a GPU it is made and moved while tracing, here the
+        # move stays a fake, and tracing does not remember a constant's value, which lies on the GPU
+        mock.patch("torch._subclasses.fake_tensor.FakeTensorMode.avoid_device_init", True),
+        mock.patch("torch.fx.experimental.proxy_tensor.CONSTANT_NUMEL_LIMIT", -1),
         # builds its patterns (fused attention, padding) with real tensors on the GPU
         mock.patch("torch._inductor.fx_passes.joint_graph.lazy_init", return_value=None),
     ]
@@ -149,12 +153,14 @@ class Rehearsal:
             self.written[key] = graph.codegen()[0].value
             raise _Written
 
+        reason = "nothing was compiled"
         with as_if_on_a_gpu(), mock.patch("torch._inductor.graph.GraphLowering.compile_to_module", codegen):
             try:
                 inductor_compiler(mode)(segment, examples)
             except Exception as error:
-                if not self.written[key]:
-                    self.failures.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        if not self.written[key]:
+            self.failures.append(f"{name}: {reason}")
 
 
 def rehearse(name: str, cache: str) -> Rehearsed:

@@ -163,9 +163,10 @@ class _Binder:
         self._env[name] = value
         return name
 
-    def _op(self, node: fx.Node, category: str = "activations") -> str:
+    def _op(self, node: fx.Node, category: str = "activations", arguments: tuple[Any, ...] = ()) -> str:
         seconds = self._work[node].seconds if node in self._work else 0.0
-        return self._constant("op", Op(node.name, seconds, category, self._workspace_bytes.get(node, 0)))
+        tensors = tuple(i for i, one in enumerate(arguments) if isinstance(one, fx.Node) and ir.is_tensor(one))
+        return self._constant("op", Op(node.name, seconds, category, self._workspace_bytes.get(node, 0), tensors))
 
     def _text(self, argument: Any) -> str:
         """Python text for an argument: names of values, literals, and constants from the environment."""
@@ -202,7 +203,9 @@ class _Binder:
             raise ScheduleError(f"{node.name} has not been lowered")
         function = self._constant("segment", segment.function)
         options = f"outputs={segment.outputs}, mutates={segment.mutates!r}"
-        return f"{node.name} = launch({self._op(node)}, {function}, {self._text(tuple(node.args))}, {options})"
+        arguments = _arguments(node)
+        op = self._op(node, arguments=arguments)
+        return f"{node.name} = launch({op}, {function}, {self._text(arguments)}, {options})"
 
     def _mirror(self, node: fx.Node) -> str:
         self._mirrors.append(node.all_input_nodes[0])
@@ -251,7 +254,8 @@ class _Binder:
     def _partial(self, node: fx.Node) -> str:
         x, rows, bias, lo, hi, dim = _arguments(node)
         function = self._constant("linear", functools.partial(ir.linear_rows, lo=lo, hi=hi, dim=dim))
-        return f"{node.name} = launch({self._op(node)}, {function}, {self._text((x, rows, bias))})"
+        op = self._op(node, arguments=(x, rows, bias))
+        return f"{node.name} = launch({op}, {function}, {self._text((x, rows, bias))})"
 
     def _host_linear(self, node: fx.Node) -> str:
         x, weight, bias, lo, hi, dim = _arguments(node)

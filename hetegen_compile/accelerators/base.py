@@ -42,13 +42,15 @@ class Op:
 
     ``name`` is the node's name (errors, traces), ``seconds`` what the cost model predicts for it on the
     stated hardware (pacing), ``category`` what its bytes are counted under, ``workspace_bytes`` what it
-    occupies while it runs beside its arguments and results.
+    occupies while it runs beside its arguments and results. ``tensors`` are the positions of a launch's arguments
+    that are tensors in the schedule: None there is a value that was lost, and not a bias that does not exist.
     """
 
     name: str
     seconds: float = 0.0
     category: str = "activations"
     workspace_bytes: int = 0
+    tensors: tuple[int, ...] = ()
 
 
 @dataclass

@@ -357,6 +357,7 @@ class EmulatedAccelerator(Accelerator):
         self._engine.check_usable()
         access = self._hazards.clocks.issue(COMPUTE, op.name)
         self._hazards.use_arguments(args, access)
+        self._hazards.require_tensors(op.name, args, op.tensors)
         for position in mutates:
             self._hazards.mutate(args[position], access)
         results = [DeviceTensor(access) for _ in range(1 if outputs is None else outputs)]

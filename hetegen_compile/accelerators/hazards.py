@@ -82,6 +82,12 @@ class Hazards:
             elif isinstance(argument, Transfer | Token):
                 argument.refuse(user.node)
 
+    def require_tensors(self, node: str, arguments: Sequence[object], positions: Iterable[int]) -> None:
+        """Where the schedule has a tensor a launch must get one: without its bias a Linear runs, and is wrong."""
+        for position in positions:
+            if arguments[position] is None:
+                raise ScheduleError(f"{node} gets None for argument {position}, which is a tensor in the schedule")
+
     def refuse_on_host(self, node: str, arguments: object) -> None:
         """No argument of a host operation may be a device value."""
         for value in deferred_in(arguments):

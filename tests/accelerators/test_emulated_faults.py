@@ -200,6 +200,13 @@ def test_launch_on_a_host_tensor(accelerator: EmulatedAccelerator, value: Value)
         accelerator.launch(Op("linear"), F.linear, (value, torch.ones(4, 4)))
 
 
+def test_launch_on_a_value_that_was_lost(accelerator: EmulatedAccelerator, value: Value) -> None:
+    with pytest.raises(ScheduleError, match="linear gets None for argument 2"):
+        accelerator.launch(Op("linear", tensors=(0, 1, 2)), F.linear, (value, value, None))
+    without_bias = accelerator.launch(Op("linear", tensors=(0, 1)), F.linear, (value, value, None))
+    assert torch.equal(accelerator.download(Op("y"), without_bias), ROWS @ ROWS)
+
+
 @pytest.mark.parametrize(
     "source",
     [torch.ones(4, 5), torch.ones(4, 4).double(), torch.rand(4, 8)[:, ::2]],

@@ -154,6 +154,23 @@ def test_a_mirror_from_the_step_before_that_was_released(good: Case, monkeypatch
         run(good, EmulatedAccelerator(1 << 26))
 
 
+@pytest.mark.parametrize("lost", range(3))
+def test_a_mirror_of_a_bias_that_is_lost(good: Case, lost: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``F.linear`` takes None for a bias: without the check the step would run and be wrong."""
+    fetch = Mirrors.fetch
+
+    def losing(self: Mirrors, requests: Any, limit_bytes: int) -> list[Any]:
+        values = fetch(self, requests, limit_bytes)
+        biases = [i for i, request in enumerate(requests) if request.tensor.shape == (64,)]
+        assert len(biases) == len(LAYERS)
+        values[biases[lost]] = None
+        return values
+
+    monkeypatch.setattr(Mirrors, "fetch", losing)
+    with pytest.raises(ScheduleError, match="gets None for argument 2, which is a tensor in the schedule"):
+        run(good, EmulatedAccelerator(1 << 26))
+
+
 def test_a_stream_that_fails_leaves_no_result(good: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any) -> None:
         raise RuntimeError("the link is down")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,10 +11,23 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hetegen_compile.errors import ScheduleError
-from hetegen_compile.ir import HOST_LINEAR, JOIN, PARTIAL_LINEAR, TO_HOST, info
-from hetegen_compile.passes import retarget_devices
+from hetegen_compile.ir import (
+    CARRIED,
+    HOST_LINEAR,
+    JOIN,
+    LINEAR,
+    MIRROR,
+    PARTIAL_LINEAR,
+    PREFETCH,
+    PREFETCH_AHEAD,
+    STAGE,
+    TO_HOST,
+    annotate,
+    info,
+)
+from hetegen_compile.passes import carry_prefetches, insert_transfers, retarget_devices, schedule, split_linears
 from hetegen_compile.passes.retarget_devices import CHECK_VARIABLE, check_devices, index, retarget_constants
-from tests.passes.graphs import Case, scheduled
+from tests.passes.graphs import Case, planned, scheduled
 
 CUDA = torch.device("cuda:0")
 A, B = nn.Linear(64, 64), nn.Linear(64, 64)
@@ -157,3 +171,55 @@ def test_attention_of_symbolic_length_is_propagated() -> None:
     found = scheduled(cached, torch.randn(1, 64), past)
     assert any(not isinstance(size, int) for tensor in tensors_of(found) for size in tensor.shape)
     check_devices(found.module)
+
+
+# ---- staged weights and carried prefetches ---------------------------------------------------------------------
+
+
+def staged() -> Case:
+    """Both weights go through the pinned ring."""
+    found = planned(attention, torch.randn(1, 5, 64))
+    weights = [node.args[1].name for node in found.nodes(LINEAR)]
+    found.context = replace(found.context, staged=dict.fromkeys(weights, "a test"))
+    for stage in (split_linears, insert_transfers, schedule):
+        found.apply(stage)
+    assert len(found.nodes(STAGE)) == len(found.nodes(PREFETCH)) == 2
+    return found
+
+
+def carried() -> Case:
+    """What the next step needs first is started at the end of this one."""
+    found = scheduled(attention, torch.randn(1, 5, 64))
+    found.apply(carry_prefetches)
+    assert found.nodes(CARRIED)
+    assert len(found.nodes(CARRIED)) == len(found.nodes(PREFETCH_AHEAD))
+    return found
+
+
+@pytest.mark.parametrize("made", [staged, carried])
+def test_staged_and_carried_schedules_pass_the_check(made: Callable[[], Case]) -> None:
+    found = made()
+    check_devices(found.module)
+    retarget_devices(found.module, replace(found.context, device=CUDA))
+    assert {tensor.device for tensor in tensors_of(found)} == {CUDA}
+
+
+@pytest.mark.parametrize(("made", "target"), [(staged, STAGE), (carried, CARRIED), (carried, PREFETCH_AHEAD)])
+def test_what_goes_up_lies_on_the_host(made: Callable[[], Case], target: object) -> None:
+    found = made()
+    reader = found.nodes(target)[-1]
+    with found.module.graph.inserting_before(reader):
+        mirror = found.module.graph.call_function(MIRROR, (reader.args[0],))
+    annotate(mirror, info(reader.args[0]), side="accelerator")
+    reader.update_arg(0, mirror)
+    with pytest.raises(ScheduleError, match=f"{reader.name} .*runs on cpu and reads {mirror.name} .*on cuda"):
+        check_devices(found.module)
+
+
+def test_the_pinned_ring_is_not_the_accelerators() -> None:
+    found = staged()
+    part = found.nodes(PARTIAL_LINEAR)[-1]
+    stage = found.nodes(STAGE)[-1]
+    part.update_arg(1, stage)
+    with pytest.raises(ScheduleError, match=f"{part.name} .*runs on cuda and reads {stage.name} .*on cpu"):
+        check_devices(found.module)
