@@ -50,10 +50,11 @@ def test_twenty_prompt_lengths(cache: str | None, monkeypatch: pytest.MonkeyPatc
     model, backend, counted = tiny_model("llama", layers=1), RecordingBackend(), CountsGuards(monkeypatch)
     tokens = torch.randint(2, 256, (1, max(LENGTHS)), generator=torch.Generator().manual_seed(1))
     config: dict[str, Any] = {"cache_implementation": cache, "max_new_tokens": 3, "min_new_tokens": 3}
-    expected = [model.generate(tokens[:, :length], do_sample=False, **config) for length in LENGTHS]  # type: ignore[operator]
+    config["do_sample"] = False
+    expected = [model.generate(tokens[:, :length], **config) for length in LENGTHS]  # type: ignore[operator]
     model.compile(backend=backend, options=emulated(gpu_memory="8MiB"))
     for length, right in zip(LENGTHS, expected, strict=True):
-        found = model.generate(tokens[:, :length], do_sample=False, **config)  # type: ignore[operator]
+        found = model.generate(tokens[:, :length], **config)  # type: ignore[operator]
         assert torch.equal(found, right), length
     assert len(backend.graphs) <= 4, "backend calls"
     assert len(set(counted.plans)) == len(counted.plans), "a bucket was planned twice"
