@@ -38,7 +38,7 @@ from hetegen_compile.cost_model.roofline import (
 from hetegen_compile.cost_model.split import (
     SplitProblem,
     SplitSolution,
-    balance_expression,
+    balance_expressions,
     row_granularity,
     solve_split,
 )
@@ -65,7 +65,7 @@ __all__ = [
     "accelerator_op_s",
     "arithmetic_rate",
     "balance_along",
-    "balance_expression",
+    "balance_expressions",
     "download_s",
     "host_linear_s",
     "host_op_s",

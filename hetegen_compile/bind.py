@@ -4,12 +4,14 @@ Every node of the schedule becomes one line that calls a method of the accelerat
 prepared slots and the values of earlier lines; values are dropped after their last use. Nothing goes
 through torch's dispatcher but the work itself.
 
-    def step(inputs, mirrors, residents):
+    def step(inputs, mirrors, residents, carried=(), ahead=None):
         w = inputs[3]
         t = prefetch(op_1, w[64:128], slot_1, ())
         d = to_host(op_2, [mirrors[0]])
+        u = carried[0] or prefetch(op_5, w2[0:64], slot_2, ())
         s = launch(op_3, linear_3, (mirrors[0], wait(op_4, t), None))
         ...
+        ahead(0, op_6, w2, w2[0:64], slot_2, (r1,))
         return (y,), [(host, device), ...]
 """
 
@@ -45,21 +47,25 @@ class BoundStep:
     """A step as a callable, and what its caller has to bring up to date before each call.
 
     Attributes:
-        run: ``run(inputs, mirrors, residents)`` -> (outputs, pairs of a returned tensor and its device twin).
+        run: ``run(inputs, mirrors, residents, carried, ahead)`` -> (outputs, pairs of a returned tensor and its
+            device twin). ``carried`` are the transfers that the step before has started (None: start it now);
+            ``ahead(index, op, weight, source, slot, after)`` starts one for the next step.
         mirrors: positions of the inputs whose mirrors the step reads, in the order of ``mirrors``.
         residents: (position of a weight, first row, end row) in the order of ``residents``.
         settled: positions of the inputs that host and accelerator write alike.
         streamed: positions of the weights that are prefetched from where they lie (not through the pinned ring).
+        carried: position of the weight of each carried prefetch, in the order of ``carried``.
         pinned_ring_bytes: length of the pinned ring that the step uses.
         source: the generated code, for people.
         refusals: kernels of the hardware profile that cannot be used here.
     """
 
-    run: Callable[[list[Any], list[Any], list[Any]], tuple[tuple[Any, ...], list[tuple[Tensor, Any]]]]
+    run: Callable[..., tuple[tuple[Any, ...], list[tuple[Tensor, Any]]]]
     mirrors: tuple[int, ...]
     residents: tuple[tuple[int, int, int], ...]
     settled: tuple[int, ...]
     streamed: tuple[int, ...]
+    carried: tuple[int, ...]
     pinned_ring_bytes: int
     source: str
     refusals: tuple[Refusal, ...]
@@ -112,6 +118,8 @@ class _Binder:
         )
         self._mirrors: list[fx.Node] = []
         self._residents: list[tuple[int, int, int]] = []
+        self._carried = module.graph.find_nodes(op="call_function", target=ir.CARRIED)
+        self._ahead = module.graph.find_nodes(op="call_function", target=ir.PREFETCH_AHEAD)
         self._pinned_ring_bytes = pinned_ring_bytes(module.graph)
 
     def bind(self) -> BoundStep:
@@ -124,7 +132,7 @@ class _Binder:
             if node.op != "output" and dying.get(node):
                 self._lines.append(f"del {', '.join(n.name for n in dying[node])}")
         body = "\n    ".join(["twins = []", *self._lines])
-        source = f"def step(inputs, mirrors, residents):\n    {body}\n"
+        source = f"def step(inputs, mirrors, residents, carried=(), ahead=None):\n    {body}\n"
         exec(compile(source, "<hetegen step>", "exec"), self._env)
         return BoundStep(
             run=self._env["step"],
@@ -132,6 +140,7 @@ class _Binder:
             residents=tuple(self._residents),
             settled=self._settled(),
             streamed=self._streamed(),
+            carried=tuple(self._position[node.args[0]] for node in self._carried),
             pinned_ring_bytes=self._pinned_ring_bytes,
             source=source,
             refusals=tuple(self._refusals),
@@ -144,7 +153,7 @@ class _Binder:
         return tuple(i for i, node in enumerate(self._inputs) if info(node).storages & written)
 
     def _streamed(self) -> tuple[int, ...]:
-        prefetches = self._module.graph.find_nodes(op="call_function", target=ir.PREFETCH)
+        prefetches = self._module.graph.find_nodes(op="call_function", target=ir.PREFETCH) + self._carried
         return tuple(sorted({self._position[node.args[0]] for node in prefetches if node.args[0].target != ir.STAGE}))
 
     # ---- names and arguments -------------------------------------------------------------------------------
@@ -205,23 +214,35 @@ class _Binder:
         return f"{node.name} = residents[{len(self._residents) - 1}]"
 
     def _stage(self, node: fx.Node) -> str:
-        return self._fill(node, "stage", self._accelerator.pinned_slot)
+        op, read, slot = self._into_slot(node, self._accelerator.pinned_slot)
+        return f"{node.name} = stage({op}, {read}, {slot}, {self._text(tuple(_arguments(node)[4]))})"
 
     def _prefetch(self, node: fx.Node) -> str:
-        return self._fill(node, "prefetch", self._accelerator.slot)
+        op, read, slot = self._into_slot(node, self._accelerator.slot)
+        return f"{node.name} = prefetch({op}, {read}, {slot}, {self._text(tuple(_arguments(node)[4]))})"
 
-    def _fill(self, node: fx.Node, call: str, slot_at: Callable[..., Slot]) -> str:
-        """A copy of rows into a slot; a prefetch of staged rows reads all that its stage copied."""
-        source, ranges, dim, offset, after = _arguments(node)
+    def _take_over(self, node: fx.Node) -> str:
+        op, read, slot = self._into_slot(node, self._accelerator.slot)
+        return f"{node.name} = carried[{self._carried.index(node)}] or prefetch({op}, {read}, {slot}, ())"
+
+    def _prefetch_ahead(self, node: fx.Node) -> str:
+        index = self._ahead.index(node)
+        if self._carried[index].args != node.args[:4]:
+            raise ScheduleError(f"{node.name} does not start what {self._carried[index].name} takes over")
+        weight, *_, after = _arguments(node)
+        op, read, slot = self._into_slot(node, self._accelerator.slot)
+        return f"ahead({index}, {op}, {weight}, {read}, {slot}, {self._text(tuple(after))})"
+
+    def _into_slot(self, node: fx.Node, slot_at: Callable[..., Slot]) -> tuple[str, str, str]:
+        """Texts of the operation, what it reads and its slot; of a stage a prefetch reads all that it copied."""
+        source, ranges, dim, offset = _arguments(node)[:4]
         lo, hi = ranges
         if dim != 0:
             raise ScheduleError(f"{node.name}: only rows can be prefetched, not dimension {dim}")
         (rows,) = tensors_in(info(node).value)
         slot = slot_at(offset, tuple(map(int, rows.shape)), rows.dtype)
-        tokens = self._text(tuple(after))
-        op, place = self._op(node, "weights"), self._constant("slot", slot)
         read = source.name if source.target == ir.STAGE else f"{source}[{lo}:{hi}]"
-        return f"{node.name} = {call}({op}, {read}, {place}, {tokens})"
+        return self._op(node, "weights"), read, self._constant("slot", slot)
 
     def _plain(self, node: fx.Node) -> str:
         name = str(node.target).split(".")[1]
@@ -281,6 +302,8 @@ _EMITTERS: dict[Any, Callable[[_Binder, fx.Node], str]] = {
     ir.RESIDENT: _Binder._resident,
     ir.STAGE: _Binder._stage,
     ir.PREFETCH: _Binder._prefetch,
+    ir.CARRIED: _Binder._take_over,
+    ir.PREFETCH_AHEAD: _Binder._prefetch_ahead,
     ir.WAIT: _Binder._plain,
     ir.RELEASE: _Binder._plain,
     ir.TO_HOST: _Binder._plain,
@@ -339,4 +362,4 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 
 def _makes_nothing(node: fx.Node) -> bool:
-    return node.target in (ir.TWIN, ir.WRITE_BACK) or (node.op == "placeholder" and not node.users)
+    return node.target in (ir.TWIN, ir.WRITE_BACK, ir.PREFETCH_AHEAD) or (node.op == "placeholder" and not node.users)

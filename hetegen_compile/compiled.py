@@ -207,7 +207,7 @@ class CompiledGraph:
     def _run(self, plan: _Plan, inputs: Sequence[Any]) -> Any:
         accelerator, mirrors = self._runtime.accelerator, self._runtime.mirrors
         steps = len(plan.schedule.step_times_s)
-        tracing = steps == 1  # the first step warms up, the second is traced
+        tracing = steps == 1 + bool(plan.bound.carried)  # after warming up: with everything carried in the third
         try:
             with _quiet(accelerator.device):
                 started = time.perf_counter()
@@ -229,16 +229,17 @@ class CompiledGraph:
 
     def _step(self, plan: _Plan, inputs: Sequence[Any]) -> Any:
         accelerator, mirrors, bound = self._runtime.accelerator, self._runtime.mirrors, plan.bound
+        carried = self._runtime.carried
         accelerator.limit_memory(plan.budget_bytes)
-        accelerator.begin_step()
+        started = carried.begin_step(bound, inputs)
         mirrors.begin_step()
         requests = [self._mirror(plan, i, inputs[i]) for i in bound.mirrors]
         requests += [self._rows(plan, i, inputs[i].detach(), lo, hi) for i, lo, hi in bound.residents]
         taken = self._runtime.ledger.ring_bytes + plan.room.activation_bytes
         values = mirrors.fetch(requests, plan.budget_bytes - taken)
         count = len(bound.mirrors)
-        outputs, twins = bound.run(list(inputs), values[:count], values[count:])
-        accelerator.end_step()
+        outputs, twins = bound.run(list(inputs), values[:count], values[count:], started, carried.start)
+        carried.end_step(bound)
         for i in bound.settled:
             mirrors.settle(inputs[i])
         for host, device in twins:

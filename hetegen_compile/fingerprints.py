@@ -16,6 +16,7 @@ from torch import Tensor
 
 SAMPLE_BYTES = 16
 SAMPLES = 16
+QUICK_SAMPLES = 4
 BLOCK_BYTES = 4096
 _WORD = 8
 
@@ -69,6 +70,13 @@ class Fingerprint:
         return self._start % _WORD == 0 and nbytes % _WORD == 0
 
 
+def sampled(address: int, nbytes: int) -> tuple[bytes, ...]:
+    """A few bytes of host memory, evenly apart: what shows at once that all of it was changed."""
+    length = min(SAMPLE_BYTES, nbytes)
+    apart = (nbytes - length) / (QUICK_SAMPLES - 1)
+    return tuple(_bytes_at(address + int(i * apart), length) for i in range(QUICK_SAMPLES))
+
+
 def _places(start: int, nbytes: int) -> list[tuple[int, int]]:
     """Offset in the storage and length of each sample: evenly apart, but at no fixed column of a matrix."""
     if nbytes <= SAMPLE_BYTES * SAMPLES:
@@ -88,4 +96,4 @@ def _sum_of(data: bytes, in_words: bool) -> int:
     return int(values.sum(dtype=torch.int64))
 
 
-__all__ = ["Fingerprint"]
+__all__ = ["Fingerprint", "sampled"]

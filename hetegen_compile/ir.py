@@ -2,9 +2,10 @@
 
 Two-node asynchronous IR: one node starts (``prefetch``, ``to_host``, ``to_accelerator``), one waits
 (``wait``, ``wait_host``). A ``stage`` starts copying rows into the pinned ring; the prefetch that reads them
-waits for it. The operations are declared through ``torch.library``, so a scheduled graph can be propagated
-with fake tensors and, with the kernels given here, run synchronously as a reference. In a bound schedule they
-are plain calls of an accelerator and never reach torch's dispatcher.
+waits for it. A prefetch for the start of the next step is started by ``prefetch_ahead`` at the end of a step and
+taken over by ``carried`` in the next. The operations are declared through ``torch.library``, so a scheduled graph
+can be propagated with fake tensors and, with the kernels given here, run synchronously as a reference. In a bound
+schedule they are plain calls of an accelerator and never reach torch's dispatcher.
 
 A Linear of ``rows`` rows (dimension 0 of its weight as it is stored) with ``dim`` 0 has a weight
 [out, in] and its parts are columns of the result, put side by side; with ``dim`` 1 the weight is stored
@@ -119,6 +120,8 @@ _SCHEMAS = {
     "resident": "(Tensor weight, int lo, int hi) -> Tensor",
     "stage": "(Tensor weight, int[] ranges, int dim, int offset, Tensor[] after) -> Tensor",
     "prefetch": "(Tensor weight, int[] ranges, int dim, int offset, Tensor[] after) -> Tensor",
+    "prefetch_ahead": "(Tensor weight, int[] ranges, int dim, int offset, Tensor[] after) -> Tensor",
+    "carried": "(Tensor weight, int[] ranges, int dim, int offset) -> Tensor",
     "wait": "(Tensor transfer) -> Tensor",
     "release": "(Tensor transfer) -> Tensor",
     "to_host": "(Tensor[] xs) -> Tensor[]",
@@ -173,6 +176,10 @@ def _copy_ranges(weight: Tensor, ranges: list[int], dim: int, offset: int, after
     return torch.cat(pieces, dim=dim)
 
 
+def _carried(weight: Tensor, ranges: list[int], dim: int, offset: int) -> Tensor:
+    return _copy_ranges(weight, ranges, dim, offset, [])
+
+
 def _host_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int) -> Tensor:
     return linear_rows(x, weight[lo:hi], bias, lo, hi, dim).clone()
 
@@ -187,6 +194,8 @@ _KERNELS = {
     "resident": lambda weight, lo, hi: weight[lo:hi].clone(),
     "stage": _copy_ranges,
     "prefetch": _copy_ranges,
+    "prefetch_ahead": _copy_ranges,
+    "carried": _carried,
     "wait": lambda transfer: transfer.clone(),
     "release": lambda transfer: transfer.new_empty(0),
     "to_host": lambda xs: [x.clone() for x in xs],
@@ -209,6 +218,8 @@ MIRROR = OPS.mirror.default
 RESIDENT = OPS.resident.default
 STAGE = OPS.stage.default
 PREFETCH = OPS.prefetch.default
+PREFETCH_AHEAD = OPS.prefetch_ahead.default
+CARRIED = OPS.carried.default
 WAIT = OPS.wait.default
 RELEASE = OPS.release.default
 TO_HOST = OPS.to_host.default
@@ -220,5 +231,7 @@ JOIN = OPS.join.default
 WRITE_BACK = OPS.write_back.default
 TWIN = OPS.twin.default
 
-for _op in (STAGE, PREFETCH, WAIT, RELEASE, TO_HOST, WAIT_HOST, TO_ACCELERATOR, WRITE_BACK, TWIN):
+for _op in (
+    STAGE, PREFETCH, PREFETCH_AHEAD, CARRIED, WAIT, RELEASE, TO_HOST, WAIT_HOST, TO_ACCELERATOR, WRITE_BACK, TWIN,
+):
     fx.node.has_side_effect(_op)

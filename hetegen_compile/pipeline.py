@@ -17,6 +17,7 @@ from torch import fx
 
 from hetegen_compile.passes import (
     annotate_costs,
+    carry_prefetches,
     choose_residency,
     choose_splits,
     choose_staging,
@@ -62,6 +63,7 @@ PIPELINE: tuple[Stage, ...] = (
     Stage(split_linears, "rewrite", "host part, accelerator parts, join"),
     Stage(insert_transfers, "rewrite", "nothing crosses a border without a start and a wait"),
     Stage(schedule, "rewrite", "slots and issue order: what runs by itself first, host work last"),
+    Stage(carry_prefetches, "rewrite", "the link does not idle between two steps"),
     Stage(measure_memory, "analyse", "what it occupies, in issue order, at any sizes", "memory"),
     Stage(predict_step, "analyse", "the step on a timeline, for the table and for pacing", "prediction"),
     Stage(verify, "analyse", "no race, or an error that names the node"),

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from hetegen_compile.accelerators import Accelerator, open_accelerator
+from hetegen_compile.carried import CarriedPrefetches
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.host_memory import HostMemory
 from hetegen_compile.mirrors import Mirrors
@@ -38,6 +39,7 @@ class Runtime:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.mirrors = Mirrors(accelerator)
+        self.carried = CarriedPrefetches(accelerator)
         self.host_memory = HostMemory(accelerator.pin)
         self.lock = threading.RLock()
         self.ledger = ResidencyLedger(self.mirrors)
@@ -88,9 +90,11 @@ def live_runtimes() -> list[Runtime]:
 def refresh(model: nn.Module) -> None:
     """Upload what the accelerator holds of ``model`` again before it is next used.
 
-    Needed after writes that leave a tensor's version as it was: through ``.data`` (``p.data += d``), through a
-    numpy view, by a fused optimiser. Assigning ``p.data = other`` or ``copy_`` under ``no_grad`` is noticed.
+    That includes what has been prefetched for the next step. Needed after writes that leave a tensor's version as it
+    was: through ``.data`` (``p.data += d``), through a numpy view, by a fused optimiser. Assigning
+    ``p.data = other`` or ``copy_`` under ``no_grad`` is noticed.
     """
     for runtime in live_runtimes():
         with runtime.lock:
+            runtime.carried.drop("refresh")
             runtime.mirrors.forget(itertools.chain(model.parameters(), model.buffers()))

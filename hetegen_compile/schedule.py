@@ -127,12 +127,13 @@ class Schedule:
 
     def note_step(self, seconds: float, spans: list[Span]) -> None:
         """Keep one step's time (the last 1000) and, if it was traced, its spans on the rows."""
-        self.step_times_s = [*self.step_times_s[-999:], seconds]
+        self.step_times_s.append(seconds)
+        del self.step_times_s[:-1000]
         if spans:
             self.spans = spans
             took: dict[str, float] = {}
-            for span in spans:
-                took[span.name] = took.get(span.name, 0.0) + span.end_s - span.start_s
+            for span in spans:  # of a prefetch for the next step two may end during one step
+                took.setdefault(span.name, span.end_s - span.start_s)
             self.rows = tuple(replace(row, measured_s=_measured(row, took)) for row in self.rows)
 
 
@@ -201,7 +202,10 @@ def schedule_rows(
 
 
 _TRANSFERS = (ir.TO_HOST, ir.WAIT_HOST, ir.TO_ACCELERATOR, ir.WAIT)
-_OF_LINEAR = (ir.STAGE, ir.PREFETCH, ir.WAIT, ir.RELEASE, ir.RESIDENT, ir.PARTIAL_LINEAR, ir.HOST_LINEAR, ir.JOIN)
+_OF_LINEAR = (
+    ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.WAIT, ir.RELEASE, ir.RESIDENT, ir.PARTIAL_LINEAR,
+    ir.HOST_LINEAR, ir.JOIN,
+)
 
 
 def _belongs_to_linear(node: fx.Node) -> bool:
@@ -211,10 +215,11 @@ def _belongs_to_linear(node: fx.Node) -> bool:
 def _linear_row(site: LinearSite, nodes: list[fx.Node], prediction: Prediction) -> Row:
     plan = site.plan
     busy = dict.fromkeys(("host", "accelerator", "up"), 0.0)
-    for node in nodes:
+    own = [node for node in nodes if node.target != ir.PREFETCH_AHEAD]  # its copy is the carried one
+    for node in own:
         work = prediction.work[node]
         busy[work.resource] = busy.get(work.resource, 0.0) + work.seconds
-    timed = [node for node in nodes if prediction.work[node].seconds > 0]
+    timed = [node for node in own if prediction.work[node].seconds > 0]
     return Row(
         node=site.node, module=site.module, op="linear", placement=_placement(plan),
         host_share=plan.host / plan.rows, streamed_share=plan.streamed_rows / plan.rows,

@@ -2,6 +2,7 @@
 
 from hetegen_compile.passes.annotate_costs import annotate_costs
 from hetegen_compile.passes.capture import capture
+from hetegen_compile.passes.carry_prefetches import carry_prefetches
 from hetegen_compile.passes.choose_residency import choose_residency
 from hetegen_compile.passes.choose_splits import choose_splits
 from hetegen_compile.passes.choose_staging import choose_staging
@@ -22,6 +23,7 @@ from hetegen_compile.passes.verify import verify
 __all__ = [
     "annotate_costs",
     "capture",
+    "carry_prefetches",
     "choose_residency",
     "choose_splits",
     "choose_staging",

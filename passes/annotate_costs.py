@@ -49,6 +49,7 @@ def _linear_seconds(profile: HardwareProfile, dtype: str, tokens: int, nbytes: i
         host_s=host_linear_s(profile, dtype, tokens, nbytes, flops),
         accelerator_s=accelerator_linear_s(profile, dtype, tokens, nbytes, flops),
         link_s=upload_s(profile, nbytes),
+        host_alone_s=host_linear_s(profile, dtype, tokens, nbytes, flops, contended=False),
     )
 
 

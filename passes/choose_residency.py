@@ -10,6 +10,7 @@ on the accelerator (``residency_shares``). If everything fits, nothing is offloa
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import accumulate
 
 from torch import fx
 
@@ -32,6 +33,7 @@ from hetegen_compile.passes.step_memory import mirrored_size, step_memory
 
 SLOT_ALIGNMENT = 256
 _WINDOW = 2  # slots the ring holds at least: one being read while the next one is being filled
+_CHUNK_BYTES = 8 << 20  # of a chunk where a third of the ring allows: smaller ones cost rate and issue
 _CHUNKS = 8  # slots of the largest size that the ring holds, where weights allow: the link then rarely waits
 
 
@@ -88,7 +90,7 @@ class _Sharing:
     ) -> Residency:  # fmt: skip
         own = {claim.key for claim in claims}
         weights = {w.name: first_rows[key] for w, key in self._keys.items() if key in own and key in first_rows}
-        chunk = 0 if whole else max(self._smallest // _WINDOW, ring // _CHUNKS)
+        chunk = 0 if whole else max(self._smallest // _WINDOW, ring // _CHUNKS, min(ring // 3, _CHUNK_BYTES))
         return Residency(weights, ring, chunk, budget, whole, tuple(claims), first_rows, self._mirrored)
 
     def _claims(self) -> tuple[Claim, ...]:
@@ -103,13 +105,22 @@ class _Sharing:
         return tuple(claim for claim in found.values() if claim.nbytes)
 
     def _ring_bytes(self, free: int) -> int:
-        """Bytes of the staging ring: two of the largest weight, at most a quarter of what is free.
+        """Bytes of the staging ring: two of the weights that most bytes lie in, at most a quarter of what is free.
 
-        All graphs share the ring, so it is as long as others made it unless that takes more than half.
+        Weights larger than that (an output layer) go through it in chunks. All graphs share the ring, so it is as
+        long as others made it unless that takes more than half.
         """
-        largest = _WINDOW * max((_aligned(value_bytes(weight, self._context)) for weight in self._weights), default=0)
-        ring = max(self._smallest, min(largest, free // 4 // SLOT_ALIGNMENT * SLOT_ALIGNMENT))
+        typical = _WINDOW * _typical([_aligned(value_bytes(weight, self._context)) for weight in self._weights])
+        ring = max(self._smallest, min(typical, free // 4 // SLOT_ALIGNMENT * SLOT_ALIGNMENT))
         return max(ring, self._context.ring_bytes if self._context.ring_bytes <= free // 2 else 0)
+
+
+def _typical(sizes: Sequence[int]) -> int:
+    """The median of the sizes, each counted as often as it has bytes."""
+    ordered = sorted(sizes)
+    before = accumulate(ordered)
+    half = sum(ordered) / 2
+    return next((size for size, total in zip(ordered, before, strict=True) if total >= half), 0)
 
 
 def _nbytes(claims: Sequence[Claim]) -> int:

@@ -48,6 +48,7 @@ def best_split(rows: int, cost: NodeCost, context: Context, *, staged: bool = Fa
         link_s_per_row=cost.link_s / rows,
         accelerator_s_per_row=cost.accelerator_s / rows,
         pin_s_per_row=cost.weight_bytes / rows / profile.pin_bytes_per_s if staged else 0.0,
+        contention=cost.contention,
     )
     return solve_split(problem, row_granularity(rows))
 

@@ -42,7 +42,8 @@ class NodeCost:
     """One node's work at the context's sizes and what each resource needs for all of it.
 
     ``flops`` and bytes are plain numbers; ``link_s`` is the time to stream a Linear's whole weight (0 for
-    other nodes). ``tokens`` is the number of rows of a Linear's activations.
+    other nodes). ``host_s`` is beside a working link, ``host_alone_s`` without. ``tokens`` is the number of rows of a
+    Linear's activations.
     """
 
     flops: float
@@ -52,6 +53,12 @@ class NodeCost:
     host_s: float
     accelerator_s: float
     link_s: float
+    host_alone_s: float | None = None
+
+    @property
+    def contention(self) -> float:
+        """Share of the host's rate that remains while the link works."""
+        return 1.0 if not self.host_alone_s or not self.host_s else min(1.0, self.host_alone_s / self.host_s)
 
 
 Costs = Mapping[int, NodeCost]

@@ -123,7 +123,7 @@ class Operation:
     carried: Literal["in", "out"] | None = None
 
 
-_UPWARD = (ir.PREFETCH, ir.TO_ACCELERATOR)
+_UPWARD = (ir.PREFETCH, ir.CARRIED, ir.TO_ACCELERATOR)
 _ON: Side = "accelerator"
 
 OPERATIONS: dict[Any, Operation] = {
@@ -136,9 +136,15 @@ OPERATIONS: dict[Any, Operation] = {
         UP, ("host",), waits=(0, 4), waits_for=(ir.RELEASE, ir.STAGE), gives=Gives.SLOT, ring="staging", frees=True,
         ended_by=(ir.WAIT, ir.RELEASE), precedes=(ir.STAGE,),
     ),
+    ir.CARRIED: Operation(
+        UP, ("host",), gives=Gives.SLOT, ring="staging", ended_by=(ir.WAIT, ir.RELEASE), carried="in"
+    ),
+    ir.PREFETCH_AHEAD: Operation(
+        UP, ("host",), waits=(4,), waits_for=(ir.RELEASE,), gives=Gives.SLOT, ring="staging", carried="out"
+    ),
     ir.TO_ACCELERATOR: Operation(UP, ("host",), gives=Gives.LOAN, ended_by=(ir.WAIT,)),
     ir.WAIT: Operation(COMPUTE, waits=(0,), waits_for=_UPWARD, gives=Gives.BROUGHT),
-    ir.RELEASE: Operation(COMPUTE, waits_for=(ir.PREFETCH,), gives=Gives.TOKEN),
+    ir.RELEASE: Operation(COMPUTE, waits_for=(ir.PREFETCH, ir.CARRIED), gives=Gives.TOKEN),
     ir.TO_HOST: Operation(DOWN, (_ON,), behind=COMPUTE, gives=Gives.COPY, ended_by=(ir.WAIT_HOST,)),
     ir.WAIT_HOST: Operation(HOST, waits=(0,), waits_for=(ir.TO_HOST,), gives=Gives.BROUGHT),
     ir.HOST_LINEAR: Operation(HOST, ("host", "host", "host")),

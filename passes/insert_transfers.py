@@ -1,7 +1,7 @@
 """Start and wait nodes at every border between the host and the accelerator.
 
 Why: nothing crosses by itself. A value that a host part of a Linear needs goes down alone and at once; the
-values that only complete what the caller gets back go down together at the end, in one transfer.
+values that only complete what the caller gets back go down together at the end, in one transfer, but for large ones.
 
 Before:
 
@@ -27,17 +27,23 @@ from torch import fx
 
 from hetegen_compile import ir
 from hetegen_compile.ir import NodeInfo, Side, annotate, info, is_tensor
+from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.capture import tensors_in
 from hetegen_compile.passes.context import Context
 
-_READS_HOST = {ir.STAGE, ir.PREFETCH, ir.RESIDENT, ir.MIRROR, ir.TO_ACCELERATOR, ir.WRITE_BACK}
-_STARTED = {ir.STAGE, ir.PREFETCH, ir.TO_HOST, ir.TO_ACCELERATOR}  # their result is a transfer, on no side yet
+LARGE_DOWNLOAD_BYTES = 1 << 20
+"""From this size on a value that only completes the results goes down as soon as it is made, by itself."""
+
+_READS_HOST = {
+    ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.RESIDENT, ir.MIRROR, ir.TO_ACCELERATOR, ir.WRITE_BACK,
+}
+# their result is a transfer, on no side yet
+_STARTED = {ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.TO_HOST, ir.TO_ACCELERATOR}
 
 
 def insert_transfers(module: fx.GraphModule, context: Context) -> None:
     """Put transfers on every edge between a value on one side and a reader on the other."""
-    del context
-    inserter = _Inserter(module.graph)
+    inserter = _Inserter(module.graph, context)
     inserter.accelerator_operands()
     inserter.host_operands()
 
@@ -67,8 +73,9 @@ _Version = tuple[fx.Node, int]
 
 
 class _Inserter:
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, context: Context) -> None:
         self._graph = graph
+        self._context = context
         self._up: dict[fx.Node, fx.Node] = {}
         self._down: dict[_Version, fx.Node] = {}
         mirrors = graph.find_nodes(op="call_function", target=ir.MIRROR)
@@ -97,14 +104,21 @@ class _Inserter:
         late = _late_readers(self._graph)
         early = dict.fromkeys((operand, versions[user, operand]) for user, operand in crossings if user not in late)
         together = dict.fromkeys((operand, versions[user, operand]) for user, operand in crossings if user in late)
-        readers = {key: [u for u, o in crossings if (o, versions[u, o]) == key] for key in (*early, *together)}
+        readers: dict[_Version, list[fx.Node]] = {}
+        for user, operand in crossings:
+            readers.setdefault((operand, versions[user, operand]), []).append(user)
         for key in early:
             self._down.update(self._download([key], before=self._earliest(readers[key])))
-        late_only = [key for key in together if key not in early]
-        if late_only:
-            self._down.update(self._download(late_only, before=self._earliest(list(late))))
+        for keys in self._late_transfers([key for key in together if key not in early]):
+            self._down.update(self._download(keys, before=self._earliest(list(late))))
         for user, operand in crossings:
             user.replace_input_with(operand, self._down[operand, versions[user, operand]])
+
+    def _late_transfers(self, keys: list[_Version]) -> list[list[_Version]]:
+        """Small values in one transfer; each large one by itself, so that it need not be kept to the end."""
+        small = [key for key in keys if value_bytes(key[0], self._context) < LARGE_DOWNLOAD_BYTES]
+        large = [[key] for key in keys if key not in small]
+        return [*large, small] if small else large
 
     def _read_where_it_lies(self, user: fx.Node, operand: fx.Node) -> bool:
         """Let a host part read an input of the call itself instead of its mirror, if nothing writes it."""

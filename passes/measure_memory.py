@@ -28,7 +28,9 @@ from hetegen_compile.passes.annotate_costs import value_size
 from hetegen_compile.passes.context import Context, Life, MemoryNeed
 from hetegen_compile.passes.liveness import larger, storage_lives
 
-_NOT_VALUES = (ir.MIRROR, ir.RESIDENT, ir.STAGE, ir.PREFETCH, ir.WAIT, ir.RELEASE)
+_NOT_VALUES = (
+    ir.MIRROR, ir.RESIDENT, ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.WAIT, ir.RELEASE,
+)  # fmt: skip
 
 
 def measure_memory(module: fx.GraphModule, context: Context) -> MemoryNeed:

@@ -1,5 +1,8 @@
 """How long a step of the scheduled graph takes: its operations as tasks of the timeline's simulation.
 
+Where the end of a step prefetches for the next one, it is the second of two consecutive steps: the host
+begins it when everything of the first is over but those prefetches.
+
 Why: the scheduler is judged by it, the table shows it, and the emulated accelerator paces itself to the
 same seconds, so that a prediction and a measurement are about the same thing.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import fx
 
@@ -24,6 +28,7 @@ from hetegen_compile.cost_model import (
     simulate,
     upload_s,
 )
+from hetegen_compile.cost_model.timeline import HOST
 from hetegen_compile.ir import info
 from hetegen_compile.passes.annotate_costs import dtype_name, value_bytes
 from hetegen_compile.passes.capture import FREE_ATEN, to_expr
@@ -41,6 +46,8 @@ def predict_step(module: fx.GraphModule, context: Context) -> Prediction:
     work = {node: node_work(node, context) for node in nodes}
     index = {node: position for position, node in enumerate(nodes)}
     tasks = [_task(node, work[node], index, context) for node in nodes]
+    if any(node.target == ir.CARRIED for node in nodes):
+        return _second_of_two(nodes, work, tasks)
     timeline: Timeline = simulate(tasks)
     return Prediction(
         work=work,
@@ -58,6 +65,49 @@ def _task(node: fx.Node, work: Work, index: Mapping[fx.Node, int], context: Cont
     return Task(name=node.name, resource=work.resource, duration_s=work.seconds, after=after, issue_s=issue_s)
 
 
+def _second_of_two(nodes: list[fx.Node], work: Mapping[fx.Node, Work], first: list[Task]) -> Prediction:
+    """A step after another one. The first starts its carried prefetches itself; the second finds them started.
+
+    Nobody waits for the prefetches for a third step. No two steps follow each other faster than their busiest
+    resource works, so ``step_s`` is not less than that.
+    """
+    ahead = [i for i, node in enumerate(nodes) if node.target == ir.PREFETCH_AHEAD]
+    carried = [i for i, node in enumerate(nodes) if node.target == ir.CARRIED]
+    border = len(first)
+    over = Task("end of the step", HOST, 0.0, tuple(i for i in range(border) if i not in set(ahead)))
+    own = [i for i in range(border) if i not in set(carried)]
+    place = {**dict(zip(carried, ahead, strict=True)), **{i: border + 1 + k for k, i in enumerate(own)}}
+    second = [replace(first[i], after=tuple(place[earlier] for earlier in first[i].after)) for i in own]
+    timeline = simulate([*first, over, *second])
+    begin_s = timeline.end_s[border]
+    start_s = {node: max(0.0, timeline.start_s[place[i]] - begin_s) for i, node in enumerate(nodes)}
+    end_s = {node: max(0.0, timeline.end_s[place[i]] - begin_s) for i, node in enumerate(nodes)}
+    busy_s = _busy_s(second)
+    waited_for = [end_s[node] for node in nodes if node.target != ir.PREFETCH_AHEAD]
+    return Prediction(
+        work=work, start_s=start_s, end_s=end_s, step_s=max([*waited_for, *busy_s.values()]),
+        lower_bound_s=max([_path_s(nodes, first), *busy_s.values()]), busy_s=busy_s,
+    )
+
+
+def _busy_s(tasks: list[Task]) -> dict[str, float]:
+    """Seconds that each resource works; the host's include issuing."""
+    busy_s: dict[str, float] = {}
+    for task in tasks:
+        busy_s[task.resource] = busy_s.get(task.resource, 0.0) + task.duration_s
+        busy_s[HOST] = busy_s.get(HOST, 0.0) + task.issue_s
+    return busy_s
+
+
+def _path_s(nodes: list[fx.Node], tasks: list[Task]) -> float:
+    """The bound of a step for which everything carried is there already, and which starts nothing for the next."""
+    own = [i for i, node in enumerate(nodes) if node.target not in (ir.CARRIED, ir.PREFETCH_AHEAD)]
+    place = {i: k for k, i in enumerate(own)}
+    return lower_bound_s(
+        [replace(tasks[i], after=tuple(place[e] for e in tasks[i].after if e in place)) for i in own]
+    )
+
+
 def node_work(node: fx.Node, context: Context) -> Work:
     """The resource that a node occupies and for how long, by the context's hardware profile."""
     profile = context.profile
@@ -65,7 +115,7 @@ def node_work(node: fx.Node, context: Context) -> Work:
         return Work("host" if info(node).side == "host" else "accelerator", 0.0)
     if node.target == ir.STAGE:
         return Work("pin", value_bytes(node, context) / profile.pin_bytes_per_s)
-    if node.target == ir.PREFETCH:
+    if node.target in (ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED):
         return Work("up", upload_s(profile, value_bytes(node, context)))
     if node.target == ir.TO_HOST:
         return Work("down", download_s(profile, value_bytes(node, context)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 
-from hetegen_compile.cost_model import row_granularity
+from hetegen_compile.cost_model import row_granularity, spread_order
 from hetegen_compile.passes.context import Claim
 
 
@@ -36,7 +36,7 @@ def _fill(claims: Sequence[Claim], free_bytes: int) -> dict[Hashable, int]:
     """
     found: dict[Hashable, int] = {}
     whole = True
-    for claim in sorted(claims, key=lambda claim: -claim.gain_s_per_byte):
+    for claim in _in_order(claims):
         if claim.nbytes <= free_bytes:
             first = claim.first
         else:
@@ -45,6 +45,17 @@ def _fill(claims: Sequence[Claim], free_bytes: int) -> dict[Hashable, int]:
             found[claim.key] = first
             free_bytes -= (claim.rows - first) * claim.row_bytes
     return found
+
+
+def _in_order(claims: Sequence[Claim]) -> list[Claim]:
+    """Claims in falling order of gain; equal ones (equal layers) so that what is streamed is spread over the step.
+
+    The link can run ahead of the computation by the staging ring only.
+    """
+    alike: dict[float, list[Claim]] = {}
+    for claim in claims:
+        alike.setdefault(-claim.gain_s_per_byte, []).append(claim)
+    return [alike[gain][i] for gain in sorted(alike) for i in spread_order(len(alike[gain]))]
 
 
 def _partial(claim: Claim, free_bytes: int) -> int:

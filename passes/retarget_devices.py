@@ -175,9 +175,10 @@ class _DeviceValues:
         return outputs
 
 
-_ON_THE_WAY = (ir.PREFETCH, ir.TO_HOST, ir.TO_ACCELERATOR, ir.RELEASE)
+_ON_THE_WAY = (ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.TO_HOST, ir.TO_ACCELERATOR, ir.RELEASE)
 _READS: dict[Any, ir.Side | None] = {
-    ir.MIRROR: "host", ir.RESIDENT: "host", ir.PREFETCH: "host", ir.TO_ACCELERATOR: "host", ir.TO_HOST: "accelerator",
+    ir.MIRROR: "host", ir.RESIDENT: "host", ir.PREFETCH: "host", ir.PREFETCH_AHEAD: "host", ir.CARRIED: "host",
+    ir.TO_ACCELERATOR: "host", ir.TO_HOST: "accelerator",
     ir.WAIT: None, ir.WAIT_HOST: None, ir.RELEASE: None, ir.TWIN: None,
 }  # fmt: skip
 """Where the schedule's own operations read; every other node where it runs."""

@@ -18,6 +18,7 @@ Before:                                       After (two slots):
 from __future__ import annotations
 
 import operator
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,9 @@ _RANK = {
 }
 _ACCELERATOR_RANK = 3
 _HOST_RANK = 4
+
+_MOST_DOWNLOADS = 4
+"""Downloads under way at once: each keeps its source on the accelerator."""
 _PINNED_WINDOW = 4  # slots of the largest size that the pinned ring holds
 
 
@@ -109,12 +113,25 @@ def reorder(graph: fx.Graph) -> None:
     output = next(iter(reversed(graph.nodes)))
     _slots_in_program_order(graph, tasks)
     late = _late_nodes(nodes, tasks)
+    pending: deque[fx.Node] = deque()
     for node in nx.lexicographical_topological_sort(tasks, key=lambda node: (_rank(node), place[node])):
         for wait in _waits_of(node, late):
             output.prepend(wait)
         output.prepend(node)
+        if node.target == ir.TO_HOST:
+            pending.append(node)
+            if len(pending) > _MOST_DOWNLOADS:
+                _wait_for(pending.popleft(), late, output)
     for wait in _waits_of(output, late):
         output.prepend(wait)
+
+
+def _wait_for(download: fx.Node, late: set[fx.Node], output: fx.Node) -> None:
+    """Wait for a download now if nothing has yet: what it reads is kept on the accelerator until then."""
+    for wait in download.users:
+        if wait in late:
+            late.remove(wait)
+            output.prepend(wait)
 
 
 def _late_nodes(nodes: list[fx.Node], tasks: nx.DiGraph) -> set[fx.Node]:
@@ -218,4 +235,4 @@ def _rank(node: fx.Node) -> int:
     return _ACCELERATOR_RANK if info(node).side == "accelerator" else _HOST_RANK
 
 
-__all__ = ["assign_slots", "pinned_ring_bytes", "reorder", "schedule", "slot_bytes", "task_graph"]
+__all__ = ["assign_slots", "pinned_ring_bytes", "release_of", "reorder", "schedule", "slot_bytes", "task_graph"]

@@ -11,6 +11,7 @@ not pinned into a ring of pinned host memory. Ordering between them is what the 
                     copies rows into the slot; a pinned slot that it read is free again
     wait            compute waits for that transfer                        (read after write)
     release         the slot may be overwritten once compute got here       (write after read)
+    prefetch_ahead  a prefetch that the next step takes over in ``begin_step``
     to_host         down waits for what compute has issued so far, then copies
     wait_host       the host thread blocks until that download is done
     to_accelerator  the host's tensor becomes readable by compute after ``wait``
@@ -161,12 +162,17 @@ class Accelerator(ABC):
 
     # ---- operations of a schedule --------------------------------------------------------------------
     @abstractmethod
-    def begin_step(self) -> None:
-        """Order everything of this step after everything of the step before (the ring is free again)."""
+    def begin_step(self, carried: Sequence[Transfer] = ()) -> None:
+        """Order everything of this step after everything of the step before (the ring is free again).
+
+        ``carried`` are results of ``prefetch_ahead`` that are still held (see ``holds``): from here on they are
+        waited for and released like prefetches of this step. Those not among them are given up; their bytes of
+        the ring may be overwritten.
+        """
 
     @abstractmethod
     def end_step(self) -> None:
-        """Block until all streams are idle; raise what a stream's work raised."""
+        """Block until everything but prefetches for the next step is over; raise what a stream's work raised."""
 
     @abstractmethod
     def stage(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Transfer]) -> Transfer:
@@ -181,6 +187,21 @@ class Accelerator(ABC):
 
         ``source`` is contiguous rows of a host weight, or the ``stage`` that copies them into the pinned ring;
         each stage is read by one prefetch.
+        """
+
+    @abstractmethod
+    def prefetch_ahead(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Token]) -> Transfer:
+        """Start a prefetch for the next step.
+
+        ``source`` may die before the copy is over, which is then completed first. What fails in the copy is raised
+        in the next step, naming ``op``.
+        """
+
+    @abstractmethod
+    def holds(self, transfer: Transfer) -> bool:
+        """Whether a result of ``prefetch_ahead`` can be given to ``begin_step``.
+
+        Not after an aborted step, after the ring has grown, or once it was taken over or given up.
         """
 
     @abstractmethod

@@ -51,7 +51,14 @@ class Clocks:
         self._clocks[lane] = (*clock[:lane], tick, *clock[lane + 1 :])
         return Access(node, lane, tick)
 
-    def join(self) -> None:
-        """Everything issued so far happened before everything to come (all streams were found idle)."""
-        joined = tuple(map(max, *self._clocks))
+    def join(self, up: Clock | None = None) -> None:
+        """Everything issued so far happened before everything to come (all streams were found idle).
+
+        ``up`` is what is known to be over of the up stream, by default all of it. What it does not cover has to be
+        waited for by the other lanes still.
+        """
+        issued = self._clocks[UP]
+        others = [clock for lane, clock in enumerate(self._clocks) if lane != UP]
+        joined = tuple(map(max, *others, issued if up is None else up))
         self._clocks = [joined] * len(RESOURCES)
+        self.merge(UP, issued)

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import os
 import re
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +52,8 @@ class CudaTransfer:
     """A started copy: its result, what it reads (kept alive), and its event (None: readable at once).
 
     ``job`` is the pin thread's part, which sets the event of a prefetch that reads the pinned ring. ``reader``
-    names the prefetch that reads a stage.
+    names the prefetch that reads a stage. A prefetch for the next step keeps nothing alive: a finalizer completes
+    it before its source's memory is freed. ``ring`` is the buffer that its slot lies in.
     """
 
     node: str
@@ -59,6 +62,7 @@ class CudaTransfer:
     source: Any
     event: torch.cuda.Event | None = None
     released_by: str | None = None
+    ring: torch.Tensor | None = None
     job: Job | None = None
     reader: str | None = None
 
@@ -111,6 +115,9 @@ class CudaAccelerator(Accelerator):
         self._pin_thread = PinThread(partial(torch.cuda.set_device, self.device))
         self._staged: list[CudaTransfer] = []
         self._kept: list[torch.Tensor] = []
+        self._ahead: list[CudaTransfer] = []
+        self._guards: deque[tuple[torch.cuda.Event, weakref.finalize[..., torch.UntypedStorage]]] = deque()
+        self._uploaded: torch.cuda.Event | None = None
         self._in_step = False
         self._closed = False
 
@@ -214,17 +221,29 @@ class CudaAccelerator(Accelerator):
         return view
 
     # ---- steps -------------------------------------------------------------------------------------
-    def begin_step(self) -> None:
+    def begin_step(self, carried: Sequence[CudaTransfer] = ()) -> None:
         self._check_open()
+        for transfer in carried:
+            if not self.holds(transfer):
+                raise ScheduleError(f"begin_step takes over {transfer.node}, which is not held for it")
         self.abandon_step()
+        self._give_up_ahead()
+        for transfer in carried:
+            transfer.kind = "prefetch"
         self._ledger.begin_step()
         self._up.wait_stream(self._compute)
         self._down.wait_stream(self._compute)
         self._in_step = True
 
     def end_step(self) -> None:
-        self.synchronize()
+        self._check_open()
+        if self._ahead:
+            self._synchronize_step()
+        else:
+            self.synchronize()
         self._kept.clear()
+        while self._guards and self._guards[0][0].query():
+            self._guards.popleft()[1].detach()
         self._in_step = False
         staged, self._staged = self._staged, []
         for transfer in staged:
@@ -237,7 +256,23 @@ class CudaAccelerator(Accelerator):
             self.synchronize()
             self._kept.clear()
             self._staged.clear()
+            self._give_up_ahead()
             self._in_step = False
+
+    def _give_up_ahead(self) -> None:
+        """Forget prefetches for the next step; only later copies of the same stream overwrite their bytes."""
+        for transfer in self._ahead:
+            transfer.kind = "given up"
+        self._ahead.clear()
+
+    def _synchronize_step(self) -> None:
+        """Block until everything but prefetches for the next step is over."""
+        self._pin_thread.drain()
+        with self._work(Op("end_step")):
+            self._compute.synchronize()
+            self._down.synchronize()
+            if self._uploaded is not None:
+                self._uploaded.synchronize()
 
     def synchronize(self) -> None:
         self._check_open()
@@ -276,7 +311,27 @@ class CudaAccelerator(Accelerator):
         _check_rows(op, source, view)
         transfer = CudaTransfer(op.name, "prefetch", view, source)
         self._fill_slot(op, transfer, after)
+        self._uploaded = transfer.event
         return transfer
+
+    def prefetch_ahead(
+        self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[CudaToken]
+    ) -> CudaTransfer:
+        self._check_open()
+        view = self._view(slot)
+        _check_rows(op, source, view)
+        transfer = CudaTransfer(op.name, "prefetch_ahead", view, source, ring=self._ring)
+        self._fill_slot(op, transfer, after)
+        assert transfer.event is not None, "every copy into a slot records its event"
+        transfer.source = None
+        guard = weakref.finalize(source.untyped_storage(), transfer.event.synchronize)
+        guard.atexit = False
+        self._guards.append((transfer.event, guard))
+        self._ahead.append(transfer)
+        return transfer
+
+    def holds(self, transfer: CudaTransfer) -> bool:
+        return not self._in_step and transfer.kind == "prefetch_ahead" and transfer.ring is self._ring
 
     def _prefetch_staged(
         self, op: Op, stage: CudaTransfer, view: torch.Tensor, after: Sequence[CudaToken]
@@ -297,6 +352,7 @@ class CudaAccelerator(Accelerator):
         """On the pin thread, behind the stage: start the upload unless there is nothing to upload."""
         stage.issued()
         self._fill_slot(op, transfer, after)
+        self._uploaded = transfer.event
 
     def _fill_slot(self, op: Op, transfer: CudaTransfer, after: Sequence[CudaToken]) -> None:
         for token in after:
@@ -368,7 +424,8 @@ class CudaAccelerator(Accelerator):
                 copy_span(value, buffer, non_blocking=True)
             self._ledger.hold(value, op.category)
             value.record_stream(self._compute)
-        return CudaTransfer(op.name, "to_accelerator", value, buffer, self._up.record_event())
+        self._uploaded = self._up.record_event()
+        return CudaTransfer(op.name, "to_accelerator", value, buffer, self._uploaded)
 
     def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, or a copy in a pinned buffer of torch's caching host allocator."""
@@ -415,6 +472,7 @@ class CudaAccelerator(Accelerator):
         self._pin_thread.close()
         torch.cuda.synchronize(self.device)
         self._kept.clear()
+        self._ahead.clear()
         self._staged.clear()
         self._views.clear()
         self._pinned_views.clear()

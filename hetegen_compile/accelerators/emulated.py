@@ -161,17 +161,19 @@ class EmulatedAccelerator(Accelerator):
         return self._pinned.slot(offset, shape, dtype)
 
     # ---- steps -------------------------------------------------------------------------------------
-    def begin_step(self) -> None:
+    def begin_step(self, carried: Sequence[Transfer] = ()) -> None:
         self._engine.check_usable()
         self.abandon_step()
-        self.synchronize()
+        self._finish_step()
         self._work.aliases.clear()
-        self._poison_what_is_left("begin_step")
+        kept = [self._hazards.take_over(transfer) for transfer in carried]
+        self._give_up(*self._hazards.restart("begin_step", kept))
         self._ledger.begin_step()
         self._engine.enter_step()
 
     def end_step(self) -> None:
-        self.synchronize()
+        self._engine.check_usable()
+        self._finish_step()
         self._engine.leave_step()
         self._hazards.check_lent()
 
@@ -179,12 +181,25 @@ class EmulatedAccelerator(Accelerator):
         if self._engine.in_step:
             self._engine.abort()
             self._work.aliases.clear()
-            self._poison_what_is_left("abandon_step")
+            self._free_ring("abandon_step")
 
-    def _poison_what_is_left(self, by: str) -> None:
-        left, left_pinned = self._hazards.restart(by)
-        self._ring.poison(left)
-        self._pinned.poison(left_pinned)
+    def _finish_step(self) -> None:
+        """Wait for everything but prefetches for the next step."""
+        self._engine.drain_step()
+        self._raise_failure()
+        self._hazards.step_is_over()
+
+    def _free_ring(self, reason: str) -> None:
+        """All streams are idle: nothing in the ring is wanted any more."""
+        self._hazards.clocks.join()
+        self._give_up(*self._hazards.restart(reason))
+
+    def _give_up(self, slots: list[Occupancy], pinned: list[Occupancy]) -> None:
+        """Poison what nobody released; slots behind the copies into them that may still be under way."""
+        self._pinned.poison(pinned)
+        if slots:
+            work = partial(self._ring.poison, slots)
+            self._engine.submit(UP, Task(Op("begin_step"), work, done=threading.Event()))
 
     def synchronize(self) -> None:
         self._engine.check_usable()
@@ -193,9 +208,10 @@ class EmulatedAccelerator(Accelerator):
         self._hazards.clocks.join()
 
     def _raise_failure(self) -> None:
-        if self._engine.failed:
-            self._hazards.restart("the failed step")
-            self._engine.raise_failure()
+        failure = self._engine.take_failure()
+        if failure is not None:
+            self._free_ring("the failed step")
+            raise failure
 
     # ---- operations of a schedule --------------------------------------------------------------------
     def stage(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Transfer]) -> Transfer:
@@ -220,6 +236,14 @@ class EmulatedAccelerator(Accelerator):
         self._hazards.lend(op.name, source)
         return self._start_prefetch(op, source, slot, after)
 
+    def prefetch_ahead(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Token]) -> Transfer:
+        self._engine.check_usable()
+        self._hazards.refuse_on_host(op.name, source)
+        return self._start_prefetch(op, source, slot, after, ahead=True)
+
+    def holds(self, transfer: Transfer) -> bool:
+        return not self._engine.in_step and self._hazards.held(transfer)
+
     def _prefetch_staged(self, op: Op, stage: Transfer, slot: Slot, after: Sequence[Token]) -> Transfer:
         staged = self._hazards.staged(stage, op.name)
         started = self._start_prefetch(op, self._pinned.view(staged.slot), slot, after, stage)
@@ -227,10 +251,17 @@ class EmulatedAccelerator(Accelerator):
         return started
 
     def _start_prefetch(
-        self, op: Op, rows: torch.Tensor, slot: Slot, after: Sequence[Token], stage: Transfer | None = None
+        self,
+        op: Op,
+        rows: torch.Tensor,
+        slot: Slot,
+        after: Sequence[Token],
+        stage: Transfer | None = None,
+        *,
+        ahead: bool = False,
     ) -> Transfer:
         _check_rows(op, rows, slot)
-        access = self._hazards.prefetch(op.name, after)
+        access = self._hazards.prefetch(op.name, after, ahead=ahead)
         occupancy = Occupancy(op.name, slot.offset, slot.nbytes)
         self._hazards.occupy(occupancy, access)
         value = DeviceTensor(access, occupancy=occupancy, arrived=False)
@@ -239,8 +270,11 @@ class EmulatedAccelerator(Accelerator):
         if stage is not None and stage.staged is not None:
             work = partial(self._unstage, work, stage.staged.occupancy)
             waits = (*waits, *_done([stage]))
-        self._engine.submit(UP, Task(op, work, waits=waits, done=done))
-        return Transfer(op.name, "prefetch", access, self._hazards.clocks.now(UP), value, done)
+        kind = "prefetch_ahead" if ahead else "prefetch"
+        transfer = Transfer(op.name, kind, access, self._hazards.clocks.now(UP), value, done, carried=ahead)
+        task = Task(op, work, waits=waits, done=done, on_failure=transfer.fail if ahead else None)
+        self._engine.submit(UP, task, carried=ahead)
+        return transfer
 
     def _unstage(self, copy: Callable[[], None], occupancy: Occupancy) -> None:
         """Copy from the pinned ring, whose bytes then hold nothing valid any more."""
@@ -254,7 +288,8 @@ class EmulatedAccelerator(Accelerator):
         access = self._hazards.clocks.issue(COMPUTE, op.name)
         self._hazards.use(value, access)
         if transfer.done is not None:
-            self._engine.submit(COMPUTE, Task(op, waits=(transfer.done,)))
+            name, work = (Op(transfer.node), transfer.check) if transfer.carried else (op, None)
+            self._engine.submit(COMPUTE, Task(name, work, waits=(transfer.done,)))
         return value
 
     def release(self, op: Op, transfer: Transfer) -> Token:
@@ -295,7 +330,7 @@ class EmulatedAccelerator(Accelerator):
         self._hazards.lend(op.name, tensor)
         if span_bytes(tensor) < DIRECT_BYTES:
             return self._lend(op, tensor)
-        access = self._hazards.clocks.issue(UP, op.name)
+        access = self._hazards.upload(op.name)
         value = DeviceTensor(access, arrived=False)
         done = threading.Event()
         self._engine.submit(UP, Task(op, partial(self._work.copy_up, op, value, tensor), done=done))

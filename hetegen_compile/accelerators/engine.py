@@ -27,6 +27,8 @@ class Engine:
 
     def __init__(self, pace: float | None, seed: int | None) -> None:
         self._shared = Shared(Pacer(pace), seed)
+        self._last_upload = threading.Event()
+        self._last_upload.set()
         self._pid = os.getpid()
         self._switch_interval: float | None = None
         self.in_step = False
@@ -60,8 +62,10 @@ class Engine:
         return None
 
     # ---- work ----------------------------------------------------------------------------------------
-    def submit(self, lane: int, task: Task) -> None:
-        """Enqueue a task on a stream."""
+    def submit(self, lane: int, task: Task, *, carried: bool = False) -> None:
+        """Enqueue a task on a stream; ``carried``: the end of the step does not wait for it."""
+        if lane == UP and not carried and task.done is not None:
+            self._last_upload = task.done
         if self._host_delays is not None:
             self._host_delays.sleep()
         self._streams[lane].submit(task)
@@ -98,6 +102,11 @@ class Engine:
         for event in [self.marker(lane, Op("synchronize")) for lane in self._streams]:
             event.wait()
 
+    def drain_step(self) -> None:
+        """Block until everything is over but what was submitted as carried."""
+        for event in [self._last_upload, *(self.marker(lane, Op("end_step")) for lane in (COMPUTE, DOWN, PIN))]:
+            event.wait()
+
     def abort(self) -> None:
         """Pass over what is still queued, forget the failure, leave the step."""
         self._shared.aborting = True
@@ -124,24 +133,19 @@ class Engine:
             sys.setswitchinterval(self._switch_interval)
             self._switch_interval = None
 
-    @property
-    def failed(self) -> bool:
-        """Whether work has failed since the last abort."""
-        return self._shared.failure is not None
-
-    def raise_failure(self) -> None:
-        """Abort the step and raise what a stream's work raised, if it did."""
+    def take_failure(self) -> BaseException | None:
+        """What to raise for what a stream's work raised since the last abort; aborts the step if there is any."""
         failure = self._shared.failure
         if failure is None:
-            return
+            return None
         self.check_usable()
         self.abort()
         node, cause = failure
         if isinstance(cause, (ScheduleError, AcceleratorMemoryError)):
-            raise cause
-        raise AcceleratorError(
-            f"{node} failed on the accelerator: {type(cause).__name__}: {cause}"
-        ) from cause
+            return cause
+        error = AcceleratorError(f"{node} failed on the accelerator: {type(cause).__name__}: {cause}")
+        error.__cause__ = cause
+        return error
 
     def close(self) -> bool:
         """Stop the threads; False if they were stopped already."""

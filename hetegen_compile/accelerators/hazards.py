@@ -30,14 +30,20 @@ class Hazards:
         self.clocks = Clocks()
         self._slots = Occupied()
         self._pinned = Occupied()
+        self._uploaded = self.clocks.now(UP)
         self._lent: list[tuple[str, torch.Tensor, int]] = []
 
-    def restart(self, node: str) -> tuple[list[Occupancy], list[Occupancy]]:
-        """All streams are idle: order everything, free both rings; returns what was not released in each."""
-        self.clocks.join()
+    def step_is_over(self) -> None:
+        """Everything but the prefetches for the next step is over."""
+        self.clocks.join(self._uploaded)
+
+    def restart(
+        self, node: str, carried: Sequence[Occupancy] = ()
+    ) -> tuple[list[Occupancy], list[Occupancy]]:
+        """Nothing uses the rings but what is ``carried``: free the rest; returns what was not released in each."""
         self._lent.clear()
         by = Access(node, HOST, 0)
-        return self._slots.vacate(by), self._pinned.vacate(by)
+        return self._slots.vacate(by, carried), self._pinned.vacate(by)
 
     # ---- host tensors that the streams read --------------------------------------------------------------
     def lend(self, node: str, tensor: torch.Tensor) -> None:
@@ -139,6 +145,23 @@ class Hazards:
         self.clocks.merge(UP, started.clock)
         return started.staged
 
+    # ---- prefetches for the next step ----------------------------------------------------------------
+    def held(self, transfer: object) -> bool:
+        """Whether a prefetch for the next step was neither taken over nor given up yet."""
+        if not isinstance(transfer, Transfer) or transfer.kind != "prefetch_ahead":
+            return False
+        occupancy = None if transfer.value is None else transfer.value.occupancy
+        return occupancy is not None and occupancy.released is None
+
+    def take_over(self, transfer: object) -> Occupancy:
+        """Make a prefetch for the next step one of the step that begins."""
+        if not isinstance(transfer, Transfer) or not self.held(transfer):
+            raise ScheduleError(f"begin_step takes over {_name(transfer)}, which is not held for it")
+        transfer.kind = "prefetch"
+        assert transfer.value is not None, "held transfers have a slot"
+        assert transfer.value.occupancy is not None, "held transfers have a slot"
+        return transfer.value.occupancy
+
     # ---- transfers -----------------------------------------------------------------------------------
     def started(self, transfer: object, user: str, kinds: tuple[str, ...]) -> Transfer:
         """``transfer`` as one of the given kinds, or the error of waiting for something else."""
@@ -155,13 +178,19 @@ class Hazards:
         started.value.arrived = True
         return started, started.value
 
-    def prefetch(self, node: str, after: Iterable[object]) -> Access:
+    def upload(self, node: str) -> Access:
+        """Enter an upload on the up stream; whoever knows of it knows of all before it."""
+        access = self.clocks.issue(UP, node)
+        self._uploaded = self.clocks.now(UP)
+        return access
+
+    def prefetch(self, node: str, after: Iterable[object], *, ahead: bool) -> Access:
         """Enter a prefetch on the up stream, behind the releases in ``after``."""
         for token in after:
             if not isinstance(token, Token):
                 raise ScheduleError(f"{node} waits for {_name(token)}, which is no release")
             self.clocks.merge(UP, token.clock)
-        return self.clocks.issue(UP, node)
+        return self.clocks.issue(UP, node) if ahead else self.upload(node)
 
     def download(self, node: str, values: Sequence[object]) -> Access:
         """Enter a download behind what compute has issued so far; it reads ``values`` until waited for."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hetegen_compile.accelerators.clocks import Access, Clock, covers
 from hetegen_compile.accelerators.values import Occupancy
 from hetegen_compile.errors import SlotInUseError
@@ -13,12 +15,12 @@ class Occupied:
     def __init__(self) -> None:
         self._occupied: list[Occupancy] = []
 
-    def vacate(self, by: Access) -> list[Occupancy]:
-        """Everything is over: empty the ring; returns what was not released."""
-        left = [occupancy for occupancy in self._occupied if occupancy.released is None]
+    def vacate(self, by: Access, carried: Sequence[Occupancy] = ()) -> list[Occupancy]:
+        """Everything is over but what is ``carried``: empty the ring of the rest; returns what was not released."""
+        left = [one for one in self._occupied if one.released is None and one not in carried]
         for occupancy in left:
             occupancy.released = by
-        self._occupied.clear()
+        self._occupied[:] = carried
         return left
 
     def occupy(self, occupancy: Occupancy, writer: Access, clock: Clock) -> None:

@@ -52,6 +52,7 @@ class Task:
         waits: events of other streams that must be set first.
         done: set when the task is over, also if it failed or was skipped.
         lane: the resource that is charged for it, where that is not the stream's own.
+        on_failure: told what the work raised, where that does not end the step.
     """
 
     op: Op
@@ -60,6 +61,7 @@ class Task:
     waits: tuple[threading.Event, ...] = ()
     done: threading.Event | None = None
     lane: int | None = None
+    on_failure: Callable[[BaseException], None] | None = None
 
 
 @dataclass
@@ -146,7 +148,9 @@ class Stream:
             if task.work is not None and not self._shared.skipping:
                 self._perform(task, task.work, modes)
         except BaseException as error:
-            if self._shared.failure is None:
+            if task.on_failure is not None:
+                task.on_failure(error)
+            elif self._shared.failure is None:
                 self._shared.failure = (task.op.name, error)
         finally:
             task.work = None

@@ -143,6 +143,7 @@ class Transfer(Deferred):
 
     ``done`` is None where nothing has to be waited for; ``value`` is None for downloads, whose task keeps the
     value alive until it is copied, and for stages, whose ``staged`` says where in the pinned ring they copy to.
+    ``failure`` is what a prefetch for the next step raised.
     """
 
     node: str
@@ -154,6 +155,17 @@ class Transfer(Deferred):
     host_tensors: list[torch.Tensor] | None = None
     single: bool = True
     staged: Staged | None = None
+    carried: bool = False
+    failure: BaseException | None = None
+
+    def fail(self, error: BaseException) -> None:
+        """Keep what the copy raised for whoever waits for it."""
+        self.failure = error
+
+    def check(self) -> None:
+        """Raise what the copy raised."""
+        if self.failure is not None:
+            raise self.failure
 
 
 @dataclass(eq=False)

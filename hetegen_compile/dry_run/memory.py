@@ -32,7 +32,9 @@ def pinned_bytes(planned: Iterable[PlannedGraph]) -> int:
     """Bytes of the weights that prefetches read: they are pinned where they lie, whole."""
     pinned: dict[int, int] = {}
     for one in planned:
-        for node in one.step.module.graph.find_nodes(op="call_function", target=ir.PREFETCH):
+        graph = one.step.module.graph
+        prefetches = graph.find_nodes(op="call_function", target=ir.PREFETCH)
+        for node in prefetches + graph.find_nodes(op="call_function", target=ir.CARRIED):
             weight = one.graph.weights.get(node.args[0].name)
             if weight is None:
                 continue  # its rows come by way of the pinned ring

@@ -17,6 +17,7 @@ from hetegen_compile.accelerators import cuda, cuda_pinning
 from hetegen_compile.accelerators.geometry import empty_twin
 
 LOG: list[str] = []
+PENDING: set[str] = set()
 ALREADY_REGISTERED = 712
 
 
@@ -34,6 +35,10 @@ class FakeEvent:
     def synchronize(self) -> None:
         assert self.name, "waits for an event that was never recorded"
         LOG.append(f"host waits {self.name}")
+
+    def query(self) -> bool:
+        """Whether it is over; here the test says so."""
+        return self.name not in PENDING
 
     def elapsed_time(self, end: FakeEvent) -> float:
         return end.recorded_s - self.recorded_s
@@ -87,6 +92,7 @@ class FakeRuntime:
 def install(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     """Put the fake in the place of torch.cuda's parts that CudaAccelerator uses."""
     LOG.clear()
+    PENDING.clear()
     compute, runtime = FakeStream(name="compute"), FakeRuntime()
     FakeStream.names = itertools.cycle(["up", "down"])
 

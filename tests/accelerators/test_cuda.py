@@ -15,7 +15,7 @@ from hetegen_compile.errors import (
     SlotInUseError,
 )
 from tests.accelerators import fake_cuda
-from tests.accelerators.fake_cuda import ALREADY_REGISTERED, LOG, FakeRuntime
+from tests.accelerators.fake_cuda import ALREADY_REGISTERED, LOG, PENDING, FakeRuntime
 from tests.accelerators.schedules import WIDTH, SplitLayers, make_weights, run_eager
 
 
@@ -74,6 +74,68 @@ def test_edges_between_the_streams(accelerator: CudaAccelerator) -> None:
         "up waits compute@1",
         "on up",
     ]
+
+
+def test_a_prefetch_for_the_next_step(accelerator: CudaAccelerator) -> None:
+    """The end of a step waits for compute, downloads and its own uploads; the next step waits for the copy itself."""
+    slot, other = (accelerator.slot(i * 256, (4,), torch.float32) for i in range(2))
+    accelerator.begin_step()
+    own = accelerator.prefetch(Op("own"), torch.ones(4), other, ())
+    token = accelerator.release(Op("release"), own)
+    LOG.clear()
+    source = torch.ones(4)
+    ahead = accelerator.prefetch_ahead(Op("ahead"), source, slot, (token,))
+    assert not accelerator.holds(ahead)
+    with pytest.raises(ScheduleError, match=r"wait waits for ahead, which is a prefetch_ahead"):
+        accelerator.wait(Op("wait"), ahead)
+    accelerator.end_step()
+    assert LOG == ["up waits compute@0", "on up", "host waits compute", "host waits down", "host waits up@0"]
+    assert accelerator.holds(ahead)
+    LOG.clear()
+    accelerator.begin_step([ahead])
+    assert accelerator.wait(Op("wait"), ahead).tolist() == [1] * 4
+    assert LOG == ["up waits compute", "down waits compute", "compute waits up@1"]
+    assert accelerator.release(Op("release"), ahead).node == "release"
+    assert not accelerator.holds(ahead)
+
+
+@pytest.mark.parametrize("how", ["given up", "aborted", "ring"])
+def test_a_prefetch_for_the_next_step_that_is_lost(accelerator: CudaAccelerator, how: str) -> None:
+    accelerator.begin_step()
+    ahead = accelerator.prefetch_ahead(Op("ahead"), torch.ones(4), accelerator.slot(0, (4,), torch.float32), ())
+    if how != "aborted":
+        accelerator.end_step()
+    if how == "given up":
+        accelerator.begin_step()
+        accelerator.end_step()
+    elif how == "ring":
+        accelerator.reserve_ring(8192)
+    assert not accelerator.holds(ahead)
+    with pytest.raises(ScheduleError, match="begin_step takes over ahead"):
+        accelerator.begin_step([ahead])
+    accelerator.begin_step()
+    accelerator.end_step()
+
+
+def test_a_copy_for_the_next_step_is_over_before_its_source_is_freed(accelerator: CudaAccelerator) -> None:
+    slot = accelerator.slot(0, (4,), torch.float32)
+    for over in (False, True):
+        source = torch.ones(4)
+        accelerator.begin_step()
+        ahead = accelerator.prefetch_ahead(Op("ahead"), source, slot, ())
+        event = ahead.event.name  # type: ignore[union-attr]
+        PENDING.update(set() if over else {event})
+        accelerator.end_step()
+        assert ahead.source is None
+        assert len(accelerator._guards) == (not over)
+        LOG.clear()
+        del source
+        waited = [] if over else [f"host waits {event}"]
+        assert waited == LOG
+        PENDING.clear()
+        accelerator.begin_step()
+        accelerator.end_step()
+        assert not accelerator._guards
 
 
 def test_several_values_go_down_as_one_transfer(accelerator: CudaAccelerator) -> None:

@@ -10,7 +10,6 @@ from hetegen_compile.cost_model import (
     HardwareProfile,
     SplitProblem,
     accelerator_linear_s,
-    accelerator_op_s,
     host_linear_s,
     load_profile,
     preset_names,
@@ -30,13 +29,6 @@ EXPECTED = (
     "t4-xeon",
 )
 presets = pytest.mark.parametrize("name", EXPECTED)
-
-HIDDEN, FFN, LAYERS = 4096, 16384, 32
-OPT_LAYER = [(HIDDEN, HIDDEN)] * 4 + [(FFN, HIDDEN), (HIDDEN, FFN)]
-OTHER_KERNELS_PER_LAYER = 20
-WORKING_BYTES = 0.7e9
-PAPER = {0.75: 4.22, 1.8: 4.69, 3.9: 5.59, 4.9: 5.93, 8.0: 9.26, 10.0: 10.7}
-"""HeteGen, figure 8, OPT-6.7B: GB of accelerator memory -> generated tokens per second."""
 
 
 def test_these_are_the_presets() -> None:
@@ -86,33 +78,6 @@ def test_splitting_a_large_linear_beats_streaming_it_and_the_host_alone(name: st
     streamed_s = upload_s(profile, 4096 * 14336 * 2)
     host_s = host_linear_s(profile, "bfloat16", 1, 4096 * 14336 * 2, 2 * 4096 * 14336, contended=False)
     assert linear_s(profile, 14336, 4096, "bfloat16") < min(streamed_s, host_s)
-
-
-@pytest.mark.parametrize(("budget_gb", "paper"), PAPER.items())
-def test_a_step_on_the_papers_machine_takes_as_long_as_the_paper_says(budget_gb: float, paper: float) -> None:
-    profile = load_profile("a10-xeon")
-    assert 1.0 / step_s(profile, budget_gb * 1e9) == pytest.approx(paper, rel=0.15)
-
-
-def test_the_fit_is_close_on_average() -> None:
-    profile = load_profile("a10-xeon")
-    errors = [1.0 / step_s(profile, gb * 1e9) / paper - 1.0 for gb, paper in PAPER.items()]
-    assert abs(sum(errors)) / len(errors) < 0.05
-    assert sum(abs(error) for error in errors) / len(errors) < 0.07
-
-
-def step_s(profile: HardwareProfile, budget_bytes: float) -> float:
-    """One token of OPT-6.7B: whole weights become resident in order, the other Linears are split."""
-    free_bytes = budget_bytes - WORKING_BYTES
-    total_s = LAYERS * OTHER_KERNELS_PER_LAYER * accelerator_op_s(profile, "float16", 0.0, 0.0)
-    for rows, columns in OPT_LAYER * LAYERS:
-        weight_bytes = rows * columns * 2
-        if weight_bytes <= free_bytes:
-            free_bytes -= weight_bytes
-            total_s += accelerator_linear_s(profile, "float16", 1, weight_bytes, 2 * rows * columns)
-        else:
-            total_s += linear_s(profile, rows, columns, "float16")
-    return total_s
 
 
 @lru_cache

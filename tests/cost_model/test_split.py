@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hetegen_compile.cost_model import (
     SplitProblem,
-    balance_expression,
+    balance_expressions,
     row_granularity,
     solve_split,
 )
@@ -28,20 +28,26 @@ def problems(draw: st.DrawFn) -> SplitProblem:
     rows = draw(st.integers(0, 300))
     costs = {name: draw(seconds) for name in RATES}
     fixed = {name: draw(st.just(0.0) | st.floats(1e-9, 1e-1)) for name in FIXED_COSTS}
-    return SplitProblem(rows=rows, resident_rows=draw(st.integers(0, rows)), **costs, **fixed)
+    contention = draw(st.just(1.0) | st.floats(0.05, 1.0))
+    return SplitProblem(rows=rows, resident_rows=draw(st.integers(0, rows)), contention=contention, **costs, **fixed)
 
 
 def cost_s(problem: SplitProblem, host_rows: int) -> float:
     """The makespan spelled out, independently of the code under test."""
     streamed = problem.rows - problem.resident_rows - host_rows
     host = link = device = 0.0
-    if host_rows > 0:
-        host = problem.host_fixed_s + problem.host_s_per_row * host_rows
     if streamed > 0:
         link = problem.link_fixed_s + max(streamed * problem.link_s_per_row, streamed * problem.pin_s_per_row)
     if streamed + problem.resident_rows > 0:
         on_device = streamed + problem.resident_rows
         device = problem.accelerator_fixed_s + problem.accelerator_s_per_row * on_device
+    if host_rows > 0:
+        left = problem.host_s_per_row * host_rows  # seconds of work at the rate beside the link
+        host = problem.host_fixed_s
+        if host < link:
+            beside = min(left, link - host)
+            host, left = host + beside, left - beside
+        host += left * problem.contention
     return max(host, link + device)
 
 
@@ -84,8 +90,9 @@ def streamed_share() -> tuple[sympy.Expr, sympy.Symbol, sympy.Symbol, sympy.Symb
         symbol["host_s_per_row"]: 1 / v_cpu,
         symbol["link_s_per_row"]: 1 / v_link,
         symbol["accelerator_s_per_row"]: 1 / v_gpu,
+        symbol["contention"]: sympy.Integer(1),
     }
-    return 1 - balance_expression().subs(values) / symbol["rows"], v_cpu, v_link, v_gpu
+    return 1 - balance_expressions()[0].subs(values) / symbol["rows"], v_cpu, v_link, v_gpu
 
 
 def test_without_fixed_costs_the_balance_is_the_papers_equation() -> None:
@@ -111,6 +118,21 @@ def test_pinning_slower_than_the_link_takes_the_links_place() -> None:
     problem = SplitProblem(rows=3000, host_s_per_row=1 / 48, link_s_per_row=1 / 24)
     assert solve_split(replace(problem, pin_s_per_row=1 / 24), 1) == solve_split(problem, 1)
     assert solve_split(replace(problem, pin_s_per_row=1 / 12), 1).host_rows == 2400
+
+
+def test_a_host_that_is_slowed_by_the_link_takes_fewer_rows_beside_it_and_all_of_them_without() -> None:
+    beside = SplitProblem(rows=3000, host_s_per_row=1 / 48, link_s_per_row=1 / 24)
+    contended = replace(beside, host_s_per_row=1 / 36, contention=0.75)
+    assert solve_split(contended, 1).host_rows == 1800  # both work to the end: 36 rows a second beside 24
+    assert solve_split(contended, 1).makespan_s == pytest.approx(3000 / 60)
+    slow_link = replace(contended, link_s_per_row=1.0)
+    assert solve_split(slow_link, 3000).makespan_s == pytest.approx(3000 / 48)  # all rows, at the full rate
+
+
+@pytest.mark.parametrize("contention", [0.0, -0.5, 1.5])
+def test_contention_is_a_share(contention: float) -> None:
+    with pytest.raises(ValueError, match="contention"):
+        SplitProblem(rows=8, host_s_per_row=1.0, link_s_per_row=1.0, contention=contention)
 
 
 def test_everything_is_streamed_when_the_hosts_fixed_cost_is_not_paid_back() -> None:

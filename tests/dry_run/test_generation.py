@@ -41,7 +41,7 @@ def test_tokens_per_second_follow_from_the_times() -> None:
     plan = planned()
     assert list(plan.decode_step_s) == [64, 67, 71]
     first, middle, last = plan.decode_step_s.values()
-    assert first < middle < last  # attention reads more
+    assert first <= middle <= last  # attention reads more, beside a link that works all the time
     assert plan.ours.decode_s == pytest.approx(8 * middle, rel=0.01)
     assert plan.tokens_per_s == pytest.approx(9 / (plan.prefill_s + plan.ours.decode_s))
     assert plan.decode_tokens_per_s == pytest.approx(8 / plan.ours.decode_s)
@@ -51,7 +51,7 @@ def test_tokens_per_second_follow_from_the_times() -> None:
 
 def test_the_context_costs_what_the_cache_holds() -> None:
     """Keys and values are read by attention and written anew by a cache that grows; attention's FLOPs are few."""
-    step = planned().decode_step_s
+    step = planned("1GiB").decode_step_s  # nothing is streamed: the accelerator's work is the step
     slope = (step[71] - step[64]) / 7
     assert 2 * CACHE_BYTES / 600e9 < slope < 20 * CACHE_BYTES / 600e9
 

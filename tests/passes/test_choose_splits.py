@@ -144,7 +144,8 @@ def test_the_balance_of_more_tokens_streams_more() -> None:
     (linear,) = found.nodes(LINEAR)
     assert found.context.costs is not None
     one = found.context.costs[info(linear).position]
-    many = replace(one, host_s=one.host_s * 50)
+    assert one.host_alone_s is not None
+    many = replace(one, host_s=one.host_s * 50, host_alone_s=one.host_alone_s * 50)
     context = replace(found.context, profile=replace(PROFILE, fixed_s_per_split=1e-5))
     assert 0 < best_split(4096, many, context).host_rows < best_split(4096, one, context).host_rows < 4096
 

@@ -1,0 +1,244 @@
+"""What hetegen costs beside the work itself: issuing a step, calling a resident model, compiling a deep one.
+
+    python -m benchmarks.overhead --json overhead.json
+
+``issue``: seconds of the host thread per split Linear in a decode step of a tiny Llama, on an accelerator whose
+operations return at once; torch's dispatch, the calls of segments and the check of the mirrors are in it.
+``resident``: a model that fits, compiled by hetegen, against plain Inductor, called by turns.
+``compile``: the backend's own time (Dynamo's tracing aside) by depth, with a cold Inductor cache each time.
+No accelerator takes part and none is claimed: these are costs of the host. Exit status 1 if a limit is exceeded.
+Where something else runs on the machine, ``--cpu-time`` takes the thread's processor time for ``issue`` and
+``resident`` (with one thread nothing in them waits).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, fx, nn
+from torch._inductor.utils import fresh_inductor_cache
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from benchmarks.null_accelerator import NullAccelerator
+from hetegen_compile.calibration import this_machine
+from hetegen_compile.compiled import CompiledGraph
+from hetegen_compile.hardware import profile_for
+from hetegen_compile.options import parse_options
+from hetegen_compile.passes.capture import capture
+from hetegen_compile.runtime import Runtime
+from hetegen_compile.segments import inductor_compiler
+
+LIMITS = {"issue": 40e-6, "resident": 1.15, "compile": 2.0}
+"""Seconds a split Linear; ratio to Inductor; ratio of the deepest to the shallowest."""
+
+ISSUE_BYTES = 12 << 10
+"""Budget of the issue stage, a layer of 144 KiB: most of what is not on the host is streamed."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure and the limit that it is held against.
+
+    ``parts`` are the figures behind it, in seconds or as they are named.
+    """
+
+    stage: str
+    what: str
+    value: float
+    limit: float
+    unit: str
+    parts: dict[str, float]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the limit is kept."""
+        return self.value <= self.limit
+
+
+class NullBackend:
+    """A hetegen backend on a ``NullAccelerator`` that keeps its graphs, their inputs and the seconds that it took."""
+
+    def __init__(self, **options: Any) -> None:
+        self._options = parse_options({"accelerator": "emulated", "print_schedule": False, **options})
+        self._profile = profile_for(self._options)
+        self._runtime = Runtime(NullAccelerator())
+        self.graphs: list[CompiledGraph] = []
+        self.inputs: list[Sequence[Any]] = []
+        self.seconds = 0.0
+
+    def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        started = time.perf_counter()
+        mode = capture(module, inputs)
+        graph = CompiledGraph(
+            module, inputs, options=self._options, profile=self._profile, runtime=self._runtime,
+            compile_segment=inductor_compiler(mode),
+        )
+        self.seconds += time.perf_counter() - started
+        self.graphs.append(graph)
+
+        def call(*inputs: Any) -> Any:
+            self.inputs.append(inputs)
+            return graph(*inputs)
+
+        return call
+
+
+def llama(layers: int, width: int) -> nn.Module:
+    """A Llama with random weights and a vocabulary no wider than its layers."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=2 * width, max_position_embeddings=64,
+    )
+    model: nn.Module = AutoModelForCausalLM.from_config(config).eval()
+    return model
+
+
+def one_token(model: Callable[..., Any]) -> Tensor:
+    """A forward of one token without a cache."""
+    result: Tensor = model(torch.ones(1, 1, dtype=torch.long), use_cache=False).logits
+    return result
+
+
+def issue(args: argparse.Namespace) -> Figure:
+    """Seconds a split Linear: the median step over the number of split Linears."""
+    model, backend = llama(args.layers, 64), NullBackend(split=0.5, gpu_memory=ISSUE_BYTES * (4 + args.layers))
+    model.compile(backend=backend)
+    one_token(model)
+    (graph,), inputs = backend.graphs, backend.inputs[-1]
+    (plan,) = graph._plans.values()
+    linears = sum(row.placement == "split" for row in plan.schedule.rows)
+    streamed = sum(bool(row.streamed_share) for row in plan.schedule.rows)
+    assert 2 * streamed > linears, "most of the Linears have rows to prefetch"
+    segments = sum(row.op == "segment" for row in plan.schedule.rows)
+    steps = seconds_of_calls([lambda: graph(*inputs)], args)[0]
+    step_s = statistics.median(steps)
+    parts = {
+        "step_s": step_s, "split_linears": linears, "streamed": streamed, "segments": segments,
+        "checked_mirrors": len(plan.bound.mirrors) + len(plan.bound.residents),
+    }
+    return Figure("issue", "host thread per split Linear", step_s / linears, LIMITS["issue"], "s", parts)
+
+
+def resident(args: argparse.Namespace) -> Figure:
+    """hetegen over Inductor: medians of calls by turns, both through torch.compile."""
+    model = llama(4, args.width)
+    backend = NullBackend()
+    mine, theirs = torch.compile(model, backend=backend), torch.compile(model, backend="inductor")
+    calls = [lambda: one_token(mine), lambda: one_token(theirs)]
+    torch.testing.assert_close(calls[0](), calls[1](), rtol=1e-4, atol=1e-5)
+    assert all(plan.schedule.whole_graph for graph in backend.graphs for plan in graph._plans.values())
+    hetegen_s, inductor_s = map(statistics.median, seconds_of_calls(calls, args))
+    parts = {"hetegen_s": hetegen_s, "inductor_s": inductor_s}
+    return Figure("resident", "hetegen over Inductor", hetegen_s / inductor_s, LIMITS["resident"], "", parts)
+
+
+def compile_depth(args: argparse.Namespace) -> Figure:
+    """The backend's seconds for the deepest model over those for the shallowest."""
+    compile_s(2)  # imports, and what Inductor finds out about the compiler
+    shallow, deep = args.depths
+    parts = {f"layers_{depth}_s": compile_s(depth) for depth in (shallow, deep)}
+    ratio = parts[f"layers_{deep}_s"] / parts[f"layers_{shallow}_s"]
+    return Figure("compile", f"{deep} layers over {shallow}", ratio, LIMITS["compile"], "", parts)
+
+
+def compile_s(layers: int) -> float:
+    """Seconds of the backend for one graph, Inductor's caches empty."""
+    model, backend = llama(layers, 64), NullBackend(gpu_memory=1 << 20)
+    torch._dynamo.reset()
+    with fresh_inductor_cache():
+        torch.compile(one_token, backend=backend)(model)
+    assert len(backend.graphs) == 1
+    return backend.seconds
+
+
+def seconds_of_calls(calls: Sequence[Callable[[], Any]], args: argparse.Namespace) -> list[list[float]]:
+    """Seconds of each call, called by turns; the first tenth warms up and does not count."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    clock = time.thread_time if args.cpu_time else time.perf_counter
+    warm_up = args.steps // 10
+    with no_collection():
+        for _ in range(args.steps + warm_up):
+            for call, found in zip(calls, seconds, strict=True):
+                started = clock()
+                call()
+                found.append(clock() - started)
+    return [found[warm_up:] for found in seconds]
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage collection meanwhile."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+STAGES: dict[str, Callable[[argparse.Namespace], Figure]] = {
+    "issue": issue, "resident": resident, "compile": compile_depth,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stages and print; 1 if a limit is exceeded."""
+    args = _arguments(argv)
+    torch.set_num_threads(args.threads)
+    with torch.no_grad():
+        figures = [STAGES[stage](args) for stage in args.stages.split(",")]
+    clock = "processor time" if args.cpu_time else "wall time"
+    hardware = f"{this_machine(cuda=False)}, {args.threads} thread(s) used, {clock}"
+    print(_table(figures))
+    print(f"\n{hardware}; costs of the host, no accelerator takes part")
+    if args.json:
+        data = {"hardware": hardware, "figures": [{**asdict(one), "holds": one.holds} for one in figures]}
+        args.json.write_text(json.dumps(data, indent=2) + "\n")
+    return int(not all(one.holds for one in figures))
+
+
+def _table(figures: Sequence[Figure]) -> str:
+    rows = [
+        (one.stage, one.what, _shown(one.value, one.unit), _shown(one.limit, one.unit), "yes" if one.holds else "NO",
+         ", ".join(f"{name} {value:.4g}" for name, value in one.parts.items()))
+        for one in figures
+    ]
+    return str(tabulate(rows, headers=["stage", "what", "measured", "limit", "holds", "from"]))
+
+
+def _shown(value: float, unit: str) -> str:
+    return f"{value * 1e6:.1f} us" if unit == "s" else f"{value:.2f}"
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--stages", default=",".join(STAGES), help="which, separated by commas")
+    parser.add_argument("--layers", type=int, default=24, help="layers of the model of the issue stage")
+    parser.add_argument("--width", type=int, default=512, help="hidden size of the model of the resident stage")
+    parser.add_argument("--depths", type=int, nargs=2, default=(4, 80), help="layers of the two models to compile")
+    parser.add_argument("--steps", type=int, default=300, help="measured calls")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures to this file")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time instead of wall time")
+    args = parser.parse_args(argv)
+    if args.cpu_time and args.threads != 1:
+        parser.error("--cpu-time sees one thread only: leave --threads at 1")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

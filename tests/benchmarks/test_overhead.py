@@ -1,0 +1,33 @@
+"""benchmarks.overhead measures what it says: a step of split Linears on an accelerator that does nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import overhead
+from tests.backend.conftest import fresh_dynamo
+from tests.models.harness import through_inductor
+
+__all__ = ["fresh_dynamo"]
+
+
+@through_inductor
+def test_the_issue_stage_counts_split_linears_that_are_prefetched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "overhead.json"
+    overhead.main(["--stages", "issue", "--layers", "6", "--steps", "10", "--json", str(out)])
+    (figure,) = json.loads(out.read_text())["figures"]
+    parts = figure["parts"]
+    assert parts["split_linears"] == 6 * 7 + 1
+    assert parts["streamed"] > parts["split_linears"] / 2
+    assert figure["value"] == pytest.approx(parts["step_s"] / parts["split_linears"])
+    assert "host thread per split Linear" in capsys.readouterr().out
+
+
+def test_processor_time_sees_one_thread_only() -> None:
+    with pytest.raises(SystemExit):
+        overhead.main(["--threads", "2", "--cpu-time"])
