@@ -342,6 +342,7 @@ class CompiledGraph:
         planned = self._planner.plan_split(self._buckets[part], split)
         bound = self._bound(planned)
         planned.schedule.refusals += (*self._notes, *bound.refusals)
+        planned.schedule.beside_bytes = self._runtime.accelerator.beside_bytes
         self._tell(planned.schedule)
         return self._runnable(planned, bound, inputs)
 

@@ -13,6 +13,7 @@ import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
+from hetegen_compile.accelerators.cuda import beside_allocator_bytes
 from hetegen_compile.calibration import cache_path, read_profile, this_machine
 from hetegen_compile.calibration.machine import (
     cpu_model,
@@ -99,7 +100,9 @@ def _gpu() -> Check:
     if torch.cuda.is_available():
         device = torch.cuda.current_device()
         total = torch.cuda.get_device_properties(device).total_memory
-        return Check("ok", "GPU", f"{torch.cuda.get_device_name(device)}, {format_bytes(total)}")
+        beside = format_bytes(beside_allocator_bytes(device))
+        used = f"{beside} of it used by the CUDA context and other processes"
+        return Check("ok", "GPU", f"{torch.cuda.get_device_name(device)}, {format_bytes(total)}, {used}")
     finding = "none: the emulated accelerator is used; it checks semantics and says nothing about speed"
     if torch.version.cuda is None:
         return Check("warn", "GPU", finding, "to use an NVIDIA GPU, install a CUDA build of torch")

@@ -42,6 +42,7 @@ class Schedule:
         accelerator_peak_bytes: most bytes held on the accelerator so far.
         host_pinned_bytes: bytes of host memory pinned for prefetches, the pinned ring included.
         host_memory: what became of the storages that are streamed from, once a step has run.
+        beside_bytes: of the device, in use beside the process's allocator when the plan was made; not in the budget.
         pinned_ring_bytes: length of the pinned ring that staged weights go through.
         others: in a dry run, the schedules of the same forward's other graphs.
     """
@@ -62,6 +63,7 @@ class Schedule:
     whole_graph: bool
     accelerator_peak_bytes: int = 0
     host_pinned_bytes: int = 0
+    beside_bytes: int = 0
     host_memory: tuple[Holding, ...] = ()
     pinned_ring_bytes: int = 0
     spans: list[Span] = field(default_factory=list)
@@ -90,6 +92,9 @@ class Schedule:
         """Why each weight is where it is, how the budget is spent, and what was left alone and why."""
         lines = [self.title, f"gpu_memory {format_bytes(self.budget_bytes)}, of which"]
         lines += [f"  {format_bytes(nbytes):>12}  {name}" for name, nbytes in self.budget.items()]
+        if self.beside_bytes:
+            used = format_bytes(self.beside_bytes)
+            lines.append(f"beside gpu_memory: {used} of the device used by the CUDA context and other processes")
         if self.whole_graph:
             lines.append(FITS)
         lines += [f"{row.module or row.node}: {_why(row, self.split)}" for row in self.rows if row.op == "linear"]

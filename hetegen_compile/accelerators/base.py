@@ -129,6 +129,11 @@ class Accelerator(ABC):
         """What the device's libraries take beside what this interface allocates, item by item."""
         return {}
 
+    @property
+    def beside_bytes(self) -> int:
+        """Bytes of the device in use beside the process's allocator: the driver's context, other processes."""
+        return 0
+
     @abstractmethod
     def reserve_ring(self, nbytes: int) -> None:
         """Make the staging ring ``nbytes`` long (synchronises if its length changes; what it held is lost)."""

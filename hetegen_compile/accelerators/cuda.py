@@ -80,6 +80,15 @@ class CudaToken:
     event: torch.cuda.Event
 
 
+def beside_allocator_bytes(device: torch.device | int) -> int:
+    """Bytes of a GPU in use beside torch's allocator: the CUDA context, libraries' own memory, other processes.
+
+    The driver's figures and the allocator's are not read at one instant, hence never less than 0.
+    """
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    return max(0, int(total_bytes) - int(free_bytes) - torch.cuda.memory_reserved(device))
+
+
 class CudaAccelerator(Accelerator):
     """The current CUDA device, used through its current stream and two streams beside it.
 
@@ -165,6 +174,10 @@ class CudaAccelerator(Accelerator):
             "cuBLAS workspace": cublas_workspace_bytes(torch.cuda.get_device_capability(self.device)),
             "rounding of torch's allocator": ALLOCATOR_BLOCK_BYTES,
         }
+
+    @property
+    def beside_bytes(self) -> int:
+        return beside_allocator_bytes(self.device)
 
     def reserve_ring(self, nbytes: int) -> None:
         self._check_open()

@@ -1,10 +1,12 @@
 """CudaAccelerator without a GPU: what it refuses, and its calls against a fake of torch.cuda."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from hetegen_compile import doctor
 from hetegen_compile.accelerators import CudaAccelerator, Op
 from hetegen_compile.accelerators.cuda_pinning import CudaHostMemory, _PinnedBytes
 from hetegen_compile.errors import (
@@ -14,6 +16,8 @@ from hetegen_compile.errors import (
     ScheduleError,
     SlotInUseError,
 )
+from hetegen_compile.options import format_bytes
+from hetegen_compile.schedule import Schedule
 from tests.accelerators import fake_cuda
 from tests.accelerators.fake_cuda import ALREADY_REGISTERED, LOG, PENDING, FakeRuntime
 from tests.accelerators.schedules import WIDTH, SplitLayers, make_weights, run_eager
@@ -241,3 +245,29 @@ def test_pinned_buffers_are_described_as_bytes() -> None:
         "strides": None,
         "version": 3,
     }
+
+
+def test_what_the_context_and_others_use_is_told_apart(
+    accelerator: CudaAccelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 << 20, 20 << 20))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 12 << 20)
+    assert accelerator.beside_bytes == 3 << 20
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "fake")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=20 << 20)
+    )
+    assert f"{format_bytes(3 << 20)} of it used by the CUDA context" in doctor._gpu().finding
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 16 << 20)  # read a moment later
+    assert accelerator.beside_bytes == 0
+
+
+def test_a_report_names_what_is_used_beside_the_budget() -> None:
+    schedule = Schedule(
+        title="t", tokens=(1, 1), split=0.0, rows=(), resident_bytes=0, streamed_bytes=0, host_bytes=0,
+        predicted_step_s=0.0, floor_s=0.0, baselines={}, budget_bytes=0, budget={}, refusals=(), whole_graph=False,
+    )  # fmt: skip
+    assert "CUDA context" not in schedule.explain()
+    schedule.beside_bytes = 3 << 20
+    assert f"beside gpu_memory: {format_bytes(3 << 20)} of the device" in schedule.explain()

@@ -50,10 +50,11 @@ def test_twenty_prompt_lengths(cache: str | None, monkeypatch: pytest.MonkeyPatc
     model, backend, counted = tiny_model("llama", layers=1), RecordingBackend(), CountsGuards(monkeypatch)
     tokens = torch.randint(2, 256, (1, max(LENGTHS)), generator=torch.Generator().manual_seed(1))
     config: dict[str, Any] = {"cache_implementation": cache, "max_new_tokens": 3, "min_new_tokens": 3}
-    expected = [model.generate(tokens[:, :length], do_sample=False, **config) for length in LENGTHS]  # type: ignore[operator]
+    config["do_sample"] = False
+    expected = [model.generate(tokens[:, :length], **config) for length in LENGTHS]  # type: ignore[operator]
     model.compile(backend=backend, options=emulated(gpu_memory="8MiB"))
     for length, right in zip(LENGTHS, expected, strict=True):
-        found = model.generate(tokens[:, :length], do_sample=False, **config)  # type: ignore[operator]
+        found = model.generate(tokens[:, :length], **config)  # type: ignore[operator]
         assert torch.equal(found, right), length
     assert len(backend.graphs) <= 4, "backend calls"
     assert len(set(counted.plans)) == len(counted.plans), "a bucket was planned twice"
@@ -62,3 +63,23 @@ def test_twenty_prompt_lengths(cache: str | None, monkeypatch: pytest.MonkeyPatc
     assert sum(_plans_of(backend.graphs)) == len(counted.plans)
     assert any(len(graph._plans) >= 4 for graph in backend.graphs), "one graph serves several buckets"
     assert backend.accelerator.counters.peak_bytes <= 8 << 20
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_twenty_prompt_lengths_with_weights_streamed(cache: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A known gap: where the budget binds, buckets are planned again, with right results."""
+    model, backend, counted = tiny_model("llama", layers=1), RecordingBackend(), CountsGuards(monkeypatch)
+    tokens = torch.randint(2, 256, (1, max(LENGTHS)), generator=torch.Generator().manual_seed(1))
+    config: dict[str, Any] = {"cache_implementation": cache, "max_new_tokens": 3, "min_new_tokens": 3}
+    config["do_sample"] = False
+    expected = [model.generate(tokens[:, :length], **config) for length in LENGTHS]  # type: ignore[operator]
+    model.compile(backend=backend, options=emulated(gpu_memory="400KiB"))
+    for length, right in zip(LENGTHS, expected, strict=True):
+        found = model.generate(tokens[:, :length], **config)  # type: ignore[operator]
+        assert torch.equal(found, right), length
+    assert len(backend.graphs) <= 4, "backend calls"
+    assert any(plan.schedule.streamed_bytes for graph in backend.graphs for plan in graph._plans.values())
+    assert counted.added == [0] * len(counted.plans)
+    assert backend.accelerator.counters.peak_bytes <= 400 << 10
+    if len(set(counted.plans)) != len(counted.plans):  # last: everything above holds all the same
+        pytest.xfail(f"{len(counted.plans)} plans for {len(set(counted.plans))} buckets where the budget binds")
