@@ -1,0 +1,157 @@
+"""Predicted against measured decode steps on the emulated accelerator, its lanes paced to hardware profiles.
+
+    python -m benchmarks.prediction [--hardware NAME ...] [--seconds 1.0] [--runs 3] [--steps 5] [--json OUT]
+
+A random-weight Llama decodes under a budget of part of its weights. The pace is chosen so that a step takes at least
+``--seconds``: the lanes then sleep most of the time and this machine's own speed hardly matters. The prediction is
+that of the schedule that ran, times the pace. It says whether the simulated timeline and the asynchronous runtime
+agree, with real waits, slots and prefetches; it says nothing about the speed of the named hardware.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from tabulate import tabulate
+
+import hetegen_compile
+from hetegen_compile.calibration import this_machine
+
+HARDWARE = ("rtx3060-laptop", "rtx4090-desktop", "a10-xeon")
+BUDGETS = (0.3, 0.6)
+SPLITS: tuple[float | Literal["auto"], ...] = ("auto", 0.0)
+_SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8}
+_WARM_UP = 3  # the first step compiles, the second carries nothing yet, the third is traced
+
+
+@dataclass(frozen=True)
+class Result:
+    """One plan. Seconds are those of the profile: measured ones are divided by the pace."""
+
+    hardware: str
+    budget_share: float
+    split: str
+    pace: float
+    predicted_s: float
+    measured_s: float
+    lowest_run_s: float
+    highest_run_s: float
+    streamed_bytes: int
+    host_bytes: int
+
+    @property
+    def error(self) -> float:
+        """Relative error of the prediction; positive: predicted too slow."""
+        return self.predicted_s / self.measured_s - 1.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure every combination, print; 1 if a prediction is off by more than the tolerance."""
+    arguments = _arguments(argv)
+    torch.set_num_threads(1)
+    results = [
+        result for hardware in arguments.hardware for share in BUDGETS for result in measure(hardware, share, arguments)
+    ]
+    largest = max(abs(result.error) for result in results)
+    machine = f"emulated accelerator on {this_machine(cuda=False)}; lanes paced, only ratios mean anything"
+    print(f"{_table(results)}\n\n{machine}\nlargest error {largest:.1%}")
+    if arguments.json:
+        data = {"hardware": machine, "results": [{**asdict(one), "error": one.error} for one in results]}
+        arguments.json.write_text(json.dumps(data, indent=2) + "\n")
+    return int(largest > arguments.tolerance)
+
+
+def measure(hardware: str, budget_share: float, arguments: argparse.Namespace) -> Iterator[Result]:
+    """One compilation at a pace that suits the profile, each split run several times."""
+    model = _model()
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    options = {
+        "accelerator": "emulated", "hardware": hardware, "gpu_memory": int(budget_share * weights),
+        "context": 64, "print_schedule": False,
+    }  # fmt: skip
+    _compile(model, options)
+    _decode(model, 3)
+    pace = arguments.seconds / _newest("auto").predicted_step_s
+    _compile(model, {**options, "pace": pace})
+    for split in SPLITS:
+        with hetegen_compile.override_split(split):
+            runs = [_run(model, split, arguments.steps) for _ in range(arguments.runs)]
+        schedule = _newest(split)
+        medians = [statistics.median(run) / pace for run in runs]
+        yield Result(
+            hardware, budget_share, str(split), pace, schedule.predicted_step_s, statistics.median(medians),
+            min(medians), max(medians), schedule.streamed_bytes, schedule.host_bytes,
+        )  # fmt: skip
+
+
+def _model() -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**_SIZES, vocab_size=2048, max_position_embeddings=64, eos_token_id=None)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def _compile(model: Any, options: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    model.compile(backend="hetegen", options=options)
+
+
+def _run(model: Any, split: float | Literal["auto"], steps: int) -> list[float]:
+    """Wall-clock seconds of the steps after the warm-up."""
+    known = {id(s): len(s.step_times_s) for s in _decode_schedules(split)}
+    _decode(model, steps + _WARM_UP)
+    schedule = _newest(split)
+    return schedule.step_times_s[known.get(id(schedule), 0) + _WARM_UP - 1 :]
+
+
+def _decode(model: Any, tokens: int) -> None:
+    prompt = torch.arange(4, 8).unsqueeze(0)
+    model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
+        cache_implementation="static", pad_token_id=0,
+    )  # fmt: skip
+
+
+def _decode_schedules(split: float | Literal["auto"]) -> list[hetegen_compile.Schedule]:
+    return [s for s in hetegen_compile.schedules() if s.tokens == (1, 1) and s.split == split]
+
+
+def _newest(split: float | Literal["auto"]) -> hetegen_compile.Schedule:
+    return _decode_schedules(split)[-1]
+
+
+def _table(results: Sequence[Result]) -> str:
+    rows = [
+        (
+            one.hardware, f"{one.budget_share:.0%}", one.split, f"{one.pace:.0f}", f"{one.predicted_s * 1e3:.3f}",
+            f"{one.measured_s * 1e3:.3f}", f"{one.lowest_run_s * 1e3:.3f}..{one.highest_run_s * 1e3:.3f}",
+            f"{one.error:+.1%}",
+        )
+        for one in results
+    ]  # fmt: skip
+    headers = ["profile", "budget", "split", "pace", "predicted ms", "measured ms / pace", "runs", "error"]
+    return str(tabulate(rows, headers=headers, disable_numparse=True))
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.prediction", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--hardware", nargs="+", default=list(HARDWARE), help="presets or paths of profiles")
+    parser.add_argument("--seconds", type=float, default=1.0, help="wall-clock seconds of a step, at least")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each plan; the table shows their spread")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps of a run")
+    parser.add_argument("--tolerance", type=float, default=0.2, help="largest error that is no failure")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures to this file")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
