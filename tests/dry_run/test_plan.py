@@ -78,7 +78,7 @@ def test_nothing_is_computed_and_nothing_is_changed() -> None:
         schedule = hetegen_compile.plan(model, input_ids=ids(device="cpu"), options=options_for("llama"))
     assert schedule.streamed_bytes > 0
     taken = [(event.name, event.self_cpu_memory_usage) for event in profile.events() if event.self_cpu_memory_usage > 0]
-    assert sum(nbytes for _, nbytes in taken) < 4096, taken
+    assert sum(nbytes for _, nbytes in taken) < 8192, taken
     after = {name: (id(t), t._version, t.sum().item()) for name, t in model.state_dict(keep_vars=True).items()}
     assert before == after
 
