@@ -209,7 +209,7 @@ def schedule_rows(
 _TRANSFERS = (ir.TO_HOST, ir.WAIT_HOST, ir.TO_ACCELERATOR, ir.WAIT)
 _OF_LINEAR = (
     ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.WAIT, ir.RELEASE, ir.RESIDENT, ir.PARTIAL_LINEAR,
-    ir.HOST_LINEAR, ir.JOIN,
+    ir.HOST_LINEAR, ir.JOIN, ir.PAD,
 )
 
 

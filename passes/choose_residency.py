@@ -57,6 +57,11 @@ class _Sharing:
         self._smallest = _WINDOW * max((_smallest_chunk(weight) for weight in weights), default=0)
         self._keys = {weight: context.resident.identify(context.weights[weight.name]) for weight in weights}
 
+    @property
+    def _pairs(self) -> bool:
+        """Whether the options have every block cut, which the host takes part in."""
+        return self._context.options.pair_mlp is True and bool(self._context.blocks)
+
     def decide(self) -> Residency:
         own = sum(self._fixed.values())
         others = self._context.resident.claims()
@@ -76,7 +81,7 @@ class _Sharing:
         claims = self._claims()
         wanted = {claim.key: claim.nbytes for graph in (*others, claims) for claim in graph}
         shared_ring = self._context.ring_bytes if self._context.ring_bytes <= free else 0
-        if sum(wanted.values()) <= free - shared_ring and not forced_split(self._context):
+        if sum(wanted.values()) <= free - shared_ring and not (forced_split(self._context) or self._pairs):
             budget = {**fixed, **({RING: shared_ring} if shared_ring else {}), RESIDENT: _nbytes(claims)}
             return self._residency(claims, residency_shares([*others, claims], free), shared_ring, budget, whole=True)
         ring = self._ring_bytes(free)
@@ -96,7 +101,10 @@ class _Sharing:
     def _claims(self) -> tuple[Claim, ...]:
         """What each different weight asks for; the rows of a forced host share stay on the host."""
         found: dict[Hashable, Claim] = {}
+        paired = {position for block in self._context.blocks for position in block.linears} if self._pairs else set()
         for weight, linear in self._weights.items():
+            if info(linear).position in paired:
+                continue
             value = info(weight).value
             rows, row_bytes = int(value.shape[0]), int(value.shape[1]) * int(value.element_size())
             first = forced_host_rows(rows, self._context)

@@ -7,20 +7,82 @@ it. Streamed rows that exceed a slot are cut into chunks, each with a prefetch o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import fx
 
 from hetegen_compile.cost_model import SplitProblem, SplitSolution, row_granularity, solve_split
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes.capture import tensor_bytes, tensors_in
-from hetegen_compile.passes.context import Context, Costs, LinearPlan, NodeCost, Residency, Splits, require
+from hetegen_compile.passes.context import Block, Context, Costs, LinearPlan, NodeCost, Residency, Splits, require
 
 
 def choose_splits(module: fx.GraphModule, context: Context) -> Splits:
     """The rows of every Linear by where they are consumed."""
     costs = require(context.costs, "annotate_costs")
     residency = require(context.residency, "choose_residency")
-    linears = [node for node in module.graph.nodes if node.target == LINEAR]
-    return {info(node).position: _plan(node, costs, residency, context) for node in linears}
+    linears = linears_of(module)
+    splits = {position: _plan(node, costs, residency, context) for position, node in linears.items()}
+    if context.options.pair_mlp is True and forced_split(context):
+        for block in pairable_blocks(linears, context):
+            splits |= block_splits(block, linears, forced_host_rows(block.columns, context), context)
+    return splits
+
+
+def linears_of(module: fx.GraphModule) -> dict[int, fx.Node]:
+    """The Linears by their place in program order."""
+    return {info(node).position: node for node in module.graph.find_nodes(op="call_function", target=LINEAR)}
+
+
+# ---- blocks ----------------------------------------------------------------------------------------------------
+
+
+def pairable_blocks(linears: Mapping[int, fx.Node], context: Context) -> list[Block]:
+    """The blocks that can be cut as such: nothing of them is resident, and their slices fit the staging ring."""
+    residency = require(context.residency, "choose_residency")
+
+    def fits(block: Block) -> bool:
+        weights: list[Any] = [linears[position].args[1] for position in block.linears]
+        widest = max(_slice_bytes(weight, axis) for weight, axis in zip(weights, _axes(block, linears), strict=True))
+        slot = widest * row_granularity(block.columns)
+        return 2 * slot <= residency.ring_bytes and not any(weight.name in residency.weights for weight in weights)
+
+    return [block for block in context.blocks if fits(block)]
+
+
+def block_splits(block: Block, linears: Mapping[int, fx.Node], host: int, context: Context) -> dict[int, LinearPlan]:
+    """Plans of a block's Linears with ``host`` columns of the intermediate on the host."""
+    if not host:
+        return {position: with_host_rows(linears[position], 0, context) for position in block.linears}
+    axes, ways = _axes(block, linears), (*block.ways, 1)
+    return {
+        position: _block_plan(linears[position], block, axis, way, host, context)
+        for position, axis, way in zip(block.linears, axes, ways, strict=True)
+    }
+
+
+def _block_plan(node: fx.Node, block: Block, axis: int, ways: int, host: int, context: Context) -> LinearPlan:
+    weight: Any = node.args[1]
+    chunks = _chunks(host, block.columns, _chunk_bytes(weight, context), _slice_bytes(weight, axis))
+    starts = [way * block.columns for way in range(ways)]
+    streamed = tuple((start + lo, start + hi) for start in starts for lo, hi in chunks)
+    return LinearPlan(ways * block.columns, ways * host, streamed, None, axis, block.consumer, ways)
+
+
+def _axes(block: Block, linears: Mapping[int, fx.Node]) -> list[int]:
+    """The axis of each weight that the intermediate lies on: outputs of the first Linears, inputs of the last."""
+    dims: list[Any] = [linears[position].args[3] for position in block.linears]
+    return [*dims[:-1], 1 - dims[-1]]
+
+
+def _slice_bytes(weight: fx.Node, axis: int) -> int:
+    """Bytes of a weight for one place along an axis."""
+    value = info(weight).value
+    return int(value.shape[1 - axis]) * int(value.element_size())
+
+
+# ---- single Linears --------------------------------------------------------------------------------------------
 
 
 STAGED_CHUNK_BYTES = 16 << 20
@@ -90,11 +152,13 @@ def with_host_rows(node: fx.Node, host: int, context: Context) -> LinearPlan:
     value = info(weight).value
     rows = int(value.shape[0])
     first = max(host, residency.weights.get(weight.name, rows))
-    row_bytes = int(value.shape[1]) * value.element_size()
-    most = residency.chunk_bytes
-    chunk_bytes = min(most, STAGED_CHUNK_BYTES) if weight.name in context.staged else most
-    streamed = _chunks(host, first, chunk_bytes, row_bytes)
+    streamed = _chunks(host, first, _chunk_bytes(weight, context), _slice_bytes(weight, 0))
     return LinearPlan(rows, host, streamed, (first, rows) if first < rows else None)
+
+
+def _chunk_bytes(weight: fx.Node, context: Context) -> int:
+    most = require(context.residency, "choose_residency").chunk_bytes
+    return min(most, STAGED_CHUNK_BYTES) if weight.name in context.staged else most
 
 
 def _plan(node: fx.Node, costs: Costs, residency: Residency, context: Context) -> LinearPlan:

@@ -150,6 +150,7 @@ OPERATIONS: dict[Any, Operation] = {
     ir.HOST_LINEAR: Operation(HOST, ("host", "host", "host")),
     ir.PARTIAL_LINEAR: Operation(COMPUTE, (_ON, _ON, _ON)),
     ir.JOIN: Operation(COMPUTE, (_ON,)),
+    ir.PAD: Operation(COMPUTE, (_ON, _ON)),
     ir.WRITE_BACK: Operation(HOST, (None, "host"), gives=Gives.NOTHING, writes=(0,)),
     ir.TWIN: Operation(None, ("host", _ON), gives=Gives.NOTHING, at_end=True),
 }

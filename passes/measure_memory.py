@@ -155,22 +155,26 @@ class _Meter:
 def _partial_size(partial: fx.Node) -> sympy.Expr:
     """Bytes that a part of a Linear takes beside its result.
 
-    Rows and activations in autocast's type; for [in, out] weights columns of x put together, the sum before the bias.
+    Rows and activations in autocast's type; for partial sums columns of x put together; for [in, out] weights the
+    product before the bias.
     """
     x, rows = partial.all_input_nodes[:2]
     result, found = info(partial).value, sympy.Integer(0)
     if info(rows).value.dtype != result.dtype:
         elements = value_size(rows) / info(rows).value.element_size() + value_size(x) / info(x).value.element_size()
         found += elements * result.element_size()
-    if partial.args[5] == 1:
-        found += _columns_size(partial) + (value_size(partial) if partial.args[2] is not None else 0)
+    part = ir.linear_part(partial)
+    if part.sums:
+        found += _columns_size(partial)
+    if part.dim == 1 and part.bias is not None:
+        found += value_size(partial)
     return found
 
 
 def _columns_size(partial: fx.Node) -> sympy.Expr:
-    """Bytes of the columns of the activations that a part of a Linear with [in, out] weights reads."""
-    x, rows = partial.all_input_nodes[:2]
-    return value_size(x) * sympy.Rational(int(info(rows).value.shape[0]), int(info(x).value.shape[-1]))
+    """Bytes of the columns of the activations that a partial sum reads."""
+    part = ir.linear_part(partial)
+    return value_size(part.x) * sympy.Rational(part.hi - part.lo, int(info(part.x).value.shape[-1]))
 
 
 def _sum_size(join: fx.Node) -> sympy.Expr:
