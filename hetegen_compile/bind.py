@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import logging
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -239,10 +239,9 @@ class _Binder:
     def _into_slot(self, node: fx.Node, slot_at: Callable[..., Slot]) -> tuple[str, str, str]:
         """Texts of the operation, what it reads and its slot; of a stage a prefetch reads all that it copied."""
         source, ranges, dim, offset = _arguments(node)[:4]
-        lo, hi = ranges
         (rows,) = tensors_in(info(node).value)
         slot = slot_at(offset, tuple(map(int, rows.shape)), rows.dtype)
-        read = source.name if source.target == ir.STAGE else _narrowed(source, lo, hi, dim)
+        read = source.name if source.target == ir.STAGE else _narrowed(source, ranges, dim)
         return self._op(node, "weights"), read, self._constant("slot", slot)
 
     def _plain(self, node: fx.Node) -> str:
@@ -260,7 +259,7 @@ class _Binder:
         x, weight, bias, lo, hi, dim, axis = ir.linear_part(node)
         kernel = bind_kernels(self._kernels, info(weight).value, lo, hi, dim, self._refuse, axis)
         function = self._constant("linear", kernel)
-        arguments = f"({x}, {_narrowed(weight, lo, hi, axis)}, {self._text(bias)})"
+        arguments = f"({x}, {_narrowed(weight, [lo, hi], axis)}, {self._text(bias)})"
         return f"{node.name} = host({self._op(node)}, {function}, {arguments}, {{}})"
 
     def _refuse(self, reason: str) -> None:
@@ -331,8 +330,12 @@ def _arguments(node: fx.Node) -> tuple[Any, ...]:
     return tuple(node.args)
 
 
-def _narrowed(weight: fx.Node, lo: int, hi: int, axis: int) -> str:
-    return f"{weight}[:, {lo}:{hi}]" if axis else f"{weight}[{lo}:{hi}]"
+def _narrowed(weight: fx.Node, ranges: Sequence[int], dim: int) -> str:
+    if dim == ir.RECTANGLE:
+        first, end, left, right = ranges
+        return f"{weight}[{first}:{end}, {left}:{right}]"
+    lo, hi = ranges
+    return f"{weight}[:, {lo}:{hi}]" if dim else f"{weight}[{lo}:{hi}]"
 
 
 def _host_function(node: fx.Node) -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 Two-node asynchronous IR: one node starts (``prefetch``, ``to_host``, ``to_accelerator``), one waits
 (``wait``, ``wait_host``). A ``stage`` starts copying rows into the pinned ring; the prefetch that reads them
 waits for it. A prefetch for the start of the next step is started by ``prefetch_ahead`` at the end of a step and
-taken over by ``carried`` in the next. The operations are declared through ``torch.library``, so a scheduled graph
+taken over by ``carried`` in the next. What they copy are rows (``dim`` 0) or columns (1) of a weight, or a ``RECTANGLE``. The operations are declared through ``torch.library``, so a scheduled graph
 can be propagated with fake tensors and, with the kernels given here, run synchronously as a reference. In a bound
 schedule they are plain calls of an accelerator and never reach torch's dispatcher.
 
@@ -223,7 +223,14 @@ def whole_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dim: int) -> Te
     return linear_rows(x, weight, bias, 0, weight.shape[0], dim)
 
 
+RECTANGLE = 2
+"""In the place of ``dim``: ranges of a prefetch that are [first row, end row, first column, end column]."""
+
+
 def _copy_ranges(weight: Tensor, ranges: list[int], dim: int, offset: int, after: list[Tensor]) -> Tensor:
+    if dim == RECTANGLE:
+        first, end, left, right = ranges
+        return weight[first:end, left:right].clone()
     pieces = [weight.narrow(dim, lo, hi - lo) for lo, hi in zip(ranges[::2], ranges[1::2], strict=True)]
     return torch.cat(pieces, dim=dim)
 

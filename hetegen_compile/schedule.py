@@ -161,6 +161,9 @@ def _event(process: str, name: str, lane: str, start_s: float, end_s: float) -> 
 def _why(row: Row, split: float | Literal["auto"]) -> str:
     if row.placement == "resident":
         return "resident: it saves more time per byte than what is not"
+    if row.placement == "block":
+        shares = f"{row.host_share:.0%} of the block's columns on the host, {row.streamed_share:.0%} streamed"
+        return f"{shares}: what lies between its Linears stays where it is, which saves a trip"
     shares = f"{row.host_share:.0%} of its rows on the host, {row.streamed_share:.0%} streamed"
     if split != "auto":
         return f"{shares}, {row.resident_share:.0%} resident: the option split={split} says so"
@@ -237,6 +240,8 @@ def _linear_row(site: LinearSite, nodes: list[fx.Node], prediction: Prediction) 
 
 
 def _placement(plan: LinearPlan) -> Placement:
+    if plan.block is not None:
+        return "block"
     if plan.resident_rows == plan.rows:
         return "resident"
     if plan.host == plan.rows:

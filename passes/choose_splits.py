@@ -7,13 +7,14 @@ it. Streamed rows that exceed a slot are cut into chunks, each with a prefetch o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx
 
-from hetegen_compile.cost_model import SplitProblem, SplitSolution, row_granularity, solve_split
+from hetegen_compile.cost_model import SplitProblem, SplitSolution, row_granularity, solve_split, upload_s
 from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.capture import tensor_bytes, tensors_in
 from hetegen_compile.passes.context import Block, Context, Costs, LinearPlan, NodeCost, Residency, Splits, require
 
@@ -43,43 +44,79 @@ def pairable_blocks(linears: Mapping[int, fx.Node], context: Context) -> list[Bl
     residency = require(context.residency, "choose_residency")
 
     def fits(block: Block) -> bool:
-        weights: list[Any] = [linears[position].args[1] for position in block.linears]
-        widest = max(_slice_bytes(weight, axis) for weight, axis in zip(weights, _axes(block, linears), strict=True))
-        slot = widest * row_granularity(block.columns)
-        return 2 * slot <= residency.ring_bytes and not any(weight.name in residency.weights for weight in weights)
+        nodes = [linears[position] for position in block.linears]
+        slots = [row_granularity(block.columns) * _slice_bytes(node.args[1], 1) for node in nodes if _by_columns(node)]
+        names = [node.args[1].name for node in nodes]  # type: ignore[union-attr]
+        return 2 * max(slots, default=0) <= residency.ring_bytes and residency.weights.keys().isdisjoint(names)
 
     return [block for block in context.blocks if fits(block)]
+
+
+def _by_columns(node: fx.Node) -> bool:
+    """Whether a block's Linear, unless it is the last, is streamed by columns: its weight is stored [in, out]."""
+    return node.args[3] == 1
 
 
 def block_splits(block: Block, linears: Mapping[int, fx.Node], host: int, context: Context) -> dict[int, LinearPlan]:
     """Plans of a block's Linears with ``host`` columns of the intermediate on the host."""
     if not host:
         return {position: with_host_rows(linears[position], 0, context) for position in block.linears}
-    axes, ways = _axes(block, linears), (*block.ways, 1)
-    return {
-        position: _block_plan(linears[position], block, axis, way, host, context)
-        for position, axis, way in zip(block.linears, axes, ways, strict=True)
+    ways = dict(zip(block.siblings, block.ways, strict=True))
+    plans = {
+        position: _sibling_plan(linears[position], block, ways[position], host, context) for position in block.siblings
     }
+    return {**plans, block.consumer: _consumer_plan(linears[block.consumer], block, host, context)}
 
 
-def _block_plan(node: fx.Node, block: Block, axis: int, ways: int, host: int, context: Context) -> LinearPlan:
-    weight: Any = node.args[1]
+def _sibling_plan(node: fx.Node, block: Block, ways: int, host: int, context: Context) -> LinearPlan:
+    """The outputs are cut: rows of a weight [out, in], columns of one [in, out]."""
+    weight, axis = _weight_and_dim(node)
     chunks = _chunks(host, block.columns, _chunk_bytes(weight, context), _slice_bytes(weight, axis))
     starts = [way * block.columns for way in range(ways)]
     streamed = tuple((start + lo, start + hi) for start in starts for lo, hi in chunks)
     return LinearPlan(ways * block.columns, ways * host, streamed, None, axis, block.consumer, ways)
 
 
-def _axes(block: Block, linears: Mapping[int, fx.Node]) -> list[int]:
-    """The axis of each weight that the intermediate lies on: outputs of the first Linears, inputs of the last."""
-    dims: list[Any] = [linears[position].args[3] for position in block.linears]
-    return [*dims[:-1], 1 - dims[-1]]
+def _consumer_plan(node: fx.Node, block: Block, host: int, context: Context) -> LinearPlan:
+    """The inputs are cut: columns of a weight [out, in], which are streamed as rectangles; rows of one [in, out]."""
+    weight, dim = _weight_and_dim(node)
+    value, chunk_bytes = info(weight).value, _chunk_bytes(weight, context)
+    if dim == 1:
+        streamed = _chunks(host, block.columns, chunk_bytes, _slice_bytes(weight, 0))
+        return LinearPlan(block.columns, host, streamed, None, 0, block.consumer)
+    line_bytes = (block.columns - host) * value.element_size()
+    lines = _chunks(0, int(value.shape[0]), chunk_bytes, line_bytes) if line_bytes else ()
+    return LinearPlan(block.columns, host, ((host, block.columns),) if lines else (), None, 1, block.consumer, 1, lines)
+
+
+def _weight_and_dim(node: fx.Node) -> tuple[fx.Node, int]:
+    _, weight, _, dim = node.args
+    return weight, dim  # type: ignore[return-value]
 
 
 def _slice_bytes(weight: fx.Node, axis: int) -> int:
     """Bytes of a weight for one place along an axis."""
     value = info(weight).value
     return int(value.shape[1 - axis]) * int(value.element_size())
+
+
+def lines_s(block: Block, linears: Mapping[int, fx.Node], context: Context) -> float:
+    """What the link takes longer for a block's weights than for their bytes: of some only parts of rows are streamed."""
+    last = linears[block.consumer]
+    widths = {node: _chunk_columns(node, context) for node in linears.values() if _by_columns(node) and node is not last}
+    if not _by_columns(last):
+        widths[last] = block.columns // 2
+    return sum(_lines_s(node.args[1], columns, context) for node, columns in widths.items())
+
+
+def _chunk_columns(node: fx.Node, context: Context) -> int:
+    weight, _ = _weight_and_dim(node)
+    return max(1, _chunk_bytes(weight, context) // _slice_bytes(weight, 1))
+
+
+def _lines_s(weight: Any, columns: int, context: Context) -> float:
+    nbytes, item = value_bytes(weight, context), info(weight).value.element_size()
+    return upload_s(context.profile, nbytes, line_bytes=columns * item) - upload_s(context.profile, nbytes)
 
 
 # ---- single Linears --------------------------------------------------------------------------------------------

@@ -80,6 +80,8 @@ class LinearPlan:
         axis: of the weight as it is stored.
         block: position of the last Linear of the block that this one is cut with; None: it is cut by itself.
         ways: intermediates of the block that this Linear makes.
+        lines: where columns are streamed as rectangles, the rows of each: they lie further together than the same bytes
+            cut by columns, and their results are columns of one partial sum.
     """
 
     rows: int
@@ -89,6 +91,7 @@ class LinearPlan:
     axis: int = 0
     block: int | None = None
     ways: int = 1
+    lines: tuple[tuple[int, int], ...] = ()
 
     @property
     def host_ranges(self) -> tuple[tuple[int, int], ...]:

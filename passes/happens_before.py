@@ -185,6 +185,9 @@ def slot_bytes(prefetch: fx.Node) -> int:
     arguments: tuple[Any, ...] = prefetch.args
     weight, ranges, dim = arguments[:3]
     value = info(weight).value
+    if dim == ir.RECTANGLE:
+        first, end, left, right = ranges
+        return int((end - first) * (right - left) * value.element_size())
     length = sum(hi - lo for lo, hi in zip(ranges[::2], ranges[1::2], strict=True))
     return int(length * value.numel() // value.shape[dim] * value.element_size())
 

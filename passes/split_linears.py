@@ -25,9 +25,9 @@ host's columns there (``cut_blocks``). Columns ``[0, 64)`` of ``a = silu(linear(
     s1 = partial_linear(x, wait(prefetch(w1, [64, 256], 0, ...)), b1, 64, 256, 0)
     h1 = host_linear(x, w1, b1, 0, 64, 0)
     a = segment_2(pad(x, [s1], [64], 256))
-    s2 = partial_linear(a[0], wait(prefetch(w2, [64, 256], 1, ...)), b2, 64, 256, 0, 1)
-    h2 = host_linear(silu(h1), w2, None, 0, 64, 0, 1)
-    y = join([h2, s2], 1)
+    s2 = partial_linear(a[0], wait(prefetch(w2, [0, 128, 64, 256], 2, ...)), None, 64, 256, 0, 1)
+    h2 = host_linear(silu(h1), w2, b2, 0, 64, 0, 1)
+    y = join([h2, join([s2], 0)], 1)
 """
 
 from __future__ import annotations
@@ -80,10 +80,12 @@ class _Splitter:
         self.graph = self.module.graph
         self.x, self.weight, self.bias, self.dim = self.node.args
         self.sums = self.dim != self.plan.axis
-        accelerator = [self._streamed(lo, hi) for lo, hi in self.plan.streamed]
+        accelerator = [self._rectangles(*self.plan.streamed[0])] if self.plan.lines else [
+            self._streamed(lo, hi) for lo, hi in self.plan.streamed
+        ]
         if self.plan.resident is not None:
             accelerator.append(self._resident(*self.plan.resident))
-        with_bias = not self.sums or not accelerator
+        with_bias = not self.sums or not accelerator or bool(self.plan.lines)
         host_x = self.x if block is None else self._through(block)
         host = [self._host(host_x, lo, hi, with_bias=with_bias) for lo, hi in self.plan.host_ranges]
         if self.plan.block is None or block is not None:
@@ -110,9 +112,11 @@ class _Splitter:
         changes = {"flops": sympy.Integer(0), "position": info(self.node).position, **changes}
         return annotate(node, base, module=info(self.node).module, reads=frozenset(), writes=frozenset(), **changes)
 
-    def _cut(self, lo: int, hi: int) -> NodeInfo:
-        """What is known of ``lo:hi`` of the weight on the accelerator."""
+    def _cut(self, lo: int, hi: int, lines: tuple[int, int] | None = None) -> NodeInfo:
+        """What is known of ``lo:hi`` of the weight (and of ``lines`` only along the other axis) on the accelerator."""
         weight: Tensor = info(self.weight).value  # type: ignore[arg-type]
+        if lines is not None:
+            weight = self._fake(weight, 1 - self.plan.axis, *lines)
         return NodeInfo(value=self._fake(weight, self.plan.axis, lo, hi), side="accelerator")
 
     def _part(self, lo: int, hi: int) -> NodeInfo:
@@ -135,19 +139,35 @@ class _Splitter:
 
     def _streamed(self, lo: int, hi: int) -> fx.Node:
         notes = self._cut(lo, hi)
-        transfer = self._call(ir.PREFETCH, (*self._source(lo, hi), self.plan.axis, UNASSIGNED, []), notes)
+        transfer = self._call(ir.PREFETCH, (*self._source([lo, hi], notes), UNASSIGNED, []), notes)
         arrived = self._call(ir.WAIT, (transfer,), notes)
         part = self._accelerator(arrived, lo, hi, first=(lo, hi) == self.plan.streamed[0])
         self._call(ir.RELEASE, (transfer,), notes)
         return part
 
-    def _source(self, lo: int, hi: int) -> tuple[object, list[int]]:
-        """What a prefetch of ``lo:hi`` reads, and which part of it."""
+    def _source(self, ranges: list[int], notes: NodeInfo) -> tuple[object, list[int], int]:
+        """What a prefetch of ``ranges`` of the weight reads: source, ranges, dim. ``notes`` are on what it brings."""
         weight: Any = self.weight
+        dim = ir.RECTANGLE if len(ranges) > 2 else self.plan.axis
         if weight.name not in self.staged:
-            return weight, [lo, hi]
-        arguments = (weight, [lo, hi], self.plan.axis, UNASSIGNED, [])
-        return self._call(ir.STAGE, arguments, self._cut(lo, hi), side=None), [0, hi - lo]
+            return weight, ranges, dim
+        staged = self._call(ir.STAGE, (weight, ranges, dim, UNASSIGNED, []), notes, side=None)
+        return staged, [0, int(notes.value.shape[0])], 0
+
+    def _rectangles(self, lo: int, hi: int) -> fx.Node:
+        """The partial sum of columns ``lo:hi`` of a weight [out, in], in pieces of its rows, side by side."""
+        parts = [self._rectangle(lines, (lo, hi)) for lines in self.plan.lines]
+        return self._call(ir.JOIN, (parts, 0), info(self.node), side="accelerator")
+
+    def _rectangle(self, lines: tuple[int, int], columns: tuple[int, int]) -> fx.Node:
+        notes, whole = self._cut(*columns, lines), info(self.node)
+        transfer = self._call(ir.PREFETCH, (*self._source([*lines, *columns], notes), UNASSIGNED, []), notes)
+        arrived = self._call(ir.WAIT, (transfer,), notes)
+        flops = whole.flops * sympy.Rational(notes.value.numel(), info(self.weight).value.numel())  # type: ignore[arg-type]
+        part = NodeInfo(value=self._fake(whole.value, whole.value.dim() - 1, *lines), side="accelerator")
+        found = self._call(ir.PARTIAL_LINEAR, (self.x, arrived, None, *self._range(*columns)), part, flops=flops)
+        self._call(ir.RELEASE, (transfer,), notes)
+        return found
 
     def _resident(self, lo: int, hi: int) -> fx.Node:
         weight = self._call(ir.RESIDENT, (self.weight, lo, hi), self._cut(lo, hi))
