@@ -50,12 +50,14 @@ def _fill(claims: Sequence[Claim], free_bytes: int) -> dict[Hashable, int]:
 def _in_order(claims: Sequence[Claim]) -> list[Claim]:
     """Claims in falling order of gain; equal ones (equal layers) so that what is streamed is spread over the step.
 
-    The link can run ahead of the computation by the staging ring only.
+    The link can run ahead of the computation by the staging ring only. Claims of one block stay together.
     """
-    alike: dict[float, list[Claim]] = {}
+    alike: dict[float, dict[Hashable, list[Claim]]] = {}
     for claim in claims:
-        alike.setdefault(-claim.gain_s_per_byte, []).append(claim)
-    return [alike[gain][i] for gain in sorted(alike) for i in spread_order(len(alike[gain]))]
+        unit = claim.key if claim.block is None else claim.block
+        alike.setdefault(-claim.gain_s_per_byte, {}).setdefault(unit, []).append(claim)
+    ordered = [list(alike[gain].values()) for gain in sorted(alike)]
+    return [claim for units in ordered for i in spread_order(len(units)) for claim in units[i]]
 
 
 def _partial(claim: Claim, free_bytes: int) -> int:
