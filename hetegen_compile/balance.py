@@ -6,8 +6,8 @@ passes then schedule the shares and the timeline simulates the step; what the si
 chain (issue, slots, granularity) is fed back. All-streamed and the closed form of each Linear by itself are among the
 candidates: a plan is never worse than those in the simulation.
 
-Blocks (``find_blocks``) that are cut as one make one trip of two. Both ways are balanced where the chain says that blocks
-may win, and the shorter simulated step decides.
+Blocks (``find_blocks``) that are cut as one make one trip instead of two. Both ways are balanced where the chain says
+that blocks may win, and the shorter simulated step decides.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from hetegen_compile.passes.choose_splits import (
     block_splits,
     choose_splits,
     feed_s,
-    lines_s,
     linears_of,
+    lines_s,
     pairable_blocks,
     with_host_rows,
 )
@@ -106,11 +106,6 @@ def _refined(
         if last.step_s > previous.step_s:
             break
     return found
-
-
-def chain_bound_s(module: fx.GraphModule, context: Context) -> float:
-    """Seconds below which no shares bring the chain of a step: see ``cost_model.chain``."""
-    return relax(step_chain(module, trips_of(module), context)).bound_s
 
 
 def trips_of(module: fx.GraphModule, blocks: Sequence[Block] = ()) -> Trips:

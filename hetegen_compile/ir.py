@@ -1,11 +1,13 @@
 """The schedule's own operations and the notes that nodes carry. A leaf of the project.
 
 Two-node asynchronous IR: one node starts (``prefetch``, ``to_host``, ``to_accelerator``), one waits
-(``wait``, ``wait_host``). A ``stage`` starts copying rows into the pinned ring; the prefetch that reads them
+(``wait``, ``wait_host``, ``wait_accelerator``). Activations go either way as lists: what shares a trip is one transfer.
+A ``stage`` starts copying rows into the pinned ring; the prefetch that reads them
 waits for it. A prefetch for the start of the next step is started by ``prefetch_ahead`` at the end of a step and
-taken over by ``carried`` in the next. What they copy are rows (``dim`` 0) or columns (1) of a weight, or a ``RECTANGLE``. The operations are declared through ``torch.library``, so a scheduled graph
-can be propagated with fake tensors and, with the kernels given here, run synchronously as a reference. In a bound
-schedule they are plain calls of an accelerator and never reach torch's dispatcher.
+taken over by ``carried`` in the next. All of these copy rows (``dim`` 0) or columns (1) of a weight or a ``RECTANGLE``
+of it. The operations are declared through ``torch.library``, so a scheduled graph can be propagated with fake tensors
+and, with the kernels given here, run synchronously as a reference. In a bound schedule they are plain calls of an
+accelerator and never reach torch's dispatcher.
 
 A Linear with ``dim`` 0 has a weight [out, in], with ``dim`` 1 one that is stored [in, out] (GPT-2's Conv1D). It is cut
 along one ``axis`` of the weight as it is stored, along its rows (0) unless a block says otherwise: parts along the
@@ -88,11 +90,23 @@ def is_tensor(node: fx.Node) -> bool:
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:
     """The graph with the notes on its nodes copied; parameters and submodules are shared."""
     graph = fx.Graph()
-    mapped: dict[fx.Node, fx.Node] = {}
-    result = graph.graph_copy(module.graph, mapped)
-    output = graph.output(result)
-    output.meta = dict(next(iter(reversed(module.graph.nodes))).meta)
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        copy = copies[node] = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+        copy.args, copy.kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)  # later: see ``call``
+        copy.meta = dict(node.meta)
     return lazy_module(module, graph)
+
+
+def call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    """A call of one of the operations below at the graph's place of insertion.
+
+    The arguments are set after the node was made: ``create_node`` looks through those that it is given for symbolic
+    numbers, which takes longer than everything else that it does. A schedule has thousands of nodes.
+    """
+    node = graph.create_node("call_function", target)
+    node.args = args
+    return node
 
 
 def lazy_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
@@ -128,7 +142,8 @@ _SCHEMAS = {
     "release": "(Tensor transfer) -> Tensor",
     "to_host": "(Tensor[] xs) -> Tensor[]",
     "wait_host": "(Tensor[] transfer) -> Tensor[]",
-    "to_accelerator": "(Tensor x) -> Tensor",
+    "to_accelerator": "(Tensor[] xs) -> Tensor[]",
+    "wait_accelerator": "(Tensor[] transfer) -> Tensor[]",
     "host_linear": "(Tensor x, Tensor weight, Tensor? bias, int lo, int hi, int dim, int axis=0) -> Tensor",
     "partial_linear": "(Tensor x, Tensor rows, Tensor? bias, int lo, int hi, int dim, int axis=0) -> Tensor",
     "join": "(Tensor[] parts, int dim) -> Tensor",
@@ -177,14 +192,18 @@ def linear_rows(
         Columns ``lo:hi`` of the result, [..., hi - lo], where the axis is that of the outputs (``axis == dim``); else a
         partial sum [..., out].
     """
-    if axis != dim:
-        x = x[..., lo:hi]
-    elif bias is not None:
-        bias = bias[lo:hi]
+    x, bias = narrowed_operands(x, bias, lo, hi, sums=axis != dim)
     if dim == 0:
         return torch.nn.functional.linear(x, rows, bias)
     product = torch.matmul(x, rows)
     return product if bias is None else product + bias
+
+
+def narrowed_operands(
+    x: Tensor, bias: Tensor | None, lo: int, hi: int, *, sums: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What a part of a Linear reads of the activations and of the bias: with its weight they are a whole Linear."""
+    return (x[..., lo:hi], bias) if sums else (x, None if bias is None else bias[lo:hi])
 
 
 def pad_parts(x: Tensor, parts: Sequence[Tensor], starts: Sequence[int], columns: int) -> Tensor:
@@ -267,7 +286,8 @@ _KERNELS = {
     "release": lambda transfer: transfer.new_empty(0),
     "to_host": lambda xs: [x.clone() for x in xs],
     "wait_host": lambda transfer: [x.clone() for x in transfer],
-    "to_accelerator": lambda x: x.clone(),
+    "to_accelerator": lambda xs: [x.clone() for x in xs],
+    "wait_accelerator": lambda transfer: [x.clone() for x in transfer],
     "host_linear": _host_linear,
     "partial_linear": _partial_linear,
     "join": lambda parts, dim: join_parts(parts, dim).clone(),
@@ -293,6 +313,7 @@ RELEASE = OPS.release.default
 TO_HOST = OPS.to_host.default
 WAIT_HOST = OPS.wait_host.default
 TO_ACCELERATOR = OPS.to_accelerator.default
+WAIT_ACCELERATOR = OPS.wait_accelerator.default
 HOST_LINEAR = OPS.host_linear.default
 PARTIAL_LINEAR = OPS.partial_linear.default
 JOIN = OPS.join.default
@@ -301,6 +322,7 @@ WRITE_BACK = OPS.write_back.default
 TWIN = OPS.twin.default
 
 for _op in (
-    STAGE, PREFETCH, PREFETCH_AHEAD, CARRIED, WAIT, RELEASE, TO_HOST, WAIT_HOST, TO_ACCELERATOR, WRITE_BACK, TWIN,
+    STAGE, PREFETCH, PREFETCH_AHEAD, CARRIED, WAIT, RELEASE, TO_HOST, WAIT_HOST, TO_ACCELERATOR, WAIT_ACCELERATOR,
+    WRITE_BACK, TWIN,
 ):
     fx.node.has_side_effect(_op)

@@ -7,8 +7,7 @@ it. Streamed rows that exceed a slot are cut into chunks, each with a prefetch o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from torch import fx
 
@@ -44,17 +43,13 @@ def pairable_blocks(linears: Mapping[int, fx.Node], context: Context) -> list[Bl
     residency = require(context.residency, "choose_residency")
 
     def fits(block: Block) -> bool:
-        nodes = [linears[position] for position in block.linears]
-        slots = [row_granularity(block.columns) * _slice_bytes(node.args[1], 1) for node in nodes if _by_columns(node)]
-        names = [node.args[1].name for node in nodes]  # type: ignore[union-attr]
+        weights = [_weight_and_dim(linears[position]) for position in block.linears]
+        granule = row_granularity(block.columns)
+        slots = [granule * _slice_bytes(weight, 1) for weight, dim in weights[:-1] if dim == 1]
+        names = {weight.name for weight, _ in weights}
         return 2 * max(slots, default=0) <= residency.ring_bytes and residency.weights.keys().isdisjoint(names)
 
     return [block for block in context.blocks if fits(block)]
-
-
-def _by_columns(node: fx.Node) -> bool:
-    """Whether a block's Linear, unless it is the last, is streamed by columns: its weight is stored [in, out]."""
-    return node.args[3] == 1
 
 
 def block_splits(block: Block, linears: Mapping[int, fx.Node], host: int, context: Context) -> dict[int, LinearPlan]:
@@ -101,20 +96,17 @@ def _slice_bytes(weight: fx.Node, axis: int) -> int:
 
 
 def lines_s(block: Block, linears: Mapping[int, fx.Node], context: Context) -> float:
-    """What the link takes longer for a block's weights than for their bytes: of some only parts of rows are streamed."""
-    last = linears[block.consumer]
-    widths = {node: _chunk_columns(node, context) for node in linears.values() if _by_columns(node) and node is not last}
-    if not _by_columns(last):
-        widths[last] = block.columns // 2
-    return sum(_lines_s(node.args[1], columns, context) for node, columns in widths.items())
+    """What the link takes longer for a block's weights than for their bytes: parts of rows are streamed."""
+    *others, (last, last_dim) = (_weight_and_dim(linears[position]) for position in block.linears)
+    columns = {
+        weight: max(1, _chunk_bytes(weight, context) // _slice_bytes(weight, 1)) for weight, dim in others if dim == 1
+    }
+    if last_dim == 0:
+        columns[last] = block.columns // 2  # or so: what the host leaves
+    return sum(_lines_s(weight, width, context) for weight, width in columns.items())
 
 
-def _chunk_columns(node: fx.Node, context: Context) -> int:
-    weight, _ = _weight_and_dim(node)
-    return max(1, _chunk_bytes(weight, context) // _slice_bytes(weight, 1))
-
-
-def _lines_s(weight: Any, columns: int, context: Context) -> float:
+def _lines_s(weight: fx.Node, columns: int, context: Context) -> float:
     nbytes, item = value_bytes(weight, context), info(weight).value.element_size()
     return upload_s(context.profile, nbytes, line_bytes=columns * item) - upload_s(context.profile, nbytes)
 
@@ -135,7 +127,9 @@ def feed_s(linear: fx.Node, cost: NodeCost, context: Context) -> float:
 
 
 def best_split(rows: int, cost: NodeCost, context: Context, *, staged: bool = False) -> SplitSolution:
-    """The balance of host and link for one Linear none of whose rows are resident.
+    """The balance of host and link for one Linear none of whose rows are resident, as if it were alone.
+
+    So it pays for a whole trip; what Linears save that share one is seen by the balance over the step.
 
     The rows of a ``staged`` weight go through the pinned ring: the slower of pin thread and link feeds them.
     """

@@ -39,7 +39,7 @@ def cut_block(module: fx.GraphModule, block: Block, consumer: fx.Node, parts: Ho
         raise ScheduleError(f"{consumer.name} reads {value.name}, which is no result of a segment")
     segment = module.get_submodule(str(call.target))
     assert isinstance(segment, fx.GraphModule), "segments are lowered later"
-    result: fx.Node = next(iter(reversed(segment.graph.nodes))).args[0][place]  # type: ignore[index, assignment]
+    results: Any = next(iter(reversed(segment.graph.nodes))).args[0]
     env = {
         inner: parts[info(operand).position][0] if info(operand).position in block.siblings else operand
         for inner, operand in zip(segment.graph.find_nodes(op="placeholder"), call.args, strict=True)
@@ -52,7 +52,7 @@ def cut_block(module: fx.GraphModule, block: Block, consumer: fx.Node, parts: Ho
             env[node] = parts[sibling][way]
         elif node.op != "placeholder" and position in block.region:
             env[node] = _on_columns(module.graph, node, env, block.columns, columns)
-    return env[result]
+    return env[results[place]]
 
 
 def _on_columns(

@@ -1,8 +1,8 @@
-"""MLP blocks: Linears of one input, pointwise operations on their results, and the one Linear that reads what comes of it.
+"""MLP blocks: Linears of one input, pointwise operations on their results, and the one Linear that reads the outcome.
 
 Why: cut each by itself, such Linears cost two trips to the host and back, and what lies between them crosses both
-times. Where every operation between acts on each column for itself, the first Linears can be cut by the columns of their
-results and the last by the same columns of its input: the host goes through the block with some columns, the
+times. Where every operation between acts on each column for itself, the first Linears can be cut by the columns of
+their results and the last by the same columns of its input: the host goes through the block with some columns, the
 accelerator with the others, and one partial sum crosses. Nothing is matched by name: the nodes between have to be
 pointwise (torch's own tag), read nothing but the first Linears and numbers, and be read by nobody else.
 
@@ -159,7 +159,8 @@ def _is_identity(node: fx.Node) -> bool:
 
 
 def _geometry(value: Tensor) -> tuple[Any, ...]:
-    return (value.dtype, *(tuple(map(to_expr, sizes)) for sizes in (value.shape, value.stride(), [value.storage_offset()])))
+    places = value.shape, value.stride(), [value.storage_offset()]
+    return (value.dtype, *(tuple(map(to_expr, place)) for place in places))
 
 
 def is_reshape(node: fx.Node) -> bool:

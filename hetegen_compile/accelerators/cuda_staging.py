@@ -78,7 +78,7 @@ class PinThread:
 
 
 def copy_rows(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy rows of a host tensor to a contiguous one of the same shape, on this thread, without the interpreter lock."""
+    """Copy a matrix, whose rows may lie apart, to a contiguous one on this thread, without the interpreter lock."""
     if source.is_contiguous():
         ctypes.memmove(target.data_ptr(), source.data_ptr(), source.numel() * source.element_size())
     else:

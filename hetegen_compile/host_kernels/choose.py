@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hetegen_compile import ir
 from hetegen_compile.cost_model import KernelChoice
 from hetegen_compile.host_kernels.kernels import KERNELS, LINEAR, HostKernel
 
@@ -30,7 +31,10 @@ class HostLinear:
         kernel = self.kernel(x.numel() // max(1, x.shape[-1]))
         if not x.numel() or rows.is_floating_point() and (x.dtype != rows.dtype or torch.is_autocast_enabled("cpu")):
             kernel = LINEAR  # autocast decides the dtype; the rest are cases that only torch defines
-        return kernel.run(x, rows, bias, self.lo, self.hi, self.dim, self.axis)
+        if self.axis == 0:
+            return kernel.run(x, rows, bias, self.lo, self.hi, self.dim)
+        x, bias = ir.narrowed_operands(x, bias, self.lo, self.hi, sums=self.dim == 0)
+        return kernel.run(x, rows, bias, 0, rows.shape[0], self.dim)  # a whole Linear with fewer columns
 
     def kernel(self, tokens: int) -> HostKernel:
         """The kernel for a number of tokens."""

@@ -24,14 +24,14 @@ class HostKernel:
     Attributes:
         name: in profiles and reports.
         dtypes: of the weights that it takes.
-        run: (x, rows, bias, lo, hi, dim, axis) -> result, as ``ir.linear_rows``.
+        run: (x, rows, bias, lo, hi, dim) -> result, as ``ir.linear_rows``.
         prepare: makes it ready on this machine, once a process; raises HostKernelUnavailableError.
         multiple: what the columns of the rows must be a multiple of.
     """
 
     name: str
     dtypes: tuple[torch.dtype, ...]
-    run: Callable[[Tensor, Tensor, Tensor | None, int, int, int, int], Tensor]
+    run: Callable[[Tensor, Tensor, Tensor | None, int, int, int], Tensor]
     prepare: Callable[[], object]
     multiple: int = 1
 
@@ -54,16 +54,13 @@ INT8_COLUMNS = 16
 """torch's int8 kernel works on so many columns at a time and checks nothing: others give nonsense or crash."""
 
 
-def int8_rows(
-    x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int, axis: int = 0
-) -> Tensor:
+def int8_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int) -> Tensor:
     """``ir.linear_rows`` for int8 weights as they are; a scale per row is the multiplication that follows.
 
     Raises:
-        HostKernelUnavailableError: weights [in, out] or parts of their columns, which torch has no kernel for, or columns
-            that it reads beyond.
+        HostKernelUnavailableError: weights [in, out], which torch has no kernel for, or columns that it reads beyond.
     """
-    if dim != 0 or axis != 0:
+    if dim != 0:
         raise HostKernelUnavailableError("int8 weights [in, out] have no host kernel; store them [out, in]")
     if rows.shape[1] % INT8_COLUMNS:
         raise HostKernelUnavailableError(f"int8 weights need a multiple of {INT8_COLUMNS} columns, not {rows.shape[1]}")

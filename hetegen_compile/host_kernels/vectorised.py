@@ -75,22 +75,18 @@ def _build() -> Library | str:
         return f"the vectorised host kernel cannot be built, install a C++ compiler (g++ or CXX): {first}"
 
 
-def vectorised_rows(
-    x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int, axis: int = 0
-) -> Tensor:
+def vectorised_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int) -> Tensor:
     """``ir.linear_rows`` for weights of ``DTYPES`` whose last dimension is contiguous, sums in float32.
 
     Raises:
         HostKernelUnavailableError: the kernel cannot be built.
     """
-    if axis != dim:
-        x = x[..., lo:hi]
-    elif bias is not None:
-        bias = bias[lo:hi]
-    return _dot_rows(x, rows, bias) if dim == 0 else _add_rows(x, rows, bias)
+    if dim == 0:
+        return _columns(x, rows, None if bias is None else bias[lo:hi])
+    return _partial_sum(x[..., lo:hi], rows, bias)
 
 
-def _dot_rows(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+def _columns(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
     kernel = library()
     dtype = rows.dtype
     tokens, stride, flat = _flat(x, kernel.activations[dtype])
@@ -102,7 +98,7 @@ def _dot_rows(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def _add_rows(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+def _partial_sum(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
     kernel = library()
     tokens, stride, flat = _flat(x, torch.float32)
     count, width = rows.shape
