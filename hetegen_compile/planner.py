@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -34,6 +34,7 @@ from hetegen_compile.passes.context import (
     Refusal,
     ResidentWeights,
     SegmentCache,
+    Splits,
     require,
 )
 from hetegen_compile.pipeline import ONCE_PER_BUCKET, ONCE_PER_SPLIT, UNTIL_MEASURED, Stage, run_pipeline
@@ -143,9 +144,9 @@ class Planner:
         """The schedule of one split; ``stages`` leaves out lowering where nothing will run."""
         context = replace(base.context, options=replace(self._options, split=split))
         module, done = _scheduled(base.module, replace(context, splits=balanced_splits(base.module, context)), stages)
-        if _excess_bytes(done) > 0 and split == "auto":  # the residency was decided with these:
-            closed_form = choose_splits(base.module, context)
-            module, done = _scheduled(base.module, replace(context, splits=closed_form), stages)
+        for splits in _leaner(base.module, context) if split == "auto" else ():
+            if _excess_bytes(done) > 0:
+                module, done = _scheduled(base.module, replace(context, splits=splits()), stages)
         if _excess_bytes(done) > 0:
             raise BudgetError(
                 f"split={split} needs {_excess_bytes(done)} bytes more for activations than gpu_memory="
@@ -243,6 +244,14 @@ class Planner:
             refusals=(*context.refusals, *self._segments.refused.values()),
             whole_graph=residency.whole_graph,
         )
+
+
+def _leaner(module: fx.GraphModule, context: Context) -> Iterator[Callable[[], Splits]]:
+    """Splits that may take less memory: without blocks, then those that residency was decided with."""
+    if context.options.pair_mlp == "auto" and context.blocks:
+        alone = replace(context, blocks=())
+        yield lambda: balanced_splits(module, alone)
+    yield lambda: choose_splits(module, context)
 
 
 def budget_bytes(gpu_memory: int | None, available_bytes: int, accelerator: str) -> int:

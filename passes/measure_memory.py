@@ -10,7 +10,7 @@ start: a prefill's plan then holds for the decode steps after it. What goes up f
 the host has the operands for it, that is while the accelerator is still at the last download that the host has
 waited for. Inner values of segments have points of their own between those of the schedule's nodes, as if
 nothing were fused, and operations of several kernels count all that these make: an upper bound for compiled
-code. Parts of a Linear and joins count what their kernels make beside their result.
+code. Parts of a Linear and what puts them together count what their kernels make beside their result.
 """
 
 from __future__ import annotations
@@ -152,6 +152,8 @@ class _Meter:
             return _partial_size(node)
         if node.target == ir.JOIN and node.args[1] == 1:
             return _sum_size(node)
+        if node.target == ir.PAD:
+            return value_size(node) - sum((value_size(part) for part in node.args[1]), sympy.Integer(0))
         return sympy.Integer(0)
 
 
