@@ -64,18 +64,38 @@ def balanced_splits(module: fx.GraphModule, context: Context) -> Splits:
     chain = step_chain(module, trips, context)
     if context.options.split != "auto" or not any(trip.link_s for trip in chain.trips):
         return splits
-    paired = trips_of(module, pairable_blocks(linears_of(module), context))
     nothing = _with_shares(trips, [0.0] * len(trips), context)
     candidates = [_Candidate(nothing, simulated_step_s(module, context, nothing))]
     if context.options.pair_mlp is not True:
         if any(plan.host for plan in splits.values()):
             candidates.append(_Candidate(splits, simulated_step_s(module, context, splits)))
         candidates += _balanced(module, context, trips, chain)
-    if context.options.pair_mlp is True or len(paired) < len(trips):
-        chain_of_blocks = step_chain(module, paired, context)
-        if context.options.pair_mlp is True or relax(chain_of_blocks).bound_s < relax(chain).bound_s:
-            candidates += _balanced(module, context, paired, chain_of_blocks)
+    paired = _promising(module, context, trips, chain)
+    if paired is not None:
+        candidates += _balanced(module, context, *paired)
     return min(candidates, key=lambda candidate: candidate.step_s).splits
+
+
+def _promising(
+    module: fx.GraphModule, context: Context, trips: Trips, chain: Chain
+) -> tuple[Trips, Chain] | None:
+    """Trips and chain with blocks cut as one, if the chain says that they may win or the options that they must."""
+    paired = trips_of(module, pairable_blocks(linears_of(module), context))
+    if len(paired) == len(trips):
+        return None
+    shorter = step_chain(module, paired, context)
+    wins = context.options.pair_mlp is True or relax(shorter).bound_s < relax(chain).bound_s
+    return (paired, shorter) if wins else None
+
+
+def promising_blocks(module: fx.GraphModule, context: Context) -> Splits | None:
+    """Splits with blocks cut as one, as the chain balances them; None where no block may win. Nothing is simulated."""
+    trips = trips_of(module)
+    found = _promising(module, context, trips, step_chain(module, trips, context))
+    if found is None or context.options.split != "auto":
+        return None
+    paired, chain = found
+    return _with_shares(paired, balance_along(chain, relax(chain).opened), context)
 
 
 def _balanced(module: fx.GraphModule, context: Context, trips: Trips, chain: Chain) -> list[_Candidate]:

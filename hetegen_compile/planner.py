@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from hetegen_compile.balance import balanced_splits
+from hetegen_compile.balance import balanced_splits, promising_blocks
 from hetegen_compile.baselines import baselines
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.errors import BudgetError
@@ -31,6 +31,7 @@ from hetegen_compile.passes.context import (
     Bucket,
     Context,
     HostWeights,
+    MemoryNeed,
     Refusal,
     ResidentWeights,
     SegmentCache,
@@ -182,7 +183,10 @@ class Planner:
         has many small transfers and takes long to make, so it is made only where an estimate does not do.
         """
         _, lean, needed = self._tried(replace(context, lean=True))
-        found = self._settled(replace(context, activation_bytes=needed))
+        start = replace(context, activation_bytes=needed)
+        found = self._settled(start)
+        if found is None and lean.blocks and self._options.pair_mlp == "auto":  # their activations may be too large
+            found = self._settled(replace(start, options=replace(context.options, pair_mlp=False)))
         if found is not None:
             return found
         lean_bytes = require(lean.memory, "measure_memory").peak_bytes(lean.room)
@@ -214,10 +218,10 @@ class Planner:
         """A grouped graph, its context, and the bytes of activations that its schedule takes."""
         module = copy_module(self._module)
         context = run_pipeline(module, context, ONCE_PER_BUCKET)
-        splits = choose_splits(module, context)
-        _, scheduled = _scheduled(module, replace(context, splits=splits), UNTIL_MEASURED)
-        need = require(scheduled.memory, "measure_memory")
-        return module, replace(context, memory=need), need.peak_bytes(context.room)
+        need = _need(module, context, choose_splits(module, context))
+        paired = None if context.lean else promising_blocks(module, context)
+        needs = [need] if paired is None else [need, _need(module, context, paired)]
+        return module, replace(context, memory=need), max(each.peak_bytes(context.room) for each in needs)
 
     def _schedule(self, base: BucketPlan, module: fx.GraphModule, context: Context) -> Schedule:
         prediction = require(context.prediction, "predict_step")
@@ -292,6 +296,12 @@ def _scheduled(
 ) -> tuple[fx.GraphModule, Context]:
     copy = copy_module(module)
     return copy, run_pipeline(copy, context, stages)
+
+
+def _need(module: fx.GraphModule, context: Context, splits: Splits) -> MemoryNeed:
+    """What the schedule of some splits occupies."""
+    _, scheduled = _scheduled(module, replace(context, splits=splits), UNTIL_MEASURED)
+    return require(scheduled.memory, "measure_memory")
 
 
 def _excess_bytes(context: Context) -> int:

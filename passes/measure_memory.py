@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import operator
 from dataclasses import dataclass, field
+from typing import Any
 
 import sympy
 from torch import fx
@@ -153,7 +154,7 @@ class _Meter:
         if node.target == ir.JOIN and node.args[1] == 1:
             return _sum_size(node)
         if node.target == ir.PAD:
-            return value_size(node) - sum((value_size(part) for part in node.args[1]), sympy.Integer(0))
+            return _zeros_size(node)
         return sympy.Integer(0)
 
 
@@ -180,6 +181,12 @@ def _columns_size(partial: fx.Node) -> sympy.Expr:
     """Bytes of the columns of the activations that a partial sum reads."""
     part = ir.linear_part(partial)
     return value_size(part.x) * sympy.Rational(part.hi - part.lo, int(info(part.x).value.shape[-1]))
+
+
+def _zeros_size(pad: fx.Node) -> sympy.Expr:
+    """Bytes of the zeros that stand for the host's columns, before they are put together with the others."""
+    parts: Any = pad.args[1]
+    return value_size(pad) - sum(map(value_size, parts), sympy.Integer(0))
 
 
 def _sum_size(join: fx.Node) -> sympy.Expr:

@@ -21,7 +21,7 @@ WIDTHS: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_atte
 
 def _phi3() -> PreTrainedModel:
     torch.manual_seed(0)
-    model = Phi3ForCausalLM(Phi3Config(num_hidden_layers=1, pad_token_id=0, **WIDTHS)).eval()
+    model: PreTrainedModel = Phi3ForCausalLM(Phi3Config(num_hidden_layers=1, pad_token_id=0, **WIDTHS)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4 if parameter.dim() > 1 else 1)

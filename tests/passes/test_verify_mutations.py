@@ -72,7 +72,7 @@ def conv1d(x: Tensor) -> Tensor:
     return x
 
 
-def block(x: Tensor) -> Tensor:
+def block(x: Tensor) -> Any:
     """Linears that are cut as one, and one behind them."""
     return OUT(V(F.silu(Q(x)) * K(x)) + x)
 
