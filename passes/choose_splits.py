@@ -49,7 +49,7 @@ def pairable_blocks(linears: Mapping[int, fx.Node], context: Context) -> list[Bl
         names = {weight.name for weight, _ in weights}
         return 2 * max(slots, default=0) <= residency.ring_bytes and residency.weights.keys().isdisjoint(names)
 
-    return [block for block in context.blocks if fits(block)]
+    return [block for block in context.blocks if not residency.whole_graph and fits(block)]
 
 
 def block_splits(block: Block, linears: Mapping[int, fx.Node], host: int, context: Context) -> dict[int, LinearPlan]:
