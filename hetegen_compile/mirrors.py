@@ -112,8 +112,6 @@ class Mirrors:
         self._accelerator = accelerator
         self._records: dict[int, _Record] = {}
         self._step = 0
-        self.changes = 0
-        """How often a record that stands was dropped, replaced or emptied."""
         self._standing: weakref.WeakKeyDictionary[Standing, list[tuple[_Record, list[_Held]]]] = (
             weakref.WeakKeyDictionary()
         )
@@ -159,7 +157,7 @@ class Mirrors:
         for record, _ in found:
             record.stands = True
         values = [record.held[geometry].value for record, geometry in found]
-        standing = Standing(tensors, values, _watched(found), self.changes)
+        standing = Standing(tensors, values, _watched(found))
         self._standing[standing] = [
             (record, _parts(record, geometry, request))
             for (record, geometry), request in zip(found, requests, strict=True)
@@ -168,7 +166,7 @@ class Mirrors:
 
     def stands(self, standing: Standing, tensors: Sequence[Tensor]) -> bool:
         """Whether a standing answer is right for these tensors in this step; if so it counts as used."""
-        if standing.changes != self.changes or not standing.holds_for(tensors):
+        if not standing.holds_for(tensors):
             return False
         if not standing.samples.match(self._step):
             self.check()
@@ -194,8 +192,11 @@ class Mirrors:
             self._changed(record)
 
     def _changed(self, record: _Record) -> None:
-        """What a record holds is no longer what it held."""
-        self.changes += record.stands
+        """What a record holds is no longer what it held: answers that stand on it are taken back, all together."""
+        if record.stands:
+            for standing in self._standing:
+                standing.take_back()
+            self._standing.clear()
 
     def _lookup(self, request: Request) -> tuple[_Record, Geometry]:
         tensor = request.tensor

@@ -2,15 +2,14 @@
 
 Weights are the same tensors step after step. Looking each of them up costs microseconds, and a model has hundreds. So
 the answer is kept, with the address and the version of every tensor: two lists that are compared with those of the
-tensors that a step is given. The mirrors say when they dropped or replaced what the answer stands on
-(``Mirrors.changes``); storages that died they find at the beginning of each step.
+tensors that a step is given. As soon as the mirrors drop or replace anything that an answer stands on, they take the
+answers back, with the device memory that they hold; storages that died they find at the beginning of each step.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import cached_property
 
 from torch import Tensor
 
@@ -67,32 +66,34 @@ class Standing:
     """An answer and what it stands on.
 
     Attributes:
-        values: the device values.
+        values: the device values of the requests.
         used: the last step that was answered with them.
-        changes: the mirrors' count of changes when they were found.
+        samples: of the tensors that have fingerprints.
+        valid: whether it has not been taken back.
     """
 
     def __init__(
-        self, tensors: Sequence[Tensor], values: list[Value], watched: Sequence[tuple[int, Fingerprint]], changes: int
+        self, tensors: Sequence[Tensor], values: list[Value], watched: Sequence[tuple[int, Fingerprint]]
     ) -> None:
         """``tensors`` are those that the plan is given, none of them made in inference mode."""
         self.values = values
         self.used = -1
-        self.changes = changes
-        self._watched = watched
+        self.samples = Samples(watched)
+        self.valid = True
         self._addresses = [tensor.data_ptr() for tensor in tensors]
         self._versions = [tensor._version for tensor in tensors]
 
-    @cached_property
-    def samples(self) -> Samples:
-        """Of the tensors that have fingerprints."""
-        return Samples(self._watched)
+    def take_back(self) -> None:
+        """Never answer with it again, and let go of what it holds."""
+        self.valid = False
+        self.values = []
 
     def holds_for(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these tensors lie where the others did and have not been written since."""
         try:
             return (
-                [tensor._version for tensor in tensors] == self._versions
+                self.valid
+                and [tensor._version for tensor in tensors] == self._versions
                 and [tensor.data_ptr() for tensor in tensors] == self._addresses
             )
         except RuntimeError:  # torch counts no versions of tensors that were made in inference mode

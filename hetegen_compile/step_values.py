@@ -65,7 +65,6 @@ class StepValues:
         self._varying = [place for place, (i, _, _) in enumerate(self._wanted) if i not in fixed]
         self._fixed_inputs = sorted({self._wanted[place][0] for place in self._fixed})
         self._standing: Standing | None = None
-        self._template: list[Value] = []
 
     def fetch(self, mirrors: Mirrors, inputs: Sequence[Any], limit_bytes: int) -> list[Value]:
         """The values for one step's inputs, uploading what is not current.
@@ -76,16 +75,19 @@ class StepValues:
         fixed = [inputs[i] for i in self._fixed_inputs]
         standing = self._standing
         if standing is not None and mirrors.stands(standing, fixed):
-            values = self._template.copy()
             varying = mirrors.fetch([self._request(place, inputs) for place in self._varying], limit_bytes)
-            for place, value in zip(self._varying, varying, strict=True):
-                values[place] = value
-            if standing.changes == mirrors.changes:  # nothing of it was dropped to make room, or found out of date
-                return values
+            if standing.valid:  # nothing of it was dropped to make room, or found out of date
+                return self._in_order(standing.values, varying)
         requests = [self._request(place, inputs) for place in range(len(self._wanted))]
         values = mirrors.fetch(requests, limit_bytes)
         self._standing = mirrors.stand(fixed, [requests[place] for place in self._fixed])
-        self._template = values
+        return values
+
+    def _in_order(self, fixed: Sequence[Value], varying: Sequence[Value]) -> list[Value]:
+        values: list[Value] = [None] * len(self._wanted)
+        for places, found in ((self._fixed, fixed), (self._varying, varying)):
+            for place, value in zip(places, found, strict=True):
+                values[place] = value
         return values
 
     def _request(self, place: int, inputs: Sequence[Any]) -> Request:
