@@ -77,11 +77,6 @@ def _refined(
     return found
 
 
-def chain_bound_s(module: fx.GraphModule, context: Context) -> float:
-    """Seconds below which no shares bring the chain of a step: see ``cost_model.chain``."""
-    return relax(step_chain(module, trips_of(module), context)).bound_s
-
-
 def trips_of(module: fx.GraphModule) -> Trips:
     """Linears that read the same activation, in program order."""
     groups: dict[fx.Node, list[fx.Node]] = {}

@@ -87,11 +87,23 @@ def is_tensor(node: fx.Node) -> bool:
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:
     """The graph with the notes on its nodes copied; parameters and submodules are shared."""
     graph = fx.Graph()
-    mapped: dict[fx.Node, fx.Node] = {}
-    result = graph.graph_copy(module.graph, mapped)
-    output = graph.output(result)
-    output.meta = dict(next(iter(reversed(module.graph.nodes))).meta)
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        copy = copies[node] = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+        copy.args, copy.kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)  # later: see ``call``
+        copy.meta = dict(node.meta)
     return lazy_module(module, graph)
+
+
+def call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    """A call of one of the operations below at the graph's place of insertion.
+
+    The arguments are set after the node was made: ``create_node`` looks through those that it is given for symbolic
+    numbers, which takes longer than everything else that it does. A schedule has thousands of nodes.
+    """
+    node = graph.create_node("call_function", target)
+    node.args = args
+    return node
 
 
 def lazy_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:

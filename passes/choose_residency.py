@@ -119,14 +119,19 @@ class _Sharing:
         return tuple(claim for claim in found.values() if claim.nbytes)
 
     def _ring_bytes(self, free: int) -> int:
-        """Bytes of the staging ring: two of the weights that most bytes lie in, at most a quarter of what is free.
-
-        Weights larger than that (an output layer) go through it in chunks. All graphs share the ring, so it is as
-        long as others made it unless that takes more than half.
-        """
-        typical = _WINDOW * _typical([_aligned(value_bytes(weight, self._context)) for weight in self._weights])
-        ring = max(self._smallest, min(typical, free // 4 // SLOT_ALIGNMENT * SLOT_ALIGNMENT))
+        """All graphs share the ring, so it is as long as others made it unless that takes more than half."""
+        sizes = [value_bytes(weight, self._context) for weight in self._weights]
+        ring = staging_ring_bytes(sizes, free, self._smallest)
         return max(ring, self._context.ring_bytes if self._context.ring_bytes <= free // 2 else 0)
+
+
+def staging_ring_bytes(weight_bytes: Sequence[int], free: int, smallest: int = 0) -> int:
+    """Bytes of the staging ring: two of the weights that most bytes lie in, at most a quarter of what is free.
+
+    Weights larger than that (an output layer) go through it in chunks.
+    """
+    typical = _WINDOW * _typical([_aligned(nbytes) for nbytes in weight_bytes])
+    return max(smallest, min(typical, free // 4 // SLOT_ALIGNMENT * SLOT_ALIGNMENT))
 
 
 def _typical(sizes: Sequence[int]) -> int:

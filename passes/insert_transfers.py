@@ -121,9 +121,9 @@ class _Inserter:
         for user, operand in crossings:
             readers.setdefault(versions[user, operand], []).append(user)
         for key in early:
-            self._down.update(self._download([key], before=self._earliest(readers[key])))
+            self._down.update(self._download([key], before=min(readers[key])))
         for keys in self._late_transfers([key for key in together if key not in early]):
-            self._down.update(self._download(keys, before=self._earliest(list(late))))
+            self._down.update(self._download(keys, before=min(late)))
         for user, operand in crossings:
             user.replace_input_with(operand, self._down[versions[user, operand]])
 
@@ -154,11 +154,6 @@ class _Inserter:
                 for key in info(user).writes:
                     written[key] = written.get(key, 0) + 1
         return versions
-
-    def _earliest(self, readers: list[fx.Node]) -> fx.Node:
-        wanted = set(readers)
-        found: fx.Node = next(node for node in self._graph.nodes if node in wanted)
-        return found
 
     def _crossings(self, reads: Side, lies: Side) -> list[tuple[fx.Node, fx.Node]]:
         return [

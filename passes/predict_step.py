@@ -160,6 +160,15 @@ def trip_s(linear: fx.Node, context: Context) -> float:
     return down_s + profile.synchronise_s + profile.link.view_s + _untold_trip_s(context)
 
 
+def least_trip_s(linear: fx.Node, context: Context) -> float:
+    """The least that a trip costs: whichever way its result goes up, and no way down for what lies on the host."""
+    link = context.profile.link
+    untold_s, up_s = _untold_trip_s(context), min(link.view_s, link.up.latency_s)
+    if info(linear.all_input_nodes[0]).side != "accelerator":
+        return untold_s + up_s
+    return trip_s(linear, context) - link.view_s + up_s
+
+
 def _untold_trip_s(context: Context) -> float:
     """What a trip's measured fixed cost holds beyond its own tasks: latencies, and work of the host thread."""
     profile = context.profile
