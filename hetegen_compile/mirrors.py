@@ -236,8 +236,9 @@ class Mirrors:
         """Standing answers were given without touching what they stand on."""
         for standing, found in self._standing.items():
             for record, parts in found:
-                for one in (record, *parts):
-                    one.used = max(one.used, standing.used)
+                record.used = max(record.used, standing.used)
+                for held in parts:
+                    held.used = max(held.used, standing.used)
 
     def _drop_unused_parts(self, record: _Record) -> int:
         """Drop what earlier plans held of a storage that this step uses; returns the bytes."""
