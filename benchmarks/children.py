@@ -8,6 +8,7 @@ threads go to its log) and killed with its own children.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import os
@@ -22,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 _LOG_CHARACTERS = 3000
+_DIE_WITH_PARENT = 1
+"""``PR_SET_PDEATHSIG`` of Linux: a killed child's own children do not go on alone."""
+
 _FRAMES_S = 1.0
 """Seconds that a hanging child gets to write down its frames."""
 
@@ -95,6 +99,7 @@ def run_child(module: str, argument: Mapping[str, Any], *, limit_s: float, files
 
 def child_main(work: Callable[[dict[str, Any], Notebook], None]) -> int:
     """The whole of a child: its argument and its notes from the command line; 1 and a note if ``work`` raises."""
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     notebook = Notebook(Path(sys.argv[2]))

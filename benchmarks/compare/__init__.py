@@ -7,7 +7,7 @@ The model has a published shape and random weights that are made on the spot. Ev
 
     hetegen          the plan of the cost model
     all streamed     the same residency, everything else streamed ahead (``override_split(0.0)``)
-    host rows        the same residency, everything else computed where it lies (``override_split(1.0)``)
+    host rows        every Linear computed on the host, the rest on the accelerator (``override_split(1.0)``)
     CPU, Inductor    ``torch.compile`` on the host alone
     Accelerate       ``cpu_offload``: module by module, whatever the limit is
     Accelerate map   a device map that fills the limit, the rest offloaded

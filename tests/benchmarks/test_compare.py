@@ -87,7 +87,7 @@ def test_each_way_and_limit_is_a_child(tmp_path: Path) -> None:
     ("outcome", "note"),
     [
         (Outcome("failed", 1.0, {"error": "OptionError: no"}, "exit status 1\nlog"), "failed: OptionError: no"),
-        (Outcome("timeout", 9.0, {"rows": [ROWS[1].to_json()]}, "killed after its limit of 9 s\nlog"), "timeout: killed"),
+        (Outcome("timeout", 9.0, {"rows": [ROWS[1].to_json()]}, "killed after 9 s\nlog"), "timeout: killed"),
     ],
 )
 def test_a_child_that_fails_leaves_a_row_that_says_why(
