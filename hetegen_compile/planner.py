@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -104,6 +104,7 @@ class Planner:
         self._profile = profile
         self._segments = segments
         self._tokens = token_count(module)
+        self._needed: dict[Hashable, int] = {}
 
     def plan_bucket(
         self, bucket: Bucket, sizes: Sizes, target: Target, weights: Mapping[str, Tensor]
@@ -168,16 +169,19 @@ class Planner:
         """Run the stages that do not depend on the split until residency leaves room for its own schedule.
 
         What a schedule needs for activations depends on the residency that it was made with, so the first is decided
-        with an estimate and the next with what the schedule before needed.
+        with an estimate and the next with what the schedule before needed. Another plan for the same sizes begins
+        with that.
 
         Raises:
             BudgetError: the leanest residency does not fit.
         """
+        made_for = context.bucket, frozenset(context.sizes.items()), frozenset(context.largest.items())
+        found = None
         with contextlib.suppress(BudgetError):  # an estimate may ask for too much
-            found = self._settled(context)
-            if found is not None:
-                return found
-        return self._within_tight_budget(context)
+            found = self._settled(replace(context, activation_bytes=self._needed.get(made_for)))
+        module, done = found if found is not None else self._within_tight_budget(context)
+        self._needed[made_for] = require(done.memory, "measure_memory").peak_bytes(done.room)
+        return module, done
 
     def _within_tight_budget(self, context: Context) -> tuple[fx.GraphModule, Context]:
         """The same, begun with what the leanest residency (no weights, the smallest ring) needs.

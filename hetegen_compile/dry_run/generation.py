@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 from torch import nn
@@ -121,12 +122,12 @@ def _plan_both(traced: TracedGeneration, machine: Machine, last: int) -> tuple[l
     """
     if traced.decode is None:
         return _plan_forward(traced.prefill, machine, PlannedWeights(), traced.hint, traced.hint), []
-    spare = 0
+    spare, prefill, decode = 0, list[PlannedGraph](), list[PlannedGraph]()
     while True:
-        resident = PlannedWeights()
-        decode = _plan_forward(traced.decode, replace(machine, reserved_bytes=spare), resident, traced.hint, last)
+        resident, less = PlannedWeights(), replace(machine, reserved_bytes=spare)
+        decode = _plan_forward(traced.decode, less, resident, traced.hint, last, decode)
         held = dict(resident.first_rows)
-        prefill = _plan_forward(traced.prefill, machine, resident, traced.hint, traced.hint)
+        prefill = _plan_forward(traced.prefill, machine, resident, traced.hint, traced.hint, prefill)
         if resident.first_rows == held:
             return prefill, decode
         more = max(1, _fixed_bytes(prefill) - _fixed_bytes(decode))
@@ -143,9 +144,18 @@ def _fixed_bytes(planned: Sequence[PlannedGraph]) -> int:
 
 
 def _plan_forward(
-    forward: TracedForward, machine: Machine, resident: PlannedWeights, hint: int, size: int
+    forward: TracedForward,
+    machine: Machine,
+    resident: PlannedWeights,
+    hint: int,
+    size: int,
+    earlier: Sequence[PlannedGraph] = (),
 ) -> list[PlannedGraph]:
-    return [plan_graph(graph, machine, resident, sizes_at(graph, hint, size)) for graph in forward.graphs]
+    planners = [one.planner for one in earlier]
+    return [
+        plan_graph(graph, machine, resident, sizes_at(graph, hint, size), planner)
+        for graph, planner in zip_longest(forward.graphs, planners)
+    ]
 
 
 def _dtype_of(model: nn.Module) -> str:

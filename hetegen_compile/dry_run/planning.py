@@ -178,14 +178,19 @@ class PlannedGraph:
 
 
 def plan_graph(
-    graph: TracedGraph, machine: Machine, resident: PlannedWeights, sizes: Sizes | None = None
+    graph: TracedGraph,
+    machine: Machine,
+    resident: PlannedWeights,
+    sizes: Sizes | None = None,
+    planner: Planner | None = None,
 ) -> PlannedGraph:
     """The plan of one captured graph at ``sizes`` (default: those it was captured with).
 
-    What it keeps on the accelerator is added to ``resident``.
+    What it keeps on the accelerator is added to ``resident``. The ``planner`` of an earlier plan of the graph knows
+    already what its schedules need.
     """
     sizes = graph.sizes if sizes is None else sizes
-    planner = Planner(
+    planner = planner or Planner(
         graph.module, options=machine.options, profile=machine.profile, segments=SegmentCache(_never, {})
     )
     target = Target(
