@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from hetegen_compile.cost_model import Chain, Trip, balance_along, relax, row_granularity
-from hetegen_compile.ir import copy_module, info
+from hetegen_compile.ir import info
 from hetegen_compile.passes.choose_splits import (
     block_splits,
     choose_splits,
@@ -30,9 +30,8 @@ from hetegen_compile.passes.choose_splits import (
 )
 from hetegen_compile.passes.context import Block, Context, LinearPlan, Splits, require
 from hetegen_compile.passes.predict_step import node_work, trip_s
-from hetegen_compile.pipeline import ONCE_PER_SPLIT, run_pipeline
+from hetegen_compile.trials import Trials
 
-_ONCE_DECIDED = ("measure_memory", "verify", "retarget_devices", "lower")
 _ROUNDS = 2
 _CLOSE = 0.01
 
@@ -57,22 +56,22 @@ class _Candidate:
     chain_s: float = 0.0
 
 
-def balanced_splits(module: fx.GraphModule, context: Context) -> Splits:
-    """The rows of every Linear; with ``split="auto"`` those of the shortest simulated step."""
+def balanced_splits(module: fx.GraphModule, context: Context, trials: Trials) -> Splits:
+    """The rows of every Linear; with ``split="auto"`` those of the shortest simulated step (one of ``trials``)."""
     splits = choose_splits(module, context)
     trips = trips_of(module)
     chain = step_chain(module, trips, context)
     if context.options.split != "auto" or not any(trip.link_s for trip in chain.trips):
         return splits
     nothing = _with_shares(trips, [0.0] * len(trips), context)
-    candidates = [_Candidate(nothing, simulated_step_s(module, context, nothing))]
+    candidates = [_Candidate(nothing, trials.step_s(context, nothing, keep=True))]
     if context.options.pair_mlp is not True:
         if any(plan.host for plan in splits.values()):
-            candidates.append(_Candidate(splits, simulated_step_s(module, context, splits)))
-        candidates += _balanced(module, context, trips, chain)
+            candidates.append(_Candidate(splits, trials.step_s(context, splits, keep=True)))
+        candidates += _balanced(trials, context, trips, chain)
     paired = _promising(module, context, trips, chain)
     if paired is not None:
-        candidates += _balanced(module, context, *paired)
+        candidates += _balanced(trials, context, *paired)
     return min(candidates, key=lambda candidate: candidate.step_s).splits
 
 
@@ -98,30 +97,30 @@ def promising_blocks(module: fx.GraphModule, context: Context) -> Splits | None:
     return _with_shares(paired, balance_along(chain, relax(chain).opened), context)
 
 
-def _balanced(module: fx.GraphModule, context: Context, trips: Trips, chain: Chain) -> list[_Candidate]:
+def _balanced(trials: Trials, context: Context, trips: Trips, chain: Chain) -> list[_Candidate]:
     """The trips that are worth it, or all, balanced along the chain; the better of the two also refined."""
     every = frozenset(range(len(trips)))
-    first = {chosen: _tried(module, context, trips, chain, chosen) for chosen in {relax(chain).opened, every} if chosen}
+    first = {chosen: _tried(trials, context, trips, chain, chosen) for chosen in {relax(chain).opened, every} if chosen}
     chosen = min(first, key=lambda one: first[one].step_s)
-    return [*first.values(), *_refined(module, context, trips, chain, chosen, first[chosen])]
+    return [*first.values(), *_refined(trials, context, trips, chain, chosen, first[chosen])]
 
 
 def _tried(
-    module: fx.GraphModule, context: Context, trips: Trips, chain: Chain, opened: Collection[int]
+    trials: Trials, context: Context, trips: Trips, chain: Chain, opened: Collection[int]
 ) -> _Candidate:
     shares = balance_along(chain, opened)
     splits = _with_shares(trips, shares, context)
-    return _Candidate(splits, simulated_step_s(module, context, splits), chain.step_s(shares))
+    return _Candidate(splits, trials.step_s(context, splits), chain.step_s(shares))
 
 
 def _refined(
-    module: fx.GraphModule, context: Context, trips: Trips, chain: Chain, opened: Collection[int], last: _Candidate
+    trials: Trials, context: Context, trips: Trips, chain: Chain, opened: Collection[int], last: _Candidate
 ) -> list[_Candidate]:
     """Shares for the opened trips, chosen again with what the simulation took longer than the chain."""
     found: list[_Candidate] = []
     while len(found) < _ROUNDS and abs(last.step_s - last.chain_s) > _CLOSE * last.step_s:
         chain = replace(chain, serial_s=max(0.0, chain.serial_s + last.step_s - last.chain_s))
-        previous, last = last, _tried(module, context, trips, chain, opened)
+        previous, last = last, _tried(trials, context, trips, chain, opened)
         found.append(last)
         if last.step_s > previous.step_s:
             break
@@ -186,15 +185,3 @@ def _host_rows(node: fx.Node, share: float, context: Context) -> int:
 
 def _nearest(share: float, rows: int, step: int) -> int:
     return rows if share >= 1.0 else min(rows, round(share * rows / step) * step)
-
-
-def simulated_step_s(module: fx.GraphModule, context: Context, splits: Splits) -> float:
-    """Seconds of a step of a grouped graph with these splits, through the same passes as the real one."""
-    _, context = _scheduled(module, context, splits)
-    return require(context.prediction, "predict_step").step_s
-
-
-def _scheduled(module: fx.GraphModule, context: Context, splits: Splits) -> tuple[fx.GraphModule, Context]:
-    copy = copy_module(module)
-    stages = tuple(stage for stage in ONCE_PER_SPLIT if stage.run.__name__ not in _ONCE_DECIDED)
-    return copy, run_pipeline(copy, replace(context, splits=splits), stages)

@@ -163,8 +163,11 @@ def forced_host_rows(rows: int, context: Context) -> int:
 def table_only(placeholder: fx.Node, context: Context) -> bool:
     """Whether a parameter is only an embedding table that stays on the host.
 
-    It does where the rows that are looked up are fewer bytes than the table, or where it is a Linear's weight too.
+    It does where the rows that are looked up are fewer bytes than the table, or where it is a Linear's weight too,
+    unless everything fits.
     """
+    if context.residency is not None and placeholder.name in context.residency.tables:
+        return False
     value = info(placeholder).value
     lookups = [user for user in placeholder.users if "embedding" in info(user).aten]
     if not lookups or placeholder.name not in context.weights or info(placeholder).writes:

@@ -164,6 +164,7 @@ class Residency:
         first_rows: first resident row of every claimed weight, those of other graphs included (a weight of no
             resident row is not in it).
         mirrored: bytes of the mirrors that the step reads, an expression over the graph's sizes.
+        tables: embedding tables that are mirrored, too, because everything fits: nothing is left to the host.
     """
 
     weights: Mapping[str, int]
@@ -174,6 +175,7 @@ class Residency:
     claims: Sequence[Claim] = ()
     first_rows: Mapping[Hashable, int] = field(default_factory=dict)
     mirrored: sympy.Expr = sympy.Integer(0)
+    tables: frozenset[str] = frozenset()
 
     @property
     def step_bytes(self) -> int:
