@@ -26,6 +26,7 @@ from hetegen_compile.passes.context import (
     OTHERS,
     RESIDENT,
     RING,
+    Block,
     Claim,
     Context,
     Residency,
@@ -61,6 +62,11 @@ class _Sharing:
         self._tables = {node.name: 0 if node in weights else value_bytes(node, context) for node in tables}
         self._keys = {weight: context.resident.identify(context.weights[weight.name]) for weight in weights}
 
+    @property
+    def _pairs(self) -> bool:
+        """Whether the options have every block cut, which the host takes part in."""
+        return self._context.options.pair_mlp is True and bool(self._context.blocks)
+
     def decide(self) -> Residency:
         own = sum(self._fixed.values())
         others = self._context.resident.claims()
@@ -81,7 +87,7 @@ class _Sharing:
         wanted = {claim.key: claim.nbytes for graph in (*others, claims) for claim in graph}
         shared_ring = self._context.ring_bytes if self._context.ring_bytes <= free else 0
         left = free - shared_ring - sum(wanted.values())
-        if left >= 0 and not forced_split(self._context):
+        if left >= 0 and not (forced_split(self._context) or self._pairs):
             budget = {**fixed, **({RING: shared_ring} if shared_ring else {}), RESIDENT: _nbytes(claims)}
             found = self._residency(claims, residency_shares([*others, claims], free), shared_ring, budget, whole=True)
             return self._with_tables(found, left)
@@ -110,13 +116,30 @@ class _Sharing:
     def _claims(self) -> tuple[Claim, ...]:
         """What each different weight asks for; the rows of a forced host share stay on the host."""
         found: dict[Hashable, Claim] = {}
+        blocks = self._blocks_of()
+        gains = {linear: _gain(linear, self._context) for linear in self._weights.values()}
         for weight, linear in self._weights.items():
+            block = blocks.get(linear)
+            if block is not None and self._pairs:
+                continue
             value = info(weight).value
             rows, row_bytes = int(value.shape[0]), int(value.shape[1]) * int(value.element_size())
             first = forced_host_rows(rows, self._context)
-            claim = Claim(self._keys[weight], rows, first, row_bytes, _gain(linear, self._context))
+            gain = sum(map(gains.__getitem__, block or [linear])) / sum(_bytes_of(one) for one in block or [linear])
+            unit = None if block is None else self._keys[block[-1].args[1]]  # type: ignore[index]
+            claim = Claim(self._keys[weight], rows, first, row_bytes, gain, unit)
             found.setdefault(claim.key, claim)
         return tuple(claim for claim in found.values() if claim.nbytes)
+
+    def _blocks_of(self) -> dict[fx.Node, list[fx.Node]]:
+        """For the Linears of each block that may be cut as one, all of its Linears."""
+        linears = {info(linear).position: linear for linear in self._weights.values()}
+        blocks = [
+            block for block in self._context.blocks
+            if set(block.linears) <= linears.keys() and (self._pairs or _saves_a_trip(block, self._context))
+        ]
+        members = [[linears[position] for position in block.linears] for block in blocks]
+        return {linear: nodes for nodes in members for linear in nodes}
 
     def _ring_bytes(self, free: int) -> int:
         """All graphs share the ring, so it is as long as others made it unless that takes more than half."""
@@ -167,9 +190,19 @@ def _budget_error(fixed: Mapping[str, int], smallest: int, context: Context) -> 
     )
 
 
+def _saves_a_trip(block: Block, context: Context) -> bool:
+    """Whether the trip that a block saves costs more than what the host does between its Linears for it, in decode."""
+    return context.profile.fixed_s_per_split > len(block.region) * context.profile.host.launch_s
+
+
+def _bytes_of(linear: fx.Node) -> int:
+    value = info(linear.args[1]).value  # type: ignore[arg-type]
+    return int(value.numel()) * int(value.element_size())
+
+
 def _gain(linear: fx.Node, context: Context) -> float:
-    """Seconds of a decode step that keeping this Linear's weight resident saves, per byte."""
+    """Seconds of a decode step that keeping this Linear's weight resident saves."""
     cost = linear_cost(linear, context, tokens=1)
     weight: fx.Node = linear.args[1]  # type: ignore[assignment]
     rows = int(info(weight).value.shape[0])
-    return (best_split(rows, cost, context).makespan_s - cost.accelerator_s) / max(1, cost.weight_bytes)
+    return best_split(rows, cost, context).makespan_s - cost.accelerator_s
