@@ -29,6 +29,7 @@ from hetegen_compile import ir
 from hetegen_compile.ir import NodeInfo, Side, annotate, info, is_tensor
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.capture import tensors_in
+from hetegen_compile.passes.completing import completing_s, late_readers
 from hetegen_compile.passes.context import Context
 
 LARGE_DOWNLOAD_BYTES = 1 << 20
@@ -70,6 +71,8 @@ def value_side(node: fx.Node) -> Side | None:
 
 _Version = tuple[fx.Node, int]
 """A value and how often it has been written in place."""
+_Transfer = tuple[list[_Version], fx.Node]
+"""What one download brings, and the node that it is put before."""
 
 
 class _Inserter:
@@ -101,18 +104,59 @@ class _Inserter:
             if not self._read_where_it_lies(user, operand)
         ]
         versions = self._versions()
-        late = _late_readers(self._graph)
+        late = late_readers(self._graph)
         early = dict.fromkeys((operand, versions[user, operand]) for user, operand in crossings if user not in late)
         together = dict.fromkeys((operand, versions[user, operand]) for user, operand in crossings if user in late)
         readers: dict[_Version, list[fx.Node]] = {}
         for user, operand in crossings:
             readers.setdefault((operand, versions[user, operand]), []).append(user)
-        for key in early:
-            self._down.update(self._download([key], before=self._earliest(readers[key])))
-        for keys in self._late_transfers([key for key in together if key not in early]):
+        transfers = [([key], self._earliest(readers[key])) for key in early]
+        self._join_in(transfers, [key for key in together if key not in early], late)
+        for keys, before in transfers:
+            self._down.update(self._download(keys, before))
+        for keys in self._late_transfers([key for key in together if key not in self._down]):
             self._down.update(self._download(keys, before=self._earliest(list(late))))
         for user, operand in crossings:
             user.replace_input_with(operand, self._down[operand, versions[user, operand]])
+
+    def _join_in(self, transfers: list[_Transfer], together: list[_Version], late: set[fx.Node]) -> None:
+        """Add to ``transfers`` what host work needs that only completes the results (``completing``).
+
+        What is made between two segments goes with the next transfer, or in one of its own if none follows before
+        more is made.
+        """
+        place = {node: position for position, node in enumerate(self._graph.nodes)}
+        groups = self._of_one_level([key for key in together if self._completes(key, late)])
+        made = [max(place[operand] for operand, _ in group) for group in groups]
+        for group, since, until in zip(groups, made, [*made[1:], len(place)], strict=True):
+            joined = next((keys for keys, before in transfers if since < place[before] <= until), None)
+            if joined is not None:
+                joined += group
+            elif self._pays([operand for operand, _ in group], late):
+                last = max((operand for operand, _ in group), key=place.__getitem__)
+                transfers.append((group, last.next))
+
+    def _of_one_level(self, keys: list[_Version]) -> list[list[_Version]]:
+        """Keys in groups: those between the same two segments."""
+        level = 0
+        levels: dict[fx.Node, int] = {}
+        for node in self._graph.nodes:
+            level += node.op == "call_module"
+            levels[node] = level
+        found: dict[int, list[_Version]] = {}
+        for key in sorted(keys, key=lambda key: levels[key[0]]):
+            found.setdefault(levels[key[0]], []).append(key)
+        return list(found.values())
+
+    def _completes(self, key: _Version, late: set[fx.Node]) -> bool:
+        """Whether late work on the host needs the value, and nothing writes it."""
+        written = any(info(node).writes & info(key[0]).storages for node in self._graph.nodes)
+        return not written and completing_s([key[0]], late, self._context) > 0
+
+    def _pays(self, values: list[fx.Node], late: set[fx.Node]) -> bool:
+        """Whether the work is worth a transfer of its own."""
+        profile = self._context.profile
+        return completing_s(values, late, self._context) > 2 * (profile.synchronise_s + profile.accelerator.launch_s)
 
     def _late_transfers(self, keys: list[_Version]) -> list[list[_Version]]:
         """Small values in one transfer; each large one by itself, so that it need not be kept to the end."""
@@ -193,16 +237,6 @@ def _download_info(operands: list[fx.Node]) -> NodeInfo:
 def _moved(operand: fx.Node) -> NodeInfo:
     notes = info(operand)
     return NodeInfo(value=notes.value, module=notes.module, position=notes.position)
-
-
-def _late_readers(graph: fx.Graph) -> set[fx.Node]:
-    """What comes after the accelerator's last node: the output and the host nodes that only complete it."""
-    late: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        if info(node).side == "accelerator":
-            break
-        late.add(node)
-    return late
 
 
 __all__ = ["insert_transfers", "operand_side", "value_side"]
