@@ -18,6 +18,7 @@ from hetegen_compile.cost_model import Chain, Trip, balance_along, relax, row_gr
 from hetegen_compile.ir import LINEAR, copy_module, info
 from hetegen_compile.passes.choose_splits import choose_splits, feed_s, with_host_rows
 from hetegen_compile.passes.context import Context, Splits, require
+from hetegen_compile.passes.fit_ring import fit_ring
 from hetegen_compile.passes.predict_step import node_work, trip_s
 from hetegen_compile.pipeline import ONCE_PER_SPLIT, run_pipeline
 
@@ -59,7 +60,7 @@ def _tried(
     module: fx.GraphModule, context: Context, trips: Trips, chain: Chain, opened: Collection[int]
 ) -> _Candidate:
     shares = balance_along(chain, opened)
-    splits = _with_shares(trips, shares, context)
+    splits = fit_ring(module, _with_shares(trips, shares, context), context)
     return _Candidate(splits, simulated_step_s(module, context, splits), chain.step_s(shares))
 
 

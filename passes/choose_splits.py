@@ -91,10 +91,14 @@ def with_host_rows(node: fx.Node, host: int, context: Context) -> LinearPlan:
     rows = int(value.shape[0])
     first = max(host, residency.weights.get(weight.name, rows))
     row_bytes = int(value.shape[1]) * value.element_size()
-    most = residency.chunk_bytes
-    chunk_bytes = min(most, STAGED_CHUNK_BYTES) if weight.name in context.staged else most
-    streamed = _chunks(host, first, chunk_bytes, row_bytes)
+    streamed = _chunks(host, first, chunk_bytes(weight, context), row_bytes)
     return LinearPlan(rows, host, streamed, (first, rows) if first < rows else None)
+
+
+def chunk_bytes(weight: fx.Node, context: Context) -> int:
+    """Most bytes of one prefetch of a weight."""
+    most = require(context.residency, "choose_residency").chunk_bytes
+    return min(most, STAGED_CHUNK_BYTES) if weight.name in context.staged else most
 
 
 def _plan(node: fx.Node, costs: Costs, residency: Residency, context: Context) -> LinearPlan:

@@ -128,7 +128,8 @@ class _Inserter:
         place = {node: position for position, node in enumerate(self._graph.nodes)}
         groups = self._of_one_level([key for key in together if self._completes(key, late)])
         made = [max(place[operand] for operand, _ in group) for group in groups]
-        for group, since, until in zip(groups, made, [*made[1:], len(place)], strict=True):
+        for i, (group, since) in enumerate(zip(groups, made, strict=True)):
+            until = made[i + 1] if i + 1 < len(made) else len(place)
             joined = next((keys for keys, before in transfers if since < place[before] <= until), None)
             if joined is not None:
                 joined += group

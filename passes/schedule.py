@@ -32,6 +32,7 @@ from hetegen_compile.passes.capture import tensors_in
 from hetegen_compile.passes.choose_residency import SLOT_ALIGNMENT
 from hetegen_compile.passes.completing import RUN_AHEAD, complete_early
 from hetegen_compile.passes.context import Context, require
+from hetegen_compile.passes.fit_ring import LEAST_USED
 from hetegen_compile.passes.insert_transfers import operand_side
 
 _RANK = {
@@ -54,7 +55,8 @@ _PINNED_WINDOW = 4  # slots of the largest size that the pinned ring holds
 def schedule(module: fx.GraphModule, context: Context) -> None:
     """Assign slots and put the graph's nodes into issue order."""
     residency = require(context.residency, "choose_residency")
-    assign_slots(module.graph, residency.ring_bytes)
+    sizes = [slot_bytes(node) for node in module.graph.find_nodes(op="call_function", target=ir.PREFETCH)]
+    assign_slots(module.graph, shortest_ring(sizes, residency.ring_bytes))
     assign_slots(module.graph, pinned_ring_bytes(module.graph), ir.STAGE, freed_by=prefetch_of)
     reorder(module.graph, context)
 
@@ -83,6 +85,26 @@ def assign_slots(
         fill.update_arg(3, lo)
         fill.update_arg(4, [free for _, _, free in overwritten])
         head = hi
+
+
+def shortest_ring(sizes: list[int], ring_bytes: int) -> int:
+    """The least bytes of a ring in which slots of these sizes take as many laps as in one of ``ring_bytes``.
+
+    The last slot of a step then ends near its end, where the first slot of the next step begins. All of the ring if
+    that leaves too much of it unused.
+    """
+    laps, low, high = _laps(sizes, ring_bytes), max(sizes, default=0), ring_bytes
+    while high - low > SLOT_ALIGNMENT:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _laps(sizes, middle) <= laps else (middle, high)
+    return high if high >= LEAST_USED * ring_bytes or laps == 1 else ring_bytes
+
+
+def _laps(sizes: list[int], ring_bytes: int) -> int:
+    laps, head = 1, 0
+    for nbytes in sizes:
+        laps, head = (laps, head + nbytes) if head + nbytes <= ring_bytes else (laps + 1, nbytes)
+    return laps
 
 
 def slot_bytes(prefetch: fx.Node) -> int:
