@@ -21,7 +21,8 @@ def baselines(module: fx.GraphModule, context: Context) -> dict[str, float | Non
 
     ``streamed``: the same residency, everything else streamed with prefetch. ``per_module``: the same residency,
     each other weight (embedding tables too) copied from pageable memory when its module is called and waited for.
-    ``per_linear``: host and link balanced inside each Linear, as if it were alone. ``host_only``: everything on the
+    ``per_linear``: host and link balanced inside each Linear as if it were alone, each with a trip of its own.
+    ``host_only``: everything on the
     host, the link idle. ``resident``: everything on the accelerator, None if that
     does not fit its memory.
     """
@@ -43,8 +44,8 @@ def _streamed_s(module: fx.GraphModule, context: Context) -> float:
 
 
 def _per_linear_s(module: fx.GraphModule, context: Context) -> float:
-    """The simulated step with each Linear balanced by itself, as if it were alone."""
-    context = replace(context, options=replace(context.options, split="auto"))
+    """The simulated step with each Linear balanced by itself, as if it were alone: no trip is shared."""
+    context = replace(context, options=replace(context.options, split="auto"), share_trips=False)
     return simulated_step_s(module, context, choose_splits(module, context))
 
 

@@ -1,7 +1,8 @@
 """The schedule's own operations and the notes that nodes carry. A leaf of the project.
 
 Two-node asynchronous IR: one node starts (``prefetch``, ``to_host``, ``to_accelerator``), one waits
-(``wait``, ``wait_host``). A ``stage`` starts copying rows into the pinned ring; the prefetch that reads them
+(``wait``, ``wait_host``, ``wait_accelerator``). Activations go either way as lists: what shares a trip is one transfer.
+A ``stage`` starts copying rows into the pinned ring; the prefetch that reads them
 waits for it. A prefetch for the start of the next step is started by ``prefetch_ahead`` at the end of a step and
 taken over by ``carried`` in the next. The operations are declared through ``torch.library``, so a scheduled graph
 can be propagated with fake tensors and, with the kernels given here, run synchronously as a reference. In a bound
@@ -86,11 +87,23 @@ def is_tensor(node: fx.Node) -> bool:
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:
     """The graph with the notes on its nodes copied; parameters and submodules are shared."""
     graph = fx.Graph()
-    mapped: dict[fx.Node, fx.Node] = {}
-    result = graph.graph_copy(module.graph, mapped)
-    output = graph.output(result)
-    output.meta = dict(next(iter(reversed(module.graph.nodes))).meta)
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        copy = copies[node] = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+        copy.args, copy.kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)  # later: see ``call``
+        copy.meta = dict(node.meta)
     return lazy_module(module, graph)
+
+
+def call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    """A call of one of the operations below at the graph's place of insertion.
+
+    The arguments are set after the node was made: ``create_node`` looks through those that it is given for symbolic
+    numbers, which takes longer than everything else that it does. A schedule has thousands of nodes.
+    """
+    node = graph.create_node("call_function", target)
+    node.args = args
+    return node
 
 
 def lazy_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
@@ -126,7 +139,8 @@ _SCHEMAS = {
     "release": "(Tensor transfer) -> Tensor",
     "to_host": "(Tensor[] xs) -> Tensor[]",
     "wait_host": "(Tensor[] transfer) -> Tensor[]",
-    "to_accelerator": "(Tensor x) -> Tensor",
+    "to_accelerator": "(Tensor[] xs) -> Tensor[]",
+    "wait_accelerator": "(Tensor[] transfer) -> Tensor[]",
     "host_linear": "(Tensor x, Tensor weight, Tensor? bias, int lo, int hi, int dim) -> Tensor",
     "partial_linear": "(Tensor x, Tensor rows, Tensor? bias, int lo, int hi, int dim) -> Tensor",
     "join": "(Tensor[] parts, int dim) -> Tensor",
@@ -200,7 +214,8 @@ _KERNELS = {
     "release": lambda transfer: transfer.new_empty(0),
     "to_host": lambda xs: [x.clone() for x in xs],
     "wait_host": lambda transfer: [x.clone() for x in transfer],
-    "to_accelerator": lambda x: x.clone(),
+    "to_accelerator": lambda xs: [x.clone() for x in xs],
+    "wait_accelerator": lambda transfer: [x.clone() for x in transfer],
     "host_linear": _host_linear,
     "partial_linear": lambda x, rows, bias, lo, hi, dim: linear_rows(x, rows, bias, lo, hi, dim).clone(),
     "join": lambda parts, dim: join_parts(parts, dim).clone(),
@@ -225,6 +240,7 @@ RELEASE = OPS.release.default
 TO_HOST = OPS.to_host.default
 WAIT_HOST = OPS.wait_host.default
 TO_ACCELERATOR = OPS.to_accelerator.default
+WAIT_ACCELERATOR = OPS.wait_accelerator.default
 HOST_LINEAR = OPS.host_linear.default
 PARTIAL_LINEAR = OPS.partial_linear.default
 JOIN = OPS.join.default
@@ -232,6 +248,7 @@ WRITE_BACK = OPS.write_back.default
 TWIN = OPS.twin.default
 
 for _op in (
-    STAGE, PREFETCH, PREFETCH_AHEAD, CARRIED, WAIT, RELEASE, TO_HOST, WAIT_HOST, TO_ACCELERATOR, WRITE_BACK, TWIN,
+    STAGE, PREFETCH, PREFETCH_AHEAD, CARRIED, WAIT, RELEASE, TO_HOST, WAIT_HOST, TO_ACCELERATOR, WAIT_ACCELERATOR,
+    WRITE_BACK, TWIN,
 ):
     fx.node.has_side_effect(_op)

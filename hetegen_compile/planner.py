@@ -6,6 +6,7 @@ A compiled graph (``compiled.py``) binds the schedules that it makes to an accel
 from __future__ import annotations
 
 import bisect
+import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -44,7 +45,7 @@ BUCKET_LIMITS = (1, 4, 16, 64, 256)
 """Highest number of tokens of each bucket but the last, which is open."""
 
 _ATTEMPTS = 3
-"""Residencies that are tried before the leanest is taken."""
+"""Residencies that are tried, each with what the schedule of the one before needed."""
 
 Sizes = dict[sympy.Symbol, sympy.Integer]
 Split = float | Literal["auto"]
@@ -161,28 +162,52 @@ class Planner:
     def _within_budget(self, context: Context) -> tuple[fx.GraphModule, Context]:
         """Run the stages that do not depend on the split until residency leaves room for its own schedule.
 
-        What a schedule needs for activations depends on the residency that it was made with. So the leanest
-        residency (no weights, the smallest ring) is scheduled first: if the budget holds that, there is a plan,
-        and the budget that it needs is the smallest that works.
+        What a schedule needs for activations depends on the residency that it was made with, so the first is decided
+        with an estimate and the next with what the schedule before needed.
 
         Raises:
             BudgetError: the leanest residency does not fit.
         """
+        with contextlib.suppress(BudgetError):  # an estimate may ask for too much
+            found = self._settled(context)
+            if found is not None:
+                return found
+        return self._within_tight_budget(context)
+
+    def _within_tight_budget(self, context: Context) -> tuple[fx.GraphModule, Context]:
+        """The same, begun with what the leanest residency (no weights, the smallest ring) needs.
+
+        If the budget holds that, there is a plan, and the budget that it needs is the smallest that works. Its schedule
+        has many small transfers and takes long to make, so it is made only where an estimate does not do.
+        """
         _, lean, needed = self._tried(replace(context, lean=True))
-        context = replace(context, activation_bytes=needed)
+        found = self._settled(replace(context, activation_bytes=needed))
+        if found is not None:
+            return found
+        lean_bytes = require(lean.memory, "measure_memory").peak_bytes(lean.room)
+        module, done, _ = self._tried(replace(context, lean=True, activation_bytes=lean_bytes))
+        return module, done
+
+    def _settled(self, context: Context) -> tuple[fx.GraphModule, Context] | None:
+        """The first residency of some that leaves room for its own schedule, None if none does.
+
+        One that was decided with an estimate is not taken unless that is exact: it may leave far too much room.
+
+        Raises:
+            BudgetError: the budget does not hold what ``context`` starts from.
+        """
         for attempt in range(_ATTEMPTS):
             try:
                 module, done, needed = self._tried(context)
             except BudgetError:
                 if attempt == 0:
                     raise
-                break
-            if needed <= require(done.residency, "choose_residency").budget[ACTIVATIONS]:
+                return None
+            reserved = require(done.residency, "choose_residency").budget[ACTIVATIONS]
+            if needed == reserved or (needed < reserved and context.activation_bytes is not None):
                 return module, done
             context = replace(context, activation_bytes=needed)
-        lean_bytes = require(lean.memory, "measure_memory").peak_bytes(lean.room)
-        module, done, _ = self._tried(replace(context, lean=True, activation_bytes=lean_bytes))
-        return module, done
+        return None
 
     def _tried(self, context: Context) -> tuple[fx.GraphModule, Context, int]:
         """A grouped graph, its context, and the bytes of activations that its schedule takes."""

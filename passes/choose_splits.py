@@ -36,7 +36,9 @@ def feed_s(linear: fx.Node, cost: NodeCost, context: Context) -> float:
 
 
 def best_split(rows: int, cost: NodeCost, context: Context, *, staged: bool = False) -> SplitSolution:
-    """The balance of host and link for one Linear none of whose rows are resident.
+    """The balance of host and link for one Linear none of whose rows are resident, as if it were alone.
+
+    So it pays for a whole trip; what Linears save that share one is seen by the balance over the step.
 
     The rows of a ``staged`` weight go through the pinned ring: the slower of pin thread and link feeds them.
     """

@@ -113,17 +113,14 @@ class _Waits:
 
     def _between(self, busy: list[fx.Node], download: fx.Node, following: fx.Node | None) -> list[fx.Node]:
         """Accelerator work that the next download waits for and that does not run beside host parts."""
-        end = len(self.place) if following is None else self.place[following]
+        end = len(busy) if following is None else bisect_right(busy, following)
         beside = {operand for one in (download, following) if one is not None for operand in one.all_input_nodes}
-        return [
-            node
-            for node in busy
-            if self.place[download] < self.place[node] < end
-            and not (node.target == ir.PARTIAL_LINEAR and node.args[0] in beside)
-        ]
+        between = busy[bisect_right(busy, download) : end]
+        return [node for node in between if node.target != ir.PARTIAL_LINEAR or node.args[0] not in beside]
 
     def _first_after(self, busy: list[fx.Node], downloads: list[fx.Node]) -> list[fx.Node]:
-        return next(([node] for node in busy if downloads and self.place[node] > self.place[downloads[0]]), [])
+        first = bisect_right(busy, downloads[0]) if downloads else len(busy)
+        return busy[first : first + 1]
 
 
 def _host_parts(download: fx.Node) -> list[fx.Node]:

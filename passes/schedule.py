@@ -47,6 +47,8 @@ _ACCELERATOR_RANK = 3
 _COMPLETING_RANK = 4
 _HOST_RANK = 5
 
+_WAITS = (ir.WAIT, ir.WAIT_HOST, ir.WAIT_ACCELERATOR)
+
 _MOST_DOWNLOADS = RUN_AHEAD
 """Downloads under way at once: each keeps its source on the accelerator."""
 _PINNED_WINDOW = 4  # slots of the largest size that the pinned ring holds
@@ -166,9 +168,7 @@ def _late_nodes(nodes: list[fx.Node], tasks: nx.DiGraph) -> set[fx.Node]:
     """
     late: set[fx.Node] = set()
     for node in reversed(nodes):
-        waits = node.target in (ir.WAIT, ir.WAIT_HOST) or (
-            node.target is operator.getitem and _source(node).target == ir.WAIT_HOST
-        )
+        waits = node.target in _WAITS or (node.target is operator.getitem and _source(node).target in _WAITS)
         others = set(tasks.successors(node)) - set(node.users) - _readers_of_late(node, late)
         if waits and all(other.target == ir.RELEASE for other in others):  # a release follows the readers anyway
             tasks.add_edges_from(

@@ -67,7 +67,7 @@ class _Splitter:
         self.graph.erase_node(self.node)
 
     def _call(self, target: object, args: tuple[object, ...], base: NodeInfo, **changes: object) -> fx.Node:
-        node = self.graph.call_function(target, args)  # type: ignore[arg-type]
+        node = ir.call(self.graph, target, args)
         changes = {"flops": sympy.Integer(0), "position": info(self.node).position, **changes}
         return annotate(node, base, module=info(self.node).module, reads=frozenset(), writes=frozenset(), **changes)
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from hetegen_compile.dry_run.forwards import TracedGeneration, trace_generation
 from hetegen_compile.dry_run.generation_plan import Generation, GenerationPlan
+from hetegen_compile.dry_run.heap import frozen_heap
 from hetegen_compile.dry_run.memory import accelerator_items, host_items, pinned_bytes
 from hetegen_compile.dry_run.models import NamedModel, named_model
 from hetegen_compile.dry_run.planning import (
@@ -73,9 +74,10 @@ def plan_generation(
     tell(f"planning for {machine.profile.name}")
     context = machine.options.context or prompt + new_tokens
     contexts = contexts_of(prompt, new_tokens) if traced.decode is not None else []
-    prefill, decode = _plan_both(traced, machine, max([context - 1, *contexts]))
-    times = {n: total([one.at(sizes_at(one.graph, traced.hint, n)) for one in decode]) for n in contexts}
-    first = total([as_planned(one) for one in prefill])
+    with frozen_heap():
+        prefill, decode = _plan_both(traced, machine, max([context - 1, *contexts]))
+        times = {n: total([one.at(sizes_at(one.graph, traced.hint, n)) for one in decode]) for n in contexts}
+        first = total([as_planned(one) for one in prefill])
     generated = batch * (new_tokens if named.generates else prompt)
     return GenerationPlan(
         model=named.name,

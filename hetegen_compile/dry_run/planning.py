@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from hetegen_compile.baselines import baselines
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.dry_run.fakes import Fakes
+from hetegen_compile.dry_run.heap import frozen_heap
 from hetegen_compile.dry_run.trace import TracedGraph, trace
 from hetegen_compile.floor import floor_s
 from hetegen_compile.graph_inputs import number, token_count
@@ -62,8 +63,9 @@ def plan(model: nn.Module, *args: Any, options: Mapping[str, object] | None = No
     fakes = Fakes()
     graphs = trace(fakes.copy(inner), fakes, fakes.copy(args), fakes.copy(kwargs)).graphs
     resident = PlannedWeights()
-    planned = [plan_graph(graph, machine, resident) for graph in graphs]
-    schedule = main_schedule(planned)
+    with frozen_heap():
+        planned = [plan_graph(graph, machine, resident) for graph in graphs]
+        schedule = main_schedule(planned)
     if (options or {}).get("print_schedule"):
         print(schedule.table(unfold=parsed.unfold), flush=True)
     return schedule
