@@ -34,7 +34,7 @@ from hetegen_compile.floor import Floor, floor, offloaded_together_s
 from hetegen_compile.graph_inputs import number, token_count
 from hetegen_compile.options import Options
 from hetegen_compile.passes.choose_residency import staging_ring_bytes
-from hetegen_compile.passes.context import RESIDENT, Residency, SegmentCache, require
+from hetegen_compile.passes.context import RESIDENT, RING, Residency, SegmentCache, require
 from hetegen_compile.planner import BucketPlan, PlannedStep, Planner, Target, bucket_of
 
 SHARES = (0.10, 0.25, 0.50, 0.75)
@@ -64,6 +64,7 @@ class Result:
     bytes_s: float
     accelerator_s: float
     path_s: float
+    thread_s: float
     together_s: float
     streamed_bytes: int
     host_bytes: int
@@ -76,7 +77,7 @@ class Result:
     @property
     def floor(self) -> Floor:
         """The bounds that the step is held against."""
-        return Floor(self.bytes_s, self.accelerator_s, self.path_s)
+        return Floor(self.bytes_s, self.accelerator_s, self.path_s, self.thread_s)
 
     @property
     def ratio(self) -> float:
@@ -104,7 +105,7 @@ class Work:
             hardware=profile.name, case=self.case, asked_share=share,
             resident_share=found.resident_bytes / total, ring_bytes=residency.ring_bytes,
             step_s=found.predicted_step_s, bytes_s=bounds.bytes_s, accelerator_s=bounds.accelerator_s,
-            path_s=bounds.path_s, together_s=offloaded_together_s(base.module, step.context),
+            path_s=bounds.path_s, thread_s=bounds.thread_s, together_s=offloaded_together_s(base.module, step.context),
             streamed_bytes=found.streamed_bytes, host_bytes=found.host_bytes,
         )  # fmt: skip
 
@@ -112,10 +113,10 @@ class Work:
         """Plan twice: the first tells what a step needs beside weights."""
         planner = Planner(self.graph.module, options=Options(), profile=profile, segments=SegmentCache(_never, {}))
         ring = staging_ring_bytes(self.full_weights, int(share * self.full_bytes))
-        base = self._planned(planner, profile, int(share * self.graph.weight_bytes) + ring + _ROOM_BYTES, ring)
+        base = self._planned(planner, profile, ring + _ROOM_BYTES, ring)
         weights = sum(site.weight_bytes for site in base.sites.values())
-        beside = sum(nbytes for item, nbytes in _residency(base).budget.items() if item != RESIDENT)
-        base = self._planned(planner, profile, int(share * weights) + beside, ring)
+        beside = sum(nbytes for item, nbytes in _residency(base).budget.items() if item not in (RESIDENT, RING))
+        base = self._planned(planner, profile, int(share * weights) + ring + beside, ring)
         return base, planner.plan_split(base, "auto", STAGES)
 
     def _planned(self, planner: Planner, profile: HardwareProfile, budget: int, ring: int) -> BucketPlan:

@@ -29,6 +29,10 @@ from hetegen_compile.passes.choose_splits import (
     with_host_rows,
 )
 from hetegen_compile.passes.context import Block, Context, LinearPlan, Splits, require
+<<<<<<< HEAD
+=======
+from hetegen_compile.passes.fit_ring import fit_ring
+>>>>>>> main
 from hetegen_compile.passes.predict_step import node_work, trip_s
 from hetegen_compile.trials import Trials
 
@@ -109,7 +113,7 @@ def _tried(
     trials: Trials, context: Context, trips: Trips, chain: Chain, opened: Collection[int]
 ) -> _Candidate:
     shares = balance_along(chain, opened)
-    splits = _with_shares(trips, shares, context)
+    splits = fit_ring(trials.module, _with_shares(trips, shares, context), context)
     return _Candidate(splits, trials.step_s(context, splits), chain.step_s(shares))
 
 

@@ -14,7 +14,7 @@ It is the largest of three bounds. The simulation charges the same rates, so no 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -22,7 +22,7 @@ from hetegen_compile.cost_model import Chain, Trip, host_linear_s, item_bytes, r
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes.annotate_costs import dtype_name
 from hetegen_compile.passes.context import Context, NodeCost, require
-from hetegen_compile.passes.predict_step import least_trip_s, node_work
+from hetegen_compile.passes.predict_step import least_thread_s, least_trip_s, node_work
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,17 @@ class Floor:
     bytes_s: float
     accelerator_s: float
     path_s: float
+    thread_s: float
 
     @property
     def seconds(self) -> float:
         """The largest of them."""
-        return max(self.bytes_s, self.accelerator_s, self.path_s)
+        return max(self.bytes_s, self.accelerator_s, self.path_s, self.thread_s)
 
     @property
     def bound(self) -> str:
         """The name of the largest: "bytes", "accelerator" or "path"; of equal ones the first."""
-        named = {"bytes": self.bytes_s, "accelerator": self.accelerator_s, "path": self.path_s}
+        named = {"bytes": self.bytes_s, "accelerator": self.accelerator_s, "path": self.path_s, "thread": self.thread_s}
         return max(named, key=named.__getitem__)
 
 
@@ -53,12 +54,13 @@ def floor_s(module: fx.GraphModule, context: Context) -> float:
 def floor(module: fx.GraphModule, context: Context) -> Floor:
     """The bounds of a step of a grouped graph at the context's residency and sizes."""
     linears = {node: _linear_alone(node, context) for node in _linears(module)}
-    others = {node: _accelerator_s(node, context) for node in module.graph.nodes if node not in linears}
+    others = {node: _seconds(node, "accelerator", context) for node in module.graph.nodes if node not in linears}
     beside = {node: seconds for node, seconds in others.items() if seconds > 0}
     return Floor(
         bytes_s=relax(Chain(tuple(_bytes_only(trip) for trip in linears.values()), 0.0)).bound_s,
         accelerator_s=sum(beside.values()) + sum(t.accelerator_s - t.accelerator_saved_s for t in linears.values()),
         path_s=relax(_longest_path(module.graph, linears, beside, context)).bound_s,
+        thread_s=relax(_host_thread(module, linears, context)).bound_s,
     )
 
 
@@ -73,15 +75,22 @@ def _linears(module: fx.GraphModule) -> list[fx.Node]:
     return list(module.graph.find_nodes(op="call_function", target=LINEAR))
 
 
+def _by_activation(linears: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for node in linears:
+        groups.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
+    return groups
+
+
 def _bytes_only(trip: Trip) -> Trip:
     return Trip(trip.host_s, trip.link_s, accelerator_s=0.0, accelerator_saved_s=0.0)
 
 
-def _accelerator_s(node: fx.Node, context: Context) -> float:
+def _seconds(node: fx.Node, resource: str, context: Context) -> float:
     if node.op not in ("call_function", "call_method", "call_module"):
         return 0.0
     work = node_work(node, context)
-    return work.seconds if work.resource == "accelerator" else 0.0
+    return work.seconds if work.resource == resource else 0.0
 
 
 def _linear_alone(node: fx.Node, context: Context) -> Trip:
@@ -125,6 +134,19 @@ def _up_to(sizes: Iterable[float], cost: NodeCost) -> set[float]:
     return {float(cost.weight_bytes), *(size for size in sizes if size < cost.weight_bytes)}
 
 
+def _host_thread(module: fx.GraphModule, linears: Mapping[fx.Node, Trip], context: Context) -> Chain:
+    """What the host's thread does one after the other: its operations, issuing segments and Linears, and its parts."""
+    launch_s = context.profile.accelerator.launch_s
+    trips = []
+    for group in _by_activation(linears).values():
+        issue_s = launch_s * len(group)
+        together = _together([linears[node] for node in group], least_thread_s(group[0], context))
+        trips.append(replace(together, accelerator_s=issue_s, accelerator_saved_s=issue_s))
+    segments = module.graph.find_nodes(op="call_module")
+    own_s = sum(_seconds(node, "host", context) for node in module.graph.nodes if node not in linears)
+    return Chain(tuple(trips), own_s + launch_s * len(segments))
+
+
 # ---- the longest path --------------------------------------------------------------------------------------------
 
 
@@ -137,12 +159,10 @@ def _longest_path(
     all of those and that activation.
     """
     order = _Order(graph)
-    groups: dict[fx.Node, list[fx.Node]] = {}
-    for node in linears:
-        groups.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
+    groups = _by_activation(linears)
     longest: dict[fx.Node, tuple[float, tuple[fx.Node, ...]]] = {}
     for read, group in groups.items():
-        own_s = sum(linears[node].host_s for node in group) + beside.get(read, 0.0)
+        own_s = sum(linears[node].host_s + linears[node].accelerator_s for node in group) + beside.get(read, 0.0)
         ahead = [found for other, found in longest.items() if any(order.needs(read, m) for m in groups[other])]
         before_s, before = max(ahead, default=(0.0, ()), key=lambda found: found[0])
         longest[read] = (before_s + own_s, (*before, read))

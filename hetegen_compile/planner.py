@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import logging
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -150,12 +150,12 @@ class Planner:
         """
         trials = Trials(base.module) if trials is None else trials
         context = replace(base.context, options=replace(self._options, split=split))
-        balanced = balanced_splits(base.module, context, trials)
-        module, done = trials.finish(context, balanced, stages)
-        leaner = _leaner(base.module, context, trials) if split == "auto" else iter(())
-        while _excess_bytes(done) > 0 and (other := next(leaner, None)) is not None:
-            if other[1] != done.splits:
-                module, done = trials.finish(*other, stages)
+        module, done = trials.finish(context, balanced_splits(base.module, context, trials), stages)
+        tried = [done.splits]
+        for leaner in _leaner(base.module, context, trials) if split == "auto" else ():
+            if _excess_bytes(done) > 0 and (splits := leaner()) not in tried:
+                module, done = trials.finish(context, splits, stages)
+                tried.append(splits)
         if _excess_bytes(done) > 0:
             raise BudgetError(
                 f"split={split} needs {_excess_bytes(done)} bytes more for activations than gpu_memory="
@@ -232,7 +232,8 @@ class Planner:
         need = _need(module, context, choose_splits(module, context))
         paired = None if context.lean else promising_blocks(module, context)
         needs = [need] if paired is None else [need, _need(module, context, paired)]
-        return module, replace(context, memory=need), max(each.peak_bytes(context.room) for each in needs)
+        peaks = [each.peak_bytes(context.room) for each in needs]
+        return module, replace(context, memory=needs[peaks.index(max(peaks))]), max(peaks)
 
     def _schedule(self, base: BucketPlan, module: fx.GraphModule, context: Context, trials: Trials) -> Schedule:
         prediction = require(context.prediction, "predict_step")
@@ -261,12 +262,12 @@ class Planner:
         )
 
 
-def _leaner(module: fx.GraphModule, context: Context, trials: Trials) -> Iterator[tuple[Context, Splits]]:
-    """Splits that may take less memory: those without blocks, then those that residency was decided with."""
+def _leaner(module: fx.GraphModule, context: Context, trials: Trials) -> Iterator[Callable[[], Splits]]:
+    """Splits that may take less memory: without blocks, then those that residency was decided with."""
     if context.options.pair_mlp == "auto" and context.blocks:
         alone = replace(context, blocks=())
-        yield alone, balanced_splits(module, alone, trials)
-    yield context, choose_splits(module, context)
+        yield lambda: balanced_splits(module, alone, trials)
+    yield lambda: choose_splits(module, context)
 
 
 def budget_bytes(gpu_memory: int | None, available_bytes: int, accelerator: str) -> int:

@@ -37,7 +37,7 @@ from hetegen_compile.passes.step_memory import mirrored_size, step_memory
 SLOT_ALIGNMENT = 256
 _WINDOW = 2  # slots the ring holds at least: one being read while the next one is being filled
 _CHUNK_BYTES = 8 << 20  # of a chunk where a third of the ring allows: smaller ones cost rate and issue
-_CHUNKS = 8  # slots of the largest size that the ring holds, where weights allow: the link then rarely waits
+_CHUNKS = 4  # slots of the largest size that the ring holds: each costs its issue, and the link seldom waits for one
 
 
 def choose_residency(module: fx.GraphModule, context: Context) -> Residency:

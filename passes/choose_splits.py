@@ -45,7 +45,7 @@ def pairable_blocks(linears: Mapping[int, fx.Node], context: Context) -> list[Bl
     def fits(block: Block) -> bool:
         weights = [_weight_and_dim(linears[position]) for position in block.linears]
         granule = row_granularity(block.columns)
-        slots = [granule * _slice_bytes(weight, 1) for weight, dim in weights[:-1] if dim == 1]
+        slots = [granule * slice_bytes(weight, 1) for weight, dim in weights[:-1] if dim == 1]
         names = {weight.name for weight, _ in weights}
         return 2 * max(slots, default=0) <= residency.ring_bytes and residency.weights.keys().isdisjoint(names)
 
@@ -66,7 +66,7 @@ def block_splits(block: Block, linears: Mapping[int, fx.Node], host: int, contex
 def _sibling_plan(node: fx.Node, block: Block, ways: int, host: int, context: Context) -> LinearPlan:
     """The outputs are cut: rows of a weight [out, in], columns of one [in, out]."""
     weight, axis = _weight_and_dim(node)
-    chunks = _chunks(host, block.columns, _chunk_bytes(weight, context), _slice_bytes(weight, axis))
+    chunks = _chunks(host, block.columns, chunk_bytes(weight, context), slice_bytes(weight, axis))
     starts = [way * block.columns for way in range(ways)]
     streamed = tuple((start + lo, start + hi) for start in starts for lo, hi in chunks)
     return LinearPlan(ways * block.columns, ways * host, streamed, None, axis, block.consumer, ways)
@@ -75,12 +75,12 @@ def _sibling_plan(node: fx.Node, block: Block, ways: int, host: int, context: Co
 def _consumer_plan(node: fx.Node, block: Block, host: int, context: Context) -> LinearPlan:
     """The inputs are cut: columns of a weight [out, in], which are streamed as rectangles; rows of one [in, out]."""
     weight, dim = _weight_and_dim(node)
-    value, chunk_bytes = info(weight).value, _chunk_bytes(weight, context)
+    value, most = info(weight).value, chunk_bytes(weight, context)
     if dim == 1:
-        streamed = _chunks(host, block.columns, chunk_bytes, _slice_bytes(weight, 0))
+        streamed = _chunks(host, block.columns, most, slice_bytes(weight, 0))
         return LinearPlan(block.columns, host, streamed, None, 0, block.consumer)
     line_bytes = (block.columns - host) * value.element_size()
-    lines = _chunks(0, int(value.shape[0]), chunk_bytes, line_bytes) if line_bytes else ()
+    lines = _chunks(0, int(value.shape[0]), most, line_bytes) if line_bytes else ()
     return LinearPlan(block.columns, host, ((host, block.columns),) if lines else (), None, 1, block.consumer, 1, lines)
 
 
@@ -89,7 +89,7 @@ def _weight_and_dim(node: fx.Node) -> tuple[fx.Node, int]:
     return weight, dim  # type: ignore[return-value]
 
 
-def _slice_bytes(weight: fx.Node, axis: int) -> int:
+def slice_bytes(weight: fx.Node, axis: int) -> int:
     """Bytes of a weight for one place along an axis."""
     value = info(weight).value
     return int(value.shape[1 - axis]) * int(value.element_size())
@@ -99,7 +99,7 @@ def lines_s(block: Block, linears: Mapping[int, fx.Node], context: Context) -> f
     """What the link takes longer for a block's weights than for their bytes: parts of rows are streamed."""
     *others, (last, last_dim) = (_weight_and_dim(linears[position]) for position in block.linears)
     columns = {
-        weight: max(1, _chunk_bytes(weight, context) // _slice_bytes(weight, 1)) for weight, dim in others if dim == 1
+        weight: max(1, chunk_bytes(weight, context) // slice_bytes(weight, 1)) for weight, dim in others if dim == 1
     }
     if last_dim == 0:
         columns[last] = block.columns // 2  # or so: what the host leaves
@@ -186,11 +186,12 @@ def with_host_rows(node: fx.Node, host: int, context: Context) -> LinearPlan:
     value = info(weight).value
     rows = int(value.shape[0])
     first = max(host, residency.weights.get(weight.name, rows))
-    streamed = _chunks(host, first, _chunk_bytes(weight, context), _slice_bytes(weight, 0))
+    streamed = _chunks(host, first, chunk_bytes(weight, context), slice_bytes(weight, 0))
     return LinearPlan(rows, host, streamed, (first, rows) if first < rows else None)
 
 
-def _chunk_bytes(weight: fx.Node, context: Context) -> int:
+def chunk_bytes(weight: fx.Node, context: Context) -> int:
+    """Most bytes of one prefetch of a weight."""
     most = require(context.residency, "choose_residency").chunk_bytes
     return min(most, STAGED_CHUNK_BYTES) if weight.name in context.staged else most
 

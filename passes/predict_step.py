@@ -61,8 +61,14 @@ def predict_step(module: fx.GraphModule, context: Context) -> Prediction:
 
 def _task(node: fx.Node, work: Work, index: Mapping[fx.Node, int], context: Context) -> Task:
     after = tuple(index[operand] for operand in node.all_input_nodes if operand in index)
-    issue_s = 0.0 if work.resource == "host" or node.target in _FREE else context.profile.accelerator.launch_s
+    issued = work.resource != "host" and node.target not in _FREE and not _is_no_join(node)
+    issue_s = context.profile.accelerator.launch_s if issued else 0.0
     return Task(name=node.name, resource=work.resource, duration_s=work.seconds, after=after, issue_s=issue_s)
+
+
+def _is_no_join(node: fx.Node) -> bool:
+    """Whether a join is of one part only: nothing is issued then."""
+    return node.target == ir.JOIN and len(node.args[0]) == 1  # type: ignore[arg-type]
 
 
 def _second_of_two(nodes: list[fx.Node], work: Mapping[fx.Node, Work], first: list[Task]) -> Prediction:
@@ -178,6 +184,14 @@ def least_trip_s(linear: fx.Node, context: Context) -> float:
     return trip_s(linear, context) - link.view_s + up_s
 
 
+def least_thread_s(linear: fx.Node, context: Context) -> float:
+    """The part of ``least_trip_s`` that keeps the host's thread, issuing both ways included."""
+    profile = context.profile
+    wait_s = profile.synchronise_s + profile.accelerator.launch_s
+    lies_there = info(linear.all_input_nodes[0]).side != "accelerator"
+    return _untold_trip_s(context) + profile.accelerator.launch_s + (0.0 if lies_there else wait_s)
+
+
 def _untold_trip_s(context: Context) -> float:
     """What a trip's measured fixed cost holds beyond its own tasks: latencies, and work of the host thread."""
     profile = context.profile
@@ -189,7 +203,7 @@ def _other_work(node: fx.Node, context: Context) -> Work:
     flops, traffic = context.number(info(node).flops), context.number(info(node).traffic_bytes)
     dtype = dtype_name(info(node).value)
     if node.target == ir.JOIN:
-        single = len(node.args[0]) == 1  # type: ignore[arg-type]
+        single = _is_no_join(node)
         traffic = 0.0 if single else 2.0 * value_bytes(node, context)
         return Work("accelerator", 0.0 if single else accelerator_op_s(context.profile, dtype, 0.0, traffic))
     if info(node).side == "accelerator":
