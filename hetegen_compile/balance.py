@@ -29,10 +29,7 @@ from hetegen_compile.passes.choose_splits import (
     with_host_rows,
 )
 from hetegen_compile.passes.context import Block, Context, LinearPlan, Splits, require
-<<<<<<< HEAD
-=======
 from hetegen_compile.passes.fit_ring import fit_ring
->>>>>>> main
 from hetegen_compile.passes.predict_step import node_work, trip_s
 from hetegen_compile.trials import Trials
 
