@@ -9,6 +9,7 @@ as fit. The order does not depend on which graph asks, so graphs with the same m
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import replace
 
 from hetegen_compile.cost_model import row_granularity, spread_order
 from hetegen_compile.passes.context import Claim
@@ -30,23 +31,13 @@ def residency_shares(graphs: Sequence[Sequence[Claim]], free_bytes: int) -> dict
 
 
 def _fill(claims: Sequence[Claim], free_bytes: int) -> dict[Hashable, int]:
-    """Blocks as a whole as long as most of them are streamed; else what little is streamed is spread more finely."""
-    found = _filled(_in_order(claims, together=True), free_bytes)
-    of_blocks = [claim for claim in claims if claim.block is not None]
-    resident = sum(claim.nbytes for claim in of_blocks if claim.key in found)
-    if 2 * resident <= sum(claim.nbytes for claim in of_blocks):
-        return found
-    return _filled(_in_order(claims, together=False), free_bytes)
-
-
-def _filled(claims: Iterable[Claim], free_bytes: int) -> dict[Hashable, int]:
-    """In the given order; the first weight that does not fit whole keeps the rows that do.
+    """In falling order of gain per byte; the first weight that does not fit whole keeps the rows that do.
 
     Of those after it only whole ones are taken: every weight in two places costs a launch more.
     """
     found: dict[Hashable, int] = {}
     whole = True
-    for claim in claims:
+    for claim in _in_order(claims):
         if claim.nbytes <= free_bytes:
             first = claim.first
         else:
@@ -57,18 +48,28 @@ def _filled(claims: Iterable[Claim], free_bytes: int) -> dict[Hashable, int]:
     return found
 
 
-def _in_order(claims: Sequence[Claim], *, together: bool) -> list[Claim]:
+def _in_order(claims: Sequence[Claim]) -> list[Claim]:
     """Claims in falling order of gain; equal ones (equal layers) so that what is streamed is spread over the step.
 
-    The link can run ahead of the computation by the staging ring only. ``together``: claims of a block are one.
+    The link can run ahead of the computation by the staging ring only. Claims of a block are one, so that what is
+    streamed are blocks as a whole; but beyond half of them, where little is streamed, they are taken one by one.
     """
     units: dict[Hashable, list[Claim]] = {}
     for claim in claims:
-        units.setdefault(claim.block if together and claim.block is not None else claim.key, []).append(claim)
+        units.setdefault(claim.key if claim.block is None else claim.block, []).append(claim)
     alike: dict[float, list[list[Claim]]] = {}
     for unit in units.values():
         alike.setdefault(-_gain(unit), []).append(unit)
-    return [claim for gain in sorted(alike) for i in spread_order(len(alike[gain])) for claim in alike[gain][i]]
+    return [claim for gain in sorted(alike) for claim in _spread(alike[gain])]
+
+
+def _spread(units: Sequence[Sequence[Claim]]) -> list[Claim]:
+    order = spread_order(len(units))
+    if all(len(unit) == 1 for unit in units):
+        return [units[i][0] for i in order]
+    together, apart = order[: len(order) // 2], sorted(order[len(order) // 2 :])
+    single = [replace(claim, block=None) for i in apart for claim in units[i]]
+    return [*(claim for i in together for claim in units[i]), *_in_order(single)]
 
 
 def _gain(unit: Sequence[Claim]) -> float:
