@@ -9,7 +9,6 @@ as fit. The order does not depend on which graph asks, so graphs with the same m
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import replace
 
 from hetegen_compile.cost_model import row_granularity, spread_order
 from hetegen_compile.passes.context import Claim
@@ -51,30 +50,12 @@ def _fill(claims: Sequence[Claim], free_bytes: int) -> dict[Hashable, int]:
 def _in_order(claims: Sequence[Claim]) -> list[Claim]:
     """Claims in falling order of gain; equal ones (equal layers) so that what is streamed is spread over the step.
 
-    The link can run ahead of the computation by the staging ring only. Claims of a block are one, so that what is
-    streamed are blocks as a whole; but beyond half of them, where little is streamed, they are taken one by one.
+    The link can run ahead of the computation by the staging ring only.
     """
-    units: dict[Hashable, list[Claim]] = {}
+    alike: dict[float, list[Claim]] = {}
     for claim in claims:
-        units.setdefault(claim.key if claim.block is None else claim.block, []).append(claim)
-    alike: dict[float, list[list[Claim]]] = {}
-    for unit in units.values():
-        alike.setdefault(-_gain(unit), []).append(unit)
-    return [claim for gain in sorted(alike) for claim in _spread(alike[gain])]
-
-
-def _spread(units: Sequence[Sequence[Claim]]) -> list[Claim]:
-    order = spread_order(len(units))
-    if all(len(unit) == 1 for unit in units):
-        return [units[i][0] for i in order]
-    together, apart = order[: len(order) // 2], sorted(order[len(order) // 2 :])
-    single = [replace(claim, block=None) for i in apart for claim in units[i]]
-    return [*(claim for i in together for claim in units[i]), *_in_order(single)]
-
-
-def _gain(unit: Sequence[Claim]) -> float:
-    """Seconds that a resident byte of these weights saves."""
-    return sum(c.gain_s_per_byte * c.nbytes for c in unit) / max(1, sum(c.nbytes for c in unit))
+        alike.setdefault(-claim.gain_s_per_byte, []).append(claim)
+    return [alike[gain][i] for gain in sorted(alike) for i in spread_order(len(alike[gain]))]
 
 
 def _partial(claim: Claim, free_bytes: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 import pytest
 from hypothesis import given
@@ -32,7 +31,6 @@ claims = st.builds(
     first=st.sampled_from([0, 64, 128]),
     row_bytes=st.just(8),
     gain_s_per_byte=st.sampled_from([1.0, 2.0]),
-    block=st.sampled_from([None, "x", "y", "z"]),
 )
 graphs = st.lists(st.lists(claims, max_size=5).map(tuple), max_size=4)
 
@@ -87,40 +85,3 @@ def test_a_graph_that_shares_with_two_makes_one_model_of_them() -> None:
 
 def test_of_two_claims_on_one_weight_the_one_for_fewer_rows_counts() -> None:
     assert residency_shares([[weight("a")], [weight("a", first=128)]], 5000) == {"a": 128}
-
-
-# ---- blocks ----------------------------------------------------------------------------------------------------
-
-
-def _layers(count: int) -> list[Claim]:
-    """Layers of a block of two weights, one of which saves more per byte, and one weight that saves less than both."""
-    gains = {"up": 2.0, "down": 3.0, "other": 1.0}
-    return [
-        Claim((layer, name), 64, 0, 256, gain, None if name == "other" else layer)
-        for layer in range(count) for name, gain in gains.items()
-    ]  # fmt: skip
-
-
-def _resident(weights: float) -> list[tuple[int, set[str]]]:
-    """Which weights of each layer of eight stay, if there is room for so many."""
-    found = residency_shares([_layers(8)], int(weights * 64 * 256))
-    names: dict[int, set[str]] = {}
-    for key in found:
-        layer, name = cast(tuple[int, str], key)
-        names.setdefault(layer, set()).add(name)
-    return sorted(names.items())
-
-
-@pytest.mark.parametrize("blocks", [1, 2, 4])
-def test_blocks_are_resident_as_a_whole_while_most_of_them_are_streamed(blocks: int) -> None:
-    found = _resident(2 * blocks)
-    assert [names for _, names in found] == [{"up", "down"}] * blocks
-    layers = [layer for layer, _ in found]
-    assert all(later - earlier >= 8 // blocks for earlier, later in zip(layers, layers[1:], strict=False)), "spread"
-
-
-def test_beyond_that_weights_are_spread_one_by_one() -> None:
-    """Ten weights: every second block, then those that save most of the others."""
-    found = dict(_resident(10))
-    assert [layer for layer, names in found.items() if "up" in names] == [0, 2, 4, 6]
-    assert [layer for layer, names in found.items() if names == {"down"}] == [1, 5]
