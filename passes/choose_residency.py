@@ -10,6 +10,7 @@ on the accelerator (``residency_shares``). If everything fits, nothing is offloa
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 from torch import fx
@@ -19,11 +20,13 @@ from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.annotate_costs import linear_cost, value_bytes
-from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, forced_split
+from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, forced_split, table_only
 from hetegen_compile.passes.context import (
+    MIRRORED,
     OTHERS,
     RESIDENT,
     RING,
+    Block,
     Claim,
     Context,
     Residency,
@@ -34,7 +37,7 @@ from hetegen_compile.passes.step_memory import mirrored_size, step_memory
 SLOT_ALIGNMENT = 256
 _WINDOW = 2  # slots the ring holds at least: one being read while the next one is being filled
 _CHUNK_BYTES = 8 << 20  # of a chunk where a third of the ring allows: smaller ones cost rate and issue
-_CHUNKS = 8  # slots of the largest size that the ring holds, where weights allow: the link then rarely waits
+_CHUNKS = 4  # slots of the largest size that the ring holds: each costs its issue, and the link seldom waits for one
 
 
 def choose_residency(module: fx.GraphModule, context: Context) -> Residency:
@@ -55,7 +58,14 @@ class _Sharing:
         self._mirrored = mirrored_size(module, weights, context)
         self._fixed = {**step_memory(module, weights, context), **context.overhead_bytes}
         self._smallest = _WINDOW * max((_smallest_chunk(weight) for weight in weights), default=0)
+        tables = [node for node in module.graph.find_nodes(op="placeholder") if table_only(node, context)]
+        self._tables = {node.name: 0 if node in weights else value_bytes(node, context) for node in tables}
         self._keys = {weight: context.resident.identify(context.weights[weight.name]) for weight in weights}
+
+    @property
+    def _pairs(self) -> bool:
+        """Whether the options have every block cut, which the host takes part in."""
+        return self._context.options.pair_mlp is True and bool(self._context.blocks)
 
     def decide(self) -> Residency:
         own = sum(self._fixed.values())
@@ -76,13 +86,23 @@ class _Sharing:
         claims = self._claims()
         wanted = {claim.key: claim.nbytes for graph in (*others, claims) for claim in graph}
         shared_ring = self._context.ring_bytes if self._context.ring_bytes <= free else 0
-        if sum(wanted.values()) <= free - shared_ring and not forced_split(self._context):
+        left = free - shared_ring - sum(wanted.values())
+        if left >= 0 and not (forced_split(self._context) or self._pairs):
             budget = {**fixed, **({RING: shared_ring} if shared_ring else {}), RESIDENT: _nbytes(claims)}
-            return self._residency(claims, residency_shares([*others, claims], free), shared_ring, budget, whole=True)
+            found = self._residency(claims, residency_shares([*others, claims], free), shared_ring, budget, whole=True)
+            return self._with_tables(found, left)
         ring = self._ring_bytes(free)
         first_rows = residency_shares([*others, claims], free - ring)
         held = sum((c.rows - first_rows.get(c.key, c.rows)) * c.row_bytes for c in claims)
         return self._residency(claims, first_rows, ring, {**fixed, RING: ring, RESIDENT: held})
+
+    def _with_tables(self, whole: Residency, left: int) -> Residency:
+        """Embedding tables on the accelerator as well, if ``left`` bytes hold them: the host then looks nothing up."""
+        nbytes = sum(self._tables.values())
+        if nbytes > left:
+            return whole
+        budget = {**whole.budget, MIRRORED: whole.budget[MIRRORED] + nbytes}
+        return replace(whole, budget=budget, mirrored=whole.mirrored + nbytes, tables=frozenset(self._tables))
 
     def _residency(
         self, claims: Sequence[Claim], first_rows: Mapping[Hashable, int], ring: int, budget: Mapping[str, int], *,
@@ -96,23 +116,45 @@ class _Sharing:
     def _claims(self) -> tuple[Claim, ...]:
         """What each different weight asks for; the rows of a forced host share stay on the host."""
         found: dict[Hashable, Claim] = {}
+        blocks = self._blocks_of()
+        gains = {linear: _gain(linear, self._context) for linear in self._weights.values()}
         for weight, linear in self._weights.items():
+            block = blocks.get(linear)
+            if block is not None and self._pairs:
+                continue
             value = info(weight).value
             rows, row_bytes = int(value.shape[0]), int(value.shape[1]) * int(value.element_size())
             first = forced_host_rows(rows, self._context)
-            claim = Claim(self._keys[weight], rows, first, row_bytes, _gain(linear, self._context))
+            gain = sum(map(gains.__getitem__, block or [linear])) / sum(_bytes_of(one) for one in block or [linear])
+            unit = None if block is None else self._keys[block[-1].args[1]]  # type: ignore[index]
+            claim = Claim(self._keys[weight], rows, first, row_bytes, gain, unit)
             found.setdefault(claim.key, claim)
         return tuple(claim for claim in found.values() if claim.nbytes)
 
-    def _ring_bytes(self, free: int) -> int:
-        """Bytes of the staging ring: two of the weights that most bytes lie in, at most a quarter of what is free.
+    def _blocks_of(self) -> dict[fx.Node, list[fx.Node]]:
+        """For the Linears of each block that may be cut as one, all of its Linears."""
+        linears = {info(linear).position: linear for linear in self._weights.values()}
+        blocks = [
+            block for block in self._context.blocks
+            if set(block.linears) <= linears.keys() and (self._pairs or _saves_a_trip(block, self._context))
+        ]
+        members = [[linears[position] for position in block.linears] for block in blocks]
+        return {linear: nodes for nodes in members for linear in nodes}
 
-        Weights larger than that (an output layer) go through it in chunks. All graphs share the ring, so it is as
-        long as others made it unless that takes more than half.
-        """
-        typical = _WINDOW * _typical([_aligned(value_bytes(weight, self._context)) for weight in self._weights])
-        ring = max(self._smallest, min(typical, free // 4 // SLOT_ALIGNMENT * SLOT_ALIGNMENT))
+    def _ring_bytes(self, free: int) -> int:
+        """All graphs share the ring, so it is as long as others made it unless that takes more than half."""
+        sizes = [value_bytes(weight, self._context) for weight in self._weights]
+        ring = staging_ring_bytes(sizes, free, self._smallest)
         return max(ring, self._context.ring_bytes if self._context.ring_bytes <= free // 2 else 0)
+
+
+def staging_ring_bytes(weight_bytes: Sequence[int], free: int, smallest: int = 0) -> int:
+    """Bytes of the staging ring: two of the weights that most bytes lie in, at most a quarter of what is free.
+
+    Weights larger than that (an output layer) go through it in chunks.
+    """
+    typical = _WINDOW * _typical([_aligned(nbytes) for nbytes in weight_bytes])
+    return max(smallest, min(typical, free // 4 // SLOT_ALIGNMENT * SLOT_ALIGNMENT))
 
 
 def _typical(sizes: Sequence[int]) -> int:
@@ -148,9 +190,19 @@ def _budget_error(fixed: Mapping[str, int], smallest: int, context: Context) -> 
     )
 
 
+def _saves_a_trip(block: Block, context: Context) -> bool:
+    """Whether the trip that a block saves costs more than what the host does between its Linears for it, in decode."""
+    return context.profile.fixed_s_per_split > len(block.region) * context.profile.host.launch_s
+
+
+def _bytes_of(linear: fx.Node) -> int:
+    value = info(linear.args[1]).value  # type: ignore[arg-type]
+    return int(value.numel()) * int(value.element_size())
+
+
 def _gain(linear: fx.Node, context: Context) -> float:
-    """Seconds of a decode step that keeping this Linear's weight resident saves, per byte."""
+    """Seconds of a decode step that keeping this Linear's weight resident saves."""
     cost = linear_cost(linear, context, tokens=1)
     weight: fx.Node = linear.args[1]  # type: ignore[assignment]
     rows = int(info(weight).value.shape[0])
-    return (best_split(rows, cost, context).makespan_s - cost.accelerator_s) / max(1, cost.weight_bytes)
+    return best_split(rows, cost, context).makespan_s - cost.accelerator_s

@@ -26,10 +26,11 @@ from typing import Any
 import torch
 
 from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value, call_on_host
+from hetegen_compile.accelerators.cuda_copies import upload_lines
 from hetegen_compile.accelerators.cuda_pinning import SUCCESS, CudaHostMemory, cuda_view, pinned_by_others
 from hetegen_compile.accelerators.cuda_staging import Job, PinThread, copy_rows
 from hetegen_compile.accelerators.cuda_trace import CudaTracer
-from hetegen_compile.accelerators.geometry import copy_span, empty_twin, same_geometry, span_bytes
+from hetegen_compile.accelerators.geometry import copy_span, empty_twin, has_lines, same_geometry, span_bytes
 from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
 from hetegen_compile.accelerators.ring import make_slot, slot_view
 from hetegen_compile.accelerators.values import Slot
@@ -377,8 +378,11 @@ class CudaAccelerator(Accelerator):
         for token in after:
             self._up.wait_event(token.event)
         with self._work(op), self._on(self._up, "up", op):
-            transfer.value.copy_(transfer.source, non_blocking=True)
-        self._ledger.uploaded(op.category, span_bytes(transfer.source))
+            if transfer.source.is_contiguous():
+                transfer.value.copy_(transfer.source, non_blocking=True)
+            else:
+                upload_lines(transfer.value, transfer.source, self._up.cuda_stream)
+        self._ledger.uploaded(op.category, span_bytes(transfer.value))
         transfer.event = self._up.record_event()
 
     def wait(self, op: Op, transfer: CudaTransfer) -> Value:
@@ -557,8 +561,8 @@ def _lying_at(packed: torch.Tensor, offset: int, like: torch.Tensor) -> torch.Te
 
 
 def _check_rows(op: Op, source: torch.Tensor, view: torch.Tensor) -> None:
-    if not source.is_contiguous() or not same_geometry(source, view):
-        raise ScheduleError(f"{op.name} copies into a slot of another dtype or shape, or not contiguously")
+    if not has_lines(source) or source.dtype != view.dtype or source.shape != view.shape:
+        raise ScheduleError(f"{op.name} copies into a slot of another dtype or shape, or rows that are not contiguous")
 
 
 def _started(op: Op, transfer: object, kinds: tuple[str, ...]) -> CudaTransfer:
