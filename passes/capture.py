@@ -216,11 +216,10 @@ def capture(module: fx.GraphModule, inputs: Sequence[Any]) -> FakeTensorMode:
     _check_devices(module, inputs)
     fakes = _fake_inputs(module, inputs, mode)
     # the dispatcher in Python: in C++ some composite operations ask for numbers where sizes are symbols (torch 2.11)
-    modes = torch.inference_mode(False), torch.no_grad(), _restored_state(), mode, enable_python_dispatcher()
-    with contextlib.ExitStack() as stack:
-        for entered in modes:
-            stack.enter_context(entered)
-        listener = stack.enter_context(_Listener())
+    with (
+        torch.inference_mode(False), torch.no_grad(), _restored_state(), mode, enable_python_dispatcher(),
+        _Listener() as listener,
+    ):  # fmt: skip
         _Propagator(module, mode, listener).run(*fakes, enable_io_processing=False)
     _unify_symbols(module.graph, mode)
     return mode
