@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.children import Notebook
 from benchmarks.gpu.settings import Checks, Settings, device_of, require
-from benchmarks.gpu.transfers import both_ways, reads_by_size, uploads_behind_a_queue
+from benchmarks.gpu.transfers import both_ways, columns_by_width, reads_by_size, uploads_behind_a_queue
 from hetegen_compile.accelerators.cuda_pinning import SUCCESS, CudaHostMemory, cuda_view
 from hetegen_compile.calibration.kernels import in_place
 from hetegen_compile.host_kernels import HostKernel, kernels_for
@@ -33,6 +33,7 @@ def contact(settings: Settings, notebook: Notebook) -> None:
     checks.check("uploads behind a queue", lambda: uploads_behind_a_queue(device_of(settings)))
     checks.check("both directions at once", lambda: both_ways(device_of(settings)))
     checks.check("small uploads by size", lambda: reads_by_size(device_of(settings)))
+    checks.check("columns of a matrix", lambda: columns_by_width(device_of(settings)))
     checks.check("waits and launches", partial(waits, settings))
     checks.check("cuBLAS workspace", partial(workspace, settings))
     checks.check("host kernels let go of the interpreter lock", interpreter_lock)

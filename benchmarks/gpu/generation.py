@@ -51,7 +51,17 @@ def generation(settings: Settings, notebook: Notebook) -> None:
     checks.check("bfloat16 and float16 within eager's own error", partial(half_precision, settings))
     checks.check("everything fits", partial(everything_fits, settings))
     checks.check("beams", partial(beams, settings))
+    checks.check("no peak above its budget", partial(budgets_kept, checks.found))
     checks.finish()
+
+
+def budgets_kept(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of all checks so far; a check of its own, for a wrong budget is not a wrong result."""
+    details = [(entry["check"], entry["detail"]) for entry in found if isinstance(entry["detail"], dict)]
+    shares = {name: told["peak_bytes"] / told["budget_bytes"] for name, told in details if "budget_bytes" in told}
+    require(bool(shares), "no check has told its peak")
+    require(max(shares.values()) <= 1, f"peak over budget: {shares}")
+    return shares
 
 
 def like_eager(case: Case, settings: Settings) -> dict[str, Any]:

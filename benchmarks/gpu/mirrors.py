@@ -37,7 +37,7 @@ def changed(change: Change, settings: Settings) -> dict[str, Any]:
     """A forward before and after weights changed in all Linears and embeddings."""
     model = small_model("llama")
     with Watched() as watched:
-        compile_small(model, settings, share=0.5)
+        compile_small(model, settings, share=0.5, split=0.25)
         before = _logits(model)
         _logits(model)  # prefetches for the next step are under way from here on
         change(model)
@@ -47,7 +47,7 @@ def changed(change: Change, settings: Settings) -> dict[str, Any]:
     for found in (after, again):
         require(bool(torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))), "stale")
     require(not torch.allclose(before, after, rtol=1e-2), "the change does not show in the logits")
-    return watched.require_offloaded(host=False)
+    return watched.require_offloaded()
 
 
 def _logits(model: Any) -> Tensor:
@@ -102,11 +102,11 @@ def cache_reset(settings: Settings) -> dict[str, Any]:
     model = small_model("llama")
     expected = _two_prompts(model)
     with Watched() as watched:
-        compile_small(model, settings, share=0.5)
+        compile_small(model, settings, share=0.5, split=0.25)
         found = _two_prompts(model)
     for one, other in zip(expected, found, strict=True):
         require(torch.equal(one, other), f"{other.tolist()} are not eager's {one.tolist()}")
-    return watched.require_offloaded(host=False)
+    return watched.require_offloaded()
 
 
 def _two_prompts(model: Any) -> list[Tensor]:
@@ -131,8 +131,8 @@ def adopted(settings: Settings) -> dict[str, Any]:
         model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
         expected = generate(model, 1, "static")
         with Watched() as watched:
-            compile_small(model, settings, share=0.3)
+            compile_small(model, settings, share=0.3, split=0.25)
             require_like(expected, generate(model, 1, "static"))
     holdings = {holding.how for schedule in watched.schedules for holding in schedule.host_memory}
     require("adopted" in holdings, f"the weights' memory was {holdings or 'not asked for'}")
-    return watched.require_offloaded(host=False)
+    return watched.require_offloaded()

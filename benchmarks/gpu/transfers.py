@@ -9,7 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hetegen_compile.accelerators.cuda_pinning import cuda_view
+from benchmarks.gpu.settings import require
+from hetegen_compile.accelerators.cuda_copies import upload_lines
+from hetegen_compile.accelerators.cuda_pinning import SUCCESS, CudaHostMemory, cuda_view
 
 QUEUED_BYTES = 64 << 20
 CHUNK_BYTES = 16 << 20
@@ -17,6 +19,9 @@ BOTH_BYTES = 1 << 30
 SMALL_BYTES = 16 << 10
 SIZES = (1 << 10, 1 << 13, 1 << 14, 1 << 16, 1 << 17, 1 << 18, 1 << 20)
 """Bytes of activations: where a copy overtakes a kernel that reads pinned memory, ``DIRECT_BYTES`` should lie."""
+
+ROWS, COLUMNS = 4096, 4096
+"""Of the matrix that columns are copied from."""
 
 _REPEATS = 20
 
@@ -124,6 +129,40 @@ def reads_by_size(device: torch.device) -> dict[str, dict[str, float]]:
 
         found[str(nbytes)] = {"copied_s": _until_done(copy, device), "read_s": _until_done(read, device)}
     return found
+
+
+def columns_by_width(device: torch.device) -> dict[str, dict[str, float]]:
+    """Bytes per second of 2-D copies of columns of a registered matrix, by their number; the copies must be right."""
+    matrix = torch.arange(ROWS * COLUMNS, dtype=torch.int32).view(ROWS, COLUMNS)
+    memory, stream = CudaHostMemory(device), torch.cuda.Stream(device)
+    require(memory.register(matrix.data_ptr(), matrix.nbytes) == SUCCESS, "registering failed")
+    found = {}
+    try:
+        for width in (16, 64, 256, 1024, COLUMNS):
+            source = matrix[:, COLUMNS - width :]
+            target = torch.empty((ROWS, width), dtype=torch.int32, device=device)
+            torch.cuda.synchronize(device)
+            seconds = _lines(target, source, stream)
+            started = time.perf_counter()
+            upload_lines(target, source, stream.cuda_stream)
+            returned_s = time.perf_counter() - started
+            stream.synchronize()
+            require(torch.equal(target.cpu(), source), f"{width} columns arrived wrong")
+            found[str(width * 4)] = {"bytes_per_s": target.nbytes / seconds, "returned_s": returned_s}
+    finally:
+        memory.unregister(matrix.data_ptr())
+    return found
+
+
+def _lines(target: Tensor, source: Tensor, stream: torch.cuda.Stream) -> float:
+    """Device seconds of a copy, the second of two."""
+    for _ in range(2):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record(stream)
+        upload_lines(target, source, stream.cuda_stream)
+        end.record(stream)
+        end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
 
 
 def _until_done(work: Callable[[], None], device: torch.device) -> float:
