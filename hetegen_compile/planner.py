@@ -25,12 +25,14 @@ from hetegen_compile.graph_inputs import number, sequence_shape, token_count
 from hetegen_compile.ir import LINEAR, copy_module, info
 from hetegen_compile.options import Options, format_bytes
 from hetegen_compile.passes import choose_splits
+from hetegen_compile.passes.choose_splits import forced_split
 from hetegen_compile.passes.context import (
     ACTIVATIONS,
     RESIDENT,
     Bucket,
     Context,
     HostWeights,
+    MemoryNeed,
     Refusal,
     ResidentWeights,
     SegmentCache,
@@ -210,12 +212,16 @@ class Planner:
         return None
 
     def _tried(self, context: Context) -> tuple[fx.GraphModule, Context, int]:
-        """A grouped graph, its context, and the bytes of activations that its schedule takes."""
+        """A grouped graph, its context, and the bytes of activations that its schedule takes.
+
+        A share that the options force may be overridden later, so the schedule without one has to fit as well.
+        """
         module = copy_module(self._module)
         context = run_pipeline(module, context, ONCE_PER_BUCKET)
-        splits = choose_splits(module, context)
-        _, scheduled = _scheduled(module, replace(context, splits=splits), UNTIL_MEASURED)
-        need = require(scheduled.memory, "measure_memory")
+        needs = [_memory(module, context)]
+        if forced_split(context):
+            needs.append(_memory(module, replace(context, options=replace(context.options, split=0.0))))
+        need = max(needs, key=lambda memory: memory.peak_bytes(context.room))
         return module, replace(context, memory=need), need.peak_bytes(context.room)
 
     def _schedule(self, base: BucketPlan, module: fx.GraphModule, context: Context) -> Schedule:
@@ -276,6 +282,12 @@ def largest_sizes(tokens: sympy.Expr, context: Context, *, spare: bool) -> Sizes
             high = context.bucket.high or 2 * now
             found[symbol] = max(size, size * high // max(1, now))
     return found
+
+
+def _memory(module: fx.GraphModule, context: Context) -> MemoryNeed:
+    """What the schedule of the closed form of each Linear, or of the share that the options force, occupies."""
+    splits = choose_splits(module, context)
+    return require(_scheduled(module, replace(context, splits=splits), UNTIL_MEASURED)[1].memory, "measure_memory")
 
 
 def _scheduled(
