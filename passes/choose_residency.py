@@ -24,6 +24,7 @@ from hetegen_compile.passes.context import (
     OTHERS,
     RESIDENT,
     RING,
+    STAGED_CHUNK_BYTES,
     Claim,
     Context,
     Residency,
@@ -34,6 +35,7 @@ from hetegen_compile.passes.step_memory import mirrored_size, step_memory
 SLOT_ALIGNMENT = 256
 _WINDOW = 2  # slots the ring holds at least: one being read while the next one is being filled
 _CHUNK_BYTES = 8 << 20  # of a chunk where a third of the ring allows: smaller ones cost rate and issue
+_STAGED = 4096  # staged chunks that a step has at most: each is five operations, and four lie in the pinned ring
 _CHUNKS = 8  # slots of the largest size that the ring holds, where weights allow: the link then rarely waits
 
 
@@ -91,7 +93,8 @@ class _Sharing:
         own = {claim.key for claim in claims}
         weights = {w.name: first_rows[key] for w, key in self._keys.items() if key in own and key in first_rows}
         chunk = 0 if whole else max(self._smallest // _WINDOW, ring // _CHUNKS, min(ring // 3, _CHUNK_BYTES))
-        return Residency(weights, ring, chunk, budget, whole, tuple(claims), first_rows, self._mirrored)
+        staged = max(STAGED_CHUNK_BYTES, sum(value_bytes(weight, self._context) for weight in self._weights) // _STAGED)
+        return Residency(weights, ring, chunk, budget, whole, tuple(claims), first_rows, self._mirrored, staged)
 
     def _claims(self) -> tuple[Claim, ...]:
         """What each different weight asks for; the rows of a forced host share stay on the host."""

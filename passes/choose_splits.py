@@ -23,10 +23,6 @@ def choose_splits(module: fx.GraphModule, context: Context) -> Splits:
     return {info(node).position: _plan(node, costs, residency, context) for node in linears}
 
 
-STAGED_CHUNK_BYTES = 16 << 20
-"""Most bytes of a chunk of a staged weight: where the link's rate has levelled off, so the pinned ring stays small."""
-
-
 def feed_s(linear: fx.Node, cost: NodeCost, context: Context) -> float:
     """Seconds to bring a Linear's whole weight over the link, by way of the pinned ring if it is staged."""
     weight: fx.Node = linear.args[1]  # type: ignore[assignment]
@@ -92,7 +88,7 @@ def with_host_rows(node: fx.Node, host: int, context: Context) -> LinearPlan:
     first = max(host, residency.weights.get(weight.name, rows))
     row_bytes = int(value.shape[1]) * value.element_size()
     most = residency.chunk_bytes
-    chunk_bytes = min(most, STAGED_CHUNK_BYTES) if weight.name in context.staged else most
+    chunk_bytes = min(most, residency.staged_chunk_bytes) if weight.name in context.staged else most
     streamed = _chunks(host, first, chunk_bytes, row_bytes)
     return LinearPlan(rows, host, streamed, (first, rows) if first < rows else None)
 

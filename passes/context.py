@@ -98,6 +98,9 @@ OTHERS = "steps of other graphs"
 RESIDENT = "resident weights"
 RING = "staging ring"
 
+STAGED_CHUNK_BYTES = 16 << 20
+"""Bytes of a chunk of a staged weight: where the link's rate has levelled off, so the pinned ring stays small."""
+
 
 @dataclass(frozen=True)
 class Residency:
@@ -111,6 +114,7 @@ class Residency:
         first_rows: first resident row of every claimed weight, those of other graphs included (a weight of no
             resident row is not in it).
         mirrored: bytes of the mirrors that the step reads, an expression over the graph's sizes.
+        staged_chunk_bytes: most bytes of a chunk of a weight that goes through the pinned ring.
     """
 
     weights: Mapping[str, int]
@@ -121,6 +125,7 @@ class Residency:
     claims: Sequence[Claim] = ()
     first_rows: Mapping[Hashable, int] = field(default_factory=dict)
     mirrored: sympy.Expr = sympy.Integer(0)
+    staged_chunk_bytes: int = STAGED_CHUNK_BYTES
 
     @property
     def step_bytes(self) -> int:
