@@ -46,7 +46,7 @@ def balanced_splits(module: fx.GraphModule, context: Context, trials: Trials) ->
     nothing = _with_shares(trips, [0.0] * len(trips), context)
     candidates = [_Candidate(nothing, trials.step_s(context, nothing, keep=True))]
     if any(plan.host for plan in splits.values()):
-        candidates.append(_Candidate(splits, trials.step_s(context, splits, keep=True)))
+        candidates.append(_Candidate(splits, trials.step_s(context, splits)))
     every = frozenset(range(len(trips)))
     first = {chosen: _tried(trials, context, trips, chain, chosen) for chosen in {relax(chain).opened, every} if chosen}
     chosen = min(first, key=lambda one: first[one].step_s)
@@ -74,11 +74,6 @@ def _refined(
         if last.step_s > previous.step_s:
             break
     return found
-
-
-def chain_bound_s(module: fx.GraphModule, context: Context) -> float:
-    """Seconds below which no shares bring the chain of a step: see ``cost_model.chain``."""
-    return relax(step_chain(module, trips_of(module), context)).bound_s
 
 
 def trips_of(module: fx.GraphModule) -> Trips:

@@ -248,7 +248,7 @@ class _Binder:
         return self._op(node, "weights"), read, self._constant("slot", slot)
 
     def _plain(self, node: fx.Node) -> str:
-        name = str(node.target).split(".")[1]
+        name = "wait" if node.target == ir.WAIT_ACCELERATOR else str(node.target).split(".")[1]
         return f"{node.name} = {name}({self._op(node)}, {self._text(node.args[0])})"
 
     def _partial(self, node: fx.Node) -> str:
@@ -288,7 +288,7 @@ class _Binder:
 
     def _getitem(self, node: fx.Node) -> str:
         source, index = _arguments(node)
-        if info(source).side == "accelerator" or source.target == ir.WAIT_HOST:
+        if info(source).side == "accelerator" or source.target in (ir.WAIT_HOST, ir.WAIT_ACCELERATOR):
             return f"{node.name} = {source}[{self._text(index)}]"
         return self._host_operation(node)
 
@@ -313,6 +313,7 @@ _EMITTERS: dict[Any, Callable[[_Binder, fx.Node], str]] = {
     ir.TO_HOST: _Binder._plain,
     ir.WAIT_HOST: _Binder._plain,
     ir.TO_ACCELERATOR: _Binder._plain,
+    ir.WAIT_ACCELERATOR: _Binder._plain,
     ir.PARTIAL_LINEAR: _Binder._partial,
     ir.HOST_LINEAR: _Binder._host_linear,
     ir.JOIN: _Binder._join,

@@ -1,7 +1,8 @@
 """The schedule's own operations and the notes that nodes carry. A leaf of the project.
 
 Two-node asynchronous IR: one node starts (``prefetch``, ``to_host``, ``to_accelerator``), one waits
-(``wait``, ``wait_host``). A ``stage`` starts copying rows into the pinned ring; the prefetch that reads them
+(``wait``, ``wait_host``, ``wait_accelerator``). Activations go either way as lists: what shares a trip is one transfer.
+A ``stage`` starts copying rows into the pinned ring; the prefetch that reads them
 waits for it. A prefetch for the start of the next step is started by ``prefetch_ahead`` at the end of a step and
 taken over by ``carried`` in the next. The operations are declared through ``torch.library``, so a scheduled graph
 can be propagated with fake tensors and, with the kernels given here, run synchronously as a reference. In a bound
@@ -138,7 +139,8 @@ _SCHEMAS = {
     "release": "(Tensor transfer) -> Tensor",
     "to_host": "(Tensor[] xs) -> Tensor[]",
     "wait_host": "(Tensor[] transfer) -> Tensor[]",
-    "to_accelerator": "(Tensor x) -> Tensor",
+    "to_accelerator": "(Tensor[] xs) -> Tensor[]",
+    "wait_accelerator": "(Tensor[] transfer) -> Tensor[]",
     "host_linear": "(Tensor x, Tensor weight, Tensor? bias, int lo, int hi, int dim) -> Tensor",
     "partial_linear": "(Tensor x, Tensor rows, Tensor? bias, int lo, int hi, int dim) -> Tensor",
     "join": "(Tensor[] parts, int dim) -> Tensor",
@@ -212,7 +214,8 @@ _KERNELS = {
     "release": lambda transfer: transfer.new_empty(0),
     "to_host": lambda xs: [x.clone() for x in xs],
     "wait_host": lambda transfer: [x.clone() for x in transfer],
-    "to_accelerator": lambda x: x.clone(),
+    "to_accelerator": lambda xs: [x.clone() for x in xs],
+    "wait_accelerator": lambda transfer: [x.clone() for x in transfer],
     "host_linear": _host_linear,
     "partial_linear": lambda x, rows, bias, lo, hi, dim: linear_rows(x, rows, bias, lo, hi, dim).clone(),
     "join": lambda parts, dim: join_parts(parts, dim).clone(),
@@ -237,6 +240,7 @@ RELEASE = OPS.release.default
 TO_HOST = OPS.to_host.default
 WAIT_HOST = OPS.wait_host.default
 TO_ACCELERATOR = OPS.to_accelerator.default
+WAIT_ACCELERATOR = OPS.wait_accelerator.default
 HOST_LINEAR = OPS.host_linear.default
 PARTIAL_LINEAR = OPS.partial_linear.default
 JOIN = OPS.join.default
@@ -244,6 +248,7 @@ WRITE_BACK = OPS.write_back.default
 TWIN = OPS.twin.default
 
 for _op in (
-    STAGE, PREFETCH, PREFETCH_AHEAD, CARRIED, WAIT, RELEASE, TO_HOST, WAIT_HOST, TO_ACCELERATOR, WRITE_BACK, TWIN,
+    STAGE, PREFETCH, PREFETCH_AHEAD, CARRIED, WAIT, RELEASE, TO_HOST, WAIT_HOST, TO_ACCELERATOR, WAIT_ACCELERATOR,
+    WRITE_BACK, TWIN,
 ):
     fx.node.has_side_effect(_op)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, fx
 
 from hetegen_compile.balance import balanced_splits
-from hetegen_compile.baselines import baselines, floor_s
+from hetegen_compile.baselines import baselines
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.errors import BudgetError
+from hetegen_compile.floor import floor_s
 from hetegen_compile.graph_inputs import number, sequence_shape, token_count
 from hetegen_compile.ir import LINEAR, copy_module, info
 from hetegen_compile.options import Options, format_bytes

@@ -27,6 +27,7 @@ class Row:
         start_s, end_s: predicted interval within the step.
         measured_s: measured seconds, None before a step has been traced.
         parts: names of the scheduled graph's nodes that the row stands for.
+        trip: of a Linear with a host part, the transfer that brings its result up; Linears that share it have one name.
     """
 
     node: str
@@ -45,6 +46,7 @@ class Row:
     end_s: float
     measured_s: float | None = None
     parts: tuple[str, ...] = ()
+    trip: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import json
 import operator
 import statistics
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -97,7 +97,8 @@ class Schedule:
             lines.append(f"beside gpu_memory: {used} of the device used by the CUDA context and other processes")
         if self.whole_graph:
             lines.append(FITS)
-        lines += [f"{row.module or row.node}: {_why(row, self.split)}" for row in self.rows if row.op == "linear"]
+        linears = [row for row in self.rows if row.op == "linear"]
+        lines += [f"{row.module or row.node}: {_why(row, self.split)}{_shared(row, linears)}" for row in linears]
         lines += self._host_memory_lines()
         lines += [f"left as it is: {refusal.where}: {refusal.reason}" for refusal in self.refusals]
         return "\n".join(lines)
@@ -171,6 +172,12 @@ def _why(row: Row, split: float | Literal["auto"]) -> str:
     return f"{shares}: a trip to the host would cost more than it saves"
 
 
+def _shared(row: Row, linears: Sequence[Row]) -> str:
+    """With which others it shares a trip."""
+    others = [one.module or one.node for one in linears if row.trip and one.trip == row.trip and one is not row]
+    return f"; one trip with {', '.join(others)}" if others else ""
+
+
 # ---- rows from a scheduled graph ---------------------------------------------------------------------------
 
 
@@ -206,7 +213,7 @@ def schedule_rows(
     return tuple(sorted(rows, key=lambda row: row.start_s))
 
 
-_TRANSFERS = (ir.TO_HOST, ir.WAIT_HOST, ir.TO_ACCELERATOR, ir.WAIT)
+_TRANSFERS = (ir.TO_HOST, ir.WAIT_HOST, ir.TO_ACCELERATOR, ir.WAIT_ACCELERATOR)
 _OF_LINEAR = (
     ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.WAIT, ir.RELEASE, ir.RESIDENT, ir.PARTIAL_LINEAR,
     ir.HOST_LINEAR, ir.JOIN,
@@ -233,6 +240,7 @@ def _linear_row(site: LinearSite, nodes: list[fx.Node], prediction: Prediction) 
         start_s=min((prediction.start_s[node] for node in timed), default=0.0),
         end_s=max((prediction.end_s[node] for node in timed), default=0.0),
         parts=tuple(node.name for node in nodes),
+        trip=next((user.name for node in nodes for user in node.users if user.target == ir.TO_ACCELERATOR), ""),
     )
 
 

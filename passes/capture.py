@@ -82,9 +82,7 @@ class _Listener(TorchDispatchMode):
         found = self._found
         found["aten"] += (name,)
         found["random"] |= _is_random(func, args, kwargs or {})
-        found["data_dependent"] |= (
-            torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
-        )
+        found["data_dependent"] |= _is_data_dependent(func, args)
         found["flops"] += _flops(func, args, kwargs or {}, out)
         found["traffic_bytes"] += _traffic(name, args, out)
         found["made_bytes"] += _new_bytes(out, (args, kwargs))
@@ -128,6 +126,13 @@ def _is_random(func: Any, args: Any, kwargs: Any) -> bool:
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     defaults = {argument.name: argument.default_value for argument in func._schema.arguments}
     return "dropout_p" not in defaults or given.get("dropout_p", defaults["dropout_p"]) != 0.0
+
+
+def _is_data_dependent(func: Any, args: Any) -> bool:
+    """Whether the result's shape or value depends on data; an ``index`` is tagged so, but only masks make it so."""
+    if func.overloadpacket.__name__ == "index":
+        return any(index.dtype in (torch.bool, torch.uint8) for index in tensors_in(args[1]))
+    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> sympy.Expr:

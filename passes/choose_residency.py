@@ -10,6 +10,7 @@ on the accelerator (``residency_shares``). If everything fits, nothing is offloa
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 from torch import fx
@@ -19,8 +20,9 @@ from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.annotate_costs import linear_cost, value_bytes
-from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, forced_split
+from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, forced_split, table_only
 from hetegen_compile.passes.context import (
+    MIRRORED,
     OTHERS,
     RESIDENT,
     RING,
@@ -57,6 +59,8 @@ class _Sharing:
         self._mirrored = mirrored_size(module, weights, context)
         self._fixed = {**step_memory(module, weights, context), **context.overhead_bytes}
         self._smallest = _WINDOW * max((_smallest_chunk(weight) for weight in weights), default=0)
+        tables = [node for node in module.graph.find_nodes(op="placeholder") if table_only(node, context)]
+        self._tables = {node.name: 0 if node in weights else value_bytes(node, context) for node in tables}
         self._keys = {weight: context.resident.identify(context.weights[weight.name]) for weight in weights}
 
     def decide(self) -> Residency:
@@ -78,13 +82,23 @@ class _Sharing:
         claims = self._claims()
         wanted = {claim.key: claim.nbytes for graph in (*others, claims) for claim in graph}
         shared_ring = self._context.ring_bytes if self._context.ring_bytes <= free else 0
-        if sum(wanted.values()) <= free - shared_ring and not forced_split(self._context):
+        left = free - shared_ring - sum(wanted.values())
+        if left >= 0 and not forced_split(self._context):
             budget = {**fixed, **({RING: shared_ring} if shared_ring else {}), RESIDENT: _nbytes(claims)}
-            return self._residency(claims, residency_shares([*others, claims], free), shared_ring, budget, whole=True)
+            found = self._residency(claims, residency_shares([*others, claims], free), shared_ring, budget, whole=True)
+            return self._with_tables(found, left)
         ring = self._ring_bytes(free)
         first_rows = residency_shares([*others, claims], free - ring)
         held = sum((c.rows - first_rows.get(c.key, c.rows)) * c.row_bytes for c in claims)
         return self._residency(claims, first_rows, ring, {**fixed, RING: ring, RESIDENT: held})
+
+    def _with_tables(self, whole: Residency, left: int) -> Residency:
+        """Embedding tables on the accelerator as well, if ``left`` bytes hold them: the host then looks nothing up."""
+        nbytes = sum(self._tables.values())
+        if nbytes > left:
+            return whole
+        budget = {**whole.budget, MIRRORED: whole.budget[MIRRORED] + nbytes}
+        return replace(whole, budget=budget, mirrored=whole.mirrored + nbytes, tables=frozenset(self._tables))
 
     def _residency(
         self, claims: Sequence[Claim], first_rows: Mapping[Hashable, int], ring: int, budget: Mapping[str, int], *,
@@ -94,7 +108,9 @@ class _Sharing:
         weights = {w.name: first_rows[key] for w, key in self._keys.items() if key in own and key in first_rows}
         chunk = 0 if whole else max(self._smallest // _WINDOW, ring // _CHUNKS, min(ring // 3, _CHUNK_BYTES))
         staged = max(STAGED_CHUNK_BYTES, sum(value_bytes(weight, self._context) for weight in self._weights) // _STAGED)
-        return Residency(weights, ring, chunk, budget, whole, tuple(claims), first_rows, self._mirrored, staged)
+        return Residency(
+            weights, ring, chunk, budget, whole, tuple(claims), first_rows, self._mirrored, staged_chunk_bytes=staged
+        )
 
     def _claims(self) -> tuple[Claim, ...]:
         """What each different weight asks for; the rows of a forced host share stay on the host."""
@@ -108,14 +124,19 @@ class _Sharing:
         return tuple(claim for claim in found.values() if claim.nbytes)
 
     def _ring_bytes(self, free: int) -> int:
-        """Bytes of the staging ring: two of the weights that most bytes lie in, at most a quarter of what is free.
-
-        Weights larger than that (an output layer) go through it in chunks. All graphs share the ring, so it is as
-        long as others made it unless that takes more than half.
-        """
-        typical = _WINDOW * _typical([_aligned(value_bytes(weight, self._context)) for weight in self._weights])
-        ring = max(self._smallest, min(typical, free // 4 // SLOT_ALIGNMENT * SLOT_ALIGNMENT))
+        """All graphs share the ring, so it is as long as others made it unless that takes more than half."""
+        sizes = [value_bytes(weight, self._context) for weight in self._weights]
+        ring = staging_ring_bytes(sizes, free, self._smallest)
         return max(ring, self._context.ring_bytes if self._context.ring_bytes <= free // 2 else 0)
+
+
+def staging_ring_bytes(weight_bytes: Sequence[int], free: int, smallest: int = 0) -> int:
+    """Bytes of the staging ring: two of the weights that most bytes lie in, at most a quarter of what is free.
+
+    Weights larger than that (an output layer) go through it in chunks.
+    """
+    typical = _WINDOW * _typical([_aligned(nbytes) for nbytes in weight_bytes])
+    return max(smallest, min(typical, free // 4 // SLOT_ALIGNMENT * SLOT_ALIGNMENT))
 
 
 def _typical(sizes: Sequence[int]) -> int:

@@ -32,7 +32,9 @@ def feed_s(linear: fx.Node, cost: NodeCost, context: Context) -> float:
 
 
 def best_split(rows: int, cost: NodeCost, context: Context, *, staged: bool = False) -> SplitSolution:
-    """The balance of host and link for one Linear none of whose rows are resident.
+    """The balance of host and link for one Linear none of whose rows are resident, as if it were alone.
+
+    So it pays for a whole trip; what Linears save that share one is seen by the balance over the step.
 
     The rows of a ``staged`` weight go through the pinned ring: the slower of pin thread and link feeds them.
     """
@@ -66,8 +68,11 @@ def forced_host_rows(rows: int, context: Context) -> int:
 def table_only(placeholder: fx.Node, context: Context) -> bool:
     """Whether a parameter is only an embedding table that stays on the host.
 
-    It does where the rows that are looked up are fewer bytes than the table, or where it is a Linear's weight too.
+    It does where the rows that are looked up are fewer bytes than the table, or where it is a Linear's weight too,
+    unless everything fits.
     """
+    if context.residency is not None and placeholder.name in context.residency.tables:
+        return False
     value = info(placeholder).value
     lookups = [user for user in placeholder.users if "embedding" in info(user).aten]
     if not lookups or placeholder.name not in context.weights or info(placeholder).writes:

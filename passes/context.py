@@ -114,6 +114,7 @@ class Residency:
         first_rows: first resident row of every claimed weight, those of other graphs included (a weight of no
             resident row is not in it).
         mirrored: bytes of the mirrors that the step reads, an expression over the graph's sizes.
+        tables: embedding tables that are mirrored, too, because everything fits: nothing is left to the host.
         staged_chunk_bytes: most bytes of a chunk of a weight that goes through the pinned ring.
     """
 
@@ -125,6 +126,7 @@ class Residency:
     claims: Sequence[Claim] = ()
     first_rows: Mapping[Hashable, int] = field(default_factory=dict)
     mirrored: sympy.Expr = sympy.Integer(0)
+    tables: frozenset[str] = frozenset()
     staged_chunk_bytes: int = STAGED_CHUNK_BYTES
 
     @property
@@ -308,10 +310,11 @@ class Context:
     ``largest`` are the sizes that the budget has room for, ``spare`` says whether beyond what the options state;
     ``sequences`` and ``tokens_per_sequence`` are what a graph of fixed sizes is given (0: unknown).
     ``activation_bytes`` is what a schedule of the same graph is known to need for activations (None: an estimate is
-    made); ``lean`` asks for the smallest ring and no resident weights. ``ring_bytes`` is the length that other graphs
-    gave the accelerator's staging ring; ``overhead_bytes`` what the device's libraries take, item by item; ``device``
-    where segments will run. ``host_memory`` None says that all weights are pinned. ``staged`` are the placeholders of
-    the weights whose rows go through the pinned ring, with the reason.
+    made); ``lean`` asks for the smallest ring and no resident weights; without ``share_trips`` each Linear has a
+    trip of its own. ``ring_bytes`` is the length that other graphs gave the accelerator's staging ring;
+    ``overhead_bytes`` what the device's libraries take, item by item; ``device`` where segments will run.
+    ``host_memory`` None says that all weights are pinned. ``staged`` are the placeholders of the weights whose rows go
+    through the pinned ring, with the reason.
     """
 
     options: Options
@@ -326,6 +329,7 @@ class Context:
     refusals: tuple[Refusal, ...] = ()
     activation_bytes: int | None = None
     lean: bool = False
+    share_trips: bool = True
     largest: Mapping[sympy.Symbol, sympy.Integer] = field(default_factory=dict)
     spare: bool = True
     tokens_per_sequence: int = 0

@@ -24,8 +24,7 @@ A new operation is one line of ``OPERATIONS``; nothing else in the verifier name
     carried     a fill over the end of a step: "out" starts what nobody in this step waits for; "in" is that transfer
                 in the next step (of the same graph, so its bytes are those of an "out"), before any other fill
 
-So: an upload of several values is ``TO_ACCELERATOR`` with a list as its argument (lists of values are understood
-already); a prefetch along the columns needs no row, its bytes follow from ``dim``; a copy into a pinned slot by a
+So: a prefetch along the columns needs no row, its bytes follow from ``dim``; a copy into a pinned slot by a
 thread of its own is a row with ``lane=STAGE``, ``ring="pinned"``, ended by the prefetch that reads and ``frees`` it.
 """
 
@@ -123,7 +122,6 @@ class Operation:
     carried: Literal["in", "out"] | None = None
 
 
-_UPWARD = (ir.PREFETCH, ir.CARRIED, ir.TO_ACCELERATOR)
 _ON: Side = "accelerator"
 
 OPERATIONS: dict[Any, Operation] = {
@@ -142,9 +140,10 @@ OPERATIONS: dict[Any, Operation] = {
     ir.PREFETCH_AHEAD: Operation(
         UP, ("host",), waits=(4,), waits_for=(ir.RELEASE,), gives=Gives.SLOT, ring="staging", carried="out"
     ),
-    ir.TO_ACCELERATOR: Operation(UP, ("host",), gives=Gives.LOAN, ended_by=(ir.WAIT,)),
-    ir.WAIT: Operation(COMPUTE, waits=(0,), waits_for=_UPWARD, gives=Gives.BROUGHT),
+    ir.WAIT: Operation(COMPUTE, waits=(0,), waits_for=(ir.PREFETCH, ir.CARRIED), gives=Gives.BROUGHT),
     ir.RELEASE: Operation(COMPUTE, waits_for=(ir.PREFETCH, ir.CARRIED), gives=Gives.TOKEN),
+    ir.TO_ACCELERATOR: Operation(UP, ("host",), gives=Gives.LOAN, ended_by=(ir.WAIT_ACCELERATOR,)),
+    ir.WAIT_ACCELERATOR: Operation(COMPUTE, waits=(0,), waits_for=(ir.TO_ACCELERATOR,), gives=Gives.BROUGHT),
     ir.TO_HOST: Operation(DOWN, (_ON,), behind=COMPUTE, gives=Gives.COPY, ended_by=(ir.WAIT_HOST,)),
     ir.WAIT_HOST: Operation(HOST, waits=(0,), waits_for=(ir.TO_HOST,), gives=Gives.BROUGHT),
     ir.HOST_LINEAR: Operation(HOST, ("host", "host", "host")),

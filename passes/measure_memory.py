@@ -30,6 +30,7 @@ from hetegen_compile.passes.liveness import larger, storage_lives
 
 _NOT_VALUES = (
     ir.MIRROR, ir.RESIDENT, ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.WAIT, ir.RELEASE,
+    ir.TO_ACCELERATOR, ir.WAIT_ACCELERATOR,
 )  # fmt: skip
 
 
@@ -130,12 +131,14 @@ class _Meter:
         if any(user.target == ir.TWIN for user in node.users):
             return 0
         made_by = node.args[0] if node.target is operator.getitem and isinstance(node.args[0], fx.Node) else node
-        return self.behind[node] if node.target == ir.TO_ACCELERATOR else self.points[made_by][0]
+        if made_by.target == ir.WAIT_ACCELERATOR:
+            return self.behind[made_by.all_input_nodes[0]]
+        return self.points[made_by][0]
 
     def _last_use(self, node: fx.Node) -> int:
         last = self.points[node][1]
         for user in node.users:
-            if user.target in (ir.WAIT, ir.TO_HOST):  # what is waited for later is in use until then
+            if user.target == ir.TO_HOST:  # what is waited for later is in use until then
                 last = max(last, self._last_use(user))
             else:
                 last = max(last, self.end if user.target == ir.TWIN else self.points[user][1])

@@ -37,7 +37,7 @@ from hetegen_compile.passes.context import Context, Prediction, Work
 SMALL_UPLOAD_BYTES = 256 * 1024
 """Up to this size the accelerator reads a host buffer directly instead of queueing behind prefetches."""
 
-_FREE = {ir.MIRROR, ir.RESIDENT, ir.TWIN, ir.WAIT, ir.RELEASE, operator.getitem}
+_FREE = {ir.MIRROR, ir.RESIDENT, ir.TWIN, ir.WAIT, ir.WAIT_ACCELERATOR, ir.RELEASE, operator.getitem}
 
 
 def predict_step(module: fx.GraphModule, context: Context) -> Prediction:
@@ -140,7 +140,17 @@ def _linear_work(node: fx.Node, context: Context) -> Work:
     if node.target == ir.PARTIAL_LINEAR:
         return Work("accelerator", accelerator_linear_s(context.profile, dtype, tokens, nbytes, flops))
     seconds = host_linear_s(context.profile, dtype, tokens, nbytes, flops)
-    return Work("host", seconds + _untold_trip_s(context))
+    return Work("host", seconds + (_untold_trip_s(context) if _ends_trip(node) else 0.0))
+
+
+def _ends_trip(host_linear: fx.Node) -> bool:
+    """Whether it is the last of those whose results go up in one transfer: their trip costs its fixed time once."""
+    return any(user.target == ir.TO_ACCELERATOR and user.args[0][-1] is host_linear for user in host_linear.users)  # type: ignore[index]
+
+
+def transfer_up_s(context: Context) -> float:
+    """What one more transfer of host parts' results costs the host thread."""
+    return context.profile.accelerator.launch_s + _untold_trip_s(context)
 
 
 def trip_s(linear: fx.Node, context: Context) -> float:
@@ -150,8 +160,17 @@ def trip_s(linear: fx.Node, context: Context) -> float:
     return down_s + profile.synchronise_s + profile.link.view_s + _untold_trip_s(context)
 
 
+def least_trip_s(linear: fx.Node, context: Context) -> float:
+    """The least that a trip costs: whichever way its result goes up, and no way down for what lies on the host."""
+    link = context.profile.link
+    untold_s, up_s = _untold_trip_s(context), min(link.view_s, link.up.latency_s)
+    if info(linear.all_input_nodes[0]).side != "accelerator":
+        return untold_s + up_s
+    return trip_s(linear, context) - link.view_s + up_s
+
+
 def _untold_trip_s(context: Context) -> float:
-    """The part of a split's measured fixed cost that the trip's own tasks do not account for."""
+    """What a trip's measured fixed cost holds beyond its own tasks: latencies, and work of the host thread."""
     profile = context.profile
     told = profile.link.down.latency_s + profile.synchronise_s + profile.link.view_s
     return max(0.0, profile.fixed_s_per_split - told)

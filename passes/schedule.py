@@ -44,6 +44,8 @@ _RANK = {
 _ACCELERATOR_RANK = 3
 _HOST_RANK = 4
 
+_WAITS = (ir.WAIT, ir.WAIT_HOST, ir.WAIT_ACCELERATOR)
+
 _MOST_DOWNLOADS = 4
 """Downloads under way at once: each keeps its source on the accelerator."""
 _PINNED_WINDOW = 4  # slots of the largest size that the pinned ring holds
@@ -141,9 +143,7 @@ def _late_nodes(nodes: list[fx.Node], tasks: nx.DiGraph) -> set[fx.Node]:
     """
     late: set[fx.Node] = set()
     for node in reversed(nodes):
-        waits = node.target in (ir.WAIT, ir.WAIT_HOST) or (
-            node.target is operator.getitem and _source(node).target == ir.WAIT_HOST
-        )
+        waits = node.target in _WAITS or (node.target is operator.getitem and _source(node).target in _WAITS)
         others = set(tasks.successors(node)) - set(node.users) - _readers_of_late(node, late)
         if waits and all(other.target == ir.RELEASE for other in others):  # a release follows the readers anyway
             tasks.add_edges_from(

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, V
 from hetegen_compile.accelerators.cuda_pinning import SUCCESS, CudaHostMemory, cuda_view, pinned_by_others
 from hetegen_compile.accelerators.cuda_staging import Job, PinThread, copy_rows
 from hetegen_compile.accelerators.cuda_trace import CudaTracer
-from hetegen_compile.accelerators.geometry import copy_span, empty_twin, same_geometry, span, span_bytes
+from hetegen_compile.accelerators.geometry import copy_span, empty_twin, same_geometry, span_bytes
 from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
 from hetegen_compile.accelerators.ring import make_slot, slot_view
 from hetegen_compile.accelerators.values import Slot
@@ -41,7 +42,12 @@ from hetegen_compile.errors import (
 )
 
 DIRECT_BYTES = 256 * 1024
-"""Below this size ``to_accelerator`` makes a CUDA view of a pinned buffer instead of queueing a copy."""
+"""Below this size ``to_accelerator`` makes CUDA views of one pinned buffer instead of queueing copies."""
+
+_HOST = torch.device("cpu")
+
+PACKED_ALIGNMENT = 256
+"""Where each tensor begins in that buffer: as the device's allocator aligns, which compiled kernels count on."""
 
 ALLOCATOR_BLOCK_BYTES = 20 << 20
 """Torch's allocator reserves in blocks of this size for tensors of 1 to 10 MiB: the last one is rarely full."""
@@ -403,6 +409,7 @@ class CudaAccelerator(Accelerator):
         with self._work(op), self._on(self._down, "down", op):
             results = [self._start_down(op, one) for one in values]
         result = results if isinstance(value, list | tuple) else results[0]
+        self.counters.trips_down += 1
         return CudaTransfer(op.name, "to_host", result, values, self._down.record_event())
 
     def _start_down(self, op: Op, value: torch.Tensor) -> torch.Tensor:
@@ -421,24 +428,37 @@ class CudaAccelerator(Accelerator):
         transfer.source = None
         return transfer.value
 
-    def to_accelerator(self, op: Op, tensor: torch.Tensor) -> CudaTransfer:
+    def to_accelerator(self, op: Op, tensors: Sequence[torch.Tensor]) -> CudaTransfer:
         self._check_open()
-        nbytes = span_bytes(tensor)
+        nbytes = sum(map(span_bytes, tensors))
+        self._ledger.uploaded(op.category, nbytes)
+        self.counters.trips_up += 1
         with self._work(op), _copying():
-            buffer = self._pinned(tensor)
-            self._kept.append(buffer)
-            self._ledger.uploaded(op.category, nbytes)
             if 0 < nbytes < DIRECT_BYTES:
-                flat = cuda_view(span(buffer), self.device)
-                value = flat.as_strided(tensor.shape, tensor.stride())
-                return CudaTransfer(op.name, "to_accelerator", value, buffer)
+                return CudaTransfer(op.name, "to_accelerator", self._packed_views(tensors), None)
+            buffers = [self._pinned(tensor) for tensor in tensors]
+            self._kept += buffers
             with self._on(self._up, "up", op):
-                value = empty_twin(buffer, self.device)  # of the up stream's pool: nothing older uses it
-                copy_span(value, buffer, non_blocking=True)
-            self._ledger.hold(value, op.category)
-            value.record_stream(self._compute)
+                values = [self._start_up(op, buffer) for buffer in buffers]
         self._uploaded = self._up.record_event()
-        return CudaTransfer(op.name, "to_accelerator", value, buffer, self._uploaded)
+        return CudaTransfer(op.name, "to_accelerator", values, buffers, self._uploaded)
+
+    def _packed_views(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """CUDA views of copies that lie behind each other in one pinned buffer, which they keep alive."""
+        offsets = packed_offsets(tensors)
+        packed = empty_twin(torch.empty(offsets[-1], dtype=torch.uint8, device="meta"), _HOST, pinned=True)
+        self._kept.append(packed)
+        for lo, tensor in zip(offsets, tensors, strict=False):
+            copy_span(_lying_at(packed, lo, tensor), tensor)
+        on_device = cuda_view(packed, self.device)
+        return [_lying_at(on_device, lo, tensor) for lo, tensor in zip(offsets, tensors, strict=False)]
+
+    def _start_up(self, op: Op, buffer: torch.Tensor) -> torch.Tensor:
+        value = empty_twin(buffer, self.device)  # of the up stream's pool: nothing older uses it
+        copy_span(value, buffer, non_blocking=True)
+        self._ledger.hold(value, op.category)
+        value.record_stream(self._compute)
+        return value
 
     def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, or a copy in a pinned buffer of torch's caching host allocator."""
@@ -522,6 +542,18 @@ def _copying() -> Iterator[None]:
     """Copies record no graph and make ordinary tensors, whatever mode the caller is in."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def packed_offsets(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Where each of some tensors begins in one buffer, and at last the length of the buffer; in bytes."""
+    aligned = [-(-span_bytes(tensor) // PACKED_ALIGNMENT) * PACKED_ALIGNMENT for tensor in tensors]
+    return list(accumulate(aligned, initial=0))
+
+
+def _lying_at(packed: torch.Tensor, offset: int, like: torch.Tensor) -> torch.Tensor:
+    """The bytes of a buffer from ``offset`` on as a tensor of the geometry of ``like``."""
+    flat = packed[offset : offset + span_bytes(like)].view(like.dtype)
+    return flat.as_strided(like.shape, like.stride())
 
 
 def _check_rows(op: Op, source: torch.Tensor, view: torch.Tensor) -> None:

@@ -12,11 +12,12 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 
-from hetegen_compile.baselines import baselines, floor_s
+from hetegen_compile.baselines import baselines
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.dry_run.fakes import Fakes
 from hetegen_compile.dry_run.heap import large_heap
 from hetegen_compile.dry_run.trace import TracedGraph, trace
+from hetegen_compile.floor import floor_s
 from hetegen_compile.graph_inputs import number, token_count
 from hetegen_compile.hardware import profile_for
 from hetegen_compile.options import Options, format_bytes, parse_options
@@ -30,7 +31,8 @@ from hetegen_compile.trials import Trials
 
 _KIND = "dry run"
 _FOR_RUNNING = ("retarget_devices", "lower")
-_STAGES = tuple(stage for stage in ONCE_PER_SPLIT if stage.run.__name__ not in _FOR_RUNNING)
+STAGES = tuple(stage for stage in ONCE_PER_SPLIT if stage.run.__name__ not in _FOR_RUNNING)
+"""Stages of a schedule that nobody will run."""
 
 
 def plan(model: nn.Module, *args: Any, options: Mapping[str, object] | None = None, **kwargs: Any) -> Schedule:
@@ -150,7 +152,7 @@ class PlannedGraph:
     @cached_property
     def step(self) -> PlannedStep:
         """Its schedule, made when it is asked for: while residency is being settled nobody does."""
-        return self.planner.plan_split(self.base, self.split, _STAGES, self.trials)
+        return self.planner.plan_split(self.base, self.split, STAGES, self.trials)
 
     @cached_property
     def trials(self) -> Trials:

@@ -151,10 +151,10 @@ def test_several_values_go_down_as_one_transfer(accelerator: CudaAccelerator) ->
 
 
 def test_small_activations_stay_off_the_copy_engine(accelerator: CudaAccelerator) -> None:
-    small = accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), torch.ones(3).expand(2, 3)))
+    (small,) = accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), [torch.ones(3).expand(2, 3)]))
     assert small.shape == (2, 3)
     assert LOG == []
-    accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), torch.ones(1 << 16)))
+    accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), [torch.ones(1 << 16)]))
     assert LOG == ["on up", "compute waits up@0"]
     assert len(accelerator._kept) == 2
     accelerator.end_step()
