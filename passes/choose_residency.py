@@ -26,6 +26,7 @@ from hetegen_compile.passes.context import (
     OTHERS,
     RESIDENT,
     RING,
+    STAGED_CHUNK_BYTES,
     Claim,
     Context,
     Residency,
@@ -37,6 +38,7 @@ SLOT_ALIGNMENT = 256
 _WINDOW = 2  # slots the ring holds at least: one being read while the next one is being filled
 _CHUNK_BYTES = 8 << 20  # of a chunk where a third of the ring allows: smaller ones cost rate and issue
 _CHUNKS = 4  # slots of the largest size that the ring holds: each costs its issue, and the link seldom waits for one
+_STAGED = 4096  # staged chunks that a step has at most: each is five operations, and four lie in the pinned ring
 
 
 def choose_residency(module: fx.GraphModule, context: Context) -> Residency:
@@ -110,7 +112,10 @@ class _Sharing:
         own = {claim.key for claim in claims}
         weights = {w.name: first_rows[key] for w, key in self._keys.items() if key in own and key in first_rows}
         chunk = 0 if whole else max(self._smallest // _WINDOW, ring // _CHUNKS, min(ring // 3, _CHUNK_BYTES))
-        return Residency(weights, ring, chunk, budget, whole, tuple(claims), first_rows, self._mirrored)
+        staged = max(STAGED_CHUNK_BYTES, sum(value_bytes(weight, self._context) for weight in self._weights) // _STAGED)
+        return Residency(
+            weights, ring, chunk, budget, whole, tuple(claims), first_rows, self._mirrored, staged_chunk_bytes=staged
+        )
 
     def _claims(self) -> tuple[Claim, ...]:
         """What each different weight asks for; the rows of a forced host share stay on the host."""

@@ -50,8 +50,9 @@ _HOST = torch.device("cpu")
 PACKED_ALIGNMENT = 256
 """Where each tensor begins in that buffer: as the device's allocator aligns, which compiled kernels count on."""
 
-ALLOCATOR_BLOCK_BYTES = 20 << 20
-"""Torch's allocator reserves in blocks of this size for tensors of 1 to 10 MiB: the last one is rarely full."""
+ALLOCATOR_BLOCK_BYTES = (20 << 20) + (2 << 20)
+"""Torch's allocator reserves in blocks: of 2 MiB for tensors below 1 MiB, of 20 MiB for those up to 10 MiB. For each
+stream that tensors are made on (compute, up) the last of them are rarely full."""
 
 
 @dataclass(eq=False)
@@ -179,7 +180,7 @@ class CudaAccelerator(Accelerator):
     def overhead_bytes(self) -> Mapping[str, int]:
         return {
             "cuBLAS workspace": cublas_workspace_bytes(torch.cuda.get_device_capability(self.device)),
-            "rounding of torch's allocator": ALLOCATOR_BLOCK_BYTES,
+            "rounding of torch's allocator": 2 * ALLOCATOR_BLOCK_BYTES,
         }
 
     @property
@@ -268,8 +269,16 @@ class CudaAccelerator(Accelerator):
         staged, self._staged = self._staged, []
         for transfer in staged:
             transfer.issued()  # raises what failed on the pin thread
-        reserved = torch.cuda.max_memory_reserved(self.device) - self._reserved_before
-        self.counters.peak_bytes = self.counters.step_peak_bytes = max(0, reserved)
+        self._note_reserved()
+
+    def _note_reserved(self) -> None:
+        """The step's peak: what torch's allocator has reserved since; it gives nothing back while a step runs.
+
+        Its own peak is not used: calibration, or whatever ran before, may have reached it.
+        """
+        reserved = torch.cuda.memory_stats_as_nested_dict(self.device)["reserved_bytes"]["all"]["current"]
+        self.counters.step_peak_bytes = max(0, reserved - self._reserved_before)
+        self.counters.peak_bytes = max(self.counters.peak_bytes, self.counters.step_peak_bytes)
 
     def abandon_step(self) -> None:
         if self._in_step:
@@ -417,9 +426,10 @@ class CudaAccelerator(Accelerator):
         return CudaTransfer(op.name, "to_host", result, values, self._down.record_event())
 
     def _start_down(self, op: Op, value: torch.Tensor) -> torch.Tensor:
+        """The transfer keeps ``value`` until its wait, so nothing is recorded for the allocator, which would keep the
+        block from the next step's tensors. After an aborted step the copy may read what was reused: nobody reads it."""
         result = empty_twin(value, torch.device("cpu"), pinned=True)
         copy_span(result, value, non_blocking=True)
-        value.record_stream(self._down)  # an aborted step may drop the transfer before the copy is over
         self._ledger.downloaded(op.category, span_bytes(value))
         return result
 

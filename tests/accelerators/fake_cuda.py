@@ -20,6 +20,8 @@ from hetegen_compile.accelerators.geometry import empty_twin
 LOG: list[str] = []
 PENDING: set[str] = set()
 ALREADY_REGISTERED = 712
+RESERVED = {"current": 123_456}
+"""What torch's allocator says to have reserved at the end of a step."""
 
 
 class FakeEvent:
@@ -118,7 +120,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
         is_available=lambda: True,
         mem_get_info=lambda device: (1 << 30, 1 << 31),
         memory_reserved=lambda device: 0,
-        max_memory_reserved=lambda device: 12345,
+        memory_stats_as_nested_dict=lambda device: {"reserved_bytes": {"all": RESERVED}},
         get_device_capability=lambda device: (9, 0),
         synchronize=lambda device: LOG.append("host waits all"),
         current_stream=lambda device: compute,

@@ -54,10 +54,21 @@ def test_split_layers_run_through_every_operation() -> None:
     x = torch.randn(2, WIDTH)
     torch.testing.assert_close(layers.step(x), run_eager(weights, x))
     assert accelerator.counters.uploaded_bytes["weights"] == 4 * 48 * WIDTH * 4
-    assert accelerator.counters.peak_bytes == 12345
+    assert accelerator.counters.peak_bytes == 123_456
     accelerator.close()
     with pytest.raises(AcceleratorError, match="closed"):
         accelerator.begin_step()
+
+
+def test_the_peak_is_of_steps_and_not_of_what_ran_before(
+    accelerator: CudaAccelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calibration reserves and gives back; a step's peak is what is reserved when it ends."""
+    for reserved, peak in ((6000, 6000), (5000, 6000), (9000, 9000)):
+        monkeypatch.setitem(fake_cuda.RESERVED, "current", reserved)
+        accelerator.begin_step()
+        accelerator.end_step()
+        assert (accelerator.counters.step_peak_bytes, accelerator.counters.peak_bytes) == (reserved, peak)
 
 
 def test_edges_between_the_streams(accelerator: CudaAccelerator) -> None:

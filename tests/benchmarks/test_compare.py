@@ -68,7 +68,7 @@ def test_the_table_says_what_is_equal_and_why_figures_are_missing() -> None:
 
 
 def test_each_way_and_limit_is_a_child(tmp_path: Path) -> None:
-    arguments = program._arguments(
+    arguments = program.parse_arguments(
         ["--accelerator", "cuda", "--gpu-memory", "0.5", "20MiB", "--trace", str(tmp_path / "trace.json")]
     )
     weights = weight_bytes_of("opt-tiny", torch.bfloat16)
@@ -78,7 +78,7 @@ def test_each_way_and_limit_is_a_child(tmp_path: Path) -> None:
         ("Accelerate map", 20 << 20), ("diffusers", None), ("eager GPU", None), ("CPU, Inductor", None),
     ]  # fmt: skip
     assert [job.trace for job in jobs if job.trace] == [str(tmp_path / "trace.json")]
-    emulated = program._arguments(["--accelerator", "emulated"])
+    emulated = program.parse_arguments(["--accelerator", "emulated"])
     assert [job.way for job in program.jobs_of(emulated)] == [HETEGEN, HETEGEN]
     assert "emulated" in program.heading(emulated)["hardware"]
 
