@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WARM_UP_TOKENS = 6
+WARM_UP_TOKENS = 3
 """Of the generation that is not measured, where it may be shorter."""
 
 
