@@ -14,8 +14,9 @@ import torch
 from transformers import BertConfig, OPTConfig
 
 from hetegen_compile import backend, cli
-from hetegen_compile.bench import Measured, bench_json, bench_report
+from hetegen_compile.bench import Measured, bench_json, bench_report, measure
 from hetegen_compile.bench.timing import Timing
+from hetegen_compile.errors import BudgetError
 from hetegen_compile.schedule import Schedule
 from hetegen_compile.segments import plain_compiler
 
@@ -58,6 +59,23 @@ def test_a_shape_runs_with_random_weights(
     assert split["decode_tokens_per_s"] is split["prefill_tokens_per_s"] is split["decode_steps_s"] is None
     assert 0 < split["predicted_decode_tokens_per_s"] <= split["floor_decode_tokens_per_s"]
     assert 0 < split["accelerator_peak_bytes"] <= 60 << 10
+
+
+def test_a_split_without_room_is_compiled_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another split's activations may need what the residency of the first has taken."""
+    compiled: list[Any] = []
+    model: Any = SimpleNamespace(compile=lambda backend, options: compiled.append(options))
+
+    def timed(model: Any, prompt: Any, new_tokens: int, split: Any) -> tuple[Timing, int]:
+        if split == 0.0 and "split" not in compiled[-1]:
+            raise BudgetError("needs 13824 bytes more")
+        return FOUND.timing, 1
+
+    monkeypatch.setattr(measure, "_timed", timed)
+    monkeypatch.setattr(measure, "decode_schedule", lambda split, known: SCHEDULE)
+    found = list(measure.measure_splits(model, torch.ones(1, 2), 3, {"gpu_memory": 5}))
+    assert [one.way for one in found] == ["hetegen", "all streamed"]
+    assert compiled == [{"gpu_memory": 5}, {"gpu_memory": 5, "split": 0.0}]
 
 
 def test_figures_are_rates_of_the_steps() -> None:
