@@ -68,7 +68,7 @@ def balanced_splits(module: fx.GraphModule, context: Context, trials: Trials) ->
     candidates = [_Candidate(nothing, trials.step_s(context, nothing, keep=True))]
     if context.options.pair_mlp is not True:
         if any(plan.host for plan in splits.values()):
-            candidates.append(_Candidate(splits, trials.step_s(context, splits, keep=True)))
+            candidates.append(_Candidate(splits, trials.step_s(context, splits)))
         candidates += _balanced(trials, context, trips, chain)
     paired = _promising(module, context, trips, chain)
     if paired is not None:

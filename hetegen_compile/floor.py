@@ -1,6 +1,6 @@
 """The floor of a step: seconds that no schedule of this work on this hardware comes below, whatever it does.
 
-It is the largest of three bounds. The simulation charges the same rates, so no simulated step is below it:
+It is the largest of four bounds. The simulation charges the same rates, so no simulated step is below it:
 
 - **bytes**: host and link share the offloaded bytes of all Linears, both at work all the time at the rates of the
   profile's tables for these tokens and sizes, the host beside a working link. For one rate each this is
@@ -9,6 +9,8 @@ It is the largest of three bounds. The simulation charges the same rates, so no 
 - **path**: the longest chain of trips and segments of which each needs the results of the one before, at the best
   shares that the link's own work allows (``cost_model.relax``). While a segment runs the host has nothing to
   compute for this chain, and each trip that the host takes part in costs the chain its transfers and waits.
+- **thread**: what the host's thread does one after the other, at the best shares: its parts of Linears, its other
+  operations (appending to a cache that the caller gets back), waits, and issuing segments and Linears.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from hetegen_compile.passes.predict_step import least_thread_s, least_trip_s, no
 
 @dataclass(frozen=True)
 class Floor:
-    """The three bounds, in seconds; see the module."""
+    """The four bounds, in seconds; see the module."""
 
     bytes_s: float
     accelerator_s: float
@@ -41,7 +43,7 @@ class Floor:
 
     @property
     def bound(self) -> str:
-        """The name of the largest: "bytes", "accelerator" or "path"; of equal ones the first."""
+        """The name of the largest: "bytes", "accelerator", "path" or "thread"; of equal ones the first."""
         named = {"bytes": self.bytes_s, "accelerator": self.accelerator_s, "path": self.path_s, "thread": self.thread_s}
         return max(named, key=named.__getitem__)
 

@@ -25,6 +25,7 @@ from hetegen_compile.graph_inputs import number, sequence_shape, token_count
 from hetegen_compile.ir import LINEAR, copy_module, info
 from hetegen_compile.options import Options, format_bytes
 from hetegen_compile.passes import choose_splits
+from hetegen_compile.passes.choose_splits import forced_split
 from hetegen_compile.passes.context import (
     ACTIVATIONS,
     RESIDENT,
@@ -226,13 +227,19 @@ class Planner:
         return None
 
     def _tried(self, context: Context) -> tuple[fx.GraphModule, Context, int]:
-        """A grouped graph, its context, and the bytes of activations that its schedule takes."""
+        """A grouped graph, its context, and the bytes of activations that its schedule takes.
+
+        A share that the options force may be overridden later, so the schedule without one has to fit as well.
+        """
         module = copy_module(self._module)
         context = run_pipeline(module, context, ONCE_PER_BUCKET)
-        need = _need(module, context, choose_splits(module, context))
+        splits = [choose_splits(module, context)]
+        if forced_split(context):
+            splits.append(choose_splits(module, replace(context, options=replace(context.options, split=0.0))))
         paired = None if context.lean else promising_blocks(module, context)
-        needs = [need] if paired is None else [need, _need(module, context, paired)]
-        return module, replace(context, memory=need), max(each.peak_bytes(context.room) for each in needs)
+        needs = [_need(module, context, each) for each in (*splits, *([paired] if paired else []))]
+        need = max(needs, key=lambda memory: memory.peak_bytes(context.room))
+        return module, replace(context, memory=need), need.peak_bytes(context.room)
 
     def _schedule(self, base: BucketPlan, module: fx.GraphModule, context: Context, trials: Trials) -> Schedule:
         prediction = require(context.prediction, "predict_step")

@@ -37,7 +37,8 @@ class Schedule:
         rows: one ``Row`` for each Linear, segment and host operation, in issue order.
         resident_bytes, streamed_bytes, host_bytes: weights of one step by where they are consumed.
         predicted_step_s: the simulated step.
-        floor_s: a bound that no schedule of this work beats.
+        floor_s: a bound that no schedule of this work beats: the largest of offloaded bytes over link and host
+            together, the accelerator's own work, the critical path and the host's thread (``floor``).
         baselines: seconds of a step done otherwise; None where it does not fit.
         accelerator_peak_bytes: most bytes held on the accelerator so far.
         host_pinned_bytes: bytes of host memory pinned for prefetches, the pinned ring included.

@@ -26,6 +26,7 @@ from hetegen_compile.passes.context import (
     OTHERS,
     RESIDENT,
     RING,
+    STAGED_CHUNK_BYTES,
     Block,
     Claim,
     Context,
@@ -38,6 +39,7 @@ SLOT_ALIGNMENT = 256
 _WINDOW = 2  # slots the ring holds at least: one being read while the next one is being filled
 _CHUNK_BYTES = 8 << 20  # of a chunk where a third of the ring allows: smaller ones cost rate and issue
 _CHUNKS = 4  # slots of the largest size that the ring holds: each costs its issue, and the link seldom waits for one
+_STAGED = 4096  # staged chunks that a step has at most: each is five operations, and four lie in the pinned ring
 
 
 def choose_residency(module: fx.GraphModule, context: Context) -> Residency:
@@ -111,13 +113,15 @@ class _Sharing:
         own = {claim.key for claim in claims}
         weights = {w.name: first_rows[key] for w, key in self._keys.items() if key in own and key in first_rows}
         chunk = 0 if whole else max(self._smallest // _WINDOW, ring // _CHUNKS, min(ring // 3, _CHUNK_BYTES))
-        return Residency(weights, ring, chunk, budget, whole, tuple(claims), first_rows, self._mirrored)
+        staged = max(STAGED_CHUNK_BYTES, sum(value_bytes(weight, self._context) for weight in self._weights) // _STAGED)
+        return Residency(
+            weights, ring, chunk, budget, whole, tuple(claims), first_rows, self._mirrored, staged_chunk_bytes=staged
+        )
 
     def _claims(self) -> tuple[Claim, ...]:
         """What each different weight asks for; the rows of a forced host share stay on the host."""
         found: dict[Hashable, Claim] = {}
         blocks = self._blocks_of()
-        gains = {linear: _gain(linear, self._context) for linear in self._weights.values()}
         for weight, linear in self._weights.items():
             block = blocks.get(linear)
             if block is not None and self._pairs:
@@ -125,21 +129,19 @@ class _Sharing:
             value = info(weight).value
             rows, row_bytes = int(value.shape[0]), int(value.shape[1]) * int(value.element_size())
             first = forced_host_rows(rows, self._context)
-            gain = sum(map(gains.__getitem__, block or [linear])) / sum(_bytes_of(one) for one in block or [linear])
-            unit = None if block is None else self._keys[block[-1].args[1]]  # type: ignore[index]
-            claim = Claim(self._keys[weight], rows, first, row_bytes, gain, unit)
+            unit = None if block is None else self._keys[block.args[1]]  # type: ignore[index]
+            claim = Claim(self._keys[weight], rows, first, row_bytes, _gain(linear, self._context), unit)
             found.setdefault(claim.key, claim)
         return tuple(claim for claim in found.values() if claim.nbytes)
 
-    def _blocks_of(self) -> dict[fx.Node, list[fx.Node]]:
-        """For the Linears of each block that may be cut as one, all of its Linears."""
+    def _blocks_of(self) -> dict[fx.Node, fx.Node]:
+        """For the Linears of each block that may be cut as one, the last of them."""
         linears = {info(linear).position: linear for linear in self._weights.values()}
         blocks = [
             block for block in self._context.blocks
             if set(block.linears) <= linears.keys() and (self._pairs or _saves_a_trip(block, self._context))
         ]
-        members = [[linears[position] for position in block.linears] for block in blocks]
-        return {linear: nodes for nodes in members for linear in nodes}
+        return {linears[position]: linears[block.consumer] for block in blocks for position in block.linears}
 
     def _ring_bytes(self, free: int) -> int:
         """All graphs share the ring, so it is as long as others made it unless that takes more than half."""
@@ -195,14 +197,9 @@ def _saves_a_trip(block: Block, context: Context) -> bool:
     return context.profile.fixed_s_per_split > len(block.region) * context.profile.host.launch_s
 
 
-def _bytes_of(linear: fx.Node) -> int:
-    value = info(linear.args[1]).value  # type: ignore[arg-type]
-    return int(value.numel()) * int(value.element_size())
-
-
 def _gain(linear: fx.Node, context: Context) -> float:
-    """Seconds of a decode step that keeping this Linear's weight resident saves."""
+    """Seconds of a decode step that keeping this Linear's weight resident saves, per byte."""
     cost = linear_cost(linear, context, tokens=1)
     weight: fx.Node = linear.args[1]  # type: ignore[assignment]
     rows = int(info(weight).value.shape[0])
-    return best_split(rows, cost, context).makespan_s - cost.accelerator_s
+    return (best_split(rows, cost, context).makespan_s - cost.accelerator_s) / max(1, cost.weight_bytes)

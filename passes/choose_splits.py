@@ -114,10 +114,6 @@ def _lines_s(weight: fx.Node, columns: int, context: Context) -> float:
 # ---- single Linears --------------------------------------------------------------------------------------------
 
 
-STAGED_CHUNK_BYTES = 16 << 20
-"""Most bytes of a chunk of a staged weight: where the link's rate has levelled off, so the pinned ring stays small."""
-
-
 def feed_s(linear: fx.Node, cost: NodeCost, context: Context) -> float:
     """Seconds to bring a Linear's whole weight over the link, by way of the pinned ring if it is staged."""
     weight: fx.Node = linear.args[1]  # type: ignore[assignment]
@@ -192,8 +188,9 @@ def with_host_rows(node: fx.Node, host: int, context: Context) -> LinearPlan:
 
 def chunk_bytes(weight: fx.Node, context: Context) -> int:
     """Most bytes of one prefetch of a weight."""
-    most = require(context.residency, "choose_residency").chunk_bytes
-    return min(most, STAGED_CHUNK_BYTES) if weight.name in context.staged else most
+    residency = require(context.residency, "choose_residency")
+    staged = weight.name in context.staged
+    return min(residency.chunk_bytes, residency.staged_chunk_bytes) if staged else residency.chunk_bytes
 
 
 def _plan(node: fx.Node, costs: Costs, residency: Residency, context: Context) -> LinearPlan:

@@ -151,6 +151,9 @@ OTHERS = "steps of other graphs"
 RESIDENT = "resident weights"
 RING = "staging ring"
 
+STAGED_CHUNK_BYTES = 16 << 20
+"""Bytes of a chunk of a staged weight: where the link's rate has levelled off, so the pinned ring stays small."""
+
 
 @dataclass(frozen=True)
 class Residency:
@@ -165,6 +168,7 @@ class Residency:
             resident row is not in it).
         mirrored: bytes of the mirrors that the step reads, an expression over the graph's sizes.
         tables: embedding tables that are mirrored, too, because everything fits: nothing is left to the host.
+        staged_chunk_bytes: most bytes of a chunk of a weight that goes through the pinned ring.
     """
 
     weights: Mapping[str, int]
@@ -176,6 +180,7 @@ class Residency:
     first_rows: Mapping[Hashable, int] = field(default_factory=dict)
     mirrored: sympy.Expr = sympy.Integer(0)
     tables: frozenset[str] = frozenset()
+    staged_chunk_bytes: int = STAGED_CHUNK_BYTES
 
     @property
     def step_bytes(self) -> int:

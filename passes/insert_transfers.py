@@ -147,7 +147,7 @@ class _Inserter:
             joined = next(near, None)
             if joined is not None:
                 joined += group
-            elif self._pays([key[0] for key in group], late):
+            else:
                 transfers.append((group, last.next))
 
     def _completing(self, keys: list[_Version], late: set[fx.Node]) -> list[_Version]:
@@ -165,11 +165,6 @@ class _Inserter:
         for key in sorted(keys, key=lambda key: key[0]):
             found.setdefault(bisect(segments, key[0]), []).append(key)
         return list(found.values())
-
-    def _pays(self, values: list[fx.Node], late: set[fx.Node]) -> bool:
-        """Whether the work is worth a transfer of its own."""
-        profile = self._context.profile
-        return completing_s(values, late, self._context) > 2 * (profile.synchronise_s + profile.accelerator.launch_s)
 
     def _late_transfers(self, keys: list[_Version]) -> list[list[_Version]]:
         """Small values in one transfer; each large one by itself, so that it need not be kept to the end."""

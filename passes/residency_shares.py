@@ -62,12 +62,18 @@ def _in_order(claims: Sequence[Claim], *, together: bool) -> list[Claim]:
 
     The link can run ahead of the computation by the staging ring only. ``together``: claims of a block are one.
     """
-    alike: dict[float, dict[Hashable, list[Claim]]] = {}
+    units: dict[Hashable, list[Claim]] = {}
     for claim in claims:
-        unit = claim.block if together and claim.block is not None else claim.key
-        alike.setdefault(-claim.gain_s_per_byte, {}).setdefault(unit, []).append(claim)
-    ordered = [list(alike[gain].values()) for gain in sorted(alike)]
-    return [claim for units in ordered for i in spread_order(len(units)) for claim in units[i]]
+        units.setdefault(claim.block if together and claim.block is not None else claim.key, []).append(claim)
+    alike: dict[float, list[list[Claim]]] = {}
+    for unit in units.values():
+        alike.setdefault(-_gain(unit), []).append(unit)
+    return [claim for gain in sorted(alike) for i in spread_order(len(alike[gain])) for claim in alike[gain][i]]
+
+
+def _gain(unit: Sequence[Claim]) -> float:
+    """Seconds that a resident byte of these weights saves."""
+    return sum(c.gain_s_per_byte * c.nbytes for c in unit) / max(1, sum(c.nbytes for c in unit))
 
 
 def _partial(claim: Claim, free_bytes: int) -> int:

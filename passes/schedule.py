@@ -18,6 +18,7 @@ Before:                                       After (two slots):
 from __future__ import annotations
 
 import operator
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -95,11 +96,11 @@ def shortest_ring(sizes: list[int], ring_bytes: int) -> int:
     The last slot of a step then ends near its end, where the first slot of the next step begins. All of the ring if
     that leaves too much of it unused.
     """
-    laps, low, high = _laps(sizes, ring_bytes), max(sizes, default=0), ring_bytes
-    while high - low > SLOT_ALIGNMENT:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _laps(sizes, middle) <= laps else (middle, high)
-    return high if high >= LEAST_USED * ring_bytes or laps == 1 else ring_bytes
+    laps = _laps(sizes, ring_bytes)
+    candidates = range(max(sizes, default=0), ring_bytes, SLOT_ALIGNMENT)
+    found = bisect_left(candidates, True, key=lambda length: _laps(sizes, length) <= laps)
+    used = candidates[found] if found < len(candidates) else ring_bytes
+    return used if used >= LEAST_USED * ring_bytes or laps == 1 else ring_bytes
 
 
 def _laps(sizes: list[int], ring_bytes: int) -> int:
