@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -73,12 +74,17 @@ def compare_shape(shape: str, settings: Settings, notebook: Notebook, *, ways: S
     rows = [] if HETEGEN in ways else earlier_rows(shape, settings)
     for job in compare.jobs_of(arguments):
         print(job.name, flush=True)
-        rows += compare.run(job, arguments.limit, settings.path / f"compare-{shape}-{job.name.replace(' ', '-')}")
+        rows += compare.run(job, arguments.limit, settings.path / f"compare-{shape}-{_slug(job.name)}")
         notebook.note("rows", [asdict(row) for row in rows])
         notebook.note("table", tables(rows).splitlines())
         notebook.note("summary", [summary(rows, limit) for limit in arguments.gpu_memory])
     if not any(row.way == HETEGEN and row.decode_tokens_per_s for row in rows):
         raise RuntimeError("hetegen has no figure; its rows say why")
+
+
+def _slug(name: str) -> str:
+    """A name as part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower())
 
 
 def earlier_rows(shape: str, settings: Settings) -> list[Row]:
