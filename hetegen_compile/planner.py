@@ -25,7 +25,6 @@ from hetegen_compile.graph_inputs import number, sequence_shape, token_count
 from hetegen_compile.ir import LINEAR, copy_module, info
 from hetegen_compile.options import Options, format_bytes
 from hetegen_compile.passes import choose_splits
-from hetegen_compile.passes.choose_splits import forced_split
 from hetegen_compile.passes.context import (
     ACTIVATIONS,
     RESIDENT,
@@ -36,6 +35,7 @@ from hetegen_compile.passes.context import (
     Refusal,
     ResidentWeights,
     SegmentCache,
+    Splits,
     require,
 )
 from hetegen_compile.pipeline import ONCE_PER_BUCKET, ONCE_PER_SPLIT, UNTIL_MEASURED, Stage, run_pipeline
@@ -145,8 +145,11 @@ class Planner:
         """The schedule of one split; ``stages`` leaves out lowering where nothing will run."""
         context = replace(base.context, options=replace(self._options, split=split))
         module, done = _scheduled(base.module, replace(context, splits=balanced_splits(base.module, context)), stages)
-        if _excess_bytes(done) > 0 and split == "auto":  # the residency was decided with these:
+        excess = _excess_bytes(done)
+        if excess > 0 and split == "auto":  # the residency was decided with these:
             closed_form = choose_splits(base.module, context)
+            reason = f"it needs {excess} bytes more for activations than are left: each Linear is balanced by itself"
+            context = replace(context, refusals=(*context.refusals, Refusal("the balance of the whole step", reason)))
             module, done = _scheduled(base.module, replace(context, splits=closed_form), stages)
         if _excess_bytes(done) > 0:
             raise BudgetError(
@@ -214,13 +217,16 @@ class Planner:
     def _tried(self, context: Context) -> tuple[fx.GraphModule, Context, int]:
         """A grouped graph, its context, and the bytes of activations that its schedule takes.
 
-        A share that the options force may be overridden later, so the schedule without one has to fit as well.
+        The splits are chosen later, and shares that the options force may be overridden. With fewer rows on the host
+        fewer values come down early, so the schedule without any has to fit as well.
         """
         module = copy_module(self._module)
         context = run_pipeline(module, context, ONCE_PER_BUCKET)
-        needs = [_memory(module, context)]
-        if forced_split(context):
-            needs.append(_memory(module, replace(context, options=replace(context.options, split=0.0))))
+        splits = choose_splits(module, context)
+        needs = [_memory(module, context, splits)]
+        if any(plan.host for plan in splits.values()):
+            streamed = replace(context, options=replace(context.options, split=0.0))
+            needs.append(_memory(module, context, choose_splits(module, streamed)))
         need = max(needs, key=lambda memory: memory.peak_bytes(context.room))
         return module, replace(context, memory=need), need.peak_bytes(context.room)
 
@@ -284,9 +290,8 @@ def largest_sizes(tokens: sympy.Expr, context: Context, *, spare: bool) -> Sizes
     return found
 
 
-def _memory(module: fx.GraphModule, context: Context) -> MemoryNeed:
-    """What the schedule of the closed form of each Linear, or of the share that the options force, occupies."""
-    splits = choose_splits(module, context)
+def _memory(module: fx.GraphModule, context: Context, splits: Splits) -> MemoryNeed:
+    """What the schedule of these splits occupies."""
     return require(_scheduled(module, replace(context, splits=splits), UNTIL_MEASURED)[1].memory, "measure_memory")
 
 
