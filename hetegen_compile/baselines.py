@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from torch import fx
 
-from hetegen_compile.balance import simulated_step_s
 from hetegen_compile.cost_model import host_linear_s, host_op_s, upload_s
 from hetegen_compile.ir import LINEAR, info, is_tensor
 from hetegen_compile.passes.annotate_costs import dtype_name, value_bytes
@@ -14,9 +13,10 @@ from hetegen_compile.passes.capture import FREE_ATEN
 from hetegen_compile.passes.choose_splits import choose_splits
 from hetegen_compile.passes.context import Context, LinearPlan, NodeCost, require
 from hetegen_compile.passes.predict_step import node_work
+from hetegen_compile.trials import Trials
 
 
-def baselines(module: fx.GraphModule, context: Context) -> dict[str, float | None]:
+def baselines(module: fx.GraphModule, context: Context, trials: Trials) -> dict[str, float | None]:
     """Seconds of a step done otherwise, from the graph with its segments and its Linears whole.
 
     ``streamed``: the same residency, everything else streamed with prefetch. ``per_module``: the same residency,
@@ -29,24 +29,24 @@ def baselines(module: fx.GraphModule, context: Context) -> dict[str, float | Non
     if require(context.residency, "choose_residency").whole_graph:
         return {"resident": _accelerator_s(module, context)}  # nothing is offloaded: there is nothing to compare
     return {
-        "streamed": _streamed_s(module, context),
+        "streamed": _streamed_s(module, context, trials),
         "per_module": _per_module_s(module, context),
-        "per_linear": _per_linear_s(module, context),
+        "per_linear": _per_linear_s(module, context, trials),
         "host_only": _host_only_s(module, context),
         "resident": _resident_s(module, context),
     }
 
 
-def _streamed_s(module: fx.GraphModule, context: Context) -> float:
+def _streamed_s(module: fx.GraphModule, context: Context, trials: Trials) -> float:
     """The simulated step with no row on the host, through the same passes."""
     context = replace(context, options=replace(context.options, split=0.0))
-    return simulated_step_s(module, context, choose_splits(module, context))
+    return trials.step_s(context, choose_splits(module, context), keep=True)
 
 
-def _per_linear_s(module: fx.GraphModule, context: Context) -> float:
+def _per_linear_s(module: fx.GraphModule, context: Context, trials: Trials) -> float:
     """The simulated step with each Linear balanced by itself, as if it were alone: no trip is shared."""
     context = replace(context, options=replace(context.options, split="auto"), share_trips=False)
-    return simulated_step_s(module, context, choose_splits(module, context))
+    return trials.step_s(context, choose_splits(module, context), keep=True)
 
 
 def _per_module_s(module: fx.GraphModule, context: Context) -> float:

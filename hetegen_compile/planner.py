@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from hetegen_compile.balance import balanced_splits
+from hetegen_compile.balance import balanced_splits, promising_blocks
 from hetegen_compile.baselines import baselines
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.errors import BudgetError
@@ -40,6 +40,7 @@ from hetegen_compile.passes.context import (
 )
 from hetegen_compile.pipeline import ONCE_PER_BUCKET, ONCE_PER_SPLIT, UNTIL_MEASURED, Stage, run_pipeline
 from hetegen_compile.schedule import LinearSite, Schedule, schedule_rows
+from hetegen_compile.trials import Trials
 
 logger = logging.getLogger("hetegen_compile")
 
@@ -106,6 +107,7 @@ class Planner:
         self._profile = profile
         self._segments = segments
         self._tokens = token_count(module)
+        self._needed: dict[Hashable, int] = {}
 
     def plan_bucket(
         self, bucket: Bucket, sizes: Sizes, target: Target, weights: Mapping[str, Tensor]
@@ -140,23 +142,29 @@ class Planner:
         return BucketPlan(module, context, _sites(module, context), target.kind)
 
     def plan_split(
-        self, base: BucketPlan, split: Split, stages: tuple[Stage, ...] = ONCE_PER_SPLIT
+        self, base: BucketPlan, split: Split, stages: tuple[Stage, ...] = ONCE_PER_SPLIT, trials: Trials | None = None
     ) -> PlannedStep:
-        """The schedule of one split; ``stages`` leaves out lowering where nothing will run."""
+        """The schedule of one split; ``stages`` leaves out lowering where nothing will run.
+
+        ``trials`` (those of ``base``) is given where they will be asked for again.
+        """
+        trials = Trials(base.module) if trials is None else trials
         context = replace(base.context, options=replace(self._options, split=split))
-        module, done = _scheduled(base.module, replace(context, splits=balanced_splits(base.module, context)), stages)
-        excess = _excess_bytes(done)
-        if excess > 0 and split == "auto":  # the residency was decided with these:
-            closed_form = choose_splits(base.module, context)
-            reason = f"it needs {excess} bytes more for activations than are left: each Linear is balanced by itself"
-            context = replace(context, refusals=(*context.refusals, Refusal("the balance of the whole step", reason)))
-            module, done = _scheduled(base.module, replace(context, splits=closed_form), stages)
+        module, done = trials.finish(context, balanced_splits(base.module, context, trials), stages)
+        tried, excess = [done.splits], _excess_bytes(done)
+        for leaner in _leaner(base.module, context, trials) if split == "auto" else ():
+            if _excess_bytes(done) > 0 and (splits := leaner()) not in tried:
+                module, done = trials.finish(context, splits, stages)
+                tried.append(splits)
+        if len(tried) > 1:
+            reason = f"it needs {excess} bytes more for activations than are left; a leaner split is taken"
+            done = replace(done, refusals=(*done.refusals, Refusal("the balance of the whole step", reason)))
         if _excess_bytes(done) > 0:
             raise BudgetError(
                 f"split={split} needs {_excess_bytes(done)} bytes more for activations than gpu_memory="
                 f"{format_bytes(context.budget_bytes)} leaves: use a larger budget"
             )
-        return PlannedStep(module, done, self._schedule(base, module, done))
+        return PlannedStep(module, done, self._schedule(base, module, done, trials))
 
     def _with_room(self, context: Context, *, spare: bool) -> Context:
         """The context with the sizes that the budget has to hold."""
@@ -168,16 +176,19 @@ class Planner:
         """Run the stages that do not depend on the split until residency leaves room for its own schedule.
 
         What a schedule needs for activations depends on the residency that it was made with, so the first is decided
-        with an estimate and the next with what the schedule before needed.
+        with an estimate and the next with what the schedule before needed. Another plan for the same sizes begins
+        with that.
 
         Raises:
             BudgetError: the leanest residency does not fit.
         """
+        made_for = context.bucket, frozenset(context.sizes.items()), frozenset(context.largest.items())
+        found = None
         with contextlib.suppress(BudgetError):  # an estimate may ask for too much
-            found = self._settled(context)
-            if found is not None:
-                return found
-        return self._within_tight_budget(context)
+            found = self._settled(replace(context, activation_bytes=self._needed.get(made_for)))
+        module, done = found if found is not None else self._within_tight_budget(context)
+        self._needed[made_for] = require(done.memory, "measure_memory").peak_bytes(done.room)
+        return module, done
 
     def _within_tight_budget(self, context: Context) -> tuple[fx.GraphModule, Context]:
         """The same, begun with what the leanest residency (no weights, the smallest ring) needs.
@@ -186,7 +197,10 @@ class Planner:
         has many small transfers and takes long to make, so it is made only where an estimate does not do.
         """
         _, lean, needed = self._tried(replace(context, lean=True))
-        found = self._settled(replace(context, activation_bytes=needed))
+        start = replace(context, activation_bytes=needed)
+        found = self._settled(start)
+        if found is None and lean.blocks and self._options.pair_mlp == "auto":  # their activations may be too large
+            found = self._settled(replace(start, options=replace(context.options, pair_mlp=False)))
         if found is not None:
             return found
         lean_bytes = require(lean.memory, "measure_memory").peak_bytes(lean.room)
@@ -222,15 +236,15 @@ class Planner:
         """
         module = copy_module(self._module)
         context = run_pipeline(module, context, ONCE_PER_BUCKET)
-        splits = choose_splits(module, context)
-        needs = [_memory(module, context, splits)]
-        if any(plan.host for plan in splits.values()):
-            streamed = replace(context, options=replace(context.options, split=0.0))
-            needs.append(_memory(module, context, choose_splits(module, streamed)))
+        splits = [choose_splits(module, context)]
+        if any(plan.host for plan in splits[0].values()):
+            splits.append(choose_splits(module, replace(context, options=replace(context.options, split=0.0))))
+        paired = None if context.lean else promising_blocks(module, context)
+        needs = [_need(module, context, each) for each in (*splits, *([paired] if paired else []))]
         need = max(needs, key=lambda memory: memory.peak_bytes(context.room))
         return module, replace(context, memory=need), need.peak_bytes(context.room)
 
-    def _schedule(self, base: BucketPlan, module: fx.GraphModule, context: Context) -> Schedule:
+    def _schedule(self, base: BucketPlan, module: fx.GraphModule, context: Context, trials: Trials) -> Schedule:
         prediction = require(context.prediction, "predict_step")
         splits = require(context.splits, "choose_splits")
         residency = require(context.residency, "choose_residency")
@@ -249,12 +263,20 @@ class Planner:
             host_bytes=_bytes_in(sites, "host"),
             predicted_step_s=prediction.step_s,
             floor_s=floor_s(base.module, context),
-            baselines=baselines(base.module, context),
+            baselines=baselines(base.module, context, trials),
             budget_bytes=context.budget_bytes,
             budget=residency.budget,
             refusals=(*context.refusals, *self._segments.refused.values()),
             whole_graph=residency.whole_graph,
         )
+
+
+def _leaner(module: fx.GraphModule, context: Context, trials: Trials) -> Iterator[Callable[[], Splits]]:
+    """Splits that may take less memory: without blocks, then those that residency was decided with."""
+    if context.options.pair_mlp == "auto" and context.blocks:
+        alone = replace(context, blocks=())
+        yield lambda: balanced_splits(module, alone, trials)
+    yield lambda: choose_splits(module, context)
 
 
 def budget_bytes(gpu_memory: int | None, available_bytes: int, accelerator: str) -> int:
@@ -290,16 +312,10 @@ def largest_sizes(tokens: sympy.Expr, context: Context, *, spare: bool) -> Sizes
     return found
 
 
-def _memory(module: fx.GraphModule, context: Context, splits: Splits) -> MemoryNeed:
-    """What the schedule of these splits occupies."""
-    return require(_scheduled(module, replace(context, splits=splits), UNTIL_MEASURED)[1].memory, "measure_memory")
-
-
-def _scheduled(
-    module: fx.GraphModule, context: Context, stages: tuple[Stage, ...]
-) -> tuple[fx.GraphModule, Context]:
-    copy = copy_module(module)
-    return copy, run_pipeline(copy, context, stages)
+def _need(module: fx.GraphModule, context: Context, splits: Splits) -> MemoryNeed:
+    """What the schedule of some splits occupies."""
+    scheduled = run_pipeline(copy_module(module), replace(context, splits=splits), UNTIL_MEASURED)
+    return require(scheduled.memory, "measure_memory")
 
 
 def _excess_bytes(context: Context) -> int:

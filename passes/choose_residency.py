@@ -10,6 +10,7 @@ on the accelerator (``residency_shares``). If everything fits, nothing is offloa
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 from torch import fx
@@ -19,11 +20,14 @@ from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.annotate_costs import linear_cost, value_bytes
-from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, forced_split
+from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, forced_split, table_only
 from hetegen_compile.passes.context import (
+    MIRRORED,
     OTHERS,
     RESIDENT,
     RING,
+    STAGED_CHUNK_BYTES,
+    Block,
     Claim,
     Context,
     Residency,
@@ -35,6 +39,7 @@ SLOT_ALIGNMENT = 256
 _WINDOW = 2  # slots the ring holds at least: one being read while the next one is being filled
 _CHUNK_BYTES = 8 << 20  # of a chunk where a third of the ring allows: smaller ones cost rate and issue
 _CHUNKS = 4  # slots of the largest size that the ring holds: each costs its issue, and the link seldom waits for one
+_STAGED = 4096  # staged chunks that a step has at most: each is five operations, and four lie in the pinned ring
 
 
 def choose_residency(module: fx.GraphModule, context: Context) -> Residency:
@@ -55,7 +60,14 @@ class _Sharing:
         self._mirrored = mirrored_size(module, weights, context)
         self._fixed = {**step_memory(module, weights, context), **context.overhead_bytes}
         self._smallest = _WINDOW * max((_smallest_chunk(weight) for weight in weights), default=0)
+        tables = [node for node in module.graph.find_nodes(op="placeholder") if table_only(node, context)]
+        self._tables = {node.name: 0 if node in weights else value_bytes(node, context) for node in tables}
         self._keys = {weight: context.resident.identify(context.weights[weight.name]) for weight in weights}
+
+    @property
+    def _pairs(self) -> bool:
+        """Whether the options have every block cut, which the host takes part in."""
+        return self._context.options.pair_mlp is True and bool(self._context.blocks)
 
     def decide(self) -> Residency:
         own = sum(self._fixed.values())
@@ -76,13 +88,23 @@ class _Sharing:
         claims = self._claims()
         wanted = {claim.key: claim.nbytes for graph in (*others, claims) for claim in graph}
         shared_ring = self._context.ring_bytes if self._context.ring_bytes <= free else 0
-        if sum(wanted.values()) <= free - shared_ring and not forced_split(self._context):
+        left = free - shared_ring - sum(wanted.values())
+        if left >= 0 and not (forced_split(self._context) or self._pairs):
             budget = {**fixed, **({RING: shared_ring} if shared_ring else {}), RESIDENT: _nbytes(claims)}
-            return self._residency(claims, residency_shares([*others, claims], free), shared_ring, budget, whole=True)
+            found = self._residency(claims, residency_shares([*others, claims], free), shared_ring, budget, whole=True)
+            return self._with_tables(found, left)
         ring = self._ring_bytes(free)
         first_rows = residency_shares([*others, claims], free - ring)
         held = sum((c.rows - first_rows.get(c.key, c.rows)) * c.row_bytes for c in claims)
         return self._residency(claims, first_rows, ring, {**fixed, RING: ring, RESIDENT: held})
+
+    def _with_tables(self, whole: Residency, left: int) -> Residency:
+        """Embedding tables on the accelerator as well, if ``left`` bytes hold them: the host then looks nothing up."""
+        nbytes = sum(self._tables.values())
+        if nbytes > left:
+            return whole
+        budget = {**whole.budget, MIRRORED: whole.budget[MIRRORED] + nbytes}
+        return replace(whole, budget=budget, mirrored=whole.mirrored + nbytes, tables=frozenset(self._tables))
 
     def _residency(
         self, claims: Sequence[Claim], first_rows: Mapping[Hashable, int], ring: int, budget: Mapping[str, int], *,
@@ -91,18 +113,35 @@ class _Sharing:
         own = {claim.key for claim in claims}
         weights = {w.name: first_rows[key] for w, key in self._keys.items() if key in own and key in first_rows}
         chunk = 0 if whole else max(self._smallest // _WINDOW, ring // _CHUNKS, min(ring // 3, _CHUNK_BYTES))
-        return Residency(weights, ring, chunk, budget, whole, tuple(claims), first_rows, self._mirrored)
+        staged = max(STAGED_CHUNK_BYTES, sum(value_bytes(weight, self._context) for weight in self._weights) // _STAGED)
+        return Residency(
+            weights, ring, chunk, budget, whole, tuple(claims), first_rows, self._mirrored, staged_chunk_bytes=staged
+        )
 
     def _claims(self) -> tuple[Claim, ...]:
         """What each different weight asks for; the rows of a forced host share stay on the host."""
         found: dict[Hashable, Claim] = {}
+        blocks = self._blocks_of()
         for weight, linear in self._weights.items():
+            block = blocks.get(linear)
+            if block is not None and self._pairs:
+                continue
             value = info(weight).value
             rows, row_bytes = int(value.shape[0]), int(value.shape[1]) * int(value.element_size())
             first = forced_host_rows(rows, self._context)
-            claim = Claim(self._keys[weight], rows, first, row_bytes, _gain(linear, self._context))
+            unit = None if block is None else self._keys[block.args[1]]  # type: ignore[index]
+            claim = Claim(self._keys[weight], rows, first, row_bytes, _gain(linear, self._context), unit)
             found.setdefault(claim.key, claim)
         return tuple(claim for claim in found.values() if claim.nbytes)
+
+    def _blocks_of(self) -> dict[fx.Node, fx.Node]:
+        """For the Linears of each block that may be cut as one, the last of them."""
+        linears = {info(linear).position: linear for linear in self._weights.values()}
+        blocks = [
+            block for block in self._context.blocks
+            if set(block.linears) <= linears.keys() and (self._pairs or _saves_a_trip(block, self._context))
+        ]
+        return {linears[position]: linears[block.consumer] for block in blocks for position in block.linears}
 
     def _ring_bytes(self, free: int) -> int:
         """All graphs share the ring, so it is as long as others made it unless that takes more than half."""
@@ -151,6 +190,11 @@ def _budget_error(fixed: Mapping[str, int], smallest: int, context: Context) -> 
         f"The smallest budget that works is {need} bytes ({format_bytes(need)}): "
         f"set options={{'gpu_memory': {need}}} or use a smaller batch or context"
     )
+
+
+def _saves_a_trip(block: Block, context: Context) -> bool:
+    """Whether the trip that a block saves costs more than what the host does between its Linears for it, in decode."""
+    return context.profile.fixed_s_per_split > len(block.region) * context.profile.host.launch_s
 
 
 def _gain(linear: fx.Node, context: Context) -> float:

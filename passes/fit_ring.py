@@ -16,7 +16,7 @@ from torch import fx
 from hetegen_compile.cost_model import row_granularity
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes.choose_residency import SLOT_ALIGNMENT
-from hetegen_compile.passes.choose_splits import chunk_bytes
+from hetegen_compile.passes.choose_splits import chunk_bytes, slice_bytes
 from hetegen_compile.passes.context import Context, LinearPlan, Splits, require
 
 LEAST_USED = 0.75
@@ -25,24 +25,31 @@ _LEAST_SLOT = 0.125  # of a chunk: a smaller slot costs more issue than its byte
 
 
 def fit_ring(module: fx.GraphModule, splits: Splits, context: Context) -> Splits:
-    """The same rows, those that are streamed cut anew into chunks that tile the ring."""
+    """The same rows, those that are streamed cut anew into chunks that tile the ring.
+
+    Chunks of a block cover several ranges at once and stay as they are.
+    """
     linears = [node for node in module.graph.find_nodes(op="call_function", target=LINEAR)]
     plans = [(node, splits[info(node).position]) for node in linears]
-    total = sum(plan.streamed_rows * _row_bytes(node) for node, plan in plans)
+    total = sum(plan.streamed_rows * _row_bytes(node, plan) for node, plan in plans)
     if not total:
         return splits
-    granule = max(row_granularity(plan.rows) * _row_bytes(node) for node, plan in plans)
+    granule = max(row_granularity(plan.rows) * _row_bytes(node, plan) for node, plan in plans)
     cutter = _Cutter(used_bytes(total, require(context.residency, "choose_residency").ring_bytes, granule))
-    return {
-        info(node).position: replace(plan, streamed=tuple(cutter.cut(plan, _row_bytes(node), most)))
-        for node, plan in plans
-        for most in (chunk_bytes(node.args[1], context),)
-    }
+    return {info(node).position: _fitted(node, plan, cutter, context) for node, plan in plans}
 
 
-def _row_bytes(linear: fx.Node) -> int:
-    value = info(linear.args[1]).value  # type: ignore[arg-type]
-    return int(value.shape[1]) * int(value.element_size())
+def _fitted(linear: fx.Node, plan: LinearPlan, cutter: _Cutter, context: Context) -> LinearPlan:
+    row_bytes = _row_bytes(linear, plan)
+    if plan.block is not None:
+        cutter.leave(plan, row_bytes)
+        return plan
+    most = chunk_bytes(linear.args[1], context)  # type: ignore[arg-type]
+    return replace(plan, streamed=tuple(cutter.cut(plan, row_bytes, most)))
+
+
+def _row_bytes(linear: fx.Node, plan: LinearPlan) -> int:
+    return slice_bytes(linear.args[1], plan.axis)  # type: ignore[arg-type]
 
 
 def used_bytes(total: int, ring_bytes: int, granule: int = 0) -> int:
@@ -67,6 +74,13 @@ class _Cutter:
             yield lo, lo + rows
             lo += rows
             self._head += -(-rows * row_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+
+    def leave(self, plan: LinearPlan, row_bytes: int) -> None:
+        """Go on behind the slots of a plan that is not cut anew."""
+        slots = len(plan.lines) or len(plan.streamed)
+        for _ in range(slots):
+            nbytes = plan.streamed_rows * row_bytes // slots
+            self._head = (0 if self._head + nbytes > self._length else self._head) + nbytes
 
     def _rows(self, left: int, row_bytes: int, chunk: int, step: int) -> int:
         """Rows of the next chunk: an equal part of those that are left, less what is beyond the end of the ring."""

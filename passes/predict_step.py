@@ -122,7 +122,7 @@ def node_work(node: fx.Node, context: Context) -> Work:
     if node.target == ir.STAGE:
         return Work("pin", value_bytes(node, context) / profile.pin_bytes_per_s)
     if node.target in (ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED):
-        return Work("up", upload_s(profile, value_bytes(node, context)))
+        return Work("up", upload_s(profile, value_bytes(node, context), line_bytes=_line_bytes(node)))
     if node.target == ir.TO_HOST:
         return Work("down", download_s(profile, value_bytes(node, context)))
     if node.target == ir.WAIT_HOST:
@@ -137,10 +137,10 @@ def node_work(node: fx.Node, context: Context) -> Work:
 
 
 def _linear_work(node: fx.Node, context: Context) -> Work:
-    x, lo, hi = node.args[0], node.args[3], node.args[4]
-    value, rows = info(x).value, info(node.args[1]).value  # type: ignore[arg-type]
+    part = ir.linear_part(node)
+    value, rows = info(part.x).value, info(part.weight).value
     tokens = max(1, round(context.number(to_expr(value.numel())) / max(1, int(value.shape[-1]))))
-    nbytes = (hi - lo) * int(rows.shape[1]) * rows.element_size()  # type: ignore[operator]
+    nbytes = (part.hi - part.lo) * int(rows.shape[1 - part.axis]) * rows.element_size()
     flops = context.number(info(node).flops)
     dtype = dtype_name(rows)
     if node.target == ir.PARTIAL_LINEAR:
@@ -157,6 +157,15 @@ def _ends_trip(host_linear: fx.Node) -> bool:
 def transfer_up_s(context: Context) -> float:
     """What one more transfer of host parts' results costs the host thread."""
     return context.profile.accelerator.launch_s + _untold_trip_s(context)
+
+
+def _line_bytes(prefetch: fx.Node) -> int | None:
+    """Bytes that lie together in what a prefetch of columns reads; None for one of rows."""
+    source, _, dim = prefetch.args[:3]
+    value = info(prefetch).value
+    if dim == 0 or source.target == ir.STAGE:  # type: ignore[union-attr]
+        return None
+    return int(value.shape[1]) * int(value.element_size())
 
 
 def trip_s(linear: fx.Node, context: Context) -> float:

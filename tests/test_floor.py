@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from benchmarks.schedule_quality import Work
-from hetegen_compile.balance import simulated_step_s
 from hetegen_compile.cost_model import RateCurve, RateTable, load_profile
 from hetegen_compile.floor import Floor, floor, floor_s, offloaded_together_s
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes.choose_splits import with_host_rows
 from hetegen_compile.passes.context import Splits
 from hetegen_compile.planner import BucketPlan
+from hetegen_compile.trials import Trials
 from tests.benchmarks.shapes import config
 from tests.passes.graphs import PROFILE, Case, halves, planned, resident, streamed
 
@@ -47,7 +47,7 @@ def test_no_simulated_step_is_below_it(model_type: str, hardware: str, pattern: 
         found = {**found, info(node).position: with_host_rows(node, host, base.context)}
     bound = floor(base.module, replace(base.context, splits=found))
     assert bound == floor(base.module, base.context)  # of the residency, not of the shares
-    assert 0 < bound.seconds <= simulated_step_s(base.module, base.context, found) * (1 + 1e-9)
+    assert 0 < bound.seconds <= Trials(base.module).step_s(base.context, found) * (1 + 1e-9)
 
 
 # ---- the bounds one by one ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A heap that the garbage collector leaves alone."""
+"""A heap that the garbage collector seldom goes through."""
 
 from __future__ import annotations
 
@@ -6,24 +6,30 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
+_THRESHOLDS = (50_000, 10, 10)
+"""New objects until the young ones are gone through, and of these rounds until the older ones are, too."""
+
 
 @contextlib.contextmanager
-def frozen_heap() -> Iterator[None]:
-    """Take everything that exists now out of the collector's sight until the end of the block.
+def large_heap() -> Iterator[None]:
+    """Let the collector look seldom at what the block makes, and not at all at what exists already.
 
-    Planning makes and drops graphs of thousands of nodes, and each time enough of them were made the collector goes
-    through all objects of the process: torch, transformers and a traced model of some hundred layers are millions,
-    a third of the time of a dry run. What the block itself makes is collected as ever. Where the program has frozen
-    objects of its own, nothing is done: unfreezing would undo theirs.
+    Tracing and planning make and drop graphs of thousands of nodes. With the usual thresholds the collector then goes
+    through every object of the process (torch, transformers, a traced model: half a million) again and again, which
+    took a third of a dry run's time. Where the program has frozen objects of its own these stay as they are, since
+    unfreezing would take all of them back.
     """
-    if gc.get_freeze_count():
-        yield
-        return
-    gc.freeze()
+    thresholds, frozen = gc.get_threshold(), gc.get_freeze_count()
+    if not frozen:
+        gc.freeze()
+    if thresholds[0]:  # 0 switches the collector off
+        gc.set_threshold(*map(max, _THRESHOLDS, thresholds))
     try:
         yield
     finally:
-        gc.unfreeze()
+        gc.set_threshold(*thresholds)
+        if not frozen:
+            gc.unfreeze()
 
 
-__all__ = ["frozen_heap"]
+__all__ = ["large_heap"]
