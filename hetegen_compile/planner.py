@@ -25,7 +25,6 @@ from hetegen_compile.graph_inputs import number, sequence_shape, token_count
 from hetegen_compile.ir import LINEAR, copy_module, info
 from hetegen_compile.options import Options, format_bytes
 from hetegen_compile.passes import choose_splits
-from hetegen_compile.passes.choose_splits import forced_split
 from hetegen_compile.passes.context import (
     ACTIVATIONS,
     RESIDENT,
@@ -152,11 +151,14 @@ class Planner:
         trials = Trials(base.module) if trials is None else trials
         context = replace(base.context, options=replace(self._options, split=split))
         module, done = trials.finish(context, balanced_splits(base.module, context, trials), stages)
-        tried = [done.splits]
+        tried, excess = [done.splits], _excess_bytes(done)
         for leaner in _leaner(base.module, context, trials) if split == "auto" else ():
             if _excess_bytes(done) > 0 and (splits := leaner()) not in tried:
                 module, done = trials.finish(context, splits, stages)
                 tried.append(splits)
+        if len(tried) > 1:
+            reason = f"it needs {excess} bytes more for activations than are left; a leaner split is taken"
+            done = replace(done, refusals=(*done.refusals, Refusal("the balance of the whole step", reason)))
         if _excess_bytes(done) > 0:
             raise BudgetError(
                 f"split={split} needs {_excess_bytes(done)} bytes more for activations than gpu_memory="
@@ -229,12 +231,13 @@ class Planner:
     def _tried(self, context: Context) -> tuple[fx.GraphModule, Context, int]:
         """A grouped graph, its context, and the bytes of activations that its schedule takes.
 
-        A share that the options force may be overridden later, so the schedule without one has to fit as well.
+        The splits are chosen later, and shares that the options force may be overridden. With fewer rows on the host
+        fewer values come down early, so the schedule without any has to fit as well.
         """
         module = copy_module(self._module)
         context = run_pipeline(module, context, ONCE_PER_BUCKET)
         splits = [choose_splits(module, context)]
-        if forced_split(context):
+        if any(plan.host for plan in splits[0].values()):
             splits.append(choose_splits(module, replace(context, options=replace(context.options, split=0.0))))
         paired = None if context.lean else promising_blocks(module, context)
         needs = [_need(module, context, each) for each in (*splits, *([paired] if paired else []))]

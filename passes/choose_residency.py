@@ -27,7 +27,6 @@ from hetegen_compile.passes.context import (
     RESIDENT,
     RING,
     STAGED_CHUNK_BYTES,
-    Block,
     Claim,
     Context,
     Residency,
@@ -121,27 +120,17 @@ class _Sharing:
     def _claims(self) -> tuple[Claim, ...]:
         """What each different weight asks for; the rows of a forced host share stay on the host."""
         found: dict[Hashable, Claim] = {}
-        blocks = self._blocks_of()
+        blocks = self._context.blocks if self._pairs else ()
+        paired = {position for block in blocks for position in block.linears}
         for weight, linear in self._weights.items():
-            block = blocks.get(linear)
-            if block is not None and self._pairs:
+            if info(linear).position in paired:
                 continue
             value = info(weight).value
             rows, row_bytes = int(value.shape[0]), int(value.shape[1]) * int(value.element_size())
             first = forced_host_rows(rows, self._context)
-            unit = None if block is None else self._keys[block.args[1]]  # type: ignore[index]
-            claim = Claim(self._keys[weight], rows, first, row_bytes, _gain(linear, self._context), unit)
+            claim = Claim(self._keys[weight], rows, first, row_bytes, _gain(linear, self._context))
             found.setdefault(claim.key, claim)
         return tuple(claim for claim in found.values() if claim.nbytes)
-
-    def _blocks_of(self) -> dict[fx.Node, fx.Node]:
-        """For the Linears of each block that may be cut as one, the last of them."""
-        linears = {info(linear).position: linear for linear in self._weights.values()}
-        blocks = [
-            block for block in self._context.blocks
-            if set(block.linears) <= linears.keys() and (self._pairs or _saves_a_trip(block, self._context))
-        ]
-        return {linears[position]: linears[block.consumer] for block in blocks for position in block.linears}
 
     def _ring_bytes(self, free: int) -> int:
         """All graphs share the ring, so it is as long as others made it unless that takes more than half."""
@@ -190,11 +179,6 @@ def _budget_error(fixed: Mapping[str, int], smallest: int, context: Context) -> 
         f"The smallest budget that works is {need} bytes ({format_bytes(need)}): "
         f"set options={{'gpu_memory': {need}}} or use a smaller batch or context"
     )
-
-
-def _saves_a_trip(block: Block, context: Context) -> bool:
-    """Whether the trip that a block saves costs more than what the host does between its Linears for it, in decode."""
-    return context.profile.fixed_s_per_split > len(block.region) * context.profile.host.launch_s
 
 
 def _gain(linear: fx.Node, context: Context) -> float:

@@ -301,7 +301,6 @@ class Claim:
         rows, first: rows ``first:rows`` may be resident (those before are the host's by option).
         row_bytes: bytes of a row.
         gain_s_per_byte: seconds of a decode step that a resident byte saves.
-        block: what weights have in common that are worth more if all or none of them are resident; None: nothing.
     """
 
     key: Hashable
@@ -309,7 +308,6 @@ class Claim:
     first: int
     row_bytes: int
     gain_s_per_byte: float
-    block: Hashable = None
 
     @property
     def nbytes(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 
 from torch import fx
 
@@ -25,31 +26,43 @@ _LEAST_SLOT = 0.125  # of a chunk: a smaller slot costs more issue than its byte
 
 
 def fit_ring(module: fx.GraphModule, splits: Splits, context: Context) -> Splits:
-    """The same rows, those that are streamed cut anew into chunks that tile the ring.
-
-    Chunks of a block cover several ranges at once and stay as they are.
-    """
+    """The same rows, those that are streamed cut anew into chunks that tile the ring."""
     linears = [node for node in module.graph.find_nodes(op="call_function", target=LINEAR)]
     plans = [(node, splits[info(node).position]) for node in linears]
-    total = sum(plan.streamed_rows * _row_bytes(node, plan) for node, plan in plans)
+    total = sum(plan.streamed_rows * slice_bytes(_weight(node), plan.axis) for node, plan in plans)
     if not total:
         return splits
-    granule = max(row_granularity(plan.rows) * _row_bytes(node, plan) for node, plan in plans)
+    granule = max(row_granularity(plan.rows) * slice_bytes(_weight(node), plan.axis) for node, plan in plans)
     cutter = _Cutter(used_bytes(total, require(context.residency, "choose_residency").ring_bytes, granule))
     return {info(node).position: _fitted(node, plan, cutter, context) for node, plan in plans}
 
 
 def _fitted(linear: fx.Node, plan: LinearPlan, cutter: _Cutter, context: Context) -> LinearPlan:
-    row_bytes = _row_bytes(linear, plan)
-    if plan.block is not None:
-        cutter.leave(plan, row_bytes)
-        return plan
-    most = chunk_bytes(linear.args[1], context)  # type: ignore[arg-type]
-    return replace(plan, streamed=tuple(cutter.cut(plan, row_bytes, most)))
+    weight = _weight(linear)
+    most = chunk_bytes(weight, context)
+    if plan.lines:
+        line_bytes = plan.streamed_rows * int(info(weight).value.element_size())
+        lines = plan.lines[-1][1]
+        return replace(plan, lines=tuple(cutter.cut(0, lines, line_bytes, most, row_granularity(lines))))
+    row_bytes = slice_bytes(weight, plan.axis)
+    step = row_granularity(plan.rows // plan.ways)
+    ranges = [cutter.cut(lo, hi, row_bytes, most, step) for lo, hi in _whole_ranges(plan)]
+    return replace(plan, streamed=tuple(chain.from_iterable(ranges)))
 
 
-def _row_bytes(linear: fx.Node, plan: LinearPlan) -> int:
-    return slice_bytes(linear.args[1], plan.axis)  # type: ignore[arg-type]
+def _whole_ranges(plan: LinearPlan) -> list[tuple[int, int]]:
+    """What is streamed in one piece each: behind the host's part of each way up to the resident rows."""
+    if not plan.streamed:
+        return []
+    if plan.ways == 1:
+        return [(plan.streamed[0][0], plan.streamed[-1][1])]
+    width, host = plan.rows // plan.ways, plan.host // plan.ways
+    return [(way * width + host, (way + 1) * width) for way in range(plan.ways)]
+
+
+def _weight(linear: fx.Node) -> fx.Node:
+    weight: fx.Node = linear.args[1]  # type: ignore[assignment]
+    return weight
 
 
 def used_bytes(total: int, ring_bytes: int, granule: int = 0) -> int:
@@ -66,21 +79,12 @@ class _Cutter:
         self._length = length
         self._head = 0
 
-    def cut(self, plan: LinearPlan, row_bytes: int, chunk: int) -> Iterator[tuple[int, int]]:
-        step = row_granularity(plan.rows)
-        lo, end = plan.host, plan.host + plan.streamed_rows
+    def cut(self, lo: int, end: int, row_bytes: int, chunk: int, step: int) -> Iterator[tuple[int, int]]:
         while lo < end:
             rows = min(end - lo, self._rows(end - lo, row_bytes, chunk, step))
             yield lo, lo + rows
             lo += rows
             self._head += -(-rows * row_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
-
-    def leave(self, plan: LinearPlan, row_bytes: int) -> None:
-        """Go on behind the slots of a plan that is not cut anew."""
-        slots = len(plan.lines) or len(plan.streamed)
-        for _ in range(slots):
-            nbytes = plan.streamed_rows * row_bytes // slots
-            self._head = (0 if self._head + nbytes > self._length else self._head) + nbytes
 
     def _rows(self, left: int, row_bytes: int, chunk: int, step: int) -> int:
         """Rows of the next chunk: an equal part of those that are left, less what is beyond the end of the ring."""

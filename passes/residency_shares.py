@@ -30,23 +30,13 @@ def residency_shares(graphs: Sequence[Sequence[Claim]], free_bytes: int) -> dict
 
 
 def _fill(claims: Sequence[Claim], free_bytes: int) -> dict[Hashable, int]:
-    """Blocks as a whole as long as most of them are streamed; else what little is streamed is spread more finely."""
-    found = _filled(_in_order(claims, together=True), free_bytes)
-    of_blocks = [claim for claim in claims if claim.block is not None]
-    resident = sum(claim.nbytes for claim in of_blocks if claim.key in found)
-    if 2 * resident <= sum(claim.nbytes for claim in of_blocks):
-        return found
-    return _filled(_in_order(claims, together=False), free_bytes)
-
-
-def _filled(claims: Iterable[Claim], free_bytes: int) -> dict[Hashable, int]:
-    """In the given order; the first weight that does not fit whole keeps the rows that do.
+    """In falling order of gain per byte; the first weight that does not fit whole keeps the rows that do.
 
     Of those after it only whole ones are taken: every weight in two places costs a launch more.
     """
     found: dict[Hashable, int] = {}
     whole = True
-    for claim in claims:
+    for claim in _in_order(claims):
         if claim.nbytes <= free_bytes:
             first = claim.first
         else:
@@ -57,23 +47,15 @@ def _filled(claims: Iterable[Claim], free_bytes: int) -> dict[Hashable, int]:
     return found
 
 
-def _in_order(claims: Sequence[Claim], *, together: bool) -> list[Claim]:
+def _in_order(claims: Sequence[Claim]) -> list[Claim]:
     """Claims in falling order of gain; equal ones (equal layers) so that what is streamed is spread over the step.
 
-    The link can run ahead of the computation by the staging ring only. ``together``: claims of a block are one.
+    The link can run ahead of the computation by the staging ring only.
     """
-    units: dict[Hashable, list[Claim]] = {}
+    alike: dict[float, list[Claim]] = {}
     for claim in claims:
-        units.setdefault(claim.block if together and claim.block is not None else claim.key, []).append(claim)
-    alike: dict[float, list[list[Claim]]] = {}
-    for unit in units.values():
-        alike.setdefault(-_gain(unit), []).append(unit)
-    return [claim for gain in sorted(alike) for i in spread_order(len(alike[gain])) for claim in alike[gain][i]]
-
-
-def _gain(unit: Sequence[Claim]) -> float:
-    """Seconds that a resident byte of these weights saves."""
-    return sum(c.gain_s_per_byte * c.nbytes for c in unit) / max(1, sum(c.nbytes for c in unit))
+        alike.setdefault(-claim.gain_s_per_byte, []).append(claim)
+    return [alike[gain][i] for gain in sorted(alike) for i in spread_order(len(alike[gain]))]
 
 
 def _partial(claim: Claim, free_bytes: int) -> int:

@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages; 1 if one of correctness did not end well."""
     settings, names = parse_arguments(argv)
     settings.path.mkdir(parents=True, exist_ok=True)
-    settings.profile_path.unlink(missing_ok=True)  # of an earlier run
+    for old in settings.path.glob("*.json"):  # of an earlier run
+        old.unlink()
     started = time.monotonic()
     result: dict[str, Any] = {
         "hardware": hardware_line(settings), "date": str(datetime.date.today()), "emulated": not settings.cuda,

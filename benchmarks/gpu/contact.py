@@ -27,6 +27,7 @@ LARGE_BYTES = 1 << 30
 def contact(settings: Settings, notebook: Notebook) -> None:
     """All checks; raises ChecksFailedError at the end if one failed."""
     checks = Checks(notebook)
+    checks.check("cuBLAS workspace", partial(workspace, settings))  # before any other product
     checks.check("registering", partial(registering, settings))
     checks.check("a copy from registered memory returns at once", partial(asynchronous, settings))
     checks.check("a view of pinned memory", partial(view, settings))
@@ -35,7 +36,6 @@ def contact(settings: Settings, notebook: Notebook) -> None:
     checks.check("small uploads by size", lambda: reads_by_size(device_of(settings)))
     checks.check("columns of a matrix", lambda: columns_by_width(device_of(settings)))
     checks.check("waits and launches", partial(waits, settings))
-    checks.check("cuBLAS workspace", partial(workspace, settings))
     checks.check("host kernels let go of the interpreter lock", interpreter_lock)
     checks.finish()
 

@@ -21,9 +21,9 @@ from transformers import (
 
 import hetegen_compile
 from benchmarks.gpu.settings import Settings, require
-from benchmarks.random_models import weight_bytes
 from hetegen_compile.accelerators import open_accelerator
 from hetegen_compile.backend import hetegen
+from hetegen_compile.bench.weights import weight_bytes
 from hetegen_compile.schedule import Schedule
 
 VOCABULARY = 512

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,7 +29,8 @@ REHEARSED = Effort(
 LIMITS = ("0.3", "0.6")
 """Shares of the weights: two memory limits."""
 
-PROMPT, NEW_TOKENS = 64, 16
+PROMPT, NEW_TOKENS = 64, 12
+CHILD_LIMIT_S = 150
 
 
 def calibration(settings: Settings, notebook: Notebook) -> None:
@@ -53,27 +56,42 @@ def overhead(settings: Settings, notebook: Notebook) -> None:
     notebook.note("overhead", json.loads(path.read_text()))
 
 
-def compare_shape(shape: str, settings: Settings, notebook: Notebook, *, ways: list[str] | None = None) -> None:
-    """The comparison of one shape at two memory limits; rows are noted as they come, a trace lies beside them."""
+def compare_shape(shape: str, settings: Settings, notebook: Notebook, *, ways: Sequence[str]) -> None:
+    """The comparison of one shape at two memory limits; rows are noted as they come, a trace lies beside them.
+
+    Ways without hetegen are compared with hetegen's rows of the stage that is named as the shape.
+    """
     require_memory(shape, settings)
     arguments = compare.parse_arguments(
         [
             "--model", shape, "--dtype", settings.dtype, "--accelerator", settings.accelerator,
             "--hardware", settings.measured_hardware, "--gpu-memory", *LIMITS, "--prompt", str(PROMPT),
             "--new-tokens", str(NEW_TOKENS if settings.cuda else 4), "--step-s", "0.3",
-            "--trace", str(settings.path / f"trace-{shape}.json"), *(["--ways", *ways] if ways else []),
+            "--trace", str(settings.path / f"trace-{shape}.json"), "--limit", str(CHILD_LIMIT_S), "--ways", *ways,
         ]
     )  # fmt: skip
     notebook.note("what", compare.heading(arguments))
-    rows: list[Row] = []
-    for number, job in enumerate(compare.jobs_of(arguments)):
+    rows = [] if HETEGEN in ways else earlier_rows(shape, settings)
+    for job in compare.jobs_of(arguments):
         print(job.name, flush=True)
-        rows += compare.run(job, arguments.limit, settings.path / f"compare-{shape}-{number}")
+        rows += compare.run(job, arguments.limit, settings.path / f"compare-{shape}-{_slug(job.name)}")
         notebook.note("rows", [asdict(row) for row in rows])
         notebook.note("table", tables(rows).splitlines())
         notebook.note("summary", [summary(rows, limit) for limit in arguments.gpu_memory])
     if not any(row.way == HETEGEN and row.decode_tokens_per_s for row in rows):
         raise RuntimeError("hetegen has no figure; its rows say why")
+
+
+def _slug(name: str) -> str:
+    """A name as part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower())
+
+
+def earlier_rows(shape: str, settings: Settings) -> list[Row]:
+    """The rows that the stage of this shape has noted in this run, if it ran."""
+    notes = settings.path / f"{shape}.json"
+    rows = json.loads(notes.read_text()).get("rows", []) if notes.exists() else []
+    return [Row(**row) for row in rows]
 
 
 def summary(rows: list[Row], limit: int) -> dict[str, Any]:

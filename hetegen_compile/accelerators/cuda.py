@@ -115,6 +115,7 @@ class CudaAccelerator(Accelerator):
     def __init__(self, memory_bytes: int | None = None) -> None:
         _require_device()
         self.device = _current_device()
+        torch.cuda.empty_cache()  # what torch keeps without using it is neither free nor somebody else's
         free_bytes, _ = torch.cuda.mem_get_info(self.device)
         self.memory_bytes = free_bytes if memory_bytes is None else min(memory_bytes, free_bytes)
         self.counters = Counters()

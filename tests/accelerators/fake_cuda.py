@@ -122,6 +122,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
         memory_reserved=lambda device: 0,
         memory_stats_as_nested_dict=lambda device: {"reserved_bytes": {"all": RESERVED}},
         get_device_capability=lambda device: (9, 0),
+        empty_cache=lambda: LOG.append("empty cache"),
         synchronize=lambda device: LOG.append("host waits all"),
         current_stream=lambda device: compute,
         cudart=lambda: runtime,

@@ -71,6 +71,15 @@ def test_the_peak_is_of_steps_and_not_of_what_ran_before(
         assert (accelerator.counters.step_peak_bytes, accelerator.counters.peak_bytes) == (reserved, peak)
 
 
+@pytest.mark.usefixtures("runtime")
+def test_what_is_free_is_read_once_torch_keeps_nothing_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def free(device: torch.device) -> tuple[int, int]:
+        return (900 if "empty cache" in LOG else 500), 1000
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free)
+    assert CudaAccelerator().memory_bytes == 900
+
+
 def test_edges_between_the_streams(accelerator: CudaAccelerator) -> None:
     slot = accelerator.slot(0, (4,), torch.float32)
     fetched = accelerator.prefetch(Op("fetch"), torch.ones(4), slot, ())

@@ -163,6 +163,15 @@ def test_a_model_that_the_host_has_no_room_for_is_skipped(monkeypatch: pytest.Mo
     speed.require_memory("opt-13b", SETTINGS)
 
 
+def test_peers_are_compared_with_the_rows_of_an_earlier_stage(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, folder=str(tmp_path))
+    assert speed.earlier_rows("opt-6.7b", settings) == []
+    row = Row(HETEGEN, 100, 1.0, 9.0)
+    (tmp_path / "opt-6.7b.json").write_text(json.dumps({"rows": [row.to_json()]}))
+    (found,) = speed.earlier_rows("opt-6.7b", settings)
+    assert (found.way, found.gpu_memory, found.decode_tokens_per_s) == (HETEGEN, 100, 9.0)
+
+
 def test_threads_that_the_floor_is_measured_with() -> None:
     assert thread_counts(16) == [16, 15, 14, 8]
     assert thread_counts(2) == [2, 1]

@@ -70,11 +70,3 @@ def test_not_where_the_host_takes_longer_between_the_linears_than_for_the_trip(t
 
 def test_not_where_no_trip_is_worth_it() -> None:
     assert cut(plan("h100-server")) == 0
-
-
-def test_blocks_are_resident_as_a_whole() -> None:
-    """At most one weight is resident in part, and of at most one block some weights are."""
-    rows = [row for row in plan("a10-xeon", share=0.5).rows if row.op == "linear"]
-    touched = {row.module.rpartition(".")[2] for row in rows if row.resident_share}
-    assert len(touched) <= 2
-    assert cut(plan("a10-xeon", share=0.5)) == 2 * (LAYERS - len(touched))

@@ -224,9 +224,8 @@ def test_what_saves_most_per_byte_is_resident_first(chain: Case) -> None:
     """With the host's time the same for every byte, a trip's fixed cost favours the smallest weight."""
     profile = replace(chain.context.profile, fixed_s_per_split=10.0, synchronise_s=0.0)
     needed = named_budget(chain, profile=profile)
-    alone: dict[str, Any] = {"profile": profile, "blocks": ()}
     smallest = min(rows * columns * 4 for columns, rows in SIZES)
-    decided = [decide(chain, needed + extra, **alone) for extra in range(0, 2 * smallest, smallest // 16)]
+    decided = [decide(chain, needed + extra, profile=profile) for extra in range(0, 2 * smallest, smallest // 16)]
     first = next(decision for decision in decided if decision.weights)
     assert list(first.weights) == [weight_nodes(chain)[0]]
 
