@@ -51,10 +51,10 @@ def verify(module: fx.GraphModule, context: Context) -> None:
     staging = 0 if residency is None else residency.ring_bytes
     rings = {"staging": staging, "pinned": pinned_ring_bytes(module.graph)}
     segments = _segments(module)
-    check_parts(module.graph)
     _check_starts(module.graph)
     replay = Replay(effects, segments, rings)
     replay.run(module.graph)
+    check_parts(module.graph)
     _check_return(module.graph, replay, effects)
     _check_budget(module, replay, staging, context)
 
