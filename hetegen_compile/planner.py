@@ -224,7 +224,7 @@ class Planner:
         module = copy_module(self._module)
         context = run_pipeline(module, context, ONCE_PER_BUCKET)
         splits = choose_splits(module, context)
-        scheduled = run_pipeline(copy_module(module), replace(context, splits=splits), UNTIL_MEASURED)
+        scheduled = run_pipeline(copy_module(module), replace(context, splits=splits), UNTIL_MEASURED, lint=False)
         need = require(scheduled.memory, "measure_memory")
         return module, replace(context, memory=need), need.peak_bytes(context.room)
 

@@ -21,14 +21,14 @@ After (transfers of activations come in the next pass; a weight that is not pinn
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 from torch import Tensor, fx
 
 from hetegen_compile import ir
-from hetegen_compile.ir import NodeInfo, annotate, info
+from hetegen_compile.ir import NodeInfo, Side, annotate, info
 from hetegen_compile.passes.context import Context, LinearPlan, require
 
 UNASSIGNED = -1
@@ -47,11 +47,14 @@ def split_linears(module: fx.GraphModule, context: Context) -> None:
 
 @dataclass
 class _Splitter:
+    """Parts of one Linear. Notes of parts of equal length are the same object: a schedule has thousands of parts."""
+
     graph: fx.Graph
     node: fx.Node
     plan: LinearPlan
     shapes: dict[object, Tensor]
     staged: Mapping[str, str]
+    notes: dict[tuple[str, int, Side | None], NodeInfo] = field(default_factory=dict)
 
     def split(self) -> None:
         self.x, self.weight, self.bias, self.dim = self.node.args
@@ -61,41 +64,47 @@ class _Splitter:
             accelerator.append(self._resident(*self.plan.resident))
         if self.plan.host:
             parts.append(self._host(0, self.plan.host, with_bias=bool(self.dim == 0 or not accelerator)))
-        whole = info(self.node)
-        join = self._call(ir.JOIN, ([*parts, *accelerator], self.dim), whole, side="accelerator")
+        join = ir.call(self.graph, ir.JOIN, ([*parts, *accelerator], self.dim))
+        nothing = frozenset[int]()
+        annotate(join, info(self.node), side="accelerator", flops=sympy.Integer(0), reads=nothing, writes=nothing)
         self.node.replace_all_uses_with(join)
         self.graph.erase_node(self.node)
 
-    def _call(self, target: object, args: tuple[object, ...], base: NodeInfo, **changes: object) -> fx.Node:
-        node = ir.call(self.graph, target, args)
-        changes = {"flops": sympy.Integer(0), "position": info(self.node).position, **changes}
-        return annotate(node, base, module=info(self.node).module, reads=frozenset(), writes=frozenset(), **changes)
+    def _call(self, target: object, args: tuple[object, ...], notes: NodeInfo) -> fx.Node:
+        return annotate(ir.call(self.graph, target, args), notes)
 
-    def _rows(self, lo: int, hi: int) -> NodeInfo:
-        """What is known of rows ``lo:hi`` of the weight on the accelerator."""
-        weight: Tensor = info(self.weight).value  # type: ignore[arg-type]
-        return NodeInfo(value=self._fake(weight, 0, lo, hi), side="accelerator")
+    def _rows(self, length: int, side: Side | None = "accelerator") -> NodeInfo:
+        """What is known of so many rows of the weight on the accelerator or on their way."""
+        key = "rows", length, side
+        if key not in self.notes:
+            weight: Tensor = info(self.weight).value  # type: ignore[arg-type]
+            self.notes[key] = self._noted(self._fake(weight, 0, length), side, sympy.Integer(0))
+        return self.notes[key]
 
-    def _part(self, lo: int, hi: int) -> NodeInfo:
+    def _part(self, length: int, side: Side) -> NodeInfo:
         """What is known of one part's result: some of the columns, or a partial sum."""
-        whole = info(self.node)
-        last = whole.value.dim() - 1
-        columns = (lo, hi) if self.dim == 0 else (0, int(whole.value.shape[-1]))
-        share = sympy.Rational(hi - lo, self.plan.rows)
-        return NodeInfo(
-            value=self._fake(whole.value, last, *columns), flops=whole.flops * share, side="accelerator"
-        )
+        key = "part", length, side
+        if key not in self.notes:
+            whole = info(self.node)
+            columns = length if self.dim == 0 else int(whole.value.shape[-1])
+            value = self._fake(whole.value, whole.value.dim() - 1, columns)
+            self.notes[key] = self._noted(value, side, whole.flops * sympy.Rational(length, self.plan.rows))
+        return self.notes[key]
 
-    def _fake(self, whole: Tensor, dim: int, lo: int, hi: int) -> Tensor:
-        """A fresh fake of ``whole`` narrowed to ``lo:hi``; equal layers share one, nothing tells them apart."""
-        shape = (*whole.shape[:dim], hi - lo, *whole.shape[dim + 1 :])
+    def _noted(self, value: Tensor, side: Side | None, flops: sympy.Expr) -> NodeInfo:
+        whole = info(self.node)
+        return NodeInfo(value=value, side=side, flops=flops, module=whole.module, position=whole.position)
+
+    def _fake(self, whole: Tensor, dim: int, length: int) -> Tensor:
+        """A fresh fake of ``whole`` narrowed to a length; equal layers share one, nothing tells them apart."""
+        shape = (*whole.shape[:dim], length, *whole.shape[dim + 1 :])
         key = (str(shape), whole.dtype)
         if key not in self.shapes:
             self.shapes[key] = whole.new_empty(shape)
         return self.shapes[key]
 
     def _streamed(self, lo: int, hi: int) -> fx.Node:
-        rows = self._rows(lo, hi)
+        rows = self._rows(hi - lo)
         transfer = self._call(ir.PREFETCH, (*self._source(lo, hi), 0, UNASSIGNED, []), rows)
         arrived = self._call(ir.WAIT, (transfer,), rows)
         part = self._accelerator(arrived, lo, hi, first=lo == self.plan.host)
@@ -107,26 +116,21 @@ class _Splitter:
         weight: Any = self.weight
         if weight.name not in self.staged:
             return weight, [lo, hi]
-        notes = self._rows(lo, hi)
-        return self._call(ir.STAGE, (weight, [lo, hi], 0, UNASSIGNED, []), notes, side=None), [0, hi - lo]
+        stage = self._call(ir.STAGE, (weight, [lo, hi], 0, UNASSIGNED, []), self._rows(hi - lo, side=None))
+        return stage, [0, hi - lo]
 
     def _resident(self, lo: int, hi: int) -> fx.Node:
-        weight = self._call(ir.RESIDENT, (self.weight, lo, hi), self._rows(lo, hi))
+        weight = self._call(ir.RESIDENT, (self.weight, lo, hi), self._rows(hi - lo))
         return self._accelerator(weight, lo, hi, first=not self.plan.streamed)
 
     def _accelerator(self, weight: fx.Node, lo: int, hi: int, *, first: bool) -> fx.Node:
         bias = self.bias if self.dim == 0 or first else None
-        part = self._part(lo, hi)
-        return self._call(
-            ir.PARTIAL_LINEAR, (self.x, weight, bias, lo, hi, self.dim), part, flops=part.flops
-        )
+        arguments = (self.x, weight, bias, lo, hi, self.dim)
+        return self._call(ir.PARTIAL_LINEAR, arguments, self._part(hi - lo, "accelerator"))
 
     def _host(self, lo: int, hi: int, *, with_bias: bool) -> fx.Node:
-        bias = self.bias if with_bias else None
-        part = self._part(lo, hi)
-        return self._call(
-            ir.HOST_LINEAR, (self.x, self.weight, bias, lo, hi, self.dim), part, flops=part.flops, side="host"
-        )
+        arguments = (self.x, self.weight, self.bias if with_bias else None, lo, hi, self.dim)
+        return self._call(ir.HOST_LINEAR, arguments, self._part(hi - lo, "host"))
 
 
 __all__ = ["UNASSIGNED", "split_linears"]
