@@ -1,8 +1,4 @@
-"""Causal language models of known shapes with random weights, made in seconds: no download, no slow initialisation.
-
-Weights are drawn once and laid out again and again, scaled as a Linear's usual initialisation; nothing is learned, so
-their tokens mean nothing. Speed and memory do not depend on that.
-"""
+"""Known shapes of causal language models, for random weights (``hetegen_compile.bench.weights``)."""
 
 from __future__ import annotations
 
@@ -10,11 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig
-
-_TILE = (1 << 24) - 3
-"""Random numbers that are drawn; prime, so that rows of a matrix differ."""
 
 _NO_END: dict[str, Any] = {"eos_token_id": None, "bos_token_id": 1, "pad_token_id": 0}
 
@@ -53,52 +45,9 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def random_model(config: PretrainedConfig, dtype: torch.dtype, seed: int = 0) -> Any:
-    """A model in evaluation mode on the host, tied weights tied."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config).eval()
-    model.to(dtype).to_empty(device="cpu")
-    model.tie_weights()
-    _compute_buffers(model, config)
-    fill(model, seed)
-    model.generation_config.eos_token_id = None
-    return model
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, shared ones once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
 def weight_bytes_of(shape: str, dtype: torch.dtype) -> int:
     """The same of a shape that has not been made."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(SHAPES[shape]())
     count: int = sum(parameter.numel() for parameter in model.parameters())
     return count * dtype.itemsize
-
-
-@torch.no_grad()
-def fill(model: nn.Module, seed: int) -> None:
-    """Random matrices of variance 1/columns; scales of norms 1, biases 0."""
-    tile = torch.randn(_TILE, generator=torch.Generator().manual_seed(seed))
-    scaled: dict[tuple[float, torch.dtype], Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            continue
-        key = parameter.shape[-1] ** -0.5, parameter.dtype
-        if key not in scaled:
-            scaled[key] = (tile * key[0]).to(key[1])
-        for part in parameter.view(-1).split(_TILE):
-            part.copy_(scaled[key][: part.numel()])
-
-
-def _compute_buffers(model: nn.Module, config: PretrainedConfig) -> None:
-    """Buffers that a module computes when it is made (rotary frequencies) got lost on meta: make those modules anew."""
-    for name, module in list(model.named_modules()):
-        if next(module.buffers(recurse=False), None) is None:
-            continue
-        fresh = type(module)(config)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, fresh.eval())

@@ -5,9 +5,9 @@
 
 Each setting is planned from shapes alone (float16, random weights on meta), with a budget that holds the stated share
 of the weights beside the staging ring and what else a step needs. Decode has a cache of 512 tokens. The floor is the
-largest of three bounds (``hetegen_compile.floor``): offloaded bytes over link and host, the accelerator's own work,
-the critical path; ``S/(V+V)`` is the first with the same share of every Linear on the host. Nothing is measured and
-nothing is random, so the figures are the same on every machine.
+largest of the bounds of ``hetegen_compile.floor``: offloaded bytes over link and host, the accelerator's own work, the
+critical path, the host's thread; ``S/(V+V)`` is the first with the same share of every Linear on the host. Nothing is
+measured and nothing is random, so the figures are the same on every machine.
 
 Models are cut to ``--layers`` equal layers, which are planned as part of the whole: the staging ring is the one that
 the whole model would have, and weights go through pinned memory where the whole model does not fit the host's.
@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -34,8 +35,8 @@ from hetegen_compile.floor import Floor, floor, offloaded_together_s
 from hetegen_compile.graph_inputs import number, token_count
 from hetegen_compile.options import Options
 from hetegen_compile.passes.choose_residency import staging_ring_bytes
-from hetegen_compile.passes.context import RESIDENT, Residency, SegmentCache, require
-from hetegen_compile.planner import BucketPlan, PlannedStep, Planner, Target, bucket_of
+from hetegen_compile.passes.context import RESIDENT, RING, Residency, SegmentCache, require
+from hetegen_compile.planner import BucketPlan, PlannedStep, Planner, Split, Target, bucket_of
 
 SHARES = (0.10, 0.25, 0.50, 0.75)
 CASES = {"decode-1": 1, "decode-4": 4, "decode-16": 16, "prefill-512": 0}
@@ -64,6 +65,7 @@ class Result:
     bytes_s: float
     accelerator_s: float
     path_s: float
+    thread_s: float
     together_s: float
     streamed_bytes: int
     host_bytes: int
@@ -76,7 +78,7 @@ class Result:
     @property
     def floor(self) -> Floor:
         """The bounds that the step is held against."""
-        return Floor(self.bytes_s, self.accelerator_s, self.path_s)
+        return Floor(self.bytes_s, self.accelerator_s, self.path_s, self.thread_s)
 
     @property
     def ratio(self) -> float:
@@ -104,25 +106,32 @@ class Work:
             hardware=profile.name, case=self.case, asked_share=share,
             resident_share=found.resident_bytes / total, ring_bytes=residency.ring_bytes,
             step_s=found.predicted_step_s, bytes_s=bounds.bytes_s, accelerator_s=bounds.accelerator_s,
-            path_s=bounds.path_s, together_s=offloaded_together_s(base.module, step.context),
+            path_s=bounds.path_s, thread_s=bounds.thread_s, together_s=offloaded_together_s(base.module, step.context),
             streamed_bytes=found.streamed_bytes, host_bytes=found.host_bytes,
         )  # fmt: skip
 
     def plan(self, profile: HardwareProfile, share: float) -> tuple[BucketPlan, PlannedStep]:
-        """Plan twice: the first tells what a step needs beside weights."""
-        planner = Planner(self.graph.module, options=Options(), profile=profile, segments=SegmentCache(_never, {}))
-        ring = staging_ring_bytes(self.full_weights, int(share * self.full_bytes))
-        base = self._planned(planner, profile, int(share * self.graph.weight_bytes) + ring + _ROOM_BYTES, ring)
-        weights = sum(site.weight_bytes for site in base.sites.values())
-        beside = sum(nbytes for item, nbytes in _residency(base).budget.items() if item != RESIDENT)
-        base = self._planned(planner, profile, int(share * weights) + beside, ring)
-        return base, planner.plan_split(base, "auto", STAGES)
+        """The plan with this share of the weights resident, before and after it is scheduled."""
+        base = self.base(profile, share)
+        return base, self._planner(profile, "auto").plan_split(base, "auto", STAGES)
 
-    def _planned(self, planner: Planner, profile: HardwareProfile, budget: int, ring: int) -> BucketPlan:
+    def base(self, profile: HardwareProfile, share: float) -> BucketPlan:
+        """What does not depend on the split. Planned twice: the first tells what a step needs beside weights."""
+        ring = staging_ring_bytes(self.full_weights, int(share * self.full_bytes))
+        first = self._planned(profile, ring + _ROOM_BYTES, ring, split=0.5)  # never whole on the accelerator
+        weights = sum(site.weight_bytes for site in first.sites.values())
+        beside = sum(nbytes for item, nbytes in _residency(first).budget.items() if item not in (RESIDENT, RING))
+        return self._planned(profile, int(share * weights) + ring + beside, ring, split="auto")
+
+    def _planner(self, profile: HardwareProfile, split: Split) -> Planner:
+        options = Options(split=split)
+        return Planner(self.graph.module, options=options, profile=profile, segments=SegmentCache(_never, {}))
+
+    def _planned(self, profile: HardwareProfile, budget: int, ring: int, split: Split) -> BucketPlan:
         machine = Machine(Options(), profile, self.full_bytes)
         target = Target("dry run", torch.device("cpu"), budget, PlannedWeights(), ring, host_memory=machine)
         tokens = number(token_count(self.graph.module), self.sizes)
-        return planner.plan_bucket(bucket_of(tokens), self.sizes, target, self.graph.weights)
+        return self._planner(profile, split).plan_bucket(bucket_of(tokens), self.sizes, target, self.graph.weights)
 
 
 def results(
@@ -142,7 +151,7 @@ def _residency(base: BucketPlan) -> Residency:
     return require(base.context.residency, "choose_residency")
 
 
-def _never(*_: object) -> object:
+def _never(*_: Any) -> Any:
     raise AssertionError("a plan compiles nothing")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import logging
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from hetegen_compile.balance import balanced_splits
+from hetegen_compile.balance import balanced_splits, promising_blocks
 from hetegen_compile.baselines import baselines
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.errors import BudgetError
@@ -31,9 +31,11 @@ from hetegen_compile.passes.context import (
     Bucket,
     Context,
     HostWeights,
+    MemoryNeed,
     Refusal,
     ResidentWeights,
     SegmentCache,
+    Splits,
     require,
 )
 from hetegen_compile.pipeline import ONCE_PER_BUCKET, ONCE_PER_SPLIT, UNTIL_MEASURED, Stage, run_pipeline
@@ -148,11 +150,15 @@ class Planner:
         """
         trials = Trials(base.module) if trials is None else trials
         context = replace(base.context, options=replace(self._options, split=split))
-        balanced = balanced_splits(base.module, context, trials)
-        module, done = trials.finish(context, balanced, stages)
-        closed_form = choose_splits(base.module, context)  # which the residency was decided with
-        if _excess_bytes(done) > 0 and split == "auto" and balanced != closed_form:
-            module, done = trials.finish(context, closed_form, stages)
+        module, done = trials.finish(context, balanced_splits(base.module, context, trials), stages)
+        tried, excess = [done.splits], _excess_bytes(done)
+        for leaner in _leaner(base.module, context, trials) if split == "auto" else ():
+            if _excess_bytes(done) > 0 and (splits := leaner()) not in tried:
+                module, done = trials.finish(context, splits, stages)
+                tried.append(splits)
+        if len(tried) > 1:
+            reason = f"it needs {excess} bytes more for activations than are left; a leaner split is taken"
+            done = replace(done, refusals=(*done.refusals, Refusal("the balance of the whole step", reason)))
         if _excess_bytes(done) > 0:
             raise BudgetError(
                 f"split={split} needs {_excess_bytes(done)} bytes more for activations than gpu_memory="
@@ -191,7 +197,10 @@ class Planner:
         has many small transfers and takes long to make, so it is made only where an estimate does not do.
         """
         _, lean, needed = self._tried(replace(context, lean=True))
-        found = self._settled(replace(context, activation_bytes=needed))
+        start = replace(context, activation_bytes=needed)
+        found = self._settled(start)
+        if found is None and lean.blocks and self._options.pair_mlp == "auto":  # their activations may be too large
+            found = self._settled(replace(start, options=replace(context.options, pair_mlp=False)))
         if found is not None:
             return found
         lean_bytes = require(lean.memory, "measure_memory").peak_bytes(lean.room)
@@ -220,12 +229,19 @@ class Planner:
         return None
 
     def _tried(self, context: Context) -> tuple[fx.GraphModule, Context, int]:
-        """A grouped graph, its context, and the bytes of activations that its schedule takes."""
+        """A grouped graph, its context, and the bytes of activations that its schedule takes.
+
+        The splits are chosen later, and shares that the options force may be overridden. With fewer rows on the host
+        fewer values come down early, so the schedule without any has to fit as well.
+        """
         module = copy_module(self._module)
         context = run_pipeline(module, context, ONCE_PER_BUCKET)
-        splits = choose_splits(module, context)
-        scheduled = run_pipeline(copy_module(module), replace(context, splits=splits), UNTIL_MEASURED, lint=False)
-        need = require(scheduled.memory, "measure_memory")
+        splits = [choose_splits(module, context)]
+        if any(plan.host for plan in splits[0].values()):
+            splits.append(choose_splits(module, replace(context, options=replace(context.options, split=0.0))))
+        paired = None if context.lean else promising_blocks(module, context)
+        needs = [_need(module, context, each) for each in (*splits, *([paired] if paired else []))]
+        need = max(needs, key=lambda memory: memory.peak_bytes(context.room))
         return module, replace(context, memory=need), need.peak_bytes(context.room)
 
     def _schedule(self, base: BucketPlan, module: fx.GraphModule, context: Context, trials: Trials) -> Schedule:
@@ -253,6 +269,14 @@ class Planner:
             refusals=(*context.refusals, *self._segments.refused.values()),
             whole_graph=residency.whole_graph,
         )
+
+
+def _leaner(module: fx.GraphModule, context: Context, trials: Trials) -> Iterator[Callable[[], Splits]]:
+    """Splits that may take less memory: without blocks, then those that residency was decided with."""
+    if context.options.pair_mlp == "auto" and context.blocks:
+        alone = replace(context, blocks=())
+        yield lambda: balanced_splits(module, alone, trials)
+    yield lambda: choose_splits(module, context)
 
 
 def budget_bytes(gpu_memory: int | None, available_bytes: int, accelerator: str) -> int:
@@ -286,6 +310,12 @@ def largest_sizes(tokens: sympy.Expr, context: Context, *, spare: bool) -> Sizes
             high = context.bucket.high or 2 * now
             found[symbol] = max(size, size * high // max(1, now))
     return found
+
+
+def _need(module: fx.GraphModule, context: Context, splits: Splits) -> MemoryNeed:
+    """What the schedule of some splits occupies."""
+    scheduled = run_pipeline(copy_module(module), replace(context, splits=splits), UNTIL_MEASURED, lint=False)
+    return require(scheduled.memory, "measure_memory")
 
 
 def _excess_bytes(context: Context) -> int:

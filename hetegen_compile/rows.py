@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Placement = Literal["host", "accelerator", "split", "both", "resident", "streamed"]
+Placement = Literal["host", "accelerator", "split", "both", "resident", "streamed", "block"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Row:
         node: the node's name in the scheduled graph.
         module: dotted path of the module it comes from ("" when it has none).
         op: what it does: "linear", "segment", "embedding", ...
-        placement: where it runs; for a Linear where its weight is consumed.
+        placement: where it runs; for a Linear where its weight is consumed ("block": cut with others as one block).
         host_share, streamed_share, resident_share: shares of the Linear's rows, None for other nodes.
         flops: floating-point operations of one forward at the bucket's size.
         weight_bytes: bytes of the weight (0 without one).

@@ -37,7 +37,8 @@ class Schedule:
         rows: one ``Row`` for each Linear, segment and host operation, in issue order.
         resident_bytes, streamed_bytes, host_bytes: weights of one step by where they are consumed.
         predicted_step_s: the simulated step.
-        floor_s: a bound that no schedule of this work beats.
+        floor_s: a bound that no schedule of this work beats: the largest of offloaded bytes over link and host
+            together, the accelerator's own work, the critical path and the host's thread (``floor``).
         baselines: seconds of a step done otherwise; None where it does not fit.
         accelerator_peak_bytes: most bytes held on the accelerator so far.
         host_pinned_bytes: bytes of host memory pinned for prefetches, the pinned ring included.
@@ -162,6 +163,9 @@ def _event(process: str, name: str, lane: str, start_s: float, end_s: float) -> 
 def _why(row: Row, split: float | Literal["auto"]) -> str:
     if row.placement == "resident":
         return "resident: it saves more time per byte than what is not"
+    if row.placement == "block":
+        shares = f"{row.host_share:.0%} of the block's columns on the host, {row.streamed_share:.0%} streamed"
+        return f"{shares}: what lies between its Linears stays where it is, which saves a trip"
     shares = f"{row.host_share:.0%} of its rows on the host, {row.streamed_share:.0%} streamed"
     if split != "auto":
         return f"{shares}, {row.resident_share:.0%} resident: the option split={split} says so"
@@ -216,7 +220,7 @@ def schedule_rows(
 _TRANSFERS = (ir.TO_HOST, ir.WAIT_HOST, ir.TO_ACCELERATOR, ir.WAIT_ACCELERATOR)
 _OF_LINEAR = (
     ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.WAIT, ir.RELEASE, ir.RESIDENT, ir.PARTIAL_LINEAR,
-    ir.HOST_LINEAR, ir.JOIN,
+    ir.HOST_LINEAR, ir.JOIN, ir.PAD,
 )
 
 
@@ -245,6 +249,8 @@ def _linear_row(site: LinearSite, nodes: list[fx.Node], prediction: Prediction) 
 
 
 def _placement(plan: LinearPlan) -> Placement:
+    if plan.block is not None:
+        return "block"
     if plan.resident_rows == plan.rows:
         return "resident"
     if plan.host == plan.rows:

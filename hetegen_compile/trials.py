@@ -41,7 +41,7 @@ class Trials:
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
-        self._module = module
+        self.module = module
         self._kept: list[Trial] = []
         self._best: Trial | None = None
 
@@ -70,7 +70,7 @@ class Trials:
         for trial in (self._best, *self._kept):
             if trial is not None and _what_matters(trial.context) == wanted:
                 return trial
-        module = copy_module(self._module)
+        module = copy_module(self.module)
         return Trial(module, run_pipeline(module, replace(context, splits=splits), _STAGES, lint=False))
 
 

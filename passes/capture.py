@@ -16,6 +16,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -144,10 +145,16 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> sympy.Expr:
     if packet in flop_registry:
         return to_expr(flop_registry[packet](*args, **kwargs, out_val=out))
     if packet.__name__.startswith("_scaled_dot_product"):
-        return to_expr(sdpa_flop_count(*(tuple(t.shape) for t in args[:3])))
+        return to_expr(_attention_flops(*(tuple(t.shape) for t in args[:3])))
     if packet.__name__ in _GROUPED:
         return to_expr(_grouped_flops(tuple(args[0].shape), tuple(args[1].shape)))
     return sympy.Integer(0)
+
+
+def _attention_flops(query: tuple[Any, ...], key: tuple[Any, ...], value: tuple[Any, ...]) -> Any:
+    """Each query head against its key head, which several may share (torch before 2.13 counts no shared ones)."""
+    batch, heads, _, width = query
+    return sdpa_flop_count(query, (batch, heads, key[2], width), (batch, heads, key[2], value[3]))
 
 
 def _grouped_flops(a: tuple[Any, ...], b: tuple[Any, ...]) -> Any:
@@ -208,7 +215,11 @@ def capture(module: fx.GraphModule, inputs: Sequence[Any]) -> FakeTensorMode:
     mode = _fake_mode(module)
     _check_devices(module, inputs)
     fakes = _fake_inputs(module, inputs, mode)
-    with torch.inference_mode(False), torch.no_grad(), _restored_state(), mode, _Listener() as listener:
+    # the dispatcher in Python: in C++ some composite operations ask for numbers where sizes are symbols (torch 2.11)
+    with (
+        torch.inference_mode(False), torch.no_grad(), _restored_state(), mode, enable_python_dispatcher(),
+        _Listener() as listener,
+    ):  # fmt: skip
         _Propagator(module, mode, listener).run(*fakes, enable_io_processing=False)
     _unify_symbols(module.graph, mode)
     return mode

@@ -37,8 +37,8 @@ from hetegen_compile.passes.step_memory import mirrored_size, step_memory
 SLOT_ALIGNMENT = 256
 _WINDOW = 2  # slots the ring holds at least: one being read while the next one is being filled
 _CHUNK_BYTES = 8 << 20  # of a chunk where a third of the ring allows: smaller ones cost rate and issue
+_CHUNKS = 4  # slots of the largest size that the ring holds: each costs its issue, and the link seldom waits for one
 _STAGED = 4096  # staged chunks that a step has at most: each is five operations, and four lie in the pinned ring
-_CHUNKS = 8  # slots of the largest size that the ring holds, where weights allow: the link then rarely waits
 
 
 def choose_residency(module: fx.GraphModule, context: Context) -> Residency:
@@ -63,6 +63,11 @@ class _Sharing:
         self._tables = {node.name: 0 if node in weights else value_bytes(node, context) for node in tables}
         self._keys = {weight: context.resident.identify(context.weights[weight.name]) for weight in weights}
 
+    @property
+    def _pairs(self) -> bool:
+        """Whether the options have every block cut, which the host takes part in."""
+        return self._context.options.pair_mlp is True and bool(self._context.blocks)
+
     def decide(self) -> Residency:
         own = sum(self._fixed.values())
         others = self._context.resident.claims()
@@ -83,7 +88,7 @@ class _Sharing:
         wanted = {claim.key: claim.nbytes for graph in (*others, claims) for claim in graph}
         shared_ring = self._context.ring_bytes if self._context.ring_bytes <= free else 0
         left = free - shared_ring - sum(wanted.values())
-        if left >= 0 and not forced_split(self._context):
+        if left >= 0 and not (forced_split(self._context) or self._pairs):
             budget = {**fixed, **({RING: shared_ring} if shared_ring else {}), RESIDENT: _nbytes(claims)}
             found = self._residency(claims, residency_shares([*others, claims], free), shared_ring, budget, whole=True)
             return self._with_tables(found, left)
@@ -115,7 +120,11 @@ class _Sharing:
     def _claims(self) -> tuple[Claim, ...]:
         """What each different weight asks for; the rows of a forced host share stay on the host."""
         found: dict[Hashable, Claim] = {}
+        blocks = self._context.blocks if self._pairs else ()
+        paired = {position for block in blocks for position in block.linears}
         for weight, linear in self._weights.items():
+            if info(linear).position in paired:
+                continue
             value = info(weight).value
             rows, row_bytes = int(value.shape[0]), int(value.shape[1]) * int(value.element_size())
             first = forced_host_rows(rows, self._context)

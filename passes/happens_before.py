@@ -149,6 +149,7 @@ OPERATIONS: dict[Any, Operation] = {
     ir.HOST_LINEAR: Operation(HOST, ("host", "host", "host")),
     ir.PARTIAL_LINEAR: Operation(COMPUTE, (_ON, _ON, _ON)),
     ir.JOIN: Operation(COMPUTE, (_ON,)),
+    ir.PAD: Operation(COMPUTE, (_ON, _ON)),
     ir.WRITE_BACK: Operation(HOST, (None, "host"), gives=Gives.NOTHING, writes=(0,)),
     ir.TWIN: Operation(None, ("host", _ON), gives=Gives.NOTHING, at_end=True),
 }
@@ -183,6 +184,9 @@ def slot_bytes(prefetch: fx.Node) -> int:
     arguments: tuple[Any, ...] = prefetch.args
     weight, ranges, dim = arguments[:3]
     value = info(weight).value
+    if dim == ir.RECTANGLE:
+        first, end, left, right = ranges
+        return int((end - first) * (right - left) * value.element_size())
     length = sum(hi - lo for lo, hi in zip(ranges[::2], ranges[1::2], strict=True))
     return int(length * value.numel() // value.shape[dim] * value.element_size())
 

@@ -28,6 +28,7 @@ After:
 from __future__ import annotations
 
 import operator
+from bisect import bisect
 
 from torch import fx
 
@@ -35,6 +36,7 @@ from hetegen_compile import ir
 from hetegen_compile.ir import NodeInfo, Side, annotate, info, is_tensor
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.capture import tensors_in
+from hetegen_compile.passes.completing import completing_s, late_readers
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.share_uploads import share_uploads
 
@@ -77,6 +79,8 @@ def value_side(node: fx.Node) -> Side | None:
 
 _Version = tuple[fx.Node, int, fx.Node | None]
 """A value, how often it has been written in place, and its only reader if it does not share the trip."""
+_Transfer = tuple[list[_Version], fx.Node]
+"""What one download brings, and the node that it is put before."""
 
 
 class _Inserter:
@@ -114,18 +118,53 @@ class _Inserter:
             if not self._read_where_it_lies(user, operand)
         ]
         versions = self._versions(crossings)
-        late = _late_readers(self._graph)
+        late = late_readers(self._graph)
         early = dict.fromkeys(versions[crossing] for crossing in crossings if crossing[0] not in late)
         together = dict.fromkeys(versions[crossing] for crossing in crossings if crossing[0] in late)
         readers: dict[_Version, list[fx.Node]] = {}
         for user, operand in crossings:
             readers.setdefault(versions[user, operand], []).append(user)
-        for key in early:
-            self._down.update(self._download([key], before=min(readers[key])))
-        for keys in self._late_transfers([key for key in together if key not in early]):
+        transfers = [([key], min(readers[key])) for key in early]
+        self._join_in(transfers, [key for key in together if key not in early], late)
+        for keys, before in transfers:
+            self._down.update(self._download(keys, before))
+        for keys in self._late_transfers([key for key in together if key not in self._down]):
             self._down.update(self._download(keys, before=min(late)))
         for user, operand in crossings:
             user.replace_input_with(operand, self._down[versions[user, operand]])
+
+    def _join_in(self, transfers: list[_Transfer], together: list[_Version], late: set[fx.Node]) -> None:
+        """Add to ``transfers`` what host work needs that only completes the results (``completing``).
+
+        What is made between two segments goes with the next transfer, or in one of its own if none follows before
+        more is made.
+        """
+        groups = self._of_one_level(self._completing(together, late))
+        made = [max(key[0] for key in group) for group in groups]
+        for i, (group, last) in enumerate(zip(groups, made, strict=True)):
+            more = made[i + 1 : i + 2]
+            near = (keys for keys, before in transfers if last < before and not any(after < before for after in more))
+            joined = next(near, None)
+            if joined is not None:
+                joined += group
+            else:
+                transfers.append((group, last.next))
+
+    def _completing(self, keys: list[_Version], late: set[fx.Node]) -> list[_Version]:
+        """Those that late work on the host needs and that nothing writes."""
+        written = frozenset[int]().union(*(info(node).writes for node in self._graph.nodes))
+        return [
+            key for key in keys
+            if written.isdisjoint(info(key[0]).storages) and completing_s([key[0]], late, self._context) > 0
+        ]  # fmt: skip
+
+    def _of_one_level(self, keys: list[_Version]) -> list[list[_Version]]:
+        """Keys in groups: those between the same two segments."""
+        segments = list(self._graph.find_nodes(op="call_module"))
+        found: dict[int, list[_Version]] = {}
+        for key in sorted(keys, key=lambda key: key[0]):
+            found.setdefault(bisect(segments, key[0]), []).append(key)
+        return list(found.values())
 
     def _late_transfers(self, keys: list[_Version]) -> list[list[_Version]]:
         """Small values in one transfer; each large one by itself, so that it need not be kept to the end."""
@@ -212,16 +251,6 @@ def _transfer_info(operands: list[fx.Node], side: Side) -> NodeInfo:
 def _moved(operand: fx.Node) -> NodeInfo:
     notes = info(operand)
     return NodeInfo(value=notes.value, module=notes.module, position=notes.position)
-
-
-def _late_readers(graph: fx.Graph) -> set[fx.Node]:
-    """What comes after the accelerator's last node: the output and the host nodes that only complete it."""
-    late: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        if info(node).side == "accelerator":
-            break
-        late.add(node)
-    return late
 
 
 __all__ = ["insert_transfers", "operand_side", "value_side"]

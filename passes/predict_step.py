@@ -61,8 +61,14 @@ def predict_step(module: fx.GraphModule, context: Context) -> Prediction:
 
 def _task(node: fx.Node, work: Work, index: Mapping[fx.Node, int], context: Context) -> Task:
     after = tuple(index[operand] for operand in node.all_input_nodes if operand in index)
-    issue_s = 0.0 if work.resource == "host" or node.target in _FREE else context.profile.accelerator.launch_s
+    issued = work.resource != "host" and node.target not in _FREE and not _is_no_join(node)
+    issue_s = context.profile.accelerator.launch_s if issued else 0.0
     return Task(name=node.name, resource=work.resource, duration_s=work.seconds, after=after, issue_s=issue_s)
+
+
+def _is_no_join(node: fx.Node) -> bool:
+    """Whether a join is of one part only: nothing is issued then."""
+    return node.target == ir.JOIN and len(node.args[0]) == 1  # type: ignore[arg-type]
 
 
 def _second_of_two(nodes: list[fx.Node], work: Mapping[fx.Node, Work], first: list[Task]) -> Prediction:
@@ -116,7 +122,7 @@ def node_work(node: fx.Node, context: Context) -> Work:
     if node.target == ir.STAGE:
         return Work("pin", value_bytes(node, context) / profile.pin_bytes_per_s)
     if node.target in (ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED):
-        return Work("up", upload_s(profile, value_bytes(node, context)))
+        return Work("up", upload_s(profile, value_bytes(node, context), line_bytes=_line_bytes(node)))
     if node.target == ir.TO_HOST:
         return Work("down", download_s(profile, value_bytes(node, context)))
     if node.target == ir.WAIT_HOST:
@@ -131,10 +137,10 @@ def node_work(node: fx.Node, context: Context) -> Work:
 
 
 def _linear_work(node: fx.Node, context: Context) -> Work:
-    x, lo, hi = node.args[0], node.args[3], node.args[4]
-    value, rows = info(x).value, info(node.args[1]).value  # type: ignore[arg-type]
+    part = ir.linear_part(node)
+    value, rows = info(part.x).value, info(part.weight).value
     tokens = max(1, round(context.number(to_expr(value.numel())) / max(1, int(value.shape[-1]))))
-    nbytes = (hi - lo) * int(rows.shape[1]) * rows.element_size()  # type: ignore[operator]
+    nbytes = (part.hi - part.lo) * int(rows.shape[1 - part.axis]) * rows.element_size()
     flops = context.number(info(node).flops)
     dtype = dtype_name(rows)
     if node.target == ir.PARTIAL_LINEAR:
@@ -153,6 +159,15 @@ def transfer_up_s(context: Context) -> float:
     return context.profile.accelerator.launch_s + _untold_trip_s(context)
 
 
+def _line_bytes(prefetch: fx.Node) -> int | None:
+    """Bytes that lie together in what a prefetch of columns reads; None for one of rows."""
+    source, _, dim = prefetch.args[:3]
+    value = info(prefetch).value
+    if dim == 0 or source.target == ir.STAGE:  # type: ignore[union-attr]
+        return None
+    return int(value.shape[1]) * int(value.element_size())
+
+
 def trip_s(linear: fx.Node, context: Context) -> float:
     """What a trip of a Linear's activation to the host and of a result back costs beside the host's work."""
     profile = context.profile
@@ -169,6 +184,14 @@ def least_trip_s(linear: fx.Node, context: Context) -> float:
     return trip_s(linear, context) - link.view_s + up_s
 
 
+def least_thread_s(linear: fx.Node, context: Context) -> float:
+    """The part of ``least_trip_s`` that keeps the host's thread, issuing both ways included."""
+    profile = context.profile
+    wait_s = profile.synchronise_s + profile.accelerator.launch_s
+    lies_there = info(linear.all_input_nodes[0]).side != "accelerator"
+    return _untold_trip_s(context) + profile.accelerator.launch_s + (0.0 if lies_there else wait_s)
+
+
 def _untold_trip_s(context: Context) -> float:
     """What a trip's measured fixed cost holds beyond its own tasks: latencies, and work of the host thread."""
     profile = context.profile
@@ -180,7 +203,7 @@ def _other_work(node: fx.Node, context: Context) -> Work:
     flops, traffic = context.number(info(node).flops), context.number(info(node).traffic_bytes)
     dtype = dtype_name(info(node).value)
     if node.target == ir.JOIN:
-        single = len(node.args[0]) == 1  # type: ignore[arg-type]
+        single = _is_no_join(node)
         traffic = 0.0 if single else 2.0 * value_bytes(node, context)
         return Work("accelerator", 0.0 if single else accelerator_op_s(context.profile, dtype, 0.0, traffic))
     if info(node).side == "accelerator":

@@ -26,7 +26,7 @@ from hetegen_compile.options import format_bytes, parse_bytes
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, print the tables; 1 if hetegen has no figure at some limit."""
-    arguments = _arguments(argv)
+    arguments = parse_arguments(argv)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)  # for the hardware line; the children set their own
     jobs = list(jobs_of(arguments))
@@ -96,7 +96,8 @@ def heading(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Of the command line; limits become bytes, defaults what suits the accelerator."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=compare.__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add: Callable[..., Any] = parser.add_argument

@@ -17,7 +17,7 @@ def accelerate_offload(model: Any, job: Job) -> None:
     del job
     from accelerate import cpu_offload
 
-    cpu_offload(model, execution_device=torch.device("cuda"), state_dict=model.state_dict())
+    cpu_offload(model, execution_device=torch.device("cuda", 0), state_dict=model.state_dict())
 
 
 def accelerate_map(model: Any, job: Job) -> None:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import hetegen_compile
-from benchmarks.compare.job import HETEGEN, HOST_ROWS, STREAMED, Job, Row
+from benchmarks.compare.job import HETEGEN, HOST_ROWS, Job, Row
 from benchmarks.compare.peers import accelerate_map, accelerate_offload, diffusers_groups
-from benchmarks.compare.timing import Timing, generate_timed, warm_and_timed, with_peak
-from benchmarks.random_models import DTYPES, SHAPES, random_model, weight_bytes
+from benchmarks.random_models import DTYPES, SHAPES
+from hetegen_compile.bench.measure import SPLITS, decode_schedule, measure_splits
+from hetegen_compile.bench.timing import Timing, generate_timed, warm_and_timed, with_peak
+from hetegen_compile.bench.weights import random_model, weight_bytes
 from hetegen_compile.cost_model import load_profile
 from hetegen_compile.schedule import Schedule
-
-Split = float | Literal["auto"]
-
-SPLITS: tuple[tuple[str, Split], ...] = ((HETEGEN, "auto"), (STREAMED, 0.0), (HOST_ROWS, 1.0))
 
 _UNPACED_TOKENS = 3
 
@@ -27,18 +24,20 @@ _UNPACED_TOKENS = 3
 def hetegen_splits(job: Job) -> Iterator[Row]:
     """Three splits of one compilation; on the emulated accelerator paced."""
     model, prompt = _model(job), _prompt(job)
-    pace = None if job.accelerator == "cuda" else _pace(model, prompt, job)
-    _compile(model, job, pace)
-    for way, split in SPLITS:
-        with hetegen_compile.override_split(split):
-            timing, peak = with_peak(lambda: warm_and_timed(model, prompt, job.new_tokens, "static"))
-        schedule = decode_schedule(split)
-        row = _row(way, timing, job, 1.0 if pace is None else pace, peak or schedule.accelerator_peak_bytes)
+    options: dict[str, Any] = {
+        "accelerator": job.accelerator, "hardware": job.hardware, "gpu_memory": job.gpu_memory,
+        "context": job.prompt + job.new_tokens, "print_schedule": False,
+    }  # fmt: skip
+    if job.accelerator != "cuda":
+        options["pace"] = _pace(model, prompt, options, job.step_s)
+    for found in measure_splits(model, prompt, job.new_tokens, options, {**SPLITS, HOST_ROWS: 1.0}):
+        schedule = found.schedule
         yield replace(
-            row, gpu_memory=job.gpu_memory, note="" if pace is None else _paced(pace, job),
+            _row(found.way, found.timing, job, found.pace, found.peak_bytes), gpu_memory=job.gpu_memory,
+            note=_paced(found.pace, job),
             predicted_tokens_per_s=1 / schedule.predicted_step_s, floor_tokens_per_s=1 / schedule.floor_s,
         )  # fmt: skip
-        if split == "auto":
+        if found.way == HETEGEN:
             yield from _predicted(schedule, job)
             if job.trace is not None:
                 schedule.save_trace(job.trace)
@@ -102,11 +101,6 @@ EMULATED: dict[str, str] = {
 """Ways that cannot be emulated but predicted: the baseline of a schedule that says how long their step takes."""
 
 
-def decode_schedule(split: Split) -> Schedule:
-    """The newest plan of one token with this split."""
-    return [s for s in hetegen_compile.schedules() if s.tokens == (1, 1) and s.split == split][-1]
-
-
 def _model(job: Job) -> Any:
     return random_model(SHAPES[job.shape](), DTYPES[job.dtype])
 
@@ -116,20 +110,12 @@ def _prompt(job: Job) -> Tensor:
     return torch.randint(4, vocabulary, (1, job.prompt), generator=torch.Generator().manual_seed(1))
 
 
-def _compile(model: Any, job: Job, pace: float | None) -> None:
+def _pace(model: Any, prompt: Tensor, options: dict[str, Any], step_s: float) -> float:
+    """The factor by which a predicted decode step takes ``step_s``."""
     torch._dynamo.reset()
-    options: dict[str, Any] = {
-        "accelerator": job.accelerator, "hardware": job.hardware, "gpu_memory": job.gpu_memory,
-        "context": job.prompt + job.new_tokens, "print_schedule": False, "pace": pace,
-    }  # fmt: skip
     model.compile(backend="hetegen", options=options)
-
-
-def _pace(model: Any, prompt: Tensor, job: Job) -> float:
-    """The factor by which a predicted decode step takes ``job.step_s``."""
-    _compile(model, job, None)
     generate_timed(model, prompt, _UNPACED_TOKENS, "static")
-    return job.step_s / decode_schedule("auto").predicted_step_s
+    return step_s / decode_schedule("auto").predicted_step_s
 
 
 def _row(way: str, timing: Timing, job: Job, pace: float = 1.0, peak_bytes: int | None = None) -> Row:
@@ -144,7 +130,7 @@ def _row(way: str, timing: Timing, job: Job, pace: float = 1.0, peak_bytes: int 
 
 
 def _paced(pace: float, job: Job) -> str:
-    return f"emulated, paced {pace:.0f} times slower than {job.hardware}"
+    return "" if job.accelerator == "cuda" else f"emulated, paced {pace:.0f} times slower than {job.hardware}"
 
 
 def _predicted(schedule: Schedule, job: Job) -> Iterator[Row]:

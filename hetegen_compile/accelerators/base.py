@@ -186,7 +186,7 @@ class Accelerator(ABC):
 
     @abstractmethod
     def stage(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Transfer]) -> Transfer:
-        """Start copying ``source`` (contiguous rows of a host weight) into a slot of the pinned ring.
+        """Start copying ``source`` (rows of a host weight, or columns of one) into a slot of the pinned ring.
 
         ``after`` are the prefetches that read what the slot's bytes held before.
         """
@@ -195,7 +195,8 @@ class Accelerator(ABC):
     def prefetch(self, op: Op, source: torch.Tensor | Transfer, slot: Slot, after: Sequence[Token]) -> Transfer:
         """Start copying ``source`` into ``slot`` on the up stream.
 
-        ``source`` is contiguous rows of a host weight, or the ``stage`` that copies them into the pinned ring;
+        ``source`` is rows of a host weight, columns of one (a 2-D copy), or the ``stage`` that copies them into the
+        pinned ring;
         each stage is read by one prefetch.
         """
 

@@ -26,10 +26,11 @@ from typing import Any
 import torch
 
 from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value, call_on_host
+from hetegen_compile.accelerators.cuda_copies import upload_lines
 from hetegen_compile.accelerators.cuda_pinning import SUCCESS, CudaHostMemory, cuda_view, pinned_by_others
 from hetegen_compile.accelerators.cuda_staging import Job, PinThread, copy_rows
 from hetegen_compile.accelerators.cuda_trace import CudaTracer
-from hetegen_compile.accelerators.geometry import copy_span, empty_twin, same_geometry, span_bytes
+from hetegen_compile.accelerators.geometry import copy_span, empty_twin, has_lines, same_geometry, span_bytes
 from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
 from hetegen_compile.accelerators.ring import make_slot, slot_view
 from hetegen_compile.accelerators.values import Slot
@@ -49,8 +50,9 @@ _HOST = torch.device("cpu")
 PACKED_ALIGNMENT = 256
 """Where each tensor begins in that buffer: as the device's allocator aligns, which compiled kernels count on."""
 
-ALLOCATOR_BLOCK_BYTES = 20 << 20
-"""Torch's allocator reserves in blocks of this size for tensors of 1 to 10 MiB: the last one is rarely full."""
+ALLOCATOR_BLOCK_BYTES = (20 << 20) + (2 << 20)
+"""Torch's allocator reserves in blocks: of 2 MiB for tensors below 1 MiB, of 20 MiB for those up to 10 MiB. For each
+stream that tensors are made on (compute, up) the last of them are rarely full."""
 
 
 @dataclass(eq=False)
@@ -113,6 +115,7 @@ class CudaAccelerator(Accelerator):
     def __init__(self, memory_bytes: int | None = None) -> None:
         _require_device()
         self.device = _current_device()
+        torch.cuda.empty_cache()  # what torch keeps without using it is neither free nor somebody else's
         free_bytes, _ = torch.cuda.mem_get_info(self.device)
         self.memory_bytes = free_bytes if memory_bytes is None else min(memory_bytes, free_bytes)
         self.counters = Counters()
@@ -178,7 +181,7 @@ class CudaAccelerator(Accelerator):
     def overhead_bytes(self) -> Mapping[str, int]:
         return {
             "cuBLAS workspace": cublas_workspace_bytes(torch.cuda.get_device_capability(self.device)),
-            "rounding of torch's allocator": ALLOCATOR_BLOCK_BYTES,
+            "rounding of torch's allocator": 2 * ALLOCATOR_BLOCK_BYTES,
         }
 
     @property
@@ -267,8 +270,16 @@ class CudaAccelerator(Accelerator):
         staged, self._staged = self._staged, []
         for transfer in staged:
             transfer.issued()  # raises what failed on the pin thread
-        reserved = torch.cuda.max_memory_reserved(self.device) - self._reserved_before
-        self.counters.peak_bytes = self.counters.step_peak_bytes = max(0, reserved)
+        self._note_reserved()
+
+    def _note_reserved(self) -> None:
+        """The step's peak: what torch's allocator has reserved since; it gives nothing back while a step runs.
+
+        Its own peak is not used: calibration, or whatever ran before, may have reached it.
+        """
+        reserved = torch.cuda.memory_stats_as_nested_dict(self.device)["reserved_bytes"]["all"]["current"]
+        self.counters.step_peak_bytes = max(0, reserved - self._reserved_before)
+        self.counters.peak_bytes = max(self.counters.peak_bytes, self.counters.step_peak_bytes)
 
     def abandon_step(self) -> None:
         if self._in_step:
@@ -377,8 +388,11 @@ class CudaAccelerator(Accelerator):
         for token in after:
             self._up.wait_event(token.event)
         with self._work(op), self._on(self._up, "up", op):
-            transfer.value.copy_(transfer.source, non_blocking=True)
-        self._ledger.uploaded(op.category, span_bytes(transfer.source))
+            if transfer.source.is_contiguous():
+                transfer.value.copy_(transfer.source, non_blocking=True)
+            else:
+                upload_lines(transfer.value, transfer.source, self._up.cuda_stream)
+        self._ledger.uploaded(op.category, span_bytes(transfer.value))
         transfer.event = self._up.record_event()
 
     def wait(self, op: Op, transfer: CudaTransfer) -> Value:
@@ -413,9 +427,10 @@ class CudaAccelerator(Accelerator):
         return CudaTransfer(op.name, "to_host", result, values, self._down.record_event())
 
     def _start_down(self, op: Op, value: torch.Tensor) -> torch.Tensor:
+        """The transfer keeps ``value`` until its wait, so nothing is recorded for the allocator, which would keep the
+        block from the next step's tensors. After an aborted step the copy may read what was reused: nobody reads it."""
         result = empty_twin(value, torch.device("cpu"), pinned=True)
         copy_span(result, value, non_blocking=True)
-        value.record_stream(self._down)  # an aborted step may drop the transfer before the copy is over
         self._ledger.downloaded(op.category, span_bytes(value))
         return result
 
@@ -557,8 +572,8 @@ def _lying_at(packed: torch.Tensor, offset: int, like: torch.Tensor) -> torch.Te
 
 
 def _check_rows(op: Op, source: torch.Tensor, view: torch.Tensor) -> None:
-    if not source.is_contiguous() or not same_geometry(source, view):
-        raise ScheduleError(f"{op.name} copies into a slot of another dtype or shape, or not contiguously")
+    if not has_lines(source) or source.dtype != view.dtype or source.shape != view.shape:
+        raise ScheduleError(f"{op.name} copies into a slot of another dtype or shape, or rows that are not contiguous")
 
 
 def _started(op: Op, transfer: object, kinds: tuple[str, ...]) -> CudaTransfer:

@@ -22,7 +22,7 @@ import torch
 from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value, call_on_host
 from hetegen_compile.accelerators.clocks import COMPUTE, DOWN, HOST, PIN, UP, Access
 from hetegen_compile.accelerators.engine import Engine
-from hetegen_compile.accelerators.geometry import same_geometry, span_bytes
+from hetegen_compile.accelerators.geometry import has_lines, same_geometry, span_bytes
 from hetegen_compile.accelerators.hazards import Hazards
 from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
 from hetegen_compile.accelerators.modes import Modes
@@ -407,8 +407,8 @@ def _done(started: Sequence[Token | Transfer]) -> tuple[threading.Event, ...]:
 
 
 def _check_rows(op: Op, source: torch.Tensor, slot: Slot) -> None:
-    if not source.is_contiguous() or source.dtype != slot.dtype or source.shape != slot.shape:
+    if not has_lines(source) or source.dtype != slot.dtype or source.shape != slot.shape:
         raise ScheduleError(
             f"{op.name} copies {source.dtype} {tuple(source.shape)} with strides {source.stride()} "
-            f"into a slot of {slot.dtype} {slot.shape}; the copy must be contiguous and of one type"
+            f"into a slot of {slot.dtype} {slot.shape}; rows must be contiguous and of one type"
         )

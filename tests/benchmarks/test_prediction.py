@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import hetegen_compile
 from benchmarks import prediction
 from benchmarks.prediction import Result
 
@@ -42,7 +43,7 @@ def test_measured_steps_are_divided_by_the_pace_and_a_run_is_its_median(monkeypa
 
 def test_the_steps_of_a_run_are_those_after_its_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = SimpleNamespace(step_times_s=[9.0, 9.0], tokens=(1, 1), split="auto")
-    monkeypatch.setattr(prediction.hetegen_compile, "schedules", lambda: (schedule,))
+    monkeypatch.setattr(hetegen_compile, "schedules", lambda: (schedule,))
     monkeypatch.setattr(prediction, "_decode", lambda model, tokens: schedule.step_times_s.extend(range(tokens - 1)))
     times = prediction._run(None, "auto", 4)
     assert times == [2, 3, 4, 5]  # the first two warm up; the first token of all is prefill's

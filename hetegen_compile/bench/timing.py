@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
-WARM_UP_TOKENS = 6
+WARM_UP_TOKENS = 3
 """Of the generation that is not measured, where it may be shorter."""
 
 
-class Arrivals(BaseStreamer):
+class Arrivals:
     """A streamer that keeps the time of each token; the prompt comes first."""
 
     def __init__(self) -> None:
