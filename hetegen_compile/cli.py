@@ -69,7 +69,9 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--batch", type=int, default=1, help="sequences (default: %(default)s)")
     dtypes = "float16, bfloat16, float32 or float64"
     parser.add_argument("--dtype", default="float16", help=f"type of the weights, {dtypes} (default: %(default)s)")
-    parser.add_argument("--split", type=_split, default="auto", help="share of rows on the host, 0 to 1 (default: %(default)s)")
+    parser.add_argument(
+        "--split", type=_split, default="auto", help="share of rows on the host, 0 to 1 (default: %(default)s)"
+    )
     parser.add_argument("--context", type=int, help="tokens of cache that the budget holds (default: what is used)")
     parser.add_argument("--max-batch", type=int, default=1, help="sequences in the budget (default: %(default)s)")
     parser.add_argument("--table", action="store_true", help="print the schedules of prefill and of decode too")
