@@ -314,7 +314,7 @@ def largest_sizes(tokens: sympy.Expr, context: Context, *, spare: bool) -> Sizes
 
 def _need(module: fx.GraphModule, context: Context, splits: Splits) -> MemoryNeed:
     """What the schedule of some splits occupies."""
-    scheduled = run_pipeline(copy_module(module), replace(context, splits=splits), UNTIL_MEASURED)
+    scheduled = run_pipeline(copy_module(module), replace(context, splits=splits), UNTIL_MEASURED, lint=False)
     return require(scheduled.memory, "measure_memory")
 
 

@@ -14,8 +14,9 @@ from transformers import OPTConfig
 
 from hetegen_compile import calibration, cli, doctor
 from hetegen_compile.calibration import Effort, calibrate
-from hetegen_compile.cost_model import HardwareProfile, profile_from_json
+from hetegen_compile.cost_model import HardwareProfile, preset_names, profile_from_json
 from hetegen_compile.doctor import Check, package
+from hetegen_compile.dry_run.models import DTYPES
 from hetegen_compile.errors import AcceleratorUnavailableError
 from tests.calibration.tiny import TINY
 
@@ -213,6 +214,7 @@ def test_plan_as_json_is_json_and_nothing_else(model: str, capsys: pytest.Captur
     [
         (["plan", "no/such-model"], "the network is not used"),
         (["plan", "MODEL", "--hardware", "nothing"], "nothing"),
+        (["plan", "/nowhere/config.json"], "no config of '/nowhere/config.json': there is no such file or folder"),
         (["plan", "MODEL", "--dtype", "int4"], "dtype='int4'"),
         (["plan", "MODEL", "--gpu-memory", "6 bananas"], "is not a size"),
         (["plan", "MODEL", "--hardware", "a10-xeon", "--gpu-memory", "10KiB", "--new-tokens", "1"], "smallest budget"),
@@ -230,4 +232,12 @@ def test_plan_errors_are_one_line(
 def test_plan_knows_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["plan", "m", "--split", "half"])
-    assert "--split" in capsys.readouterr().err
+    assert "argument --split: 'half' is neither auto nor a number from 0 to 1" in capsys.readouterr().err
+
+
+def test_plan_help_names_presets_and_types(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for expected in (*preset_names(), *DTYPES):
+        assert expected in printed
