@@ -9,7 +9,7 @@ import bisect
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import sympy
 import torch
@@ -34,7 +34,15 @@ from hetegen_compile.passes.context import (
     SegmentCache,
     require,
 )
-from hetegen_compile.pipeline import ONCE_PER_BUCKET, ONCE_PER_SPLIT, UNTIL_MEASURED, Stage, run_pipeline
+from hetegen_compile.pipeline import (
+    DECISIONS,
+    GROUPING,
+    NORMALISATION,
+    ONCE_PER_SPLIT,
+    UNTIL_MEASURED,
+    Stage,
+    run_pipeline,
+)
 from hetegen_compile.schedule import LinearSite, Schedule, schedule_rows
 
 logger = logging.getLogger("hetegen_compile")
@@ -74,12 +82,23 @@ class Target:
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """What the stages that do not depend on the split left: the graph with its segments, and the context."""
+    """What the stages that do not depend on the split left: the graph with its segments, and the context.
+
+    ``linears`` is the graph before it was grouped, which decisions are taken on.
+    """
 
     module: fx.GraphModule
+    linears: fx.GraphModule
     context: Context
     sites: Mapping[int, LinearSite]
     kind: str
+
+
+class _Graphs(NamedTuple):
+    """One graph before and after its nodes are grouped into segments."""
+
+    linears: fx.GraphModule
+    grouped: fx.GraphModule
 
 
 @dataclass(frozen=True)
@@ -112,7 +131,6 @@ class Planner:
             BudgetError: the target's budget cannot hold what a step needs.
             HostOnlyGraphError: the graph cannot be offloaded.
         """
-        refusals: dict[Refusal, None] = {}
         context = Context(
             options=self._options,
             profile=self._profile,
@@ -121,19 +139,40 @@ class Planner:
             budget_bytes=target.budget_bytes,
             resident=target.resident,
             weights=weights,
-            refuse=lambda refusal: refusals.setdefault(refusal),
+            refuse=_ignore,
             segments=self._segments,
             ring_bytes=target.ring_bytes,
             overhead_bytes=target.overhead_bytes,
             device=target.device,
             host_memory=target.host_memory,
         )
+        return self._decided(context, target.kind, None)
+
+    def decide_again(self, base: BucketPlan, sizes: Sizes, target: Target, weights: Mapping[str, Tensor]) -> BucketPlan:
+        """The same plan with what stays on the accelerator decided again: the target or the sizes have changed.
+
+        Segments and placement stay, so nothing is compiled. (Unless everything fitted and no longer does, or the
+        other way round: the graph is cut anew then.)
+
+        Raises:
+            BudgetError: the target's budget cannot hold what a step needs.
+        """
+        context = replace(
+            base.context, sizes=sizes, budget_bytes=target.budget_bytes, resident=target.resident, weights=weights,
+            ring_bytes=target.ring_bytes, overhead_bytes=target.overhead_bytes, host_memory=target.host_memory,
+            activation_bytes=None, lean=False,
+        )  # fmt: skip
+        return self._decided(context, target.kind, base)
+
+    def _decided(self, context: Context, kind: str, base: BucketPlan | None) -> BucketPlan:
+        refusals: dict[Refusal, None] = dict.fromkeys(context.refusals)
+        context = replace(context, refuse=lambda refusal: refusals.setdefault(refusal))
         try:
-            module, context = self._within_budget(self._with_room(context, spare=True))
-        except BudgetError:  # no room beyond what the options state: a larger forward will be planned anew
-            module, context = self._within_budget(self._with_room(context, spare=False))
+            graphs, context = self._within_budget(self._with_room(context, spare=True), base)
+        except BudgetError:  # no room beyond what the options state: what a larger forward needs is decided then
+            graphs, context = self._within_budget(self._with_room(context, spare=False), base)
         context = replace(context, refusals=tuple(refusals), weights={})
-        return BucketPlan(module, context, _sites(module, context), target.kind)
+        return BucketPlan(graphs.grouped, graphs.linears, context, _sites(graphs.grouped, context), kind)
 
     def plan_split(
         self, base: BucketPlan, split: Split, stages: tuple[Stage, ...] = ONCE_PER_SPLIT
@@ -157,7 +196,7 @@ class Planner:
         largest = largest_sizes(self._tokens, context, spare=spare)
         return replace(context, largest=largest, sequences=sequences, tokens_per_sequence=tokens, spare=spare)
 
-    def _within_budget(self, context: Context) -> tuple[fx.GraphModule, Context]:
+    def _within_budget(self, context: Context, base: BucketPlan | None) -> tuple[_Graphs, Context]:
         """Run the stages that do not depend on the split until residency leaves room for its own schedule.
 
         What a schedule needs for activations depends on the residency that it was made with. So the leanest
@@ -167,30 +206,39 @@ class Planner:
         Raises:
             BudgetError: the leanest residency does not fit.
         """
-        _, lean, needed = self._tried(replace(context, lean=True))
+        _, lean, needed = self._tried(replace(context, lean=True), base)
         context = replace(context, activation_bytes=needed)
         for attempt in range(_ATTEMPTS):
             try:
-                module, done, needed = self._tried(context)
+                graphs, done, needed = self._tried(context, base)
             except BudgetError:
                 if attempt == 0:
                     raise
                 break
             if needed <= require(done.residency, "choose_residency").budget[ACTIVATIONS]:
-                return module, done
+                return graphs, done
             context = replace(context, activation_bytes=needed)
         lean_bytes = require(lean.memory, "measure_memory").peak_bytes(lean.room)
-        module, done, _ = self._tried(replace(context, lean=True, activation_bytes=lean_bytes))
-        return module, done
+        graphs, done, _ = self._tried(replace(context, lean=True, activation_bytes=lean_bytes), base)
+        return graphs, done
 
-    def _tried(self, context: Context) -> tuple[fx.GraphModule, Context, int]:
-        """A grouped graph, its context, and the bytes of activations that its schedule takes."""
-        module = copy_module(self._module)
-        context = run_pipeline(module, context, ONCE_PER_BUCKET)
-        splits = choose_splits(module, context)
-        _, scheduled = _scheduled(module, replace(context, splits=splits), UNTIL_MEASURED)
+    def _tried(self, context: Context, base: BucketPlan | None) -> tuple[_Graphs, Context, int]:
+        """The grouped graph, its context, and the bytes of activations that its schedule takes."""
+        if base is None:
+            linears = copy_module(self._module)
+            context = run_pipeline(linears, context, NORMALISATION)
+        else:
+            linears = base.linears
+        context = run_pipeline(linears, context, DECISIONS)
+        if base is not None and _is_whole(base.context) == _is_whole(context):
+            graphs = _Graphs(linears, base.module)
+        else:
+            graphs = _Graphs(linears, copy_module(linears))
+            context = run_pipeline(graphs.grouped, context, GROUPING)
+        splits = choose_splits(graphs.grouped, context)
+        _, scheduled = _scheduled(graphs.grouped, replace(context, splits=splits), UNTIL_MEASURED)
         need = require(scheduled.memory, "measure_memory")
-        return module, replace(context, memory=need), need.peak_bytes(context.room)
+        return graphs, replace(context, memory=need), need.peak_bytes(context.room)
 
     def _schedule(self, base: BucketPlan, module: fx.GraphModule, context: Context) -> Schedule:
         prediction = require(context.prediction, "predict_step")
@@ -257,6 +305,14 @@ def _scheduled(
 ) -> tuple[fx.GraphModule, Context]:
     copy = copy_module(module)
     return copy, run_pipeline(copy, context, stages)
+
+
+def _ignore(refusal: Refusal) -> None:
+    """Before there is a list of refusals."""
+
+
+def _is_whole(context: Context) -> bool:
+    return require(context.residency, "choose_residency").whole_graph
 
 
 def _excess_bytes(context: Context) -> int:
