@@ -19,12 +19,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from hetegen_compile import planner
 from hetegen_compile.bind import BoundStep, bind
 from hetegen_compile.cost_model import HardwareProfile
-from hetegen_compile.errors import AcceleratorMemoryError, BudgetError
+from hetegen_compile.errors import AcceleratorMemoryError, BudgetError, UnforeseenMemoryError
 from hetegen_compile.graph_inputs import aliased_inputs, as_int, is_weight, number, symbol_inputs, token_count
 from hetegen_compile.mirrors import WEIGHTS, NoRoomError, Request
 from hetegen_compile.options import Options, format_bytes
 from hetegen_compile.passes.capture import source_name
 from hetegen_compile.passes.context import (
+    UNFORESEEN,
     Bucket,
     HostOnlyGraphError,
     Refusal,
@@ -166,6 +167,11 @@ class CompiledGraph:
                     raise self._too_large(error.excess_bytes) from error
                 outgrown += 1
                 self._unforeseen_bytes += error.excess_bytes if outgrown == _NEW_PLANS else 0
+            except UnforeseenMemoryError as error:  # nothing has run: verification counts more than the plan
+                if outgrown == _NEW_PLANS:
+                    raise
+                outgrown += 1
+                self._unforeseen_bytes += error.excess_bytes
             except AcceleratorMemoryError as error:
                 if pressed or isinstance(error, _UnrepeatableError):
                     raise
@@ -410,7 +416,7 @@ class CompiledGraph:
         others = runtime.ledger.others(self, part)
         overhead = dict(runtime.accelerator.overhead_bytes())
         if self._unforeseen_bytes:
-            overhead["mirrors that the plan did not foresee"] = self._unforeseen_bytes
+            overhead[UNFORESEEN] = self._unforeseen_bytes
         return Target(
             kind=f"on {runtime.accelerator.kind}",
             device=runtime.accelerator.device,

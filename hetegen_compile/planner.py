@@ -34,6 +34,7 @@ from hetegen_compile.passes.context import (
     SegmentCache,
     require,
 )
+from hetegen_compile.passes.stacked_weights import stacks_on_host
 from hetegen_compile.pipeline import (
     DECISIONS,
     GROUPING,
@@ -151,8 +152,8 @@ class Planner:
     def decide_again(self, base: BucketPlan, sizes: Sizes, target: Target, weights: Mapping[str, Tensor]) -> BucketPlan:
         """The same plan with what stays on the accelerator decided again: the target or the sizes have changed.
 
-        Segments and placement stay, so nothing is compiled. (Unless everything fitted and no longer does, or the
-        other way round: the graph is cut anew then.)
+        Segments and placement stay, so nothing is compiled. (Unless everything fitted and no longer does, or a stack
+        of experts comes or goes: the graph is cut anew then.)
 
         Raises:
             BudgetError: the target's budget cannot hold what a step needs.
@@ -230,7 +231,7 @@ class Planner:
         else:
             linears = base.linears
         context = run_pipeline(linears, context, DECISIONS)
-        if base is not None and _is_whole(base.context) == _is_whole(context):
+        if base is not None and _cut(base.context) == _cut(context):
             graphs = _Graphs(linears, base.module)
         else:
             graphs = _Graphs(linears, copy_module(linears))
@@ -262,7 +263,7 @@ class Planner:
             baselines=baselines(base.module, context),
             budget_bytes=context.budget_bytes,
             budget=residency.budget,
-            refusals=(*context.refusals, *self._segments.refused.values()),
+            refusals=(*context.refusals, *stacks_on_host(base.module, context), *self._segments.refused.values()),
             whole_graph=residency.whole_graph,
         )
 
@@ -311,8 +312,10 @@ def _ignore(refusal: Refusal) -> None:
     """Before there is a list of refusals."""
 
 
-def _is_whole(context: Context) -> bool:
-    return require(context.residency, "choose_residency").whole_graph
+def _cut(context: Context) -> object:
+    """What of a residency decides where the graph is cut."""
+    residency = require(context.residency, "choose_residency")
+    return residency.whole_graph, residency.host_weights
 
 
 def _excess_bytes(context: Context) -> int:

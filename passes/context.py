@@ -95,6 +95,8 @@ GROWTH = "room for caches to grow"
 """The budget's item for what caches take beyond this call, up to the stated context and ``max_batch``."""
 OTHERS = "steps of other graphs"
 """The budget's item for what other graphs on the accelerator need beyond this one."""
+UNFORESEEN = "what earlier plans did not foresee"
+"""The budget's item for what a step or its verification needed beyond an earlier plan."""
 RESIDENT = "resident weights"
 RING = "staging ring"
 
@@ -111,6 +113,7 @@ class Residency:
         first_rows: first resident row of every claimed weight, those of other graphs included (a weight of no
             resident row is not in it).
         mirrored: bytes of the mirrors that the step reads, an expression over the graph's sizes.
+        host_weights: placeholders of stacked weights that stay on the host, with what is computed with them.
     """
 
     weights: Mapping[str, int]
@@ -121,6 +124,7 @@ class Residency:
     claims: Sequence[Claim] = ()
     first_rows: Mapping[Hashable, int] = field(default_factory=dict)
     mirrored: sympy.Expr = sympy.Integer(0)
+    host_weights: frozenset[str] = frozenset()
 
     @property
     def step_bytes(self) -> int:
