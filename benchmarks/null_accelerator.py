@@ -108,9 +108,9 @@ class NullAccelerator(Accelerator):
         """What is there."""
         return transfer[0]
 
-    def to_accelerator(self, op: Op, tensor: torch.Tensor) -> Transfer:
-        """The tensor as it is."""
-        return (tensor,)
+    def to_accelerator(self, op: Op, tensors: Sequence[torch.Tensor]) -> Transfer:
+        """The tensors as they are."""
+        return (tensors,)
 
     def launch(
         self,

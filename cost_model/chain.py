@@ -38,7 +38,7 @@ class Trip:
         link_s: the link carrying them.
         accelerator_s: the accelerator computing all rows, the resident ones included.
         accelerator_saved_s: the part of that which falls away when no offloaded row is left to it.
-        fixed_s: what the chain pays for the trip itself as soon as the host has a row.
+        fixed_s: what the chain pays for the trip itself, once, as soon as the host has a row of any of its Linears.
     """
 
     host_s: float

@@ -215,7 +215,8 @@ class HardwareProfile:
         name, description: for people.
         host, accelerator, link: the three parts.
         synchronise_s: the host waiting once for the device.
-        fixed_s_per_split: measured overhead of one split Linear over an unsplit one, all its trips together.
+        fixed_s_per_split: measured overhead of one split Linear over an unsplit one, its trip down and up included.
+            Linears that share a trip cost it once: what it holds beyond the trip's own tasks is the host thread's.
         pin_bytes_per_s: rate of copying pageable memory into pinned memory.
         sources: field path ("host.linear_bytes_per_s") -> where the figures at and below it are from.
         inferred: field paths whose figures are inferred, not measured or published.

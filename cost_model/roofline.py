@@ -111,9 +111,20 @@ def accelerator_op_s(profile: HardwareProfile, dtype: str, flops: float, nbytes:
     return operation_s(flops, nbytes, rate, device.memory_bytes_per_s, device.launch_s)
 
 
-def upload_s(profile: HardwareProfile, nbytes: float, pinned: bool = True) -> float:
-    """Seconds of one transfer from host memory to the accelerator (0 for no bytes)."""
-    return _transfer_s(profile.link.up, nbytes, pinned)
+LINE_OVERHEAD_BYTES = 64
+"""What each line of a 2-D copy costs beside its bytes, as bytes of a contiguous copy: on average half a read request of
+128 bytes at each of its two ends. Assumed, until a calibration measures it."""
+
+
+def upload_s(
+    profile: HardwareProfile, nbytes: float, pinned: bool = True, line_bytes: int | None = None
+) -> float:
+    """Seconds of one transfer from host memory to the accelerator (0 for no bytes).
+
+    ``line_bytes``: of a 2-D copy, the bytes that lie together; None for a contiguous one.
+    """
+    lines = nbytes / line_bytes if line_bytes else 0.0
+    return _transfer_s(profile.link.up, nbytes + lines * LINE_OVERHEAD_BYTES, pinned)
 
 
 def download_s(profile: HardwareProfile, nbytes: float, pinned: bool = True) -> float:

@@ -1,4 +1,4 @@
-"""What a step would take done otherwise, on the same hardware profile, and the bound that none can beat."""
+"""What a step would take done otherwise, on the same hardware profile."""
 
 from __future__ import annotations
 
@@ -6,61 +6,47 @@ from dataclasses import replace
 
 from torch import fx
 
-from hetegen_compile.balance import simulated_step_s
 from hetegen_compile.cost_model import host_linear_s, host_op_s, upload_s
 from hetegen_compile.ir import LINEAR, info, is_tensor
 from hetegen_compile.passes.annotate_costs import dtype_name, value_bytes
 from hetegen_compile.passes.capture import FREE_ATEN
-from hetegen_compile.passes.choose_splits import choose_splits, feed_s
+from hetegen_compile.passes.choose_splits import choose_splits
 from hetegen_compile.passes.context import Context, LinearPlan, NodeCost, require
 from hetegen_compile.passes.predict_step import node_work
+from hetegen_compile.trials import Trials
 
 
-def floor_s(module: fx.GraphModule, context: Context) -> float:
-    """The bound of a step: S / (V_link + V_cpu) for S bytes of offloaded weights, or the accelerator's work.
-
-    The rates are those at which each consumes these weights at this number of tokens; staged weights come no faster
-    than the pin thread copies them.
-    """
-    splits, costs = require(context.splits, "choose_splits"), require(context.costs, "annotate_costs")
-    nodes = module.graph.find_nodes(op="call_function", target=LINEAR)
-    offloaded = [node for node in nodes if splits[info(node).position].resident is None]
-    link_s = sum(feed_s(node, costs[info(node).position], context) for node in offloaded)
-    host_s = sum(costs[info(node).position].host_s for node in offloaded)
-    together = link_s * host_s / (link_s + host_s) if link_s + host_s > 0 else 0.0
-    return max(together, _accelerator_s(module, context))
-
-
-def baselines(module: fx.GraphModule, context: Context) -> dict[str, float | None]:
+def baselines(module: fx.GraphModule, context: Context, trials: Trials) -> dict[str, float | None]:
     """Seconds of a step done otherwise, from the graph with its segments and its Linears whole.
 
     ``streamed``: the same residency, everything else streamed with prefetch. ``per_module``: the same residency,
     each other weight (embedding tables too) copied from pageable memory when its module is called and waited for.
-    ``per_linear``: host and link balanced inside each Linear, as if it were alone. ``host_only``: everything on the
+    ``per_linear``: host and link balanced inside each Linear as if it were alone, each with a trip of its own.
+    ``host_only``: everything on the
     host, the link idle. ``resident``: everything on the accelerator, None if that
     does not fit its memory.
     """
     if require(context.residency, "choose_residency").whole_graph:
         return {"resident": _accelerator_s(module, context)}  # nothing is offloaded: there is nothing to compare
     return {
-        "streamed": _streamed_s(module, context),
+        "streamed": _streamed_s(module, context, trials),
         "per_module": _per_module_s(module, context),
-        "per_linear": _per_linear_s(module, context),
+        "per_linear": _per_linear_s(module, context, trials),
         "host_only": _host_only_s(module, context),
         "resident": _resident_s(module, context),
     }
 
 
-def _streamed_s(module: fx.GraphModule, context: Context) -> float:
+def _streamed_s(module: fx.GraphModule, context: Context, trials: Trials) -> float:
     """The simulated step with no row on the host, through the same passes."""
     context = replace(context, options=replace(context.options, split=0.0))
-    return simulated_step_s(module, context, choose_splits(module, context))
+    return trials.step_s(context, choose_splits(module, context), keep=True)
 
 
-def _per_linear_s(module: fx.GraphModule, context: Context) -> float:
-    """The simulated step with each Linear balanced by itself, as if it were alone."""
-    context = replace(context, options=replace(context.options, split="auto"))
-    return simulated_step_s(module, context, choose_splits(module, context))
+def _per_linear_s(module: fx.GraphModule, context: Context, trials: Trials) -> float:
+    """The simulated step with each Linear balanced by itself, as if it were alone: no trip is shared."""
+    context = replace(context, options=replace(context.options, split="auto"), share_trips=False)
+    return trials.step_s(context, choose_splits(module, context), keep=True)
 
 
 def _per_module_s(module: fx.GraphModule, context: Context) -> float:

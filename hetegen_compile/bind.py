@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import logging
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -239,29 +239,27 @@ class _Binder:
     def _into_slot(self, node: fx.Node, slot_at: Callable[..., Slot]) -> tuple[str, str, str]:
         """Texts of the operation, what it reads and its slot; of a stage a prefetch reads all that it copied."""
         source, ranges, dim, offset = _arguments(node)[:4]
-        lo, hi = ranges
-        if dim != 0:
-            raise ScheduleError(f"{node.name}: only rows can be prefetched, not dimension {dim}")
         (rows,) = tensors_in(info(node).value)
         slot = slot_at(offset, tuple(map(int, rows.shape)), rows.dtype)
-        read = source.name if source.target == ir.STAGE else f"{source}[{lo}:{hi}]"
+        read = source.name if source.target == ir.STAGE else _narrowed(source, ranges, dim)
         return self._op(node, "weights"), read, self._constant("slot", slot)
 
     def _plain(self, node: fx.Node) -> str:
-        name = str(node.target).split(".")[1]
+        name = "wait" if node.target == ir.WAIT_ACCELERATOR else str(node.target).split(".")[1]
         return f"{node.name} = {name}({self._op(node)}, {self._text(node.args[0])})"
 
     def _partial(self, node: fx.Node) -> str:
-        x, rows, bias, lo, hi, dim = _arguments(node)
-        function = self._constant("linear", functools.partial(ir.linear_rows, lo=lo, hi=hi, dim=dim))
+        x, rows, bias, lo, hi, dim, axis = ir.linear_part(node)
+        cut = functools.partial(ir.linear_rows, lo=lo, hi=hi, dim=dim, axis=axis)
+        function = self._constant("linear", cut)
         op = self._op(node, arguments=(x, rows, bias))
         return f"{node.name} = launch({op}, {function}, {self._text((x, rows, bias))})"
 
     def _host_linear(self, node: fx.Node) -> str:
-        x, weight, bias, lo, hi, dim = _arguments(node)
-        kernel = bind_kernels(self._kernels, info(weight).value, lo, hi, dim, self._refuse)
+        x, weight, bias, lo, hi, dim, axis = ir.linear_part(node)
+        kernel = bind_kernels(self._kernels, info(weight).value, lo, hi, dim, self._refuse, axis)
         function = self._constant("linear", kernel)
-        arguments = f"({x}, {weight}[{lo}:{hi}], {self._text(bias)})"
+        arguments = f"({x}, {_narrowed(weight, [lo, hi], axis)}, {self._text(bias)})"
         return f"{node.name} = host({self._op(node)}, {function}, {arguments}, {{}})"
 
     def _refuse(self, reason: str) -> None:
@@ -279,6 +277,11 @@ class _Binder:
         function = self._constant("join", functools.partial(ir.join_parts, dim=dim))
         return f"{node.name} = launch({self._op(node)}, {function}, ({self._text(list(parts))},))"
 
+    def _pad(self, node: fx.Node) -> str:
+        x, parts, starts, columns = _arguments(node)
+        function = self._constant("pad", functools.partial(ir.pad_parts, starts=starts, columns=columns))
+        return f"{node.name} = launch({self._op(node)}, {function}, ({x}, {self._text(list(parts))}))"
+
     def _write_back(self, node: fx.Node) -> str:
         function = self._constant("write", _in_place(Tensor.copy_))
         return f"host({self._op(node)}, {function}, {self._text(tuple(node.args))}, {{}})"
@@ -288,7 +291,7 @@ class _Binder:
 
     def _getitem(self, node: fx.Node) -> str:
         source, index = _arguments(node)
-        if info(source).side == "accelerator" or source.target == ir.WAIT_HOST:
+        if info(source).side == "accelerator" or source.target in (ir.WAIT_HOST, ir.WAIT_ACCELERATOR):
             return f"{node.name} = {source}[{self._text(index)}]"
         return self._host_operation(node)
 
@@ -313,9 +316,11 @@ _EMITTERS: dict[Any, Callable[[_Binder, fx.Node], str]] = {
     ir.TO_HOST: _Binder._plain,
     ir.WAIT_HOST: _Binder._plain,
     ir.TO_ACCELERATOR: _Binder._plain,
+    ir.WAIT_ACCELERATOR: _Binder._plain,
     ir.PARTIAL_LINEAR: _Binder._partial,
     ir.HOST_LINEAR: _Binder._host_linear,
     ir.JOIN: _Binder._join,
+    ir.PAD: _Binder._pad,
     ir.WRITE_BACK: _Binder._write_back,
     ir.TWIN: _Binder._twin,
     operator.getitem: _Binder._getitem,
@@ -324,6 +329,14 @@ _EMITTERS: dict[Any, Callable[[_Binder, fx.Node], str]] = {
 
 def _arguments(node: fx.Node) -> tuple[Any, ...]:
     return tuple(node.args)
+
+
+def _narrowed(weight: fx.Node, ranges: Sequence[int], dim: int) -> str:
+    if dim == ir.RECTANGLE:
+        first, end, left, right = ranges
+        return f"{weight}[{first}:{end}, {left}:{right}]"
+    lo, hi = ranges
+    return f"{weight}[:, {lo}:{hi}]" if dim else f"{weight}[{lo}:{hi}]"
 
 
 def _host_function(node: fx.Node) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from hetegen_compile.accelerators.base import Accelerator, Op, Slot, Token, Transfer
+from hetegen_compile.accelerators.geometry import span_bytes
 from hetegen_compile.bind import BoundStep
 from hetegen_compile.fingerprints import sampled
 
@@ -27,7 +28,7 @@ logger = logging.getLogger("hetegen_compile")
 
 @dataclass(frozen=True)
 class _Started:
-    """A transfer and the state of the weight whose rows, ``nbytes`` from the address ``rows``, it reads.
+    """A transfer of ``nbytes`` and the state of the weight that it reads: ``span_bytes`` from the address ``rows``.
 
     The weak reference keeps the storage's identity.
     """
@@ -35,6 +36,7 @@ class _Started:
     transfer: Transfer
     rows: int
     nbytes: int
+    span_bytes: int
     samples: tuple[bytes, ...]
     storage: StorageWeakRef
     address: int
@@ -47,7 +49,7 @@ class _Started:
             and self.storage.cdata == weight.untyped_storage()._cdata
             and self.address == weight.data_ptr()
             and self.version == weight._version
-            and self.samples == sampled(self.rows, self.nbytes)
+            and self.samples == sampled(self.rows, self.span_bytes)
         )
 
 
@@ -97,10 +99,10 @@ class CarriedPrefetches:
             return
         storage = StorageWeakRef(weight.untyped_storage())
         state = (storage, weight.data_ptr(), weight._version)
-        rows, nbytes = source.data_ptr(), source.numel() * source.element_size()
-        samples = sampled(rows, nbytes)
+        rows, nbytes, within = source.data_ptr(), source.numel() * source.element_size(), span_bytes(source)
+        samples = sampled(rows, within)
         transfer = self._accelerator.prefetch_ahead(op, source, slot, after)
-        self._started[index] = _Started(transfer, rows, nbytes, samples, *state)
+        self._started[index] = _Started(transfer, rows, nbytes, within, samples, *state)
 
     def end_step(self, plan: BoundStep) -> None:
         """End the step on the accelerator; what it has started is good for the next step of ``plan``."""

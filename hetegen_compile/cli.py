@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibrate(commands)
     _add_doctor(commands)
     _add_plan(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -72,6 +73,21 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.set_defaults(run=_plan)
 
 
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "run a model's shape with random weights here: measured and predicted tokens/s, split and all streamed"
+    parser = commands.add_parser("bench", help=text, description=text)
+    parser.add_argument("model", help="as for plan")
+    parser.add_argument("--accelerator", default="auto", help="auto, cuda or emulated (default: %(default)s)")
+    parser.add_argument("--hardware", default="auto", help="a preset or the path of a profile (default: this machine)")
+    parser.add_argument("--gpu-memory", help='budget such as "6GiB" (default: what is free less a reserve)')
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default: %(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=16, help="tokens to generate (default: %(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", help="type of the weights (default: %(default)s)")
+    parser.add_argument("--pace", type=float, help="emulated only: lanes take the profile's seconds times this")
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON instead of text")
+    parser.set_defaults(run=_bench)
+
+
 def _split(text: str) -> float | str:
     return text if text == "auto" else float(text)
 
@@ -90,6 +106,20 @@ def _plan(arguments: argparse.Namespace) -> int:
         print(json.dumps(generation_json(plan), indent=2))
     else:
         print(generation_report(plan, tables=arguments.table, unfold=arguments.unfold))
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from hetegen_compile.bench import bench, bench_json, bench_report
+
+    names = ("accelerator", "hardware", "gpu_memory", "pace")
+    options = {name: getattr(arguments, name) for name in names} | {"print_schedule": False}
+    prompt, new_tokens = arguments.prompt, arguments.new_tokens
+    found = bench(arguments.model, dtype=arguments.dtype, prompt=prompt, new_tokens=new_tokens, options=options)
+    if arguments.json:
+        print(json.dumps(bench_json(found, prompt=prompt), indent=2))
+    else:
+        print(bench_report(found, prompt=prompt))
     return 0
 
 

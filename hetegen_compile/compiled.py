@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import sympy
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from hetegen_compile import planner
@@ -21,7 +21,7 @@ from hetegen_compile.bind import BoundStep, bind
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.errors import AcceleratorMemoryError, BudgetError, UnforeseenMemoryError
 from hetegen_compile.graph_inputs import aliased_inputs, as_int, is_weight, number, symbol_inputs, token_count
-from hetegen_compile.mirrors import WEIGHTS, NoRoomError, Request
+from hetegen_compile.mirrors import NoRoomError
 from hetegen_compile.options import Options, format_bytes
 from hetegen_compile.passes.capture import source_name
 from hetegen_compile.passes.context import (
@@ -38,6 +38,7 @@ from hetegen_compile.planner import BucketPlan, PlannedStep, Planner, Sizes, Spl
 from hetegen_compile.room import Room
 from hetegen_compile.runtime import Runtime
 from hetegen_compile.schedule import FITS, Schedule, register, withdraw
+from hetegen_compile.step_values import InputFacts, StepValues
 from hetegen_compile.undo import Undo, host_writes
 
 logger = logging.getLogger("hetegen_compile")
@@ -74,7 +75,7 @@ class _Plan:
 
     Attributes:
         weights: for each resident weight its position among the inputs, its key in the ledger and its first row.
-        first_rows: from which row on each of them is resident: fewer rows than that are read as a part.
+        values: fetches the device values that a step takes.
         budget_bytes: the limit that it was made for, what the device's libraries take not counted.
         epoch: of the ledger when all of this was last looked at.
     """
@@ -83,7 +84,7 @@ class _Plan:
     schedule: Schedule
     room: Room
     weights: dict[int, tuple[Hashable, int]]
-    first_rows: dict[int, int]
+    values: StepValues
     ring_bytes: int
     budget_bytes: int
     epoch: int
@@ -108,17 +109,19 @@ class CompiledGraph:
         self._segments = SegmentCache(compile_segment, {})
         self._planner = Planner(module, options=options, profile=profile, segments=self._segments)
         placeholders = module.graph.find_nodes(op="placeholder")
-        self._names = [source_name(node) or node.name for node in placeholders]
+        names = [source_name(node) or node.name for node in placeholders]
         self._weights = {node.name: i for i, node in enumerate(placeholders) if is_weight(node, inputs[i])}
-        self._model_inputs = frozenset(self._weights.values())
+        self._facts = InputFacts.of(
+            placeholders, names, aliased_inputs(placeholders), frozenset(self._weights.values())
+        )
         self._symbols = symbol_inputs(placeholders)
-        self._aliased = aliased_inputs(placeholders)
         self._tokens = token_count(module)
         self._writes = host_writes(module.graph)
         self._anchor = min(self._weights.values(), default=None)
         self._buckets: dict[Part, BucketPlan] = {}
         self._outdated: dict[Part, BucketPlan] = {}
         self._plans: dict[tuple[Part, Split], _Plan] = {}
+        self._recent: tuple[tuple[Any, ...], _Plan] | None = None
         self._unforeseen_bytes = 0
         self._notes: tuple[Refusal, ...] = ()
         self._host_only: Schedule | None = None
@@ -240,10 +243,8 @@ class CompiledGraph:
         accelerator.limit_memory(plan.budget_bytes)
         started = carried.begin_step(bound, inputs)
         mirrors.begin_step()
-        requests = [self._mirror(plan, i, inputs[i]) for i in bound.mirrors]
-        requests += [self._rows(plan, i, inputs[i].detach(), lo, hi) for i, lo, hi in bound.residents]
         taken = self._runtime.ledger.ring_bytes + plan.room.activation_bytes
-        values = mirrors.fetch(requests, plan.budget_bytes - taken)
+        values = plan.values.fetch(mirrors, inputs, plan.budget_bytes - taken)
         count = len(bound.mirrors)
         outputs, twins = bound.run(list(inputs), values[:count], values[count:], started, carried.start)
         carried.end_step(bound)
@@ -252,17 +253,6 @@ class CompiledGraph:
         for host, device in twins:
             mirrors.register(host, device)
         return outputs
-
-    def _mirror(self, plan: _Plan, i: int, tensor: Any) -> Request:
-        """What a step reads of an input; where everything fits weights are inputs like any other."""
-        watched = i in self._model_inputs
-        if plan.first_rows.get(i) == 0 and i not in self._aliased:
-            return Request(tensor, self._names[i], WEIGHTS, watched=watched)
-        return Request(tensor, self._names[i], whole=i in self._aliased, watched=watched)
-
-    def _rows(self, plan: _Plan, i: int, weight: Tensor, lo: int, hi: int) -> Request:
-        """Resident rows of a weight: all that the ledger keeps, or the last of them."""
-        return Request(weight[lo:hi], self._names[i], WEIGHTS, watched=True, base=weight[plan.first_rows[i] :])
 
     def _on_host(self, reason: str) -> Schedule:
         """The report on a graph that runs on the host as it is."""
@@ -281,6 +271,13 @@ class CompiledGraph:
     def _plan(self, inputs: Sequence[Any]) -> _Plan:
         split = _split_override.get()
         split = self._options.split if split is None else split
+        key = split, self._model_of(inputs), *(as_int(inputs[i]) for i in self._symbols.values())
+        if self._recent is not None and self._recent[0] == key and self._recent[1].epoch == self._runtime.ledger.epoch:
+            return self._recent[1]
+        self._recent = key, self._find_plan(inputs, split)
+        return self._recent[1]
+
+    def _find_plan(self, inputs: Sequence[Any], split: Split) -> _Plan:
         sizes = {symbol: sympy.Integer(as_int(inputs[i])) for symbol, i in self._symbols.items()}
         part = bucket_of(number(self._tokens, sizes)), self._model_of(inputs)
         plan = self._plans.get((part, split))
@@ -310,7 +307,8 @@ class CompiledGraph:
     def _look_up(self, plan: _Plan) -> None:
         """What the ledger keeps of the plan's weights now."""
         ledger = self._runtime.ledger
-        plan.first_rows = {i: ledger.first_rows[key] for i, (key, _) in plan.weights.items()}
+        first_rows = {i: ledger.first_rows[key] for i, (key, _) in plan.weights.items()}
+        plan.values = StepValues(plan.bound, self._facts, first_rows)
         plan.room.free_bytes = plan.budget_bytes - ledger.ring_bytes - ledger.resident_bytes
         plan.epoch = ledger.epoch
 
@@ -333,6 +331,7 @@ class CompiledGraph:
 
     def _outdate(self, parts: Iterable[Part]) -> None:
         """What these plans decided about memory no longer holds: it is decided again when they are next called."""
+        self._recent = None
         for part in set(parts) & self._buckets.keys():
             self._outdated[part] = self._buckets.pop(part)
         withdraw(plan.schedule for key, plan in self._plans.items() if key[0] not in self._buckets)
@@ -396,7 +395,7 @@ class CompiledGraph:
             schedule=planned.schedule,
             room=Room.of(context, residency.mirrored, 0),
             weights={i: (keys[i], read.get(i, first)) for i, first in resident.items()},
-            first_rows={},
+            values=StepValues(bound, self._facts, {}),
             ring_bytes=residency.ring_bytes,
             budget_bytes=budget,
             epoch=ledger.epoch,
@@ -456,9 +455,12 @@ def _let_go(error: BaseException | None) -> None:
 @contextlib.contextmanager
 def _quiet(device: torch.device) -> Iterator[None]:
     """No gradients, tensors with versions, and the caller's CPU autocast on the accelerator's device too."""
-    enabled = device.type != "cpu" and torch.is_autocast_enabled("cpu")
-    autocast = torch.autocast(device.type, dtype=torch.get_autocast_dtype("cpu"), enabled=enabled)
-    with torch.inference_mode(False), torch.no_grad(), autocast if enabled else contextlib.nullcontext():
+    with contextlib.ExitStack() as modes, torch.set_grad_enabled(False):
+        if torch.is_inference_mode_enabled():
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.no_grad())
+        if device.type != "cpu" and torch.is_autocast_enabled("cpu"):
+            modes.enter_context(torch.autocast(device.type, dtype=torch.get_autocast_dtype("cpu")))
         yield
 
 

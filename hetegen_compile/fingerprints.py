@@ -25,7 +25,10 @@ class Fingerprint:
     """What ``nbytes`` from ``start`` in a storage were when it was made.
 
     Every method is given the address or the storage itself, which has to be the one that it was made of.
+    ``turns`` is after how many turns the samples repeat.
     """
+
+    turns = SAMPLES
 
     def __init__(self, storage: torch.UntypedStorage, start: int, nbytes: int) -> None:
         self._start = start
@@ -34,10 +37,15 @@ class Fingerprint:
         self._samples = [(offset, _bytes_at(address + offset, n)) for offset, n in _places(start, nbytes)]
         self._sums = self._block_sums(storage) if len(self._samples) > 1 else None
 
+    def sample(self, address: int, turn: int) -> tuple[ctypes.Array[ctypes.c_char], bytes]:
+        """The memory of one sample, another one each turn, and what it was; ``address`` is the storage's."""
+        offset, expected = self._samples[turn % len(self._samples)]
+        return (ctypes.c_char * len(expected)).from_address(address + offset), expected
+
     def sample_matches(self, address: int, turn: int) -> bool:
         """Whether one sample, another one each turn, is what it was; ``address`` is the storage's."""
-        offset, expected = self._samples[turn % len(self._samples)]
-        return _bytes_at(address + offset, len(expected)) == expected
+        place, expected = self.sample(address, turn)
+        return place.raw == expected
 
     def block_matches(self, address: int, turn: int) -> bool:
         """Whether one block, another one each turn, is what it was."""
@@ -91,9 +99,10 @@ def _bytes_at(address: int, nbytes: int) -> bytes:
 
 
 def _sum_of(data: bytes, in_words: bool) -> int:
-    """What summing the block as one of many gives."""
-    values = torch.frombuffer(bytearray(data), dtype=torch.int64 if in_words else torch.uint8)
-    return int(values.sum(dtype=torch.int64))
+    """What summing the block as one of many gives; words wrap around as torch's do."""
+    if not in_words:
+        return sum(data)
+    return (sum(memoryview(data).cast("q")) + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 __all__ = ["Fingerprint", "sampled"]

@@ -1,22 +1,26 @@
 """The schedule's own operations and the notes that nodes carry. A leaf of the project.
 
 Two-node asynchronous IR: one node starts (``prefetch``, ``to_host``, ``to_accelerator``), one waits
-(``wait``, ``wait_host``). A ``stage`` starts copying rows into the pinned ring; the prefetch that reads them
+(``wait``, ``wait_host``, ``wait_accelerator``). Activations go either way as lists: what shares a trip is one transfer.
+A ``stage`` starts copying rows into the pinned ring; the prefetch that reads them
 waits for it. A prefetch for the start of the next step is started by ``prefetch_ahead`` at the end of a step and
-taken over by ``carried`` in the next. The operations are declared through ``torch.library``, so a scheduled graph
-can be propagated with fake tensors and, with the kernels given here, run synchronously as a reference. In a bound
-schedule they are plain calls of an accelerator and never reach torch's dispatcher.
+taken over by ``carried`` in the next. All of these copy rows (``dim`` 0) or columns (1) of a weight or a ``RECTANGLE``
+of it. The operations are declared through ``torch.library``, so a scheduled graph can be propagated with fake tensors
+and, with the kernels given here, run synchronously as a reference. In a bound schedule they are plain calls of an
+accelerator and never reach torch's dispatcher.
 
-A Linear of ``rows`` rows (dimension 0 of its weight as it is stored) with ``dim`` 0 has a weight
-[out, in] and its parts are columns of the result, put side by side; with ``dim`` 1 the weight is stored
-[in, out] (GPT-2's Conv1D) and its parts are partial sums.
+A Linear with ``dim`` 0 has a weight [out, in], with ``dim`` 1 one that is stored [in, out] (GPT-2's Conv1D). It is cut
+along one ``axis`` of the weight as it is stored, along its rows (0) unless a block says otherwise: parts along the
+outputs are columns of the result, put side by side; parts along the inputs are partial sums. Two Linears with
+pointwise operations between them are a block: the first is cut by the columns of its result, the second by its inputs,
+so what lies between stays where it is (``find_blocks``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import sympy
 import torch
@@ -86,11 +90,23 @@ def is_tensor(node: fx.Node) -> bool:
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:
     """The graph with the notes on its nodes copied; parameters and submodules are shared."""
     graph = fx.Graph()
-    mapped: dict[fx.Node, fx.Node] = {}
-    result = graph.graph_copy(module.graph, mapped)
-    output = graph.output(result)
-    output.meta = dict(next(iter(reversed(module.graph.nodes))).meta)
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        copy = copies[node] = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+        copy.args, copy.kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)  # later: see ``call``
+        copy.meta = dict(node.meta)
     return lazy_module(module, graph)
+
+
+def call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    """A call of one of the operations below at the graph's place of insertion.
+
+    The arguments are set after the node was made: ``create_node`` looks through those that it is given for symbolic
+    numbers, which takes longer than everything else that it does. A schedule has thousands of nodes.
+    """
+    node = graph.create_node("call_function", target)
+    node.args = args
+    return node
 
 
 def lazy_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
@@ -126,30 +142,85 @@ _SCHEMAS = {
     "release": "(Tensor transfer) -> Tensor",
     "to_host": "(Tensor[] xs) -> Tensor[]",
     "wait_host": "(Tensor[] transfer) -> Tensor[]",
-    "to_accelerator": "(Tensor x) -> Tensor",
-    "host_linear": "(Tensor x, Tensor weight, Tensor? bias, int lo, int hi, int dim) -> Tensor",
-    "partial_linear": "(Tensor x, Tensor rows, Tensor? bias, int lo, int hi, int dim) -> Tensor",
+    "to_accelerator": "(Tensor[] xs) -> Tensor[]",
+    "wait_accelerator": "(Tensor[] transfer) -> Tensor[]",
+    "host_linear": "(Tensor x, Tensor weight, Tensor? bias, int lo, int hi, int dim, int axis=0) -> Tensor",
+    "partial_linear": "(Tensor x, Tensor rows, Tensor? bias, int lo, int hi, int dim, int axis=0) -> Tensor",
     "join": "(Tensor[] parts, int dim) -> Tensor",
+    "pad": "(Tensor x, Tensor[] parts, int[] starts, int columns) -> Tensor",
     "write_back": "(Tensor(a!) host, Tensor value) -> ()",
     "twin": "(Tensor host, Tensor mirror) -> ()",
 }
 
 
-def linear_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int) -> Tensor:
-    """The part of a Linear that rows ``lo:hi`` of its weight contribute.
+class LinearPart(NamedTuple):
+    """The operands of a ``host_linear`` or a ``partial_linear``."""
+
+    x: Any
+    weight: Any
+    bias: Any
+    lo: int
+    hi: int
+    dim: int
+    axis: int = 0
+
+    @property
+    def sums(self) -> bool:
+        """Whether it is a partial sum of the whole result, and not some of its columns."""
+        return self.dim != self.axis
+
+
+def linear_part(node: fx.Node) -> LinearPart:
+    """The operands of ``node`` by their names."""
+    return LinearPart(*node.args)  # type: ignore[arg-type]
+
+
+def linear_rows(
+    x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int, axis: int = 0
+) -> Tensor:
+    """The part of a Linear that ``lo:hi`` along one axis of its weight contribute.
 
     Args:
         x: activations [..., in].
-        rows: the weight's rows ``lo:hi``: [hi - lo, in] for ``dim`` 0, [hi - lo, out] for ``dim`` 1.
-        bias: [out] or None; for ``dim`` 1 given to exactly one part.
+        rows: the weight narrowed to ``lo:hi`` along ``axis``.
+        bias: [out] or None; where parts are partial sums given to exactly one of them.
+        lo, hi: the range.
+        dim: 0 for a weight stored [out, in], 1 for [in, out].
+        axis: the axis of the weight that is cut: 0 for its rows, 1 for its columns.
 
     Returns:
-        Columns ``lo:hi`` of the result, [..., hi - lo], for ``dim`` 0; a partial sum [..., out] for ``dim`` 1.
+        Columns ``lo:hi`` of the result, [..., hi - lo], where the axis is that of the outputs (``axis == dim``); else a
+        partial sum [..., out].
     """
+    x, bias = narrowed_operands(x, bias, lo, hi, sums=axis != dim)
     if dim == 0:
-        return torch.nn.functional.linear(x, rows, None if bias is None else bias[lo:hi])
-    partial = torch.matmul(x[..., lo:hi], rows)
-    return partial if bias is None else partial + bias
+        return torch.nn.functional.linear(x, rows, bias)
+    product = torch.matmul(x, rows)
+    return product if bias is None else product + bias
+
+
+def narrowed_operands(
+    x: Tensor, bias: Tensor | None, lo: int, hi: int, *, sums: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What a part of a Linear reads of the activations and of the bias: with its weight they are a whole Linear."""
+    return (x[..., lo:hi], bias) if sums else (x, None if bias is None else bias[lo:hi])
+
+
+def pad_parts(x: Tensor, parts: Sequence[Tensor], starts: Sequence[int], columns: int) -> Tensor:
+    """Columns of a Linear's result at their places in all ``columns`` of it, zero where the host has the others.
+
+    ``x`` [..., in] gives the other dimensions and the dtype; ``starts`` are ascending.
+    """
+    pieces, end = [], 0
+    for part, start in zip(parts, starts, strict=True):
+        pieces += [_zeros(x, start - end), part] if start > end else [part]
+        end = start + part.shape[-1]
+    pieces += [_zeros(x, columns - end)] if columns > end else []
+    return torch.cat(pieces, dim=-1)
+
+
+def _zeros(x: Tensor, columns: int) -> Tensor:
+    return x.new_zeros((*x.shape[:-1], columns))
 
 
 def join_parts(parts: Sequence[Tensor], dim: int) -> Tensor:
@@ -171,7 +242,14 @@ def whole_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dim: int) -> Te
     return linear_rows(x, weight, bias, 0, weight.shape[0], dim)
 
 
+RECTANGLE = 2
+"""In the place of ``dim``: ranges of a prefetch that are [first row, end row, first column, end column]."""
+
+
 def _copy_ranges(weight: Tensor, ranges: list[int], dim: int, offset: int, after: list[Tensor]) -> Tensor:
+    if dim == RECTANGLE:
+        first, end, left, right = ranges
+        return weight[first:end, left:right].clone()
     pieces = [weight.narrow(dim, lo, hi - lo) for lo, hi in zip(ranges[::2], ranges[1::2], strict=True)]
     return torch.cat(pieces, dim=dim)
 
@@ -180,8 +258,16 @@ def _carried(weight: Tensor, ranges: list[int], dim: int, offset: int) -> Tensor
     return _copy_ranges(weight, ranges, dim, offset, [])
 
 
-def _host_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int) -> Tensor:
-    return linear_rows(x, weight[lo:hi], bias, lo, hi, dim).clone()
+def _host_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int, axis: int = 0
+) -> Tensor:
+    return linear_rows(x, weight.narrow(axis, lo, hi - lo), bias, lo, hi, dim, axis).clone()
+
+
+def _partial_linear(
+    x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int, axis: int = 0
+) -> Tensor:
+    return linear_rows(x, rows, bias, lo, hi, dim, axis).clone()
 
 
 def _write_back(host: Tensor, value: Tensor) -> None:
@@ -200,10 +286,12 @@ _KERNELS = {
     "release": lambda transfer: transfer.new_empty(0),
     "to_host": lambda xs: [x.clone() for x in xs],
     "wait_host": lambda transfer: [x.clone() for x in transfer],
-    "to_accelerator": lambda x: x.clone(),
+    "to_accelerator": lambda xs: [x.clone() for x in xs],
+    "wait_accelerator": lambda transfer: [x.clone() for x in transfer],
     "host_linear": _host_linear,
-    "partial_linear": lambda x, rows, bias, lo, hi, dim: linear_rows(x, rows, bias, lo, hi, dim).clone(),
+    "partial_linear": _partial_linear,
     "join": lambda parts, dim: join_parts(parts, dim).clone(),
+    "pad": pad_parts,
     "write_back": _write_back,
     "twin": lambda host, mirror: None,
 }
@@ -225,13 +313,16 @@ RELEASE = OPS.release.default
 TO_HOST = OPS.to_host.default
 WAIT_HOST = OPS.wait_host.default
 TO_ACCELERATOR = OPS.to_accelerator.default
+WAIT_ACCELERATOR = OPS.wait_accelerator.default
 HOST_LINEAR = OPS.host_linear.default
 PARTIAL_LINEAR = OPS.partial_linear.default
 JOIN = OPS.join.default
+PAD = OPS.pad.default
 WRITE_BACK = OPS.write_back.default
 TWIN = OPS.twin.default
 
 for _op in (
-    STAGE, PREFETCH, PREFETCH_AHEAD, CARRIED, WAIT, RELEASE, TO_HOST, WAIT_HOST, TO_ACCELERATOR, WRITE_BACK, TWIN,
+    STAGE, PREFETCH, PREFETCH_AHEAD, CARRIED, WAIT, RELEASE, TO_HOST, WAIT_HOST, TO_ACCELERATOR, WAIT_ACCELERATOR,
+    WRITE_BACK, TWIN,
 ):
     fx.node.has_side_effect(_op)

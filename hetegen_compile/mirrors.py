@@ -13,6 +13,7 @@ everything once one change was found. Caches, which steps write themselves, have
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from hetegen_compile.accelerators.base import Accelerator, Op, Value
 from hetegen_compile.fingerprints import Fingerprint
 from hetegen_compile.geometry import is_dense, mirrored_bytes
+from hetegen_compile.standing import Samples, Standing
 
 logger = logging.getLogger("hetegen_compile")
 
@@ -32,8 +34,6 @@ MIRRORS = "mirrors"
 WEIGHTS = "weights"
 """The category under which resident weights are counted."""
 COMPARED_BYTES = 4096
-SAMPLED_TENSORS = 128
-"""How many tensors a step compares a sample of: some tens of microseconds."""
 ALWAYS_WATCHED_BYTES = 1 << 16
 
 Geometry = tuple[Any, ...]
@@ -77,7 +77,7 @@ class _Record:
     """The mirrors of one host storage: ``base`` holds all of it, ``held`` views or parts by geometry.
 
     ``base`` lies in memory as the host's storage does. ``used`` and ``returned`` are the last step that asked for the
-    storage and the one that made it.
+    storage and the one that made it; ``stands`` says that a plan relies on it without asking.
     """
 
     storage: StorageWeakRef
@@ -88,6 +88,7 @@ class _Record:
     base_bytes: int = 0
     used: int = 0
     returned: int = -1
+    stands: bool = False
 
     def holds(self, category: str) -> bool:
         return any(held.category == category for held in self.held.values())
@@ -111,10 +112,12 @@ class Mirrors:
         self._accelerator = accelerator
         self._records: dict[int, _Record] = {}
         self._step = 0
-        self._grown = False
+        self._standing: weakref.WeakKeyDictionary[Standing, list[tuple[_Record, list[_Held]]]] = (
+            weakref.WeakKeyDictionary()
+        )
         self.keep: frozenset[int] = frozenset()
         """Storages whose weights are resident by plan: only ``forget_weights`` drops those."""
-        self._fits_bytes = 0  # the limit that all mirrors were last made to fit
+        self._most_bytes = 0  # all mirrors together are not more
 
     def begin_step(self) -> None:
         """Forget the mirrors of storages that no longer exist; what is fetched from now on is in use."""
@@ -129,79 +132,119 @@ class Mirrors:
         an upload, mirrors that this step does not use are dropped until all fit ``limit_bytes``.
         """
         found = [self._lookup(request) for request in requests]
-        if not self._samples_match(found):
+        if not Samples(_watched(found)).match(self._step):
             self.check()
             found = [self._lookup(request) for request in requests]
         missing = [i for i, (record, geometry) in enumerate(found) if geometry not in record.held]
-        if missing or self._grown or limit_bytes < self._fits_bytes:
-            self._grown = False
-            self._fits_bytes = limit_bytes
-            self._make_room(limit_bytes - _new_bytes([(found[i][0], requests[i]) for i in missing]))
+        new_bytes = _new_bytes([(found[i][0], requests[i]) for i in missing]) if missing else 0
+        if self._most_bytes + new_bytes > limit_bytes:
+            self._most_bytes = self._make_room(limit_bytes - new_bytes)
+        self._most_bytes += new_bytes
         for i in missing:
             record, geometry = found[i]
             if geometry not in record.held:  # the same tensor may be asked for twice
                 record.held[geometry] = self._make(record, requests[i])
         return [record.held[geometry].value for record, geometry in found]
 
+    def stand(self, tensors: Sequence[Tensor], requests: Sequence[Request]) -> Standing | None:
+        """Keep what was just fetched for ``requests``, which are made of ``tensors``, as a standing answer.
+
+        None for tensors that were made in inference mode: nothing tells whether they have changed.
+        """
+        if any(tensor.is_inference() for tensor in tensors):
+            return None
+        found = [self._lookup(request) for request in requests]
+        for record, _ in found:
+            record.stands = True
+        values = [record.held[geometry].value for record, geometry in found]
+        standing = Standing(tensors, values, _watched(found))
+        self._standing[standing] = [
+            (record, _parts(record, geometry, request))
+            for (record, geometry), request in zip(found, requests, strict=True)
+        ]
+        return standing
+
+    def stands(self, standing: Standing, tensors: Sequence[Tensor]) -> bool:
+        """Whether a standing answer is right for these tensors in this step; if so it counts as used."""
+        if not standing.holds_for(tensors):
+            return False
+        if not standing.samples.match(self._step):
+            self.check()
+            return False
+        standing.used = self._step
+        return True
+
     def check(self) -> None:
         """Compare all fingerprints with the host's bytes; what was changed unseen is uploaded at its next use."""
         for key, record in list(self._records.items()):
             storage = torch.UntypedStorage._new_with_weak_ptr(record.storage.cdata)
             if storage is None or storage.data_ptr() != record.address:
-                del self._records[key]
+                self._drop(key)
                 continue
             changed = [h for h in record.held.values() if h.fingerprint and not h.fingerprint.matches(storage)]
             if changed:
                 logger.warning("%s was written in a way that torch does not see: uploaded again", changed[0].name)
-                del self._records[key]
+                self._drop(key)
 
-    def _samples_match(self, found: Sequence[tuple[_Record, Geometry]]) -> bool:
-        """Whether a sample of what is used (of up to 128 tensors a step) and a block of one are what was uploaded."""
-        used = [(r.address, held.fingerprint) for r, g in found if (held := r.held.get(g)) and held.fingerprint]
-        if not used:
-            return True
-        first = self._step % len(used)
-        turn = self._step // len(used)
-        sampled = (used * 2)[first : first + min(SAMPLED_TENSORS, len(used))]
-        address, fingerprint = used[first]
-        return all(f.sample_matches(a, self._step) for a, f in sampled) and fingerprint.block_matches(address, turn)
+    def _drop(self, key: int) -> None:
+        record = self._records.pop(key, None)
+        if record is not None:
+            self._changed(record)
+
+    def _changed(self, record: _Record) -> None:
+        """What a record holds is no longer what it held: answers that stand on it are taken back, all together."""
+        if record.stands:
+            for standing in self._standing:
+                standing.take_back()
+            self._standing.clear()
 
     def _lookup(self, request: Request) -> tuple[_Record, Geometry]:
         tensor = request.tensor
         record = self._current(tensor)
         record.used = self._step
-        if request.whole and record.base is None:
+        if request.whole and record.base is None and record.held:
             record.held.clear()  # values that do not share memory
+            self._changed(record)
         geometry = _geometry(tensor)
-        wanted = (geometry,) if request.base is None else (geometry, _geometry(request.base))
-        for one in wanted:
-            if one in record.held:
-                record.held[one].used = self._step
+        for held in _parts(record, geometry, request):
+            held.used = self._step
         return record, geometry
 
-    def _make_room(self, limit_bytes: int) -> None:
-        """Drop what this step does not use, oldest use first, until the rest fits ``limit_bytes``.
+    def _make_room(self, limit_bytes: int) -> int:
+        """Drop what this step does not use, oldest use first, until the rest fits ``limit_bytes``; its bytes.
 
         Nothing is lost: a mirror that is needed again is uploaded again. Weights that are resident by plan stay.
 
         Raises:
             NoRoomError: what this step uses does not fit.
         """
+        self._note_uses()
         excess = sum(record.nbytes() for record in self._records.values()) - limit_bytes
         for key, record in sorted(self._records.items(), key=lambda item: item[1].used):
             if excess <= 0:
-                return
+                break
             if record.used < self._step and not (key in self.keep and record.holds(WEIGHTS)):
                 excess -= record.nbytes()
-                del self._records[key]
+                self._drop(key)
             else:
                 excess -= self._drop_unused_parts(record)
         if excess > 0:
             raise NoRoomError(excess)
+        return limit_bytes + excess
+
+    def _note_uses(self) -> None:
+        """Standing answers were given without touching what they stand on."""
+        for standing, found in self._standing.items():
+            for record, parts in found:
+                record.used = max(record.used, standing.used)
+                for held in parts:
+                    held.used = max(held.used, standing.used)
 
     def _drop_unused_parts(self, record: _Record) -> int:
         """Drop what earlier plans held of a storage that this step uses; returns the bytes."""
         unused = {g: held for g, held in record.held.items() if held.nbytes and held.used < self._step}
+        if unused:
+            self._changed(record)
         record.held = {g: held for g, held in record.held.items() if g not in unused}
         return sum(held.nbytes for held in unused.values())
 
@@ -214,8 +257,8 @@ class Mirrors:
         if tensor.numel() == 0:
             return
         record = self._returned(tensor)
-        self._grown = True
         geometry = _geometry(tensor)
+        self._most_bytes += int(tensor.untyped_storage().nbytes())
         if _covers_storage(tensor):
             record.base, record.base_bytes = value, _nbytes(tensor)
             record.held[geometry] = _Held(value, category, 0, used=self._step)
@@ -231,6 +274,7 @@ class Mirrors:
         record = self._records.get(key)
         made = record is not None and record.returned == self._step and not record.storage.expired()
         if record is None or not made:
+            self._drop(key)
             record = self._records[key] = _Record(_weak(tensor), address, version, returned=self._step)
         record.used = self._step
         return record
@@ -241,6 +285,7 @@ class Mirrors:
         if record is None:
             return
         record.version = _version(tensor)
+        self._changed(record)
         for held in record.held.values():
             held.fingerprint = None
         if record.base is None:  # other views of the storage were uploaded by themselves and know nothing of it
@@ -249,26 +294,27 @@ class Mirrors:
 
     def purge(self) -> None:
         """Forget the mirrors of storages that no longer exist."""
-        for key in [key for key, record in self._records.items() if record.storage.expired()]:
-            del self._records[key]
+        expired = torch.UntypedStorage._expired  # a record's weak reference keeps its key valid
+        for key in [key for key in self._records if expired(key)]:
+            self._drop(key)
 
     def forget(self, tensors: Iterable[Tensor] | None = None) -> None:
         """Drop mirrors (all by default), so that the next step that needs them uploads afresh."""
-        if tensors is None:
-            self._records.clear()
-            return
-        for tensor in tensors:
-            self._records.pop(_key(tensor), None)
+        keys = list(self._records) if tensors is None else [_key(tensor) for tensor in tensors]
+        for key in keys:
+            self._drop(key)
 
     def forget_all_but_weights(self) -> None:
         """Drop what a step may have written."""
-        self._records = {key: record for key, record in self._records.items() if record.holds(WEIGHTS)}
+        for key in [key for key, record in self._records.items() if not record.holds(WEIGHTS)]:
+            self._drop(key)
 
     def forget_weights(self, storages: Iterable[int]) -> None:
         """Drop the resident rows of weights, given by their storages."""
         for key in storages:
             record = self._records.get(key)
             if record is not None:
+                self._changed(record)
                 record.held = {where: held for where, held in record.held.items() if held.category != WEIGHTS}
 
     def held_bytes(self, category: str) -> int:
@@ -283,6 +329,7 @@ class Mirrors:
         key = _key(tensor)
         record = self._records.get(key)
         if record is None or record.storage.expired() or not self._is_current(record, tensor):
+            self._drop(key)
             record = _Record(_weak(tensor), tensor.untyped_storage().data_ptr(), _version(tensor))
             self._records[key] = record
         return record
@@ -327,6 +374,18 @@ class Mirrors:
             record.held[_geometry(base)] = whole
         rows = request.tensor.shape[0]
         return _Held(self._accelerator.launch(op, _last_rows, (whole.value, rows)), op.category, 0)
+
+
+def _parts(record: _Record, geometry: Geometry, request: Request) -> list[_Held]:
+    """What a record holds for a request: its value, and what that is the last rows of."""
+    wanted = (geometry,) if request.base is None else (geometry, _geometry(request.base))
+    return [record.held[one] for one in wanted if one in record.held]
+
+
+def _watched(found: Sequence[tuple[_Record, Geometry]]) -> list[tuple[int, Fingerprint]]:
+    """What of the values that are there has a fingerprint."""
+    held = [(record.address, record.held.get(geometry)) for record, geometry in found]
+    return [(address, one.fingerprint) for address, one in held if one is not None and one.fingerprint is not None]
 
 
 def _last_rows(base: Tensor, rows: int) -> Tensor:

@@ -42,6 +42,8 @@ class Options:
         context: tokens of KV cache that the budget must hold; None: the graph's cache or the model's maximum.
         max_batch: sequences that the budget must hold.
         split: share in [0, 1] of every Linear's rows on the host; "auto" leaves it to the cost model.
+        pair_mlp: whether MLP blocks are cut as one, so that what lies between their Linears stays where it is: "auto"
+            leaves it to the cost model; True: every block, and nothing of them is resident; False: none.
         pace: emulated accelerator only: lanes take the hardware profile's time times this; None: no pacing.
         print_schedule: print the annotated table at compile time.
         seed: seed of the emulated accelerator's random delays; None: no delays.
@@ -54,6 +56,7 @@ class Options:
     context: int | None = None
     max_batch: int = 1
     split: float | Literal["auto"] = "auto"
+    pair_mlp: bool | Literal["auto"] = "auto"
     pace: float | None = None
     print_schedule: bool = True
     seed: int | None = None
@@ -79,6 +82,7 @@ def parse_options(options: Mapping[str, object] | None) -> Options:
         context=_optional_whole("context", values, at_least=1),
         max_batch=_whole("max_batch", values, at_least=1),
         split=_share("split", values),
+        pair_mlp=_choice_or_flag("pair_mlp", values),
         pace=_factor("pace", values),
         print_schedule=_flag("print_schedule", values),
         seed=_optional_whole("seed", values, at_least=0),
@@ -211,6 +215,15 @@ def _real(value: object) -> float:
         return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     except OverflowError:
         return math.nan
+
+
+def _choice_or_flag(key: str, values: Mapping[str, object]) -> bool | Literal["auto"]:
+    value = values[key]
+    if isinstance(value, str) and value == "auto":
+        return "auto"
+    if not isinstance(value, bool):
+        raise _invalid(key, value, "'auto', True or False")
+    return value
 
 
 def _flag(key: str, values: Mapping[str, object]) -> bool:

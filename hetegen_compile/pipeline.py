@@ -21,6 +21,7 @@ from hetegen_compile.passes import (
     choose_residency,
     choose_splits,
     choose_staging,
+    find_blocks,
     group_segments,
     insert_transfers,
     lower,
@@ -54,6 +55,7 @@ PIPELINE: tuple[Stage, ...] = (
     Stage(resolve_sizes, "rewrite", "sizes are known on the host; reading them from a tensor would wait for it"),
     Stage(normalise_linears, "rewrite", "one node kind for every form of Linear"),
     Stage(note_effects, "analyse", "what the program does to memory: what verify holds the schedule to", "effects"),
+    Stage(find_blocks, "analyse", "Linears whose host parts need not meet in between", "blocks"),
     Stage(annotate_costs, "analyse", "decisions compare seconds", "costs"),
     Stage(choose_residency, "decide", "the budget is hard; what saves most per byte stays", "residency"),
     Stage(choose_staging, "decide", "host memory is not doubled: what cannot be pinned goes through a ring", "staged"),
@@ -77,9 +79,9 @@ def _place_of(run: Callable[[fx.GraphModule, Context], Any]) -> int:
 
 
 _FIRST_OF_PLAN = _place_of(split_linears)
-NORMALISATION = PIPELINE[: _place_of(annotate_costs)]
+NORMALISATION = PIPELINE[: _place_of(find_blocks)]
 """Stages that bring the captured graph into the form that decisions are taken on."""
-DECISIONS = PIPELINE[_place_of(annotate_costs) : _place_of(place_nodes)]
+DECISIONS = PIPELINE[_place_of(find_blocks) : _place_of(place_nodes)]
 """Stages that are run again when memory is shared out anew; they leave the graph as it is."""
 GROUPING = PIPELINE[_place_of(place_nodes) : _FIRST_OF_PLAN]
 """Stages that cut the graph into segments."""

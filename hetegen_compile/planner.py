@@ -6,8 +6,9 @@ A compiled graph (``compiled.py``) binds the schedules that it makes to an accel
 from __future__ import annotations
 
 import bisect
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -15,10 +16,11 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from hetegen_compile.balance import balanced_splits
-from hetegen_compile.baselines import baselines, floor_s
+from hetegen_compile.balance import balanced_splits, promising_blocks
+from hetegen_compile.baselines import baselines
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.errors import BudgetError
+from hetegen_compile.floor import floor_s
 from hetegen_compile.graph_inputs import number, sequence_shape, token_count
 from hetegen_compile.ir import LINEAR, copy_module, info
 from hetegen_compile.options import Options, format_bytes
@@ -29,9 +31,11 @@ from hetegen_compile.passes.context import (
     Bucket,
     Context,
     HostWeights,
+    MemoryNeed,
     Refusal,
     ResidentWeights,
     SegmentCache,
+    Splits,
     require,
 )
 from hetegen_compile.passes.stacked_weights import stacks_on_host
@@ -45,6 +49,7 @@ from hetegen_compile.pipeline import (
     run_pipeline,
 )
 from hetegen_compile.schedule import LinearSite, Schedule, schedule_rows
+from hetegen_compile.trials import Trials
 
 logger = logging.getLogger("hetegen_compile")
 
@@ -52,7 +57,7 @@ BUCKET_LIMITS = (1, 4, 16, 64, 256)
 """Highest number of tokens of each bucket but the last, which is open."""
 
 _ATTEMPTS = 3
-"""Residencies that are tried before the leanest is taken."""
+"""Residencies that are tried, each with what the schedule of the one before needed."""
 
 Sizes = dict[sympy.Symbol, sympy.Integer]
 Split = float | Literal["auto"]
@@ -122,6 +127,7 @@ class Planner:
         self._profile = profile
         self._segments = segments
         self._tokens = token_count(module)
+        self._needed: dict[Hashable, int] = {}
 
     def plan_bucket(
         self, bucket: Bucket, sizes: Sizes, target: Target, weights: Mapping[str, Tensor]
@@ -161,7 +167,7 @@ class Planner:
         context = replace(
             base.context, sizes=sizes, budget_bytes=target.budget_bytes, resident=target.resident, weights=weights,
             ring_bytes=target.ring_bytes, overhead_bytes=target.overhead_bytes, host_memory=target.host_memory,
-            activation_bytes=None, lean=False,
+            activation_bytes=None, lean=False, options=self._options, residency=None,
         )  # fmt: skip
         return self._decided(context, target.kind, base)
 
@@ -176,20 +182,29 @@ class Planner:
         return BucketPlan(graphs.grouped, graphs.linears, context, _sites(graphs.grouped, context), kind)
 
     def plan_split(
-        self, base: BucketPlan, split: Split, stages: tuple[Stage, ...] = ONCE_PER_SPLIT
+        self, base: BucketPlan, split: Split, stages: tuple[Stage, ...] = ONCE_PER_SPLIT, trials: Trials | None = None
     ) -> PlannedStep:
-        """The schedule of one split; ``stages`` leaves out lowering where nothing will run."""
+        """The schedule of one split; ``stages`` leaves out lowering where nothing will run.
+
+        ``trials`` (those of ``base``) is given where they will be asked for again.
+        """
+        trials = Trials(base.module) if trials is None else trials
         context = replace(base.context, options=replace(self._options, split=split))
-        module, done = _scheduled(base.module, replace(context, splits=balanced_splits(base.module, context)), stages)
-        if _excess_bytes(done) > 0 and split == "auto":  # the residency was decided with these:
-            closed_form = choose_splits(base.module, context)
-            module, done = _scheduled(base.module, replace(context, splits=closed_form), stages)
+        module, done = trials.finish(context, balanced_splits(base.module, context, trials), stages)
+        tried, excess = [done.splits], _excess_bytes(done)
+        for leaner in _leaner(base.module, context, trials) if split == "auto" else ():
+            if _excess_bytes(done) > 0 and (splits := leaner()) not in tried:
+                module, done = trials.finish(context, splits, stages)
+                tried.append(splits)
+        if len(tried) > 1:
+            reason = f"it needs {excess} bytes more for activations than are left; a leaner split is taken"
+            done = replace(done, refusals=(*done.refusals, Refusal("the balance of the whole step", reason)))
         if _excess_bytes(done) > 0:
             raise BudgetError(
                 f"split={split} needs {_excess_bytes(done)} bytes more for activations than gpu_memory="
                 f"{format_bytes(context.budget_bytes)} leaves: use a larger budget"
             )
-        return PlannedStep(module, done, self._schedule(base, module, done))
+        return PlannedStep(module, done, self._schedule(base, module, done, trials))
 
     def _with_room(self, context: Context, *, spare: bool) -> Context:
         """The context with the sizes that the budget has to hold."""
@@ -200,48 +215,86 @@ class Planner:
     def _within_budget(self, context: Context, base: BucketPlan | None) -> tuple[_Graphs, Context]:
         """Run the stages that do not depend on the split until residency leaves room for its own schedule.
 
-        What a schedule needs for activations depends on the residency that it was made with. So the leanest
-        residency (no weights, the smallest ring) is scheduled first: if the budget holds that, there is a plan,
-        and the budget that it needs is the smallest that works.
+        What a schedule needs for activations depends on the residency that it was made with, so the first is decided
+        with an estimate and the next with what the schedule before needed. Another plan for the same sizes begins
+        with that.
 
         Raises:
             BudgetError: the leanest residency does not fit.
         """
+        made_for = context.bucket, frozenset(context.sizes.items()), frozenset(context.largest.items())
+        found = None
+        with contextlib.suppress(BudgetError):  # an estimate may ask for too much
+            found = self._settled(replace(context, activation_bytes=self._needed.get(made_for)), base)
+        graphs, done = found if found is not None else self._within_tight_budget(context, base)
+        self._needed[made_for] = require(done.memory, "measure_memory").peak_bytes(done.room)
+        return graphs, done
+
+    def _within_tight_budget(self, context: Context, base: BucketPlan | None) -> tuple[_Graphs, Context]:
+        """The same, begun with what the leanest residency (no weights, the smallest ring) needs.
+
+        If the budget holds that, there is a plan, and the budget that it needs is the smallest that works. Its schedule
+        has many small transfers and takes long to make, so it is made only where an estimate does not do.
+        """
         _, lean, needed = self._tried(replace(context, lean=True), base)
-        context = replace(context, activation_bytes=needed)
+        start = replace(context, activation_bytes=needed)
+        found = self._settled(start, base)
+        if found is None and lean.blocks and self._options.pair_mlp == "auto":  # their activations may be too large
+            found = self._settled(replace(start, options=replace(context.options, pair_mlp=False)), base)
+        if found is not None:
+            return found
+        lean_bytes = require(lean.memory, "measure_memory").peak_bytes(lean.room)
+        graphs, done, _ = self._tried(replace(context, lean=True, activation_bytes=lean_bytes), base)
+        return graphs, done
+
+    def _settled(self, context: Context, base: BucketPlan | None) -> tuple[_Graphs, Context] | None:
+        """The first residency of some that leaves room for its own schedule, None if none does.
+
+        One that was decided with an estimate is not taken unless that is exact: it may leave far too much room.
+
+        Raises:
+            BudgetError: the budget does not hold what ``context`` starts from.
+        """
         for attempt in range(_ATTEMPTS):
             try:
                 graphs, done, needed = self._tried(context, base)
             except BudgetError:
                 if attempt == 0:
                     raise
-                break
-            if needed <= require(done.residency, "choose_residency").budget[ACTIVATIONS]:
+                return None
+            reserved = require(done.residency, "choose_residency").budget[ACTIVATIONS]
+            if needed == reserved or (needed < reserved and context.activation_bytes is not None):
                 return graphs, done
             context = replace(context, activation_bytes=needed)
-        lean_bytes = require(lean.memory, "measure_memory").peak_bytes(lean.room)
-        graphs, done, _ = self._tried(replace(context, lean=True, activation_bytes=lean_bytes), base)
-        return graphs, done
+        return None
 
     def _tried(self, context: Context, base: BucketPlan | None) -> tuple[_Graphs, Context, int]:
-        """The grouped graph, its context, and the bytes of activations that its schedule takes."""
-        if base is None:
-            linears = copy_module(self._module)
-            context = run_pipeline(linears, context, NORMALISATION)
-        else:
-            linears = base.linears
-        context = run_pipeline(linears, context, DECISIONS)
-        if base is not None and _cut(base.context) == _cut(context):
-            graphs = _Graphs(linears, base.module)
-        else:
-            graphs = _Graphs(linears, copy_module(linears))
-            context = run_pipeline(graphs.grouped, context, GROUPING)
-        splits = choose_splits(graphs.grouped, context)
-        _, scheduled = _scheduled(graphs.grouped, replace(context, splits=splits), UNTIL_MEASURED)
-        need = require(scheduled.memory, "measure_memory")
+        """The grouped graph, its context, and the bytes of activations that its schedule takes.
+
+        The splits are chosen later, and shares that the options force may be overridden. With fewer rows on the host
+        fewer values come down early, so the schedule without any has to fit as well.
+        """
+        graphs, context = self._cut(context, base)
+        module = graphs.grouped
+        splits = [choose_splits(module, context)]
+        if any(plan.host for plan in splits[0].values()):
+            splits.append(choose_splits(module, replace(context, options=replace(context.options, split=0.0))))
+        paired = None if context.lean else promising_blocks(module, context)
+        needs = [_need(module, context, each) for each in (*splits, *([paired] if paired else []))]
+        need = max(needs, key=lambda memory: memory.peak_bytes(context.room))
         return graphs, replace(context, memory=need), need.peak_bytes(context.room)
 
-    def _schedule(self, base: BucketPlan, module: fx.GraphModule, context: Context) -> Schedule:
+    def _cut(self, context: Context, base: BucketPlan | None) -> tuple[_Graphs, Context]:
+        """Decisions, and the graph with its segments: those of ``base`` if they are cut at the same places."""
+        linears = copy_module(self._module) if base is None else base.linears
+        context = run_pipeline(linears, context, NORMALISATION if base is None else ())
+        context = run_pipeline(linears, context, DECISIONS)
+        if base is not None and _cuts(base.context) == _cuts(context):
+            return _Graphs(linears, base.module), context
+        grouped = copy_module(linears)
+        return _Graphs(linears, grouped), run_pipeline(grouped, context, GROUPING)
+
+    def _schedule(self, base: BucketPlan, module: fx.GraphModule, context: Context, trials: Trials) -> Schedule:
         prediction = require(context.prediction, "predict_step")
         splits = require(context.splits, "choose_splits")
         residency = require(context.residency, "choose_residency")
@@ -260,12 +313,20 @@ class Planner:
             host_bytes=_bytes_in(sites, "host"),
             predicted_step_s=prediction.step_s,
             floor_s=floor_s(base.module, context),
-            baselines=baselines(base.module, context),
+            baselines=baselines(base.module, context, trials),
             budget_bytes=context.budget_bytes,
             budget=residency.budget,
             refusals=(*context.refusals, *stacks_on_host(base.module, context), *self._segments.refused.values()),
             whole_graph=residency.whole_graph,
         )
+
+
+def _leaner(module: fx.GraphModule, context: Context, trials: Trials) -> Iterator[Callable[[], Splits]]:
+    """Splits that may take less memory: without blocks, then those that residency was decided with."""
+    if context.options.pair_mlp == "auto" and context.blocks:
+        alone = replace(context, blocks=())
+        yield lambda: balanced_splits(module, alone, trials)
+    yield lambda: choose_splits(module, context)
 
 
 def budget_bytes(gpu_memory: int | None, available_bytes: int, accelerator: str) -> int:
@@ -301,21 +362,20 @@ def largest_sizes(tokens: sympy.Expr, context: Context, *, spare: bool) -> Sizes
     return found
 
 
-def _scheduled(
-    module: fx.GraphModule, context: Context, stages: tuple[Stage, ...]
-) -> tuple[fx.GraphModule, Context]:
-    copy = copy_module(module)
-    return copy, run_pipeline(copy, context, stages)
+def _need(module: fx.GraphModule, context: Context, splits: Splits) -> MemoryNeed:
+    """What the schedule of some splits occupies."""
+    scheduled = run_pipeline(copy_module(module), replace(context, splits=splits), UNTIL_MEASURED)
+    return require(scheduled.memory, "measure_memory")
 
 
 def _ignore(refusal: Refusal) -> None:
     """Before there is a list of refusals."""
 
 
-def _cut(context: Context) -> object:
+def _cuts(context: Context) -> object:
     """What of a residency decides where the graph is cut."""
     residency = require(context.residency, "choose_residency")
-    return residency.whole_graph, residency.host_weights
+    return residency.whole_graph, residency.host_weights, residency.tables
 
 
 def _excess_bytes(context: Context) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Placement = Literal["host", "accelerator", "split", "both", "resident", "streamed"]
+Placement = Literal["host", "accelerator", "split", "both", "resident", "streamed", "block"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Row:
         node: the node's name in the scheduled graph.
         module: dotted path of the module it comes from ("" when it has none).
         op: what it does: "linear", "segment", "embedding", ...
-        placement: where it runs; for a Linear where its weight is consumed.
+        placement: where it runs; for a Linear where its weight is consumed ("block": cut with others as one block).
         host_share, streamed_share, resident_share: shares of the Linear's rows, None for other nodes.
         flops: floating-point operations of one forward at the bucket's size.
         weight_bytes: bytes of the weight (0 without one).
@@ -27,6 +27,7 @@ class Row:
         start_s, end_s: predicted interval within the step.
         measured_s: measured seconds, None before a step has been traced.
         parts: names of the scheduled graph's nodes that the row stands for.
+        trip: of a Linear with a host part, the transfer that brings its result up; Linears that share it have one name.
     """
 
     node: str
@@ -45,6 +46,7 @@ class Row:
     end_s: float
     measured_s: float | None = None
     parts: tuple[str, ...] = ()
+    trip: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import json
 import operator
 import statistics
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +37,8 @@ class Schedule:
         rows: one ``Row`` for each Linear, segment and host operation, in issue order.
         resident_bytes, streamed_bytes, host_bytes: weights of one step by where they are consumed.
         predicted_step_s: the simulated step.
-        floor_s: a bound that no schedule of this work beats.
+        floor_s: a bound that no schedule of this work beats: the largest of offloaded bytes over link and host
+            together, the accelerator's own work, the critical path and the host's thread (``floor``).
         baselines: seconds of a step done otherwise; None where it does not fit.
         accelerator_peak_bytes: most bytes held on the accelerator so far.
         host_pinned_bytes: bytes of host memory pinned for prefetches, the pinned ring included.
@@ -97,7 +98,8 @@ class Schedule:
             lines.append(f"beside gpu_memory: {used} of the device used by the CUDA context and other processes")
         if self.whole_graph:
             lines.append(FITS)
-        lines += [f"{row.module or row.node}: {_why(row, self.split)}" for row in self.rows if row.op == "linear"]
+        linears = [row for row in self.rows if row.op == "linear"]
+        lines += [f"{row.module or row.node}: {_why(row, self.split)}{_shared(row, linears)}" for row in linears]
         lines += self._host_memory_lines()
         lines += [f"left as it is: {refusal.where}: {refusal.reason}" for refusal in self.refusals]
         return "\n".join(lines)
@@ -161,6 +163,9 @@ def _event(process: str, name: str, lane: str, start_s: float, end_s: float) -> 
 def _why(row: Row, split: float | Literal["auto"]) -> str:
     if row.placement == "resident":
         return "resident: it saves more time per byte than what is not"
+    if row.placement == "block":
+        shares = f"{row.host_share:.0%} of the block's columns on the host, {row.streamed_share:.0%} streamed"
+        return f"{shares}: what lies between its Linears stays where it is, which saves a trip"
     shares = f"{row.host_share:.0%} of its rows on the host, {row.streamed_share:.0%} streamed"
     if split != "auto":
         return f"{shares}, {row.resident_share:.0%} resident: the option split={split} says so"
@@ -169,6 +174,12 @@ def _why(row: Row, split: float | Literal["auto"]) -> str:
     if row.placement == "host":
         return f"{shares}: the link would take longer than the host"
     return f"{shares}: a trip to the host would cost more than it saves"
+
+
+def _shared(row: Row, linears: Sequence[Row]) -> str:
+    """With which others it shares a trip."""
+    others = [one.module or one.node for one in linears if row.trip and one.trip == row.trip and one is not row]
+    return f"; one trip with {', '.join(others)}" if others else ""
 
 
 # ---- rows from a scheduled graph ---------------------------------------------------------------------------
@@ -206,10 +217,10 @@ def schedule_rows(
     return tuple(sorted(rows, key=lambda row: row.start_s))
 
 
-_TRANSFERS = (ir.TO_HOST, ir.WAIT_HOST, ir.TO_ACCELERATOR, ir.WAIT)
+_TRANSFERS = (ir.TO_HOST, ir.WAIT_HOST, ir.TO_ACCELERATOR, ir.WAIT_ACCELERATOR)
 _OF_LINEAR = (
     ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.WAIT, ir.RELEASE, ir.RESIDENT, ir.PARTIAL_LINEAR,
-    ir.HOST_LINEAR, ir.JOIN,
+    ir.HOST_LINEAR, ir.JOIN, ir.PAD,
 )
 
 
@@ -233,10 +244,13 @@ def _linear_row(site: LinearSite, nodes: list[fx.Node], prediction: Prediction) 
         start_s=min((prediction.start_s[node] for node in timed), default=0.0),
         end_s=max((prediction.end_s[node] for node in timed), default=0.0),
         parts=tuple(node.name for node in nodes),
+        trip=next((user.name for node in nodes for user in node.users if user.target == ir.TO_ACCELERATOR), ""),
     )
 
 
 def _placement(plan: LinearPlan) -> Placement:
+    if plan.block is not None:
+        return "block"
     if plan.resident_rows == plan.rows:
         return "resident"
     if plan.host == plan.rows:

@@ -6,6 +6,7 @@ from hetegen_compile.passes.carry_prefetches import carry_prefetches
 from hetegen_compile.passes.choose_residency import choose_residency
 from hetegen_compile.passes.choose_splits import choose_splits
 from hetegen_compile.passes.choose_staging import choose_staging
+from hetegen_compile.passes.find_blocks import find_blocks
 from hetegen_compile.passes.group_segments import group_segments
 from hetegen_compile.passes.insert_transfers import insert_transfers
 from hetegen_compile.passes.lower import lower
@@ -27,6 +28,7 @@ __all__ = [
     "choose_residency",
     "choose_splits",
     "choose_staging",
+    "find_blocks",
     "group_segments",
     "insert_transfers",
     "lower",

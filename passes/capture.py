@@ -16,6 +16,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -82,9 +83,7 @@ class _Listener(TorchDispatchMode):
         found = self._found
         found["aten"] += (name,)
         found["random"] |= _is_random(func, args, kwargs or {})
-        found["data_dependent"] |= (
-            torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
-        )
+        found["data_dependent"] |= _is_data_dependent(func, args)
         found["flops"] += _flops(func, args, kwargs or {}, out)
         found["traffic_bytes"] += _traffic(name, args, out)
         found["made_bytes"] += _new_bytes(out, (args, kwargs))
@@ -130,6 +129,13 @@ def _is_random(func: Any, args: Any, kwargs: Any) -> bool:
     return "dropout_p" not in defaults or given.get("dropout_p", defaults["dropout_p"]) != 0.0
 
 
+def _is_data_dependent(func: Any, args: Any) -> bool:
+    """Whether the result's shape or value depends on data; an ``index`` is tagged so, but only masks make it so."""
+    if func.overloadpacket.__name__ == "index":
+        return any(index.dtype in (torch.bool, torch.uint8) for index in tensors_in(args[1]))
+    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+
+
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> sympy.Expr:
     """FLOPs of one ATen call by torch's own formulas.
 
@@ -139,10 +145,16 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> sympy.Expr:
     if packet in flop_registry:
         return to_expr(flop_registry[packet](*args, **kwargs, out_val=out))
     if packet.__name__.startswith("_scaled_dot_product"):
-        return to_expr(sdpa_flop_count(*(tuple(t.shape) for t in args[:3])))
+        return to_expr(_attention_flops(*(tuple(t.shape) for t in args[:3])))
     if packet.__name__ in _GROUPED:
         return to_expr(_grouped_flops(tuple(args[0].shape), tuple(args[1].shape)))
     return sympy.Integer(0)
+
+
+def _attention_flops(query: tuple[Any, ...], key: tuple[Any, ...], value: tuple[Any, ...]) -> Any:
+    """Each query head against its key head, which several may share (torch before 2.13 counts no shared ones)."""
+    batch, heads, _, width = query
+    return sdpa_flop_count(query, (batch, heads, key[2], width), (batch, heads, key[2], value[3]))
 
 
 def _grouped_flops(a: tuple[Any, ...], b: tuple[Any, ...]) -> Any:
@@ -203,7 +215,11 @@ def capture(module: fx.GraphModule, inputs: Sequence[Any]) -> FakeTensorMode:
     mode = _fake_mode(module)
     _check_devices(module, inputs)
     fakes = _fake_inputs(module, inputs, mode)
-    with torch.inference_mode(False), torch.no_grad(), _restored_state(), mode, _Listener() as listener:
+    # the dispatcher in Python: in C++ some composite operations ask for numbers where sizes are symbols (torch 2.11)
+    with (
+        torch.inference_mode(False), torch.no_grad(), _restored_state(), mode, enable_python_dispatcher(),
+        _Listener() as listener,
+    ):  # fmt: skip
         _Propagator(module, mode, listener).run(*fakes, enable_io_processing=False)
     _unify_symbols(module.graph, mode)
     return mode

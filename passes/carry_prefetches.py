@@ -77,7 +77,7 @@ def leading_prefetches(graph: fx.Graph) -> list[fx.Node]:
 def _carry(graph: fx.Graph, prefetch: fx.Node) -> fx.Node:
     """The prefetch as a carried one."""
     with graph.inserting_before(prefetch):
-        carried = annotate(graph.call_function(ir.CARRIED, prefetch.args[:4]), info(prefetch))
+        carried = annotate(ir.call(graph, ir.CARRIED, prefetch.args[:4]), info(prefetch))
     prefetch.replace_all_uses_with(carried)
     graph.erase_node(prefetch)
     return carried
@@ -86,7 +86,7 @@ def _carry(graph: fx.Graph, prefetch: fx.Node) -> fx.Node:
 def _start_again(graph: fx.Graph, carried: fx.Node, releases: list[fx.Node], after: fx.Node) -> fx.Node:
     """The copy for the next step, issued behind ``after``."""
     with graph.inserting_after(after):
-        ahead = graph.call_function(ir.PREFETCH_AHEAD, (*carried.args, releases))
+        ahead = ir.call(graph, ir.PREFETCH_AHEAD, (*carried.args, releases))
     return annotate(ahead, info(carried))
 
 

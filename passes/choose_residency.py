@@ -11,6 +11,7 @@ Linears leave: of those that stay on the host a token reads a few.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 from torch import fx
@@ -20,12 +21,13 @@ from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.annotate_costs import linear_cost, value_bytes
-from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, forced_split
+from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, forced_split, table_only
 from hetegen_compile.passes.context import (
     MIRRORED,
     OTHERS,
     RESIDENT,
     RING,
+    STAGED_CHUNK_BYTES,
     Claim,
     Context,
     Residency,
@@ -37,7 +39,8 @@ from hetegen_compile.passes.step_memory import mirrored_size, step_memory
 SLOT_ALIGNMENT = 256
 _WINDOW = 2  # slots the ring holds at least: one being read while the next one is being filled
 _CHUNK_BYTES = 8 << 20  # of a chunk where a third of the ring allows: smaller ones cost rate and issue
-_CHUNKS = 8  # slots of the largest size that the ring holds, where weights allow: the link then rarely waits
+_CHUNKS = 4  # slots of the largest size that the ring holds: each costs its issue, and the link seldom waits for one
+_STAGED = 4096  # staged chunks that a step has at most: each is five operations, and four lie in the pinned ring
 
 
 def choose_residency(module: fx.GraphModule, context: Context) -> Residency:
@@ -59,7 +62,14 @@ class _Sharing:
         self._mirrored = mirrored_size(module, weights, context, self._stacks.keys())
         self._fixed = {**step_memory(module, weights, context, self._mirrored), **context.overhead_bytes}
         self._smallest = _WINDOW * max((_smallest_chunk(weight) for weight in weights), default=0)
+        tables = [node for node in module.graph.find_nodes(op="placeholder") if table_only(node, context)]
+        self._tables = {node.name: 0 if node in weights else value_bytes(node, context) for node in tables}
         self._keys = {weight: context.resident.identify(context.weights[weight.name]) for weight in weights}
+
+    @property
+    def _pairs(self) -> bool:
+        """Whether the options have every block cut, which the host takes part in."""
+        return self._context.options.pair_mlp is True and bool(self._context.blocks)
 
     def decide(self) -> Residency:
         own = sum(self._fixed.values())
@@ -80,13 +90,14 @@ class _Sharing:
         claims = self._claims()
         wanted = {claim.key: claim.nbytes for graph in (*others, claims) for claim in graph}
         shared_ring = self._context.ring_bytes if self._context.ring_bytes <= free - beyond else 0
-        left = free - shared_ring - sum(wanted.values())
         every = sum(self._stacks.values())
-        if max(beyond, every) <= left and not forced_split(self._context):
+        left = free - shared_ring - sum(wanted.values()) - max(beyond, every)
+        if left >= 0 and not (forced_split(self._context) or self._pairs):
             fixed = self._fixed_with(self._stacks, beyond)
             budget = {**fixed, **({RING: shared_ring} if shared_ring else {}), RESIDENT: _nbytes(claims)}
             first_rows = residency_shares([*others, claims], free - max(beyond, every))
-            return self._residency(claims, first_rows, shared_ring, budget, self._stacks, whole=True)
+            found = self._residency(claims, first_rows, shared_ring, budget, self._stacks, whole=True)
+            return self._with_tables(found, left)
         ring = self._ring_bytes(free - beyond)
         stacks = self._stacks_within(free - ring - sum(wanted.values()))
         fixed = self._fixed_with(stacks, beyond)
@@ -108,6 +119,14 @@ class _Sharing:
         rest = {OTHERS: beyond - nbytes} if beyond > nbytes else {}
         return {**self._fixed, MIRRORED: self._fixed[MIRRORED] + nbytes, **rest}
 
+    def _with_tables(self, whole: Residency, left: int) -> Residency:
+        """Embedding tables on the accelerator as well, if ``left`` bytes hold them: the host then looks nothing up."""
+        nbytes = sum(self._tables.values())
+        if nbytes > left:
+            return whole
+        budget = {**whole.budget, MIRRORED: whole.budget[MIRRORED] + nbytes}
+        return replace(whole, budget=budget, mirrored=whole.mirrored + nbytes, tables=frozenset(self._tables))
+
     def _residency(
         self, claims: Sequence[Claim], first_rows: Mapping[Hashable, int], ring: int, budget: Mapping[str, int],
         stacks: Mapping[fx.Node, int], *, whole: bool = False,
@@ -117,12 +136,20 @@ class _Sharing:
         chunk = 0 if whole else max(self._smallest // _WINDOW, ring // _CHUNKS, min(ring // 3, _CHUNK_BYTES))
         mirrored = self._mirrored + sum(stacks.values())
         on_host = frozenset(node.name for node in self._stacks if node not in stacks)
-        return Residency(weights, ring, chunk, budget, whole, tuple(claims), first_rows, mirrored, on_host)
+        staged = max(STAGED_CHUNK_BYTES, sum(value_bytes(weight, self._context) for weight in self._weights) // _STAGED)
+        return Residency(
+            weights, ring, chunk, budget, whole, tuple(claims), first_rows, mirrored,
+            host_weights=on_host, staged_chunk_bytes=staged,
+        )  # fmt: skip
 
     def _claims(self) -> tuple[Claim, ...]:
         """What each different weight asks for; the rows of a forced host share stay on the host."""
         found: dict[Hashable, Claim] = {}
+        blocks = self._context.blocks if self._pairs else ()
+        paired = {position for block in blocks for position in block.linears}
         for weight, linear in self._weights.items():
+            if info(linear).position in paired:
+                continue
             value = info(weight).value
             rows, row_bytes = int(value.shape[0]), int(value.shape[1]) * int(value.element_size())
             first = forced_host_rows(rows, self._context)
@@ -131,14 +158,19 @@ class _Sharing:
         return tuple(claim for claim in found.values() if claim.nbytes)
 
     def _ring_bytes(self, free: int) -> int:
-        """Bytes of the staging ring: two of the weights that most bytes lie in, at most a quarter of what is free.
-
-        Weights larger than that (an output layer) go through it in chunks. All graphs share the ring, so it is as
-        long as others made it unless that takes more than half.
-        """
-        typical = _WINDOW * _typical([_aligned(value_bytes(weight, self._context)) for weight in self._weights])
-        ring = max(self._smallest, min(typical, free // 4 // SLOT_ALIGNMENT * SLOT_ALIGNMENT))
+        """All graphs share the ring, so it is as long as others made it unless that takes more than half."""
+        sizes = [value_bytes(weight, self._context) for weight in self._weights]
+        ring = staging_ring_bytes(sizes, free, self._smallest)
         return max(ring, self._context.ring_bytes if self._context.ring_bytes <= free // 2 else 0)
+
+
+def staging_ring_bytes(weight_bytes: Sequence[int], free: int, smallest: int = 0) -> int:
+    """Bytes of the staging ring: two of the weights that most bytes lie in, at most a quarter of what is free.
+
+    Weights larger than that (an output layer) go through it in chunks.
+    """
+    typical = _WINDOW * _typical([_aligned(nbytes) for nbytes in weight_bytes])
+    return max(smallest, min(typical, free // 4 // SLOT_ALIGNMENT * SLOT_ALIGNMENT))
 
 
 def _typical(sizes: Sequence[int]) -> int:

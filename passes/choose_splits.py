@@ -7,24 +7,111 @@ it. Streamed rows that exceed a slot are cut into chunks, each with a prefetch o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import fx
 
-from hetegen_compile.cost_model import SplitProblem, SplitSolution, row_granularity, solve_split
+from hetegen_compile.cost_model import SplitProblem, SplitSolution, row_granularity, solve_split, upload_s
 from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.capture import tensor_bytes, tensors_in
-from hetegen_compile.passes.context import Context, Costs, LinearPlan, NodeCost, Residency, Splits, require
+from hetegen_compile.passes.context import Block, Context, Costs, LinearPlan, NodeCost, Residency, Splits, require
 
 
 def choose_splits(module: fx.GraphModule, context: Context) -> Splits:
     """The rows of every Linear by where they are consumed."""
     costs = require(context.costs, "annotate_costs")
     residency = require(context.residency, "choose_residency")
-    linears = [node for node in module.graph.nodes if node.target == LINEAR]
-    return {info(node).position: _plan(node, costs, residency, context) for node in linears}
+    linears = linears_of(module)
+    splits = {position: _plan(node, costs, residency, context) for position, node in linears.items()}
+    if context.options.pair_mlp is True and forced_split(context):
+        for block in pairable_blocks(linears, context):
+            splits |= block_splits(block, linears, forced_host_rows(block.columns, context), context)
+    return splits
 
 
-STAGED_CHUNK_BYTES = 16 << 20
-"""Most bytes of a chunk of a staged weight: where the link's rate has levelled off, so the pinned ring stays small."""
+def linears_of(module: fx.GraphModule) -> dict[int, fx.Node]:
+    """The Linears by their place in program order."""
+    return {info(node).position: node for node in module.graph.find_nodes(op="call_function", target=LINEAR)}
+
+
+# ---- blocks ----------------------------------------------------------------------------------------------------
+
+
+def pairable_blocks(linears: Mapping[int, fx.Node], context: Context) -> list[Block]:
+    """The blocks that can be cut as such: nothing of them is resident, and their slices fit the staging ring."""
+    residency = require(context.residency, "choose_residency")
+
+    def fits(block: Block) -> bool:
+        weights = [_weight_and_dim(linears[position]) for position in block.linears]
+        granule = row_granularity(block.columns)
+        slots = [granule * slice_bytes(weight, 1) for weight, dim in weights[:-1] if dim == 1]
+        names = {weight.name for weight, _ in weights}
+        return 2 * max(slots, default=0) <= residency.ring_bytes and residency.weights.keys().isdisjoint(names)
+
+    return [block for block in context.blocks if not residency.whole_graph and fits(block)]
+
+
+def block_splits(block: Block, linears: Mapping[int, fx.Node], host: int, context: Context) -> dict[int, LinearPlan]:
+    """Plans of a block's Linears with ``host`` columns of the intermediate on the host."""
+    if not host:
+        return {position: with_host_rows(linears[position], 0, context) for position in block.linears}
+    ways = dict(zip(block.siblings, block.ways, strict=True))
+    plans = {
+        position: _sibling_plan(linears[position], block, ways[position], host, context) for position in block.siblings
+    }
+    return {**plans, block.consumer: _consumer_plan(linears[block.consumer], block, host, context)}
+
+
+def _sibling_plan(node: fx.Node, block: Block, ways: int, host: int, context: Context) -> LinearPlan:
+    """The outputs are cut: rows of a weight [out, in], columns of one [in, out]."""
+    weight, axis = _weight_and_dim(node)
+    chunks = _chunks(host, block.columns, chunk_bytes(weight, context), slice_bytes(weight, axis))
+    starts = [way * block.columns for way in range(ways)]
+    streamed = tuple((start + lo, start + hi) for start in starts for lo, hi in chunks)
+    return LinearPlan(ways * block.columns, ways * host, streamed, None, axis, block.consumer, ways)
+
+
+def _consumer_plan(node: fx.Node, block: Block, host: int, context: Context) -> LinearPlan:
+    """The inputs are cut: columns of a weight [out, in], which are streamed as rectangles; rows of one [in, out]."""
+    weight, dim = _weight_and_dim(node)
+    value, most = info(weight).value, chunk_bytes(weight, context)
+    if dim == 1:
+        streamed = _chunks(host, block.columns, most, slice_bytes(weight, 0))
+        return LinearPlan(block.columns, host, streamed, None, 0, block.consumer)
+    line_bytes = (block.columns - host) * value.element_size()
+    lines = _chunks(0, int(value.shape[0]), most, line_bytes) if line_bytes else ()
+    return LinearPlan(block.columns, host, ((host, block.columns),) if lines else (), None, 1, block.consumer, 1, lines)
+
+
+def _weight_and_dim(node: fx.Node) -> tuple[fx.Node, int]:
+    _, weight, _, dim = node.args
+    return weight, dim  # type: ignore[return-value]
+
+
+def slice_bytes(weight: fx.Node, axis: int) -> int:
+    """Bytes of a weight for one place along an axis."""
+    value = info(weight).value
+    return int(value.shape[1 - axis]) * int(value.element_size())
+
+
+def lines_s(block: Block, linears: Mapping[int, fx.Node], context: Context) -> float:
+    """What the link takes longer for a block's weights than for their bytes: parts of rows are streamed."""
+    *others, (last, last_dim) = (_weight_and_dim(linears[position]) for position in block.linears)
+    columns = {
+        weight: max(1, chunk_bytes(weight, context) // slice_bytes(weight, 1)) for weight, dim in others if dim == 1
+    }
+    if last_dim == 0:
+        columns[last] = block.columns // 2  # or so: what the host leaves
+    return sum(_lines_s(weight, width, context) for weight, width in columns.items())
+
+
+def _lines_s(weight: fx.Node, columns: int, context: Context) -> float:
+    nbytes, item = value_bytes(weight, context), info(weight).value.element_size()
+    return upload_s(context.profile, nbytes, line_bytes=columns * item) - upload_s(context.profile, nbytes)
+
+
+# ---- single Linears --------------------------------------------------------------------------------------------
 
 
 def feed_s(linear: fx.Node, cost: NodeCost, context: Context) -> float:
@@ -36,7 +123,9 @@ def feed_s(linear: fx.Node, cost: NodeCost, context: Context) -> float:
 
 
 def best_split(rows: int, cost: NodeCost, context: Context, *, staged: bool = False) -> SplitSolution:
-    """The balance of host and link for one Linear none of whose rows are resident.
+    """The balance of host and link for one Linear none of whose rows are resident, as if it were alone.
+
+    So it pays for a whole trip; what Linears save that share one is seen by the balance over the step.
 
     The rows of a ``staged`` weight go through the pinned ring: the slower of pin thread and link feeds them.
     """
@@ -70,8 +159,11 @@ def forced_host_rows(rows: int, context: Context) -> int:
 def table_only(placeholder: fx.Node, context: Context) -> bool:
     """Whether a parameter is only an embedding table that stays on the host.
 
-    It does where the rows that are looked up are fewer bytes than the table, or where it is a Linear's weight too.
+    It does where the rows that are looked up are fewer bytes than the table, or where it is a Linear's weight too,
+    unless everything fits.
     """
+    if context.residency is not None and placeholder.name in context.residency.tables:
+        return False
     value = info(placeholder).value
     lookups = [user for user in placeholder.users if "embedding" in info(user).aten]
     if not lookups or placeholder.name not in context.weights or info(placeholder).writes:
@@ -90,11 +182,15 @@ def with_host_rows(node: fx.Node, host: int, context: Context) -> LinearPlan:
     value = info(weight).value
     rows = int(value.shape[0])
     first = max(host, residency.weights.get(weight.name, rows))
-    row_bytes = int(value.shape[1]) * value.element_size()
-    most = residency.chunk_bytes
-    chunk_bytes = min(most, STAGED_CHUNK_BYTES) if weight.name in context.staged else most
-    streamed = _chunks(host, first, chunk_bytes, row_bytes)
+    streamed = _chunks(host, first, chunk_bytes(weight, context), slice_bytes(weight, 0))
     return LinearPlan(rows, host, streamed, (first, rows) if first < rows else None)
+
+
+def chunk_bytes(weight: fx.Node, context: Context) -> int:
+    """Most bytes of one prefetch of a weight."""
+    residency = require(context.residency, "choose_residency")
+    staged = weight.name in context.staged
+    return min(residency.chunk_bytes, residency.staged_chunk_bytes) if staged else residency.chunk_bytes
 
 
 def _plan(node: fx.Node, costs: Costs, residency: Residency, context: Context) -> LinearPlan:

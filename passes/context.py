@@ -67,12 +67,37 @@ Costs = Mapping[int, NodeCost]
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """Which rows of one Linear's weight are consumed where; the ranges tile ``[0, rows)`` in this order."""
+    """Which rows of one Linear's weight are consumed where; the ranges tile ``[0, rows)`` in this order.
+
+    In a block, which has no resident rows, "rows" are ranges along the axis that the block's intermediate lies on;
+    where a Linear makes several intermediates side by side (``ways``), each of them has its host part first.
+
+    Attributes:
+        rows: length of the axis that is cut.
+        host: how many of them are the host's.
+        streamed: ranges that are prefetched, each in a slot of its own.
+        resident: the range that lies on the accelerator.
+        axis: of the weight as it is stored.
+        block: position of the last Linear of the block that this one is cut with; None: it is cut by itself.
+        ways: intermediates of the block that this Linear makes.
+        lines: where columns are streamed as rectangles, the rows of each: they lie further together than the same bytes
+            cut by columns, and their results are columns of one partial sum.
+    """
 
     rows: int
     host: int
     streamed: tuple[tuple[int, int], ...]
     resident: tuple[int, int] | None
+    axis: int = 0
+    block: int | None = None
+    ways: int = 1
+    lines: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def host_ranges(self) -> tuple[tuple[int, int], ...]:
+        """The host's ranges, one for each of the ``ways``."""
+        width, host = self.rows // self.ways, self.host // self.ways
+        return tuple((way * width, way * width + host) for way in range(self.ways)) if host else ()
 
     @property
     def streamed_rows(self) -> int:
@@ -85,6 +110,34 @@ class LinearPlan:
 
 Splits = Mapping[int, LinearPlan]
 """Plans of the Linears by their place in program order (``NodeInfo.position``)."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Linears of one input, pointwise operations on their results, and the one Linear that reads what comes of them.
+
+    Nodes are named by their places in program order.
+
+    Attributes:
+        siblings: the Linears that read the block's input.
+        ways: for each of them how many intermediates lie side by side in its result (2 for a fused gate and up).
+        parts: (node, sibling, way) for each view that is one of a sibling's intermediates.
+        region: the nodes that compute between the Linears, in program order.
+        consumer: the Linear at the end.
+        columns: columns of one intermediate.
+    """
+
+    siblings: tuple[int, ...]
+    ways: tuple[int, ...]
+    parts: tuple[tuple[int, int, int], ...]
+    region: tuple[int, ...]
+    consumer: int
+    columns: int
+
+    @property
+    def linears(self) -> tuple[int, ...]:
+        """All Linears of the block."""
+        return (*self.siblings, self.consumer)
 
 
 MIRRORED = "mirrors of inputs, buffers and caches"
@@ -100,6 +153,9 @@ UNFORESEEN = "what earlier plans did not foresee"
 RESIDENT = "resident weights"
 RING = "staging ring"
 
+STAGED_CHUNK_BYTES = 16 << 20
+"""Bytes of a chunk of a staged weight: where the link's rate has levelled off, so the pinned ring stays small."""
+
 
 @dataclass(frozen=True)
 class Residency:
@@ -114,6 +170,8 @@ class Residency:
             resident row is not in it).
         mirrored: bytes of the mirrors that the step reads, an expression over the graph's sizes.
         host_weights: placeholders of stacked weights that stay on the host, with what is computed with them.
+        tables: embedding tables that are mirrored, too, because everything fits: nothing is left to the host.
+        staged_chunk_bytes: most bytes of a chunk of a weight that goes through the pinned ring.
     """
 
     weights: Mapping[str, int]
@@ -125,6 +183,8 @@ class Residency:
     first_rows: Mapping[Hashable, int] = field(default_factory=dict)
     mirrored: sympy.Expr = sympy.Integer(0)
     host_weights: frozenset[str] = frozenset()
+    tables: frozenset[str] = frozenset()
+    staged_chunk_bytes: int = STAGED_CHUNK_BYTES
 
     @property
     def step_bytes(self) -> int:
@@ -307,10 +367,11 @@ class Context:
     ``largest`` are the sizes that the budget has room for, ``spare`` says whether beyond what the options state;
     ``sequences`` and ``tokens_per_sequence`` are what a graph of fixed sizes is given (0: unknown).
     ``activation_bytes`` is what a schedule of the same graph is known to need for activations (None: an estimate is
-    made); ``lean`` asks for the smallest ring and no resident weights. ``ring_bytes`` is the length that other graphs
-    gave the accelerator's staging ring; ``overhead_bytes`` what the device's libraries take, item by item; ``device``
-    where segments will run. ``host_memory`` None says that all weights are pinned. ``staged`` are the placeholders of
-    the weights whose rows go through the pinned ring, with the reason.
+    made); ``lean`` asks for the smallest ring and no resident weights; without ``share_trips`` each Linear has a
+    trip of its own. ``ring_bytes`` is the length that other graphs gave the accelerator's staging ring;
+    ``overhead_bytes`` what the device's libraries take, item by item; ``device`` where segments will run.
+    ``host_memory`` None says that all weights are pinned. ``staged`` are the placeholders of the weights whose rows go
+    through the pinned ring, with the reason.
     """
 
     options: Options
@@ -325,6 +386,7 @@ class Context:
     refusals: tuple[Refusal, ...] = ()
     activation_bytes: int | None = None
     lean: bool = False
+    share_trips: bool = True
     largest: Mapping[sympy.Symbol, sympy.Integer] = field(default_factory=dict)
     spare: bool = True
     tokens_per_sequence: int = 0
@@ -334,6 +396,7 @@ class Context:
     device: torch.device = torch.device("cpu")
     host_memory: HostWeights | None = None
     effects: Effects | None = None
+    blocks: tuple[Block, ...] = ()
     costs: Costs | None = None
     staged: Mapping[str, str] = field(default_factory=dict)
     residency: Residency | None = None

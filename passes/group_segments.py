@@ -19,6 +19,8 @@ After:
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import sympy
 from torch import fx
@@ -40,6 +42,8 @@ from hetegen_compile.passes.capture import tensors_in
 from hetegen_compile.passes.context import Context, Placement, require
 
 _INPUTS = ("placeholder", "get_attr")
+
+_Level = TypeVar("_Level", int, int | None)
 
 
 def group_segments(module: fx.GraphModule, context: Context) -> None:
@@ -228,22 +232,26 @@ class _Levels:
         self._level: dict[fx.Node, int] = {}
         self._host_level: dict[fx.Node, int | None] = {}
         self._writers: dict[int, list[fx.Node]] = {}
-        self._nodes = nodes
         self._feeding = _feeding_accelerator(nodes, placement)
         running = 0
         for node in nodes:
             running = self._assign(node, running)
         self.count = running + 1
+        self._linears = _by_level(self._level, [node for node in nodes if node.target == LINEAR])
+        self._members = _by_level(self._level, [node for node in nodes if node in placement.accelerator])
+        self._hosts = _by_level(self._host_level, [node for node in nodes if node in self._host_level])
 
     def linears(self, level: int) -> list[fx.Node]:
-        return [n for n in self._nodes if n.target == LINEAR and self._level[n] == level]
+        """Linears of one level in program order."""
+        return self._linears.get(level, [])
 
     def members(self, level: int) -> list[fx.Node]:
-        return [n for n in self._nodes if n in self._placement.accelerator and self._level[n] == level]
+        """Accelerator nodes of one level in program order."""
+        return self._members.get(level, [])
 
     def hosts(self, level: int | None) -> list[fx.Node]:
         """Host nodes of one level in program order; None: those that feed nothing on the accelerator."""
-        return [n for n in self._nodes if n in self._host_level and self._host_level[n] == level]
+        return self._hosts.get(level, [])
 
     def _assign(self, node: fx.Node, running: int) -> int:
         if node.target == LINEAR:
@@ -283,6 +291,13 @@ class _Levels:
     def _depth_of_writers(self, node: fx.Node) -> int:
         keys = info(node.args[0]).storages  # type: ignore[arg-type]
         return max([0, *(self._level.get(w, 0) for key in keys for w in self._writers.get(key, ()))])
+
+
+def _by_level(level: Mapping[fx.Node, _Level], nodes: Iterable[fx.Node]) -> dict[_Level, list[fx.Node]]:
+    found: dict[_Level, list[fx.Node]] = {}
+    for node in nodes:
+        found.setdefault(level[node], []).append(node)
+    return found
 
 
 def _feeding_accelerator(nodes: list[fx.Node], placement: Placement) -> set[fx.Node]:

@@ -24,8 +24,7 @@ A new operation is one line of ``OPERATIONS``; nothing else in the verifier name
     carried     a fill over the end of a step: "out" starts what nobody in this step waits for; "in" is that transfer
                 in the next step (of the same graph, so its bytes are those of an "out"), before any other fill
 
-So: an upload of several values is ``TO_ACCELERATOR`` with a list as its argument (lists of values are understood
-already); a prefetch along the columns needs no row, its bytes follow from ``dim``; a copy into a pinned slot by a
+So: a prefetch along the columns needs no row, its bytes follow from ``dim``; a copy into a pinned slot by a
 thread of its own is a row with ``lane=STAGE``, ``ring="pinned"``, ended by the prefetch that reads and ``frees`` it.
 """
 
@@ -123,7 +122,6 @@ class Operation:
     carried: Literal["in", "out"] | None = None
 
 
-_UPWARD = (ir.PREFETCH, ir.CARRIED, ir.TO_ACCELERATOR)
 _ON: Side = "accelerator"
 
 OPERATIONS: dict[Any, Operation] = {
@@ -142,14 +140,16 @@ OPERATIONS: dict[Any, Operation] = {
     ir.PREFETCH_AHEAD: Operation(
         UP, ("host",), waits=(4,), waits_for=(ir.RELEASE,), gives=Gives.SLOT, ring="staging", carried="out"
     ),
-    ir.TO_ACCELERATOR: Operation(UP, ("host",), gives=Gives.LOAN, ended_by=(ir.WAIT,)),
-    ir.WAIT: Operation(COMPUTE, waits=(0,), waits_for=_UPWARD, gives=Gives.BROUGHT),
+    ir.WAIT: Operation(COMPUTE, waits=(0,), waits_for=(ir.PREFETCH, ir.CARRIED), gives=Gives.BROUGHT),
     ir.RELEASE: Operation(COMPUTE, waits_for=(ir.PREFETCH, ir.CARRIED), gives=Gives.TOKEN),
+    ir.TO_ACCELERATOR: Operation(UP, ("host",), gives=Gives.LOAN, ended_by=(ir.WAIT_ACCELERATOR,)),
+    ir.WAIT_ACCELERATOR: Operation(COMPUTE, waits=(0,), waits_for=(ir.TO_ACCELERATOR,), gives=Gives.BROUGHT),
     ir.TO_HOST: Operation(DOWN, (_ON,), behind=COMPUTE, gives=Gives.COPY, ended_by=(ir.WAIT_HOST,)),
     ir.WAIT_HOST: Operation(HOST, waits=(0,), waits_for=(ir.TO_HOST,), gives=Gives.BROUGHT),
     ir.HOST_LINEAR: Operation(HOST, ("host", "host", "host")),
     ir.PARTIAL_LINEAR: Operation(COMPUTE, (_ON, _ON, _ON)),
     ir.JOIN: Operation(COMPUTE, (_ON,)),
+    ir.PAD: Operation(COMPUTE, (_ON, _ON)),
     ir.WRITE_BACK: Operation(HOST, (None, "host"), gives=Gives.NOTHING, writes=(0,)),
     ir.TWIN: Operation(None, ("host", _ON), gives=Gives.NOTHING, at_end=True),
 }
@@ -184,6 +184,9 @@ def slot_bytes(prefetch: fx.Node) -> int:
     arguments: tuple[Any, ...] = prefetch.args
     weight, ranges, dim = arguments[:3]
     value = info(weight).value
+    if dim == ir.RECTANGLE:
+        first, end, left, right = ranges
+        return int((end - first) * (right - left) * value.element_size())
     length = sum(hi - lo for lo, hi in zip(ranges[::2], ranges[1::2], strict=True))
     return int(length * value.numel() // value.shape[dim] * value.element_size())
 

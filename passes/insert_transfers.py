@@ -1,27 +1,34 @@
 """Start and wait nodes at every border between the host and the accelerator.
 
-Why: nothing crosses by itself. A value that a host part of a Linear needs goes down alone and at once; the
-values that only complete what the caller gets back go down together at the end, in one transfer, but for large ones.
+Why: nothing crosses by itself. A value that a host part of a Linear needs goes down alone and at once, for all
+Linears that read it; their results go up together (``share_uploads``). The values that only complete what the caller
+gets back go down together at the end, in one transfer, but for large ones.
 
 Before:
 
     h = host_linear(x, w, None, 0, 64, 0)        # x is on the accelerator
     y = join([h, s], 0)                          # h is on the host
-    return (y,)
+    h2 = host_linear(x, w2, None, 0, 64, 0)      # x as well
+    y2 = join([h2, s2], 0)
+    return (y + y2,)
 
 After:
 
     d = to_host([x]); v = wait_host(d); x_h = v[0]
     h = host_linear(x_h, w, None, 0, 64, 0)
-    u = to_accelerator(h); a = wait(u)
-    y = join([a, s], 0)
-    e = to_host([y]); f = wait_host(e); y_h = f[0]
-    return (y_h,)
+    h2 = host_linear(x_h, w2, None, 0, 64, 0)
+    u = to_accelerator([h, h2]); a = wait_accelerator(u)
+    y = join([a[0], s], 0)
+    y2 = join([a[1], s2], 0)
+    z = y + y2
+    e = to_host([z]); f = wait_host(e); z_h = f[0]
+    return (z_h,)
 """
 
 from __future__ import annotations
 
 import operator
+from bisect import bisect
 
 from torch import fx
 
@@ -29,7 +36,9 @@ from hetegen_compile import ir
 from hetegen_compile.ir import NodeInfo, Side, annotate, info, is_tensor
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.capture import tensors_in
+from hetegen_compile.passes.completing import completing_s, late_readers
 from hetegen_compile.passes.context import Context
+from hetegen_compile.passes.share_uploads import share_uploads
 
 LARGE_DOWNLOAD_BYTES = 1 << 20
 """From this size on a value that only completes the results goes down as soon as it is made, by itself."""
@@ -68,15 +77,16 @@ def value_side(node: fx.Node) -> Side | None:
     return info(node).side if tensors_in(info(node).value) else None
 
 
-_Version = tuple[fx.Node, int]
-"""A value and how often it has been written in place."""
+_Version = tuple[fx.Node, int, fx.Node | None]
+"""A value, how often it has been written in place, and its only reader if it does not share the trip."""
+_Transfer = tuple[list[_Version], fx.Node]
+"""What one download brings, and the node that it is put before."""
 
 
 class _Inserter:
     def __init__(self, graph: fx.Graph, context: Context) -> None:
         self._graph = graph
         self._context = context
-        self._up: dict[fx.Node, fx.Node] = {}
         self._down: dict[_Version, fx.Node] = {}
         mirrors = graph.find_nodes(op="call_function", target=ir.MIRROR)
         self._mirrors: dict[fx.Node, fx.Node] = {node.all_input_nodes[0]: node for node in mirrors}
@@ -84,16 +94,23 @@ class _Inserter:
 
     def accelerator_operands(self) -> None:
         """Host values that the accelerator reads: mirrors of inputs, uploads of what the host computes."""
+        readers: dict[fx.Node, list[fx.Node]] = {}
         for user, operand in self._crossings("accelerator", "host"):
             if operand.op in ("placeholder", "get_attr"):
                 user.replace_input_with(operand, self._mirror(operand))
             else:
-                user.replace_input_with(operand, self._upload(operand))
+                readers.setdefault(operand, []).append(user)
+        nodes = list(self._graph.nodes)
+        shares = self._context.share_trips
+        together = share_uploads(nodes, readers, self._context) if shares else [[operand] for operand in readers]
+        for operands in together:
+            for operand, item in zip(operands, self._upload(operands), strict=True):
+                self._read_after(item, operand, readers[operand])
 
     def host_operands(self) -> None:
         """Accelerator values that the host reads; those for the end of the step share one transfer.
 
-        A value that is written in place is another value after each write: (node, writes so far).
+        A value that is written in place is another value after each write.
         """
         crossings = [
             (user, operand)
@@ -101,18 +118,53 @@ class _Inserter:
             if not self._read_where_it_lies(user, operand)
         ]
         versions = self._versions()
-        late = _late_readers(self._graph)
-        early = dict.fromkeys((operand, versions[user, operand]) for user, operand in crossings if user not in late)
-        together = dict.fromkeys((operand, versions[user, operand]) for user, operand in crossings if user in late)
+        late = late_readers(self._graph)
+        early = dict.fromkeys(versions[crossing] for crossing in crossings if crossing[0] not in late)
+        together = dict.fromkeys(versions[crossing] for crossing in crossings if crossing[0] in late)
         readers: dict[_Version, list[fx.Node]] = {}
         for user, operand in crossings:
-            readers.setdefault((operand, versions[user, operand]), []).append(user)
-        for key in early:
-            self._down.update(self._download([key], before=self._earliest(readers[key])))
-        for keys in self._late_transfers([key for key in together if key not in early]):
-            self._down.update(self._download(keys, before=self._earliest(list(late))))
+            readers.setdefault(versions[user, operand], []).append(user)
+        transfers = [([key], min(readers[key])) for key in early]
+        self._join_in(transfers, [key for key in together if key not in early], late)
+        for keys, before in transfers:
+            self._down.update(self._download(keys, before))
+        for keys in self._late_transfers([key for key in together if key not in self._down]):
+            self._down.update(self._download(keys, before=min(late)))
         for user, operand in crossings:
-            user.replace_input_with(operand, self._down[operand, versions[user, operand]])
+            user.replace_input_with(operand, self._down[versions[user, operand]])
+
+    def _join_in(self, transfers: list[_Transfer], together: list[_Version], late: set[fx.Node]) -> None:
+        """Add to ``transfers`` what host work needs that only completes the results (``completing``).
+
+        What is made between two segments goes with the next transfer, or in one of its own if none follows before
+        more is made.
+        """
+        groups = self._of_one_level(self._completing(together, late))
+        made = [max(key[0] for key in group) for group in groups]
+        for i, (group, last) in enumerate(zip(groups, made, strict=True)):
+            more = made[i + 1 : i + 2]
+            near = (keys for keys, before in transfers if last < before and not any(after < before for after in more))
+            joined = next(near, None)
+            if joined is not None:
+                joined += group
+            else:
+                transfers.append((group, last.next))
+
+    def _completing(self, keys: list[_Version], late: set[fx.Node]) -> list[_Version]:
+        """Those that late work on the host needs and that nothing writes."""
+        written = frozenset[int]().union(*(info(node).writes for node in self._graph.nodes))
+        return [
+            key for key in keys
+            if written.isdisjoint(info(key[0]).storages) and completing_s([key[0]], late, self._context) > 0
+        ]  # fmt: skip
+
+    def _of_one_level(self, keys: list[_Version]) -> list[list[_Version]]:
+        """Keys in groups: those between the same two segments."""
+        segments = list(self._graph.find_nodes(op="call_module"))
+        found: dict[int, list[_Version]] = {}
+        for key in sorted(keys, key=lambda key: key[0]):
+            found.setdefault(bisect(segments, key[0]), []).append(key)
+        return list(found.values())
 
     def _late_transfers(self, keys: list[_Version]) -> list[list[_Version]]:
         """Small values in one transfer; each large one by itself, so that it need not be kept to the end."""
@@ -129,22 +181,18 @@ class _Inserter:
         user.replace_input_with(operand, operand.all_input_nodes[0])
         return True
 
-    def _versions(self) -> dict[tuple[fx.Node, fx.Node], int]:
-        """How often the storages of each (user, operand) have been written on the accelerator before the user."""
+    def _versions(self) -> dict[tuple[fx.Node, fx.Node], _Version]:
+        """For each (user, operand) how often its storages have been written on the accelerator before the user."""
         written: dict[int, int] = {}
-        versions: dict[tuple[fx.Node, fx.Node], int] = {}
+        versions: dict[tuple[fx.Node, fx.Node], _Version] = {}
         for user in self._graph.nodes:
+            alone = user if user.target == ir.HOST_LINEAR and not self._context.share_trips else None
             for operand in user.all_input_nodes:
-                versions[user, operand] = sum(written.get(key, 0) for key in info(operand).storages)
+                versions[user, operand] = operand, sum(written.get(key, 0) for key in info(operand).storages), alone
             if info(user).side == "accelerator":
                 for key in info(user).writes:
                     written[key] = written.get(key, 0) + 1
         return versions
-
-    def _earliest(self, readers: list[fx.Node]) -> fx.Node:
-        wanted = set(readers)
-        found: fx.Node = next(node for node in self._graph.nodes if node in wanted)
-        return found
 
     def _crossings(self, reads: Side, lies: Side) -> list[tuple[fx.Node, fx.Node]]:
         return [
@@ -161,20 +209,30 @@ class _Inserter:
             self._mirrors[operand] = annotate(mirror, info(operand), side="accelerator")
         return self._mirrors[operand]
 
-    def _upload(self, operand: fx.Node) -> fx.Node:
-        if operand not in self._up:
-            notes = _moved(operand)
-            with self._graph.inserting_after(operand):
-                start = annotate(self._graph.call_function(ir.TO_ACCELERATOR, (operand,)), notes)
-            with self._graph.inserting_after(start):
-                self._up[operand] = annotate(self._graph.call_function(ir.WAIT, (start,)), notes)
-            for node in (start, self._up[operand]):
-                annotate(node, side="accelerator")
-        return self._up[operand]
+    def _upload(self, operands: list[fx.Node]) -> list[fx.Node]:
+        """One transfer up, behind the last of the operands, which are in graph order."""
+        place, items = operands[-1], []
+        notes = _transfer_info(operands, "accelerator")
+        for target, args in ((ir.TO_ACCELERATOR, (operands,)), (ir.WAIT_ACCELERATOR, None)):
+            with self._graph.inserting_after(place):
+                place = annotate(self._graph.call_function(target, args or (place,)), notes)
+        done = place
+        for i, operand in enumerate(operands):
+            with self._graph.inserting_after(place):
+                place = self._graph.call_function(operator.getitem, (done, i))
+            items.append(annotate(place, _moved(operand), side="accelerator"))
+        return items
+
+    def _read_after(self, item: fx.Node, operand: fx.Node, readers: list[fx.Node]) -> None:
+        """Let the readers of a host value read it on the accelerator; joins that were in front of it follow it."""
+        for reader in readers:
+            reader.replace_input_with(operand, item)
+            if reader < item:
+                item.append(reader)
 
     def _download(self, keys: list[_Version], before: fx.Node) -> dict[_Version, fx.Node]:
-        operands = [operand for operand, _ in keys]
-        notes = _download_info(operands)
+        operands = [operand for operand, *_ in keys]
+        notes = _transfer_info(operands, "host")
         with self._graph.inserting_before(before):
             start = annotate(self._graph.call_function(ir.TO_HOST, (operands,)), notes)
             done = annotate(self._graph.call_function(ir.WAIT_HOST, (start,)), notes)
@@ -184,25 +242,13 @@ class _Inserter:
         return dict(zip(keys, items, strict=True))
 
 
-def _download_info(operands: list[fx.Node]) -> NodeInfo:
-    return NodeInfo(
-        value=[info(operand).value for operand in operands], module=info(operands[0]).module, side="host"
-    )
+def _transfer_info(operands: list[fx.Node], side: Side) -> NodeInfo:
+    return NodeInfo(value=[info(operand).value for operand in operands], module=info(operands[0]).module, side=side)
 
 
 def _moved(operand: fx.Node) -> NodeInfo:
     notes = info(operand)
     return NodeInfo(value=notes.value, module=notes.module, position=notes.position)
-
-
-def _late_readers(graph: fx.Graph) -> set[fx.Node]:
-    """What comes after the accelerator's last node: the output and the host nodes that only complete it."""
-    late: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        if info(node).side == "accelerator":
-            break
-        late.add(node)
-    return late
 
 
 __all__ = ["insert_transfers", "operand_side", "value_side"]

@@ -10,7 +10,7 @@ start: a prefill's plan then holds for the decode steps after it. What goes up f
 the host has the operands for it, that is while the accelerator is still at the last download that the host has
 waited for. Inner values of segments have points of their own between those of the schedule's nodes, as if
 nothing were fused, and operations of several kernels count all that these make: an upper bound for compiled
-code. Parts of a Linear and joins count what their kernels make beside their result.
+code. Parts of a Linear and what puts them together count what their kernels make beside their result.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import operator
 from dataclasses import dataclass, field
+from typing import Any
 
 import sympy
 from torch import fx
@@ -30,6 +31,7 @@ from hetegen_compile.passes.liveness import larger, storage_lives
 
 _NOT_VALUES = (
     ir.MIRROR, ir.RESIDENT, ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.WAIT, ir.RELEASE,
+    ir.TO_ACCELERATOR, ir.WAIT_ACCELERATOR,
 )  # fmt: skip
 
 
@@ -130,12 +132,14 @@ class _Meter:
         if any(user.target == ir.TWIN for user in node.users):
             return 0
         made_by = node.args[0] if node.target is operator.getitem and isinstance(node.args[0], fx.Node) else node
-        return self.behind[node] if node.target == ir.TO_ACCELERATOR else self.points[made_by][0]
+        if made_by.target == ir.WAIT_ACCELERATOR:
+            return self.behind[made_by.all_input_nodes[0]]
+        return self.points[made_by][0]
 
     def _last_use(self, node: fx.Node) -> int:
         last = self.points[node][1]
         for user in node.users:
-            if user.target in (ir.WAIT, ir.TO_HOST):  # what is waited for later is in use until then
+            if user.target == ir.TO_HOST:  # what is waited for later is in use until then
                 last = max(last, self._last_use(user))
             else:
                 last = max(last, self.end if user.target == ir.TWIN else self.points[user][1])
@@ -149,28 +153,40 @@ class _Meter:
             return _partial_size(node)
         if node.target == ir.JOIN and node.args[1] == 1:
             return _sum_size(node)
+        if node.target == ir.PAD:
+            return _zeros_size(node)
         return sympy.Integer(0)
 
 
 def _partial_size(partial: fx.Node) -> sympy.Expr:
     """Bytes that a part of a Linear takes beside its result.
 
-    Rows and activations in autocast's type; for [in, out] weights columns of x put together, the sum before the bias.
+    Rows and activations in autocast's type; for partial sums columns of x put together; for [in, out] weights the
+    product before the bias.
     """
     x, rows = partial.all_input_nodes[:2]
     result, found = info(partial).value, sympy.Integer(0)
     if info(rows).value.dtype != result.dtype:
         elements = value_size(rows) / info(rows).value.element_size() + value_size(x) / info(x).value.element_size()
         found += elements * result.element_size()
-    if partial.args[5] == 1:
-        found += _columns_size(partial) + (value_size(partial) if partial.args[2] is not None else 0)
+    part = ir.linear_part(partial)
+    if part.sums:
+        found += _columns_size(partial)
+    if part.dim == 1 and part.bias is not None:
+        found += value_size(partial)
     return found
 
 
 def _columns_size(partial: fx.Node) -> sympy.Expr:
-    """Bytes of the columns of the activations that a part of a Linear with [in, out] weights reads."""
-    x, rows = partial.all_input_nodes[:2]
-    return value_size(x) * sympy.Rational(int(info(rows).value.shape[0]), int(info(x).value.shape[-1]))
+    """Bytes of the columns of the activations that a partial sum reads."""
+    part = ir.linear_part(partial)
+    return value_size(part.x) * sympy.Rational(part.hi - part.lo, int(info(part.x).value.shape[-1]))
+
+
+def _zeros_size(pad: fx.Node) -> sympy.Expr:
+    """Bytes of the zeros that stand for the host's columns, before they are put together with the others."""
+    parts: Any = pad.args[1]
+    return value_size(pad) - sum(map(value_size, parts), sympy.Integer(0))
 
 
 def _sum_size(join: fx.Node) -> sympy.Expr:

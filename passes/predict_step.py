@@ -37,7 +37,7 @@ from hetegen_compile.passes.context import Context, Prediction, Work
 SMALL_UPLOAD_BYTES = 256 * 1024
 """Up to this size the accelerator reads a host buffer directly instead of queueing behind prefetches."""
 
-_FREE = {ir.MIRROR, ir.RESIDENT, ir.TWIN, ir.WAIT, ir.RELEASE, operator.getitem}
+_FREE = {ir.MIRROR, ir.RESIDENT, ir.TWIN, ir.WAIT, ir.WAIT_ACCELERATOR, ir.RELEASE, operator.getitem}
 
 
 def predict_step(module: fx.GraphModule, context: Context) -> Prediction:
@@ -61,8 +61,14 @@ def predict_step(module: fx.GraphModule, context: Context) -> Prediction:
 
 def _task(node: fx.Node, work: Work, index: Mapping[fx.Node, int], context: Context) -> Task:
     after = tuple(index[operand] for operand in node.all_input_nodes if operand in index)
-    issue_s = 0.0 if work.resource == "host" or node.target in _FREE else context.profile.accelerator.launch_s
+    issued = work.resource != "host" and node.target not in _FREE and not _is_no_join(node)
+    issue_s = context.profile.accelerator.launch_s if issued else 0.0
     return Task(name=node.name, resource=work.resource, duration_s=work.seconds, after=after, issue_s=issue_s)
+
+
+def _is_no_join(node: fx.Node) -> bool:
+    """Whether a join is of one part only: nothing is issued then."""
+    return node.target == ir.JOIN and len(node.args[0]) == 1  # type: ignore[arg-type]
 
 
 def _second_of_two(nodes: list[fx.Node], work: Mapping[fx.Node, Work], first: list[Task]) -> Prediction:
@@ -116,7 +122,7 @@ def node_work(node: fx.Node, context: Context) -> Work:
     if node.target == ir.STAGE:
         return Work("pin", value_bytes(node, context) / profile.pin_bytes_per_s)
     if node.target in (ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED):
-        return Work("up", upload_s(profile, value_bytes(node, context)))
+        return Work("up", upload_s(profile, value_bytes(node, context), line_bytes=_line_bytes(node)))
     if node.target == ir.TO_HOST:
         return Work("down", download_s(profile, value_bytes(node, context)))
     if node.target == ir.WAIT_HOST:
@@ -131,16 +137,35 @@ def node_work(node: fx.Node, context: Context) -> Work:
 
 
 def _linear_work(node: fx.Node, context: Context) -> Work:
-    x, lo, hi = node.args[0], node.args[3], node.args[4]
-    value, rows = info(x).value, info(node.args[1]).value  # type: ignore[arg-type]
+    part = ir.linear_part(node)
+    value, rows = info(part.x).value, info(part.weight).value
     tokens = max(1, round(context.number(to_expr(value.numel())) / max(1, int(value.shape[-1]))))
-    nbytes = (hi - lo) * int(rows.shape[1]) * rows.element_size()  # type: ignore[operator]
+    nbytes = (part.hi - part.lo) * int(rows.shape[1 - part.axis]) * rows.element_size()
     flops = context.number(info(node).flops)
     dtype = dtype_name(rows)
     if node.target == ir.PARTIAL_LINEAR:
         return Work("accelerator", accelerator_linear_s(context.profile, dtype, tokens, nbytes, flops))
     seconds = host_linear_s(context.profile, dtype, tokens, nbytes, flops)
-    return Work("host", seconds + _untold_trip_s(context))
+    return Work("host", seconds + (_untold_trip_s(context) if _ends_trip(node) else 0.0))
+
+
+def _ends_trip(host_linear: fx.Node) -> bool:
+    """Whether it is the last of those whose results go up in one transfer: their trip costs its fixed time once."""
+    return any(user.target == ir.TO_ACCELERATOR and user.args[0][-1] is host_linear for user in host_linear.users)  # type: ignore[index]
+
+
+def transfer_up_s(context: Context) -> float:
+    """What one more transfer of host parts' results costs the host thread."""
+    return context.profile.accelerator.launch_s + _untold_trip_s(context)
+
+
+def _line_bytes(prefetch: fx.Node) -> int | None:
+    """Bytes that lie together in what a prefetch of columns reads; None for one of rows."""
+    source, _, dim = prefetch.args[:3]
+    value = info(prefetch).value
+    if dim == 0 or source.target == ir.STAGE:  # type: ignore[union-attr]
+        return None
+    return int(value.shape[1]) * int(value.element_size())
 
 
 def trip_s(linear: fx.Node, context: Context) -> float:
@@ -150,8 +175,25 @@ def trip_s(linear: fx.Node, context: Context) -> float:
     return down_s + profile.synchronise_s + profile.link.view_s + _untold_trip_s(context)
 
 
+def least_trip_s(linear: fx.Node, context: Context) -> float:
+    """The least that a trip costs: whichever way its result goes up, and no way down for what lies on the host."""
+    link = context.profile.link
+    untold_s, up_s = _untold_trip_s(context), min(link.view_s, link.up.latency_s)
+    if info(linear.all_input_nodes[0]).side != "accelerator":
+        return untold_s + up_s
+    return trip_s(linear, context) - link.view_s + up_s
+
+
+def least_thread_s(linear: fx.Node, context: Context) -> float:
+    """The part of ``least_trip_s`` that keeps the host's thread, issuing both ways included."""
+    profile = context.profile
+    wait_s = profile.synchronise_s + profile.accelerator.launch_s
+    lies_there = info(linear.all_input_nodes[0]).side != "accelerator"
+    return _untold_trip_s(context) + profile.accelerator.launch_s + (0.0 if lies_there else wait_s)
+
+
 def _untold_trip_s(context: Context) -> float:
-    """The part of a split's measured fixed cost that the trip's own tasks do not account for."""
+    """What a trip's measured fixed cost holds beyond its own tasks: latencies, and work of the host thread."""
     profile = context.profile
     told = profile.link.down.latency_s + profile.synchronise_s + profile.link.view_s
     return max(0.0, profile.fixed_s_per_split - told)
@@ -161,7 +203,7 @@ def _other_work(node: fx.Node, context: Context) -> Work:
     flops, traffic = context.number(info(node).flops), context.number(info(node).traffic_bytes)
     dtype = dtype_name(info(node).value)
     if node.target == ir.JOIN:
-        single = len(node.args[0]) == 1  # type: ignore[arg-type]
+        single = _is_no_join(node)
         traffic = 0.0 if single else 2.0 * value_bytes(node, context)
         return Work("accelerator", 0.0 if single else accelerator_op_s(context.profile, dtype, 0.0, traffic))
     if info(node).side == "accelerator":

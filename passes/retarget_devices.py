@@ -139,6 +139,8 @@ class _DeviceValues:
         value = info(node).value
         if info(node).side != "accelerator" or node.target in _ON_THE_WAY:
             return value
+        if node.target == ir.WAIT_ACCELERATOR:
+            return [self._fresh(node, one) for one in value]
         return self._fresh(node, value) if isinstance(value, Tensor) else value
 
     def _check(self, node: fx.Node, side: ir.Side) -> None:
@@ -180,7 +182,7 @@ _ON_THE_WAY = (ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.TO_HOST, ir.TO_ACC
 _READS: dict[Any, ir.Side | None] = {
     ir.MIRROR: "host", ir.RESIDENT: "host", ir.STAGE: "host", ir.PREFETCH: "host", ir.PREFETCH_AHEAD: "host",
     ir.CARRIED: "host", ir.TO_ACCELERATOR: "host", ir.TO_HOST: "accelerator",
-    ir.WAIT: None, ir.WAIT_HOST: None, ir.RELEASE: None, ir.TWIN: None,
+    ir.WAIT: None, ir.WAIT_HOST: None, ir.WAIT_ACCELERATOR: None, ir.RELEASE: None, ir.TWIN: None,
 }  # fmt: skip
 """Where the schedule's own operations read; every other node where it runs."""
 

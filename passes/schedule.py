@@ -18,6 +18,7 @@ Before:                                       After (two slots):
 from __future__ import annotations
 
 import operator
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +31,9 @@ from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import info
 from hetegen_compile.passes.capture import tensors_in
 from hetegen_compile.passes.choose_residency import SLOT_ALIGNMENT
+from hetegen_compile.passes.completing import RUN_AHEAD, complete_early
 from hetegen_compile.passes.context import Context, require
+from hetegen_compile.passes.fit_ring import LEAST_USED
 from hetegen_compile.passes.insert_transfers import operand_side
 
 _RANK = {
@@ -42,9 +45,12 @@ _RANK = {
     ir.TO_ACCELERATOR: 2,
 }
 _ACCELERATOR_RANK = 3
-_HOST_RANK = 4
+_COMPLETING_RANK = 4
+_HOST_RANK = 5
 
-_MOST_DOWNLOADS = 4
+_WAITS = (ir.WAIT, ir.WAIT_HOST, ir.WAIT_ACCELERATOR)
+
+_MOST_DOWNLOADS = RUN_AHEAD
 """Downloads under way at once: each keeps its source on the accelerator."""
 _PINNED_WINDOW = 4  # slots of the largest size that the pinned ring holds
 
@@ -52,9 +58,10 @@ _PINNED_WINDOW = 4  # slots of the largest size that the pinned ring holds
 def schedule(module: fx.GraphModule, context: Context) -> None:
     """Assign slots and put the graph's nodes into issue order."""
     residency = require(context.residency, "choose_residency")
-    assign_slots(module.graph, residency.ring_bytes)
+    sizes = [slot_bytes(node) for node in module.graph.find_nodes(op="call_function", target=ir.PREFETCH)]
+    assign_slots(module.graph, shortest_ring(sizes, residency.ring_bytes))
     assign_slots(module.graph, pinned_ring_bytes(module.graph), ir.STAGE, freed_by=prefetch_of)
-    reorder(module.graph)
+    reorder(module.graph, context)
 
 
 def assign_slots(
@@ -83,6 +90,26 @@ def assign_slots(
         head = hi
 
 
+def shortest_ring(sizes: list[int], ring_bytes: int) -> int:
+    """The least bytes of a ring in which slots of these sizes take as many laps as in one of ``ring_bytes``.
+
+    The last slot of a step then ends near its end, where the first slot of the next step begins. All of the ring if
+    that leaves too much of it unused.
+    """
+    laps = _laps(sizes, ring_bytes)
+    candidates = range(max(sizes, default=0), ring_bytes, SLOT_ALIGNMENT)
+    found = bisect_left(candidates, True, key=lambda length: _laps(sizes, length) <= laps)
+    used = candidates[found] if found < len(candidates) else ring_bytes
+    return used if used >= LEAST_USED * ring_bytes or laps == 1 else ring_bytes
+
+
+def _laps(sizes: list[int], ring_bytes: int) -> int:
+    laps, head = 1, 0
+    for nbytes in sizes:
+        laps, head = (laps, head + nbytes) if head + nbytes <= ring_bytes else (laps + 1, nbytes)
+    return laps
+
+
 def slot_bytes(prefetch: fx.Node) -> int:
     """Bytes of the slot that a prefetch or a stage fills, rounded up to the ring's alignment."""
     (rows,) = tensors_in(info(prefetch).value)
@@ -105,16 +132,17 @@ def pinned_ring_bytes(graph: fx.Graph) -> int:
     return _PINNED_WINDOW * max(map(slot_bytes, stages), default=0)
 
 
-def reorder(graph: fx.Graph) -> None:
+def reorder(graph: fx.Graph, context: Context) -> None:
     """Sort the nodes topologically, by rank and then by program order among those that are ready."""
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     tasks = task_graph(nodes)
     place = {node: position for position, node in enumerate(nodes)}
     output = next(iter(reversed(graph.nodes)))
     _slots_in_program_order(graph, tasks)
+    completing = complete_early(graph, tasks, context)
     late = _late_nodes(nodes, tasks)
     pending: deque[fx.Node] = deque()
-    for node in nx.lexicographical_topological_sort(tasks, key=lambda node: (_rank(node), place[node])):
+    for node in nx.lexicographical_topological_sort(tasks, key=lambda node: (_rank(node, completing), place[node])):
         for wait in _waits_of(node, late):
             output.prepend(wait)
         output.prepend(node)
@@ -141,9 +169,7 @@ def _late_nodes(nodes: list[fx.Node], tasks: nx.DiGraph) -> set[fx.Node]:
     """
     late: set[fx.Node] = set()
     for node in reversed(nodes):
-        waits = node.target in (ir.WAIT, ir.WAIT_HOST) or (
-            node.target is operator.getitem and _source(node).target == ir.WAIT_HOST
-        )
+        waits = node.target in _WAITS or (node.target is operator.getitem and _source(node).target in _WAITS)
         others = set(tasks.successors(node)) - set(node.users) - _readers_of_late(node, late)
         if waits and all(other.target == ir.RELEASE for other in others):  # a release follows the readers anyway
             tasks.add_edges_from(
@@ -229,7 +255,9 @@ def _reads(node: fx.Node) -> set[tuple[str | None, int]]:
     return {(side[operand], key) for operand in side for key in info(operand).storages}
 
 
-def _rank(node: fx.Node) -> int:
+def _rank(node: fx.Node, completing: frozenset[fx.Node]) -> int:
+    if node in completing:
+        return _COMPLETING_RANK
     if node.target in _RANK:
         return _RANK[node.target]
     return _ACCELERATOR_RANK if info(node).side == "accelerator" else _HOST_RANK

@@ -16,6 +16,18 @@ After (transfers of activations come in the next pass; a weight that is not pinn
     r = partial_linear(x, resident(w, 128, 192), b, 128, 192, 0)
     h = host_linear(x, w, b, 0, 64, 0)
     y = join([h, s, r], 0)
+
+The Linears of a block that is cut (``find_blocks``) have their parts along the block's intermediate: the first ones
+are put together on the accelerator only, with zeros for the host's columns, and what lies between is done on the
+host's columns there (``cut_blocks``). Columns ``[0, 64)`` of ``a = silu(linear(x, w1, b1, 0)); y = linear(a, w2, b2,
+0)`` on the host:
+
+    s1 = partial_linear(x, wait(prefetch(w1, [64, 256], 0, ...)), b1, 64, 256, 0)
+    h1 = host_linear(x, w1, b1, 0, 64, 0)
+    a = segment_2(pad(x, [s1], [64], 256))
+    s2 = partial_linear(a[0], wait(prefetch(w2, [0, 128, 64, 256], 2, ...)), None, 64, 256, 0, 1)
+    h2 = host_linear(silu(h1), w2, b2, 0, 64, 0, 1)
+    y = join([h2, join([s2], 0)], 1)
 """
 
 from __future__ import annotations
@@ -28,8 +40,9 @@ import sympy
 from torch import Tensor, fx
 
 from hetegen_compile import ir
-from hetegen_compile.ir import NodeInfo, annotate, info
-from hetegen_compile.passes.context import Context, LinearPlan, require
+from hetegen_compile.ir import NodeInfo, annotate, erase_dead_nodes, info
+from hetegen_compile.passes.context import Block, Context, LinearPlan, require
+from hetegen_compile.passes.cut_blocks import cut_block
 
 UNASSIGNED = -1
 """Offset of a prefetch whose slot the scheduler has not assigned yet."""
@@ -38,49 +51,79 @@ UNASSIGNED = -1
 def split_linears(module: fx.GraphModule, context: Context) -> None:
     """Rewrite every ``hetegen.linear`` as its plan says."""
     splits = require(context.splits, "choose_splits")
+    blocks = {block.consumer: block for block in context.blocks}
     shapes: dict[object, Tensor] = {}
+    parts: dict[int, list[fx.Node]] = {}
     for node in list(module.graph.nodes):
         if node.target == ir.LINEAR:
+            plan = splits[info(node).position]
             with module.graph.inserting_before(node):
-                _Splitter(module.graph, node, splits[info(node).position], shapes, context.staged).split()
+                splitter = _Splitter(module, node, plan, shapes, context.staged, parts)
+                splitter.split(blocks.get(info(node).position) if plan.block is not None else None)
+    if any(plan.block is not None and plan.host == plan.rows for plan in splits.values()):
+        erase_dead_nodes(module.graph)  # nothing is left of such a block on the accelerator
 
 
 @dataclass
 class _Splitter:
-    graph: fx.Graph
+    """One Linear. ``parts`` are the host's parts of the blocks' first Linears, by position."""
+
+    module: fx.GraphModule
     node: fx.Node
     plan: LinearPlan
     shapes: dict[object, Tensor]
     staged: Mapping[str, str]
+    parts: dict[int, list[fx.Node]]
 
-    def split(self) -> None:
+    def split(self, block: Block | None) -> None:
+        """``block`` is the one that the Linear is the last of, if that is cut."""
+        self.graph = self.module.graph
         self.x, self.weight, self.bias, self.dim = self.node.args
-        parts = []
-        accelerator = [self._streamed(lo, hi) for lo, hi in self.plan.streamed]
+        self.sums = self.dim != self.plan.axis
+        accelerator = [self._rectangles(*self.plan.streamed[0])] if self.plan.lines else [
+            self._streamed(lo, hi) for lo, hi in self.plan.streamed
+        ]
         if self.plan.resident is not None:
             accelerator.append(self._resident(*self.plan.resident))
-        if self.plan.host:
-            parts.append(self._host(0, self.plan.host, with_bias=bool(self.dim == 0 or not accelerator)))
-        whole = info(self.node)
-        join = self._call(ir.JOIN, ([*parts, *accelerator], self.dim), whole, side="accelerator")
-        self.node.replace_all_uses_with(join)
+        with_bias = not self.sums or not accelerator or bool(self.plan.lines)
+        host_x = self.x if block is None else self._through(block)
+        host = [self._host(host_x, lo, hi, with_bias=with_bias) for lo, hi in self.plan.host_ranges]
+        if self.plan.block is None or block is not None:
+            whole = self._call(ir.JOIN, ([*host, *accelerator], int(self.sums)), info(self.node), side="accelerator")
+        else:
+            self.parts[info(self.node).position] = host
+            whole = self._padded(accelerator)
+        self.node.replace_all_uses_with(whole)
         self.graph.erase_node(self.node)
 
+    def _through(self, block: Block) -> fx.Node:
+        """The host's columns of what a block's last Linear reads."""
+        return cut_block(self.module, block, self.node, self.parts, self.plan.host)
+
+    def _padded(self, accelerator: list[fx.Node]) -> fx.Node:
+        """The whole result on the accelerator, zero where a block's host part is."""
+        notes = info(self.node)
+        starts = [lo for lo, _ in self.plan.streamed]
+        arguments = (self.x, accelerator, starts, int(notes.value.shape[-1]))
+        return self._call(ir.PAD, arguments, notes, side="accelerator")
+
     def _call(self, target: object, args: tuple[object, ...], base: NodeInfo, **changes: object) -> fx.Node:
-        node = self.graph.call_function(target, args)  # type: ignore[arg-type]
+        node = ir.call(self.graph, target, args)
         changes = {"flops": sympy.Integer(0), "position": info(self.node).position, **changes}
         return annotate(node, base, module=info(self.node).module, reads=frozenset(), writes=frozenset(), **changes)
 
-    def _rows(self, lo: int, hi: int) -> NodeInfo:
-        """What is known of rows ``lo:hi`` of the weight on the accelerator."""
+    def _cut(self, lo: int, hi: int, lines: tuple[int, int] | None = None) -> NodeInfo:
+        """What is known of ``lo:hi`` of the weight (and of ``lines`` only along the other axis) on the accelerator."""
         weight: Tensor = info(self.weight).value  # type: ignore[arg-type]
-        return NodeInfo(value=self._fake(weight, 0, lo, hi), side="accelerator")
+        if lines is not None:
+            weight = self._fake(weight, 1 - self.plan.axis, *lines)
+        return NodeInfo(value=self._fake(weight, self.plan.axis, lo, hi), side="accelerator")
 
     def _part(self, lo: int, hi: int) -> NodeInfo:
         """What is known of one part's result: some of the columns, or a partial sum."""
         whole = info(self.node)
         last = whole.value.dim() - 1
-        columns = (lo, hi) if self.dim == 0 else (0, int(whole.value.shape[-1]))
+        columns = (0, int(whole.value.shape[-1])) if self.sums else (lo, hi)
         share = sympy.Rational(hi - lo, self.plan.rows)
         return NodeInfo(
             value=self._fake(whole.value, last, *columns), flops=whole.flops * share, side="accelerator"
@@ -95,38 +138,55 @@ class _Splitter:
         return self.shapes[key]
 
     def _streamed(self, lo: int, hi: int) -> fx.Node:
-        rows = self._rows(lo, hi)
-        transfer = self._call(ir.PREFETCH, (*self._source(lo, hi), 0, UNASSIGNED, []), rows)
-        arrived = self._call(ir.WAIT, (transfer,), rows)
-        part = self._accelerator(arrived, lo, hi, first=lo == self.plan.host)
-        self._call(ir.RELEASE, (transfer,), rows)
+        notes = self._cut(lo, hi)
+        transfer = self._call(ir.PREFETCH, (*self._source([lo, hi], notes), UNASSIGNED, []), notes)
+        arrived = self._call(ir.WAIT, (transfer,), notes)
+        part = self._accelerator(arrived, lo, hi, first=(lo, hi) == self.plan.streamed[0])
+        self._call(ir.RELEASE, (transfer,), notes)
         return part
 
-    def _source(self, lo: int, hi: int) -> tuple[object, list[int]]:
-        """What a prefetch of rows ``lo:hi`` reads, and which of its rows."""
+    def _source(self, ranges: list[int], notes: NodeInfo) -> tuple[object, list[int], int]:
+        """What a prefetch of ``ranges`` of the weight reads: source, ranges, dim. ``notes`` are on what it brings."""
         weight: Any = self.weight
+        dim = ir.RECTANGLE if len(ranges) > 2 else self.plan.axis
         if weight.name not in self.staged:
-            return weight, [lo, hi]
-        notes = self._rows(lo, hi)
-        return self._call(ir.STAGE, (weight, [lo, hi], 0, UNASSIGNED, []), notes, side=None), [0, hi - lo]
+            return weight, ranges, dim
+        staged = self._call(ir.STAGE, (weight, ranges, dim, UNASSIGNED, []), notes, side=None)
+        return staged, [0, int(notes.value.shape[0])], 0
+
+    def _rectangles(self, lo: int, hi: int) -> fx.Node:
+        """The partial sum of columns ``lo:hi`` of a weight [out, in], in pieces of its rows, side by side."""
+        parts = [self._rectangle(lines, (lo, hi)) for lines in self.plan.lines]
+        return self._call(ir.JOIN, (parts, 0), info(self.node), side="accelerator")
+
+    def _rectangle(self, lines: tuple[int, int], columns: tuple[int, int]) -> fx.Node:
+        notes, whole = self._cut(*columns, lines), info(self.node)
+        transfer = self._call(ir.PREFETCH, (*self._source([*lines, *columns], notes), UNASSIGNED, []), notes)
+        arrived = self._call(ir.WAIT, (transfer,), notes)
+        flops = whole.flops * sympy.Rational(notes.value.numel(), info(self.weight).value.numel())  # type: ignore[arg-type]
+        part = NodeInfo(value=self._fake(whole.value, whole.value.dim() - 1, *lines), side="accelerator")
+        found = self._call(ir.PARTIAL_LINEAR, (self.x, arrived, None, *self._range(*columns)), part, flops=flops)
+        self._call(ir.RELEASE, (transfer,), notes)
+        return found
 
     def _resident(self, lo: int, hi: int) -> fx.Node:
-        weight = self._call(ir.RESIDENT, (self.weight, lo, hi), self._rows(lo, hi))
+        weight = self._call(ir.RESIDENT, (self.weight, lo, hi), self._cut(lo, hi))
         return self._accelerator(weight, lo, hi, first=not self.plan.streamed)
 
     def _accelerator(self, weight: fx.Node, lo: int, hi: int, *, first: bool) -> fx.Node:
-        bias = self.bias if self.dim == 0 or first else None
+        bias = None if self.sums and not first else self.bias
         part = self._part(lo, hi)
-        return self._call(
-            ir.PARTIAL_LINEAR, (self.x, weight, bias, lo, hi, self.dim), part, flops=part.flops
-        )
+        return self._call(ir.PARTIAL_LINEAR, (self.x, weight, bias, *self._range(lo, hi)), part, flops=part.flops)
 
-    def _host(self, lo: int, hi: int, *, with_bias: bool) -> fx.Node:
+    def _host(self, x: object, lo: int, hi: int, *, with_bias: bool) -> fx.Node:
         bias = self.bias if with_bias else None
         part = self._part(lo, hi)
-        return self._call(
-            ir.HOST_LINEAR, (self.x, self.weight, bias, lo, hi, self.dim), part, flops=part.flops, side="host"
-        )
+        arguments = (x, self.weight, bias, *self._range(lo, hi))
+        return self._call(ir.HOST_LINEAR, arguments, part, flops=part.flops, side="host")
+
+    def _range(self, lo: int, hi: int) -> tuple[object, ...]:
+        """The operands that say which part it is; a cut by rows is the default and not written."""
+        return (lo, hi, self.dim, self.plan.axis) if self.plan.axis else (lo, hi, self.dim)
 
 
 __all__ = ["UNASSIGNED", "split_linears"]

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from hetegen_compile.geometry import mirrored_bytes
 from hetegen_compile.ir import LINEAR, info, is_tensor
 from hetegen_compile.passes.annotate_costs import value_size
-from hetegen_compile.passes.capture import tensor_bytes, tensors_in, to_expr
+from hetegen_compile.passes.capture import storage_id, tensor_bytes, tensors_in, to_expr
 from hetegen_compile.passes.choose_splits import table_only
 from hetegen_compile.passes.context import ACTIVATIONS, GROWTH, MIRRORED, Context
 from hetegen_compile.passes.liveness import activation_peak_bytes
@@ -43,15 +43,18 @@ def mirrored_size(
         if node.op in ("placeholder", "get_attr") and is_tensor(node) and node not in skipped
         and not table_only(node, context)
     ]
-    return sympy.Add(*(_mirror_size(node, mirrored, context) for node in mirrored))
+    sharing: dict[int, list[fx.Node]] = {}
+    for node in mirrored:
+        sharing.setdefault(storage_id(info(node).value), []).append(node)
+    return sympy.Add(*(_mirror_size(nodes, context) for nodes in sharing.values()))
 
 
-def _mirror_size(node: fx.Node, mirrored: list[fx.Node], context: Context) -> sympy.Expr:
-    """Bytes of an input's mirror; inputs that lie in one storage share a mirror of all of it."""
+def _mirror_size(sharing: list[fx.Node], context: Context) -> sympy.Expr:
+    """Bytes of the mirror of an input; inputs that lie in one storage share a mirror of all of it."""
+    node = sharing[0]
     value: Tensor = info(node).value
-    sharing = [other for other in mirrored if info(other).storages & info(node).storages]
     if len(sharing) > 1:
-        return to_expr(value.untyped_storage().nbytes()) if sharing[0] is node else sympy.Integer(0)
+        return to_expr(value.untyped_storage().nbytes())
     storage_size = to_expr(value.untyped_storage().nbytes())
     shape, stride = ([int(context.number(to_expr(n))) for n in ns] for ns in (value.shape, value.stride()))
     nbytes = mirrored_bytes(shape, stride, value.element_size(), int(context.number(storage_size)))

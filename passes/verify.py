@@ -15,6 +15,7 @@ Proved for every graph:
 - at return outputs and written inputs are complete, mirrors that count as current are, and inputs and outputs share
   memory exactly as in the captured graph;
 - nothing waits for an event that was never recorded;
+- every element of a Linear's weight is used exactly once (``check_parts``);
 - what lies on the accelerator at any point fits the budget.
 """
 
@@ -26,6 +27,7 @@ from torch import fx
 
 from hetegen_compile.errors import MissingWaitError, ScheduleError, UnforeseenMemoryError
 from hetegen_compile.options import format_bytes
+from hetegen_compile.passes.check_parts import check_parts
 from hetegen_compile.passes.context import ACTIVATIONS, MIRRORED, RESIDENT, RING, Context, Effects, require
 from hetegen_compile.passes.happens_before import OPERATIONS, name_of, nodes_in, short
 from hetegen_compile.passes.live_bytes import live_bytes
@@ -49,6 +51,7 @@ def verify(module: fx.GraphModule, context: Context) -> None:
     staging = 0 if residency is None else residency.ring_bytes
     rings = {"staging": staging, "pinned": pinned_ring_bytes(module.graph)}
     segments = _segments(module)
+    check_parts(module.graph)
     _check_starts(module.graph)
     replay = Replay(effects, segments, rings)
     replay.run(module.graph)

@@ -14,7 +14,7 @@ not pinned into a ring of pinned host memory. Ordering between them is what the 
     prefetch_ahead  a prefetch that the next step takes over in ``begin_step``
     to_host         down waits for what compute has issued so far, then copies
     wait_host       the host thread blocks until that download is done
-    to_accelerator  the host's tensor becomes readable by compute after ``wait``
+    to_accelerator  host tensors become readable by compute after ``wait``, all of them in one transfer
     launch          compute runs a function over device values
 
 A *value* is whatever the accelerator passes around for a device tensor: a ``torch.Tensor`` on CUDA, a
@@ -58,13 +58,16 @@ class Counters:
     """Bytes that moved and bytes that are held, by category (``weights``, ``mirrors``, ``activations``, ...).
 
     ``peak_bytes`` is the most that was held at once, workspace included, ``step_peak_bytes`` that of the last step.
-    ``staged_bytes`` went through the pinned ring on their way up.
+    ``staged_bytes`` went through the pinned ring on their way up. ``trips_down`` and ``trips_up`` count the schedule's
+    transfers of activations (``to_host``, ``to_accelerator``), however many values each of them moved.
     """
 
     uploaded_bytes: dict[str, int] = field(default_factory=dict)
     staged_bytes: dict[str, int] = field(default_factory=dict)
     downloaded_bytes: dict[str, int] = field(default_factory=dict)
     held_bytes: dict[str, int] = field(default_factory=dict)
+    trips_down: int = 0
+    trips_up: int = 0
     peak_bytes: int = 0
     step_peak_bytes: int = 0
 
@@ -183,7 +186,7 @@ class Accelerator(ABC):
 
     @abstractmethod
     def stage(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Transfer]) -> Transfer:
-        """Start copying ``source`` (contiguous rows of a host weight) into a slot of the pinned ring.
+        """Start copying ``source`` (rows of a host weight, or columns of one) into a slot of the pinned ring.
 
         ``after`` are the prefetches that read what the slot's bytes held before.
         """
@@ -192,7 +195,8 @@ class Accelerator(ABC):
     def prefetch(self, op: Op, source: torch.Tensor | Transfer, slot: Slot, after: Sequence[Token]) -> Transfer:
         """Start copying ``source`` into ``slot`` on the up stream.
 
-        ``source`` is contiguous rows of a host weight, or the ``stage`` that copies them into the pinned ring;
+        ``source`` is rows of a host weight, columns of one (a 2-D copy), or the ``stage`` that copies them into the
+        pinned ring;
         each stage is read by one prefetch.
         """
 
@@ -213,7 +217,8 @@ class Accelerator(ABC):
 
     @abstractmethod
     def wait(self, op: Op, transfer: Transfer) -> Value:
-        """Order later compute work after ``transfer`` (a prefetch or a ``to_accelerator``)."""
+        """Order later compute work after ``transfer``; the value of a prefetch, the list of those of a
+        ``to_accelerator``."""
 
     @abstractmethod
     def release(self, op: Op, transfer: Transfer) -> Token:
@@ -231,8 +236,11 @@ class Accelerator(ABC):
         """Block the host until the download is complete and return its (new) host tensor, or list of them."""
 
     @abstractmethod
-    def to_accelerator(self, op: Op, tensor: torch.Tensor) -> Transfer:
-        """Start making a host tensor readable by compute; it must not be written before the step's end."""
+    def to_accelerator(self, op: Op, tensors: Sequence[torch.Tensor]) -> Transfer:
+        """Start making host tensors readable by compute, as one transfer whose ``wait`` returns a list.
+
+        They must not be written before the step's end.
+        """
 
     @abstractmethod
     def launch(

@@ -20,15 +20,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 
 from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value, call_on_host
+from hetegen_compile.accelerators.cuda_copies import upload_lines
 from hetegen_compile.accelerators.cuda_pinning import SUCCESS, CudaHostMemory, cuda_view, pinned_by_others
 from hetegen_compile.accelerators.cuda_staging import Job, PinThread, copy_rows
 from hetegen_compile.accelerators.cuda_trace import CudaTracer
-from hetegen_compile.accelerators.geometry import copy_span, empty_twin, same_geometry, span, span_bytes
+from hetegen_compile.accelerators.geometry import copy_span, empty_twin, has_lines, same_geometry, span_bytes
 from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
 from hetegen_compile.accelerators.ring import make_slot, slot_view
 from hetegen_compile.accelerators.values import Slot
@@ -41,10 +43,16 @@ from hetegen_compile.errors import (
 )
 
 DIRECT_BYTES = 256 * 1024
-"""Below this size ``to_accelerator`` makes a CUDA view of a pinned buffer instead of queueing a copy."""
+"""Below this size ``to_accelerator`` makes CUDA views of one pinned buffer instead of queueing copies."""
 
-ALLOCATOR_BLOCK_BYTES = 20 << 20
-"""Torch's allocator reserves in blocks of this size for tensors of 1 to 10 MiB: the last one is rarely full."""
+_HOST = torch.device("cpu")
+
+PACKED_ALIGNMENT = 256
+"""Where each tensor begins in that buffer: as the device's allocator aligns, which compiled kernels count on."""
+
+ALLOCATOR_BLOCK_BYTES = (20 << 20) + (2 << 20)
+"""Torch's allocator reserves in blocks: of 2 MiB for tensors below 1 MiB, of 20 MiB for those up to 10 MiB. For each
+stream that tensors are made on (compute, up) the last of them are rarely full."""
 
 
 @dataclass(eq=False)
@@ -107,6 +115,7 @@ class CudaAccelerator(Accelerator):
     def __init__(self, memory_bytes: int | None = None) -> None:
         _require_device()
         self.device = _current_device()
+        torch.cuda.empty_cache()  # what torch keeps without using it is neither free nor somebody else's
         free_bytes, _ = torch.cuda.mem_get_info(self.device)
         self.memory_bytes = free_bytes if memory_bytes is None else min(memory_bytes, free_bytes)
         self.counters = Counters()
@@ -172,7 +181,7 @@ class CudaAccelerator(Accelerator):
     def overhead_bytes(self) -> Mapping[str, int]:
         return {
             "cuBLAS workspace": cublas_workspace_bytes(torch.cuda.get_device_capability(self.device)),
-            "rounding of torch's allocator": ALLOCATOR_BLOCK_BYTES,
+            "rounding of torch's allocator": 2 * ALLOCATOR_BLOCK_BYTES,
         }
 
     @property
@@ -261,8 +270,16 @@ class CudaAccelerator(Accelerator):
         staged, self._staged = self._staged, []
         for transfer in staged:
             transfer.issued()  # raises what failed on the pin thread
-        reserved = torch.cuda.max_memory_reserved(self.device) - self._reserved_before
-        self.counters.peak_bytes = self.counters.step_peak_bytes = max(0, reserved)
+        self._note_reserved()
+
+    def _note_reserved(self) -> None:
+        """The step's peak: what torch's allocator has reserved since; it gives nothing back while a step runs.
+
+        Its own peak is not used: calibration, or whatever ran before, may have reached it.
+        """
+        reserved = torch.cuda.memory_stats_as_nested_dict(self.device)["reserved_bytes"]["all"]["current"]
+        self.counters.step_peak_bytes = max(0, reserved - self._reserved_before)
+        self.counters.peak_bytes = max(self.counters.peak_bytes, self.counters.step_peak_bytes)
 
     def abandon_step(self) -> None:
         if self._in_step:
@@ -371,8 +388,11 @@ class CudaAccelerator(Accelerator):
         for token in after:
             self._up.wait_event(token.event)
         with self._work(op), self._on(self._up, "up", op):
-            transfer.value.copy_(transfer.source, non_blocking=True)
-        self._ledger.uploaded(op.category, span_bytes(transfer.source))
+            if transfer.source.is_contiguous():
+                transfer.value.copy_(transfer.source, non_blocking=True)
+            else:
+                upload_lines(transfer.value, transfer.source, self._up.cuda_stream)
+        self._ledger.uploaded(op.category, span_bytes(transfer.value))
         transfer.event = self._up.record_event()
 
     def wait(self, op: Op, transfer: CudaTransfer) -> Value:
@@ -403,12 +423,14 @@ class CudaAccelerator(Accelerator):
         with self._work(op), self._on(self._down, "down", op):
             results = [self._start_down(op, one) for one in values]
         result = results if isinstance(value, list | tuple) else results[0]
+        self.counters.trips_down += 1
         return CudaTransfer(op.name, "to_host", result, values, self._down.record_event())
 
     def _start_down(self, op: Op, value: torch.Tensor) -> torch.Tensor:
+        """The transfer keeps ``value`` until its wait, so nothing is recorded for the allocator, which would keep the
+        block from the next step's tensors. After an aborted step the copy may read what was reused: nobody reads it."""
         result = empty_twin(value, torch.device("cpu"), pinned=True)
         copy_span(result, value, non_blocking=True)
-        value.record_stream(self._down)  # an aborted step may drop the transfer before the copy is over
         self._ledger.downloaded(op.category, span_bytes(value))
         return result
 
@@ -421,24 +443,37 @@ class CudaAccelerator(Accelerator):
         transfer.source = None
         return transfer.value
 
-    def to_accelerator(self, op: Op, tensor: torch.Tensor) -> CudaTransfer:
+    def to_accelerator(self, op: Op, tensors: Sequence[torch.Tensor]) -> CudaTransfer:
         self._check_open()
-        nbytes = span_bytes(tensor)
+        nbytes = sum(map(span_bytes, tensors))
+        self._ledger.uploaded(op.category, nbytes)
+        self.counters.trips_up += 1
         with self._work(op), _copying():
-            buffer = self._pinned(tensor)
-            self._kept.append(buffer)
-            self._ledger.uploaded(op.category, nbytes)
             if 0 < nbytes < DIRECT_BYTES:
-                flat = cuda_view(span(buffer), self.device)
-                value = flat.as_strided(tensor.shape, tensor.stride())
-                return CudaTransfer(op.name, "to_accelerator", value, buffer)
+                return CudaTransfer(op.name, "to_accelerator", self._packed_views(tensors), None)
+            buffers = [self._pinned(tensor) for tensor in tensors]
+            self._kept += buffers
             with self._on(self._up, "up", op):
-                value = empty_twin(buffer, self.device)  # of the up stream's pool: nothing older uses it
-                copy_span(value, buffer, non_blocking=True)
-            self._ledger.hold(value, op.category)
-            value.record_stream(self._compute)
+                values = [self._start_up(op, buffer) for buffer in buffers]
         self._uploaded = self._up.record_event()
-        return CudaTransfer(op.name, "to_accelerator", value, buffer, self._uploaded)
+        return CudaTransfer(op.name, "to_accelerator", values, buffers, self._uploaded)
+
+    def _packed_views(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """CUDA views of copies that lie behind each other in one pinned buffer, which they keep alive."""
+        offsets = packed_offsets(tensors)
+        packed = empty_twin(torch.empty(offsets[-1], dtype=torch.uint8, device="meta"), _HOST, pinned=True)
+        self._kept.append(packed)
+        for lo, tensor in zip(offsets, tensors, strict=False):
+            copy_span(_lying_at(packed, lo, tensor), tensor)
+        on_device = cuda_view(packed, self.device)
+        return [_lying_at(on_device, lo, tensor) for lo, tensor in zip(offsets, tensors, strict=False)]
+
+    def _start_up(self, op: Op, buffer: torch.Tensor) -> torch.Tensor:
+        value = empty_twin(buffer, self.device)  # of the up stream's pool: nothing older uses it
+        copy_span(value, buffer, non_blocking=True)
+        self._ledger.hold(value, op.category)
+        value.record_stream(self._compute)
+        return value
 
     def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, or a copy in a pinned buffer of torch's caching host allocator."""
@@ -524,9 +559,21 @@ def _copying() -> Iterator[None]:
         yield
 
 
+def packed_offsets(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Where each of some tensors begins in one buffer, and at last the length of the buffer; in bytes."""
+    aligned = [-(-span_bytes(tensor) // PACKED_ALIGNMENT) * PACKED_ALIGNMENT for tensor in tensors]
+    return list(accumulate(aligned, initial=0))
+
+
+def _lying_at(packed: torch.Tensor, offset: int, like: torch.Tensor) -> torch.Tensor:
+    """The bytes of a buffer from ``offset`` on as a tensor of the geometry of ``like``."""
+    flat = packed[offset : offset + span_bytes(like)].view(like.dtype)
+    return flat.as_strided(like.shape, like.stride())
+
+
 def _check_rows(op: Op, source: torch.Tensor, view: torch.Tensor) -> None:
-    if not source.is_contiguous() or not same_geometry(source, view):
-        raise ScheduleError(f"{op.name} copies into a slot of another dtype or shape, or not contiguously")
+    if not has_lines(source) or source.dtype != view.dtype or source.shape != view.shape:
+        raise ScheduleError(f"{op.name} copies into a slot of another dtype or shape, or rows that are not contiguous")
 
 
 def _started(op: Op, transfer: object, kinds: tuple[str, ...]) -> CudaTransfer:

@@ -22,7 +22,7 @@ import torch
 from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value, call_on_host
 from hetegen_compile.accelerators.clocks import COMPUTE, DOWN, HOST, PIN, UP, Access
 from hetegen_compile.accelerators.engine import Engine
-from hetegen_compile.accelerators.geometry import same_geometry, span_bytes
+from hetegen_compile.accelerators.geometry import has_lines, same_geometry, span_bytes
 from hetegen_compile.accelerators.hazards import Hazards
 from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
 from hetegen_compile.accelerators.modes import Modes
@@ -36,7 +36,7 @@ OUT_OF_MEMORY = 2
 """What CUDA returns where no more host memory can be pinned."""
 
 DIRECT_BYTES = 256 * 1024
-"""Below this size ``to_accelerator`` hands out a view of the host's buffer instead of copying."""
+"""Below this size ``to_accelerator`` hands out views of the host's tensors instead of copying."""
 
 
 class EmulatedAccelerator(Accelerator):
@@ -281,16 +281,17 @@ class EmulatedAccelerator(Accelerator):
         copy()
         self._pinned.poison([occupancy])
 
-    def wait(self, op: Op, transfer: Transfer) -> DeviceTensor:
+    def wait(self, op: Op, transfer: Transfer) -> Any:
         self._engine.check_usable()
-        transfer, value = self._hazards.waited(transfer, op.name)
+        transfer, values = self._hazards.waited(transfer, op.name)
         self._hazards.clocks.merge(COMPUTE, transfer.clock)
         access = self._hazards.clocks.issue(COMPUTE, op.name)
-        self._hazards.use(value, access)
+        for value in values:
+            self._hazards.use(value, access)
         if transfer.done is not None:
             name, work = (Op(transfer.node), transfer.check) if transfer.carried else (op, None)
             self._engine.submit(COMPUTE, Task(name, work, waits=(transfer.done,)))
-        return value
+        return list(values) if transfer.value is None else transfer.value
 
     def release(self, op: Op, transfer: Transfer) -> Token:
         self._engine.check_usable()
@@ -304,6 +305,7 @@ class EmulatedAccelerator(Accelerator):
         single = not isinstance(value, list | tuple)
         values: list[Value] = [value] if single else list(value)
         access = self._hazards.download(op.name, values)
+        self.counters.trips_down += 1
         clock, done = self._hazards.clocks.now(DOWN), threading.Event()
         transfer = Transfer(op.name, "to_host", access, clock, done=done, single=single)
         work = partial(self._work.copy_down, op, values, transfer)
@@ -324,26 +326,28 @@ class EmulatedAccelerator(Accelerator):
             raise ScheduleError(f"{op.name} waits for {transfer.node}, whose step was aborted")
         return transfer.host_tensors[0] if transfer.single else transfer.host_tensors
 
-    def to_accelerator(self, op: Op, tensor: torch.Tensor) -> Transfer:
+    def to_accelerator(self, op: Op, tensors: Sequence[torch.Tensor]) -> Transfer:
         self._engine.check_usable()
-        self._hazards.refuse_on_host(op.name, tensor)
-        self._hazards.lend(op.name, tensor)
-        if span_bytes(tensor) < DIRECT_BYTES:
-            return self._lend(op, tensor)
-        access = self._hazards.upload(op.name)
-        value = DeviceTensor(access, arrived=False)
-        done = threading.Event()
-        self._engine.submit(UP, Task(op, partial(self._work.copy_up, op, value, tensor), done=done))
-        return Transfer(op.name, "to_accelerator", access, self._hazards.clocks.now(UP), value, done)
+        self._hazards.refuse_on_host(op.name, tensors)
+        for tensor in tensors:
+            self._hazards.lend(op.name, tensor)
+        self.counters.trips_up += 1
+        if sum(map(span_bytes, tensors)) < DIRECT_BYTES:
+            return self._lend(op, tensors)
+        access, done = self._hazards.upload(op.name), threading.Event()
+        values = [DeviceTensor(access, arrived=False) for _ in tensors]
+        self._engine.submit(UP, Task(op, partial(self._work.copy_all_up, op, values, tensors), done=done))
+        return Transfer(op.name, "to_accelerator", access, self._hazards.clocks.now(UP), values=values, done=done)
 
-    def _lend(self, op: Op, tensor: torch.Tensor) -> Transfer:
-        """Small tensors are read where they lie; the value keeps the host's tensor alive."""
+    def _lend(self, op: Op, tensors: Sequence[torch.Tensor]) -> Transfer:
+        """Small tensors are read where they lie; the values keep the host's tensors alive."""
         access = self._hazards.clocks.issue(HOST, op.name)
-        value = DeviceTensor(access, borrowed=True, arrived=False)
-        value.data = tensor.detach()
-        self._ledger.hold(tensor, op.category, nbytes=0)
-        self._ledger.uploaded(op.category, span_bytes(tensor))
-        return Transfer(op.name, "to_accelerator", access, self._hazards.clocks.now(HOST), value)
+        values = [DeviceTensor(access, borrowed=True, arrived=False) for _ in tensors]
+        for value, tensor in zip(values, tensors, strict=True):
+            value.data = tensor.detach()
+            self._ledger.hold(tensor, op.category, nbytes=0)
+            self._ledger.uploaded(op.category, span_bytes(tensor))
+        return Transfer(op.name, "to_accelerator", access, self._hazards.clocks.now(HOST), values=values)
 
     def launch(
         self,
@@ -403,8 +407,8 @@ def _done(started: Sequence[Token | Transfer]) -> tuple[threading.Event, ...]:
 
 
 def _check_rows(op: Op, source: torch.Tensor, slot: Slot) -> None:
-    if not source.is_contiguous() or source.dtype != slot.dtype or source.shape != slot.shape:
+    if not has_lines(source) or source.dtype != slot.dtype or source.shape != slot.shape:
         raise ScheduleError(
             f"{op.name} copies {source.dtype} {tuple(source.shape)} with strides {source.stride()} "
-            f"into a slot of {slot.dtype} {slot.shape}; the copy must be contiguous and of one type"
+            f"into a slot of {slot.dtype} {slot.shape}; rows must be contiguous and of one type"
         )

@@ -26,6 +26,13 @@ def span(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((span_length(tensor),), (1,))
 
 
+def has_lines(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is what a 2-D copy reads: contiguous, or a matrix whose rows are and do not overlap."""
+    if tensor.is_contiguous():
+        return True
+    return tensor.dim() == 2 and tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1]
+
+
 def same_geometry(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether dtype, size and stride agree."""
     return one.dtype == other.dtype and one.shape == other.shape and one.stride() == other.stride()

@@ -177,12 +177,13 @@ class Hazards:
             raise ScheduleError(f"{user} waits for {transfer.node}, which is a {transfer.kind}")
         return transfer
 
-    def waited(self, transfer: object, user: str) -> tuple[Transfer, DeviceTensor]:
-        """``transfer`` and its value, or the error of waiting for something that does not go up."""
+    def waited(self, transfer: object, user: str) -> tuple[Transfer, Sequence[DeviceTensor]]:
+        """``transfer`` and what it brings, or the error of waiting for something that does not go up."""
         started = self.started(transfer, user, ("prefetch", "to_accelerator"))
-        assert started.value is not None, "what goes up has a device value"
-        started.value.arrived = True
-        return started, started.value
+        values = started.values if started.value is None else (started.value,)
+        for value in values:
+            value.arrived = True
+        return started, values
 
     def upload(self, node: str) -> Access:
         """Enter an upload on the up stream; whoever knows of it knows of all before it."""

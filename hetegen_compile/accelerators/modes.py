@@ -35,7 +35,11 @@ COPY_MODES = Modes(False, False, False, torch.bfloat16)
 
 
 class EnteredModes:
-    """The state that the owning thread is in; changes it only when the next operation needs another."""
+    """The state that the owning thread is in; changes it only when the next operation needs another.
+
+    The thread has to ``leave`` before it ends: torch's guards restore what they saved when they are destroyed, whatever
+    thread that happens on, and a traceback may keep them until the garbage collector runs on the caller's.
+    """
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -54,3 +58,8 @@ class EnteredModes:
             dtype = modes.autocast_dtype
             self._stack.enter_context(torch.autocast("cpu", dtype=dtype, cache_enabled=False))
         self._modes = modes
+
+    def leave(self) -> None:
+        """Put the calling thread into the state that it had at first."""
+        self._modes = None
+        self._stack.close()

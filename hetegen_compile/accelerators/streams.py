@@ -123,6 +123,7 @@ class Stream:
                 self._finish(task, modes)
                 task = None  # the next get() may block for long, and a task holds tensors
         finally:  # also when the thread dies: what is queued and what will be must not be waited for
+            modes.leave()
             self.ended = True
             if task is not None and task.done is not None:
                 task.done.set()

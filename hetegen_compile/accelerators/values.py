@@ -7,7 +7,7 @@ names the node that produces the value and the function that wanted it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
@@ -142,7 +142,8 @@ class Transfer(Deferred):
     """A started copy: ``wait`` gives its device value, ``wait_host`` its host tensor, a prefetch reads a stage.
 
     ``done`` is None where nothing has to be waited for; ``value`` is None for downloads, whose task keeps the
-    value alive until it is copied, and for stages, whose ``staged`` says where in the pinned ring they copy to.
+    value alive until it is copied, for stages, whose ``staged`` says where in the pinned ring they copy to, and for
+    uploads of activations, which have a list of ``values``.
     ``failure`` is what a prefetch for the next step raised.
     """
 
@@ -157,6 +158,7 @@ class Transfer(Deferred):
     staged: Staged | None = None
     carried: bool = False
     failure: BaseException | None = None
+    values: Sequence[DeviceTensor] = ()
 
     def fail(self, error: BaseException) -> None:
         """Keep what the copy raised for whoever waits for it."""

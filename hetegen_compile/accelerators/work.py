@@ -46,6 +46,11 @@ class DeviceWork:
         value.data = twin
         self._ledger.uploaded(op.category, span_bytes(source))
 
+    def copy_all_up(self, op: Op, values: Sequence[DeviceTensor], sources: Sequence[torch.Tensor]) -> None:
+        """What one transfer brings: a device tensor for each host tensor."""
+        for value, source in zip(values, sources, strict=True):
+            self.copy_up(op, value, source)
+
     def overwrite(self, op: Op, value: DeviceTensor, source: torch.Tensor, issued: Issued) -> None:
         """Fill an earlier device tensor of the same geometry."""
         self.aliases.write(value.tensor(), *issued)

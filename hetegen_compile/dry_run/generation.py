@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 from torch import nn
 
 from hetegen_compile.dry_run.forwards import TracedGeneration, trace_generation
 from hetegen_compile.dry_run.generation_plan import Generation, GenerationPlan
+from hetegen_compile.dry_run.heap import large_heap
 from hetegen_compile.dry_run.memory import accelerator_items, host_items, pinned_bytes
 from hetegen_compile.dry_run.models import NamedModel, named_model
 from hetegen_compile.dry_run.planning import (
@@ -69,13 +71,15 @@ def plan_generation(
     named = named_model(model, dtype)
     machine = replace(machine, weight_bytes=weight_bytes(named.module))
     tell(f"{named.name}: tracing the forward of {prompt} tokens and that of one")
-    traced = trace_generation(named, prompt, batch, steps=new_tokens > 1)
+    with large_heap():
+        traced = trace_generation(named, prompt, batch, steps=new_tokens > 1)
     tell(f"planning for {machine.profile.name}")
     context = machine.options.context or prompt + new_tokens
     contexts = contexts_of(prompt, new_tokens) if traced.decode is not None else []
-    prefill, decode = _plan_both(traced, machine, max([context - 1, *contexts]))
-    times = {n: total([one.at(sizes_at(one.graph, traced.hint, n)) for one in decode]) for n in contexts}
-    first = total([as_planned(one) for one in prefill])
+    with large_heap():
+        prefill, decode = _plan_both(traced, machine, max([context - 1, *contexts]))
+        times = {n: total([one.at(sizes_at(one.graph, traced.hint, n)) for one in decode]) for n in contexts}
+        first = total([as_planned(one) for one in prefill])
     generated = batch * (new_tokens if named.generates else prompt)
     return GenerationPlan(
         model=named.name,
@@ -118,12 +122,12 @@ def _plan_both(traced: TracedGeneration, machine: Machine, last: int) -> tuple[l
     """
     if traced.decode is None:
         return _plan_forward(traced.prefill, machine, PlannedWeights(), traced.hint, traced.hint), []
-    spare = 0
+    spare, prefill, decode = 0, list[PlannedGraph](), list[PlannedGraph]()
     while True:
-        resident = PlannedWeights()
-        decode = _plan_forward(traced.decode, replace(machine, reserved_bytes=spare), resident, traced.hint, last)
+        resident, less = PlannedWeights(), replace(machine, reserved_bytes=spare)
+        decode = _plan_forward(traced.decode, less, resident, traced.hint, last, decode)
         held = dict(resident.first_rows)
-        prefill = _plan_forward(traced.prefill, machine, resident, traced.hint, traced.hint)
+        prefill = _plan_forward(traced.prefill, machine, resident, traced.hint, traced.hint, prefill)
         if resident.first_rows == held:
             return prefill, decode
         more = max(1, _fixed_bytes(prefill) - _fixed_bytes(decode))
@@ -140,9 +144,18 @@ def _fixed_bytes(planned: Sequence[PlannedGraph]) -> int:
 
 
 def _plan_forward(
-    forward: TracedForward, machine: Machine, resident: PlannedWeights, hint: int, size: int
+    forward: TracedForward,
+    machine: Machine,
+    resident: PlannedWeights,
+    hint: int,
+    size: int,
+    earlier: Sequence[PlannedGraph] = (),
 ) -> list[PlannedGraph]:
-    return [plan_graph(graph, machine, resident, sizes_at(graph, hint, size)) for graph in forward.graphs]
+    planners = [one.planner for one in earlier]
+    return [
+        plan_graph(graph, machine, resident, sizes_at(graph, hint, size), planner)
+        for graph, planner in zip_longest(forward.graphs, planners)
+    ]
 
 
 def _dtype_of(model: nn.Module) -> str:

@@ -54,12 +54,12 @@ def named_model(source: Any, dtype: str) -> NamedModel:
         raise OptionError(f"dtype={dtype!r}: valid are {', '.join(map(repr, DTYPES))}")
     if isinstance(source, nn.Module):
         config = getattr(source, "config", None)
-        return _named(type(source).__name__, source, config, _generates(config) if config is not None else False)
-    config = _config(source) if isinstance(source, (str, Path)) else source
+        return _named(type(source).__name__, source, config, generates(config) if config is not None else False)
+    config = named_config(source) if isinstance(source, (str, Path)) else source
     if not hasattr(config, "model_type"):
         raise UnsupportedModelError(f"{source!r} is neither a path, nor a model's id, nor a config, nor a module")
     name = str(source) if isinstance(source, (str, Path)) else f"{config.model_type} config"
-    return _named(name, _on_meta(config, DTYPES[dtype]), config, _generates(config))
+    return _named(name, _on_meta(config, DTYPES[dtype]), config, generates(config))
 
 
 def _named(name: str, module: nn.Module, config: Any, generates: bool) -> NamedModel:
@@ -77,7 +77,8 @@ def _named(name: str, module: nn.Module, config: Any, generates: bool) -> NamedM
     return found
 
 
-def _config(source: str | Path) -> Any:
+def named_config(source: str | Path) -> Any:
+    """The transformers config that a path or a model's id names; UnsupportedModelError if there is none here."""
     from transformers import AutoConfig
 
     try:
@@ -97,7 +98,7 @@ def _on_meta(config: Any, dtype: torch.dtype) -> nn.Module:
         raise UnsupportedModelError(
             f"{config.model_type} has an encoder and a decoder: use hetegen_compile.plan(model, ...) on a forward of it"
         )
-    factory: Any = AutoModelForCausalLM if _generates(config) else AutoModel
+    factory: Any = AutoModelForCausalLM if generates(config) else AutoModel
     try:
         with torch.device("meta"):
             module: nn.Module = factory.from_config(config, dtype=dtype)
@@ -106,7 +107,7 @@ def _on_meta(config: Any, dtype: torch.dtype) -> nn.Module:
     return module.eval()
 
 
-def _generates(config: Any) -> bool:
+def generates(config: Any) -> bool:
     """Whether a config is that of a causal language model.
 
     BERT and its like have both kinds of head; without ``is_decoder`` they are encoders.

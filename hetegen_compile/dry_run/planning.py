@@ -12,10 +12,12 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 
-from hetegen_compile.baselines import baselines, floor_s
+from hetegen_compile.baselines import baselines
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.dry_run.fakes import Fakes
+from hetegen_compile.dry_run.heap import large_heap
 from hetegen_compile.dry_run.trace import TracedGraph, trace
+from hetegen_compile.floor import floor_s
 from hetegen_compile.graph_inputs import number, token_count
 from hetegen_compile.hardware import profile_for
 from hetegen_compile.options import Options, format_bytes, parse_options
@@ -25,10 +27,12 @@ from hetegen_compile.passes.context import Claim, Context, Residency, SegmentCac
 from hetegen_compile.pipeline import ONCE_PER_SPLIT
 from hetegen_compile.planner import BucketPlan, PlannedStep, Planner, Sizes, Split, Target, bucket_of, budget_bytes
 from hetegen_compile.schedule import Schedule, register
+from hetegen_compile.trials import Trials
 
 _KIND = "dry run"
 _FOR_RUNNING = ("retarget_devices", "lower")
-_STAGES = tuple(stage for stage in ONCE_PER_SPLIT if stage.run.__name__ not in _FOR_RUNNING)
+STAGES = tuple(stage for stage in ONCE_PER_SPLIT if stage.run.__name__ not in _FOR_RUNNING)
+"""Stages of a schedule that nobody will run."""
 
 
 def plan(model: nn.Module, *args: Any, options: Mapping[str, object] | None = None, **kwargs: Any) -> Schedule:
@@ -58,10 +62,12 @@ def plan(model: nn.Module, *args: Any, options: Mapping[str, object] | None = No
     inner = getattr(model, "_orig_mod", model)
     machine = Machine(parsed, profile_for(parsed), weight_bytes(inner))
     fakes = Fakes()
-    graphs = trace(fakes.copy(inner), fakes, fakes.copy(args), fakes.copy(kwargs)).graphs
+    with large_heap():
+        graphs = trace(fakes.copy(inner), fakes, fakes.copy(args), fakes.copy(kwargs)).graphs
     resident = PlannedWeights()
-    planned = [plan_graph(graph, machine, resident) for graph in graphs]
-    schedule = main_schedule(planned)
+    with large_heap():
+        planned = [plan_graph(graph, machine, resident) for graph in graphs]
+        schedule = main_schedule(planned)
     if (options or {}).get("print_schedule"):
         print(schedule.table(unfold=parsed.unfold), flush=True)
     return schedule
@@ -146,7 +152,12 @@ class PlannedGraph:
     @cached_property
     def step(self) -> PlannedStep:
         """Its schedule, made when it is asked for: while residency is being settled nobody does."""
-        return self.planner.plan_split(self.base, self.split, _STAGES)
+        return self.planner.plan_split(self.base, self.split, STAGES, self.trials)
+
+    @cached_property
+    def trials(self) -> Trials:
+        """The schedules that it was chosen from and that it is compared with."""
+        return Trials(self.base.module)
 
     @property
     def residency(self) -> Residency:
@@ -160,7 +171,7 @@ class PlannedGraph:
         return StepTimes(
             step_s=predict_step(self.step.module, replace(self.step.context, sizes=sizes)).step_s,
             floor_s=floor_s(self.base.module, split),
-            baselines=baselines(self.base.module, split),
+            baselines=baselines(self.base.module, split, self.trials),
         )
 
     def _resized(self, module: fx.GraphModule, context: Context, sizes: Sizes) -> Context:
@@ -169,14 +180,19 @@ class PlannedGraph:
 
 
 def plan_graph(
-    graph: TracedGraph, machine: Machine, resident: PlannedWeights, sizes: Sizes | None = None
+    graph: TracedGraph,
+    machine: Machine,
+    resident: PlannedWeights,
+    sizes: Sizes | None = None,
+    planner: Planner | None = None,
 ) -> PlannedGraph:
     """The plan of one captured graph at ``sizes`` (default: those it was captured with).
 
-    What it keeps on the accelerator is added to ``resident``.
+    What it keeps on the accelerator is added to ``resident``. The ``planner`` of an earlier plan of the graph knows
+    already what its schedules need.
     """
     sizes = graph.sizes if sizes is None else sizes
-    planner = Planner(
+    planner = planner or Planner(
         graph.module, options=machine.options, profile=machine.profile, segments=SegmentCache(_never, {})
     )
     target = Target(

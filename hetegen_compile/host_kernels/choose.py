@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hetegen_compile import ir
 from hetegen_compile.cost_model import KernelChoice
 from hetegen_compile.host_kernels.kernels import KERNELS, LINEAR, HostKernel
 
 
 @dataclass(frozen=True)
 class HostLinear:
-    """The rows ``lo:hi`` of one Linear on the host: a callable (x, rows, bias) -> result.
+    """``lo:hi`` of one Linear, along an axis of its weight, on the host: a callable (x, rows, bias) -> result.
 
     ``kernels`` are the kernels by the highest number of tokens that each serves, ascending; the last serves the rest.
     """
@@ -23,13 +24,17 @@ class HostLinear:
     hi: int
     dim: int
     kernels: tuple[tuple[float, HostKernel], ...]
+    axis: int = 0
 
     def __call__(self, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
         """The part of the Linear that ``rows`` contribute."""
         kernel = self.kernel(x.numel() // max(1, x.shape[-1]))
         if not x.numel() or rows.is_floating_point() and (x.dtype != rows.dtype or torch.is_autocast_enabled("cpu")):
             kernel = LINEAR  # autocast decides the dtype; the rest are cases that only torch defines
-        return kernel.run(x, rows, bias, self.lo, self.hi, self.dim)
+        if self.axis == 0:
+            return kernel.run(x, rows, bias, self.lo, self.hi, self.dim)
+        x, bias = ir.narrowed_operands(x, bias, self.lo, self.hi, sums=self.dim == 0)
+        return kernel.run(x, rows, bias, 0, rows.shape[0], self.dim)  # a whole Linear with fewer columns
 
     def kernel(self, tokens: int) -> HostKernel:
         """The kernel for a number of tokens."""
@@ -46,6 +51,7 @@ def bind_kernels(
     hi: int,
     dim: int,
     refuse: Callable[[str], None] = lambda reason: None,
+    axis: int = 0,
 ) -> HostLinear:
     """The callable that computes ``rows`` (a fake is enough) with the kernels that a profile records.
 
@@ -54,9 +60,9 @@ def bind_kernels(
     """
     choice = choices.get(str(rows.dtype).removeprefix("torch."))
     if choice is None:
-        return HostLinear(lo, hi, dim, ((float("inf"), LINEAR),))
+        return HostLinear(lo, hi, dim, ((float("inf"), LINEAR),), axis)
     usable = tuple((most, _usable(name, rows, refuse)) for most, name in choice.limits())
-    return HostLinear(lo, hi, dim, usable)
+    return HostLinear(lo, hi, dim, usable, axis)
 
 
 def _usable(name: str, rows: Tensor, refuse: Callable[[str], None]) -> HostKernel:

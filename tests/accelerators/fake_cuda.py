@@ -5,6 +5,7 @@ It says nothing about a GPU: it finds wrong calls and missing event waits, not w
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +14,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hetegen_compile.accelerators import cuda, cuda_pinning
+from hetegen_compile.accelerators import cuda, cuda_copies, cuda_pinning
 from hetegen_compile.accelerators.geometry import empty_twin
 
 LOG: list[str] = []
 PENDING: set[str] = set()
 ALREADY_REGISTERED = 712
+RESERVED = {"current": 123_456}
+"""What torch's allocator says to have reserved at the end of a step."""
 
 
 class FakeEvent:
@@ -50,6 +53,7 @@ CLOCK = itertools.count()
 class FakeStream:
     """Logs what it waits for."""
 
+    cuda_stream = 17
     names = itertools.cycle(["up", "down"])
 
     def __init__(self, device: torch.device | None = None, name: str = "") -> None:
@@ -89,6 +93,17 @@ class FakeRuntime:
         return cuda_pinning.SUCCESS
 
 
+def memcpy_2d(
+    target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int, kind: int, stream: int
+) -> int:
+    """``cudaMemcpy2DAsync`` between host addresses, line by line."""
+    assert (kind, stream) == (cuda_copies.HOST_TO_DEVICE, FakeStream.cuda_stream)
+    LOG.append(f"2-D copy of {height} lines of {width} bytes")
+    for line in range(height):
+        ctypes.memmove(target + line * target_pitch, source + line * source_pitch, width)
+    return 0
+
+
 def install(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     """Put the fake in the place of torch.cuda's parts that CudaAccelerator uses."""
     LOG.clear()
@@ -105,8 +120,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
         is_available=lambda: True,
         mem_get_info=lambda device: (1 << 30, 1 << 31),
         memory_reserved=lambda device: 0,
-        max_memory_reserved=lambda device: 12345,
+        memory_stats_as_nested_dict=lambda device: {"reserved_bytes": {"all": RESERVED}},
         get_device_capability=lambda device: (9, 0),
+        empty_cache=lambda: LOG.append("empty cache"),
         synchronize=lambda device: LOG.append("host waits all"),
         current_stream=lambda device: compute,
         cudart=lambda: runtime,
@@ -121,5 +137,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: False)
     monkeypatch.setattr(cuda, "_current_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(cuda, "empty_twin", lambda tensor, device, pinned=False: empty_twin(tensor, device))
+    monkeypatch.setattr(cuda_copies, "_copy_function", lambda: memcpy_2d)
     monkeypatch.setattr(cuda, "cuda_view", lambda buffer, device: buffer)
     return runtime

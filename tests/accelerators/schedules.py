@@ -51,7 +51,7 @@ class SplitLayers:
             tokens.append(acc.release(Op(f"r{i}"), fetched))
             host_x = acc.wait_host(Op(f"wx{i}"), down)
             host_y = acc.host(Op(f"yh{i}"), F.linear, (host_x, weight[:HOST_ROWS]), {})
-            up = acc.wait(Op(f"wy{i}"), acc.to_accelerator(Op(f"ya{i}"), host_y))
+            (up,) = acc.wait(Op(f"wy{i}"), acc.to_accelerator(Op(f"ya{i}"), [host_y]))
             value = acc.launch(Op(f"y{i}"), _join, ([up, part], -1))
         result = acc.download(Op("out"), value)
         acc.end_step()

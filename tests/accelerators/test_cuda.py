@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hetegen_compile import doctor
-from hetegen_compile.accelerators import CudaAccelerator, Op
+from hetegen_compile.accelerators import CudaAccelerator, Op, cuda_copies
 from hetegen_compile.accelerators.cuda_pinning import CudaHostMemory, _PinnedBytes
 from hetegen_compile.errors import (
     AcceleratorError,
@@ -54,10 +54,30 @@ def test_split_layers_run_through_every_operation() -> None:
     x = torch.randn(2, WIDTH)
     torch.testing.assert_close(layers.step(x), run_eager(weights, x))
     assert accelerator.counters.uploaded_bytes["weights"] == 4 * 48 * WIDTH * 4
-    assert accelerator.counters.peak_bytes == 12345
+    assert accelerator.counters.peak_bytes == 123_456
     accelerator.close()
     with pytest.raises(AcceleratorError, match="closed"):
         accelerator.begin_step()
+
+
+def test_the_peak_is_of_steps_and_not_of_what_ran_before(
+    accelerator: CudaAccelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calibration reserves and gives back; a step's peak is what is reserved when it ends."""
+    for reserved, peak in ((6000, 6000), (5000, 6000), (9000, 9000)):
+        monkeypatch.setitem(fake_cuda.RESERVED, "current", reserved)
+        accelerator.begin_step()
+        accelerator.end_step()
+        assert (accelerator.counters.step_peak_bytes, accelerator.counters.peak_bytes) == (reserved, peak)
+
+
+@pytest.mark.usefixtures("runtime")
+def test_what_is_free_is_read_once_torch_keeps_nothing_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def free(device: torch.device) -> tuple[int, int]:
+        return (900 if "empty cache" in LOG else 500), 1000
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free)
+    assert CudaAccelerator().memory_bytes == 900
 
 
 def test_edges_between_the_streams(accelerator: CudaAccelerator) -> None:
@@ -151,10 +171,10 @@ def test_several_values_go_down_as_one_transfer(accelerator: CudaAccelerator) ->
 
 
 def test_small_activations_stay_off_the_copy_engine(accelerator: CudaAccelerator) -> None:
-    small = accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), torch.ones(3).expand(2, 3)))
+    (small,) = accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), [torch.ones(3).expand(2, 3)]))
     assert small.shape == (2, 3)
     assert LOG == []
-    accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), torch.ones(1 << 16)))
+    accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), [torch.ones(1 << 16)]))
     assert LOG == ["on up", "compute waits up@0"]
     assert len(accelerator._kept) == 2
     accelerator.end_step()
@@ -271,3 +291,31 @@ def test_a_report_names_what_is_used_beside_the_budget() -> None:
     assert "CUDA context" not in schedule.explain()
     schedule.beside_bytes = 3 << 20
     assert f"beside gpu_memory: {format_bytes(3 << 20)} of the device" in schedule.explain()
+
+
+# ---- columns ---------------------------------------------------------------------------------------------------
+
+
+def test_columns_go_up_as_a_copy_of_lines(accelerator: CudaAccelerator) -> None:
+    weight = torch.arange(48.0).view(6, 8)
+    slot, staged = accelerator.slot(0, (4, 3), torch.float32), accelerator.slot(256, (6, 3), torch.float32)
+    rectangle = accelerator.prefetch(Op("rectangle"), weight[1:5, 2:5], slot, ())
+    assert LOG == ["on up", "2-D copy of 4 lines of 12 bytes"]
+    assert torch.equal(accelerator.wait(Op("wait"), rectangle), weight[1:5, 2:5])
+    accelerator.reserve_pinned(1024)
+    stage = accelerator.stage(Op("stage"), weight[:, 5:], accelerator.pinned_slot(0, (6, 3), torch.float32), ())
+    up = accelerator.prefetch(Op("staged"), stage, staged, ())
+    assert torch.equal(accelerator.wait(Op("wait"), up), weight[:, 5:])
+
+
+def test_what_has_no_lines_is_refused(accelerator: CudaAccelerator) -> None:
+    with pytest.raises(ScheduleError, match="rows that are not contiguous"):
+        accelerator.prefetch(Op("fetch"), torch.ones(4, 4).t()[:2], accelerator.slot(0, (2, 4), torch.float32), ())
+
+
+def test_a_runtime_library_without_2d_copies_is_an_error_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "99.0")
+    cuda_copies._copy_function.cache_clear()
+    with pytest.raises(AcceleratorError, match=r"libcudart\.so\.99 has no cudaMemcpy2DAsync .*'pair_mlp': False"):
+        cuda_copies.upload_lines(torch.empty(2, 2), torch.ones(2, 4)[:, :2], 0)
+    cuda_copies._copy_function.cache_clear()

@@ -17,8 +17,8 @@ def test_moved_bytes_by_category(accelerator: EmulatedAccelerator) -> None:
     value = accelerator.upload(Op("w", category="weights"), torch.ones(KIB))
     accelerator.upload(Op("w2", category="mirrors"), torch.zeros(KIB), into=value)
     accelerator.prefetch(Op("fetch", category="weights"), torch.ones(KIB), slot, ())
-    accelerator.to_accelerator(Op("small"), torch.ones(1))
-    accelerator.to_accelerator(Op("large"), torch.ones(64 * KIB))
+    accelerator.to_accelerator(Op("small"), [torch.ones(1)])
+    accelerator.to_accelerator(Op("large"), [torch.ones(64 * KIB)])
     accelerator.download(Op("down", category="results"), value)
     accelerator.synchronize()
     counters = accelerator.counters
@@ -45,7 +45,7 @@ def test_held_bytes_follow_the_life_of_values(accelerator: EmulatedAccelerator) 
 
 
 def test_small_activations_are_the_hosts_memory(accelerator: EmulatedAccelerator) -> None:
-    small = accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), torch.ones(4)))
+    (small,) = accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), [torch.ones(4)]))
     same = accelerator.launch(Op("view"), torch.Tensor.view, (small, 2, 2))
     assert accelerator.download(Op("out"), same).sum().item() == 4
     assert accelerator.counters.peak_bytes == 0

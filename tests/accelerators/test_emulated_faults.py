@@ -51,9 +51,9 @@ def test_download_of_a_prefetch_not_waited_for(accelerator: EmulatedAccelerator,
 
 
 def test_upload_not_waited_for(accelerator: EmulatedAccelerator, slot: Slot) -> None:
-    up = accelerator.to_accelerator(Op("up"), torch.ones(1 << 18))
+    up = accelerator.to_accelerator(Op("up"), [torch.ones(1 << 18)])
     with pytest.raises(MissingWaitError, match=r"neg .* up"):
-        accelerator.launch(Op("neg"), torch.neg, (up.value,))
+        accelerator.launch(Op("neg"), torch.neg, (up.values[0],))
 
 
 def test_overwrite_of_a_slot_in_use(accelerator: EmulatedAccelerator, fetched: Transfer) -> None:
@@ -152,7 +152,7 @@ def test_upload_into_another_geometry(accelerator: EmulatedAccelerator, value: V
 
 
 def test_mutation_of_a_host_view(accelerator: EmulatedAccelerator, slot: Slot) -> None:
-    small = accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), torch.ones(4)))
+    (small,) = accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), [torch.ones(4)]))
     with pytest.raises(ScheduleError, match=r"add .* up"):
         accelerator.launch(Op("add"), torch.Tensor.add_, (small, 1), mutates=(0,))
 

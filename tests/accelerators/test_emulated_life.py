@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 
 import pytest
@@ -105,6 +106,27 @@ def test_autocast_computes_in_the_callers_dtype(accelerator: EmulatedAccelerator
     z = accelerator.launch(Op("after"), F.linear, (x, x))
     assert accelerator.download(Op("y"), y).dtype == torch.bfloat16
     assert accelerator.download(Op("z"), z).dtype == torch.float32
+
+
+def test_what_a_failed_worker_left_does_not_touch_the_callers_state() -> None:
+    accelerator = EmulatedAccelerator()
+    accelerator.launch(Op("bad"), fail, (accelerator.upload(Op("x"), torch.ones(1)),))
+    with pytest.raises(AcceleratorError) as raised:
+        accelerator.synchronize()
+    workers = [thread for thread in threading.enumerate() if thread.name.startswith("hetegen-")]
+    accelerator.close()
+    for worker in workers:
+        worker.join(10)
+    cause = raised.value.__cause__
+    assert cause is not None
+    frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
+    held = [frame.f_locals["modes"] for frame in frames if "modes" in frame.f_locals]
+    assert held, "the traceback no longer keeps the worker's modes"
+    del raised, cause, frames, accelerator, workers
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        del held
+        gc.collect()
+        assert torch.is_autocast_enabled("cpu")
 
 
 def test_copies_are_ordinary_tensors_without_graph(accelerator: EmulatedAccelerator) -> None:

@@ -79,7 +79,7 @@ def test_launch_with_several_outputs(accelerator: EmulatedAccelerator) -> None:
 def test_large_activations_go_through_the_up_stream(accelerator: EmulatedAccelerator) -> None:
     for rows in (1, 1024):  # 4 KiB and 4 MiB
         x = torch.randn(rows, 1024)
-        value = accelerator.wait(Op("w"), accelerator.to_accelerator(Op("up"), x))
+        (value,) = accelerator.wait(Op("w"), accelerator.to_accelerator(Op("up"), [x]))
         total = accelerator.launch(Op("sum"), torch.sum, (value,))
         torch.testing.assert_close(accelerator.download(Op("out"), total), x.sum())
 

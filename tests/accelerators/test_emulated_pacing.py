@@ -22,7 +22,7 @@ def run_lanes(accelerator: EmulatedAccelerator, seconds: float) -> float:
     start_s = time.perf_counter()
     for i in range(COUNT):
         accelerator.launch(Op(f"launch{i}", seconds), torch.ones, (4,))
-        accelerator.to_accelerator(Op(f"up{i}", seconds), torch.ones(1 << 16))
+        accelerator.to_accelerator(Op(f"up{i}", seconds), [torch.ones(1 << 16)])
         accelerator.host(Op(f"host{i}", seconds), torch.neg, (x,), {})
     accelerator.end_step()
     return time.perf_counter() - start_s

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from hetegen_compile.accelerators import EmulatedAccelerator, Op
 from hetegen_compile.accelerators.base import Token, Transfer, Value
-from hetegen_compile.accelerators.values import DeviceTensor
 from hetegen_compile.errors import AcceleratorError, HetegenError, MissingWaitError, ScheduleError, SlotInUseError
 from hetegen_compile.mirrors import Mirrors
 from tests.passes.graphs import Case, quarters, scheduled
@@ -54,9 +53,8 @@ def test_without_a_fault_the_step_is_eagers(good: Case, seed: int) -> None:
 class SkipsWaits(EmulatedAccelerator):
     """Compute does not wait for what goes up."""
 
-    def wait(self, op: Op, transfer: Transfer) -> DeviceTensor:
-        value: DeviceTensor = transfer.value
-        return value
+    def wait(self, op: Op, transfer: Transfer) -> Any:
+        return list(transfer.values) if transfer.value is None else transfer.value
 
 
 class SkipsTokens(EmulatedAccelerator):
@@ -69,7 +67,7 @@ class SkipsTokens(EmulatedAccelerator):
 class ReleasesAtOnce(EmulatedAccelerator):
     """A slot is given up as soon as it has arrived."""
 
-    def wait(self, op: Op, transfer: Transfer) -> DeviceTensor:
+    def wait(self, op: Op, transfer: Transfer) -> Any:
         value = super().wait(op, transfer)
         if transfer.kind == "prefetch":
             super().release(op, transfer)
@@ -100,9 +98,9 @@ class SendsTheWrongRows(EmulatedAccelerator):
 class ReusesAnActivation(EmulatedAccelerator):
     """The host overwrites what it has sent up, while the accelerator may be reading it."""
 
-    def to_accelerator(self, op: Op, tensor: Tensor) -> Any:
-        transfer = super().to_accelerator(op, tensor)
-        tensor.zero_()
+    def to_accelerator(self, op: Op, tensors: Sequence[Tensor]) -> Any:
+        transfer = super().to_accelerator(op, tensors)
+        tensors[-1].zero_()
         return transfer
 
 

@@ -64,7 +64,7 @@ class Compiled:
     def layer(self, *, carried: bool) -> Any:
         """A Linear whose weight is (not) prefetched by the step before."""
         bound = self.plan.bound
-        names = [self.graph._names[i] for i in bound.streamed if (i in bound.carried) == carried]
+        names = [self.graph._facts.names[i] for i in bound.streamed if (i in bound.carried) == carried]
         return self.model.get_submodule(names[0].removesuffix(".weight"))
 
 

@@ -29,6 +29,7 @@ from hetegen_compile.passes import (
     split_linears,
 )
 from hetegen_compile.passes.capture import capture, source_name
+from hetegen_compile.passes.choose_splits import block_splits
 from hetegen_compile.passes.context import (
     GROWTH,
     Bucket,
@@ -82,13 +83,13 @@ def dynamo_graph(
 def context_for(module: fx.GraphModule, inputs: Sequence[Any], **changes: Any) -> Context:
     """A context for a captured graph (captured here if it is not yet); ``changes`` replace fields.
 
-    Plain segments, one token, no weight resident, 1 GiB, ``split`` (an option) "auto".
+    Plain segments, one token, no weight resident, 1 GiB, the options ``split`` and ``pair_mlp`` "auto".
     """
     placeholders = module.graph.find_nodes(op="placeholder")
     if not any(info(node).position >= 0 for node in module.graph.nodes):
         capture(module, inputs)
-    split = changes.pop("split", "auto")
-    options = parse_options({"accelerator": "emulated", "hardware": "cpu-emulated", "split": split})
+    given = {"split": changes.pop("split", "auto"), "pair_mlp": changes.pop("pair_mlp", "auto")}
+    options = parse_options({"accelerator": "emulated", "hardware": "cpu-emulated", **given})
     pairs = list(zip(placeholders, inputs, strict=True))
     context = Context(
         options=options,
@@ -222,9 +223,13 @@ def planned(
     plan: Callable[[int], LinearPlan] = halves,
     ring_bytes: int = 2**20,
     whole_graph: bool = False,
+    paired: float = 0.0,
     **changes: Any,
 ) -> Case:
-    """A case up to ``group_segments`` in which every Linear's rows are divided by ``plan``."""
+    """A case up to ``group_segments`` in which every Linear's rows are divided by ``plan``.
+
+    ``paired``: the share of the blocks' columns that is on the host; 0: no blocks are cut as such.
+    """
     result = case(function, *inputs, **changes).run(annotate_costs)
     linears = result.nodes(ir.LINEAR)
     rows = {info(node).position: int(info(node.args[1]).value.shape[0]) for node in linears}
@@ -233,6 +238,11 @@ def planned(
         residency=Residency({}, ring_bytes, ring_bytes, {"activations": 0, GROWTH: 0}, whole_graph=whole_graph),
         splits={position: plan(count) for position, count in rows.items()},
     )
+    by_position = {info(node).position: node for node in linears}
+    splits = dict(result.context.splits or {})
+    for block in result.context.blocks if paired else ():
+        splits |= block_splits(block, by_position, round(paired * block.columns), result.context)
+    result.context = replace(result.context, splits=splits)
     result.context = replace(result.context, placement=place_nodes(result.module, result.context))
     result.apply(group_segments)
     return result

@@ -79,9 +79,7 @@ def read_the_source(node: fx.Node, variant: int) -> bool:
 def _source_of(node: fx.Node) -> fx.Node | None:
     arguments = _arguments(node)
     found: fx.Node | None = None
-    if node.target == ir.WAIT and arguments[0].target == ir.TO_ACCELERATOR:
-        found = _arguments(arguments[0])[0]
-    elif node.target is operator.getitem and arguments[0].target == ir.WAIT_HOST:
+    if node.target is operator.getitem and arguments[0].target in (ir.WAIT_HOST, ir.WAIT_ACCELERATOR):
         (transfer,) = _arguments(arguments[0])
         found = _arguments(transfer)[0][arguments[1]]
     return found
@@ -231,11 +229,12 @@ CHANGES: dict[str, Callable[[fx.Node, int], bool]] = {
     "drop effect": drop_effect,
     "return an input": return_an_input,
 }
+_WAITS = (ir.WAIT, ir.WAIT_HOST, ir.WAIT_ACCELERATOR)
 _TARGETS = {
-    "remove wait": (ir.WAIT, ir.WAIT_HOST),
-    "bypass wait": (ir.WAIT, ir.WAIT_HOST),
-    "read the source": (ir.WAIT, operator.getitem),
-    "wait twice": (ir.WAIT, ir.WAIT_HOST, ir.RELEASE),
+    "remove wait": _WAITS,
+    "bypass wait": _WAITS,
+    "read the source": (operator.getitem,),
+    "wait twice": (*_WAITS, ir.RELEASE),
     "remove release": (ir.RELEASE,),
     "drop token": (ir.PREFETCH,),
     "shift slot": (ir.PREFETCH,),

@@ -160,6 +160,14 @@ def test_item_depends_on_data() -> None:
     assert [node.target for node in found.module.graph.nodes if info(node).data_dependent] == ["item"]
 
 
+def test_picking_elements_depends_on_data_only_with_a_mask() -> None:
+    mask, places = torch.tensor([True, False, True]), torch.tensor([2, 0])
+    dynamo = {"capture_dynamic_output_shape_ops": True}
+    for picked, depends in ((mask, True), (places, False)):
+        found = case(lambda x, picked: x[picked] + 1, torch.randn(3, 4), picked, dynamo=dynamo)
+        assert any(info(node).data_dependent for node in found.module.graph.nodes) is depends
+
+
 def test_flops_and_bytes_are_expressions_over_the_graphs_sizes() -> None:
     found = case(Block(), torch.randn(3, 4), dynamic=True)
     up = only(found, "addmm")

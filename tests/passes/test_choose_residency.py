@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hetegen_compile.cost_model import row_granularity
 from hetegen_compile.errors import BudgetError
@@ -144,6 +145,35 @@ def test_a_forced_share_offloads_what_would_fit(chain: Case) -> None:
     assert decide(chain, GIB, split=0.0).whole_graph
 
 
+class Lookup(nn.Module):
+    """A table that only lookups read, and one that is a Linear's weight, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.words = nn.Embedding(100, 64), nn.Embedding(200, 64)
+
+    def forward(self, ids: Tensor) -> Any:
+        return F.linear(self.words(ids) + self.places(ids), self.words.weight)
+
+
+def test_where_everything_fits_tables_are_mirrored_too_to_the_byte() -> None:
+    found = case(Lookup(), torch.tensor([[1, 2]])).run(annotate_costs)
+    decided = decide(found, GIB)
+    places = 100 * 64 * 4
+    names = {node.name for node in found.module.graph.find_nodes(op="placeholder") if "weight" in node.name}
+    assert decided.whole_graph
+    assert decided.tables == names
+    assert len(names) == 2
+    exact = sum(decided.budget.values())
+    less = decide(found, exact - 1)
+    assert less.whole_graph
+    assert less.tables == frozenset()
+    assert decided.budget["mirrors of inputs, buffers and caches"] == places + less.budget[
+        "mirrors of inputs, buffers and caches"
+    ], "the table that is a weight costs nothing more"
+    assert decided.mirrored == less.mirrored + places
+
+
 def test_nothing_is_resident_when_the_host_has_every_row(chain: Case) -> None:
     assert decide(chain, GIB, split=1.0).weights == {}
 
@@ -219,7 +249,7 @@ def test_biases_caches_and_inputs_count_as_mirrors_and_tables_on_the_host_do_not
     for tokens, table_bytes in ((2, 0), (1000, 1000 * 64 * 4)):
         ids, cache = torch.arange(tokens), torch.zeros(10, 20)
         found = case(Model(), ids, cache).run(annotate_costs)
-        budget = decide(found, GIB).budget
+        budget = decide(found, GIB, split=0.5).budget
         assert budget["mirrors of inputs, buffers and caches"] == 128 * 4 + ids.nbytes + cache.nbytes + table_bytes
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hetegen_compile.ir import HOST_LINEAR, JOIN, MIRROR, TO_ACCELERATOR, TO_HOST
+from hetegen_compile.ir import HOST_LINEAR, JOIN, MIRROR, TO_ACCELERATOR, TO_HOST, WAIT_ACCELERATOR
 from hetegen_compile.passes import insert_transfers, split_linears
 from hetegen_compile.passes.context import LinearPlan
 from hetegen_compile.passes.insert_transfers import operand_side, value_side
@@ -38,20 +38,47 @@ t9 = to_host([t4])
 t10 = wait_host(t9)
 t11 = t10[0]
 t12 = host_linear(t11, A.weight, A.bias, 0, 32, 0)
-t13 = to_accelerator(t12)
-t14 = wait(t13)
-t15 = join([t14, t7], 0)
-t16 = to_host([t15])
-t17 = wait_host(t16)
-t18 = t17[0]
-return (t18,)"""
+t13 = to_accelerator([t12])
+t14 = wait_accelerator(t13)
+t15 = t14[0]
+t16 = join([t15, t7], 0)
+t17 = to_host([t16])
+t18 = wait_host(t17)
+t19 = t18[0]
+return (t19,)"""
 
 
-def test_siblings_share_one_trip_down() -> None:
+def test_siblings_share_one_trip_down_and_one_up() -> None:
     found = crossed(lambda x: siblings(x + 1), X, plan=on_host)
     downloads = found.nodes(TO_HOST)
     assert len(downloads) == 3  # the input of A and B, the input of C, the result
+    assert [len(up.args[0]) for up in found.nodes(TO_ACCELERATOR)] == [2, 1]
+
+
+@pytest.mark.parametrize("plan", [halves, quarters, on_host])
+def test_joins_follow_the_trip_that_their_parts_share(plan: Callable[[int], LinearPlan]) -> None:
+    def function(x: Tensor) -> Any:
+        return _three(x + 1)
+
+    found = crossed(function, X, plan=plan)
+    (up,) = found.nodes(TO_ACCELERATOR)
+    assert [part.target for part in up.args[0]] == [HOST_LINEAR] * 3
+    (wait,) = found.nodes(WAIT_ACCELERATOR)
+    assert all(wait < join for join in found.nodes(JOIN))
+    assert_equal_to_eager(function, X)
+
+
+def test_without_shared_trips_each_linear_has_its_own() -> None:
+    found = planned(lambda x: _three(x + 1), X, share_trips=False)
+    found.apply(split_linears)
+    found.apply(insert_transfers)
     assert len(found.nodes(TO_ACCELERATOR)) == 3
+    assert len(found.nodes(TO_HOST)) == 4  # and the result
+    assert_equal_to_eager(lambda x: _three(x + 1), X, share_trips=False)
+
+
+def _three(x: Tensor) -> Any:
+    return A(x) + B(x) * C(x)
 
 
 def test_what_the_caller_gets_comes_down_together() -> None:
@@ -84,11 +111,12 @@ def test_an_input_has_one_mirror() -> None:
 
 
 def test_a_value_of_the_host_goes_up_once_and_is_read_where_it_is() -> None:
-    assert crossed(lambda ids: A(TABLE(ids)), torch.tensor([2])).text.splitlines()[1:5] == [
+    assert crossed(lambda ids: A(TABLE(ids)), torch.tensor([2])).text.splitlines()[1:6] == [
         "t2 = embedding(ids, TABLE.weight, None, None, 2.0, False, False)",
-        "t3 = to_accelerator(t2)",
-        "t4 = wait(t3)",
-        "t5 = prefetch(A.weight, [32, 64], 0, -1, [])",
+        "t3 = to_accelerator([t2])",
+        "t4 = wait_accelerator(t3)",
+        "t5 = t4[0]",
+        "t6 = prefetch(A.weight, [32, 64], 0, -1, [])",
     ]
     found = crossed(lambda ids: A(TABLE(ids)) + B(TABLE(ids)), torch.tensor([2]), plan=on_host)
     assert "host_linear(t1, A.weight" in found.text  # no trip

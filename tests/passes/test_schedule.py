@@ -55,7 +55,7 @@ def test_prefetches_first_then_the_trip_down_then_the_accelerator_then_the_host(
         "partial_linear(t7, t9, t1, 32, 64, 0)",
         "release(t4)",
         "host_linear(t13, A.weight, A.bias, 0, 32, 0)",
-        "to_accelerator(t14)",
+        "to_accelerator([t14])",
     ]
 
 

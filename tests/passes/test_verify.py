@@ -12,7 +12,17 @@ from torch import Tensor, fx, nn
 
 from hetegen_compile import ir
 from hetegen_compile.errors import BudgetError, MissingWaitError, ScheduleError, SlotInUseError
-from hetegen_compile.ir import PREFETCH, RELEASE, TO_ACCELERATOR, TO_HOST, WAIT, WAIT_HOST, annotate, info
+from hetegen_compile.ir import (
+    PREFETCH,
+    RELEASE,
+    TO_ACCELERATOR,
+    TO_HOST,
+    WAIT,
+    WAIT_ACCELERATOR,
+    WAIT_HOST,
+    annotate,
+    info,
+)
 from hetegen_compile.passes import verify
 from hetegen_compile.passes.context import LinearPlan
 from tests.passes.graphs import Case, again, halves, quarters, scheduled, streamed
@@ -70,9 +80,11 @@ def erased(wait: fx.Node) -> tuple[fx.Node, fx.Node]:
 @pytest.mark.parametrize("i", range(9))
 def test_without_a_wait(good: Case, i: int) -> None:
     found = again(good)
-    assert len(found.nodes(WAIT)) == 9
-    reader, transfer = erased(found.nodes(WAIT)[i])
-    with pytest.raises(MissingWaitError, match=rf"{reader} .*uses {transfer} .*edge: wait\({transfer}\) -> {reader}"):
+    waits = [*found.nodes(WAIT), *found.nodes(WAIT_ACCELERATOR)]
+    assert len(waits) == 9
+    reader, transfer = erased(waits[i])
+    edge = rf"wait(_accelerator)?\({transfer}\) -> {reader}"
+    with pytest.raises(MissingWaitError, match=rf"{reader} .*uses {transfer} .*edge: {edge}"):
         check(found)
 
 
@@ -88,7 +100,7 @@ def test_without_a_wait_of_the_host(good: Case, i: int) -> None:
 @pytest.mark.parametrize("i", range(9))
 def test_a_reader_that_goes_round_the_wait(good: Case, i: int) -> None:
     found = again(good)
-    wait = found.nodes(WAIT)[i]
+    wait = [*found.nodes(WAIT), *found.nodes(WAIT_ACCELERATOR)][i]
     (reader,) = wait.users
     transfer = bypass(wait)
     with pytest.raises(MissingWaitError, match=f"{reader} .*uses {transfer} .*without a wait"):
@@ -347,9 +359,9 @@ def test_an_activation_buffer_that_is_reused_while_it_is_lent(good: Case) -> Non
     found = again(good)
     up = found.nodes(TO_ACCELERATOR)[0]
     with found.module.graph.inserting_after(up.next):
-        write = found.module.graph.call_method("zero_", (up.args[0],))
+        write = found.module.graph.call_method("zero_", (up.args[0][0],))
     key = 1 << 40
-    annotate(up.args[0], storages=frozenset({key}))
+    annotate(up.args[0][0], storages=frozenset({key}))
     annotate(write, side="host", writes=frozenset({key}), position=10**6)
     with pytest.raises(MissingWaitError, match=f"{write.name} writes what {up.name} .*lent to the accelerator"):
         check(found)

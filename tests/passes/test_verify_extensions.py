@@ -1,4 +1,4 @@
-"""What a new operation needs is one line of the verifier's table: carried prefetches, staging, lists of uploads.
+"""What a new operation needs is one line of the verifier's table: carried prefetches, staging.
 
 The operations here are the tests' own, put into the table for one test.
 """
@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 
 from hetegen_compile import ir
 from hetegen_compile.errors import MissingWaitError, ScheduleError, SlotInUseError
-from hetegen_compile.ir import PREFETCH, RELEASE, TO_ACCELERATOR, WAIT, annotate, info
+from hetegen_compile.ir import PREFETCH, RELEASE, TO_ACCELERATOR, WAIT, WAIT_ACCELERATOR, annotate, info
 from hetegen_compile.passes import verify
-from hetegen_compile.passes.happens_before import OPERATIONS, STAGE, UP, Gives, Operation
+from hetegen_compile.passes.happens_before import OPERATIONS, STAGE, Gives, Operation
 from tests.passes.graphs import Case, again, halves, quarters, scheduled
 
 LAYERS = nn.ModuleList([nn.Linear(64, 64) for _ in range(3)])
@@ -46,7 +46,7 @@ def operation(name: str) -> Any:
     return call
 
 
-CARRIED, AHEAD, STAGED, UPLOADS, WAITS = map(operation, ("carried", "ahead", "stage", "uploads", "waits"))
+CARRIED, AHEAD, STAGED = map(operation, ("carried", "ahead", "stage"))
 
 
 @pytest.fixture(autouse=True)
@@ -63,8 +63,6 @@ def table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
         OPERATIONS, PREFETCH, replace(fill, waits_for=(RELEASE, STAGED), frees=True, precedes=(STAGED,))
     )
-    monkeypatch.setitem(OPERATIONS, UPLOADS, Operation(UP, ("host",), gives=Gives.LOAN, ended_by=(WAITS,)))
-    monkeypatch.setitem(OPERATIONS, WAITS, replace(OPERATIONS[WAIT], waits_for=(UPLOADS,)))
     for target in (WAIT, RELEASE):
         waits_for = (*OPERATIONS[target].waits_for, CARRIED)
         monkeypatch.setitem(OPERATIONS, target, replace(OPERATIONS[target], waits_for=waits_for))
@@ -176,33 +174,31 @@ def test_a_prefetch_that_does_not_read_what_was_staged(staging: Case) -> None:
 @pytest.fixture
 def packed() -> Case:
     """The host parts of two Linears go up together."""
-    found = scheduled(siblings, X, plan=halves)
-    graph, starts = found.module.graph, found.nodes(TO_ACCELERATOR)
-    waits = [user for start in starts for user in start.users]
-    with graph.inserting_after(starts[-1]):
-        start = annotate(graph.call_function(UPLOADS, ([one.args[0] for one in starts],)), side="accelerator")
-    with graph.inserting_after(start):
-        done = annotate(graph.call_function(WAITS, (start,)), side="accelerator")
-    for i, wait in reversed(list(enumerate(waits))):
-        with graph.inserting_after(done):
-            item = annotate(graph.call_function(operator.getitem, (done, i)), info(wait))
-        wait.replace_all_uses_with(item)
-        graph.erase_node(wait)
-    for one in starts:
-        graph.erase_node(one)
-    done.next.next.append(found.nodes(ir.JOIN)[0])
-    return found
+    return scheduled(siblings, X, plan=halves)
 
 
 def test_a_packed_upload_is_valid(packed: Case) -> None:
     check(packed)
-    assert len(packed.nodes(UPLOADS)[0].args[0]) == 2
+    (up,) = packed.nodes(TO_ACCELERATOR)
+    assert [value.target for value in up.args[0]] == [ir.HOST_LINEAR] * 2
 
 
 def test_an_item_of_a_packed_upload_without_the_wait(packed: Case) -> None:
-    item = next(n for n in packed.nodes(operator.getitem) if n.args[0] is packed.nodes(WAITS)[0])
-    item.update_arg(0, packed.nodes(UPLOADS)[0])
-    with pytest.raises(MissingWaitError, match=f"{item} .*uses uploads without a wait"):
+    (up,), (wait,) = packed.nodes(TO_ACCELERATOR), packed.nodes(WAIT_ACCELERATOR)
+    item = next(n for n in packed.nodes(operator.getitem) if n.args[0] is wait)
+    item.update_arg(0, up)
+    with pytest.raises(MissingWaitError, match=f"{item} .*uses {up} .*without a wait.*wait_accelerator"):
+        check(packed)
+
+
+def test_an_item_that_is_written_while_all_of_them_are_lent(packed: Case) -> None:
+    (up,) = packed.nodes(TO_ACCELERATOR)
+    last = up.args[0][-1]
+    with packed.module.graph.inserting_after(up):
+        write = packed.module.graph.call_method("zero_", (last,))
+    annotate(last, storages=frozenset({1 << 40}))
+    annotate(write, side="host", writes=frozenset({1 << 40}), position=10**6)
+    with pytest.raises(MissingWaitError, match=f"{write} writes what {up} .*lent to the accelerator"):
         check(packed)
 
 

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hetegen_compile.accelerators import EmulatedAccelerator
 from hetegen_compile.errors import ScheduleError
+from hetegen_compile.ir import PAD, TO_ACCELERATOR
 from hetegen_compile.passes import verify
 from hetegen_compile.passes.context import LinearPlan
 from tests.passes.graphs import halves, quarters, scheduled
@@ -71,6 +72,11 @@ def conv1d(x: Tensor) -> Tensor:
     return x
 
 
+def block(x: Tensor) -> Any:
+    """Linears that are cut as one, and one behind them."""
+    return OUT(V(F.silu(Q(x)) * K(x)) + x)
+
+
 X = torch.randn(1, 64)
 CACHES = torch.randn(1, 4, 6, 16), torch.randn(1, 4, 5, 16)
 GRAPHS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], Callable[[int], LinearPlan], int]] = {
@@ -79,6 +85,7 @@ GRAPHS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], Callable[[int], 
     "tied": (tied, (torch.tensor([3]),), quarters, 3 * QUARTER),
     "in place": (in_place, (X, torch.randn(3)), halves, 4 * QUARTER),
     "conv1d": (conv1d, (X,), quarters, 2 * QUARTER),
+    "block": (block, (X,), halves, 4 * QUARTER),
 }  # fmt: skip
 
 NEVER_HARMLESS = (
@@ -121,15 +128,18 @@ class Verdicts:
     messages: list[str]
     caught: Counter[str]
     kept: Counter[str]
+    shared: int = 0
+    """The most values that go up in one transfer."""
 
 
 @pytest.fixture(scope="module", params=GRAPHS)
 def verdicts(request: pytest.FixtureRequest) -> Verdicts:
     """A graph's mutants, judged; any other error than one of the schedule fails."""
     function, inputs, plan, ring = GRAPHS[request.param]
-    base = scheduled(function, *inputs, plan=plan, ring_bytes=ring)
+    base = scheduled(function, *inputs, plan=plan, ring_bytes=ring, paired=0.5 if request.param == "block" else 0.0)
     verify(base.module, base.context)
-    found = Verdicts(request.param, [], [], Counter(), Counter())
+    most = max(len(up.args[0]) for up in base.nodes(TO_ACCELERATOR))
+    found = Verdicts(request.param, [], [], Counter(), Counter(), most)
     for mutant in mutants(base):
         try:
             verify(mutant.case.module, mutant.case.context)
@@ -154,6 +164,8 @@ def test_every_lost_order_is_found(verdicts: Verdicts) -> None:
         assert verdicts.kept[kind] >= 20
     assert verdicts.caught.total() >= 70
     assert all(text.startswith("verify: ") for text in verdicts.messages)
+    if verdicts.graph == "attention":
+        assert verdicts.shared == 3, "q, k and v share a transfer, so its wait was lost as well"
     named = sum("missing edge: " in text for text in verdicts.messages)
     assert named >= 0.8 * len(verdicts.messages), "a second wait or release has no edge that is missing"
 
@@ -168,5 +180,7 @@ def test_what_is_let_pass_is_right_under_any_timing(verdicts: Verdicts) -> None:
 def test_a_lost_effect_is_found_unless_it_only_saves_an_upload(verdicts: Verdicts) -> None:
     lost = [mutant for mutant in verdicts.passed if mutant.kind == "drop effect"]
     assert all("twin" in mutant.node for mutant in lost)
+    if verdicts.graph == "block":
+        assert any(mutant.case.nodes(PAD) for mutant in verdicts.passed), "the block was not cut as one"
     if verdicts.graph in ("attention", "in place"):
         assert verdicts.caught["drop effect"] > 0

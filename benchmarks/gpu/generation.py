@@ -1,0 +1,136 @@
+"""Stage ``generation``: architectures, caches, budgets and types of weights against eager on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+import hetegen_compile
+from benchmarks.children import Notebook
+from benchmarks.gpu.models import Watched, compile_small, generate, prompts, require_like, small_model
+from benchmarks.gpu.settings import Checks, Settings, require
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model, cache and budget; ``split`` sends a share of all rows to the host."""
+
+    model: str
+    cache: str | None
+    share: float = 0.5
+    split: float = 0.5
+    batch: int = 1
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.model}, {self.cache or 'dynamic'} cache, budget {self.share:.0%}, batch {self.batch}"
+
+
+CASES = (
+    Case("llama", "static"),
+    Case("opt", None),
+    Case("mistral", "static"),
+    Case("mistral", None, share=0.3),
+    Case("gpt2", None, batch=2),
+    Case("gemma2", "static"),
+    Case("qwen2", None, share=0.7, split=0.25),
+)
+"""In order of importance; sliding windows are those of mistral (every layer) and gemma2 (every other)."""
+
+
+def generation(settings: Settings, notebook: Notebook) -> None:
+    """All cases; raises ChecksFailedError at the end if one failed."""
+    checks = Checks(notebook)
+    checks.check("three splits of one compilation, static cache", partial(three_splits, settings))
+    for case in CASES:
+        checks.check(case.name, partial(like_eager, case, settings))
+    checks.check("bfloat16 and float16 within eager's own error", partial(half_precision, settings))
+    checks.check("everything fits", partial(everything_fits, settings))
+    checks.check("beams", partial(beams, settings))
+    checks.check("no peak above its budget", partial(budgets_kept, checks.found))
+    checks.finish()
+
+
+def budgets_kept(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of all checks so far; a check of its own, for a wrong budget is not a wrong result."""
+    details = [(entry["check"], entry["detail"]) for entry in found if isinstance(entry["detail"], dict)]
+    shares = {name: told["peak_bytes"] / told["budget_bytes"] for name, told in details if "budget_bytes" in told}
+    require(bool(shares), "no check has told its peak")
+    require(max(shares.values()) <= 1, f"peak over budget: {shares}")
+    return shares
+
+
+def like_eager(case: Case, settings: Settings) -> dict[str, Any]:
+    """Tokens equal, logits close, something on the host, something streamed, within the budget; twice."""
+    model = small_model(case.model)
+    expected = generate(model, case.batch, case.cache)
+    with Watched() as watched:
+        compile_small(model, settings, share=case.share, split=case.split)
+        difference = require_like(expected, generate(model, case.batch, case.cache))
+        require_like(expected, generate(model, case.batch, case.cache))
+    return {**watched.require_offloaded(), "largest_difference": difference}
+
+
+def three_splits(settings: Settings) -> dict[str, Any]:
+    """All streamed, half and all on the host, from one capture."""
+    model = small_model("llama")
+    expected = generate(model, 1, "static")
+    found = {}
+    compile_small(model, settings, split=0.5, context=96)  # room for what another split needs beside its residency
+    for split in (0.5, 0.0, 1.0):
+        with Watched() as watched, hetegen_compile.override_split(split):
+            require_like(expected, generate(model, 1, "static"))
+        found[str(split)] = watched.require_offloaded(host=split > 0, streamed=split < 1)
+    return found
+
+
+def half_precision(settings: Settings) -> dict[str, float]:
+    """Logits of 16-bit weights: no further from float32's than twice what eager on the host is."""
+    ratios = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        model = small_model("llama", dtype)
+        with torch.no_grad():
+            eager = model(prompts(2)).logits.float()
+            exact = _exact(model)
+            with Watched() as watched:
+                compile_small(model, settings, split=0.5)
+                found = model(prompts(2)).logits.float()
+        watched.require_offloaded()
+        own, theirs = (found - exact).abs().mean().item(), (eager - exact).abs().mean().item()
+        require(own <= 2 * theirs, f"{dtype}: mean error of a logit {own:.3g}, eager's {theirs:.3g}")
+        ratios[str(dtype)] = own / theirs
+    return ratios
+
+
+def _exact(model: Any) -> torch.Tensor:
+    """Logits of the same weights computed in float32."""
+    twin = small_model("llama")
+    twin.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
+    logits: torch.Tensor = twin(prompts(2)).logits
+    return logits
+
+
+def everything_fits(settings: Settings) -> dict[str, int]:
+    """Without a budget the whole graph is compiled in one piece."""
+    model = small_model("llama")
+    expected = generate(model, 1, "static")
+    with Watched() as watched:
+        compile_small(model, settings, share=None)
+        require_like(expected, generate(model, 1, "static"))
+    require(all(schedule.whole_graph for schedule in watched.schedules), "something was offloaded")
+    return {"graphs": len(watched.schedules)}
+
+
+def beams(settings: Settings) -> dict[str, Any]:
+    """Beam search reorders the cache between steps."""
+    model = small_model("llama")
+    expected = generate(model, 1, None, num_beams=3)[0]
+    with Watched() as watched:
+        compile_small(model, settings, split=0.5)
+        found = generate(model, 1, None, num_beams=3)[0]
+    require(torch.equal(expected, found), f"{found.tolist()} are not eager's {expected.tolist()}")
+    return watched.require_offloaded()

@@ -1,0 +1,118 @@
+"""Accelerators that delay their streams at random, poison what is released, or refuse to pin."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+from hetegen_compile import runtime
+from hetegen_compile.accelerators import Accelerator, CudaAccelerator, EmulatedAccelerator, Op
+from hetegen_compile.accelerators.cuda import CudaToken, CudaTransfer
+
+OUT_OF_MEMORY = 2
+"""What the driver returns where no more host memory can be pinned."""
+
+LONGEST_S = 1e-3
+_CYCLES_PER_S = 1_500_000_000
+_SPEEDS = (0.0, 0.1, 1.0)
+"""Shares of the longest delay, one drawn for each lane: lanes that run far ahead of each other show more."""
+
+
+class LaneDelays:
+    """Random delays by lane; the same seed gives the same ones."""
+
+    def __init__(self, seed: int) -> None:
+        lanes = ("up", "down", "compute", "host")
+        self._random = {lane: random.Random(f"{seed} {lane}") for lane in lanes}
+        self._longest_s = {lane: LONGEST_S * self._random[lane].choice(_SPEEDS) for lane in lanes}
+
+    def draw_s(self, lane: str) -> float:
+        """The next delay of a lane."""
+        return self._random[lane].uniform(0.0, self._longest_s[lane])
+
+
+class HostileCuda(CudaAccelerator):
+    """CUDA with spinning kernels before copies and launches, and NaN (all bits set) in every released slot."""
+
+    delays: LaneDelays | None = None
+
+    def reseed(self, seed: int | None) -> None:
+        """Other delays from now on; None: none."""
+        self.synchronize()
+        self.delays = None if seed is None else LaneDelays(seed)
+
+    def _fill_slot(self, op: Op, transfer: CudaTransfer, after: Sequence[CudaToken]) -> None:
+        self._spin("up", self._up)
+        super()._fill_slot(op, transfer, after)
+
+    def to_host(self, op: Op, value: Any) -> CudaTransfer:
+        """A download behind a delay of the compute stream and one of its own."""
+        self._spin("down", self._down)
+        return super().to_host(op, value)
+
+    def launch(self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], **options: Any) -> Any:
+        """A launch behind a delay."""
+        self._spin("compute", self._compute)
+        return super().launch(op, function, args, **options)
+
+    def host(self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Host work after a pause of the issuing thread."""
+        if self.delays is not None:
+            time.sleep(self.delays.draw_s("host"))
+        return super().host(op, function, args, kwargs)
+
+    def release(self, op: Op, transfer: CudaTransfer) -> CudaToken:
+        """Poison behind the readers, before the event that lets the next copy overwrite it."""
+        if isinstance(transfer, CudaTransfer) and transfer.kind == "prefetch" and transfer.released_by is None:
+            transfer.value.view(torch.uint8).fill_(0xFF)
+        return super().release(op, transfer)
+
+    def _spin(self, lane: str, stream: torch.cuda.Stream) -> None:
+        if self.delays is not None:
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(int(self.delays.draw_s(lane) * _CYCLES_PER_S) + 1)
+
+
+class RefusingCuda(HostileCuda):
+    """Pins nothing in place: every streamed weight goes through the pinned ring."""
+
+    def pin(self, owner: object, address: int, nbytes: int) -> int:
+        """Refuse."""
+        return OUT_OF_MEMORY
+
+
+class RefusingEmulated(EmulatedAccelerator):
+    """The same, emulated."""
+
+    def pin(self, owner: object, address: int, nbytes: int) -> int:
+        """Refuse."""
+        return OUT_OF_MEMORY
+
+
+Hostile = HostileCuda | EmulatedAccelerator
+_KINDS: dict[tuple[str, bool], type[Any]] = {
+    ("cuda", False): HostileCuda, ("cuda", True): RefusingCuda,
+    ("emulated", False): EmulatedAccelerator, ("emulated", True): RefusingEmulated,
+}  # fmt: skip
+
+
+@contextmanager
+def hostile(*, refuse_pins: bool = False) -> Iterator[list[Hostile]]:
+    """What hetegen opens inside the block can be given random delays (``reseed``); yields what it has opened."""
+    opened: list[Hostile] = []
+
+    def open_accelerator(kind: str, *, memory_bytes: int, pace: float | None, seed: int | None) -> Accelerator:
+        del pace, seed
+        accelerator: Any = _KINDS[kind, refuse_pins](memory_bytes)
+        opened.append(accelerator)
+        found: Accelerator = accelerator
+        return found
+
+    with mock.patch.object(runtime, "open_accelerator", open_accelerator):
+        yield opened

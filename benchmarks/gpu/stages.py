@@ -1,0 +1,154 @@
+"""The stages, their limits, and the run of them in children."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from benchmarks.children import Notebook, Outcome, run_child
+from benchmarks.gpu.settings import Settings
+
+CHILD = "benchmarks.gpu.child"
+PATIENCE = 4.0
+"""Limits are those of a machine with a GPU; a rehearsal, on whatever machine, gets so many times more."""
+
+LEAST_S = 15.0
+"""Below this a stage is not begun."""
+
+SHAPES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "opt-6.7b": ("opt-6.7b", ("hetegen", "Accelerate", "eager GPU")),
+    "opt-13b": ("opt-13b", ("hetegen", "Accelerate")),
+    "opt-6.7b-peers": ("opt-6.7b", ("Accelerate map", "diffusers", "CPU, Inductor")),
+    "opt-30b": ("opt-30b", ("hetegen", "Accelerate")),
+}
+"""Stages of the comparison: which model, and the ways in it. Those that matter less have a stage of their own."""
+
+REHEARSED = "opt-tiny"
+"""Takes the place of all of them without a GPU."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process.
+
+    Attributes:
+        name: of the stage, and the file of its notes.
+        limit_s: seconds after which it is killed.
+        correctness: whether its failure fails the run.
+        together: neighbours of the same group run at the same time (never what is timed).
+    """
+
+    name: str
+    limit_s: float
+    correctness: bool = False
+    together: str = ""
+
+
+STAGES = (
+    Stage("environment", 40.0),
+    Stage("contact", 75.0, correctness=True),
+    Stage("generation", 170.0, correctness=True, together="correctness"),
+    Stage("mirrors", 120.0, correctness=True, together="correctness"),
+    Stage("racecheck", 120.0, correctness=True, together="correctness"),
+    Stage("steady", 120.0, correctness=True, together="correctness"),
+    Stage("calibration", 90.0),
+    Stage("floor", 45.0),
+    Stage("opt-6.7b", 200.0),
+    Stage("opt-13b", 200.0),
+    Stage("captured", 60.0),
+    Stage("opt-6.7b-peers", 200.0),
+    Stage("overhead", 60.0),
+    Stage("opt-30b", 240.0),
+)
+"""In the order in which they run: what is lost when time runs out stands last."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A stage that has ended, or was not begun."""
+
+    stage: Stage
+    status: str
+    seconds: float
+    notes: dict[str, Any]
+    reason: str = ""
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the run fails with it: only a stage of correctness, and also if it did not run."""
+        return self.stage.correctness and self.status != "ok"
+
+    def to_json(self) -> dict[str, Any]:
+        """For the result file."""
+        values = asdict(self)
+        del values["stage"]
+        return values
+
+
+Runner = Callable[..., Outcome]
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    settings: Settings,
+    *,
+    runner: Runner = run_child,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Ended]:
+    """Run stage after stage, groups at the same time where there is a device; each gets what is left at most."""
+    end_s = clock() + settings.minutes * 60
+
+    def run(stage: Stage) -> Ended:
+        left_s = end_s - clock()
+        if left_s < LEAST_S:
+            return Ended(stage, "not begun", 0.0, {}, f"{left_s:.0f} s were left")
+        argument = {"stage": stage.name, "settings": asdict(settings)}
+        files = Path(settings.folder) / stage.name
+        limit_s = stage.limit_s if settings.cuda else stage.limit_s * PATIENCE
+        outcome = runner(CHILD, argument, limit_s=min(limit_s, left_s), files=files)
+        return _ended(stage, outcome)
+
+    for together, group in groupby(stages, key=lambda stage: stage.together):
+        members = list(group)
+        workers = len(members) if together and settings.cuda else 1
+        with ThreadPoolExecutor(workers) as pool:
+            yield from pool.map(run, members)
+
+
+def _ended(stage: Stage, outcome: Outcome) -> Ended:
+    skipped = outcome.notes.get("skipped")
+    if outcome.ok and skipped:
+        return Ended(stage, "skipped", outcome.seconds, outcome.notes, skipped)
+    return Ended(stage, outcome.status, outcome.seconds, outcome.notes, outcome.reason)
+
+
+def stage_work(name: str) -> Callable[[Settings, Notebook], None]:
+    """What a stage does; imported in its own process only."""
+    from benchmarks.gpu import captured, contact, environment, floor, generation, mirrors, racecheck, speed, steady
+
+    works: dict[str, Callable[[Settings, Notebook], None]] = {
+        "environment": environment.environment, "contact": contact.contact, "generation": generation.generation,
+        "mirrors": mirrors.mirrors, "racecheck": racecheck.racecheck, "steady": steady.steady,
+        "calibration": speed.calibration, "floor": floor.floor, "captured": captured.captured,
+        "overhead": speed.overhead,
+    }  # fmt: skip
+    for stage, (shape, ways) in SHAPES.items():
+        works[stage] = partial(speed.compare_shape, shape, ways=ways)
+    works[REHEARSED] = partial(speed.compare_shape, REHEARSED, ways=("hetegen",))
+    return works[name]
+
+
+def stages_for(settings: Settings, names: Sequence[str]) -> list[Stage]:
+    """Those that were asked for (all, if none was); emulated, a tiny model takes the place of the large ones."""
+    stages = list(STAGES)
+    if not settings.cuda:
+        first, *others = SHAPES
+        rehearsed = Stage(REHEARSED, 200.0)
+        stages = [rehearsed if stage.name == first else stage for stage in stages if stage.name not in others]
+    return [stage for stage in stages if not names or stage.name in names]

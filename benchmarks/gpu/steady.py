@@ -1,0 +1,109 @@
+"""Stage ``steady``: no memory from the driver in a running loop, the budget as a guard, and teardown after teardown."""
+
+from __future__ import annotations
+
+import gc
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hetegen_compile
+from benchmarks.children import Notebook
+from benchmarks.gpu.models import Watched, compile_small, generate, prompts, require_like, small_model
+from benchmarks.gpu.settings import NEEDS_CUDA, Checks, Settings, SkipError, require
+from hetegen_compile.runtime import live_runtimes
+
+STEPS = 100
+TEARDOWNS = 20
+
+
+def steady(settings: Settings, notebook: Notebook) -> None:
+    """All checks; raises ChecksFailedError at the end if one failed."""
+    checks = Checks(notebook)
+    checks.check(f"no allocation from the driver in {STEPS} steps", partial(no_new_memory, settings))
+    checks.check("the budget as the allocator's limit", partial(guarded, settings))
+    teardowns = TEARDOWNS if settings.cuda else 4
+    checks.check(f"{teardowns} teardowns", partial(torn_down, settings, teardowns))
+    checks.finish()
+
+
+def no_new_memory(settings: Settings) -> dict[str, Any]:
+    """Decode steps of one length: held bytes are level and, on CUDA, the driver is asked for nothing."""
+    model = small_model("llama")
+    with Watched() as watched:
+        compile_small(model, settings, share=0.5, split=0.25)
+        token = prompts(1)[:, :1]
+        with torch.no_grad():
+            for _ in range(5):
+                model(token, use_cache=False)
+            before = _memory()
+            for _ in range(STEPS):
+                model(token, use_cache=False)
+    after = _memory()
+    require(before == after, f"before {before}, after {after}")
+    return {**watched.require_offloaded(), **after}
+
+
+def _memory() -> dict[str, int]:
+    """What must not change while steps run."""
+    accelerators = [runtime.accelerator for runtime in live_runtimes()]
+    found = {f"held {i}": sum(one.counters.held_bytes.values()) for i, one in enumerate(accelerators)}
+    found |= {f"pinned {i}": one.pinned_bytes for i, one in enumerate(accelerators)}
+    if torch.cuda.is_available():
+        stats: Any = torch.cuda.memory_stats()
+        names = ("num_device_alloc", "num_device_free", "num_alloc_retries", "num_ooms", "reserved_bytes.all.current")
+        found |= {name: stats.get(name, 0) for name in names}
+    return found
+
+
+def guarded(settings: Settings) -> dict[str, Any]:
+    """The allocator may not reserve more than the budget beside what was reserved before; results stay eager's."""
+    if not settings.cuda:
+        raise SkipError(NEEDS_CUDA)
+    model = small_model("llama")
+    expected = generate(model, 1, "static")
+    with Watched() as watched:
+        compile_small(model, settings, share=0.5)
+        require_like(expected, generate(model, 1, "static"))
+        budget = max(schedule.budget_bytes for schedule in hetegen_compile.schedules())
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        allowed = budget + (2 << 20)  # what was reserved before the model, at least a block
+        torch.cuda.set_per_process_memory_fraction(min(allowed / total, 1.0))
+        try:
+            require_like(expected, generate(model, 1, "static"))
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+    return {**watched.require_offloaded(host=False), "allowed_bytes": allowed}
+
+
+def torn_down(settings: Settings, times: int) -> dict[str, Any]:
+    """Compile, run, let go: device memory, pinned memory and threads come back each time."""
+    after: list[dict[str, int]] = []
+    for _ in range(times):
+        model = small_model("llama")
+        compile_small(model, settings, share=0.5)
+        with torch.no_grad():
+            model(prompts(1), use_cache=False)
+        torch._dynamo.reset()
+        del model
+        gc.collect()
+        after.append({"runtimes": len(live_runtimes()), **_left()})
+    require(after[-1]["runtimes"] == 0, f"{after[-1]['runtimes']} accelerators are still open")
+    for name in ("allocated", "threads"):
+        require(after[-1][name] <= after[1][name], f"{name} grew: {[one[name] for one in after]}")
+    growth = after[-1]["resident"] - after[len(after) // 2]["resident"]
+    return {**after[-1], "growth_of_resident_bytes_in_second_half": growth}
+
+
+def _left() -> dict[str, int]:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    threads = len(list(Path("/proc/self/task").iterdir()))
+    cuda = torch.cuda.is_available()
+    return {
+        "resident": pages * os.sysconf("SC_PAGE_SIZE"),
+        "threads": threads,
+        "allocated": torch.cuda.memory_allocated() if cuda else 0,
+    }

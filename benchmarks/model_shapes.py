@@ -1,0 +1,118 @@
+"""Shapes of well-known models as transformers configs, at any depth, on meta and as captured forwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from transformers import AutoConfig
+
+from hetegen_compile.dry_run.forwards import trace_generation
+from hetegen_compile.dry_run.models import named_model
+from hetegen_compile.dry_run.planning import sizes_at, weight_bytes
+from hetegen_compile.dry_run.trace import TracedGraph
+from hetegen_compile.errors import UnsupportedModelError
+from hetegen_compile.planner import Sizes
+
+Depth = int | Literal["full"]
+
+
+def _opt(layers: int, hidden: int, heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "opt", "num_hidden_layers": layers, "hidden_size": hidden, "word_embed_proj_dim": hidden,
+        "ffn_dim": 4 * hidden, "num_attention_heads": heads, "max_position_embeddings": 2048,
+    }  # fmt: skip
+
+
+def _llama(layers: int, hidden: int, intermediate: int, heads: int, key_value_heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "llama", "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": intermediate,
+        "num_attention_heads": heads, "num_key_value_heads": key_value_heads, "max_position_embeddings": 4096,
+    }  # fmt: skip
+
+
+def _qwen3(layers: int, hidden: int, intermediate: int, heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3", "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": intermediate,
+        "num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+        "max_position_embeddings": 40960, "tie_word_embeddings": False,
+    }  # fmt: skip
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "opt-6.7b": _opt(32, 4096, 32),
+    "opt-13b": _opt(40, 5120, 40),
+    "opt-30b": _opt(48, 7168, 56),
+    "llama-2-7b": _llama(32, 4096, 11008, 32, 32),
+    "llama-2-13b": _llama(40, 5120, 13824, 40, 40),
+    "llama-2-70b": _llama(80, 8192, 28672, 64, 8),
+    "qwen3-8b": _qwen3(36, 4096, 12288, 32),
+    "qwen3-32b": _qwen3(64, 5120, 25600, 64),
+}
+"""What the models' config.json say of their shapes."""
+
+_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_DTYPE = "float16"
+_PROMPT = 8  # sizes are set afterwards
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's config, cut to ``layers`` of its ``full_layers`` equal ones."""
+
+    name: str
+    config: Any
+    layers: int
+    full_layers: int
+
+    def full_weights(self) -> list[int]:
+        """Bytes of each two-dimensional weight of the model at its own depth."""
+        module = self._module(self.full_layers)
+        return [w.numel() * w.element_size() for w in module.parameters() if w.dim() == 2]
+
+    def full_bytes(self) -> int:
+        """Bytes of the model's weights at its own depth."""
+        return weight_bytes(self._module(self.full_layers))
+
+    def decode(self, batch: int, context: int) -> tuple[TracedGraph, Sizes]:
+        """The forward of one token of each sequence with a cache of ``context`` tokens."""
+        traced = trace_generation(named_model(_at_depth(self.config, self.layers), _DTYPE), _PROMPT, batch)
+        if traced.decode is None:
+            raise UnsupportedModelError(f"{self.name} generates nothing, so it has no decode steps")
+        graph = _only(traced.decode.graphs, self.name)
+        return graph, sizes_at(graph, traced.hint, context)
+
+    def prefill(self, tokens: int) -> tuple[TracedGraph, Sizes]:
+        """The forward of a prompt."""
+        named = named_model(_at_depth(self.config, self.layers), _DTYPE)
+        graph = _only(trace_generation(named, tokens, 1, steps=False).prefill.graphs, self.name)
+        return graph, graph.sizes
+
+    def _module(self, layers: int) -> nn.Module:
+        return named_model(_at_depth(self.config, layers), _DTYPE).module
+
+
+def shape_of(source: str, depth: Depth) -> Shape:
+    """The shape that a name in ``SHAPES`` or the path of a config.json means."""
+    config = AutoConfig.for_model(**SHAPES[source]) if source in SHAPES else AutoConfig.from_pretrained(source)
+    full = int(getattr(config, _depth_key(config)))
+    name = source if source in SHAPES else Path(source).stem
+    return Shape(name, config, full if depth == "full" else min(depth, full), full)
+
+
+def _at_depth(config: Any, layers: int) -> Any:
+    values = {**config.to_dict(), _depth_key(config): layers}
+    values.pop("layer_types", None)  # one entry a layer: made anew by the config
+    return type(config)(**values)
+
+
+def _depth_key(config: Any) -> str:
+    return next(key for key in _DEPTH_KEYS if hasattr(config, key))
+
+
+def _only(graphs: list[TracedGraph], name: str) -> TracedGraph:
+    if len(graphs) != 1:
+        raise UnsupportedModelError(f"{name}: the forward breaks into {len(graphs)} graphs; shapes in one graph only")
+    return graphs[0]

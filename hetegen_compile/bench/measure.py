@@ -1,0 +1,112 @@
+"""Measure a model's generation under several splits of one compilation."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hetegen_compile.bench.timing import Timing, warm_and_timed, with_peak
+from hetegen_compile.bench.weights import random_model
+from hetegen_compile.compiled import override_split
+from hetegen_compile.dry_run.models import DTYPES, generates, named_config
+from hetegen_compile.errors import BudgetError, OptionError, UnsupportedModelError
+from hetegen_compile.options import parse_options
+from hetegen_compile.schedule import Schedule, schedules
+
+logger = logging.getLogger("hetegen_compile")
+
+Split = float | Literal["auto"]
+
+SPLITS: Mapping[str, Split] = {"hetegen": "auto", "all streamed": 0.0}
+"""What is compared by name: the plan of the cost model, and the same residency with everything else streamed."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One split.
+
+    Attributes:
+        way: its name.
+        timing: of one generation; on a paced accelerator in the profile's seconds times the pace.
+        pace: 1.0 where the accelerator runs at its own speed.
+        peak_bytes: of accelerator memory.
+        schedule: the plan of a decode step.
+    """
+
+    way: str
+    timing: Timing
+    pace: float
+    peak_bytes: int
+    schedule: Schedule
+
+
+def bench(source: str, *, dtype: str, prompt: int, new_tokens: int, options: Mapping[str, Any]) -> list[Measured]:
+    """Random weights in the shape of a named model, one greedy generation for each split.
+
+    Raises:
+        OptionError: a dtype, an option or a number of tokens that cannot be.
+        UnsupportedModelError: no such model, or not a causal language model.
+    """
+    if dtype not in DTYPES:
+        raise OptionError(f"dtype={dtype!r}: valid are {', '.join(map(repr, DTYPES))}")
+    if prompt < 1 or new_tokens < 2:
+        raise OptionError(f"prompt={prompt}, new_tokens={new_tokens}: at least 1 and 2, the first is the prefill's")
+    parse_options(options)
+    config = named_config(source)
+    if not generates(config):
+        raise UnsupportedModelError(f"{source} ({config.model_type}) is no causal language model")
+    model = random_model(config, DTYPES[dtype])
+    tokens = torch.randint(4, config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(1))
+    return list(measure_splits(model, tokens, new_tokens, {"context": prompt + new_tokens, **options}))
+
+
+def measure_splits(
+    model: Any, prompt: Tensor, new_tokens: int, options: Mapping[str, Any], splits: Mapping[str, Split] = SPLITS
+) -> Iterator[Measured]:
+    """Compile once, generate under each split: a generation that warms up and a measured one.
+
+    A split whose activations leave no room for the residency that was decided is compiled by itself, with its own.
+    """
+    _compile(model, options)
+    pace = options.get("pace") or 1.0
+    for way, split in splits.items():
+        known = schedules()
+        try:
+            timing, peak = _timed(model, prompt, new_tokens, split)
+        except BudgetError as error:
+            logger.info("%s is compiled by itself: %s", way, error)
+            _compile(model, {**options, "split": split})
+            timing, peak = _timed(model, prompt, new_tokens, split)
+        schedule = decode_schedule(split, known)
+        yield Measured(way, timing, pace, peak or schedule.accelerator_peak_bytes, schedule)
+
+
+def _compile(model: Any, options: Mapping[str, Any]) -> None:
+    torch._dynamo.reset()
+    gc.collect()  # graphs that are still alive share the accelerator and its budget
+    model.compile(backend="hetegen", options=dict(options))
+
+
+def _timed(model: Any, prompt: Tensor, new_tokens: int, split: Split) -> tuple[Timing, int | None]:
+    with override_split(split):
+        return with_peak(lambda: warm_and_timed(model, prompt, new_tokens, "static"))
+
+
+def decode_schedule(split: Split, known: Sequence[Schedule] = ()) -> Schedule:
+    """The newest plan of one token with this split that is not ``known``.
+
+    Raises:
+        UnsupportedModelError: there is none, so the model did not run through hetegen.
+    """
+    old = set(map(id, known))
+    found = [s for s in schedules() if s.tokens == (1, 1) and s.split == split and id(s) not in old]
+    if not found or not found[-1].rows:
+        reasons = [refusal.reason for schedule in schedules() for refusal in schedule.refusals]
+        raise UnsupportedModelError(f"no decode step was planned for this model: {'; '.join(reasons) or 'no graph'}")
+    return found[-1]

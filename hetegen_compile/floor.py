@@ -1,0 +1,250 @@
+"""The floor of a step: seconds that no schedule of this work on this hardware comes below, whatever it does.
+
+It is the largest of four bounds. The simulation charges the same rates, so no simulated step is below it:
+
+- **bytes**: host and link share the offloaded bytes of all Linears, both at work all the time at the rates of the
+  profile's tables for these tokens and sizes, the host beside a working link. For one rate each this is
+  S / (V_link + V_cpu) for S offloaded bytes.
+- **accelerator**: its segments, and its part of the Linears with as few rows as residency allows.
+- **path**: the longest chain of trips and segments of which each needs the results of the one before, at the best
+  shares that the link's own work allows (``cost_model.relax``). While a segment runs the host has nothing to
+  compute for this chain, and each trip that the host takes part in costs the chain its transfers and waits. Where a
+  block may be cut as one, what that could save is not in it: the last trip, and the segment before that.
+- **thread**: what the host's thread does one after the other, at the best shares: its parts of Linears, its other
+  operations (appending to a cache that the caller gets back), waits, and issuing segments and Linears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from torch import fx
+
+from hetegen_compile.cost_model import Chain, Trip, host_linear_s, item_bytes, relax, upload_s
+from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.passes.annotate_costs import dtype_name
+from hetegen_compile.passes.choose_splits import linears_of, pairable_blocks
+from hetegen_compile.passes.context import Context, NodeCost, require
+from hetegen_compile.passes.predict_step import least_thread_s, least_trip_s, node_work
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The four bounds, in seconds; see the module."""
+
+    bytes_s: float
+    accelerator_s: float
+    path_s: float
+    thread_s: float
+
+    @property
+    def seconds(self) -> float:
+        """The largest of them."""
+        return max(self.bytes_s, self.accelerator_s, self.path_s, self.thread_s)
+
+    @property
+    def bound(self) -> str:
+        """The name of the largest: "bytes", "accelerator", "path" or "thread"; of equal ones the first."""
+        named = {"bytes": self.bytes_s, "accelerator": self.accelerator_s, "path": self.path_s, "thread": self.thread_s}
+        return max(named, key=named.__getitem__)
+
+
+def floor_s(module: fx.GraphModule, context: Context) -> float:
+    """Seconds below which no schedule of a grouped graph comes at the context's residency and sizes."""
+    return floor(module, context).seconds
+
+
+def floor(module: fx.GraphModule, context: Context) -> Floor:
+    """The bounds of a step of a grouped graph at the context's residency and sizes."""
+    linears = {node: _linear_alone(node, context) for node in _linears(module)}
+    order = _Order(module.graph)
+    blocks = _blocks(module, order, context)
+    others = {node: _seconds(node, "accelerator", context) for node in module.graph.nodes if node not in linears}
+    beside = {node: seconds for node, seconds in others.items() if seconds > 0 and node not in blocks.segments}
+    return Floor(
+        bytes_s=relax(Chain(tuple(_bytes_only(trip) for trip in linears.values()), 0.0)).bound_s,
+        accelerator_s=sum(beside.values()) + sum(t.accelerator_s - t.accelerator_saved_s for t in linears.values()),
+        path_s=relax(_longest_path(linears, beside, blocks, order, context)).bound_s,
+        thread_s=relax(_host_thread(module, linears, blocks, context)).bound_s,
+    )
+
+
+def offloaded_together_s(module: fx.GraphModule, context: Context) -> float:
+    """S / (V_link + V_cpu): the offloaded bytes of all Linears with the same share of each on the host."""
+    linears = [_linear_alone(node, context) for node in _linears(module)]
+    host_s, link_s = sum(trip.host_s for trip in linears), sum(trip.link_s for trip in linears)
+    return host_s * link_s / (host_s + link_s) if link_s else 0.0
+
+
+def _linears(module: fx.GraphModule) -> list[fx.Node]:
+    return list(module.graph.find_nodes(op="call_function", target=LINEAR))
+
+
+def _by_activation(linears: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for node in linears:
+        groups.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
+    return groups
+
+
+class _Blocks(NamedTuple):
+    """What blocks that are cut as one may save: the consumers' trips, and segments that the host may take over."""
+
+    consumers: frozenset[fx.Node]
+    segments: frozenset[fx.Node]
+
+
+def _blocks(module: fx.GraphModule, order: _Order, context: Context) -> _Blocks:
+    linears = linears_of(module)
+    found = pairable_blocks(linears, context) if context.options.pair_mlp is not False else []
+    segments = frozenset(
+        segment
+        for segment in module.graph.find_nodes(op="call_module")
+        for block in found
+        if order.needs(linears[block.consumer], segment)
+        and any(order.needs(segment, linears[sibling]) for sibling in block.siblings)
+    )
+    return _Blocks(frozenset(linears[block.consumer] for block in found), segments)
+
+
+def _bytes_only(trip: Trip) -> Trip:
+    return Trip(trip.host_s, trip.link_s, accelerator_s=0.0, accelerator_saved_s=0.0)
+
+
+def _seconds(node: fx.Node, resource: str, context: Context) -> float:
+    if node.op not in ("call_function", "call_method", "call_module"):
+        return 0.0
+    work = node_work(node, context)
+    return work.seconds if work.resource == resource else 0.0
+
+
+def _linear_alone(node: fx.Node, context: Context) -> Trip:
+    """A Linear at the best rates that any part of its rows could have; the trip itself is not in it."""
+    plan = require(context.splits, "choose_splits")[info(node).position]
+    cost = require(context.costs, "annotate_costs")[info(node).position]
+    offloaded = 1.0 - plan.resident_rows / plan.rows
+    return Trip(
+        host_s=offloaded * _least_host_s(node, cost, context),
+        link_s=offloaded * _least_feed_s(node, cost, context),
+        accelerator_s=cost.accelerator_s,
+        accelerator_saved_s=offloaded * cost.accelerator_s,
+    )
+
+
+def _least_host_s(node: fx.Node, cost: NodeCost, context: Context) -> float:
+    """The host computing all rows in parts of whatever size is read fastest."""
+    weight: fx.Node = node.args[1]  # type: ignore[assignment]
+    dtype = dtype_name(info(weight).value)
+    tables = context.profile.host.linear_bytes_per_s.values()
+    widths = {1.0, min(1.0, item_bytes(dtype) / 4.0)}
+    sizes = {size * width for table in tables for size, _ in table.curves for width in widths}
+    return min(
+        host_linear_s(context.profile, dtype, cost.tokens, size, cost.flops * size / cost.weight_bytes) / size
+        for size in _up_to(sizes, cost)
+    ) * cost.weight_bytes
+
+
+def _least_feed_s(node: fx.Node, cost: NodeCost, context: Context) -> float:
+    """The link bringing all rows in parts of whatever size moves fastest, by way of the pinned ring if staged."""
+    weight: fx.Node = node.args[1]  # type: ignore[assignment]
+    sizes = {size for size, _ in context.profile.link.up.pinned.points}
+    byte_s = min(upload_s(context.profile, size) / size for size in _up_to(sizes, cost))
+    if weight.name in context.staged:
+        byte_s = max(byte_s, 1.0 / context.profile.pin_bytes_per_s)
+    return byte_s * cost.weight_bytes
+
+
+def _up_to(sizes: Iterable[float], cost: NodeCost) -> set[float]:
+    """The sizes below a weight's, and its own."""
+    return {float(cost.weight_bytes), *(size for size in sizes if size < cost.weight_bytes)}
+
+
+def _host_thread(
+    module: fx.GraphModule, linears: Mapping[fx.Node, Trip], blocks: _Blocks, context: Context
+) -> Chain:
+    """What the host's thread does one after the other: its operations, issuing segments and Linears, and its parts."""
+    launch_s = context.profile.accelerator.launch_s
+    trips = []
+    for group in _by_activation(linears).values():
+        issue_s = launch_s * len(group)
+        fixed_s = 0.0 if blocks.consumers.intersection(group) else least_thread_s(group[0], context)
+        together = _together([linears[node] for node in group], fixed_s)
+        trips.append(replace(together, accelerator_s=issue_s, accelerator_saved_s=issue_s))
+    segments = module.graph.find_nodes(op="call_module")
+    own_s = sum(_seconds(node, "host", context) for node in module.graph.nodes if node not in linears)
+    return Chain(tuple(trips), own_s + launch_s * len(blocks.segments.symmetric_difference(segments)))
+
+
+# ---- the longest path --------------------------------------------------------------------------------------------
+
+
+def _longest_path(
+    linears: Mapping[fx.Node, Trip], beside: Mapping[fx.Node, float], blocks: _Blocks, order: _Order, context: Context
+) -> Chain:
+    """The chain of trips, each reading what needs the one before, that takes the accelerator and the trips longest.
+
+    Of a trip only the Linears count that the next activation needs; of the accelerator's other work what lies between
+    all of those and that activation.
+    """
+    groups = _by_activation(linears)
+    longest: dict[fx.Node, tuple[float, tuple[fx.Node, ...]]] = {}
+    for read, group in groups.items():
+        own_s = sum(linears[node].host_s + linears[node].accelerator_s for node in group) + beside.get(read, 0.0)
+        ahead = [found for other, found in longest.items() if any(order.needs(read, m) for m in groups[other])]
+        before_s, before = max(ahead, default=(0.0, ()), key=lambda found: found[0])
+        longest[read] = (before_s + own_s, (*before, read))
+    path = max(longest.values(), default=(0.0, ()), key=lambda found: found[0])[1]
+    return _chain(path, groups, linears, beside, blocks, order, context)
+
+
+def _chain(
+    path: tuple[fx.Node, ...], groups: Mapping[fx.Node, list[fx.Node]], linears: Mapping[fx.Node, Trip],
+    beside: Mapping[fx.Node, float], blocks: _Blocks, order: _Order, context: Context,
+) -> Chain:  # fmt: skip
+    trips: list[Trip] = []
+    serial_s = 0.0
+    members: list[fx.Node] = []
+    for read, following in zip((None, *path), (*path, None), strict=True):
+        if read is not None:
+            members = [node for node in groups[read] if following is None or order.needs(following, node)]
+            fixed_s = 0.0 if blocks.consumers.intersection(members) else least_trip_s(members[0], context)
+            trips.append(_together([linears[node] for node in members], fixed_s))
+        serial_s += sum(
+            seconds
+            for node, seconds in beside.items()
+            if (following is None or order.needs(following, node))
+            and all(order.needs(node, member) for member in members)
+        )  # fmt: skip
+    return Chain(tuple(trips), serial_s)
+
+
+def _together(parts: list[Trip], fixed_s: float) -> Trip:
+    return Trip(
+        host_s=sum(part.host_s for part in parts),
+        link_s=sum(part.link_s for part in parts),
+        accelerator_s=sum(part.accelerator_s for part in parts),
+        accelerator_saved_s=sum(part.accelerator_saved_s for part in parts),
+        fixed_s=fixed_s,
+    )
+
+
+class _Order:
+    """Which nodes need which, through any number of nodes between them; a node needs itself."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._bit: dict[fx.Node, int] = {}
+        self._needed: dict[fx.Node, int] = {}
+        for position, node in enumerate(graph.nodes):
+            self._bit[node] = 1 << position
+            self._needed[node] = self._bit[node]
+            for operand in node.all_input_nodes:
+                self._needed[node] |= self._needed[operand]
+
+    def needs(self, node: fx.Node, earlier: fx.Node) -> bool:
+        """Whether ``node`` cannot start (or, being ``earlier`` itself, end) before ``earlier`` has ended."""
+        return bool(self._needed[node] & self._bit[earlier])
+
+
+__all__ = ["Floor", "floor", "floor_s", "offloaded_together_s"]

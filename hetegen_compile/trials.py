@@ -1,0 +1,86 @@
+"""Schedules of one grouped graph that are made to be simulated, each once.
+
+Why: the balance and the baselines ask for the same ones (nothing on the host, each Linear by itself), a dry run asks
+again what they would take at other sizes, and the one that wins becomes the plan. Making a schedule is most of what
+planning costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from hetegen_compile.ir import copy_module
+from hetegen_compile.passes import predict_step
+from hetegen_compile.passes.context import Context, Splits, require
+from hetegen_compile.pipeline import ONCE_PER_SPLIT, Stage, run_pipeline
+
+_NOT_SIMULATED = ("measure_memory", "verify", "retarget_devices", "lower")
+_STAGES = tuple(stage for stage in ONCE_PER_SPLIT if stage.run.__name__ not in _NOT_SIMULATED)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A schedule and the context that it was made in, its prediction included."""
+
+    module: fx.GraphModule
+    context: Context
+
+    @property
+    def step_s(self) -> float:
+        """The simulated step at the sizes that it was made for."""
+        return require(self.context.prediction, "predict_step").step_s
+
+
+class Trials:
+    """The schedules made of ``module``, a graph with its segments and its Linears whole.
+
+    What is kept are the fastest and those that will be asked for again.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+        self._kept: list[Trial] = []
+        self._best: Trial | None = None
+
+    def step_s(self, context: Context, splits: Splits, *, keep: bool = False) -> float:
+        """Seconds of a step with these rows at the context's sizes; ``keep`` if it will be asked for again."""
+        trial = self._trial(context, splits)
+        if keep and all(trial is not other for other in self._kept):
+            self._kept.append(trial)
+        if self._best is None or trial.step_s < self._best.step_s:
+            self._best = trial
+        if trial.context.sizes == context.sizes:
+            return trial.step_s
+        return predict_step(trial.module, replace(trial.context, sizes=context.sizes)).step_s
+
+    def finish(self, context: Context, splits: Splits, stages: Sequence[Stage]) -> tuple[fx.GraphModule, Context]:
+        """The schedule with these rows, through those of ``stages`` that a simulation has no need of, too.
+
+        To be called once for the same rows: stages that rewrite change what is kept here.
+        """
+        trial = self._trial(context, splits)
+        rest = tuple(stage for stage in stages if stage not in _STAGES)
+        return trial.module, run_pipeline(trial.module, trial.context, rest)
+
+    def _trial(self, context: Context, splits: Splits) -> Trial:
+        wanted = _what_matters(replace(context, splits=splits))
+        for trial in (self._best, *self._kept):
+            if trial is not None and _what_matters(trial.context) == wanted:
+                return trial
+        module = copy_module(self.module)
+        return Trial(module, run_pipeline(module, replace(context, splits=splits), _STAGES))
+
+
+def _what_matters(context: Context) -> Context:
+    """The context less what a schedule does not depend on once the rows are decided.
+
+    Nothing is decided again for other sizes: a schedule belongs to a range of them.
+    """
+    options = replace(context.options, split="auto")
+    return replace(context, options=options, sizes={}, costs=None, memory=None, prediction=None)
+
+
+__all__ = ["Trials"]

@@ -1,0 +1,133 @@
+"""Host work that only completes the results: it fits into the waits of the host instead of following the step.
+
+Why: a cache that grows is returned to the caller, so the host appends the new keys and values to its copy, too. Nothing
+on the accelerator needs that. At the end of the step it would come on top of everything; but the host waits for the
+accelerator after each Linear that it took part in, and there the appending of a layer costs little or nothing. So
+``insert_transfers`` lets such values come down with the next activation, and ``reorder`` issues their readers after
+the host parts that the same transfer is for and before the host waits for a later one.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import networkx as nx
+from torch import fx
+
+from hetegen_compile import ir
+from hetegen_compile.ir import info
+from hetegen_compile.passes.context import Context
+from hetegen_compile.passes.predict_step import node_work
+
+RUN_AHEAD = 4
+"""Downloads after which the work that an earlier one is for has to be done: each keeps memory."""
+
+
+def late_readers(graph: fx.Graph) -> set[fx.Node]:
+    """What comes after the accelerator's last node: the output and the host nodes that only complete it."""
+    late: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if info(node).side == "accelerator":
+            break
+        late.add(node)
+    return late
+
+
+def completing_s(values: Collection[fx.Node], late: Collection[fx.Node], context: Context) -> float:
+    """Seconds of the late host nodes that need one of ``values``."""
+    needs: set[fx.Node] = set(values)
+    pending = list(values)
+    while pending:
+        found = [user for user in pending.pop().users if user in late and user not in needs and user.op != "output"]
+        needs.update(found)
+        pending += found
+    return sum(node_work(node, context).seconds for node in needs.difference(values))
+
+
+def complete_early(graph: fx.Graph, tasks: nx.DiGraph, context: Context) -> frozenset[fx.Node]:
+    """Add edges to ``tasks`` that put completing work where the host waits longest, soon after it can begin.
+
+    Returns that work; the caller ranks it behind accelerator work and before host parts. All other edges lead forward
+    in program order, and these lead from what is complete at one place to work at a later place: there is no cycle.
+    """
+    waits = _Waits(graph, context)
+    late = late_readers(graph)
+    complete: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        if node in late and _is_work(node):
+            ready = max((complete.get(before, waits.place[before]) for before in tasks.predecessors(node)), default=0)
+            wait = waits.take(ready, node_work(node, context).seconds)
+            if wait is not None:
+                complete[node] = max([ready, *(waits.place[part] for part in wait.parts)])
+                tasks.add_edges_from((part, node) for part in wait.parts)
+                tasks.add_edges_from((node, behind) for behind in wait.behind)
+    return frozenset(complete)
+
+
+def _is_work(node: fx.Node) -> bool:
+    """Whether a late node computes on the host or keeps its result, and is no transfer."""
+    return info(node).side == "host" and node.target not in (ir.TO_HOST, ir.WAIT_HOST) and node.op != "output"
+
+
+@dataclass
+class _Wait:
+    """What the host has to wait after the host parts that a download is for, until the next download can begin.
+
+    ``behind`` is accelerator work that comes after the last download before which the host must be done.
+    """
+
+    begins: int
+    parts: list[fx.Node]
+    seconds: float
+    behind: list[fx.Node]
+
+
+class _Waits:
+    """The host's waits in program order, as far as the accelerator's own work makes them."""
+
+    def __init__(self, graph: fx.Graph, context: Context) -> None:
+        self.place = {node: position for position, node in enumerate(graph.nodes)}
+        downloads = graph.find_nodes(op="call_function", target=ir.TO_HOST)
+        busy = [node for node in graph.nodes if node.op == "call_module" or node.target == ir.PARTIAL_LINEAR]
+        self._begins = [self.place[download] for download in downloads]
+        self._waits = [
+            _Wait(
+                begins=self.place[download],
+                parts=_host_parts(download),
+                seconds=sum(node_work(node, context).seconds for node in self._between(busy, download, following)),
+                behind=self._first_after(busy, downloads[i + RUN_AHEAD :]),
+            )
+            for i, (download, following) in enumerate(zip(downloads, [*downloads[1:], None], strict=True))
+        ]
+
+    def take(self, ready: int, seconds: float) -> _Wait | None:
+        """The wait with most room of the next ones after place ``ready``, its room less ``seconds``."""
+        first = bisect_right(self._begins, ready) - 1
+        if first < 0:
+            return None
+        found = max(self._waits[first : first + RUN_AHEAD], key=lambda wait: wait.seconds)
+        found.seconds -= seconds
+        return found
+
+    def _between(self, busy: list[fx.Node], download: fx.Node, following: fx.Node | None) -> list[fx.Node]:
+        """Accelerator work that the next download waits for and that does not run beside host parts."""
+        end = len(busy) if following is None else bisect_right(busy, following)
+        beside = {operand for one in (download, following) if one is not None for operand in one.all_input_nodes}
+        between = busy[bisect_right(busy, download) : end]
+        return [node for node in between if node.target != ir.PARTIAL_LINEAR or node.args[0] not in beside]
+
+    def _first_after(self, busy: list[fx.Node], downloads: list[fx.Node]) -> list[fx.Node]:
+        first = bisect_right(busy, downloads[0]) if downloads else len(busy)
+        return busy[first : first + 1]
+
+
+def _host_parts(download: fx.Node) -> list[fx.Node]:
+    """The host's parts of Linears that read what a download brings."""
+    waits = [user for user in download.users if user.target == ir.WAIT_HOST]
+    items = [item for wait in waits for item in wait.users]
+    return [user for item in items for user in item.users if user.target == ir.HOST_LINEAR]
+
+
+__all__ = ["RUN_AHEAD", "complete_early", "completing_s", "late_readers"]

@@ -1,0 +1,86 @@
+"""Whole models on ``CudaAccelerator`` over the fake of torch.cuda: the calls that compiled graphs make of it.
+
+It says nothing about a GPU: everything lies in host memory and happens at once.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hetegen_compile
+from benchmarks.gpu.instrumented import hostile
+from hetegen_compile.accelerators import CudaAccelerator, cuda
+from tests.accelerators import fake_cuda
+from tests.accelerators.fake_cuda import LOG
+from tests.backend.modules import Mlp, random
+from tests.models.architectures import generate, prompts, tiny_model
+from tests.models.harness import RecordingBackend, new_schedules
+
+OPTIONS: dict[str, Any] = {"accelerator": "cuda", "hardware": "h100-server", "split": 0.25, "print_schedule": False}
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The fake, until every accelerator is closed."""
+    fake_cuda.install(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # or Dynamo asks it for more
+    monkeypatch.setattr(cuda, "_require_device", lambda: None)
+    yield
+    torch._dynamo.reset()
+    gc.collect()
+
+
+def budget(accelerator_bytes: int) -> int:
+    """So many bytes beside what the device's libraries take."""
+    accelerator = CudaAccelerator()
+    overhead = sum(accelerator.overhead_bytes().values())
+    accelerator.close()
+    return accelerator_bytes + overhead
+
+
+@pytest.mark.parametrize("refuse_pins", [False, True])
+def test_a_model_runs_with_every_kind_of_operation(tmp_path: Path, *, refuse_pins: bool) -> None:
+    model, x = Mlp().eval(), random(2, 64)
+    with torch.no_grad():
+        expected = model(x)
+        with hostile(refuse_pins=refuse_pins) as opened:
+            backend = RecordingBackend()
+            model.compile(backend=backend, options={**OPTIONS, "gpu_memory": budget(40 << 10)})
+            for seed in range(4):
+                torch.testing.assert_close(model(x), expected)
+                (accelerator,) = opened
+                accelerator.reseed(seed)
+    counters = backend.accelerator.counters
+    assert backend.accelerator is accelerator
+    assert counters.held_bytes["weights"] > 0, "some rows are resident"
+    assert counters.uploaded_bytes["weights"] > 4 * counters.held_bytes["weights"], "others are streamed each step"
+    assert bool(counters.staged_bytes) == refuse_pins
+    assert counters.trips_down == counters.trips_up == 4 * 4, "one trip for each Linear and step"
+    assert {"on up", "on down", "host waits compute", "host waits down"} <= set(LOG)
+    (plan,) = backend.graphs[0]._plans.values()
+    plan.schedule.save_trace(tmp_path / "trace.json")
+    traced = {span.resource for span in plan.schedule.spans}
+    assert {"up", "down", "accelerator", "host"} <= traced
+    assert ("pin" in traced) == refuse_pins
+
+
+def test_a_language_model_generates_as_in_eager() -> None:
+    model = tiny_model("llama")
+    inputs = prompts(1)
+    expected = generate(model, inputs, "static")
+    known = hetegen_compile.schedules()
+    with hostile():
+        backend = RecordingBackend()
+        model.compile(backend=backend, options={**OPTIONS, "gpu_memory": budget(200 << 10)})
+        found = generate(model, inputs, "static")
+    assert torch.equal(found["sequences"], expected["sequences"])
+    made = new_schedules(known)
+    assert made
+    assert all(schedule.host_bytes > 0 and schedule.streamed_bytes > 0 for schedule in made)

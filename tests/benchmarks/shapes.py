@@ -1,0 +1,24 @@
+"""Shapes that are wide enough to be worth splitting and shallow enough to be planned in a second."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig
+
+from benchmarks.model_shapes import Shape
+
+_WIDTHS = {
+    "llama": {
+        "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "num_key_value_heads": 8,
+        "vocab_size": 4096, "max_position_embeddings": 2048,
+    },
+    "opt": {
+        "hidden_size": 3584, "ffn_dim": 14336, "num_attention_heads": 28, "word_embed_proj_dim": 3584,
+        "vocab_size": 4096, "max_position_embeddings": 2048,
+    },
+}  # fmt: skip
+
+
+def config(model_type: str, layers: int = 4, full_layers: int = 32) -> Shape:
+    """Some layers of a model that the benchmark does not name."""
+    found = AutoConfig.for_model(model_type, num_hidden_layers=full_layers, **_WIDTHS[model_type])
+    return Shape(model_type, found, layers, full_layers)

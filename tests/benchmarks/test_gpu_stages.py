@@ -1,0 +1,178 @@
+"""The stages of ``benchmarks.gpu``: what is lost when one fails, hangs or finds no time, and what the run says."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.children import Notebook, Outcome
+from benchmarks.compare.job import HETEGEN, Row
+from benchmarks.gpu import __main__ as program
+from benchmarks.gpu import speed, stages
+from benchmarks.gpu.floor import thread_counts
+from benchmarks.gpu.settings import Checks, ChecksFailedError, Settings, SkipError, require
+from benchmarks.gpu.stages import Stage, run_stages, stages_for
+
+SETTINGS = Settings("cuda", "/nowhere", "h100-server", minutes=1.0, dtype="bfloat16")
+PLAN = (
+    Stage("first", 10.0),
+    Stage("one", 30.0, correctness=True, together="group"),
+    Stage("other", 30.0, correctness=True, together="group"),
+    Stage("last", 30.0),
+)
+
+
+class Runner:
+    """Plays children: ends each as it is told, and advances the clock by what it took."""
+
+    def __init__(self, outcomes: Mapping[str, Outcome]) -> None:
+        self.outcomes = outcomes
+        self.now_s = 100.0
+        self.limits: dict[str, float] = {}
+
+    def __call__(self, module: str, argument: Mapping[str, Any], *, limit_s: float, files: Path) -> Outcome:
+        assert module == stages.CHILD
+        assert Settings(**argument["settings"]).minutes == SETTINGS.minutes
+        assert files == Path("/nowhere") / argument["stage"]
+        outcome = self.outcomes.get(argument["stage"], Outcome("ok", 1.0, {"noted": 1}))
+        self.limits[argument["stage"]] = limit_s
+        self.now_s += outcome.seconds
+        return outcome
+
+    def clock(self) -> float:
+        """Seconds."""
+        return self.now_s
+
+
+def run(outcomes: Mapping[str, Outcome], settings: Settings = SETTINGS) -> tuple[dict[str, str], Runner, list[bool]]:
+    runner = Runner(outcomes)
+    ended = list(run_stages(PLAN, settings, runner=runner, clock=runner.clock))
+    return {one.stage.name: one.status for one in ended}, runner, [one.wrong for one in ended]
+
+
+def test_a_stage_that_fails_costs_itself_only() -> None:
+    statuses, runner, wrong = run(
+        {"first": Outcome("timeout", 10.0, {}, "killed"), "other": Outcome("failed", 2.0, {"checks": []}, "exit 1")}
+    )
+    assert statuses == {"first": "timeout", "one": "ok", "other": "failed", "last": "ok"}
+    assert wrong == [False, False, True, False], "only stages of correctness fail the run"
+    assert runner.limits["first"] == 10.0
+
+
+def test_a_stage_gets_what_is_left_and_none_begins_without_time() -> None:
+    settings = replace(SETTINGS, accelerator="emulated")  # one after the other
+    statuses, runner, wrong = run({"first": Outcome("ok", 35.0, {}), "one": Outcome("ok", 15.0, {})}, settings)
+    assert runner.limits["one"] == pytest.approx(25.0)
+    assert statuses["other"] == statuses["last"] == "not begun"
+    assert wrong == [False, False, True, False], "correctness that did not run is not correct"
+
+
+def test_a_group_runs_at_the_same_time_where_there_is_a_device() -> None:
+    both = threading.Barrier(2, timeout=10)
+
+    def runner(module: str, argument: Mapping[str, Any], **options: Any) -> Outcome:
+        if argument["stage"] in ("one", "other"):
+            both.wait()  # breaks unless both are under way
+        return Outcome("ok", 1.0, {})
+
+    assert all(one.status == "ok" for one in run_stages(PLAN, SETTINGS, runner=runner))
+
+
+def test_skipped_is_neither_failed_nor_ok() -> None:
+    statuses, _, _ = run({"last": Outcome("ok", 1.0, {"skipped": "needs a CUDA device"})})
+    assert statuses["last"] == "skipped"
+
+
+def test_every_stage_has_its_work_and_time_for_all_fits_in_order() -> None:
+    for stage in stages.STAGES:
+        assert callable(stages.stage_work(stage.name))
+    emulated = stages_for(replace(SETTINGS, accelerator="emulated"), [])
+    assert callable(stages.stage_work("opt-tiny"))
+    assert [one.name for one in emulated if one.name.startswith("opt")] == ["opt-tiny"]
+    assert [one.name for one in stages_for(SETTINGS, ["floor", "contact"])] == ["contact", "floor"]
+    timed = [one.name for one in stages.STAGES if not one.correctness]
+    assert not any(one.together for one in stages.STAGES if one.name in timed), "what is timed runs alone"
+
+
+def test_checks_go_on_after_one_has_failed(tmp_path: Path) -> None:
+    checks = Checks(Notebook(tmp_path / "notes.json"))
+    checks.check("good", lambda: {"bytes": 1})
+    checks.check("bad", lambda: require(False, "3 is not 4"))
+    checks.check("not here", lambda: _skip())
+    with pytest.raises(ChecksFailedError, match="1 of 3 checks failed: bad"):
+        checks.finish()
+    noted = json.loads((tmp_path / "notes.json").read_text())["checks"]
+    assert [entry["result"] for entry in noted] == ["ok", "FAILED", "skipped"]
+    assert noted[1]["detail"] == "AssertionError: 3 is not 4"
+
+
+def _skip() -> None:
+    raise SkipError("needs a CUDA device")
+
+
+def test_the_result_file_is_written_after_every_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[list[str]] = []
+
+    def runner(module: str, argument: Mapping[str, Any], *, limit_s: float, files: Path) -> Outcome:
+        path = tmp_path / "out" / "result.json"
+        seen.append(list(json.loads(path.read_text())["stages"]) if path.exists() else [])
+        failed = {"check": "tokens", "result": "FAILED", "detail": "they differ", "seconds": 1.0}
+        if argument["stage"] == "generation":
+            return Outcome("failed", 1.0, {"checks": [failed]}, "exit status 1")
+        return Outcome("ok", 1.0, {})
+
+    monkeypatch.setattr(program, "run_stages", lambda plan, settings: run_stages(plan, settings, runner=runner))
+    arguments = ["--out", str(tmp_path / "out"), "--accelerator", "emulated", "--stages"]
+    assert program.main([*arguments, "environment", "generation", "floor"]) == 1
+    assert seen == [[], ["environment"], ["environment", "generation"]]
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["correct"] is False
+    assert result["emulated"] is True
+    assert "EMULATED" in result["hardware"]
+    assert "tokens: they differ" in capsys.readouterr().out
+    assert program.main([*arguments, "environment", "floor"]) == 0
+
+
+def test_what_is_said_of_a_model_at_one_limit() -> None:
+    rows = [
+        Row(HETEGEN, 100, 1.0, 9.0, predicted_tokens_per_s=9.9, floor_tokens_per_s=10.0),
+        Row("Accelerate", None, 1.0, 3.0),
+    ]
+    assert speed.summary(rows, 100) == {
+        "gpu_memory": 100,
+        "decode_tokens_per_s": 9.0,
+        "of_the_floor": 0.9,
+        "predicted_over_measured": pytest.approx(1.1),
+        "best_peer": {"way": "Accelerate", "hetegen_over_it": 3.0},
+    }
+    assert speed.summary(rows[1:], 100) == {"gpu_memory": 100}
+
+
+def test_a_model_that_the_host_has_no_room_for_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "host_memory_bytes", lambda: 64 << 30)
+    with pytest.raises(SkipError, match=r"opt-30b needs about 8\d GiB of host memory, there are 64"):
+        speed.require_memory("opt-30b", SETTINGS)
+    speed.require_memory("opt-13b", SETTINGS)
+
+
+def test_peers_are_compared_with_the_rows_of_an_earlier_stage(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, folder=str(tmp_path))
+    assert speed.earlier_rows("opt-6.7b", settings) == []
+    row = Row(HETEGEN, 100, 1.0, 9.0)
+    (tmp_path / "opt-6.7b.json").write_text(json.dumps({"rows": [row.to_json()]}))
+    (found,) = speed.earlier_rows("opt-6.7b", settings)
+    assert (found.way, found.gpu_memory, found.decode_tokens_per_s) == (HETEGEN, 100, 9.0)
+
+
+def test_threads_that_the_floor_is_measured_with() -> None:
+    assert thread_counts(16) == [16, 15, 14, 8]
+    assert thread_counts(2) == [2, 1]
+    assert thread_counts(1) == [1]

@@ -1,0 +1,72 @@
+"""The cost model decides whether MLP blocks are cut as one."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hetegen_compile
+from hetegen_compile.schedule import Schedule
+
+WIDTH, WIDE, LAYERS = 512, 2048, 3
+
+
+class Mlp(nn.Module):
+    """Residual blocks without attention, on meta."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(WIDTH, WIDE, device="meta") for _ in range(LAYERS))
+        self.down = nn.ModuleList(nn.Linear(WIDE, WIDTH, device="meta") for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(torch.relu(up(x)))
+        return x
+
+
+def plan(hardware: str, share: float = 0.3, **options: Any) -> Schedule:
+    budget = int(share * LAYERS * 2 * WIDTH * WIDE * 4)
+    x = torch.zeros(1, WIDTH, device="meta")
+    given = {"hardware": hardware, "gpu_memory": budget, "print_schedule": False, **options}
+    return hetegen_compile.plan(Mlp(), x, options=given)
+
+
+def cut(schedule: Schedule) -> int:
+    return sum(row.placement == "block" for row in schedule.rows)
+
+
+def slow_between(path: Path) -> str:
+    """A machine whose host takes a millisecond for every operation between two Linears."""
+    preset = files("hetegen_compile.cost_model").joinpath("presets/a10-xeon.json")
+    profile = json.loads(preset.read_text())
+    profile["host"]["launch_s"] = 1e-3
+    changed = path / "slow.json"
+    changed.write_text(json.dumps(profile))
+    return str(changed)
+
+
+@pytest.mark.parametrize("hardware", ["a10-xeon", "rtx3060-laptop"])
+def test_a_saved_trip_shortens_the_step(hardware: str) -> None:
+    apart, chosen = plan(hardware, pair_mlp=False), plan(hardware)
+    assert cut(apart) == 0
+    assert cut(chosen) >= 2
+    assert chosen.predicted_step_s < apart.predicted_step_s
+
+
+def test_not_where_the_host_takes_longer_between_the_linears_than_for_the_trip(tmp_path: Path) -> None:
+    hardware = slow_between(tmp_path)
+    apart, chosen, forced = (plan(hardware, pair_mlp=pair) for pair in (False, "auto", True))
+    assert cut(chosen) == 0
+    assert chosen.predicted_step_s == pytest.approx(apart.predicted_step_s)
+    assert forced.predicted_step_s >= chosen.predicted_step_s
+
+
+def test_not_where_no_trip_is_worth_it() -> None:
+    assert cut(plan("h100-server")) == 0

@@ -1,0 +1,95 @@
+"""Host work that only completes the results: early enough to be hidden, never in front of what a step waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from hetegen_compile.ir import HOST_LINEAR, TO_HOST, TWIN, WAIT_HOST, info
+from hetegen_compile.passes.context import LinearPlan
+from hetegen_compile.passes.predict_step import predict_step
+from tests.passes.graphs import Case, assert_equal_to_eager, halves, quarters, scheduled, streamed
+
+LAYERS = nn.ModuleList([nn.Linear(64, 64) for _ in range(18)])
+X = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+PASTS = [torch.randn(512, 64, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+
+
+def growing(x: Tensor, *pasts: Tensor) -> tuple[Tensor, ...]:
+    """Each layer appends to a cache that the caller gets back."""
+    grown = []
+    for first, key, last, past in zip(LAYERS[::3], LAYERS[1::3], LAYERS[2::3], pasts, strict=True):
+        cache = torch.cat([past, key(x)])
+        x = last(first(x).relu() + cache.mean(0)).relu()
+        grown.append(cache)
+    return (x, *grown)
+
+
+def appending(found: Case) -> list[fx.Node]:
+    return [node for node in found.module.graph.nodes if node.target is torch.cat and info(node).side == "host"]
+
+
+def places(found: Case) -> dict[fx.Node, int]:
+    return {node: place for place, node in enumerate(found.module.graph.nodes)}
+
+
+@pytest.mark.parametrize("plan", [halves, streamed])
+def test_caches_are_appended_to_while_later_layers_run(plan: Callable[[int], LinearPlan]) -> None:
+    found = scheduled(growing, X, *PASTS, plan=plan)
+    work, place = appending(found), places(found)
+    assert len(work) == len(PASTS)
+    last = max(place[node] for node in found.module.graph.find_nodes(op="call_module"))
+    assert sum(place[node] < last for node in work) >= (len(PASTS) - 1 if plan is halves else 1)
+
+
+def test_what_they_need_comes_down_with_the_next_activation() -> None:
+    found = scheduled(growing, X, *PASTS, plan=halves)
+    parts = len(found.nodes(HOST_LINEAR)) - len(PASTS)  # of each layer two read one activation
+    assert len(found.nodes(TO_HOST)) == parts  # and the first reads the input where it lies: the result takes its place
+    assert len(scheduled(growing, X, *PASTS, plan=streamed).nodes(TO_HOST)) == len(PASTS) + 1
+
+
+def test_host_parts_of_the_same_download_come_first() -> None:
+    found = scheduled(growing, X, *PASTS, plan=halves)
+    place = places(found)
+    for node in appending(found):
+        downloads = [wait for item in node.all_input_nodes for wait in _waits(item)]
+        for wait in downloads:
+            parts = [user for item in wait.users for user in item.users if user.target == HOST_LINEAR]
+            assert all(place[part] < place[node] for part in parts)
+
+
+def test_the_step_is_shorter_than_with_all_of_it_at_the_end() -> None:
+    found = scheduled(growing, X, *PASTS, plan=halves)
+    graph, seconds = found.module.graph, predict_step(found.module, found.context).step_s
+    output = next(iter(reversed(graph.nodes)))
+    for node in (*appending(found), *found.nodes(TWIN)):
+        output.prepend(node)
+    assert seconds < predict_step(found.module, found.context).step_s
+
+
+@pytest.mark.parametrize("plan", [halves, quarters])
+def test_numerics(plan: Callable[[int], LinearPlan]) -> None:
+    found = assert_equal_to_eager(growing, X, *PASTS, plan=plan)
+    assert appending(found)
+
+
+def test_a_value_that_is_written_later_is_not_sent_early() -> None:
+    def function(x: Tensor, past: Tensor) -> Any:
+        first, key, last = LAYERS[:3]
+        new = key(x)
+        y = last(first(x).relu())
+        new.add_(1.0)
+        return y, torch.cat([past, new])
+
+    assert_equal_to_eager(function, X, PASTS[0], plan=halves)
+
+
+def _waits(node: fx.Node) -> list[fx.Node]:
+    if node.target == WAIT_HOST:
+        return [node]
+    return [wait for operand in node.all_input_nodes for wait in _waits(operand)] if info(node).side == "host" else []

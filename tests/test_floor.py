@@ -1,0 +1,101 @@
+"""The floor: no simulated step is below it, and a good one is close to it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from benchmarks.schedule_quality import Work
+from hetegen_compile.cost_model import RateCurve, RateTable, load_profile
+from hetegen_compile.floor import Floor, floor, floor_s, offloaded_together_s
+from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.passes.choose_splits import with_host_rows
+from hetegen_compile.passes.context import Splits
+from hetegen_compile.planner import BucketPlan
+from hetegen_compile.trials import Trials
+from tests.benchmarks.shapes import config
+from tests.passes.graphs import PROFILE, Case, halves, planned, resident, streamed
+
+
+@cache
+def work(model_type: str) -> Work:
+    return Work(config(model_type, layers=2), "decode-1")
+
+
+@cache
+def plan(model_type: str, hardware: str) -> BucketPlan:
+    return work(model_type).base(load_profile(hardware), 0.4)
+
+
+shares = st.lists(st.sampled_from([0.0, 0.0, 0.3, 0.7, 1.0, 1.0]), min_size=9, max_size=9)
+
+
+@settings(deadline=None, max_examples=12, derandomize=True)
+@given(st.sampled_from(["llama", "opt"]), st.sampled_from(["a10-xeon", "cpu-emulated", "h100-server"]), shares)
+def test_no_simulated_step_is_below_it(model_type: str, hardware: str, pattern: list[float]) -> None:
+    base = plan(model_type, hardware)
+    found: Splits = {}
+    for i, node in enumerate(base.module.graph.find_nodes(op="call_function", target=LINEAR)):
+        whole = with_host_rows(node, 0, base.context)
+        host = int(pattern[i % len(pattern)] * (whole.rows - whole.resident_rows)) // 64 * 64
+        found = {**found, info(node).position: with_host_rows(node, host, base.context)}
+    bound = floor(base.module, replace(base.context, splits=found))
+    assert bound == floor(base.module, base.context)  # of the residency, not of the shares
+    assert 0 < bound.seconds <= Trials(base.module).step_s(base.context, found) * (1 + 1e-9)
+
+
+# ---- the bounds one by one ---------------------------------------------------------------------------------------
+
+LAYERS = nn.ModuleList([nn.Linear(1024, 1024, bias=False) for _ in range(4)])
+
+
+def chain(x: Tensor) -> Tensor:
+    for layer in LAYERS:
+        x = layer(x).relu()
+    return x
+
+
+def beside(x: Tensor) -> Tensor:
+    return sum((layer(x) for layer in LAYERS), torch.zeros(()))
+
+
+def bounds(function: object, case: Case | None = None) -> Floor:
+    found = case or planned(function, torch.zeros(1, 1024), plan=streamed)  # type: ignore[arg-type]
+    return floor(found.module, found.context)
+
+
+def test_bytes_are_shared_by_link_and_host() -> None:
+    found = planned(chain, torch.zeros(1, 1024), plan=halves)
+    costs = [found.context.costs[info(node).position] for node in found.nodes(LINEAR)]  # type: ignore[index]
+    host_s, link_s = sum(c.host_s for c in costs), sum(c.link_s for c in costs)
+    assert bounds(chain, found).bytes_s == pytest.approx(host_s * link_s / (host_s + link_s))
+    assert offloaded_together_s(found.module, found.context) == pytest.approx(host_s * link_s / (host_s + link_s))
+
+
+def test_resident_weights_leave_the_accelerators_own_work() -> None:
+    found = planned(chain, torch.zeros(1, 1024), plan=resident)
+    bound = bounds(chain, found)
+    assert bound.bytes_s == 0.0
+    assert bound.seconds == bound.path_s == pytest.approx(bound.accelerator_s)
+    assert bound.bound == "accelerator"
+
+
+def test_linears_one_after_the_other_take_longer_than_beside_each_other() -> None:
+    assert bounds(chain).bytes_s == bounds(beside).bytes_s
+    assert bounds(chain).path_s > bounds(beside).path_s
+
+
+def test_small_parts_that_are_read_faster_lower_it() -> None:
+    found = planned(chain, torch.zeros(1, 1024), plan=streamed)
+    slow = PROFILE.host.linear_bytes_per_s["float32"].at(1, 1e9)
+    curves = ((1e5, RateCurve.constant(2 * slow)), (1e9, RateCurve.constant(slow)))
+    tables = {**PROFILE.host.linear_bytes_per_s, "float32": RateTable(curves)}
+    profile = replace(PROFILE, host=replace(PROFILE.host, linear_bytes_per_s=tables))
+    cached = replace(found.context, profile=profile)
+    assert floor_s(found.module, cached) < floor_s(found.module, found.context)
