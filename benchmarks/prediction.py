@@ -29,7 +29,9 @@ from hetegen_compile.calibration import this_machine
 HARDWARE = ("rtx3060-laptop", "rtx4090-desktop", "a10-xeon")
 BUDGETS = (0.3, 0.6)
 SPLITS: tuple[float | Literal["auto"], ...] = ("auto", 0.0)
-_SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8}
+_SIZES: dict[str, Any] = {
+    "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8,
+}  # fmt: skip
 _WARM_UP = 3  # the first step compiles, the second carries nothing yet, the third is traced
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
+from hetegen_compile.cost_model import preset_names
 from hetegen_compile.errors import HetegenError
 
 
@@ -58,13 +59,19 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument(
         "model", help="a folder with a config.json, such a file, or a model whose config is in the hub's cache"
     )
-    parser.add_argument("--hardware", default="auto", help="a preset or the path of a profile (default: this machine)")
+    presets = ", ".join(preset_names())
+    parser.add_argument(
+        "--hardware", default="auto", help=f"one of {presets}, or the path of a profile (default: this machine)"
+    )
     parser.add_argument("--gpu-memory", help='budget such as "6GiB" (default: the hardware\'s memory less a sixteenth)')
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens to generate (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="sequences (default: %(default)s)")
-    parser.add_argument("--dtype", default="float16", help="type of the weights (default: %(default)s)")
-    parser.add_argument("--split", type=_split, default="auto", help="share of rows on the host (default: %(default)s)")
+    dtypes = "float16, bfloat16, float32 or float64"
+    parser.add_argument("--dtype", default="float16", help=f"type of the weights, {dtypes} (default: %(default)s)")
+    parser.add_argument(
+        "--split", type=_split, default="auto", help="share of rows on the host, 0 to 1 (default: %(default)s)"
+    )
     parser.add_argument("--context", type=int, help="tokens of cache that the budget holds (default: what is used)")
     parser.add_argument("--max-batch", type=int, default=1, help="sequences in the budget (default: %(default)s)")
     parser.add_argument("--table", action="store_true", help="print the schedules of prefill and of decode too")
@@ -78,7 +85,10 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser("bench", help=text, description=text)
     parser.add_argument("model", help="as for plan")
     parser.add_argument("--accelerator", default="auto", help="auto, cuda or emulated (default: %(default)s)")
-    parser.add_argument("--hardware", default="auto", help="a preset or the path of a profile (default: this machine)")
+    presets = ", ".join(preset_names())
+    parser.add_argument(
+        "--hardware", default="auto", help=f"one of {presets}, or the path of a profile (default: this machine)"
+    )
     parser.add_argument("--gpu-memory", help='budget such as "6GiB" (default: what is free less a reserve)')
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=16, help="tokens to generate (default: %(default)s)")
@@ -89,7 +99,10 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _split(text: str) -> float | str:
-    return text if text == "auto" else float(text)
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number from 0 to 1") from error
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -18,8 +18,10 @@ so what lies between stays where it is (``find_blocks``).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import sympy
@@ -70,15 +72,19 @@ class NodeInfo:
     side: Side | None = None
 
 
+_NOTHING = NodeInfo()
+
+
 def info(node: fx.Node) -> NodeInfo:
     """The notes on ``node`` (empty ones if it has none yet)."""
-    found = node.meta.get(_META_KEY)
-    return found if isinstance(found, NodeInfo) else NodeInfo()
+    found: NodeInfo = node.meta.get(_META_KEY, _NOTHING)
+    return found
 
 
 def annotate(node: fx.Node, base: NodeInfo | None = None, **changes: Any) -> fx.Node:
     """Set the notes on ``node``: those of ``base`` (default: its own) with ``changes``."""
-    node.meta[_META_KEY] = replace(base if base is not None else info(node), **changes)
+    notes = base if base is not None else info(node)
+    node.meta[_META_KEY] = replace(notes, **changes) if changes else notes
     return node
 
 
@@ -104,9 +110,15 @@ def call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
     The arguments are set after the node was made: ``create_node`` looks through those that it is given for symbolic
     numbers, which takes longer than everything else that it does. A schedule has thousands of nodes.
     """
-    node = graph.create_node("call_function", target)
+    node = graph.create_node("call_function", target, name=_node_name(target))
     node.args = args
     return node
+
+
+@lru_cache
+def _node_name(target: Any) -> str:
+    """What ``create_node`` would take for the name, which it makes anew each time."""
+    return re.sub(r"\W", "_", str(target.__name__))
 
 
 def lazy_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:

@@ -74,24 +74,37 @@ PIPELINE: tuple[Stage, ...] = (
 )
 
 
-_FIRST_OF_PLAN = next(i for i, stage in enumerate(PIPELINE) if stage.run is split_linears)
-_MEASURED = next(i for i, stage in enumerate(PIPELINE) if stage.run is measure_memory)
+def _place_of(run: Callable[[fx.GraphModule, Context], Any]) -> int:
+    return next(i for i, stage in enumerate(PIPELINE) if stage.run is run)
+
+
+_FIRST_OF_PLAN = _place_of(split_linears)
+NORMALISATION = PIPELINE[: _place_of(find_blocks)]
+"""Stages that bring the captured graph into the form that decisions are taken on."""
+DECISIONS = PIPELINE[_place_of(find_blocks) : _place_of(place_nodes)]
+"""Stages that are run again when memory is shared out anew; they leave the graph as it is."""
+GROUPING = PIPELINE[_place_of(place_nodes) : _FIRST_OF_PLAN]
+"""Stages that cut the graph into segments."""
 ONCE_PER_BUCKET = PIPELINE[:_FIRST_OF_PLAN]
 """Stages up to the segments: what they leave is the same for every split of the Linears."""
 ONCE_PER_SPLIT = PIPELINE[_FIRST_OF_PLAN:]
 """Stages that turn one assignment of rows into a schedule."""
-UNTIL_MEASURED = PIPELINE[_FIRST_OF_PLAN : _MEASURED + 1]
+UNTIL_MEASURED = PIPELINE[_FIRST_OF_PLAN : _place_of(measure_memory) + 1]
 """Stages up to what a schedule occupies."""
 
 
 def run_pipeline(
-    module: fx.GraphModule, context: Context, stages: tuple[Stage, ...] = PIPELINE
+    module: fx.GraphModule, context: Context, stages: tuple[Stage, ...] = PIPELINE, *, lint: bool = True
 ) -> Context:
-    """Run ``stages`` on ``module`` in place and return the context with what they left behind."""
+    """Run ``stages`` on ``module`` in place and return the context with what they left behind.
+
+    Without ``lint`` a malformed graph is found by ``verify`` only: for schedules, most of which are simulated and
+    dropped.
+    """
     for stage in stages:
         started = time.perf_counter()
         result = stage.run(module, context)
-        if stage.kind == "rewrite":
+        if stage.kind == "rewrite" and lint:
             module.graph.lint()
         if stage.leaves is not None:
             context = replace(context, **{stage.leaves: result})

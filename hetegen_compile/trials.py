@@ -71,7 +71,7 @@ class Trials:
             if trial is not None and _what_matters(trial.context) == wanted:
                 return trial
         module = copy_module(self.module)
-        return Trial(module, run_pipeline(module, replace(context, splits=splits), _STAGES))
+        return Trial(module, run_pipeline(module, replace(context, splits=splits), _STAGES, lint=False))
 
 
 def _what_matters(context: Context) -> Context:

@@ -13,12 +13,12 @@ from bisect import bisect_right
 from collections.abc import Collection
 from dataclasses import dataclass
 
-import networkx as nx
 from torch import fx
 
 from hetegen_compile import ir
 from hetegen_compile.ir import info
 from hetegen_compile.passes.context import Context
+from hetegen_compile.passes.precedence import Precedence
 from hetegen_compile.passes.predict_step import node_work
 
 RUN_AHEAD = 4
@@ -46,7 +46,7 @@ def completing_s(values: Collection[fx.Node], late: Collection[fx.Node], context
     return sum(node_work(node, context).seconds for node in needs.difference(values))
 
 
-def complete_early(graph: fx.Graph, tasks: nx.DiGraph, context: Context) -> frozenset[fx.Node]:
+def complete_early(graph: fx.Graph, tasks: Precedence, context: Context) -> frozenset[fx.Node]:
     """Add edges to ``tasks`` that put completing work where the host waits longest, soon after it can begin.
 
     Returns that work; the caller ranks it behind accelerator work and before host parts. All other edges lead forward
@@ -57,12 +57,14 @@ def complete_early(graph: fx.Graph, tasks: nx.DiGraph, context: Context) -> froz
     complete: dict[fx.Node, int] = {}
     for node in graph.nodes:
         if node in late and _is_work(node):
-            ready = max((complete.get(before, waits.place[before]) for before in tasks.predecessors(node)), default=0)
+            ready = max((complete.get(before, waits.place[before]) for before in tasks.before[node]), default=0)
             wait = waits.take(ready, node_work(node, context).seconds)
             if wait is not None:
                 complete[node] = max([ready, *(waits.place[part] for part in wait.parts)])
-                tasks.add_edges_from((part, node) for part in wait.parts)
-                tasks.add_edges_from((node, behind) for behind in wait.behind)
+                for part in wait.parts:
+                    tasks.add(part, node)
+                for behind in wait.behind:
+                    tasks.add(node, behind)
     return frozenset(complete)
 
 

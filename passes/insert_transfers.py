@@ -117,7 +117,7 @@ class _Inserter:
             for user, operand in self._crossings("host", "accelerator")
             if not self._read_where_it_lies(user, operand)
         ]
-        versions = self._versions()
+        versions = self._versions(crossings)
         late = late_readers(self._graph)
         early = dict.fromkeys(versions[crossing] for crossing in crossings if crossing[0] not in late)
         together = dict.fromkeys(versions[crossing] for crossing in crossings if crossing[0] in late)
@@ -181,13 +181,14 @@ class _Inserter:
         user.replace_input_with(operand, operand.all_input_nodes[0])
         return True
 
-    def _versions(self) -> dict[tuple[fx.Node, fx.Node], _Version]:
+    def _versions(self, crossings: list[tuple[fx.Node, fx.Node]]) -> dict[tuple[fx.Node, fx.Node], _Version]:
         """For each (user, operand) how often its storages have been written on the accelerator before the user."""
+        readers = {user for user, _ in crossings}
         written: dict[int, int] = {}
         versions: dict[tuple[fx.Node, fx.Node], _Version] = {}
         for user in self._graph.nodes:
             alone = user if user.target == ir.HOST_LINEAR and not self._context.share_trips else None
-            for operand in user.all_input_nodes:
+            for operand in user.all_input_nodes if user in readers else ():
                 versions[user, operand] = operand, sum(written.get(key, 0) for key in info(operand).storages), alone
             if info(user).side == "accelerator":
                 for key in info(user).writes:
@@ -195,11 +196,12 @@ class _Inserter:
         return versions
 
     def _crossings(self, reads: Side, lies: Side) -> list[tuple[fx.Node, fx.Node]]:
+        there = {node for node in self._graph.nodes if value_side(node) == lies}
         return [
             (user, operand)
             for user in self._graph.nodes
             for operand in user.all_input_nodes
-            if operand_side(user, operand) == reads and value_side(operand) == lies
+            if operand in there and operand_side(user, operand) == reads
         ]
 
     def _mirror(self, operand: fx.Node) -> fx.Node:

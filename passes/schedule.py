@@ -21,9 +21,9 @@ import operator
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
-import networkx as nx
 from torch import fx
 
 from hetegen_compile import ir
@@ -35,8 +35,9 @@ from hetegen_compile.passes.completing import RUN_AHEAD, complete_early
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.fit_ring import LEAST_USED
 from hetegen_compile.passes.insert_transfers import operand_side
+from hetegen_compile.passes.precedence import Precedence
 
-_RANK = {
+_RANK: dict[Any, int] = {
     ir.MIRROR: 0,
     ir.RESIDENT: 0,
     ir.STAGE: 1,
@@ -136,13 +137,13 @@ def reorder(graph: fx.Graph, context: Context) -> None:
     """Sort the nodes topologically, by rank and then by program order among those that are ready."""
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     tasks = task_graph(nodes)
-    place = {node: position for position, node in enumerate(nodes)}
     output = next(iter(reversed(graph.nodes)))
     _slots_in_program_order(graph, tasks)
     completing = complete_early(graph, tasks, context)
     late = _late_nodes(nodes, tasks)
+    key = {node: (_rank(node, completing), position) for position, node in enumerate(nodes)}
     pending: deque[fx.Node] = deque()
-    for node in nx.lexicographical_topological_sort(tasks, key=lambda node: (_rank(node, completing), place[node])):
+    for node in tasks.order(key):
         for wait in _waits_of(node, late):
             output.prepend(wait)
         output.prepend(node)
@@ -162,20 +163,18 @@ def _wait_for(download: fx.Node, late: set[fx.Node], output: fx.Node) -> None:
             output.prepend(wait)
 
 
-def _late_nodes(nodes: list[fx.Node], tasks: nx.DiGraph) -> set[fx.Node]:
+def _late_nodes(nodes: list[fx.Node], tasks: Precedence) -> set[fx.Node]:
     """Take the waits that only order their own readers out of ``tasks``: each is issued just before its first reader.
 
     A wait holds up everything that is issued to its stream (or to the host) after it.
     """
     late: set[fx.Node] = set()
     for node in reversed(nodes):
-        waits = node.target in _WAITS or (node.target is operator.getitem and _source(node).target in _WAITS)
-        others = set(tasks.successors(node)) - set(node.users) - _readers_of_late(node, late)
-        if waits and all(other.target == ir.RELEASE for other in others):  # a release follows the readers anyway
-            tasks.add_edges_from(
-                (before, after) for before in tasks.predecessors(node) for after in tasks.successors(node)
-            )
-            tasks.remove_node(node)
+        if node.target not in _WAITS and not (node.target is operator.getitem and _source(node).target in _WAITS):
+            continue
+        others = tasks.after[node] - node.users.keys() - _readers_of_late(node, late)
+        if all(other.target == ir.RELEASE for other in others):  # a release follows the readers anyway
+            tasks.bypass(node)
             late.add(node)
     return late
 
@@ -201,23 +200,23 @@ def _waits_of(node: fx.Node, late: set[fx.Node]) -> list[fx.Node]:
     return found
 
 
-def _slots_in_program_order(graph: fx.Graph, tasks: nx.DiGraph) -> None:
+def _slots_in_program_order(graph: fx.Graph, tasks: Precedence) -> None:
     """Prefetches follow each other, and so do stages: a slot's place in its ring is only right in that order."""
     for target in (ir.PREFETCH, ir.STAGE):
-        fills = graph.find_nodes(op="call_function", target=target)
-        tasks.add_edges_from(zip(fills, fills[1:], strict=False))
+        for before, after in pairwise(graph.find_nodes(op="call_function", target=target)):
+            tasks.add(before, after)
 
 
-def task_graph(nodes: list[fx.Node]) -> nx.DiGraph:
+def task_graph(nodes: list[fx.Node]) -> Precedence:
     """Every order that has to hold: data, slots' readers before their release, in-place writes."""
-    tasks = nx.DiGraph()
-    tasks.add_nodes_from(nodes)
-    known = set(nodes)
+    tasks = Precedence(nodes)
     for node in nodes:
-        tasks.add_edges_from((operand, node) for operand in node.all_input_nodes if operand in known)
-        if node.target == ir.RELEASE:
-            tasks.add_edges_from((reader, node) for reader in _slot_readers(node))
-    tasks.add_edges_from(_write_edges(nodes))
+        readers = _slot_readers(node) if node.target == ir.RELEASE else ()
+        for before in (*node.all_input_nodes, *readers):
+            if before in tasks.before:
+                tasks.add(before, node)
+    for before, after in _write_edges(nodes):
+        tasks.add(before, after)
     return tasks
 
 
@@ -230,6 +229,8 @@ def _slot_readers(release: fx.Node) -> list[fx.Node]:
 def _write_edges(nodes: list[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
     """Readers before the next write of a storage, writes before the next readers; each side by itself."""
     written = {(info(node).side, key) for node in nodes for key in info(node).writes}
+    if not written:
+        return []
     last_write: dict[tuple[str | None, int], fx.Node] = {}
     readers: dict[tuple[str | None, int], list[fx.Node]] = {}
     edges: list[tuple[fx.Node, fx.Node]] = []
@@ -258,8 +259,9 @@ def _reads(node: fx.Node) -> set[tuple[str | None, int]]:
 def _rank(node: fx.Node, completing: frozenset[fx.Node]) -> int:
     if node in completing:
         return _COMPLETING_RANK
-    if node.target in _RANK:
-        return _RANK[node.target]
+    rank = _RANK.get(node.target)
+    if rank is not None:
+        return rank
     return _ACCELERATOR_RANK if info(node).side == "accelerator" else _HOST_RANK
 
 

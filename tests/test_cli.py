@@ -14,8 +14,9 @@ from transformers import OPTConfig
 
 from hetegen_compile import calibration, cli, doctor
 from hetegen_compile.calibration import Effort, calibrate
-from hetegen_compile.cost_model import HardwareProfile, profile_from_json
+from hetegen_compile.cost_model import HardwareProfile, preset_names, profile_from_json
 from hetegen_compile.doctor import Check, package
+from hetegen_compile.dry_run.models import DTYPES
 from hetegen_compile.errors import AcceleratorUnavailableError
 from tests.calibration.tiny import TINY
 
@@ -98,6 +99,14 @@ def test_whatever_is_not_ok_has_a_remedy() -> None:
     checks = doctor.examine()
     assert [check.subject for check in checks if check.status != "ok" and not check.remedy] == []
     assert found(checks, "torch").finding == importlib.metadata.version("torch")
+
+
+@pytest.mark.parametrize(("nodes", "status"), [((), "ok"), ((0,), "ok"), ((0, 1), "warn")])
+def test_several_memory_nodes_are_told(nodes: tuple[int, ...], status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "numa_nodes", lambda cpus: nodes)
+    check = found(doctor.examine(), "memory nodes")
+    assert check.status == status
+    assert ("numactl --interleave=all" in (check.remedy or "")) is (status == "warn")
 
 
 def test_no_gpu_says_what_the_emulated_accelerator_is() -> None:
@@ -205,6 +214,7 @@ def test_plan_as_json_is_json_and_nothing_else(model: str, capsys: pytest.Captur
     [
         (["plan", "no/such-model"], "the network is not used"),
         (["plan", "MODEL", "--hardware", "nothing"], "nothing"),
+        (["plan", "/nowhere/config.json"], "no config of '/nowhere/config.json': there is no such file or folder"),
         (["plan", "MODEL", "--dtype", "int4"], "dtype='int4'"),
         (["plan", "MODEL", "--gpu-memory", "6 bananas"], "is not a size"),
         (["plan", "MODEL", "--hardware", "a10-xeon", "--gpu-memory", "10KiB", "--new-tokens", "1"], "smallest budget"),
@@ -222,4 +232,12 @@ def test_plan_errors_are_one_line(
 def test_plan_knows_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["plan", "m", "--split", "half"])
-    assert "--split" in capsys.readouterr().err
+    assert "argument --split: 'half' is neither auto nor a number from 0 to 1" in capsys.readouterr().err
+
+
+def test_plan_help_names_presets_and_types(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for expected in (*preset_names(), *DTYPES):
+        assert expected in printed

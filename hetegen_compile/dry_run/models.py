@@ -81,6 +81,8 @@ def named_config(source: str | Path) -> Any:
     """The transformers config that a path or a model's id names; UnsupportedModelError if there is none here."""
     from transformers import AutoConfig
 
+    if _is_path(source) and not Path(source).exists():
+        raise UnsupportedModelError(f"no config of {str(source)!r}: there is no such file or folder")
     try:
         return AutoConfig.from_pretrained(str(source), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -89,6 +91,12 @@ def named_config(source: str | Path) -> Any:
             f"no config of {str(source)!r}: {reason} It has to be a folder with a config.json, such a file, or a model "
             "whose config is in the hub's cache; the network is not used (to fetch it: hf download MODEL config.json)"
         ) from error
+
+
+def _is_path(source: str | Path) -> bool:
+    """Whether this can be no model's id: those are "name" or "owner/name"."""
+    text = str(source)
+    return isinstance(source, Path) or text.startswith((".", "/", "~")) or text.endswith(".json") or text.count("/") > 1
 
 
 def _on_meta(config: Any, dtype: torch.dtype) -> nn.Module:

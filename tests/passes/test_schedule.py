@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -187,7 +188,7 @@ def test_the_order_keeps_every_edge(name: str) -> None:
     found.apply(split_linears)
     found.apply(insert_transfers)
     nodes = [n for n in found.module.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
-    edges = list(task_graph(nodes).edges)
+    edges = task_graph(nodes).edges()
     found.apply(schedule)
     place = order(found)
     assert all(place[before] < place[after] for before, after in edges)
@@ -201,12 +202,13 @@ def test_no_accelerator_work_that_is_ready_waits_for_the_host_to_compute(name: s
     nodes = [n for n in found.module.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
     tasks = task_graph(nodes)
     copies = found.nodes(PREFETCH)
-    tasks.add_edges_from(zip(copies, copies[1:], strict=False))
+    for before, after in pairwise(copies):
+        tasks.add(before, after)
     place = order(found)
     ready_at: dict[fx.Node, int] = {}
     for node in nodes:  # a wait is ready when what it waits for has been issued
         waits = node.target == WAIT
-        before = [ready_at[n] if n.target == WAIT else place[n] for n in tasks.predecessors(node)]
+        before = [ready_at[n] if n.target == WAIT else place[n] for n in tasks.before[node]]
         ready_at[node] = max(before, default=-1)
         asynchronous = info(node).side == "accelerator" or node.target in (PREFETCH, TO_HOST)
         if asynchronous and not waits:
