@@ -100,9 +100,11 @@ def _model(name: str, kind: str) -> Any:
     torch.manual_seed(0)
     factory = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "masked": AutoModelForMaskedLM}[kind]
     config = tiny_config(name, is_decoder=kind == "causal")
-    model = factory.from_config(config, dtype=torch.float32).eval()
-    if sum(p.numel() for p in model.parameters()) > 50_000_000:
+    with torch.device("meta"):  # one that is too large would take long to fill, or all memory
+        parameters = sum(p.numel() for p in factory.from_config(config).parameters())
+    if parameters > 50_000_000:
         raise ValueError("more than 50 million parameters: its configuration has sizes that are not known here")
+    model = factory.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -7,7 +7,7 @@ import contextvars
 import logging
 import time
 import traceback
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,12 +19,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from hetegen_compile import planner
 from hetegen_compile.bind import BoundStep, bind
 from hetegen_compile.cost_model import HardwareProfile
-from hetegen_compile.errors import AcceleratorMemoryError, BudgetError
+from hetegen_compile.errors import AcceleratorMemoryError, BudgetError, UnforeseenMemoryError
 from hetegen_compile.graph_inputs import aliased_inputs, as_int, is_weight, number, symbol_inputs, token_count
 from hetegen_compile.mirrors import NoRoomError
 from hetegen_compile.options import Options, format_bytes
 from hetegen_compile.passes.capture import source_name
 from hetegen_compile.passes.context import (
+    UNFORESEEN,
     Bucket,
     HostOnlyGraphError,
     Refusal,
@@ -36,7 +37,7 @@ from hetegen_compile.passes.context import (
 from hetegen_compile.planner import BucketPlan, PlannedStep, Planner, Sizes, Split, Target, bucket_of
 from hetegen_compile.room import Room
 from hetegen_compile.runtime import Runtime
-from hetegen_compile.schedule import FITS, Schedule, register
+from hetegen_compile.schedule import FITS, Schedule, register, withdraw
 from hetegen_compile.step_values import InputFacts, StepValues
 from hetegen_compile.undo import Undo, host_writes
 
@@ -118,6 +119,7 @@ class CompiledGraph:
         self._writes = host_writes(module.graph)
         self._anchor = min(self._weights.values(), default=None)
         self._buckets: dict[Part, BucketPlan] = {}
+        self._outdated: dict[Part, BucketPlan] = {}
         self._plans: dict[tuple[Part, Split], _Plan] = {}
         self._recent: tuple[tuple[Any, ...], _Plan] | None = None
         self._unforeseen_bytes = 0
@@ -168,6 +170,11 @@ class CompiledGraph:
                     raise self._too_large(error.excess_bytes) from error
                 outgrown += 1
                 self._unforeseen_bytes += error.excess_bytes if outgrown == _NEW_PLANS else 0
+            except UnforeseenMemoryError as error:  # nothing has run: verification counts more than the plan
+                if outgrown == _NEW_PLANS:
+                    raise
+                outgrown += 1
+                self._unforeseen_bytes += error.excess_bytes
             except AcceleratorMemoryError as error:
                 if pressed or isinstance(error, _UnrepeatableError):
                     raise
@@ -177,7 +184,7 @@ class CompiledGraph:
                 if not pressed:
                     raise
                 raise AcceleratorMemoryError(f"{pressed}; with less resident it does not go either: {error}") from error
-            self._forget_plans()
+            self._outdate(list(self._buckets))
 
     def _too_large(self, excess_bytes: int) -> BudgetError:
         return BudgetError(
@@ -275,7 +282,7 @@ class CompiledGraph:
         part = bucket_of(number(self._tokens, sizes)), self._model_of(inputs)
         plan = self._plans.get((part, split))
         if plan is not None and not self._is_good(plan, sizes):
-            self._forget([part])
+            self._outdate([part])
             plan = None
         if plan is None:
             with _quiet(self._runtime.accelerator.device):
@@ -320,30 +327,44 @@ class CompiledGraph:
                     )
                 if model == self._model_of(inputs):
                     return plan
-            self._forget_plans()
+            self._outdate(list(self._buckets))
 
-    def _forget_plans(self) -> None:
-        self._forget(list(self._buckets))
-        self._plans.clear()
-
-    def _forget(self, parts: Sequence[Part]) -> None:
+    def _outdate(self, parts: Iterable[Part]) -> None:
+        """What these plans decided about memory no longer holds: it is decided again when they are next called."""
         self._recent = None
-        self._buckets = {part: base for part, base in self._buckets.items() if part not in parts}
-        self._plans = {key: plan for key, plan in self._plans.items() if key[0] not in parts}
+        for part in set(parts) & self._buckets.keys():
+            self._outdated[part] = self._buckets.pop(part)
+        withdraw(plan.schedule for key, plan in self._plans.items() if key[0] not in self._buckets)
+        self._plans = {key: plan for key, plan in self._plans.items() if key[0] in self._buckets}
+
+    def _forget_dead(self) -> None:
+        """Forget the plans of models that are gone."""
+        dead = self._runtime.ledger.dead_parts(self)
+        self._outdate(dead)
+        for part in dead:
+            self._outdated.pop(part, None)
 
     def _make_plan(self, part: Part, split: Split, sizes: Sizes, inputs: Sequence[Any]) -> _Plan:
-        self._forget(self._runtime.ledger.dead_parts(self))
+        self._forget_dead()
         if part not in self._buckets:
-            weights = {name: inputs[i] for name, i in self._weights.items()}
-            base = self._planner.plan_bucket(part[0], sizes, self._target(part), weights)
+            base = self._decide(part, sizes, inputs)
             self._enter(part, base, inputs)
             self._buckets[part] = base
+            self._outdated.pop(part, None)
         planned = self._planner.plan_split(self._buckets[part], split)
         bound = self._bound(planned)
         planned.schedule.refusals += (*self._notes, *bound.refusals)
         planned.schedule.beside_bytes = self._runtime.accelerator.beside_bytes
         self._tell(planned.schedule)
         return self._runnable(planned, bound, inputs)
+
+    def _decide(self, part: Part, sizes: Sizes, inputs: Sequence[Any]) -> BucketPlan:
+        weights = {name: inputs[i] for name, i in self._weights.items()}
+        known = self._outdated.get(part)
+        if known is None:
+            return self._planner.plan_bucket(part[0], sizes, self._target(part), weights)
+        logger.info("%s: memory is shared out anew, and the step scheduled again", part[0])
+        return self._planner.decide_again(known, sizes, self._target(part), weights)
 
     def _bound(self, planned: PlannedStep) -> BoundStep:
         context = planned.context
@@ -394,7 +415,7 @@ class CompiledGraph:
         others = runtime.ledger.others(self, part)
         overhead = dict(runtime.accelerator.overhead_bytes())
         if self._unforeseen_bytes:
-            overhead["mirrors that the plan did not foresee"] = self._unforeseen_bytes
+            overhead[UNFORESEEN] = self._unforeseen_bytes
         return Target(
             kind=f"on {runtime.accelerator.kind}",
             device=runtime.accelerator.device,

@@ -19,6 +19,7 @@ from hetegen_compile.calibration.machine import (
     cpu_model,
     last_level_cache_bytes,
     memory_limit_bytes,
+    numa_nodes,
     physical_memory_bytes,
     usable_cpus,
 )
@@ -48,6 +49,7 @@ def examine() -> list[Check]:
         lambda: package("torch", (2, 11), untested=(2, 14)),
         lambda: package("transformers", (5,), untested=(6,)),
         _processor,
+        _numa,
         _memory,
         _gpu,
         _backend,
@@ -85,6 +87,19 @@ def _processor() -> Check:
         remedy = f"torch.set_num_threads({cores}), or OMP_NUM_THREADS={cores} in the environment"
         return Check("warn", "processor", finding, remedy)
     return Check("ok", "processor", finding)
+
+
+def _numa() -> Check:
+    """Host Linears read weights from where they were loaded to: with several nodes mostly from one of them."""
+    nodes = numa_nodes(usable_cpus())
+    if len(nodes) < 2:
+        return Check("ok", "memory nodes", "one" if nodes else "unknown to this system")
+    finding = f"{len(nodes)} are in use; a model lies on the node that loaded it, and the others read it from there"
+    remedy = (
+        "numactl --interleave=all spreads it over all of them; "
+        f"numactl --cpunodebind={nodes[0]} --membind={nodes[0]} keeps to one (best the GPU's) if it holds the model"
+    )
+    return Check("warn", "memory nodes", finding, remedy)
 
 
 def _memory() -> Check:

@@ -24,6 +24,14 @@ class BudgetError(HetegenError, MemoryError):
     """``gpu_memory`` cannot hold what must be on the accelerator; the message lists what is needed."""
 
 
+class UnforeseenMemoryError(BudgetError):
+    """Verification counts ``excess_bytes`` more in a schedule than its plan left room for."""
+
+    def __init__(self, message: str, excess_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.excess_bytes = excess_bytes
+
+
 class GradientsNotSupportedError(HetegenError, RuntimeError):
     """The compiled model was called with gradients enabled; hetegen runs inference only."""
 

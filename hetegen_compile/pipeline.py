@@ -74,13 +74,22 @@ PIPELINE: tuple[Stage, ...] = (
 )
 
 
-_FIRST_OF_PLAN = next(i for i, stage in enumerate(PIPELINE) if stage.run is split_linears)
-_MEASURED = next(i for i, stage in enumerate(PIPELINE) if stage.run is measure_memory)
+def _place_of(run: Callable[[fx.GraphModule, Context], Any]) -> int:
+    return next(i for i, stage in enumerate(PIPELINE) if stage.run is run)
+
+
+_FIRST_OF_PLAN = _place_of(split_linears)
+NORMALISATION = PIPELINE[: _place_of(find_blocks)]
+"""Stages that bring the captured graph into the form that decisions are taken on."""
+DECISIONS = PIPELINE[_place_of(find_blocks) : _place_of(place_nodes)]
+"""Stages that are run again when memory is shared out anew; they leave the graph as it is."""
+GROUPING = PIPELINE[_place_of(place_nodes) : _FIRST_OF_PLAN]
+"""Stages that cut the graph into segments."""
 ONCE_PER_BUCKET = PIPELINE[:_FIRST_OF_PLAN]
 """Stages up to the segments: what they leave is the same for every split of the Linears."""
 ONCE_PER_SPLIT = PIPELINE[_FIRST_OF_PLAN:]
 """Stages that turn one assignment of rows into a schedule."""
-UNTIL_MEASURED = PIPELINE[_FIRST_OF_PLAN : _MEASURED + 1]
+UNTIL_MEASURED = PIPELINE[_FIRST_OF_PLAN : _place_of(measure_memory) + 1]
 """Stages up to what a schedule occupies."""
 
 

@@ -10,7 +10,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import sympy
 import torch
@@ -38,7 +38,16 @@ from hetegen_compile.passes.context import (
     Splits,
     require,
 )
-from hetegen_compile.pipeline import ONCE_PER_BUCKET, ONCE_PER_SPLIT, UNTIL_MEASURED, Stage, run_pipeline
+from hetegen_compile.passes.stacked_weights import stacks_on_host
+from hetegen_compile.pipeline import (
+    DECISIONS,
+    GROUPING,
+    NORMALISATION,
+    ONCE_PER_SPLIT,
+    UNTIL_MEASURED,
+    Stage,
+    run_pipeline,
+)
 from hetegen_compile.schedule import LinearSite, Schedule, schedule_rows
 from hetegen_compile.trials import Trials
 
@@ -79,12 +88,23 @@ class Target:
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """What the stages that do not depend on the split left: the graph with its segments, and the context."""
+    """What the stages that do not depend on the split left: the graph with its segments, and the context.
+
+    ``linears`` is the graph before it was grouped, which decisions are taken on.
+    """
 
     module: fx.GraphModule
+    linears: fx.GraphModule
     context: Context
     sites: Mapping[int, LinearSite]
     kind: str
+
+
+class _Graphs(NamedTuple):
+    """One graph before and after its nodes are grouped into segments."""
+
+    linears: fx.GraphModule
+    grouped: fx.GraphModule
 
 
 @dataclass(frozen=True)
@@ -118,7 +138,6 @@ class Planner:
             BudgetError: the target's budget cannot hold what a step needs.
             HostOnlyGraphError: the graph cannot be offloaded.
         """
-        refusals: dict[Refusal, None] = {}
         context = Context(
             options=self._options,
             profile=self._profile,
@@ -127,19 +146,40 @@ class Planner:
             budget_bytes=target.budget_bytes,
             resident=target.resident,
             weights=weights,
-            refuse=lambda refusal: refusals.setdefault(refusal),
+            refuse=_ignore,
             segments=self._segments,
             ring_bytes=target.ring_bytes,
             overhead_bytes=target.overhead_bytes,
             device=target.device,
             host_memory=target.host_memory,
         )
+        return self._decided(context, target.kind, None)
+
+    def decide_again(self, base: BucketPlan, sizes: Sizes, target: Target, weights: Mapping[str, Tensor]) -> BucketPlan:
+        """The same plan with what stays on the accelerator decided again: the target or the sizes have changed.
+
+        Segments and placement stay, so nothing is compiled. (Unless everything fitted and no longer does, or a stack
+        of experts comes or goes: the graph is cut anew then.)
+
+        Raises:
+            BudgetError: the target's budget cannot hold what a step needs.
+        """
+        context = replace(
+            base.context, sizes=sizes, budget_bytes=target.budget_bytes, resident=target.resident, weights=weights,
+            ring_bytes=target.ring_bytes, overhead_bytes=target.overhead_bytes, host_memory=target.host_memory,
+            activation_bytes=None, lean=False, options=self._options, residency=None,
+        )  # fmt: skip
+        return self._decided(context, target.kind, base)
+
+    def _decided(self, context: Context, kind: str, base: BucketPlan | None) -> BucketPlan:
+        refusals: dict[Refusal, None] = dict.fromkeys(context.refusals)
+        context = replace(context, refuse=lambda refusal: refusals.setdefault(refusal))
         try:
-            module, context = self._within_budget(self._with_room(context, spare=True))
-        except BudgetError:  # no room beyond what the options state: a larger forward will be planned anew
-            module, context = self._within_budget(self._with_room(context, spare=False))
+            graphs, context = self._within_budget(self._with_room(context, spare=True), base)
+        except BudgetError:  # no room beyond what the options state: what a larger forward needs is decided then
+            graphs, context = self._within_budget(self._with_room(context, spare=False), base)
         context = replace(context, refusals=tuple(refusals), weights={})
-        return BucketPlan(module, context, _sites(module, context), target.kind)
+        return BucketPlan(graphs.grouped, graphs.linears, context, _sites(graphs.grouped, context), kind)
 
     def plan_split(
         self, base: BucketPlan, split: Split, stages: tuple[Stage, ...] = ONCE_PER_SPLIT, trials: Trials | None = None
@@ -172,7 +212,7 @@ class Planner:
         largest = largest_sizes(self._tokens, context, spare=spare)
         return replace(context, largest=largest, sequences=sequences, tokens_per_sequence=tokens, spare=spare)
 
-    def _within_budget(self, context: Context) -> tuple[fx.GraphModule, Context]:
+    def _within_budget(self, context: Context, base: BucketPlan | None) -> tuple[_Graphs, Context]:
         """Run the stages that do not depend on the split until residency leaves room for its own schedule.
 
         What a schedule needs for activations depends on the residency that it was made with, so the first is decided
@@ -185,29 +225,29 @@ class Planner:
         made_for = context.bucket, frozenset(context.sizes.items()), frozenset(context.largest.items())
         found = None
         with contextlib.suppress(BudgetError):  # an estimate may ask for too much
-            found = self._settled(replace(context, activation_bytes=self._needed.get(made_for)))
-        module, done = found if found is not None else self._within_tight_budget(context)
+            found = self._settled(replace(context, activation_bytes=self._needed.get(made_for)), base)
+        graphs, done = found if found is not None else self._within_tight_budget(context, base)
         self._needed[made_for] = require(done.memory, "measure_memory").peak_bytes(done.room)
-        return module, done
+        return graphs, done
 
-    def _within_tight_budget(self, context: Context) -> tuple[fx.GraphModule, Context]:
+    def _within_tight_budget(self, context: Context, base: BucketPlan | None) -> tuple[_Graphs, Context]:
         """The same, begun with what the leanest residency (no weights, the smallest ring) needs.
 
         If the budget holds that, there is a plan, and the budget that it needs is the smallest that works. Its schedule
         has many small transfers and takes long to make, so it is made only where an estimate does not do.
         """
-        _, lean, needed = self._tried(replace(context, lean=True))
+        _, lean, needed = self._tried(replace(context, lean=True), base)
         start = replace(context, activation_bytes=needed)
-        found = self._settled(start)
+        found = self._settled(start, base)
         if found is None and lean.blocks and self._options.pair_mlp == "auto":  # their activations may be too large
-            found = self._settled(replace(start, options=replace(context.options, pair_mlp=False)))
+            found = self._settled(replace(start, options=replace(context.options, pair_mlp=False)), base)
         if found is not None:
             return found
         lean_bytes = require(lean.memory, "measure_memory").peak_bytes(lean.room)
-        module, done, _ = self._tried(replace(context, lean=True, activation_bytes=lean_bytes))
-        return module, done
+        graphs, done, _ = self._tried(replace(context, lean=True, activation_bytes=lean_bytes), base)
+        return graphs, done
 
-    def _settled(self, context: Context) -> tuple[fx.GraphModule, Context] | None:
+    def _settled(self, context: Context, base: BucketPlan | None) -> tuple[_Graphs, Context] | None:
         """The first residency of some that leaves room for its own schedule, None if none does.
 
         One that was decided with an estimate is not taken unless that is exact: it may leave far too much room.
@@ -217,32 +257,42 @@ class Planner:
         """
         for attempt in range(_ATTEMPTS):
             try:
-                module, done, needed = self._tried(context)
+                graphs, done, needed = self._tried(context, base)
             except BudgetError:
                 if attempt == 0:
                     raise
                 return None
             reserved = require(done.residency, "choose_residency").budget[ACTIVATIONS]
             if needed == reserved or (needed < reserved and context.activation_bytes is not None):
-                return module, done
+                return graphs, done
             context = replace(context, activation_bytes=needed)
         return None
 
-    def _tried(self, context: Context) -> tuple[fx.GraphModule, Context, int]:
-        """A grouped graph, its context, and the bytes of activations that its schedule takes.
+    def _tried(self, context: Context, base: BucketPlan | None) -> tuple[_Graphs, Context, int]:
+        """The grouped graph, its context, and the bytes of activations that its schedule takes.
 
         The splits are chosen later, and shares that the options force may be overridden. With fewer rows on the host
         fewer values come down early, so the schedule without any has to fit as well.
         """
-        module = copy_module(self._module)
-        context = run_pipeline(module, context, ONCE_PER_BUCKET)
+        graphs, context = self._cut(context, base)
+        module = graphs.grouped
         splits = [choose_splits(module, context)]
         if any(plan.host for plan in splits[0].values()):
             splits.append(choose_splits(module, replace(context, options=replace(context.options, split=0.0))))
         paired = None if context.lean else promising_blocks(module, context)
         needs = [_need(module, context, each) for each in (*splits, *([paired] if paired else []))]
         need = max(needs, key=lambda memory: memory.peak_bytes(context.room))
-        return module, replace(context, memory=need), need.peak_bytes(context.room)
+        return graphs, replace(context, memory=need), need.peak_bytes(context.room)
+
+    def _cut(self, context: Context, base: BucketPlan | None) -> tuple[_Graphs, Context]:
+        """Decisions, and the graph with its segments: those of ``base`` if they are cut at the same places."""
+        linears = copy_module(self._module) if base is None else base.linears
+        context = run_pipeline(linears, context, NORMALISATION if base is None else ())
+        context = run_pipeline(linears, context, DECISIONS)
+        if base is not None and _cuts(base.context) == _cuts(context):
+            return _Graphs(linears, base.module), context
+        grouped = copy_module(linears)
+        return _Graphs(linears, grouped), run_pipeline(grouped, context, GROUPING)
 
     def _schedule(self, base: BucketPlan, module: fx.GraphModule, context: Context, trials: Trials) -> Schedule:
         prediction = require(context.prediction, "predict_step")
@@ -266,7 +316,7 @@ class Planner:
             baselines=baselines(base.module, context, trials),
             budget_bytes=context.budget_bytes,
             budget=residency.budget,
-            refusals=(*context.refusals, *self._segments.refused.values()),
+            refusals=(*context.refusals, *stacks_on_host(base.module, context), *self._segments.refused.values()),
             whole_graph=residency.whole_graph,
         )
 
@@ -316,6 +366,16 @@ def _need(module: fx.GraphModule, context: Context, splits: Splits) -> MemoryNee
     """What the schedule of some splits occupies."""
     scheduled = run_pipeline(copy_module(module), replace(context, splits=splits), UNTIL_MEASURED, lint=False)
     return require(scheduled.memory, "measure_memory")
+
+
+def _ignore(refusal: Refusal) -> None:
+    """Before there is a list of refusals."""
+
+
+def _cuts(context: Context) -> object:
+    """What of a residency decides where the graph is cut."""
+    residency = require(context.residency, "choose_residency")
+    return residency.whole_graph, residency.host_weights, residency.tables
 
 
 def _excess_bytes(context: Context) -> int:

@@ -6,7 +6,7 @@ import json
 import operator
 import statistics
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -286,6 +286,12 @@ def register(schedule: Schedule) -> None:
     """Add a schedule to those that ``schedules()`` lists."""
     _schedules[:] = [reference for reference in _schedules if reference() is not None]
     _schedules.append(weakref.ref(schedule))
+
+
+def withdraw(gone: Iterable[Schedule]) -> None:
+    """Take schedules off the list that will not run again, though somebody may still hold them."""
+    ids = {id(schedule) for schedule in gone}
+    _schedules[:] = [reference for reference in _schedules if id(reference()) not in ids]
 
 
 def schedules() -> tuple[Schedule, ...]:

@@ -4,7 +4,8 @@ Why: the budget is hard, so what must be there (mirrors of what the accelerator 
 staging ring) is counted first and weights fill what is left, in the order of the paper's
 g = T_cpu / M_gpu: seconds of a decode step saved per byte held. It is judged at one token whatever the
 graph, since prefill is compiled first and decode is what runs often. The rest is shared with the other graphs
-on the accelerator (``residency_shares``). If everything fits, nothing is offloaded.
+on the accelerator (``residency_shares``). If everything fits, nothing is offloaded. Stacked weights (experts) get what
+Linears leave: of those that stay on the host a token reads a few.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from hetegen_compile.passes.context import (
     Residency,
 )
 from hetegen_compile.passes.residency_shares import residency_shares
+from hetegen_compile.passes.stacked_weights import stacked_weights
 from hetegen_compile.passes.step_memory import mirrored_size, step_memory
 
 SLOT_ALIGNMENT = 256
@@ -56,8 +58,9 @@ class _Sharing:
     def __init__(self, module: fx.GraphModule, weights: Mapping[fx.Node, fx.Node], context: Context) -> None:
         self._weights = weights
         self._context = context
-        self._mirrored = mirrored_size(module, weights, context)
-        self._fixed = {**step_memory(module, weights, context), **context.overhead_bytes}
+        self._stacks = {node: value_bytes(node, context) for node in stacked_weights(module, context)}
+        self._mirrored = mirrored_size(module, weights, context, self._stacks.keys())
+        self._fixed = {**step_memory(module, weights, context, self._mirrored), **context.overhead_bytes}
         self._smallest = _WINDOW * max((_smallest_chunk(weight) for weight in weights), default=0)
         tables = [node for node in module.graph.find_nodes(op="placeholder") if table_only(node, context)]
         self._tables = {node.name: 0 if node in weights else value_bytes(node, context) for node in tables}
@@ -74,28 +77,47 @@ class _Sharing:
         if self._context.lean:
             budget = {**self._fixed, RING: self._smallest, RESIDENT: 0}
             rest = residency_shares(others, self._context.budget_bytes - own - self._smallest)
-            return self._residency((), rest, self._smallest, budget)
+            return self._residency((), rest, self._smallest, budget, {})
         if self._context.budget_bytes < own + self._smallest:
             raise _budget_error(self._fixed, self._smallest, self._context)
         beyond = max(0, self._context.resident.reserved_bytes() - own)
         if self._context.budget_bytes < own + beyond + self._smallest:
             beyond = 0  # both cannot stay at once, whatever is resident
-        fixed = {**self._fixed, **({OTHERS: beyond} if beyond else {})}
-        return self._share(fixed, self._context.budget_bytes - sum(fixed.values()), others)
+        return self._share(self._context.budget_bytes - own, beyond, others)
 
-    def _share(self, fixed: Mapping[str, int], free: int, others: Sequence[Sequence[Claim]]) -> Residency:
+    def _share(self, free: int, beyond: int, others: Sequence[Sequence[Claim]]) -> Residency:
+        """Share out ``free`` bytes, of which steps of other graphs need ``beyond`` more than this one."""
         claims = self._claims()
         wanted = {claim.key: claim.nbytes for graph in (*others, claims) for claim in graph}
-        shared_ring = self._context.ring_bytes if self._context.ring_bytes <= free else 0
-        left = free - shared_ring - sum(wanted.values())
+        shared_ring = self._context.ring_bytes if self._context.ring_bytes <= free - beyond else 0
+        every = sum(self._stacks.values())
+        left = free - shared_ring - sum(wanted.values()) - max(beyond, every)
         if left >= 0 and not (forced_split(self._context) or self._pairs):
+            fixed = self._fixed_with(self._stacks, beyond)
             budget = {**fixed, **({RING: shared_ring} if shared_ring else {}), RESIDENT: _nbytes(claims)}
-            found = self._residency(claims, residency_shares([*others, claims], free), shared_ring, budget, whole=True)
+            first_rows = residency_shares([*others, claims], free - max(beyond, every))
+            found = self._residency(claims, first_rows, shared_ring, budget, self._stacks, whole=True)
             return self._with_tables(found, left)
-        ring = self._ring_bytes(free)
-        first_rows = residency_shares([*others, claims], free - ring)
+        ring = self._ring_bytes(free - beyond)
+        stacks = self._stacks_within(free - ring - sum(wanted.values()))
+        fixed = self._fixed_with(stacks, beyond)
+        first_rows = residency_shares([*others, claims], free - ring - max(beyond, sum(stacks.values())))
         held = sum((c.rows - first_rows.get(c.key, c.rows)) * c.row_bytes for c in claims)
-        return self._residency(claims, first_rows, ring, {**fixed, RING: ring, RESIDENT: held})
+        return self._residency(claims, first_rows, ring, {**fixed, RING: ring, RESIDENT: held}, stacks)
+
+    def _stacks_within(self, free: int) -> dict[fx.Node, int]:
+        """The first stacked weights that fit, each whole. (While steps of others run, their mirrors may leave.)"""
+        found: dict[fx.Node, int] = {}
+        for node, nbytes in self._stacks.items():
+            if sum(found.values()) + nbytes <= free:
+                found[node] = nbytes
+        return found
+
+    def _fixed_with(self, stacks: Mapping[fx.Node, int], beyond: int) -> dict[str, int]:
+        """What is there whatever is resident, if the accelerator reads ``stacks``."""
+        nbytes = sum(stacks.values())
+        rest = {OTHERS: beyond - nbytes} if beyond > nbytes else {}
+        return {**self._fixed, MIRRORED: self._fixed[MIRRORED] + nbytes, **rest}
 
     def _with_tables(self, whole: Residency, left: int) -> Residency:
         """Embedding tables on the accelerator as well, if ``left`` bytes hold them: the host then looks nothing up."""
@@ -106,16 +128,19 @@ class _Sharing:
         return replace(whole, budget=budget, mirrored=whole.mirrored + nbytes, tables=frozenset(self._tables))
 
     def _residency(
-        self, claims: Sequence[Claim], first_rows: Mapping[Hashable, int], ring: int, budget: Mapping[str, int], *,
-        whole: bool = False,
+        self, claims: Sequence[Claim], first_rows: Mapping[Hashable, int], ring: int, budget: Mapping[str, int],
+        stacks: Mapping[fx.Node, int], *, whole: bool = False,
     ) -> Residency:  # fmt: skip
         own = {claim.key for claim in claims}
         weights = {w.name: first_rows[key] for w, key in self._keys.items() if key in own and key in first_rows}
         chunk = 0 if whole else max(self._smallest // _WINDOW, ring // _CHUNKS, min(ring // 3, _CHUNK_BYTES))
+        mirrored = self._mirrored + sum(stacks.values())
+        on_host = frozenset(node.name for node in self._stacks if node not in stacks)
         staged = max(STAGED_CHUNK_BYTES, sum(value_bytes(weight, self._context) for weight in self._weights) // _STAGED)
         return Residency(
-            weights, ring, chunk, budget, whole, tuple(claims), first_rows, self._mirrored, staged_chunk_bytes=staged
-        )
+            weights, ring, chunk, budget, whole, tuple(claims), first_rows, mirrored,
+            host_weights=on_host, staged_chunk_bytes=staged,
+        )  # fmt: skip
 
     def _claims(self) -> tuple[Claim, ...]:
         """What each different weight asks for; the rows of a forced host share stay on the host."""

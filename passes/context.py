@@ -148,6 +148,8 @@ GROWTH = "room for caches to grow"
 """The budget's item for what caches take beyond this call, up to the stated context and ``max_batch``."""
 OTHERS = "steps of other graphs"
 """The budget's item for what other graphs on the accelerator need beyond this one."""
+UNFORESEEN = "what earlier plans did not foresee"
+"""The budget's item for what a step or its verification needed beyond an earlier plan."""
 RESIDENT = "resident weights"
 RING = "staging ring"
 
@@ -167,6 +169,7 @@ class Residency:
         first_rows: first resident row of every claimed weight, those of other graphs included (a weight of no
             resident row is not in it).
         mirrored: bytes of the mirrors that the step reads, an expression over the graph's sizes.
+        host_weights: placeholders of stacked weights that stay on the host, with what is computed with them.
         tables: embedding tables that are mirrored, too, because everything fits: nothing is left to the host.
         staged_chunk_bytes: most bytes of a chunk of a weight that goes through the pinned ring.
     """
@@ -179,6 +182,7 @@ class Residency:
     claims: Sequence[Claim] = ()
     first_rows: Mapping[Hashable, int] = field(default_factory=dict)
     mirrored: sympy.Expr = sympy.Integer(0)
+    host_weights: frozenset[str] = frozenset()
     tables: frozenset[str] = frozenset()
     staged_chunk_bytes: int = STAGED_CHUNK_BYTES
 

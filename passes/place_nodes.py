@@ -22,6 +22,7 @@ from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.capture import source_name, tensors_in
 from hetegen_compile.passes.choose_splits import table_only
 from hetegen_compile.passes.context import Context, HostOnlyGraphError, Placement, Refusal
+from hetegen_compile.passes.stacked_weights import computed_on_host
 
 _MOVEMENT_NAMES = """_to_copy _unsafe_view alias arange as_strided cat clone constant_pad_nd copy_ copy detach empty
     empty_like empty_strided expand eye fill fill_ flip full full_like gather index index_copy index_copy_
@@ -53,7 +54,7 @@ class _Placer:
                 self._writers.setdefault(key, []).append(node)
         self._regions = autocast_regions(self._computing)
         self._in_region = {node for region in self._regions for node in region}
-        self._host_only = {node for node in self._computing if self._must_be_host(node)}
+        self._host_only = {node for node in self._computing if self._must_be_host(node)} | self._with_host_weights()
         self._host: set[fx.Node] = set()
         self._cost: dict[fx.Node, int] = {}
 
@@ -78,6 +79,11 @@ class _Placer:
             table = next((arg for arg in node.all_input_nodes if table_only(arg, self._context)), None)
             return table is not None
         return False
+
+    def _with_host_weights(self) -> set[fx.Node]:
+        """What is computed with stacked weights that residency left on the host."""
+        names = self._context.residency.host_weights if self._context.residency else frozenset()
+        return computed_on_host(self._nodes, names) if names else set()
 
     def _place_host(self) -> dict[fx.Node, str]:
         """Fill ``self._host``; returns the inputs that have to be copied back whole."""

@@ -202,7 +202,7 @@ def _untold_trip_s(context: Context) -> float:
 def _other_work(node: fx.Node, context: Context) -> Work:
     flops, traffic = context.number(info(node).flops), context.number(info(node).traffic_bytes)
     dtype = dtype_name(info(node).value)
-    if node.target == ir.JOIN:
+    if node.target in (ir.JOIN, ir.PAD):
         single = _is_no_join(node)
         traffic = 0.0 if single else 2.0 * value_bytes(node, context)
         return Work("accelerator", 0.0 if single else accelerator_op_s(context.profile, dtype, 0.0, traffic))

@@ -248,7 +248,7 @@ def _copy(tensor: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 
 
 def index(tensor: Tensor, key: Any) -> Tensor:
-    """``tensor[key]`` in ATen operations: integers, slices, None, Ellipsis and index tensors."""
+    """``tensor[key]`` in ATen operations: integers, slices, None, Ellipsis, index tensors and lists of places."""
     keys = list(key) if isinstance(key, tuple) else [key]
     if Ellipsis in [k for k in keys if not isinstance(k, Tensor)]:
         place = next(i for i, k in enumerate(keys) if k is Ellipsis)
@@ -273,6 +273,9 @@ def _index_one(tensor: Tensor, dim: int, key: Any) -> tuple[Tensor, int, Tensor 
         return aten.slice(tensor, dim, key.start, key.stop, 1 if key.step is None else key.step), 1, None
     if isinstance(key, Tensor):
         return tensor, 1, key
+    if isinstance(key, list):  # of fakes only the geometry is wanted, and numbers would ask for a device guard
+        fake = torch.empty(len(key), dtype=torch.int64, device=tensor.device)
+        return tensor, 1, fake if isinstance(tensor, FakeTensor) else torch.tensor(key, device=tensor.device)
     return aten.select(tensor, dim, key), 0, None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import sympy
 from torch import Tensor, fx
@@ -18,9 +18,10 @@ from hetegen_compile.passes.liveness import activation_peak_bytes
 _CACHE_DIMS = 4  # a KV cache is [sequences, heads, tokens, width]; logits and hidden states have three
 
 
-def step_memory(module: fx.GraphModule, weights: Iterable[fx.Node], context: Context) -> Mapping[str, int]:
-    """Bytes item by item. ``weights`` are the placeholders of the Linears' weights, which are not mirrored."""
-    size = mirrored_size(module, weights, context)
+def step_memory(
+    module: fx.GraphModule, weights: Iterable[fx.Node], context: Context, size: sympy.Expr
+) -> Mapping[str, int]:
+    """Bytes item by item. ``weights`` are the placeholders of the Linears' weights, ``size`` is ``mirrored_size``."""
     activations = context.activation_bytes
     return {
         MIRRORED: int(context.number(size)),
@@ -29,9 +30,14 @@ def step_memory(module: fx.GraphModule, weights: Iterable[fx.Node], context: Con
     }
 
 
-def mirrored_size(module: fx.GraphModule, weights: Iterable[fx.Node], context: Context) -> sympy.Expr:
-    """Bytes of the mirrors of all inputs that the accelerator reads, an expression over the graph's sizes."""
-    skipped = {weight for weight in weights if all(user.target == LINEAR for user in weight.users)}
+def mirrored_size(
+    module: fx.GraphModule, weights: Iterable[fx.Node], context: Context, on_host: Collection[fx.Node] = ()
+) -> sympy.Expr:
+    """Bytes of the mirrors of all inputs that the accelerator reads, an expression over the graph's sizes.
+
+    It does not read ``on_host``, nor the weights of Linears as a whole.
+    """
+    skipped = {weight for weight in weights if all(user.target == LINEAR for user in weight.users)} | set(on_host)
     mirrored = [
         node for node in module.graph.nodes
         if node.op in ("placeholder", "get_attr") and is_tensor(node) and node not in skipped

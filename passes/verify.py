@@ -25,10 +25,10 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from hetegen_compile.errors import BudgetError, MissingWaitError, ScheduleError
+from hetegen_compile.errors import MissingWaitError, ScheduleError, UnforeseenMemoryError
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.check_parts import check_parts
-from hetegen_compile.passes.context import Context, Effects, require
+from hetegen_compile.passes.context import ACTIVATIONS, MIRRORED, RESIDENT, RING, Context, Effects, require
 from hetegen_compile.passes.happens_before import OPERATIONS, name_of, nodes_in, short
 from hetegen_compile.passes.live_bytes import live_bytes
 from hetegen_compile.passes.memory import Memory
@@ -51,10 +51,10 @@ def verify(module: fx.GraphModule, context: Context) -> None:
     staging = 0 if residency is None else residency.ring_bytes
     rings = {"staging": staging, "pinned": pinned_ring_bytes(module.graph)}
     segments = _segments(module)
-    check_parts(module.graph)
     _check_starts(module.graph)
     replay = Replay(effects, segments, rings)
     replay.run(module.graph)
+    check_parts(module.graph)
     _check_return(module.graph, replay, effects)
     _check_budget(module, replay, staging, context)
 
@@ -170,11 +170,19 @@ def _check_budget(module: fx.GraphModule, replay: Replay, ring_bytes: int, conte
     total = ring_bytes + needed.bytes
     if total > context.budget_bytes:
         where = name_of(needed.node) if needed.node is not None else "the step"
-        raise BudgetError(
+        raise UnforeseenMemoryError(
             f"verify: at {where} {format_bytes(needed.bytes)} are alive on the accelerator beside a ring of "
             f"{format_bytes(ring_bytes)}; gpu_memory is {format_bytes(context.budget_bytes)}: raise it or use a "
-            "smaller batch"
+            "smaller batch",
+            max(total - context.budget_bytes, total - _planned_bytes(context)),
         )
+
+
+def _planned_bytes(context: Context) -> int:
+    """What residency counted of what ``live_bytes`` counts, and the ring."""
+    if context.residency is None:
+        return context.budget_bytes
+    return sum(context.residency.budget.get(item, 0) for item in (MIRRORED, ACTIVATIONS, RESIDENT, RING))
 
 
 __all__ = ["verify"]

@@ -101,6 +101,14 @@ def test_whatever_is_not_ok_has_a_remedy() -> None:
     assert found(checks, "torch").finding == importlib.metadata.version("torch")
 
 
+@pytest.mark.parametrize(("nodes", "status"), [((), "ok"), ((0,), "ok"), ((0, 1), "warn")])
+def test_several_memory_nodes_are_told(nodes: tuple[int, ...], status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "numa_nodes", lambda cpus: nodes)
+    check = found(doctor.examine(), "memory nodes")
+    assert check.status == status
+    assert ("numactl --interleave=all" in (check.remedy or "")) is (status == "warn")
+
+
 def test_no_gpu_says_what_the_emulated_accelerator_is() -> None:
     check = found(doctor.examine(), "GPU")
     assert check.status == "warn"

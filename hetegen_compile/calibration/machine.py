@@ -103,6 +103,19 @@ def usable_cpus() -> set[int]:
     return set(range(os.cpu_count() or 1))
 
 
+def numa_nodes(cpus: set[int], root: Path = ROOT) -> tuple[int, ...]:
+    """Memory nodes that these logical processors belong to; empty where the system does not tell."""
+    folders = (root / "sys/devices/system/node").glob("node[0-9]*")
+    near = {int(folder.name.removeprefix("node")): _numbers(_read(folder / "cpulist")) for folder in folders}
+    return tuple(sorted(node for node, own in near.items() if own & cpus))
+
+
+def _numbers(text: str | None) -> set[int]:
+    """The numbers of a list as Linux writes it: 0-3,8."""
+    ranges = [part.partition("-") for part in (text or "").split(",") if part]
+    return {number for lo, _, hi in ranges for number in range(int(lo), int(hi or lo) + 1)}
+
+
 def physical_memory_bytes() -> int:
     """Main memory of the machine, whatever limits this process has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,13 +16,16 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 import hetegen_compile
+from hetegen_compile.accelerators.emulated import EmulatedAccelerator
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import info
 from hetegen_compile.passes.capture import tensor_bytes, tensors_in
-from hetegen_compile.passes.context import MemoryNeed, SegmentCompiler
+from hetegen_compile.passes.context import UNFORESEEN, MemoryNeed, SegmentCompiler
 from hetegen_compile.passes.measure_memory import inner_lives
+from hetegen_compile.planner import BucketPlan, Planner
+from hetegen_compile.schedule import Schedule
 from hetegen_compile.segments import inductor_compiler, plain_compiler
-from tests.backend.modules import Mlp, random
+from tests.backend.modules import WIDTH, Mlp, random
 from tests.models.architectures import ARCHITECTURES, prompts, tiny_model
 from tests.models.harness import RecordingBackend, changing_seed, emulated, new_schedules, through_inductor
 
@@ -284,3 +288,65 @@ def test_segments_allocate_no_more_than_planned(architecture: str, compiler: Any
     for peak, planned, text in measured.measured:
         assert peak <= planned + ("attention" in text) * ATTENTION_SCRATCH_BYTES, text
     assert any(peak > 0 for peak, _, _ in measured.measured)
+
+
+def test_a_report_says_what_others_use_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, known = Mlp(), random(2, WIDTH), hetegen_compile.schedules()
+    monkeypatch.setattr(EmulatedAccelerator, "beside_bytes", property(lambda _: 3 << 20))
+    compiled = torch.compile(model, backend=RecordingBackend(), options=emulated())
+    with torch.no_grad():
+        compiled(x)
+    (schedule,) = new_schedules(known)
+    assert schedule.beside_bytes == 3 << 20
+    assert "3.00 MiB" in schedule.explain()
+
+
+@pytest.mark.parametrize(("architecture", "split"), [("gpt2", 0.5), ("llama", "auto")])
+def test_every_budget_from_the_smallest_to_the_whole_model_has_a_plan(
+    architecture: str, split: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = tiny_model(architecture, layers=1), prompts(2)
+    calls: list[tuple[Planner, tuple[Any, ...]]] = []
+    plan_bucket = Planner.plan_bucket
+
+    def noted(planner: Planner, *arguments: Any) -> BucketPlan:
+        calls.append((planner, arguments))
+        return plan_bucket(planner, *arguments)
+
+    monkeypatch.setattr(Planner, "plan_bucket", noted)
+    model.compile(backend=RecordingBackend(), options=emulated(split=split))
+    forward(model, inputs)
+    ((planner, (bucket, sizes, target, weights)),) = calls
+    first = planner.plan_bucket(bucket, sizes, target, weights)
+
+    def planned(budget_bytes: int) -> Schedule:
+        there = replace(target, budget_bytes=budget_bytes)
+        return planner.plan_split(planner.decide_again(first, sizes, there, weights), split).schedule
+
+    with pytest.raises(BudgetError) as error:
+        planned(1)
+    found = re.search(r"'gpu_memory': (\d+)", str(error.value))
+    assert found is not None
+    smallest, whole = int(found[1]), sum(first.context.residency.budget.values())  # type: ignore[union-attr]
+    budgets = [smallest + (whole - smallest) * i // 6 for i in range(7)]
+    schedules = [planned(budget_bytes) for budget_bytes in budgets]
+    assert all(sum(s.budget.values()) <= b for s, b in zip(schedules, budgets, strict=True))
+    assert len({s.resident_bytes for s in schedules}) > 3, "the budgets differ in what stays"
+
+
+def test_what_verification_finds_beyond_the_plan_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations that the plan counts too low take the place of weights instead of being refused."""
+    model, inputs = tiny_model("llama", layers=1), prompts(2)
+    expected = forward(model, inputs)
+    needed = needed_bytes(model, lambda: forward(model, inputs))
+    peak_bytes = MemoryNeed.peak_bytes
+    monkeypatch.setattr(MemoryNeed, "peak_bytes", lambda need, nbytes: peak_bytes(need, nbytes) * 3 // 4)
+    torch._dynamo.reset()
+    backend = RecordingBackend()
+    budget = needed * 5 // 4
+    model.compile(backend=backend, options=emulated(gpu_memory=budget))
+    torch.testing.assert_close(forward(model, inputs), expected, rtol=1e-4, atol=1e-5)
+    (graph,) = backend.graphs
+    (plan,) = graph._plans.values()
+    assert plan.schedule.budget[UNFORESEEN] > 0
+    assert backend.accelerator.counters.peak_bytes <= budget

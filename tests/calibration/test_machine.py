@@ -15,6 +15,7 @@ from hetegen_compile.calibration.machine import (
     host_memory_bytes,
     last_level_cache_bytes,
     memory_limit_bytes,
+    numa_nodes,
     physical_memory_bytes,
 )
 from hetegen_compile.cost_model import SCHEMA_VERSION
@@ -77,6 +78,15 @@ def test_the_highest_level_counts_whatever_its_index(tmp_path: Path) -> None:
     add_cache(tmp_path, 0, 0, 2, "2048K", "0")
     add_cache(tmp_path, 0, 1, 1, "32K", "0")
     assert last_level_cache_bytes(tmp_path, {0}) == 2 << 20
+
+
+def test_the_nodes_of_the_processors_that_may_be_used(tmp_path: Path) -> None:
+    write(tmp_path, "sys/devices/system/node/node0/cpulist", "0-3,8")
+    write(tmp_path, "sys/devices/system/node/node1/cpulist", "4-7,9-11")
+    write(tmp_path, "sys/devices/system/node/node2/cpulist", "")  # memory without processors
+    assert numa_nodes({0, 8, 10}, tmp_path) == (0, 1)
+    assert numa_nodes({9}, tmp_path) == (1,)
+    assert numa_nodes({0}, tmp_path / "nothing") == ()
 
 
 @pytest.mark.parametrize("size", [None, "many", "0K"])

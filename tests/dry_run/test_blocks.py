@@ -31,9 +31,9 @@ class Mlp(nn.Module):
         return x
 
 
-def plan(hardware: str, share: float = 0.3, **options: Any) -> Schedule:
-    budget = int(share * LAYERS * 2 * WIDTH * WIDE * 4)
-    x = torch.zeros(1, WIDTH, device="meta")
+def plan(hardware: str, tokens: int = 1, **options: Any) -> Schedule:
+    budget = int(0.3 * LAYERS * 2 * WIDTH * WIDE * 4) + (tokens - 1) * (64 << 10)
+    x = torch.zeros(tokens, WIDTH, device="meta")
     given = {"hardware": hardware, "gpu_memory": budget, "print_schedule": False, **options}
     return hetegen_compile.plan(Mlp(), x, options=given)
 
@@ -68,5 +68,5 @@ def test_not_where_the_host_takes_longer_between_the_linears_than_for_the_trip(t
     assert forced.predicted_step_s >= chosen.predicted_step_s
 
 
-def test_not_where_no_trip_is_worth_it() -> None:
-    assert cut(plan("h100-server")) == 0
+def test_not_for_a_long_prompt_which_is_streamed() -> None:
+    assert cut(plan("h100-server", tokens=512)) == 0

@@ -14,7 +14,7 @@ from hetegen_compile.passes.retarget_devices import CHECK_VARIABLE
 from tests.models.architectures import prompts, tiny_model
 from tests.models.harness import Comparison, RecordingBackend, compiled_like_eager, emulated, half_the_weights
 
-SPARE = 16 << 10
+SPARE = 32 << 10
 """Bytes: the layers are so few that activations are as large as half the weights."""
 WIDTHS: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 256}
 

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hetegen_compile import ir
+from hetegen_compile.cost_model import accelerator_op_s
 from hetegen_compile.ir import info
 from hetegen_compile.passes import insert_transfers, schedule, split_linears, verify
+from hetegen_compile.passes.predict_step import node_work
 from tests.passes.graphs import planned, scheduled
 
 WIDE = 128
@@ -115,3 +117,11 @@ def test_through_the_pinned_ring() -> None:
         assert len(found.nodes(ir.STAGE)) == len(found.nodes(ir.PREFETCH)) > 0
         with torch.no_grad():
             torch.testing.assert_close(found.outputs()[0], function(X))
+
+
+def test_putting_parts_in_place_costs_no_more_than_moving_them() -> None:
+    """The notes of the whole Linear, which it stands for, have the traffic of all its weights."""
+    found = scheduled(gate_up, X, paired=0.25)
+    pad = found.nodes(ir.PAD)[0]
+    moved_s = accelerator_op_s(found.context.profile, "float32", 0.0, 2.0 * 6 * WIDE * 4)
+    assert node_work(pad, found.context).seconds == pytest.approx(moved_s)

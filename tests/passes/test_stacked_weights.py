@@ -1,0 +1,108 @@
+"""Stacks of matrices: which parameters are, how residency treats them, and what is computed on the host."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hetegen_compile.errors import BudgetError
+from hetegen_compile.ir import info
+from hetegen_compile.passes import annotate_costs, choose_residency, group_segments, place_nodes
+from hetegen_compile.passes.context import MIRRORED, RESIDENT
+from hetegen_compile.passes.stacked_weights import computed_on_host, stacked_weights, stacks_on_host
+from tests.passes.graphs import Case, case
+
+STACK_BYTES = 4 * 16 * 32 * 4
+"""Of each of the two stacks of ``Experts``."""
+
+
+class Experts(nn.Module):
+    """Two projections stacked by expert and an in-place activation between them, a Linear before and after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.up = nn.Parameter(torch.randn(4, 16, 32))
+        self.down = nn.Parameter(torch.randn(4, 16, 32))
+        self.window = nn.Parameter(torch.randn(16, 1, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x) + self.window.mean()
+        h = torch.relu_(torch.bmm(x.expand(4, *x.shape), self.up))
+        y = torch.bmm(h, self.down.transpose(1, 2))
+        return self.after(torch.sigmoid(y.sum(0)))  # type: ignore[no-any-return]
+
+
+def decided(budget_bytes: int) -> Case:
+    found = case(Experts(), torch.randn(3, 16)).run(annotate_costs)
+    found.context = replace(found.context, budget_bytes=budget_bytes)
+    found.context = replace(found.context, residency=choose_residency(found.module, found.context))
+    return found
+
+
+def leanest() -> int:
+    with pytest.raises(BudgetError) as error:
+        decided(1)
+    return int(str(error.value).split("'gpu_memory': ")[1].split("}")[0])
+
+
+def test_stacks_are_parameters_of_several_matrices() -> None:
+    found = case(Experts(), torch.randn(3, 16))
+    assert [info(node).value.shape for node in stacked_weights(found.module, found.context)] == [(4, 16, 32)] * 2
+
+
+def test_a_budget_below_the_stacks_leaves_them_on_the_host() -> None:
+    residency = decided(leanest()).context.residency
+    assert residency is not None
+    assert len(residency.host_weights) == 2
+    assert not residency.whole_graph
+    assert leanest() < STACK_BYTES
+
+
+def test_a_stack_takes_what_linears_leave() -> None:
+    lean = decided(leanest()).context.residency
+    found = decided(leanest() + STACK_BYTES + 8192).context.residency
+    assert lean is not None
+    assert found is not None
+    assert len(found.host_weights) == 1
+    assert found.budget[MIRRORED] == lean.budget[MIRRORED] + STACK_BYTES
+    assert found.budget[RESIDENT] == 2 * 16 * 16 * 4, "all rows of both Linears"
+    assert found.mirrored == lean.mirrored + STACK_BYTES
+
+
+def test_a_budget_for_all_offloads_nothing() -> None:
+    residency = decided(1 << 20).context.residency
+    assert residency is not None
+    assert residency.whole_graph
+    assert not residency.host_weights
+
+
+def test_what_lies_between_two_stacks_is_computed_on_the_host() -> None:
+    found = decided(leanest())
+    residency = found.context.residency
+    assert residency is not None
+    nodes = list(found.module.graph.nodes)
+    on_host = {str(name) for node in computed_on_host(nodes, residency.host_weights) for name in info(node).aten}
+    assert on_host == {"bmm", "relu_", "transpose"}
+    (refusal,) = stacks_on_host(found.module, found.context)
+    assert "16.00 KiB of stacked weights" in refusal.reason
+    assert "up" in refusal.where
+    assert "1 more" in refusal.where
+
+
+def test_the_graph_with_stacks_on_the_host_computes_what_eager_does() -> None:
+    torch.manual_seed(0)
+    model, x = Experts(), torch.randn(3, 16)
+    found = case(model, x).run(annotate_costs)
+    found.context = replace(found.context, budget_bytes=leanest())
+    found.context = replace(found.context, residency=choose_residency(found.module, found.context))
+    found.context = replace(found.context, placement=place_nodes(found.module, found.context))
+    assert found.context.placement is not None
+    assert sum("bmm" in info(node).aten for node in found.context.placement.host) == 2
+    assert not any("bmm" in info(node).aten for node in found.context.placement.accelerator)
+    found.apply(group_segments)
+    with torch.no_grad():
+        torch.testing.assert_close(found.outputs()[0], model(x))
