@@ -109,6 +109,8 @@ class _Splitter:
 
     def _call(self, target: object, args: tuple[object, ...], base: NodeInfo, **changes: object) -> fx.Node:
         node = ir.call(self.graph, target, args)
+        if not changes and base.position == info(self.node).position:
+            return annotate(node, base)  # as ``_cut`` and ``_part`` note them: a schedule has thousands of parts
         changes = {"flops": sympy.Integer(0), "position": info(self.node).position, **changes}
         return annotate(node, base, module=info(self.node).module, reads=frozenset(), writes=frozenset(), **changes)
 
@@ -117,7 +119,12 @@ class _Splitter:
         weight: Tensor = info(self.weight).value  # type: ignore[arg-type]
         if lines is not None:
             weight = self._fake(weight, 1 - self.plan.axis, *lines)
-        return NodeInfo(value=self._fake(weight, self.plan.axis, lo, hi), side="accelerator")
+        return self._noted(self._fake(weight, self.plan.axis, lo, hi))
+
+    def _noted(self, value: Tensor, flops: sympy.Expr = sympy.S.Zero) -> NodeInfo:
+        """Notes on a new value of the accelerator that comes from this Linear."""
+        own = info(self.node)
+        return NodeInfo(value=value, side="accelerator", flops=flops, module=own.module, position=own.position)
 
     def _part(self, lo: int, hi: int) -> NodeInfo:
         """What is known of one part's result: some of the columns, or a partial sum."""
@@ -125,9 +132,7 @@ class _Splitter:
         last = whole.value.dim() - 1
         columns = (0, int(whole.value.shape[-1])) if self.sums else (lo, hi)
         share = sympy.Rational(hi - lo, self.plan.rows)
-        return NodeInfo(
-            value=self._fake(whole.value, last, *columns), flops=whole.flops * share, side="accelerator"
-        )
+        return self._noted(self._fake(whole.value, last, *columns), whole.flops * share)
 
     def _fake(self, whole: Tensor, dim: int, lo: int, hi: int) -> Tensor:
         """A fresh fake of ``whole`` narrowed to ``lo:hi``; equal layers share one, nothing tells them apart."""
@@ -176,7 +181,7 @@ class _Splitter:
     def _accelerator(self, weight: fx.Node, lo: int, hi: int, *, first: bool) -> fx.Node:
         bias = None if self.sums and not first else self.bias
         part = self._part(lo, hi)
-        return self._call(ir.PARTIAL_LINEAR, (self.x, weight, bias, *self._range(lo, hi)), part, flops=part.flops)
+        return self._call(ir.PARTIAL_LINEAR, (self.x, weight, bias, *self._range(lo, hi)), part)
 
     def _host(self, x: object, lo: int, hi: int, *, with_bias: bool) -> fx.Node:
         bias = self.bias if with_bias else None

@@ -56,7 +56,7 @@ def test_work_grows_no_faster_than_depth(monkeypatch: pytest.MonkeyPatch) -> Non
     two, four, six = (work(layers, monkeypatch) for layers in (2, 4, 6))
     assert 0 < six.nodes - four.nodes <= 1.1 * (four.nodes - two.nodes)
     assert 0 < six.calls - four.calls <= 1.1 * (four.calls - two.calls)
-    assert max(two.schedules, four.schedules, six.schedules) <= 20
+    assert max(two.schedules, four.schedules, six.schedules) <= 28  # whatever the depth
 
 
 def test_the_collector_is_as_before_once_a_dry_run_is_over() -> None:
