@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import networkx as nx
 from torch import fx
 
 from hetegen_compile.cost_model import Chain, Trip, host_linear_s, item_bytes, relax, upload_s
@@ -28,6 +29,8 @@ from hetegen_compile.passes.annotate_costs import dtype_name
 from hetegen_compile.passes.choose_splits import linears_of, pairable_blocks
 from hetegen_compile.passes.context import Context, NodeCost, require
 from hetegen_compile.passes.predict_step import least_thread_s, least_trip_s, node_work
+
+_START = "the step begins"  # in the graph of trips, before those that need no other
 
 
 @dataclass(frozen=True)
@@ -189,13 +192,14 @@ def _longest_path(
     all of those and that activation.
     """
     groups = _by_activation(linears)
-    longest: dict[fx.Node, tuple[float, tuple[fx.Node, ...]]] = {}
+    trips: nx.DiGraph = nx.DiGraph()
     for read, group in groups.items():
         own_s = sum(linears[node].host_s + linears[node].accelerator_s for node in group) + beside.get(read, 0.0)
-        ahead = [found for other, found in longest.items() if any(order.needs(read, m) for m in groups[other])]
-        before_s, before = max(ahead, default=(0.0, ()), key=lambda found: found[0])
-        longest[read] = (before_s + own_s, (*before, read))
-    path = max(longest.values(), default=(0.0, ()), key=lambda found: found[0])[1]
+        trips.add_edge(_START, read, seconds=own_s)
+        for earlier in groups:
+            if earlier is not read and any(order.needs(read, member) for member in groups[earlier]):
+                trips.add_edge(earlier, read, seconds=own_s)
+    path = tuple(nx.dag_longest_path(trips, weight="seconds")[1:])
     return _chain(path, groups, linears, beside, blocks, order, context)
 
 
