@@ -1,4 +1,4 @@
-"""Set before anything imports torch or transformers: one thread, and no model hub."""
+"""Set before anything imports torch or transformers: one thread, no model hub; and no test is timed."""
 
 from __future__ import annotations
 
@@ -9,5 +9,9 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 torch.set_num_threads(1)
+
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")

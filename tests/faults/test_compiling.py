@@ -87,17 +87,18 @@ def test_ctrl_c_while_planning(stage: int, monkeypatch: pytest.MonkeyPatch) -> N
     real = pipeline.run_pipeline
     interrupted: list[bool] = []
 
-    def run(module: Any, context: Any, stages: Any = pipeline.PIPELINE) -> Any:
+    def run(module: Any, context: Any, stages: Any = pipeline.PIPELINE, **options: Any) -> Any:
         if pipeline.PIPELINE[stage] in stages and not interrupted:
             interrupted.append(True)
             place = stages.index(pipeline.PIPELINE[stage])
-            real(module, context, stages[:place]) if place else None
+            real(module, context, stages[:place], **options) if place else None
             os.kill(os.getpid(), signal.SIGINT)
             for _ in range(1_000_000):  # the signal arrives between two bytecodes
                 pass
-        return real(module, context, stages)
+        return real(module, context, stages, **options)
 
-    monkeypatch.setattr("hetegen_compile.planner.run_pipeline", run)
+    for name in ("planner", "trials"):
+        monkeypatch.setattr(f"hetegen_compile.{name}.run_pipeline", run)
     model, backend = around(plain), RecordingBackend()
     model.compile(backend=backend, options=emulated(gpu_memory=BUDGET))
     with pytest.raises(KeyboardInterrupt):

@@ -64,11 +64,11 @@ def _scaled(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize(("make", "budget"), [(_t5, 0.33), (_bart, 0.4), (_lfm2, 0.5), (_mixtral, 0.97)])
+@pytest.mark.parametrize(("make", "budget"), [(_t5, 0.33), (_bart, 0.4), (_lfm2, 0.5), (_mixtral, 0.2)])
 def test_generates_what_eager_generates(make: Callable[[], PreTrainedModel], budget: float) -> None:
     """A padded batch; encoder and decoder models have caches of their cross attention.
 
-    ``budget`` is a share of the weights; experts are no Linears (one tensor holds all of a layer) and are mirrored.
+    ``budget`` is a share of the weights; experts are no Linears (one tensor holds all of a layer) and lie on the host.
     """
     model = _scaled(make)
 
