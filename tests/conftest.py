@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -15,3 +16,6 @@ torch.set_num_threads(1)
 
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
+
+# a shell that starts the tests in the background has Ctrl-C ignored, and tests of interrupts need it
+signal.signal(signal.SIGINT, signal.default_int_handler)

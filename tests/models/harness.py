@@ -144,12 +144,12 @@ def compiled_like_eager(
 
 @contextmanager
 def _withdrawn() -> Iterator[list[Schedule]]:
-    """Schedules that others took the place of meanwhile: their steps moved bytes, too."""
+    """Schedules that others took the place of after they had run: their steps moved bytes, too."""
     found: list[Schedule] = []
 
     def noted(schedules: Iterable[Schedule]) -> None:
         given = list(schedules)
-        found.extend(given)
+        found.extend(schedule for schedule in given if schedule.step_times_s)
         withdraw(given)
 
     with mock.patch("hetegen_compile.compiled.withdraw", noted):
