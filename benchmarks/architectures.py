@@ -17,6 +17,7 @@ import faulthandler
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -235,6 +236,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any(outcome.status in ("differs", "error", "time limit") for outcome in outcomes))
 
 
+def _places(dump: str) -> list[str]:
+    """Place and function of each frame that faulthandler wrote, innermost first, without this machine's folders."""
+    frames = re.findall(r'^  File "(.+)", line (\d+) in (.+)$', dump, flags=re.MULTILINE)
+    return ["{}:{} {}".format("/".join(Path(file).parts[-3:]), line, function) for file, line, function in frames]
+
+
 def _in_a_process(name: str, arguments: argparse.Namespace) -> Outcome:
     command = [sys.executable, "-m", "benchmarks.architectures", "--one", name, "--kind", arguments.kind]
     command += ["--limit", str(arguments.limit), "--cache", arguments.cache]
@@ -246,8 +253,7 @@ def _in_a_process(name: str, arguments: argparse.Namespace) -> Outcome:
             command, capture_output=True, text=True, timeout=arguments.limit, env=environment, check=False
         )
     except subprocess.TimeoutExpired as error:
-        where = [line.strip() for line in _text(error.stderr).splitlines() if line.startswith("  File")]
-        detail = f"more than {arguments.limit:g} s; was at {'; '.join(where)}"
+        detail = f"more than {arguments.limit:g} s; was at {'; '.join(_places(_text(error.stderr)))}"
         return replace(blank, detail=detail[:REASON_CHARACTERS], seconds=arguments.limit)
     if found.returncode != 0:
         lines = found.stderr.strip().splitlines() or [f"exit status {found.returncode}"]

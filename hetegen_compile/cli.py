@@ -53,16 +53,20 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     commands.add_parser("doctor", help=text, description=text).set_defaults(run=_doctor)
 
 
+def _add_hardware(parser: argparse.ArgumentParser) -> None:
+    presets = ", ".join(preset_names())
+    parser.add_argument(
+        "--hardware", default="auto", help=f"one of {presets}, or the path of a profile (default: this machine)"
+    )
+
+
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = "predict a generation without weights and without running: speed, memory, the schedule"
     parser = commands.add_parser("plan", help=text, description=text)
     parser.add_argument(
         "model", help="a folder with a config.json, such a file, or a model whose config is in the hub's cache"
     )
-    presets = ", ".join(preset_names())
-    parser.add_argument(
-        "--hardware", default="auto", help=f"one of {presets}, or the path of a profile (default: this machine)"
-    )
+    _add_hardware(parser)
     parser.add_argument("--gpu-memory", help='budget such as "6GiB" (default: the hardware\'s memory less a sixteenth)')
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens to generate (default: %(default)s)")
@@ -85,10 +89,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser("bench", help=text, description=text)
     parser.add_argument("model", help="as for plan")
     parser.add_argument("--accelerator", default="auto", help="auto, cuda or emulated (default: %(default)s)")
-    presets = ", ".join(preset_names())
-    parser.add_argument(
-        "--hardware", default="auto", help=f"one of {presets}, or the path of a profile (default: this machine)"
-    )
+    _add_hardware(parser)
     parser.add_argument("--gpu-memory", help='budget such as "6GiB" (default: what is free less a reserve)')
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=16, help="tokens to generate (default: %(default)s)")
