@@ -25,6 +25,7 @@ from hetegen_compile.passes.choose_splits import (
     feed_s,
     linears_of,
     lines_s,
+    nearest_rows,
     pairable_blocks,
     with_host_rows,
 )
@@ -66,23 +67,22 @@ def balanced_splits(module: fx.GraphModule, context: Context, trials: Trials) ->
         return splits
     nothing = _with_shares(trips, [0.0] * len(trips), context)
     candidates = [_Candidate(nothing, trials.step_s(context, nothing, keep=True))]
-    if context.options.pair_mlp is not True:
+    paired = _promising(module, context, chain)
+    if paired is None or context.options.pair_mlp is not True:
         if any(plan.host for plan in splits.values()):
             candidates.append(_Candidate(splits, trials.step_s(context, splits)))
         candidates += _balanced(trials, context, trips, chain)
-    paired = _promising(module, context, trips, chain)
     if paired is not None:
         candidates += _balanced(trials, context, *paired)
     return min(candidates, key=lambda candidate: candidate.step_s).splits
 
 
-def _promising(
-    module: fx.GraphModule, context: Context, trips: Trips, chain: Chain
-) -> tuple[Trips, Chain] | None:
+def _promising(module: fx.GraphModule, context: Context, chain: Chain) -> tuple[Trips, Chain] | None:
     """Trips and chain with blocks cut as one, if the chain says that they may win or the options that they must."""
-    paired = trips_of(module, pairable_blocks(linears_of(module), context))
-    if len(paired) == len(trips):
+    blocks = pairable_blocks(linears_of(module), context)
+    if not blocks:
         return None
+    paired = trips_of(module, blocks)
     shorter = step_chain(module, paired, context)
     wins = context.options.pair_mlp is True or relax(shorter).bound_s < relax(chain).bound_s
     return (paired, shorter) if wins else None
@@ -90,8 +90,7 @@ def _promising(
 
 def promising_blocks(module: fx.GraphModule, context: Context) -> Splits | None:
     """Splits with blocks cut as one, as the chain balances them; None where no block may win. Nothing is simulated."""
-    trips = trips_of(module)
-    found = _promising(module, context, trips, step_chain(module, trips, context))
+    found = _promising(module, context, step_chain(module, trips_of(module), context))
     if found is None or context.options.split != "auto":
         return None
     paired, chain = found
@@ -170,7 +169,7 @@ def _with_shares(trips: Trips, shares: Sequence[float], context: Context) -> Spl
     for group, share in zip(trips, shares, strict=True):
         linears = {info(node).position: node for node in group.linears}
         if group.block is not None:
-            columns = _nearest(share, group.block.columns, row_granularity(group.block.columns))
+            columns = nearest_rows(share, group.block.columns, row_granularity(group.block.columns))
             splits |= block_splits(group.block, linears, columns, context)
         else:
             rows = {position: _host_rows(node, share, context) for position, node in linears.items()}
@@ -181,8 +180,4 @@ def _with_shares(trips: Trips, shares: Sequence[float], context: Context) -> Spl
 def _host_rows(node: fx.Node, share: float, context: Context) -> int:
     plan = with_host_rows(node, 0, context)
     movable = plan.rows - plan.resident_rows
-    return _nearest(share, movable, row_granularity(plan.rows))
-
-
-def _nearest(share: float, rows: int, step: int) -> int:
-    return rows if share >= 1.0 else min(rows, round(share * rows / step) * step)
+    return nearest_rows(share, movable, row_granularity(plan.rows))

@@ -199,6 +199,7 @@ class Planner:
         if len(tried) > 1:
             reason = f"it needs {excess} bytes more for activations than are left; a leaner split is taken"
             done = replace(done, refusals=(*done.refusals, Refusal("the balance of the whole step", reason)))
+        done = replace(done, refusals=(*done.refusals, *_apart(done)))
         if _excess_bytes(done) > 0:
             raise BudgetError(
                 f"split={split} needs {_excess_bytes(done)} bytes more for activations than gpu_memory="
@@ -276,7 +277,7 @@ class Planner:
         """
         graphs, context = self._cut(context, base)
         module = graphs.grouped
-        splits = [choose_splits(module, context)]
+        splits = [require(context.splits, "choose_splits")]
         if any(plan.host for plan in splits[0].values()):
             splits.append(choose_splits(module, replace(context, options=replace(context.options, split=0.0))))
         paired = None if context.lean else promising_blocks(module, context)
@@ -319,6 +320,16 @@ class Planner:
             refusals=(*context.refusals, *stacks_on_host(base.module, context), *self._segments.refused.values()),
             whole_graph=residency.whole_graph,
         )
+
+
+def _apart(context: Context) -> list[Refusal]:
+    """Which blocks are cut Linear by Linear although the options ask for all of them as one."""
+    cut = {plan.block for plan in require(context.splits, "choose_splits").values()}
+    apart = sum(block.consumer not in cut for block in context.blocks)
+    if context.options.pair_mlp is not True or not apart:
+        return []
+    reason = "their slices do not fit the staging ring, or the step is shorter with nothing of them on the host"
+    return [Refusal("pair_mlp", f"{apart} of {len(context.blocks)} blocks are not cut as one: {reason}")]
 
 
 def _leaner(module: fx.GraphModule, context: Context, trials: Trials) -> Iterator[Callable[[], Splits]]:

@@ -14,7 +14,6 @@ from torch import fx
 from hetegen_compile.cost_model import SplitProblem, SplitSolution, row_granularity, solve_split, upload_s
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes.annotate_costs import value_bytes
-from hetegen_compile.passes.capture import tensor_bytes, tensors_in
 from hetegen_compile.passes.context import Block, Context, Costs, LinearPlan, NodeCost, Residency, Splits, require
 
 
@@ -152,8 +151,12 @@ def forced_host_rows(rows: int, context: Context) -> int:
     share = context.options.split
     if share == "auto":
         return 0
-    step = row_granularity(rows)
-    return rows if share == 1.0 else min(rows, round(rows * share / step) * step)
+    return nearest_rows(share, rows, row_granularity(rows))
+
+
+def nearest_rows(share: float, rows: int, step: int) -> int:
+    """The share of the rows, to the nearest granule; all of them for a share of 1."""
+    return rows if share >= 1.0 else min(rows, round(share * rows / step) * step)
 
 
 def table_only(placeholder: fx.Node, context: Context) -> bool:
@@ -171,7 +174,7 @@ def table_only(placeholder: fx.Node, context: Context) -> bool:
     others = [user for user in placeholder.users if user not in lookups and user.target != LINEAR]
     is_weight = any(user.target == LINEAR for user in placeholder.users)
     nbytes = int(value.numel()) * value.element_size()
-    found = sum(context.number(tensor_bytes(tensor)) for user in lookups for tensor in tensors_in(info(user).value))
+    found = sum(value_bytes(user, context) for user in lookups)
     return not others and (is_weight or nbytes > found)
 
 

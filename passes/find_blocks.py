@@ -40,10 +40,12 @@ def find_blocks(module: fx.GraphModule, context: Context) -> tuple[Block, ...]:
     if context.options.pair_mlp is False:
         return ()
     found: list[Block] = []
+    taken: set[int] = set()
     for node in module.graph.find_nodes(op="call_function", target=LINEAR):
         block = _block(node)
-        if block is not None and not any(set(block.linears) & set(other.linears) for other in found):
+        if block is not None and taken.isdisjoint(block.linears):
             found.append(block)
+            taken.update(block.linears)
     if not found and context.options.pair_mlp is True:
         context.refuse(Refusal("pair_mlp", "no Linears with nothing but pointwise operations between them"))
     return tuple(found)

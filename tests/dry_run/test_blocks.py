@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,34 @@ class Mlp(nn.Module):
         return x
 
 
-def plan(hardware: str, tokens: int = 1, **options: Any) -> Schedule:
+class Parallel(nn.Module):
+    """Beside each MLP a Linear that reads the same activation: blocks as one make no fewer trips."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Mlp()
+        self.beside = nn.ModuleList(nn.Linear(WIDTH, WIDTH, device="meta") for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for up, down, beside in zip(self.mlp.up, self.mlp.down, self.beside, strict=True):
+            x = x + down(torch.relu(up(x))) + torch.softmax(beside(x), -1)
+        return x
+
+
+class Apart(Mlp):
+    """The same Linears, no blocks: what lies between them mixes the columns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(torch.softmax(up(x), -1))
+        return x
+
+
+def plan(hardware: str, tokens: int = 1, model: Callable[[], nn.Module] = Mlp, **options: Any) -> Schedule:
     budget = int(0.3 * LAYERS * 2 * WIDTH * WIDE * 4) + (tokens - 1) * (64 << 10)
     x = torch.zeros(tokens, WIDTH, device="meta")
     given = {"hardware": hardware, "gpu_memory": budget, "print_schedule": False, **options}
-    return hetegen_compile.plan(Mlp(), x, options=given)
+    return hetegen_compile.plan(model(), x, options=given)
 
 
 def cut(schedule: Schedule) -> int:
@@ -70,3 +94,20 @@ def test_not_where_the_host_takes_longer_between_the_linears_than_for_the_trip(t
 
 def test_not_for_a_long_prompt_which_is_streamed() -> None:
     assert cut(plan("h100-server", tokens=512)) == 0
+
+
+def test_blocks_that_make_no_fewer_trips_are_cut_where_all_are_asked_for() -> None:
+    assert cut(plan("rtx4090-desktop", model=Parallel, pair_mlp=True)) >= 2
+
+
+def test_a_model_without_blocks_is_split_though_all_blocks_are_asked_for() -> None:
+    found, usual = (plan("rtx4090-desktop", model=Apart, pair_mlp=pair) for pair in (True, "auto"))
+    assert found.host_bytes == usual.host_bytes > 0
+    assert "no Linears with nothing but pointwise operations between them" in found.explain()
+
+
+def test_blocks_that_are_not_cut_as_one_are_told(tmp_path: Path) -> None:
+    """Where the host takes far too long between the Linears, the step is shorter with nothing on the host."""
+    found = plan(slow_between(tmp_path), pair_mlp=True)
+    assert cut(found) == 0
+    assert f"{LAYERS} of {LAYERS} blocks are not cut as one" in found.explain()
