@@ -241,12 +241,11 @@ def join_parts(parts: Sequence[Tensor], dim: int) -> Tensor:
         return parts[0]
     if dim == 0:
         return torch.cat(list(parts), dim=-1)
-    if parts[0].dtype in (torch.float16, torch.bfloat16):
-        return torch.stack([part.float() for part in parts]).sum(0).to(parts[0].dtype)
-    total = parts[0] + parts[1]
-    for part in parts[2:]:
-        total = total + part
-    return total
+    half = parts[0].dtype in (torch.float16, torch.bfloat16)
+    total = parts[0].float() if half else parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total.to(parts[0].dtype)
 
 
 def whole_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dim: int) -> Tensor:

@@ -169,7 +169,7 @@ def staging_ring_bytes(weight_bytes: Sequence[int], free: int, smallest: int = 0
 
     Weights larger than that (an output layer) go through it in chunks.
     """
-    typical = _WINDOW * _typical([_aligned(nbytes) for nbytes in weight_bytes])
+    typical = _WINDOW * _typical([aligned(nbytes) for nbytes in weight_bytes])
     return max(smallest, min(typical, free // 4 // SLOT_ALIGNMENT * SLOT_ALIGNMENT))
 
 
@@ -188,10 +188,11 @@ def _nbytes(claims: Sequence[Claim]) -> int:
 def _smallest_chunk(weight: fx.Node) -> int:
     value = info(weight).value
     rows = row_granularity(int(value.shape[0]))
-    return _aligned(rows * int(value.shape[1]) * int(value.element_size()))
+    return aligned(rows * int(value.shape[1]) * int(value.element_size()))
 
 
-def _aligned(nbytes: int) -> int:
+def aligned(nbytes: int) -> int:
+    """Bytes rounded up to where a slot may begin."""
     return -(-nbytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
 

@@ -16,7 +16,7 @@ from torch import fx
 
 from hetegen_compile.cost_model import row_granularity
 from hetegen_compile.ir import LINEAR, info
-from hetegen_compile.passes.choose_residency import SLOT_ALIGNMENT
+from hetegen_compile.passes.choose_residency import aligned
 from hetegen_compile.passes.choose_splits import chunk_bytes, slice_bytes
 from hetegen_compile.passes.context import Context, LinearPlan, Splits, require
 
@@ -33,7 +33,7 @@ def fit_ring(module: fx.GraphModule, splits: Splits, context: Context) -> Splits
     if not total:
         return splits
     granule = max(row_granularity(plan.rows) * slice_bytes(_weight(node), plan.axis) for node, plan in plans)
-    cutter = _Cutter(used_bytes(total, require(context.residency, "choose_residency").ring_bytes, granule))
+    cutter = _Cutter(_used_bytes(total, require(context.residency, "choose_residency").ring_bytes, granule))
     return {info(node).position: _fitted(node, plan, cutter, context) for node, plan in plans}
 
 
@@ -65,7 +65,7 @@ def _weight(linear: fx.Node) -> fx.Node:
     return weight
 
 
-def used_bytes(total: int, ring_bytes: int, granule: int = 0) -> int:
+def _used_bytes(total: int, ring_bytes: int, granule: int) -> int:
     """How much of the ring is used by ``total`` streamed bytes, cut to multiples of up to ``granule``."""
     laps = -(-total // ring_bytes)
     used = min(ring_bytes, -(-total // laps) + granule)
@@ -84,7 +84,7 @@ class _Cutter:
             rows = min(end - lo, self._rows(end - lo, row_bytes, chunk, step))
             yield lo, lo + rows
             lo += rows
-            self._head += -(-rows * row_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+            self._head += aligned(rows * row_bytes)
 
     def _rows(self, left: int, row_bytes: int, chunk: int, step: int) -> int:
         """Rows of the next chunk: an equal part of those that are left, less what is beyond the end of the ring."""
@@ -92,12 +92,12 @@ class _Cutter:
         pieces = -(-left // most)
         rows = min(most, -(-left // pieces // step) * step)
         room = (self._length - self._head) // row_bytes // step * step
-        if rows <= room or left <= room:
+        if rows <= room:
             return rows
         if room * row_bytes < _LEAST_SLOT * chunk:
             self._head = 0
             return rows
-        return max(step, room)
+        return room
 
 
-__all__ = ["fit_ring", "used_bytes"]
+__all__ = ["fit_ring"]

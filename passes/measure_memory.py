@@ -190,12 +190,9 @@ def _zeros_size(pad: fx.Node) -> sympy.Expr:
 
 
 def _sum_size(join: fx.Node) -> sympy.Expr:
-    """Bytes that adding partial sums takes beside the sum: one more; for half precision all of them in float32."""
-    parts = len(join.all_input_nodes)
-    if parts == 1:
-        return sympy.Integer(0)
+    """Bytes that adding partial sums takes beside the sum: for half precision the sum in float32."""
     half = info(join).value.element_size() == 2
-    return value_size(join) * (2 * (parts + 1) if half else 1)
+    return value_size(join) * 2 if half and len(join.all_input_nodes) > 1 else sympy.Integer(0)
 
 
 __all__ = ["inner_lives", "measure_memory"]

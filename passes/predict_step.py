@@ -77,11 +77,11 @@ def _second_of_two(nodes: list[fx.Node], work: Mapping[fx.Node, Work], first: li
     Nobody waits for the prefetches for a third step. No two steps follow each other faster than their busiest
     resource works, so ``step_s`` is not less than that.
     """
-    ahead = [i for i, node in enumerate(nodes) if node.target == ir.PREFETCH_AHEAD]
-    carried = [i for i, node in enumerate(nodes) if node.target == ir.CARRIED]
+    ahead = {i: None for i, node in enumerate(nodes) if node.target == ir.PREFETCH_AHEAD}
+    carried = {i: None for i, node in enumerate(nodes) if node.target == ir.CARRIED}
     border = len(first)
-    over = Task("end of the step", HOST, 0.0, tuple(i for i in range(border) if i not in set(ahead)))
-    own = [i for i in range(border) if i not in set(carried)]
+    over = Task("end of the step", HOST, 0.0, tuple(i for i in range(border) if i not in ahead))
+    own = [i for i in range(border) if i not in carried]
     place = {**dict(zip(carried, ahead, strict=True)), **{i: border + 1 + k for k, i in enumerate(own)}}
     second = [replace(first[i], after=tuple(place[earlier] for earlier in first[i].after)) for i in own]
     timeline = simulate([*first, over, *second])

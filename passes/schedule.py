@@ -30,7 +30,7 @@ from hetegen_compile import ir
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import info
 from hetegen_compile.passes.capture import tensors_in
-from hetegen_compile.passes.choose_residency import SLOT_ALIGNMENT
+from hetegen_compile.passes.choose_residency import SLOT_ALIGNMENT, aligned
 from hetegen_compile.passes.completing import RUN_AHEAD, complete_early
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.fit_ring import LEAST_USED
@@ -114,7 +114,7 @@ def _laps(sizes: list[int], ring_bytes: int) -> int:
 def slot_bytes(prefetch: fx.Node) -> int:
     """Bytes of the slot that a prefetch or a stage fills, rounded up to the ring's alignment."""
     (rows,) = tensors_in(info(prefetch).value)
-    return -(-int(rows.numel()) * rows.element_size() // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+    return aligned(int(rows.numel()) * rows.element_size())
 
 
 def release_of(prefetch: fx.Node) -> fx.Node:
