@@ -5,14 +5,15 @@ mirror per storage. A mirror is current while storage, address and version count
 Tensors made in inference mode have no version: they are compared by content up to 4 KiB and uploaded
 afresh above. A mirror dies with its host storage.
 
-Writes that no version shows (``p.data += d``, numpy) are found by fingerprints of the host's bytes: a sample of
-everything that a step uses and a block of one tensor are compared each step, everything at each compilation, and
-everything once one change was found. Caches, which steps write themselves, have no fingerprint.
+Writes that no version shows (``p.data += d``, numpy) are found by fingerprints of the host's bytes: samples of up to
+128 tensors that a step uses are compared each step, every eighth a block of one tensor, everything at each compilation
+and once one change was found. Caches, which steps write themselves, have no fingerprint.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -112,6 +113,7 @@ class Mirrors:
         self._accelerator = accelerator
         self._records: dict[int, _Record] = {}
         self._step = 0
+        self._random = random.Random(0)
         self._standing: weakref.WeakKeyDictionary[Standing, list[tuple[_Record, list[_Held]]]] = (
             weakref.WeakKeyDictionary()
         )
@@ -132,7 +134,7 @@ class Mirrors:
         an upload, mirrors that this step does not use are dropped until all fit ``limit_bytes``.
         """
         found = [self._lookup(request) for request in requests]
-        if not Samples(_watched(found)).match(self._step):
+        if not Samples(_watched(found), self._random.getrandbits(32)).match():  # made anew: look anywhere
             self.check()
             found = [self._lookup(request) for request in requests]
         missing = [i for i, (record, geometry) in enumerate(found) if geometry not in record.held]
@@ -157,7 +159,7 @@ class Mirrors:
         for record, _ in found:
             record.stands = True
         values = [record.held[geometry].value for record, geometry in found]
-        standing = Standing(tensors, values, _watched(found))
+        standing = Standing(tensors, values, Samples(_watched(found)))
         self._standing[standing] = [
             (record, _parts(record, geometry, request))
             for (record, geometry), request in zip(found, requests, strict=True)
@@ -168,7 +170,7 @@ class Mirrors:
         """Whether a standing answer is right for these tensors in this step; if so it counts as used."""
         if not standing.holds_for(tensors):
             return False
-        if not standing.samples.match(self._step):
+        if not standing.samples.match():
             self.check()
             return False
         standing.used = self._step

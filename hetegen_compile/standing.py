@@ -26,22 +26,27 @@ _Samples = tuple[list[ctypes.Array[ctypes.c_char]], list[bytes]]
 
 
 class Samples:
-    """Rotating samples of several fingerprints: of up to ``SAMPLED_TENSORS`` tensors a step, now and then a block."""
+    """Rotating samples of several fingerprints: of up to ``SAMPLED_TENSORS`` tensors a turn, now and then a block.
 
-    def __init__(self, watched: Sequence[tuple[int, Fingerprint]]) -> None:
-        """``watched``: addresses of storages and fingerprints of what lies in them."""
+    Turns are its own, whoever else takes steps meanwhile: all tensors have their turn, and all blocks.
+    """
+
+    def __init__(self, watched: Sequence[tuple[int, Fingerprint]], turn: int = 0) -> None:
+        """``watched``: addresses of storages and fingerprints of what lies in them; ``turn``: where to begin."""
         self._watched = watched
+        self._turn = turn
         self._places: dict[int, _Samples] = {}
 
-    def match(self, step: int) -> bool:
-        """Whether what the step looks at is what it was."""
+    def match(self) -> bool:
+        """Whether what the next turn looks at is what it was."""
         count = len(self._watched)
         if not count:
             return True
-        if step % STEPS_PER_BLOCK == 0 and not self._block_matches(step // STEPS_PER_BLOCK):
+        self._turn += 1
+        if self._turn % STEPS_PER_BLOCK == 0 and not self._block_matches(self._turn // STEPS_PER_BLOCK):
             return False
-        first = step % count
-        places, expected = self._samples(step)
+        first = self._turn * SAMPLED_TENSORS % count
+        places, expected = self._samples(self._turn // -(-count // SAMPLED_TENSORS))
         if count <= SAMPLED_TENSORS:
             return [place.raw for place in places] == expected
         places, expected = places * 2, expected * 2
@@ -53,9 +58,9 @@ class Samples:
         address, fingerprint = self._watched[turn % len(self._watched)]
         return fingerprint.block_matches(address, turn // len(self._watched))
 
-    def _samples(self, step: int) -> _Samples:
-        """Places in memory and what they were, one of each fingerprint, the same every so many steps."""
-        turn = step % Fingerprint.turns
+    def _samples(self, turn: int) -> _Samples:
+        """Places in memory and what they were, another one of each fingerprint each time all have been looked at."""
+        turn %= Fingerprint.turns
         if turn not in self._places:
             pairs = [fingerprint.sample(address, turn) for address, fingerprint in self._watched]
             self._places[turn] = [place for place, _ in pairs], [expected for _, expected in pairs]
@@ -72,13 +77,11 @@ class Standing:
         valid: whether it has not been taken back.
     """
 
-    def __init__(
-        self, tensors: Sequence[Tensor], values: list[Value], watched: Sequence[tuple[int, Fingerprint]]
-    ) -> None:
+    def __init__(self, tensors: Sequence[Tensor], values: list[Value], samples: Samples) -> None:
         """``tensors`` are those that the plan is given, none of them made in inference mode."""
         self.values = values
         self.used = -1
-        self.samples = Samples(watched)
+        self.samples = samples
         self.valid = True
         self._addresses = [tensor.data_ptr() for tensor in tensors]
         self._versions = [tensor._version for tensor in tensors]

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from hetegen_compile.accelerators import EmulatedAccelerator
 from hetegen_compile.accelerators.values import DeviceTensor
+from hetegen_compile.fingerprints import Fingerprint
 from hetegen_compile.mirrors import WEIGHTS, Mirrors, NoRoomError, Request
-from hetegen_compile.standing import STEPS_PER_BLOCK, Standing
+from hetegen_compile.standing import SAMPLED_TENSORS, STEPS_PER_BLOCK, Samples, Standing
 
 LIMIT = 1 << 20
 COUNT = 5
@@ -104,6 +105,47 @@ def test_one_element_that_no_version_shows_is_found_by_a_block(weights: Weights)
     blocks = COUNT * 64 * 32 * 4 // 4096
     assert not all(weights.stands() for _ in range(blocks * STEPS_PER_BLOCK))
     assert all(map(torch.equal, weights.fetched(), weights.tensors))
+
+
+def test_graphs_that_take_turns_are_searched_alike(accelerator: EmulatedAccelerator) -> None:
+    """Two answers of one accelerator, each used in every other step: blocks of both are compared."""
+    weights = Weights(accelerator)
+    other = weights.mirrors.stand(weights.tensors, weights.requests())
+    assert other is not None
+    weights.tensors[3].numpy()[63, 31] += 1
+    turns = COUNT * 64 * 32 * 4 // 4096 * STEPS_PER_BLOCK
+    for standing in (weights.standing, other):
+        samples = standing.samples
+        found = []
+        for _ in range(turns):
+            weights.mirrors.begin_step()
+            weights.mirrors.begin_step()
+            found.append(samples.match())
+        assert not all(found)
+
+
+def test_all_of_many_tensors_have_their_turn_soon() -> None:
+    """What is changed as a whole is seen in the second turn at the latest, however many windows there are."""
+    tensors = [torch.randn(64) for _ in range(2 * SAMPLED_TENSORS)]
+    watched = [(one.untyped_storage().data_ptr(), Fingerprint(one.untyped_storage(), 0, 256)) for one in tensors]
+    for changed in (0, SAMPLED_TENSORS - 1, SAMPLED_TENSORS, 2 * SAMPLED_TENSORS - 1):
+        samples = Samples(watched, turn=changed)
+        before = tensors[changed].clone()
+        tensors[changed].numpy()[:] += 1
+        assert not (samples.match() and samples.match())
+        tensors[changed].numpy()[:] = before.numpy()
+        assert samples.match()
+
+
+def test_every_sample_of_many_tensors_has_its_turn() -> None:
+    """Whatever the number of windows: one sample of a tensor is changed, and found when all samples have had theirs."""
+    tensors = [torch.randn(1024) for _ in range(16 * SAMPLED_TENSORS)]
+    watched = [(one.untyped_storage().data_ptr(), Fingerprint(one.untyped_storage(), 0, 4096)) for one in tensors]
+    address, fingerprint = watched[1000]  # blocks do not get that far
+    place, _ = fingerprint.sample(address, 5)
+    place[0] = bytes([place.raw[0] ^ 255])
+    samples = Samples(watched)
+    assert not all(samples.match() for _ in range(16 * Fingerprint.turns))
 
 
 def test_what_died_is_let_go(weights: Weights) -> None:
