@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hetegen_compile.files import write_private
+
 _LOG_CHARACTERS = 3000
 _DIE_WITH_PARENT = 1
 """``PR_SET_PDEATHSIG`` of Linux: a killed child's own children do not go on alone."""
@@ -35,7 +37,7 @@ class Outcome:
     """How a child ended.
 
     Attributes:
-        status: "ok", "failed" (exit status or signal) or "timeout".
+        status: "ok", "failed" (exit status or signal) or "timeout"; who asked for it may have others.
         seconds: wall-clock.
         notes: what it wrote down.
         reason: why it is not ok, with the end of its log.
@@ -67,9 +69,7 @@ class Notebook:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a file whole: whoever reads it finds the old text or the new one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    part.replace(path)
+    write_private(path, json.dumps(value, indent=1) + "\n")
 
 
 def run_child(module: str, argument: Mapping[str, Any], *, limit_s: float, files: Path) -> Outcome:

@@ -417,7 +417,7 @@ class CompiledGraph:
         if self._unforeseen_bytes:
             overhead[UNFORESEEN] = self._unforeseen_bytes
         return Target(
-            kind=f"on {runtime.accelerator.kind}",
+            kind=runtime.accelerator.kind,
             device=runtime.accelerator.device,
             budget_bytes=self._budget_bytes(),
             resident=others,

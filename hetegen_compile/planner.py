@@ -56,6 +56,9 @@ logger = logging.getLogger("hetegen_compile")
 BUCKET_LIMITS = (1, 4, 16, 64, 256)
 """Highest number of tokens of each bucket but the last, which is open."""
 
+DRY_RUN = "dry run"
+"""What a plan is made for if nothing will run."""
+
 _ATTEMPTS = 3
 """Residencies that are tried, each with what the schedule of the one before needed."""
 
@@ -68,7 +71,7 @@ class Target:
     """What a plan is made for: the accelerator and what lies on it already.
 
     Attributes:
-        kind: ``"cuda"`` or ``"emulated"``, for people.
+        kind: ``"cuda"``, ``"emulated"`` or ``DRY_RUN``.
         device: where segments will run.
         budget_bytes: the hard limit.
         resident: what other graphs keep on the accelerator.
@@ -304,8 +307,9 @@ class Planner:
         tokens = f"{low} token{'s' if low > 1 else ''}" if high == low else f"{low} to {high} tokens"
         tokens = f"{low} tokens or more" if high is None else tokens
         whole = residency.budget[RESIDENT] if residency.whole_graph else 0
+        where = DRY_RUN if base.kind == DRY_RUN else f"on {base.kind}"
         return Schedule(
-            title=f"hetegen {base.kind}, hardware {self._profile.name}, {tokens} a forward",
+            title=f"hetegen {where}, hardware {self._profile.name}, {tokens} a forward",
             tokens=(low, high),
             split=context.options.split,
             rows=schedule_rows(module.graph, prediction, sites, context.number),
@@ -319,6 +323,7 @@ class Planner:
             budget=residency.budget,
             refusals=(*context.refusals, *stacks_on_host(base.module, context), *self._segments.refused.values()),
             whole_graph=residency.whole_graph,
+            accelerator=base.kind,
         )
 
 

@@ -45,6 +45,7 @@ class Schedule:
         host_memory: what became of the storages that are streamed from, once a step has run.
         beside_bytes: of the device, in use beside the process's allocator when the plan was made; not in the budget.
         pinned_ring_bytes: length of the pinned ring that staged weights go through.
+        accelerator: "cuda" or "emulated"; "dry run" where nothing runs; "" where all of it runs on the host.
         others: in a dry run, the schedules of the same forward's other graphs.
     """
 
@@ -69,6 +70,7 @@ class Schedule:
     pinned_ring_bytes: int = 0
     spans: list[Span] = field(default_factory=list)
     step_times_s: list[float] = field(default_factory=list)
+    accelerator: str = ""
     others: tuple[Schedule, ...] = ()
 
     @property

@@ -7,6 +7,7 @@ import datetime
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import benchmarks.gpu as gpu
 from benchmarks.children import write_json
 from benchmarks.gpu.environment import hardware_line
 from benchmarks.gpu.settings import Settings
-from benchmarks.gpu.stages import STAGES, Ended, run_stages, stages_for
+from benchmarks.gpu.stages import REHEARSED, STAGES, Ended, run_stages, stages_for
 from benchmarks.random_models import DTYPES
 
 RESULT = "result.json"
@@ -26,18 +27,21 @@ RESULT = "result.json"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages; 1 if one of correctness did not end well."""
     settings, names = parse_arguments(argv)
+    stages = stages_for(settings, names)
     settings.path.mkdir(parents=True, exist_ok=True)
-    for old in settings.path.glob("*.json"):  # of an earlier run
-        old.unlink()
+    for name in (RESULT, *(f"{stage.name}.json" for stage in stages)):  # of an earlier run
+        (settings.path / name).unlink(missing_ok=True)
+    if any(stage.name == "calibration" for stage in stages):
+        settings.profile_path.unlink(missing_ok=True)
     started = time.monotonic()
     result: dict[str, Any] = {
         "hardware": hardware_line(settings), "date": str(datetime.date.today()), "emulated": not settings.cuda,
         "stages": {},
     }  # fmt: skip
     ended = []
-    for one in run_stages(stages_for(settings, names), settings):
+    for one in run_stages(stages, settings):
         ended.append(one)
-        result["stages"][one.stage.name] = one.to_json()
+        result["stages"][one.stage.name] = asdict(one.outcome)
         result |= {"correct": not any(other.wrong for other in ended), "seconds": round(time.monotonic() - started)}
         write_json(settings.path / RESULT, result)
         print(f"== {shown(one)}\n", flush=True)
@@ -47,21 +51,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def shown(one: Ended) -> str:
     """A stage's heading, its checks or its table, and why it is not ok."""
-    lines = [f"{one.stage.name}: {one.status}, {one.seconds:.0f} s"]
-    checks = one.notes.get("checks")
+    lines = [f"{one.stage.name}: {one.outcome.status}, {one.outcome.seconds:.0f} s"]
+    checks = one.outcome.notes.get("checks")
     if checks:
         lines.append(tabulate([(c["result"], c["check"], f"{c['seconds']:.1f} s") for c in checks], tablefmt="plain"))
         lines += [f"  {c['check']}: {c['detail']}" for c in checks if c["result"] == "FAILED"]
-    lines += one.notes.get("table", [])
-    if one.reason:
-        lines.append(one.reason)
+    lines += one.outcome.notes.get("table", [])
+    if one.outcome.reason:
+        lines.append(one.outcome.reason)
     return "\n".join(lines)
 
 
 def summary(ended: Sequence[Ended]) -> str:
     """All stages in one table."""
     rows = [
-        (one.stage.name, one.status, f"{one.seconds:.0f}", one.reason.partition("\n")[0][:80]) for one in ended
+        (one.stage.name, one.outcome.status, f"{one.outcome.seconds:.0f}", one.outcome.reason.partition("\n")[0][:80])
+        for one in ended
     ]
     return str(tabulate(rows, headers=["stage", "status", "s", "why"], disable_numparse=True))
 
@@ -73,7 +78,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Settings, list[str]]:
     every = [stage.name for stage in STAGES]
     parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder for results (default: %(default)s)")
     parser.add_argument("--accelerator", default="auto", choices=["auto", "cuda", "emulated"])
-    parser.add_argument("--stages", nargs="+", default=[], choices=[*every, "opt-tiny"], help="default: all")
+    parser.add_argument("--stages", nargs="+", default=[], choices=[*every, REHEARSED], help="default: all")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default: %(default)s)")
     parser.add_argument(
         "--hardware", help="profile where calibration did not run or fail; default: the preset of the device, else auto"
@@ -85,6 +90,9 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Settings, list[str]]:
         accelerator = "cuda" if torch.cuda.is_available() else "emulated"
     hardware = arguments.hardware or ("a10-xeon" if accelerator == "emulated" else preset_of_the_device())
     settings = Settings(accelerator, str(arguments.out.absolute()), hardware, arguments.minutes, arguments.dtype)
+    missing = set(arguments.stages) - {stage.name for stage in stages_for(settings, arguments.stages)}
+    if missing:
+        parser.error(f"no stage with accelerator {accelerator}: {', '.join(sorted(missing))}")
     return settings, arguments.stages
 
 

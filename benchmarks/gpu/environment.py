@@ -15,7 +15,13 @@ import torch
 from benchmarks.children import Notebook
 from benchmarks.gpu.settings import Settings
 from hetegen_compile.calibration import this_machine
-from hetegen_compile.calibration.machine import last_level_cache_bytes, memory_limit_bytes, physical_memory_bytes
+from hetegen_compile.calibration.machine import (
+    last_level_cache_bytes,
+    memory_limit_bytes,
+    numa_nodes,
+    physical_memory_bytes,
+    usable_cpus,
+)
 from hetegen_compile.host_memory.limits import read_limits
 
 PACKAGES = ("torch", "transformers", "triton", "numpy", "accelerate", "diffusers", "sympy", "networkx")
@@ -63,7 +69,7 @@ def _versions() -> dict[str, str]:
 def _host() -> dict[str, Any]:
     room = read_limits().room()
     return {
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": len(usable_cpus()),
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "last_level_cache_bytes": last_level_cache_bytes(),
@@ -71,7 +77,7 @@ def _host() -> dict[str, Any]:
         "memory_limit_bytes": memory_limit_bytes(),
         "memory_left": None if room is None else str(room),
         "locked_memory_limit": _locked_limit(),
-        "nodes": len([name for name in _listed("/sys/devices/system/node") if name.startswith("node")]),
+        "nodes": len(numa_nodes(usable_cpus())),
     }
 
 
@@ -79,10 +85,6 @@ def _locked_limit() -> int:
     import resource
 
     return resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-
-
-def _listed(folder: str) -> list[str]:
-    return os.listdir(folder) if os.path.isdir(folder) else []
 
 
 def _device() -> dict[str, Any]:

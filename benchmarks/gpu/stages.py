@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from benchmarks.children import Notebook, Outcome, run_child
 from benchmarks.gpu.settings import Settings
@@ -71,24 +70,15 @@ STAGES = (
 
 @dataclass(frozen=True)
 class Ended:
-    """A stage that has ended, or was not begun."""
+    """A stage that has ended ("skipped" if it has nothing to do here), or was not begun."""
 
     stage: Stage
-    status: str
-    seconds: float
-    notes: dict[str, Any]
-    reason: str = ""
+    outcome: Outcome
 
     @property
     def wrong(self) -> bool:
         """Whether the run fails with it: only a stage of correctness, and also if it did not run."""
-        return self.stage.correctness and self.status != "ok"
-
-    def to_json(self) -> dict[str, Any]:
-        """For the result file."""
-        values = asdict(self)
-        del values["stage"]
-        return values
+        return self.stage.correctness and not self.outcome.ok
 
 
 Runner = Callable[..., Outcome]
@@ -107,7 +97,7 @@ def run_stages(
     def run(stage: Stage) -> Ended:
         left_s = end_s - clock()
         if left_s < LEAST_S:
-            return Ended(stage, "not begun", 0.0, {}, f"{left_s:.0f} s were left")
+            return Ended(stage, Outcome("not begun", 0.0, {}, f"{left_s:.0f} s were left"))
         argument = {"stage": stage.name, "settings": asdict(settings)}
         files = Path(settings.folder) / stage.name
         limit_s = stage.limit_s if settings.cuda else stage.limit_s * PATIENCE
@@ -123,9 +113,7 @@ def run_stages(
 
 def _ended(stage: Stage, outcome: Outcome) -> Ended:
     skipped = outcome.notes.get("skipped")
-    if outcome.ok and skipped:
-        return Ended(stage, "skipped", outcome.seconds, outcome.notes, skipped)
-    return Ended(stage, outcome.status, outcome.seconds, outcome.notes, outcome.reason)
+    return Ended(stage, replace(outcome, status="skipped", reason=skipped) if outcome.ok and skipped else outcome)
 
 
 def stage_work(name: str) -> Callable[[Settings, Notebook], None]:

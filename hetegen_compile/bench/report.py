@@ -68,7 +68,7 @@ def _row(one: Measured, first: Measured, prompt: int) -> dict[str, str]:
 
 
 def _emulated(one: Measured) -> bool:
-    return "on emulated" in one.schedule.title
+    return one.schedule.accelerator == "emulated"
 
 
 def _shows_speed(one: Measured) -> bool:

@@ -54,7 +54,11 @@ def fill(model: nn.Module, seed: int) -> None:
 
 
 def _compute_buffers(model: nn.Module, config: Any) -> None:
-    """Buffers that a module computes when it is made (rotary frequencies) got lost on meta: make those modules anew."""
+    """Buffers that a module computes when it is made (rotary frequencies) got lost on meta: made anew.
+
+    So is all of a module without parameters, which may keep the same tensors under other names; of others, which have
+    the model's weights, the buffers alone.
+    """
     for name, module in list(model.named_modules()):
         if next(module.buffers(recurse=False), None) is None:
             continue
@@ -62,5 +66,8 @@ def _compute_buffers(model: nn.Module, config: Any) -> None:
             fresh = type(module)(config)
         except TypeError as error:
             raise UnsupportedModelError(f"random weights: the buffers of {name} cannot be computed: {error}") from error
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, fresh.eval())
+        if next(module.parameters(), None) is None:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, fresh.eval())
+        else:
+            module._buffers.update(fresh.named_buffers(recurse=False))

@@ -25,11 +25,20 @@ from hetegen_compile.passes import annotate_costs, predict_step
 from hetegen_compile.passes.capture import storage_id
 from hetegen_compile.passes.context import Claim, Context, Residency, SegmentCache, require
 from hetegen_compile.pipeline import ONCE_PER_SPLIT
-from hetegen_compile.planner import BucketPlan, PlannedStep, Planner, Sizes, Split, Target, bucket_of, budget_bytes
+from hetegen_compile.planner import (
+    DRY_RUN,
+    BucketPlan,
+    PlannedStep,
+    Planner,
+    Sizes,
+    Split,
+    Target,
+    bucket_of,
+    budget_bytes,
+)
 from hetegen_compile.schedule import Schedule, register
 from hetegen_compile.trials import Trials
 
-_KIND = "dry run"
 _FOR_RUNNING = ("retarget_devices", "lower")
 STAGES = tuple(stage for stage in ONCE_PER_SPLIT if stage.run.__name__ not in _FOR_RUNNING)
 """Stages of a schedule that nobody will run."""
@@ -196,7 +205,7 @@ def plan_graph(
         graph.module, options=machine.options, profile=machine.profile, segments=SegmentCache(_never, {})
     )
     target = Target(
-        kind=_KIND, device=torch.device("cpu"), budget_bytes=machine.budget_bytes - machine.reserved_bytes,
+        kind=DRY_RUN, device=torch.device("cpu"), budget_bytes=machine.budget_bytes - machine.reserved_bytes,
         resident=resident, ring_bytes=resident.ring_bytes, host_memory=machine,
     )
     base = planner.plan_bucket(bucket_of(number(token_count(graph.module), sizes)), sizes, target, graph.weights)

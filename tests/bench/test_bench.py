@@ -22,7 +22,7 @@ from hetegen_compile.segments import plain_compiler
 
 SCHEDULE: Any = SimpleNamespace(
     title="hetegen on cuda, hardware h100-server, 1 token a forward", predicted_step_s=0.02, floor_s=0.01,
-    resident_bytes=1, streamed_bytes=2, host_bytes=3,
+    resident_bytes=1, streamed_bytes=2, host_bytes=3, accelerator="cuda",
 )
 FOUND = Measured("hetegen", Timing(0.5, (0.1, 0.025, 0.025), (7, 8, 9, 4)), 1.0, 1 << 20, SCHEDULE)
 
@@ -73,9 +73,10 @@ def test_a_split_without_room_is_compiled_by_itself(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(measure, "_timed", timed)
     monkeypatch.setattr(measure, "decode_schedule", lambda split, known: SCHEDULE)
-    found = list(measure.measure_splits(model, torch.ones(1, 2), 3, {"gpu_memory": 5}))
-    assert [one.way for one in found] == ["hetegen", "all streamed"]
-    assert compiled == [{"gpu_memory": 5}, {"gpu_memory": 5, "split": 0.0}]
+    splits: dict[str, measure.Split] = {**measure.SPLITS, "all on the host": 1.0}
+    found = list(measure.measure_splits(model, torch.ones(1, 2), 3, {"gpu_memory": 5}, splits))
+    assert [one.way for one in found] == ["hetegen", "all streamed", "all on the host"]
+    assert compiled == [{"gpu_memory": 5}, {"gpu_memory": 5, "split": 0.0}, {"gpu_memory": 5}]
 
 
 def test_figures_are_rates_of_the_steps() -> None:
@@ -92,7 +93,7 @@ def test_figures_are_rates_of_the_steps() -> None:
 
 @pytest.mark.parametrize(("pace", "speed", "said"), [(1.0, None, "say nothing about speed"), (10.0, 400.0, "paced")])
 def test_of_an_emulated_accelerator_only_paced_times_are_shown(pace: float, speed: float | None, said: str) -> None:
-    schedule: Schedule = SimpleNamespace(**{**vars(SCHEDULE), "title": "hetegen on emulated"})  # type: ignore[assignment]
+    schedule: Schedule = SimpleNamespace(**{**vars(SCHEDULE), "accelerator": "emulated"})  # type: ignore[assignment]
     found = replace(FOUND, pace=pace, schedule=schedule)
     assert bench_json([found], prompt=1)["ways"][0]["decode_tokens_per_s"] == speed
     assert said in bench_report([found], prompt=1)

@@ -16,6 +16,7 @@ from benchmarks.compare.job import HETEGEN, Row
 from benchmarks.gpu import __main__ as program
 from benchmarks.gpu import speed, stages
 from benchmarks.gpu.floor import thread_counts
+from benchmarks.gpu.generation import budgets_kept
 from benchmarks.gpu.settings import Checks, ChecksFailedError, Settings, SkipError, require
 from benchmarks.gpu.stages import Stage, run_stages, stages_for
 
@@ -53,7 +54,7 @@ class Runner:
 def run(outcomes: Mapping[str, Outcome], settings: Settings = SETTINGS) -> tuple[dict[str, str], Runner, list[bool]]:
     runner = Runner(outcomes)
     ended = list(run_stages(PLAN, settings, runner=runner, clock=runner.clock))
-    return {one.stage.name: one.status for one in ended}, runner, [one.wrong for one in ended]
+    return {one.stage.name: one.outcome.status for one in ended}, runner, [one.wrong for one in ended]
 
 
 def test_a_stage_that_fails_costs_itself_only() -> None:
@@ -81,7 +82,7 @@ def test_a_group_runs_at_the_same_time_where_there_is_a_device() -> None:
             both.wait()  # breaks unless both are under way
         return Outcome("ok", 1.0, {})
 
-    assert all(one.status == "ok" for one in run_stages(PLAN, SETTINGS, runner=runner))
+    assert all(one.outcome.ok for one in run_stages(PLAN, SETTINGS, runner=runner))
 
 
 def test_skipped_is_neither_failed_nor_ok() -> None:
@@ -139,6 +140,39 @@ def test_the_result_file_is_written_after_every_stage(
     assert "EMULATED" in result["hardware"]
     assert "tokens: they differ" in capsys.readouterr().out
     assert program.main([*arguments, "environment", "floor"]) == 0
+
+
+def test_results_of_others_and_of_stages_that_do_not_run_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("other", "calibration", "environment", "profile"):
+        (tmp_path / f"{name}.json").write_text("{}")
+    monkeypatch.setattr(program, "run_stages", lambda stages, settings: [])
+    run = ["--accelerator", "emulated", "--out", str(tmp_path), "--stages"]
+    assert program.main([*run, "environment"]) == 0
+    assert sorted(path.stem for path in tmp_path.glob("*.json")) == ["calibration", "other", "profile"]
+    assert program.main([*run, "calibration"]) == 0
+    assert [path.stem for path in tmp_path.glob("*.json")] == ["other"]
+
+
+@pytest.mark.parametrize(("accelerator", "stage"), [("emulated", "opt-13b"), ("cuda", "opt-tiny")])
+def test_a_stage_that_does_not_exist_here_is_no_success(
+    accelerator: str, stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--accelerator", accelerator, "--hardware", "a10-xeon", "--out", str(tmp_path), "--stages"]
+    with pytest.raises(SystemExit) as raised:
+        program.main([*run, "environment", stage])
+    assert raised.value.code == 2
+    assert f"no stage with accelerator {accelerator}: {stage}" in capsys.readouterr().err
+
+
+def test_peaks_of_checks_with_several_figures_count() -> None:
+    kept, over = {"peak_bytes": 1, "budget_bytes": 2}, {"peak_bytes": 3, "budget_bytes": 2}
+    assert budgets_kept([{"check": "a", "detail": kept}, {"check": "b", "detail": {"0.0": kept}}]) == {
+        "a": 0.5, "b, 0.0": 0.5,
+    }  # fmt: skip
+    with pytest.raises(AssertionError, match="b, 1.0"):
+        budgets_kept([{"check": "b", "detail": {"0.0": kept, "1.0": over}}])
 
 
 def test_what_is_said_of_a_model_at_one_limit() -> None:
