@@ -19,14 +19,16 @@ from hetegen_compile.planner import Sizes
 Depth = int | Literal["full"]
 
 
-def _opt(layers: int, hidden: int, heads: int) -> dict[str, Any]:
+def opt(layers: int, hidden: int, heads: int) -> dict[str, Any]:
+    """What config.json would say of an OPT model's shape."""
     return {
         "model_type": "opt", "num_hidden_layers": layers, "hidden_size": hidden, "word_embed_proj_dim": hidden,
         "ffn_dim": 4 * hidden, "num_attention_heads": heads, "max_position_embeddings": 2048,
     }  # fmt: skip
 
 
-def _llama(layers: int, hidden: int, intermediate: int, heads: int, key_value_heads: int) -> dict[str, Any]:
+def llama(layers: int, hidden: int, intermediate: int, heads: int, key_value_heads: int) -> dict[str, Any]:
+    """The same of a Llama model."""
     return {
         "model_type": "llama", "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": intermediate,
         "num_attention_heads": heads, "num_key_value_heads": key_value_heads, "max_position_embeddings": 4096,
@@ -42,12 +44,12 @@ def _qwen3(layers: int, hidden: int, intermediate: int, heads: int) -> dict[str,
 
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "opt-6.7b": _opt(32, 4096, 32),
-    "opt-13b": _opt(40, 5120, 40),
-    "opt-30b": _opt(48, 7168, 56),
-    "llama-2-7b": _llama(32, 4096, 11008, 32, 32),
-    "llama-2-13b": _llama(40, 5120, 13824, 40, 40),
-    "llama-2-70b": _llama(80, 8192, 28672, 64, 8),
+    "opt-6.7b": opt(32, 4096, 32),
+    "opt-13b": opt(40, 5120, 40),
+    "opt-30b": opt(48, 7168, 56),
+    "llama-2-7b": llama(32, 4096, 11008, 32, 32),
+    "llama-2-13b": llama(40, 5120, 13824, 40, 40),
+    "llama-2-70b": llama(80, 8192, 28672, 64, 8),
     "qwen3-8b": _qwen3(36, 4096, 12288, 32),
     "qwen3-32b": _qwen3(64, 5120, 25600, 64),
 }

@@ -24,7 +24,7 @@ import networkx as nx
 from torch import fx
 
 from hetegen_compile.cost_model import Chain, Trip, host_linear_s, item_bytes, relax, upload_s
-from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.ir import info
 from hetegen_compile.passes.annotate_costs import dtype_name
 from hetegen_compile.passes.choose_splits import linears_of, pairable_blocks
 from hetegen_compile.passes.context import Context, NodeCost, require
@@ -61,7 +61,7 @@ def floor_s(module: fx.GraphModule, context: Context) -> float:
 
 def floor(module: fx.GraphModule, context: Context) -> Floor:
     """The bounds of a step of a grouped graph at the context's residency and sizes."""
-    linears = {node: _linear_alone(node, context) for node in _linears(module)}
+    linears = {node: _linear_alone(node, context) for node in linears_of(module).values()}
     order = _Order(module.graph)
     blocks = _blocks(module, order, context)
     others = {node: _seconds(node, "accelerator", context) for node in module.graph.nodes if node not in linears}
@@ -76,13 +76,9 @@ def floor(module: fx.GraphModule, context: Context) -> Floor:
 
 def offloaded_together_s(module: fx.GraphModule, context: Context) -> float:
     """S / (V_link + V_cpu): the offloaded bytes of all Linears with the same share of each on the host."""
-    linears = [_linear_alone(node, context) for node in _linears(module)]
+    linears = [_linear_alone(node, context) for node in linears_of(module).values()]
     host_s, link_s = sum(trip.host_s for trip in linears), sum(trip.link_s for trip in linears)
     return host_s * link_s / (host_s + link_s) if link_s else 0.0
-
-
-def _linears(module: fx.GraphModule) -> list[fx.Node]:
-    return list(module.graph.find_nodes(op="call_function", target=LINEAR))
 
 
 def _by_activation(linears: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:

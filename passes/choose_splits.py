@@ -102,7 +102,8 @@ def lines_s(block: Block, linears: Mapping[int, fx.Node], context: Context) -> f
     }
     if last_dim == 0:
         columns[last] = block.columns // 2  # or so: what the host leaves
-    return sum(_lines_s(weight, width, context) for weight, width in columns.items())
+    # what is staged lies side by side in the pinned ring
+    return sum(_lines_s(weight, n, context) for weight, n in columns.items() if weight.name not in context.staged)
 
 
 def _lines_s(weight: fx.Node, columns: int, context: Context) -> float:

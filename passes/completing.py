@@ -22,7 +22,7 @@ from hetegen_compile.passes.precedence import Precedence
 from hetegen_compile.passes.predict_step import node_work
 
 RUN_AHEAD = 4
-"""Downloads after which the work that an earlier one is for has to be done: each keeps memory."""
+"""Downloads under way at once, after which the work that the first is for has to be done: each keeps its source."""
 
 
 def late_readers(graph: fx.Graph) -> set[fx.Node]:

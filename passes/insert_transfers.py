@@ -207,7 +207,7 @@ class _Inserter:
     def _mirror(self, operand: fx.Node) -> fx.Node:
         if operand not in self._mirrors:
             with self._graph.inserting_before(self._first):
-                mirror = self._graph.call_function(ir.MIRROR, (operand,))
+                mirror = ir.call(self._graph, ir.MIRROR, (operand,))
             self._mirrors[operand] = annotate(mirror, info(operand), side="accelerator")
         return self._mirrors[operand]
 
@@ -217,11 +217,11 @@ class _Inserter:
         notes = _transfer_info(operands, "accelerator")
         for target, args in ((ir.TO_ACCELERATOR, (operands,)), (ir.WAIT_ACCELERATOR, None)):
             with self._graph.inserting_after(place):
-                place = annotate(self._graph.call_function(target, args or (place,)), notes)
+                place = annotate(ir.call(self._graph, target, args or (place,)), notes)
         done = place
         for i, operand in enumerate(operands):
             with self._graph.inserting_after(place):
-                place = self._graph.call_function(operator.getitem, (done, i))
+                place = ir.call(self._graph, operator.getitem, (done, i))
             items.append(annotate(place, _moved(operand), side="accelerator"))
         return items
 
@@ -236,9 +236,9 @@ class _Inserter:
         operands = [operand for operand, *_ in keys]
         notes = _transfer_info(operands, "host")
         with self._graph.inserting_before(before):
-            start = annotate(self._graph.call_function(ir.TO_HOST, (operands,)), notes)
-            done = annotate(self._graph.call_function(ir.WAIT_HOST, (start,)), notes)
-            items = [self._graph.call_function(operator.getitem, (done, i)) for i in range(len(operands))]
+            start = annotate(ir.call(self._graph, ir.TO_HOST, (operands,)), notes)
+            done = annotate(ir.call(self._graph, ir.WAIT_HOST, (start,)), notes)
+            items = [ir.call(self._graph, operator.getitem, (done, i)) for i in range(len(operands))]
         for item, operand in zip(items, operands, strict=True):
             annotate(item, _moved(operand), side="host")
         return dict(zip(keys, items, strict=True))

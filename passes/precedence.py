@@ -26,10 +26,6 @@ class Precedence:
         self.before[after].add(before)
         self.after[before].add(after)
 
-    def edges(self) -> list[tuple[fx.Node, fx.Node]]:
-        """All pairs (before, after)."""
-        return [(before, after) for before, followers in self.after.items() for after in followers]
-
     def bypass(self, node: fx.Node) -> None:
         """Take a node out; what was before it stays before what was after it."""
         earlier, later = self.before.pop(node), self.after.pop(node)

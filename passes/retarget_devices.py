@@ -41,6 +41,7 @@ from hetegen_compile.ir import annotate, copy_module, info
 from hetegen_compile.passes.capture import storage_id, tensors_in
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.fold_transforms import Folded
+from hetegen_compile.passes.insert_transfers import operand_side
 
 CHECK_VARIABLE = "HETEGEN_CHECK_DEVICES"
 _CUDA = torch.device("cuda", 0)
@@ -126,9 +127,8 @@ class _DeviceValues:
     def propagate(self) -> None:
         """Go through the schedule; values of the accelerator are on the device, all others on the host."""
         for node in self._module.graph.nodes:
-            reads = _READS.get(node.target, info(node).side if node.op != "output" else "host")
-            if reads is not None and node.target is not operator.getitem:
-                self._check(node, reads)
+            if node.target is not operator.getitem:
+                self._check(node)
             self._values[node] = self._value(node)
 
     def _value(self, node: fx.Node) -> Any:
@@ -143,11 +143,12 @@ class _DeviceValues:
             return [self._fresh(node, one) for one in value]
         return self._fresh(node, value) if isinstance(value, Tensor) else value
 
-    def _check(self, node: fx.Node, side: ir.Side) -> None:
-        expected = self._device.type if side == "accelerator" else "cpu"
+    def _check(self, node: fx.Node) -> None:
         for operand in node.all_input_nodes:
-            if operand.target in _ON_THE_WAY:
+            side = operand_side(node, operand)
+            if side is None or operand.target in _ON_THE_WAY:
                 continue
+            expected = self._device.type if side == "accelerator" else "cpu"
             for tensor in tensors_in(self._values[operand]):
                 if tensor.device.type != expected:
                     raise ScheduleError(
@@ -179,12 +180,6 @@ class _DeviceValues:
 
 _ON_THE_WAY = (ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.TO_HOST, ir.TO_ACCELERATOR, ir.RELEASE)
 """Values that nothing reads before a wait. Not ``stage``: what lies in the pinned ring is the host's."""
-_READS: dict[Any, ir.Side | None] = {
-    ir.MIRROR: "host", ir.RESIDENT: "host", ir.STAGE: "host", ir.PREFETCH: "host", ir.PREFETCH_AHEAD: "host",
-    ir.CARRIED: "host", ir.TO_ACCELERATOR: "host", ir.TO_HOST: "accelerator",
-    ir.WAIT: None, ir.WAIT_HOST: None, ir.WAIT_ACCELERATOR: None, ir.RELEASE: None, ir.TWIN: None,
-}  # fmt: skip
-"""Where the schedule's own operations read; every other node where it runs."""
 
 
 def _first(node: fx.Node) -> fx.Node:

@@ -51,8 +51,6 @@ _HOST_RANK = 5
 
 _WAITS = (ir.WAIT, ir.WAIT_HOST, ir.WAIT_ACCELERATOR)
 
-_MOST_DOWNLOADS = RUN_AHEAD
-"""Downloads under way at once: each keeps its source on the accelerator."""
 _PINNED_WINDOW = 4  # slots of the largest size that the pinned ring holds
 
 
@@ -149,7 +147,7 @@ def reorder(graph: fx.Graph, context: Context) -> None:
         output.prepend(node)
         if node.target == ir.TO_HOST:
             pending.append(node)
-            if len(pending) > _MOST_DOWNLOADS:
+            if len(pending) > RUN_AHEAD:
                 _wait_for(pending.popleft(), late, output)
     for wait in _waits_of(output, late):
         output.prepend(wait)
