@@ -17,18 +17,20 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
 from tabulate import tabulate
 
 import hetegen_compile
+from hetegen_compile.bench.measure import Split, compile_anew, decode_schedule
+from hetegen_compile.bench.weights import parameter_bytes
 from hetegen_compile.calibration import this_machine
 
 HARDWARE = ("rtx3060-laptop", "rtx4090-desktop", "a10-xeon")
 BUDGETS = (0.3, 0.6)
-SPLITS: tuple[float | Literal["auto"], ...] = ("auto", 0.0)
+SPLITS: tuple[Split, ...] = ("auto", 0.0)
 _SIZES: dict[str, Any] = {
     "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8,
 }  # fmt: skip
@@ -75,19 +77,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(hardware: str, budget_share: float, arguments: argparse.Namespace) -> Iterator[Result]:
     """One compilation at a pace that suits the profile, each split run several times."""
     model = _model()
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    weights = parameter_bytes(model)
     options = {
         "accelerator": "emulated", "hardware": hardware, "gpu_memory": int(budget_share * weights),
         "context": 64, "print_schedule": False,
     }  # fmt: skip
-    _compile(model, options)
+    compile_anew(model, options)
     _decode(model, 3)
-    pace = arguments.seconds / _newest("auto").predicted_step_s
-    _compile(model, {**options, "pace": pace})
+    pace = arguments.seconds / decode_schedule("auto").predicted_step_s
+    compile_anew(model, {**options, "pace": pace})
     for split in SPLITS:
         with hetegen_compile.override_split(split):
             runs = [_run(model, split, arguments.steps) for _ in range(arguments.runs)]
-        schedule = _newest(split)
+        schedule = decode_schedule(split)
         medians = [statistics.median(run) / pace for run in runs]
         yield Result(
             hardware, budget_share, str(split), pace, schedule.predicted_step_s, statistics.median(medians),
@@ -101,16 +103,11 @@ def _model() -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def _compile(model: Any, options: dict[str, Any]) -> None:
-    torch._dynamo.reset()
-    model.compile(backend="hetegen", options=options)
-
-
-def _run(model: Any, split: float | Literal["auto"], steps: int) -> list[float]:
+def _run(model: Any, split: Split, steps: int) -> list[float]:
     """Wall-clock seconds of the steps after the warm-up."""
-    known = {id(s): len(s.step_times_s) for s in _decode_schedules(split)}
+    known = {id(s): len(s.step_times_s) for s in hetegen_compile.schedules()}
     _decode(model, steps + _WARM_UP)
-    schedule = _newest(split)
+    schedule = decode_schedule(split)
     return schedule.step_times_s[known.get(id(schedule), 0) + _WARM_UP - 1 :]
 
 
@@ -120,14 +117,6 @@ def _decode(model: Any, tokens: int) -> None:
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
         cache_implementation="static", pad_token_id=0,
     )  # fmt: skip
-
-
-def _decode_schedules(split: float | Literal["auto"]) -> list[hetegen_compile.Schedule]:
-    return [s for s in hetegen_compile.schedules() if s.tokens == (1, 1) and s.split == split]
-
-
-def _newest(split: float | Literal["auto"]) -> hetegen_compile.Schedule:
-    return _decode_schedules(split)[-1]
 
 
 def _table(results: Sequence[Result]) -> str:

@@ -12,9 +12,9 @@ from torch import Tensor
 from benchmarks.compare.job import HETEGEN, HOST_ROWS, Job, Row
 from benchmarks.compare.peers import accelerate_map, accelerate_offload, diffusers_groups
 from benchmarks.random_models import DTYPES, SHAPES
-from hetegen_compile.bench.measure import SPLITS, decode_schedule, measure_splits
+from hetegen_compile.bench.measure import SPLITS, compile_anew, decode_schedule, measure_splits
 from hetegen_compile.bench.timing import Timing, generate_timed, warm_and_timed, with_peak
-from hetegen_compile.bench.weights import random_model, weight_bytes
+from hetegen_compile.bench.weights import parameter_bytes, random_model
 from hetegen_compile.cost_model import load_profile
 from hetegen_compile.schedule import Schedule
 
@@ -55,7 +55,7 @@ def eager_gpu(job: Job) -> Iterator[Row]:
     """The whole model on the device."""
     free, _ = torch.cuda.mem_get_info()
     model = _model(job)
-    needed = weight_bytes(model) * 17 // 16  # the cache of a short generation and workspaces beside the weights
+    needed = parameter_bytes(model) * 17 // 16  # the cache of a short generation and workspaces beside the weights
     if needed > free:
         yield Row("eager GPU", note=f"does not fit: needs about {needed} bytes, {free} are free")
         return
@@ -112,8 +112,7 @@ def _prompt(job: Job) -> Tensor:
 
 def _pace(model: Any, prompt: Tensor, options: dict[str, Any], step_s: float) -> float:
     """The factor by which a predicted decode step takes ``step_s``."""
-    torch._dynamo.reset()
-    model.compile(backend="hetegen", options=options)
+    compile_anew(model, options)
     generate_timed(model, prompt, _UNPACED_TOKENS, "static")
     return step_s / decode_schedule("auto").predicted_step_s
 

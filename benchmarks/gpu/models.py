@@ -23,7 +23,7 @@ import hetegen_compile
 from benchmarks.gpu.settings import Settings, require
 from hetegen_compile.accelerators import open_accelerator
 from hetegen_compile.backend import hetegen
-from hetegen_compile.bench.weights import weight_bytes
+from hetegen_compile.bench.weights import parameter_bytes
 from hetegen_compile.passes.context import Refusal
 from hetegen_compile.schedule import Schedule
 
@@ -91,7 +91,7 @@ def compile_small(model: Any, settings: Settings, *, share: float | None = 0.5, 
     torch._dynamo.reset()
     gc.collect()  # graphs of earlier models that are still alive share the accelerator and its smallest budget
     if share is not None:
-        options["gpu_memory"] = int(weight_bytes(model) * share) + overhead_bytes(settings)
+        options["gpu_memory"] = int(parameter_bytes(model) * share) + overhead_bytes(settings)
     # the preset makes plans the same wherever this runs
     fixed = {"accelerator": settings.accelerator, "hardware": "cpu-emulated", "print_schedule": False}
     model.compile(backend=hetegen, options=fixed | options)

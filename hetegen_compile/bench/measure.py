@@ -73,12 +73,12 @@ def measure_splits(
 
     A split whose activations leave no room for the residency that was decided is compiled by itself, with its own.
     """
-    _compile(model, options)
+    compile_anew(model, options)
     pace = options.get("pace") or 1.0
     alone = False
     for way, split in splits.items():
         if alone:
-            _compile(model, options)  # this one is compared under the common residency again
+            compile_anew(model, options)  # this one is compared under the common residency again
             alone = False
         known = schedules()
         try:
@@ -86,13 +86,14 @@ def measure_splits(
         except BudgetError as error:
             logger.warning("%s is compiled by itself: %s", way, error)
             alone = True
-            _compile(model, {**options, "split": split})
+            compile_anew(model, {**options, "split": split})
             timing, peak = _timed(model, prompt, new_tokens, split)
         schedule = decode_schedule(split, known)
         yield Measured(way, timing, pace, peak or schedule.accelerator_peak_bytes, schedule)
 
 
-def _compile(model: Any, options: Mapping[str, Any]) -> None:
+def compile_anew(model: Any, options: Mapping[str, Any]) -> None:
+    """Compile with hetegen; nothing is left of earlier compilations."""
     torch._dynamo.reset()
     gc.collect()  # graphs that are still alive share the accelerator and its budget
     model.compile(backend="hetegen", options=dict(options))

@@ -31,7 +31,7 @@ def random_model(config: Any, dtype: torch.dtype, seed: int = 0) -> Any:
     return model
 
 
-def weight_bytes(model: nn.Module) -> int:
+def parameter_bytes(model: nn.Module) -> int:
     """Bytes of all parameters, shared ones once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 

@@ -10,7 +10,7 @@ from transformers import GPTBigCodeConfig, GPTJConfig, PretrainedConfig
 
 from benchmarks.random_models import SHAPES, weight_bytes_of
 from hetegen_compile.bench import timing
-from hetegen_compile.bench.weights import random_model, weight_bytes
+from hetegen_compile.bench.weights import parameter_bytes, random_model
 
 
 def test_a_generation_is_timed_token_by_token() -> None:
@@ -39,7 +39,7 @@ def test_modules_with_buffers_and_weights_keep_their_weights(config: PretrainedC
 def test_random_models_are_whole(shape: str) -> None:
     """Every weight and buffer has its values, and what is tied stays tied."""
     model = random_model(SHAPES[shape](), torch.bfloat16)
-    assert weight_bytes(model) == weight_bytes_of(shape, torch.bfloat16)
+    assert parameter_bytes(model) == weight_bytes_of(shape, torch.bfloat16)
     tied = model.lm_head.weight is model.get_input_embeddings().weight
     assert tied == model.config.tie_word_embeddings
     assert {buffer.device.type for buffer in model.buffers()} <= {"cpu"}

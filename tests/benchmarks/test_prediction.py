@@ -14,6 +14,7 @@ import pytest
 import hetegen_compile
 from benchmarks import prediction
 from benchmarks.prediction import Result
+from hetegen_compile.bench import measure
 
 
 def result(predicted_s: float, measured_s: float) -> Result:
@@ -29,9 +30,9 @@ def test_measured_steps_are_divided_by_the_pace_and_a_run_is_its_median(monkeypa
     schedule = SimpleNamespace(predicted_step_s=0.5, streamed_bytes=7, host_bytes=9)
     runs = iter([[4.0, 6.0, 100.0], [8.0, 8.0, 8.0], [2.0, 2.0, 12.0]] * 2)  # medians 6, 8 and 2; at pace 4
     asked: list[Any] = []
-    monkeypatch.setattr(prediction, "_compile", lambda model, options: asked.append(options))
+    monkeypatch.setattr(prediction, "compile_anew", lambda model, options: asked.append(options))
     monkeypatch.setattr(prediction, "_decode", lambda model, tokens: None)
-    monkeypatch.setattr(prediction, "_newest", lambda split: schedule)
+    monkeypatch.setattr(prediction, "decode_schedule", lambda split: schedule)
     monkeypatch.setattr(prediction, "_run", lambda model, split, steps: next(runs))
     arguments = argparse.Namespace(seconds=2.0, runs=3, steps=3)
     found = list(prediction.measure("rtx3060-laptop", 0.5, arguments))
@@ -42,8 +43,9 @@ def test_measured_steps_are_divided_by_the_pace_and_a_run_is_its_median(monkeypa
 
 
 def test_the_steps_of_a_run_are_those_after_its_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    schedule = SimpleNamespace(step_times_s=[9.0, 9.0], tokens=(1, 1), split="auto")
-    monkeypatch.setattr(hetegen_compile, "schedules", lambda: (schedule,))
+    schedule = SimpleNamespace(step_times_s=[9.0, 9.0], tokens=(1, 1), split="auto", rows=(1,))
+    for module in (hetegen_compile, measure):
+        monkeypatch.setattr(module, "schedules", lambda: (schedule,))
     monkeypatch.setattr(prediction, "_decode", lambda model, tokens: schedule.step_times_s.extend(range(tokens - 1)))
     times = prediction._run(None, "auto", 4)
     assert times == [2, 3, 4, 5]  # the first two warm up; the first token of all is prefill's
