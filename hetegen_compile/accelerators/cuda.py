@@ -41,9 +41,7 @@ from hetegen_compile.errors import (
     ScheduleError,
     SlotInUseError,
 )
-
-DIRECT_BYTES = 256 * 1024
-"""Below this size ``to_accelerator`` makes CUDA views of one pinned buffer instead of queueing copies."""
+from hetegen_compile.ir import SMALL_UPLOAD_BYTES
 
 _HOST = torch.device("cpu")
 
@@ -449,7 +447,7 @@ class CudaAccelerator(Accelerator):
         self._ledger.uploaded(op.category, nbytes)
         self.counters.trips_up += 1
         with self._work(op), _copying():
-            if 0 < nbytes < DIRECT_BYTES:
+            if 0 < nbytes <= SMALL_UPLOAD_BYTES:
                 return CudaTransfer(op.name, "to_accelerator", self._packed_views(tensors), None)
             buffers = [self._pinned(tensor) for tensor in tensors]
             self._kept += buffers

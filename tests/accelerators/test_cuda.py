@@ -174,7 +174,7 @@ def test_small_activations_stay_off_the_copy_engine(accelerator: CudaAccelerator
     (small,) = accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), [torch.ones(3).expand(2, 3)]))
     assert small.shape == (2, 3)
     assert LOG == []
-    accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), [torch.ones(1 << 16)]))
+    accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), [torch.ones(1 << 17)]))
     assert LOG == ["on up", "compute waits up@0"]
     assert len(accelerator._kept) == 2
     accelerator.end_step()
