@@ -30,7 +30,7 @@ from hetegen_compile.accelerators.cuda_copies import upload_lines
 from hetegen_compile.accelerators.cuda_pinning import SUCCESS, CudaHostMemory, cuda_view, pinned_by_others
 from hetegen_compile.accelerators.cuda_staging import Job, PinThread, copy_rows
 from hetegen_compile.accelerators.cuda_trace import CudaTracer
-from hetegen_compile.accelerators.geometry import copy_span, empty_twin, has_lines, same_geometry, span_bytes
+from hetegen_compile.accelerators.geometry import copy_span, empty_twin, has_lines, same_geometry, span, span_bytes
 from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
 from hetegen_compile.accelerators.ring import make_slot, slot_view
 from hetegen_compile.accelerators.values import Slot
@@ -156,9 +156,22 @@ class CudaAccelerator(Accelerator):
                 self._ledger.require(op.name, span_bytes(source))
                 target = empty_twin(source, self.device)
                 self._ledger.hold(target, op.category)
-            copy_span(target, source)  # blocks until the source was read
+            if 0 < span_bytes(source) <= SMALL_UPLOAD_BYTES:
+                self._read_in_place(target, source)
+            else:
+                copy_span(target, source)  # blocks until the source was read
         self._ledger.uploaded(op.category, span_bytes(source))
         return target
+
+    def _read_in_place(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """A kernel reads a pinned copy: the copy engine may have prefetches queued that take longer than a step's rest.
+
+        An operation of its own kind, because ``copy_`` between two addresses of the device may use that engine.
+        """
+        buffer = empty_twin(source, _HOST, pinned=True)
+        copy_span(buffer, source)
+        self._kept.append(buffer)
+        torch.bitwise_or(cuda_view(span(buffer).view(torch.uint8), self.device), 0, out=span(target).view(torch.uint8))
 
     def download(self, op: Op, value: Value) -> torch.Tensor:
         self._check_open()
