@@ -11,7 +11,7 @@ from hetegen_compile.accelerators.pacing import Pacer
 
 SHORT_S = 2e-4
 COUNT = 100
-PACE = 12.5
+PACE = 30.0
 
 
 def run_lanes(accelerator: EmulatedAccelerator, seconds: float) -> float:
