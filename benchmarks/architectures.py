@@ -30,9 +30,15 @@ from typing import Any
 
 from tabulate import tabulate
 
-KINDS = ("causal", "seq2seq", "masked")
+from benchmarks.tiny_configs import POSITIONS, tiny_config
+
+KINDS = ("causal", "seq2seq", "speech", "masked")
 CACHES = ("dynamic", "static")
 NEW_TOKENS = 6
+FACTORIES = {
+    "causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM",
+    "speech": "AutoModelForSpeechSeq2Seq", "masked": "AutoModelForMaskedLM",
+}
 BUDGET_FACTORS = (0.5, 1.0, 2.0, 64.0)
 """Budgets as multiples of the weights' bytes: the smallest that holds a step's activations is taken."""
 REASON_CHARACTERS = 300
@@ -49,6 +55,7 @@ class Outcome:
         linear_bytes: weights of the model's matrices; split_bytes: of those that were split (a decode step).
         host_bytes, streamed_bytes: of the largest plan.
         refusals: what was left alone, each reason once.
+        inductor: whether segments were compiled with Inductor; else they ran as plain FX code.
     """
 
     name: str
@@ -65,6 +72,12 @@ class Outcome:
     streamed_bytes: int = 0
     refusals: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    inductor: bool = False
+
+    @property
+    def key(self) -> tuple[str, str, str, bool]:
+        """What a row is about: one row for each."""
+        return (self.name, self.kind, self.cache, self.inductor)
 
 
 # ---- one architecture, in a process of its own ------------------------------------------------------------
@@ -75,7 +88,7 @@ def measure(name: str, kind: str, cache: str, *, inductor: bool) -> Outcome:
     import torch
 
     torch.set_num_threads(1)
-    blank = Outcome(name, kind, cache, "not built")
+    blank = Outcome(name, kind, cache, "not built", inductor=inductor)
     try:
         model = _model(name, kind)
     except Exception as error:
@@ -94,12 +107,10 @@ def measure(name: str, kind: str, cache: str, *, inductor: bool) -> Outcome:
 
 def _model(name: str, kind: str) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
-
-    from benchmarks.tiny_configs import tiny_config
+    import transformers
 
     torch.manual_seed(0)
-    factory = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "masked": AutoModelForMaskedLM}[kind]
+    factory = getattr(transformers, FACTORIES[kind])
     config = tiny_config(name, is_decoder=kind == "causal")
     with torch.device("meta"):  # one that is too large would take long to fill, or all memory
         parameters = sum(p.numel() for p in factory.from_config(config).parameters())
@@ -113,22 +124,49 @@ def _model(name: str, kind: str) -> Any:
     return model
 
 
-def _run(model: Any, kind: str, cache: str) -> dict[str, Any]:
+def _inputs(model: Any, kind: str) -> dict[str, Any]:
+    """A batch of two: tokens, or sound for what hears."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(5, 250, (2, 7), generator=generator)
-    mask = torch.ones_like(tokens)
+    if kind != "speech":
+        tokens = torch.randint(5, 250, (2, 7), generator=generator)
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    name = model.main_input_name
+    if name == "input_values":
+        return {name: torch.randn(2, 4000, generator=generator)}
+    frames = 2 * POSITIONS  # the encoder halves them
+    width = getattr(model.config, "input_feat_per_channel", None)
+    shape = (getattr(model.config, "num_mel_bins", 80), frames) if width is None else (frames, width)
+    return {name: torch.randn(2, *shape, generator=generator)}
+
+
+def _run(model: Any, kind: str, cache: str) -> dict[str, Any]:
+    """What is compared: logits of a forward without a decoder, else those and the tokens of a generation."""
+    import torch
+
+    inputs = _inputs(model, kind)
     if kind == "masked":
         with torch.no_grad():
-            return {"logits": model(input_ids=tokens, attention_mask=mask).logits}
+            return {"logits": model(**inputs).logits}
     torch.manual_seed(0)
     found = model.generate(
-        input_ids=tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False,
+        **inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False,
         return_dict_in_generate=True, output_logits=True,
         **({"cache_implementation": "static"} if cache == "static" else {}),
-    )
-    return {"logits": torch.stack(found.logits), "tokens": found.sequences}
+        **({} if kind == "causal" else {"decoder_start_token_id": 1}),
+    )  # fmt: skip
+    results = {"logits": torch.stack(found.logits), "tokens": found.sequences}
+    return results if kind == "causal" else {**results, **_forward(model, inputs)}
+
+
+def _forward(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The encoder, too, is part of the model's own forward; a generation calls it by itself, as it is."""
+    import torch
+
+    prompt = torch.tensor([[1, 7, 9], [1, 8, 6]])
+    with torch.no_grad():
+        return {"forward": model(**inputs, decoder_input_ids=prompt, use_cache=False).logits}
 
 
 def _matrix_bytes(model: Any) -> int:
@@ -207,6 +245,7 @@ def architectures(kind: str) -> list[str]:
     mapping = {
         "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "speech": modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
         "masked": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     }
     return list(mapping[kind])
@@ -225,10 +264,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(asdict(outcome)))
         return 0
     outcomes = _load(arguments.json)
-    done = {(outcome.name, outcome.kind, outcome.cache) for outcome in outcomes}
+    done = {outcome.key for outcome in outcomes}
     names = arguments.only or architectures(arguments.kind)
     for name in names:
-        if (name, arguments.kind, arguments.cache) not in done:
+        if (name, arguments.kind, arguments.cache, arguments.inductor) not in done:
             outcomes.append(_in_a_process(name, arguments))
             print(_line(outcomes[-1]), flush=True)
             _store(arguments.json, outcomes)
@@ -246,7 +285,7 @@ def _in_a_process(name: str, arguments: argparse.Namespace) -> Outcome:
     command = [sys.executable, "-m", "benchmarks.architectures", "--one", name, "--kind", arguments.kind]
     command += ["--limit", str(arguments.limit), "--cache", arguments.cache]
     command += ["--inductor"] if arguments.inductor else []
-    blank = Outcome(name, arguments.kind, arguments.cache, "time limit")
+    blank = Outcome(name, arguments.kind, arguments.cache, "time limit", inductor=arguments.inductor)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     try:
         found = subprocess.run(

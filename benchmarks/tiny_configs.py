@@ -43,6 +43,8 @@ SIZES: dict[str, Any] = {
     **_all(1, "n_group topk_group first_k_dense_replace num_dense_layers n_shared_experts num_shared_experts"),
     **_all(WINDOW, "sliding_window attention_window_size sliding_window_size"),
     **_all(POSITIONS, "max_position_embeddings n_positions max_seq_len max_sequence_length block_size n_ctx"),
+    **_all(POSITIONS, "max_source_positions max_target_positions max_encoder_position_embeddings"),
+    **_all(POSITIONS, "max_decoder_position_embeddings"),
     **_all(16, "q_lora_rank kv_lora_rank"),
     **_all(8, "qk_rope_head_dim qk_nope_head_dim"),
     "v_head_dim": 16,
