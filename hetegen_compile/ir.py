@@ -33,6 +33,9 @@ Side = Literal["host", "accelerator"]
 
 _META_KEY = "hetegen"
 
+SMALL_UPLOAD_BYTES = 256 * 1024
+"""Up to this size the accelerator reads a host buffer directly instead of queueing behind prefetches."""
+
 GENERATOR = -1
 """The state of torch's random generator, as a storage: who draws reads and writes it, so draws keep their order."""
 

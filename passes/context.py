@@ -222,10 +222,14 @@ class Effects:
 
 @dataclass(frozen=True)
 class Work:
-    """What one node occupies: a resource (``host``, ``accelerator``, ``up``, ``down``, ``pin``) for some seconds."""
+    """What one node occupies: a resource (``host``, ``accelerator``, ``up``, ``down``, ``pin``) for some seconds.
+
+    ``issue_s`` is what issuing it to that resource costs the host thread.
+    """
 
     resource: str
     seconds: float
+    issue_s: float = 0.0
 
 
 Life = tuple[int, int, sympy.Expr]
