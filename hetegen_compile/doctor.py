@@ -89,11 +89,14 @@ def _processor() -> Check:
 
 
 def _numa() -> Check:
-    """Host Linears read weights from where they were loaded to: with several nodes mostly from one of them."""
+    """Host Linears read weights from where they were loaded to: with several nodes mostly from one of them.
+
+    Only what is adopted from files is spread by us.
+    """
     nodes = numa_nodes(usable_cpus())
     if len(nodes) < 2:
         return Check("ok", "memory nodes", "one" if nodes else "unknown to this system")
-    finding = f"{len(nodes)} are in use; a model lies on the node that loaded it, and the others read it from there"
+    finding = f"{len(nodes)} are in use; a model that is not adopted from files lies on the node that loaded it"
     remedy = (
         "numactl --interleave=all spreads it over all of them; "
         f"numactl --cpunodebind={nodes[0]} --membind={nodes[0]} keeps to one (best the GPU's) if it holds the model"

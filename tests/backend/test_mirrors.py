@@ -232,6 +232,33 @@ def test_everything_is_compared_when_a_graph_is_compiled() -> None:
     torch.testing.assert_close(result, expected)
 
 
+@pytest.mark.parametrize("budget", [40 << 10, 200 << 10])
+def test_parameters_that_are_parts_of_one_tensor(budget: int) -> None:
+    """Each has a version counter of its own. They are streamed, stay and change one by one, as others do."""
+    torch.manual_seed(0)
+    model, x = Mlp(6).eval(), random(2, 64)
+    flat = nn.utils.parameters_to_vector(model.parameters()).detach()
+    nn.utils.vector_to_parameters(flat, model.parameters())
+    backend, known = RecordingBackend(), hetegen_compile.schedules()
+    model.compile(backend=backend, options=emulated(gpu_memory=budget, split="auto"))
+    moved = []
+    with torch.no_grad():
+        for _ in range(2):
+            for _ in range(3):
+                torch.testing.assert_close(model(x), Mlp.forward(model, x))
+                backend.accelerator.synchronize()  # copies for the next step are under way
+                moved.append(sum(backend.accelerator.counters.uploaded_bytes.values()))
+            for parameter in list(model.parameters())[::3]:  # weights and biases
+                parameter.mul_(0.5)
+    (schedule,) = new_schedules(known)
+    weights = flat.numel() * 4
+    assert schedule.resident_bytes > 0
+    assert (schedule.streamed_bytes > 0) == (budget < weights)
+    assert moved[2] - moved[1] == moved[5] - moved[4] == schedule.streamed_bytes, "nothing but what is streamed"
+    assert moved[3] - moved[2] > schedule.streamed_bytes, "what is held went up again when a part was changed"
+    assert backend.accelerator.counters.peak_bytes <= budget
+
+
 def test_steps_upload_nothing_but_what_is_new() -> None:
     """Parameters (biases), buffers and inputs that stay what they are move once."""
     torch.manual_seed(0)
