@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from hetegen_compile.accelerators import EmulatedAccelerator, Op
-from hetegen_compile.accelerators.values import Slot, Transfer
+from hetegen_compile.accelerators.emulated.values import Transfer
+from hetegen_compile.accelerators.ring import Slot
 from hetegen_compile.errors import AcceleratorError, MissingWaitError, ScheduleError, SlotInUseError
 
 ROWS = torch.arange(64.0).reshape(8, 8)

@@ -20,16 +20,17 @@ from typing import Any
 import torch
 
 from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value, call_on_host
-from hetegen_compile.accelerators.clocks import COMPUTE, DOWN, HOST, PIN, UP, Access
-from hetegen_compile.accelerators.engine import Engine
+from hetegen_compile.accelerators.emulated.clocks import COMPUTE, DOWN, HOST, PIN, UP, Access
+from hetegen_compile.accelerators.emulated.engine import Engine
+from hetegen_compile.accelerators.emulated.hazards import Hazards
+from hetegen_compile.accelerators.emulated.modes import Modes
+from hetegen_compile.accelerators.emulated.ring import PoisonedRing
+from hetegen_compile.accelerators.emulated.streams import Task
+from hetegen_compile.accelerators.emulated.values import UNFINISHED, DeviceTensor, Occupancy, Staged, Token, Transfer
+from hetegen_compile.accelerators.emulated.work import Call, DeviceWork, Issued
 from hetegen_compile.accelerators.geometry import has_lines, same_geometry, span_bytes
-from hetegen_compile.accelerators.hazards import Hazards
 from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
-from hetegen_compile.accelerators.modes import Modes
-from hetegen_compile.accelerators.ring import Ring
-from hetegen_compile.accelerators.streams import Task
-from hetegen_compile.accelerators.values import UNFINISHED, DeviceTensor, Occupancy, Slot, Staged, Token, Transfer
-from hetegen_compile.accelerators.work import Call, DeviceWork, Issued
+from hetegen_compile.accelerators.ring import Slot
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import SMALL_UPLOAD_BYTES
 
@@ -64,8 +65,8 @@ class EmulatedAccelerator(Accelerator):
         self._ledger = MemoryLedger(self.counters, memory_bytes)
         self._pin_limit_bytes = pin_limit_bytes
         self._pins = PinTable(self._register, lambda address: None)
-        self._ring = Ring()
-        self._pinned = Ring()
+        self._ring = PoisonedRing()
+        self._pinned = PoisonedRing()
         self._hazards = Hazards()
         self._work = DeviceWork(self._ledger)
         self._engine = Engine(pace, seed)
@@ -389,8 +390,8 @@ class EmulatedAccelerator(Accelerator):
     def close(self) -> None:
         if self._engine.close():
             self._pins.close()
-            self._ring = Ring()
-            self._pinned = Ring()
+            self._ring = PoisonedRing()
+            self._pinned = PoisonedRing()
 
 
 def _uploaded_before(op: Op, into: Value, source: torch.Tensor) -> DeviceTensor:
