@@ -28,6 +28,6 @@ def register_unless_installed() -> bool:
 
 def hetegen(*args: Any, **options: Any) -> Callable[..., Any]:
     """``hetegen_compile.backend.hetegen``, loaded with its first graph."""
-    from hetegen_compile import backend
-
-    return backend.hetegen(*args, **options)
+    backend: Any = importlib.import_module("hetegen_compile.backend")
+    compiled: Callable[..., Any] = backend.hetegen(*args, **options)
+    return compiled

@@ -118,8 +118,8 @@ def _decode_budgets(model: PreTrainedModel, tokens: int, **options: Any) -> list
 def test_a_stated_context_leaves_prefill_the_room_that_decode_needs() -> None:
     """Decode finds every weight where prefill left it, up to the stated context, and no plan is made anew.
 
-    Without grouped heads: where attention gets a mask (of no tokens, in transformers 5.17), it repeats the cache for all
-    heads, which no graph before decode can foresee.
+    Without grouped heads: where attention gets a mask (of no tokens, in transformers 5.17), it repeats the cache for
+    all heads, which no graph before decode can foresee.
     """
     model = tiny_model("opt", layers=3)
     budget = sum(parameter.nbytes for parameter in model.parameters())
