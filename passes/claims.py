@@ -1,0 +1,76 @@
+"""Memory that several graphs share: what each claims of the accelerator's, and what a decision may ask about the rest.
+
+The protocols are all that the passes know about other graphs and about the host memory that weights lie in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A weight that a graph would keep on the accelerator.
+
+    Attributes:
+        key: the identity of its storage and of its place in it: graphs that share a weight share the key.
+        rows, first: rows ``first:rows`` may be resident (those before are the host's by option).
+        row_bytes: bytes of a row.
+        gain_s_per_byte: seconds of a decode step that a resident byte saves.
+    """
+
+    key: Hashable
+    rows: int
+    first: int
+    row_bytes: int
+    gain_s_per_byte: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows that may be resident."""
+        return (self.rows - self.first) * self.row_bytes
+
+
+def weight_key(weight: Tensor) -> Hashable:
+    """Identity of a weight while its storage lives."""
+    return (weight.untyped_storage()._cdata, weight.storage_offset(), tuple(weight.shape), tuple(weight.stride()))
+
+
+class ResidentWeights(Protocol):
+    """What the residency decision needs to know about the other graphs on the accelerator."""
+
+    def identify(self, weight: Tensor) -> Hashable:
+        """The key of a weight's claim."""
+
+    def claims(self) -> Sequence[Sequence[Claim]]:
+        """The claims of each other graph, oldest first."""
+
+    def reserved_bytes(self) -> int:
+        """The most that a step of another graph needs beside resident weights and the ring."""
+
+
+class NothingResident:
+    """An accelerator that no other graph uses."""
+
+    def identify(self, weight: Tensor) -> Hashable:
+        """By storage, and place in it."""
+        return weight_key(weight)
+
+    def claims(self) -> Sequence[Sequence[Claim]]:
+        """None."""
+        return ()
+
+    def reserved_bytes(self) -> int:
+        """Nothing."""
+        return 0
+
+
+class HostWeights(Protocol):
+    """What the staging decision needs to know about the host memory that weights lie in."""
+
+    def staged(self, names: Collection[str], weights: Mapping[str, Tensor]) -> Mapping[str, str]:
+        """Those of ``names`` that can be neither pinned nor adopted, with the reason; ``weights`` are all there are."""
