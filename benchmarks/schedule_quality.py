@@ -46,7 +46,7 @@ LIMITS = {"decode-1": (1.05, 1.15)}
 """Mean and worst ratio that are no failure."""
 
 _CONTEXT = 512
-_ROOM_BYTES = 1 << 30  # for what is no weight, until a first plan has told
+_ROOM_BYTES = 1 << 36
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,8 @@ def bind(
     return _Binder(module, work, accelerator, kernels, workspace_bytes).bind()
 
 
+_NO_WORK = Work("host", 0.0)
+
 _METHODS = (
     "stage", "prefetch", "wait", "release", "to_host", "wait_host", "to_accelerator", "launch", "host"
 )
@@ -164,9 +166,10 @@ class _Binder:
         return name
 
     def _op(self, node: fx.Node, category: str = "activations", arguments: tuple[Any, ...] = ()) -> str:
-        seconds = self._work[node].seconds if node in self._work else 0.0
+        work = self._work.get(node, _NO_WORK)
         tensors = tuple(i for i, one in enumerate(arguments) if isinstance(one, fx.Node) and ir.is_tensor(one))
-        return self._constant("op", Op(node.name, seconds, category, self._workspace_bytes.get(node, 0), tensors))
+        workspace_bytes = self._workspace_bytes.get(node, 0)
+        return self._constant("op", Op(node.name, work.seconds, category, workspace_bytes, tensors, work.issue_s))
 
     def _text(self, argument: Any) -> str:
         """Python text for an argument: names of values, literals, and constants from the environment."""

@@ -19,7 +19,7 @@ so what lies between stays where it is (``find_blocks``).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -32,6 +32,9 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 Side = Literal["host", "accelerator"]
 
 _META_KEY = "hetegen"
+
+SMALL_UPLOAD_BYTES = 256 * 1024
+"""Up to this size the accelerator reads a host buffer directly instead of queueing behind prefetches."""
 
 GENERATOR = -1
 """The state of torch's random generator, as a storage: who draws reads and writes it, so draws keep their order."""
@@ -91,6 +94,11 @@ def annotate(node: fx.Node, base: NodeInfo | None = None, **changes: Any) -> fx.
 def is_tensor(node: fx.Node) -> bool:
     """Whether the node's result is a single tensor."""
     return isinstance(info(node).value, Tensor)
+
+
+def written_storages(nodes: Iterable[fx.Node]) -> frozenset[int]:
+    """Storages that some of the nodes write in place."""
+    return frozenset[int]().union(*(info(node).writes for node in nodes))
 
 
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:

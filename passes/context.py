@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import sympy
 import torch
@@ -222,10 +222,14 @@ class Effects:
 
 @dataclass(frozen=True)
 class Work:
-    """What one node occupies: a resource (``host``, ``accelerator``, ``up``, ``down``, ``pin``) for some seconds."""
+    """What one node occupies: a resource (``host``, ``accelerator``, ``up``, ``down``, ``pin``) for some seconds.
+
+    ``issue_s`` is what issuing it to that resource costs the host thread.
+    """
 
     resource: str
     seconds: float
+    issue_s: float = 0.0
 
 
 Life = tuple[int, int, sympy.Expr]
@@ -348,9 +352,24 @@ class NothingResident:
         return 0
 
 
-def weight_key(weight: Tensor) -> Hashable:
+class WeightKey(NamedTuple):
+    """Identity of a weight while its storage lives: that storage, and where in it the weight lies, in elements."""
+
+    storage: int
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def holds(self, offset: int) -> bool:
+        """Whether what begins at ``offset`` of the storage is a part of the weight."""
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return self.offset <= offset <= self.offset + last
+
+
+def weight_key(weight: Tensor) -> WeightKey:
     """Identity of a weight while its storage lives."""
-    return (weight.untyped_storage()._cdata, weight.storage_offset(), tuple(weight.shape), tuple(weight.stride()))
+    storage, offset = int(weight.untyped_storage()._cdata), int(weight.storage_offset())
+    return WeightKey(storage, offset, tuple(weight.shape), tuple(weight.stride()))
 
 
 class HostWeights(Protocol):

@@ -34,9 +34,6 @@ from hetegen_compile.passes.annotate_costs import dtype_name, value_bytes
 from hetegen_compile.passes.capture import FREE_ATEN, to_expr
 from hetegen_compile.passes.context import Context, Prediction, Work
 
-SMALL_UPLOAD_BYTES = 256 * 1024
-"""Up to this size the accelerator reads a host buffer directly instead of queueing behind prefetches."""
-
 _FREE = {ir.MIRROR, ir.RESIDENT, ir.TWIN, ir.WAIT, ir.WAIT_ACCELERATOR, ir.RELEASE, operator.getitem}
 
 
@@ -45,7 +42,7 @@ def predict_step(module: fx.GraphModule, context: Context) -> Prediction:
     nodes = [node for node in module.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     work = {node: node_work(node, context) for node in nodes}
     index = {node: position for position, node in enumerate(nodes)}
-    tasks = [_task(node, work[node], index, context) for node in nodes]
+    tasks = [_task(node, work[node], index) for node in nodes]
     if any(node.target == ir.CARRIED for node in nodes):
         return _second_of_two(nodes, work, tasks)
     timeline: Timeline = simulate(tasks)
@@ -59,11 +56,9 @@ def predict_step(module: fx.GraphModule, context: Context) -> Prediction:
     )
 
 
-def _task(node: fx.Node, work: Work, index: Mapping[fx.Node, int], context: Context) -> Task:
+def _task(node: fx.Node, work: Work, index: Mapping[fx.Node, int]) -> Task:
     after = tuple(index[operand] for operand in node.all_input_nodes if operand in index)
-    issued = work.resource != "host" and node.target not in _FREE and not _is_no_join(node)
-    issue_s = context.profile.accelerator.launch_s if issued else 0.0
-    return Task(name=node.name, resource=work.resource, duration_s=work.seconds, after=after, issue_s=issue_s)
+    return Task(node.name, work.resource, work.seconds, after, work.issue_s)
 
 
 def _is_no_join(node: fx.Node) -> bool:
@@ -116,6 +111,13 @@ def _path_s(nodes: list[fx.Node], tasks: list[Task]) -> float:
 
 def node_work(node: fx.Node, context: Context) -> Work:
     """The resource that a node occupies and for how long, by the context's hardware profile."""
+    work = _on_resource(node, context)
+    if work.resource == "host" or node.target in _FREE or _is_no_join(node):
+        return work
+    return Work(work.resource, work.seconds, context.profile.accelerator.launch_s)
+
+
+def _on_resource(node: fx.Node, context: Context) -> Work:
     profile = context.profile
     if node.target in _FREE:
         return Work("host" if info(node).side == "host" else "accelerator", 0.0)
@@ -129,7 +131,7 @@ def node_work(node: fx.Node, context: Context) -> Work:
         return Work("host", profile.synchronise_s)
     if node.target == ir.TO_ACCELERATOR:
         nbytes = value_bytes(node, context)
-        small = nbytes <= SMALL_UPLOAD_BYTES
+        small = nbytes <= ir.SMALL_UPLOAD_BYTES
         return Work("accelerator", profile.link.view_s) if small else Work("up", upload_s(profile, nbytes))
     if node.target in (ir.HOST_LINEAR, ir.PARTIAL_LINEAR):
         return _linear_work(node, context)

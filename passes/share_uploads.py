@@ -24,7 +24,7 @@ from hetegen_compile.cost_model import upload_s
 from hetegen_compile.ir import info
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.context import Context
-from hetegen_compile.passes.predict_step import SMALL_UPLOAD_BYTES, node_work, transfer_up_s
+from hetegen_compile.passes.predict_step import node_work, transfer_up_s
 
 Readers = Mapping[fx.Node, Sequence[fx.Node]]
 """For each value of the host the nodes of the accelerator that read it."""
@@ -77,10 +77,10 @@ class _Cuts:
     def _is_worth_it(self, waiting: list[fx.Node], following: fx.Node, last: fx.Node) -> bool:
         """Whether ``waiting`` goes up before the host has computed ``following`` and those after it."""
         nbytes = [value_bytes(value, self._context) for value in (*waiting, following)]
-        if sum(nbytes) > SMALL_UPLOAD_BYTES >= sum(nbytes[:-1]):
+        if sum(nbytes) > ir.SMALL_UPLOAD_BYTES >= sum(nbytes[:-1]):
             return True  # together they would queue behind the prefetches
         hidden_s = self._joins_s(waiting)
-        if sum(nbytes[:-1]) > SMALL_UPLOAD_BYTES:
+        if sum(nbytes[:-1]) > ir.SMALL_UPLOAD_BYTES:
             hidden_s += upload_s(self._context.profile, sum(nbytes[:-1]))
         meanwhile_s = self._host_s[self._place[last]] - self._host_s[self._place[waiting[-1]]]
         return min(hidden_s, meanwhile_s) > transfer_up_s(self._context)

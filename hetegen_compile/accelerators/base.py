@@ -41,9 +41,10 @@ class Op:
     """One operation of a bound schedule, as the accelerator needs to know it.
 
     ``name`` is the node's name (errors, traces), ``seconds`` what the cost model predicts for it on the
-    stated hardware (pacing), ``category`` what its bytes are counted under, ``workspace_bytes`` what it
-    occupies while it runs beside its arguments and results. ``tensors`` are the positions of a launch's arguments
-    that are tensors in the schedule: None there is a value that was lost, and not a bias that does not exist.
+    stated hardware and ``issue_s`` for issuing it (pacing), ``category`` what its bytes are counted under,
+    ``workspace_bytes`` what it occupies while it runs beside its arguments and results. ``tensors`` are the positions
+    of a launch's arguments that are tensors in the schedule: None there is a value that was lost, and not a bias that
+    does not exist.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Op:
     category: str = "activations"
     workspace_bytes: int = 0
     tensors: tuple[int, ...] = ()
+    issue_s: float = 0.0
 
 
 @dataclass

@@ -20,17 +20,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
 
 from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value, call_on_host
 from hetegen_compile.accelerators.cuda_copies import upload_lines
-from hetegen_compile.accelerators.cuda_pinning import SUCCESS, CudaHostMemory, cuda_view, pinned_by_others
+from hetegen_compile.accelerators.cuda_lending import Lending
+from hetegen_compile.accelerators.cuda_pinning import SUCCESS, CudaHostMemory, pinned_by_others
 from hetegen_compile.accelerators.cuda_staging import Job, PinThread, copy_rows
 from hetegen_compile.accelerators.cuda_trace import CudaTracer
-from hetegen_compile.accelerators.geometry import copy_span, empty_twin, has_lines, same_geometry, span_bytes
+from hetegen_compile.accelerators.geometry import copy_span, empty_twin, has_lines, same_geometry, span, span_bytes
 from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
 from hetegen_compile.accelerators.ring import make_slot, slot_view
 from hetegen_compile.accelerators.values import Slot
@@ -41,14 +41,7 @@ from hetegen_compile.errors import (
     ScheduleError,
     SlotInUseError,
 )
-
-DIRECT_BYTES = 256 * 1024
-"""Below this size ``to_accelerator`` makes CUDA views of one pinned buffer instead of queueing copies."""
-
-_HOST = torch.device("cpu")
-
-PACKED_ALIGNMENT = 256
-"""Where each tensor begins in that buffer: as the device's allocator aligns, which compiled kernels count on."""
+from hetegen_compile.ir import SMALL_UPLOAD_BYTES
 
 ALLOCATOR_BLOCK_BYTES = (20 << 20) + (2 << 20)
 """Torch's allocator reserves in blocks: of 2 MiB for tensors below 1 MiB, of 20 MiB for those up to 10 MiB. For each
@@ -133,6 +126,7 @@ class CudaAccelerator(Accelerator):
         self._pin_thread = PinThread(partial(torch.cuda.set_device, self.device))
         self._staged: list[CudaTransfer] = []
         self._kept: list[torch.Tensor] = []
+        self._lending = Lending(self.device)
         self._ahead: list[CudaTransfer] = []
         self._guards: deque[tuple[torch.cuda.Event, weakref.finalize[..., torch.UntypedStorage]]] = deque()
         self._uploaded: torch.cuda.Event | None = None
@@ -158,9 +152,20 @@ class CudaAccelerator(Accelerator):
                 self._ledger.require(op.name, span_bytes(source))
                 target = empty_twin(source, self.device)
                 self._ledger.hold(target, op.category)
-            copy_span(target, source)  # blocks until the source was read
+            if 0 < span_bytes(source) <= SMALL_UPLOAD_BYTES:
+                self._read_in_place(target, source)
+            else:
+                copy_span(target, source)  # blocks until the source was read
         self._ledger.uploaded(op.category, span_bytes(source))
         return target
+
+    def _read_in_place(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """A kernel reads a pinned copy: the copy engine may have prefetches queued that take longer than a step's rest.
+
+        An operation of its own kind, because ``copy_`` between two addresses of the device may use that engine.
+        """
+        (lent,) = self._lending.lend([source])
+        torch.bitwise_or(span(lent).view(torch.uint8), 0, out=span(target).view(torch.uint8))
 
     def download(self, op: Op, value: Value) -> torch.Tensor:
         self._check_open()
@@ -264,6 +269,7 @@ class CudaAccelerator(Accelerator):
         else:
             self.synchronize()
         self._kept.clear()
+        self._lending.take_back()
         while self._guards and self._guards[0][0].query():
             self._guards.popleft()[1].detach()
         self._in_step = False
@@ -285,6 +291,7 @@ class CudaAccelerator(Accelerator):
         if self._in_step:
             self.synchronize()
             self._kept.clear()
+            self._lending.take_back()
             self._staged.clear()
             self._give_up_ahead()
             self._in_step = False
@@ -449,24 +456,14 @@ class CudaAccelerator(Accelerator):
         self._ledger.uploaded(op.category, nbytes)
         self.counters.trips_up += 1
         with self._work(op), _copying():
-            if 0 < nbytes < DIRECT_BYTES:
-                return CudaTransfer(op.name, "to_accelerator", self._packed_views(tensors), None)
+            if 0 < nbytes <= SMALL_UPLOAD_BYTES:
+                return CudaTransfer(op.name, "to_accelerator", self._lending.lend(tensors), None)
             buffers = [self._pinned(tensor) for tensor in tensors]
             self._kept += buffers
             with self._on(self._up, "up", op):
                 values = [self._start_up(op, buffer) for buffer in buffers]
         self._uploaded = self._up.record_event()
         return CudaTransfer(op.name, "to_accelerator", values, buffers, self._uploaded)
-
-    def _packed_views(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """CUDA views of copies that lie behind each other in one pinned buffer, which they keep alive."""
-        offsets = packed_offsets(tensors)
-        packed = empty_twin(torch.empty(offsets[-1], dtype=torch.uint8, device="meta"), _HOST, pinned=True)
-        self._kept.append(packed)
-        for lo, tensor in zip(offsets, tensors, strict=False):
-            copy_span(_lying_at(packed, lo, tensor), tensor)
-        on_device = cuda_view(packed, self.device)
-        return [_lying_at(on_device, lo, tensor) for lo, tensor in zip(offsets, tensors, strict=False)]
 
     def _start_up(self, op: Op, buffer: torch.Tensor) -> torch.Tensor:
         value = empty_twin(buffer, self.device)  # of the up stream's pool: nothing older uses it
@@ -520,6 +517,7 @@ class CudaAccelerator(Accelerator):
         self._pin_thread.close()
         torch.cuda.synchronize(self.device)
         self._kept.clear()
+        self._lending.close()
         self._ahead.clear()
         self._staged.clear()
         self._views.clear()
@@ -557,18 +555,6 @@ def _copying() -> Iterator[None]:
     """Copies record no graph and make ordinary tensors, whatever mode the caller is in."""
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def packed_offsets(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """Where each of some tensors begins in one buffer, and at last the length of the buffer; in bytes."""
-    aligned = [-(-span_bytes(tensor) // PACKED_ALIGNMENT) * PACKED_ALIGNMENT for tensor in tensors]
-    return list(accumulate(aligned, initial=0))
-
-
-def _lying_at(packed: torch.Tensor, offset: int, like: torch.Tensor) -> torch.Tensor:
-    """The bytes of a buffer from ``offset`` on as a tensor of the geometry of ``like``."""
-    flat = packed[offset : offset + span_bytes(like)].view(like.dtype)
-    return flat.as_strided(like.shape, like.stride())
 
 
 def _check_rows(op: Op, source: torch.Tensor, view: torch.Tensor) -> None:

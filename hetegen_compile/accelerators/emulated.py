@@ -31,12 +31,10 @@ from hetegen_compile.accelerators.streams import Task
 from hetegen_compile.accelerators.values import UNFINISHED, DeviceTensor, Occupancy, Slot, Staged, Token, Transfer
 from hetegen_compile.accelerators.work import Call, DeviceWork, Issued
 from hetegen_compile.errors import ScheduleError
+from hetegen_compile.ir import SMALL_UPLOAD_BYTES
 
 OUT_OF_MEMORY = 2
 """What CUDA returns where no more host memory can be pinned."""
-
-DIRECT_BYTES = 256 * 1024
-"""Below this size ``to_accelerator`` hands out views of the host's tensors instead of copying."""
 
 
 class EmulatedAccelerator(Accelerator):
@@ -332,7 +330,7 @@ class EmulatedAccelerator(Accelerator):
         for tensor in tensors:
             self._hazards.lend(op.name, tensor)
         self.counters.trips_up += 1
-        if sum(map(span_bytes, tensors)) < DIRECT_BYTES:
+        if sum(map(span_bytes, tensors)) <= SMALL_UPLOAD_BYTES:
             return self._lend(op, tensors)
         access, done = self._hazards.upload(op.name), threading.Event()
         values = [DeviceTensor(access, arrived=False) for _ in tensors]
@@ -347,6 +345,8 @@ class EmulatedAccelerator(Accelerator):
             value.data = tensor.detach()
             self._ledger.hold(tensor, op.category, nbytes=0)
             self._ledger.uploaded(op.category, span_bytes(tensor))
+        if self._engine.paced:  # the device takes its time to read them
+            self._engine.submit(COMPUTE, Task(op, _nothing))
         return Transfer(op.name, "to_accelerator", access, self._hazards.clocks.now(HOST), values=values)
 
     def launch(
@@ -399,6 +399,10 @@ def _uploaded_before(op: Op, into: Value, source: torch.Tensor) -> DeviceTensor:
     if not same_geometry(into.tensor(), source):
         raise ScheduleError(f"{op.name} overwrites {into.node}, whose dtype, size or stride differs")
     return into
+
+
+def _nothing() -> None:
+    pass
 
 
 def _done(started: Sequence[Token | Transfer]) -> tuple[threading.Event, ...]:

@@ -26,6 +26,7 @@ class Engine:
     """The streams' threads; what fails on one of them is kept, and what is queued after it is passed over."""
 
     def __init__(self, pace: float | None, seed: int | None) -> None:
+        self.paced = pace is not None
         self._shared = Shared(Pacer(pace), seed)
         self._last_upload = threading.Event()
         self._last_upload.set()
@@ -68,6 +69,8 @@ class Engine:
             self._last_upload = task.done
         if self._host_delays is not None:
             self._host_delays.sleep()
+        if task.work is not None:
+            self._shared.pacer.charge(HOST, time.perf_counter(), task.op.issue_s)
         self._streams[lane].submit(task)
 
     def reseed(self, seed: int | None) -> None:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hetegen_compile.accelerators import cuda, cuda_copies, cuda_pinning
+from hetegen_compile.accelerators import cuda, cuda_copies, cuda_lending, cuda_pinning
 from hetegen_compile.accelerators.geometry import empty_twin
 
 LOG: list[str] = []
@@ -138,5 +138,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     monkeypatch.setattr(cuda, "_current_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(cuda, "empty_twin", lambda tensor, device, pinned=False: empty_twin(tensor, device))
     monkeypatch.setattr(cuda_copies, "_copy_function", lambda: memcpy_2d)
-    monkeypatch.setattr(cuda, "cuda_view", lambda buffer, device: buffer)
+    monkeypatch.setattr(cuda_lending, "cuda_view", lambda buffer, device: buffer)
+    monkeypatch.setattr(cuda_lending, "empty_twin", lambda tensor, device, pinned=False: empty_twin(tensor, device))
     return runtime

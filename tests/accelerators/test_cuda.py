@@ -16,6 +16,7 @@ from hetegen_compile.errors import (
     ScheduleError,
     SlotInUseError,
 )
+from hetegen_compile.ir import SMALL_UPLOAD_BYTES
 from hetegen_compile.options import format_bytes
 from hetegen_compile.schedule import Schedule
 from tests.accelerators import fake_cuda
@@ -174,11 +175,33 @@ def test_small_activations_stay_off_the_copy_engine(accelerator: CudaAccelerator
     (small,) = accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), [torch.ones(3).expand(2, 3)]))
     assert small.shape == (2, 3)
     assert LOG == []
-    accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), [torch.ones(1 << 16)]))
+    accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), [torch.ones(1 << 17)]))
     assert LOG == ["on up", "compute waits up@0"]
-    assert len(accelerator._kept) == 2
+    assert len(accelerator._kept) == len(accelerator._lending._lent) == 1
     accelerator.end_step()
-    assert accelerator._kept == []
+    assert not accelerator._kept
+    assert not accelerator._lending._lent
+
+
+@pytest.mark.parametrize(
+    "source",
+    [torch.tensor(7), torch.tensor([[True, False]]), torch.arange(6).view(2, 3).t(), torch.ones(6)[::2]],
+)  # fmt: skip
+def test_small_uploads_are_read_by_a_kernel(
+    accelerator: CudaAccelerator, source: torch.Tensor
+) -> None:
+    """What a step is called with (tokens, positions, masks) waits for no prefetch in the copy engine's queue."""
+    value = accelerator.upload(Op("tokens"), source)
+    assert torch.equal(value, source)
+    assert value.stride() == source.stride()
+    zeros = torch.zeros(16, dtype=source.dtype).as_strided(source.shape, source.stride())
+    assert accelerator.upload(Op("tokens"), zeros, into=value) is value
+    assert not value.any()
+    assert len(accelerator._lending._lent) == 2
+    accelerator.upload(Op("weights"), torch.ones((SMALL_UPLOAD_BYTES >> 2) + 1))
+    assert len(accelerator._lending._lent) == 2
+    accelerator.end_step()
+    assert not accelerator._lending._lent
 
 
 def test_faults_that_cost_nothing_to_find(accelerator: CudaAccelerator) -> None:

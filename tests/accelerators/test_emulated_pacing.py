@@ -11,7 +11,7 @@ from hetegen_compile.accelerators.pacing import Pacer
 
 SHORT_S = 2e-4
 COUNT = 100
-PACE = 12.5
+PACE = 30.0
 
 
 def run_lanes(accelerator: EmulatedAccelerator, seconds: float) -> float:
@@ -22,7 +22,7 @@ def run_lanes(accelerator: EmulatedAccelerator, seconds: float) -> float:
     start_s = time.perf_counter()
     for i in range(COUNT):
         accelerator.launch(Op(f"launch{i}", seconds), torch.ones, (4,))
-        accelerator.to_accelerator(Op(f"up{i}", seconds), [torch.ones(1 << 16)])
+        accelerator.to_accelerator(Op(f"up{i}", seconds), [torch.ones(1 << 17)])
         accelerator.host(Op(f"host{i}", seconds), torch.neg, (x,), {})
     accelerator.end_step()
     return time.perf_counter() - start_s
@@ -34,6 +34,32 @@ def test_paced_lanes_take_their_time_and_overlap() -> None:
     accelerator.close()
     paced_s = COUNT * SHORT_S * PACE
     assert paced_s * 0.95 <= elapsed_s < paced_s * 2.5  # three lanes one after another would be 3
+
+
+def test_the_host_thread_takes_its_time_to_issue() -> None:
+    accelerator = EmulatedAccelerator(pace=1.0)
+    accelerator.begin_step()
+    start_s = time.perf_counter()
+    for i in range(COUNT):
+        accelerator.launch(Op(f"launch{i}", issue_s=SHORT_S), torch.ones, (4,))
+    issued_s = time.perf_counter() - start_s
+    accelerator.end_step()
+    accelerator.close()
+    assert issued_s >= COUNT * SHORT_S * 0.9
+
+
+def test_a_small_upload_takes_the_devices_time_not_the_links() -> None:
+    accelerator = EmulatedAccelerator(pace=1.0)
+    accelerator.trace(True)
+    accelerator.begin_step()
+    up = accelerator.to_accelerator(Op("up", 100 * SHORT_S), [torch.ones(4)])
+    (value,) = accelerator.wait(Op("wait"), up)
+    accelerator.launch(Op("read"), torch.neg, (value,))
+    accelerator.end_step()
+    spans = {span.name: span for span in accelerator.trace(False)}
+    accelerator.close()
+    assert spans["up"].resource == "accelerator"
+    assert spans["read"].start_s - spans["up"].start_s >= 100 * SHORT_S
 
 
 def test_without_pace_nothing_sleeps(accelerator: EmulatedAccelerator) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
 import torch
@@ -33,6 +36,24 @@ import hetegen_compile  # to look at what happened
 assert schedule.host_bytes > 0
 assert schedule.streamed_bytes > 0
 """
+
+
+NOT_INSTALLED = """
+import importlib.metadata
+importlib.metadata.entry_points = lambda **selection: importlib.metadata.EntryPoints(())
+import torch
+assert "hetegen" not in torch._dynamo.list_backends()
+import hetegen_compile
+"""
+
+
+def test_a_checkout_that_is_not_installed_needs_an_import_only() -> None:
+    """On the path without an entry point, as with PYTHONPATH: the import tells torch the name."""
+    done = subprocess.run(
+        [sys.executable, "-c", NOT_INSTALLED + SCRIPT], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def _is_installed() -> bool:

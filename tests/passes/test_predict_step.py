@@ -16,7 +16,7 @@ from hetegen_compile.ir import info
 from hetegen_compile.passes import predict_step
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.context import LinearPlan, Prediction
-from hetegen_compile.passes.predict_step import SMALL_UPLOAD_BYTES, node_work
+from hetegen_compile.passes.predict_step import node_work
 from tests.passes.graphs import PROFILE, Case, halves, on_host, quarters, resident, scheduled, streamed
 
 LAYERS = nn.ModuleList([nn.Linear(256, 256, bias=False) for _ in range(4)])
@@ -91,7 +91,7 @@ def test_a_split_costs_its_measured_fixed_time_in_all() -> None:
     assert len(found.nodes(ir.HOST_LINEAR)) == len(LAYERS)
 
 
-@pytest.mark.parametrize(("rows", "resource"), [(1, "accelerator"), (SMALL_UPLOAD_BYTES // 1024 + 1, "up")])
+@pytest.mark.parametrize(("rows", "resource"), [(1, "accelerator"), (ir.SMALL_UPLOAD_BYTES // 1024 + 1, "up")])
 def test_small_results_are_read_in_place_and_large_ones_are_copied(rows: int, resource: str) -> None:
     found = scheduled(lambda x: LAYERS[0](x), torch.randn(rows, 256), plan=on_host)
     (up,) = found.nodes(ir.TO_ACCELERATOR)

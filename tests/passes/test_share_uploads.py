@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hetegen_compile import ir
 from hetegen_compile.cost_model import HardwareProfile, RateCurve
 from hetegen_compile.ir import HOST_LINEAR, TO_ACCELERATOR, TO_HOST
 from hetegen_compile.passes import predict_step
-from hetegen_compile.passes.predict_step import SMALL_UPLOAD_BYTES, transfer_up_s
+from hetegen_compile.passes.predict_step import transfer_up_s
 from tests.passes.graphs import PROFILE, Case, assert_equal_to_eager, halves, on_host, scheduled
 
 Q, K, V, OUT = (nn.Linear(64, 64) for _ in range(4))
@@ -58,7 +59,7 @@ def test_what_another_node_needs_first_goes_up_by_itself() -> None:
 
 def test_large_results_go_up_while_the_host_computes_the_next() -> None:
     """What a copy of one result takes is longer than a trip, and the host works longer than that."""
-    rows = 2 * SMALL_UPLOAD_BYTES // 256
+    rows = 2 * ir.SMALL_UPLOAD_BYTES // 256
     x = torch.randn(rows, 64)
     slow_link = replace(PROFILE.link, up=replace(PROFILE.link.up, pinned=RateCurve.constant(1e9)))
     busy = replace(with_slow_host(0.1), link=slow_link)
@@ -68,7 +69,7 @@ def test_large_results_go_up_while_the_host_computes_the_next() -> None:
 
 
 def test_results_stay_small_enough_to_be_read_where_they_lie() -> None:
-    rows = SMALL_UPLOAD_BYTES // 256 * 2 // 5  # two fit, three do not
+    rows = ir.SMALL_UPLOAD_BYTES // 256 * 2 // 5  # two fit, three do not
     assert moved(scheduled(attention, torch.randn(rows, 64), plan=on_host)) == [2, 1, 1]
 
 
