@@ -71,7 +71,7 @@ class HostKernelUnavailableError(HetegenError, RuntimeError):
 def drop_frames(error: BaseException) -> None:
     """Forget the frames of an error and of all that it came from: they hold the graph, its weights and the accelerator.
 
-    Whoever keeps the error (Inductor keeps what its C++ compiler raised for as long as the process lives) would keep them.
+    Whoever keeps the error (Inductor keeps what its C++ compiler raised while the process lives) would keep them.
     """
     chain = [error]
     for one in chain:
