@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.exc import InductorError
 
 from hetegen_compile import pipeline, schedules
 from hetegen_compile.errors import BudgetError, CompilationError
@@ -68,6 +69,35 @@ def test_a_failure_of_inductor_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch._inductor.config.patch(fx_graph_cache=False):
         found = _like_eager(inductor_compiler)
     assert "a defect of the code generator" in found.schedules[-1].explain()
+
+
+def test_a_failed_compiler_that_keeps_its_error_keeps_no_accelerator() -> None:
+    """As Inductor's cache of C++ does, with the future of the compilation."""
+    kept: list[Exception] = []
+
+    def fail() -> None:
+        try:
+            raise OSError("exit status 1")
+        except OSError as error:
+            raise ValueError("the code does not compile") from error
+
+    def compiler(mode: Any) -> Callable[..., Any]:
+        def compile_segment(segment: Any, examples: Any) -> Any:
+            try:
+                fail()
+            except ValueError as error:
+                kept.append(error)
+                raise InductorError(error, None) from None
+
+        return compile_segment
+
+    found = _like_eager(compiler)
+    assert kept
+    assert "the code does not compile" in found.schedules[-1].explain()
+    del found
+    torch._dynamo.reset()
+    gc.collect()
+    assert not live_runtimes()
 
 
 def test_a_segment_that_compiles_is_not_refused() -> None:
