@@ -105,7 +105,7 @@ class CompiledGraph:
         names = [source_name(node) or node.name for node in placeholders]
         self._weights = {node.name: i for i, node in enumerate(placeholders) if is_weight(node, inputs[i])}
         self._facts = InputFacts.of(
-            placeholders, names, aliased_inputs(placeholders), frozenset(self._weights.values())
+            placeholders, names, aliased_inputs(module.graph), frozenset(self._weights.values())
         )
         self._symbols = symbol_inputs(placeholders)
         self._tokens = token_count(module)

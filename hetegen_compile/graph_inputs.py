@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import py_sym_types
 
-from hetegen_compile.ir import info
+from hetegen_compile.ir import info, written_storages
 from hetegen_compile.passes.capture import to_expr
 from hetegen_compile.passes.expressions import evaluate
 
@@ -26,9 +26,14 @@ def is_weight(node: fx.Node, value: Any) -> bool:
     return isinstance(value, torch.nn.Parameter) or "_parameters[" in text or "_buffers[" in text
 
 
-def aliased_inputs(placeholders: Sequence[fx.Node]) -> frozenset[int]:
-    """Positions of the inputs that share a storage with another input."""
-    lies_in = Counter(key for node in placeholders for key in info(node).storages)
+def aliased_inputs(graph: fx.Graph) -> frozenset[int]:
+    """Positions of the inputs that share a storage, which the graph writes, with another input.
+
+    What nobody writes may be mirrored piece by piece: parameters that are parts of one flat tensor.
+    """
+    placeholders = graph.find_nodes(op="placeholder")
+    written = written_storages(graph.nodes)
+    lies_in = Counter(key for node in placeholders for key in info(node).storages & written)
     return frozenset(i for i, node in enumerate(placeholders) if any(lies_in[key] > 1 for key in info(node).storages))
 
 

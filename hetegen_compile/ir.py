@@ -19,7 +19,7 @@ so what lies between stays where it is (``find_blocks``).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -94,6 +94,11 @@ def annotate(node: fx.Node, base: NodeInfo | None = None, **changes: Any) -> fx.
 def is_tensor(node: fx.Node) -> bool:
     """Whether the node's result is a single tensor."""
     return isinstance(info(node).value, Tensor)
+
+
+def written_storages(nodes: Iterable[fx.Node]) -> frozenset[int]:
+    """Storages that some of the nodes write in place."""
+    return frozenset[int]().union(*(info(node).writes for node in nodes))
 
 
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:

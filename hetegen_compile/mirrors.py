@@ -26,6 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from hetegen_compile.accelerators.base import Accelerator, Op, Value
 from hetegen_compile.fingerprints import Fingerprint
 from hetegen_compile.geometry import is_dense, mirrored_bytes
+from hetegen_compile.passes.claims import WeightKey
 from hetegen_compile.standing import Samples, Standing
 
 logger = logging.getLogger("hetegen_compile")
@@ -37,7 +38,15 @@ WEIGHTS = "weights"
 COMPARED_BYTES = 4096
 ALWAYS_WATCHED_BYTES = 1 << 16
 
-Geometry = tuple[Any, ...]
+
+class Geometry(NamedTuple):
+    """How a tensor lies in its storage."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
 
 
 class Request(NamedTuple):
@@ -77,13 +86,16 @@ class _Held:
 class _Record:
     """The mirrors of one host storage: ``base`` holds all of it, ``held`` views or parts by geometry.
 
-    ``base`` lies in memory as the host's storage does. ``used`` and ``returned`` are the last step that asked for the
-    storage and the one that made it; ``stands`` says that a plan relies on it without asking.
+    ``base`` lies in memory as the host's storage does. Tensors that share a storage may have version counters of their
+    own (parameters that were made parts of one flat tensor): ``versions`` are those that each geometry was last seen
+    with, ``version`` is the last of them and stands for those not seen yet. ``used`` and ``returned`` are the last step
+    that asked for the storage and the one that made it; ``stands`` says that a plan relies on it without asking.
     """
 
     storage: StorageWeakRef
     address: int
     version: Any
+    versions: dict[Geometry, Any] = field(default_factory=dict)
     base: Value = None
     held: dict[Geometry, _Held] = field(default_factory=dict)
     base_bytes: int = 0
@@ -96,6 +108,19 @@ class _Record:
 
     def nbytes(self) -> int:
         return self.base_bytes + sum(held.nbytes for held in self.held.values())
+
+    def note(self, tensor: Tensor) -> None:
+        """What is held shows the tensor as it is now."""
+        self.version = self.versions[_geometry(tensor)] = _version(tensor)
+
+    def shows(self, tensor: Tensor) -> bool:
+        """Whether the tensor is what it was when it was last noted."""
+        return _same_version(self.versions.get(_geometry(tensor), self.version), _version(tensor))
+
+    def empty(self) -> None:
+        """Let go of everything held; what tensors were when they were noted stays known."""
+        self.base, self.base_bytes = None, 0
+        self.held.clear()
 
 
 class NoRoomError(Exception):
@@ -118,7 +143,7 @@ class Mirrors:
             weakref.WeakKeyDictionary()
         )
         self.keep: frozenset[int] = frozenset()
-        """Storages whose weights are resident by plan: only ``forget_weights`` drops those."""
+        """Storages with weights that are resident by plan: only ``forget_weights`` drops those."""
         self._most_bytes = 0  # all mirrors together are not more
 
     def begin_step(self) -> None:
@@ -225,11 +250,12 @@ class Mirrors:
         for key, record in sorted(self._records.items(), key=lambda item: item[1].used):
             if excess <= 0:
                 break
-            if record.used < self._step and not (key in self.keep and record.holds(WEIGHTS)):
+            planned = key in self.keep and record.holds(WEIGHTS)
+            if record.used < self._step and not planned:
                 excess -= record.nbytes()
                 self._drop(key)
             else:
-                excess -= self._drop_unused_parts(record)
+                excess -= self._drop_unused_parts(record, MIRRORS if planned else None)
         if excess > 0:
             raise NoRoomError(excess)
         return limit_bytes + excess
@@ -242,9 +268,12 @@ class Mirrors:
                 for held in parts:
                     held.used = max(held.used, standing.used)
 
-    def _drop_unused_parts(self, record: _Record) -> int:
-        """Drop what earlier plans held of a storage that this step uses; returns the bytes."""
-        unused = {g: held for g, held in record.held.items() if held.nbytes and held.used < self._step}
+    def _drop_unused_parts(self, record: _Record, category: str | None) -> int:
+        """Drop what earlier plans held (under one category or any) of a storage that stays; returns the bytes."""
+        unused = {
+            g: held for g, held in record.held.items()
+            if held.nbytes and held.used < self._step and category in (None, held.category)
+        }  # fmt: skip
         if unused:
             self._changed(record)
         record.held = {g: held for g, held in record.held.items() if g not in unused}
@@ -286,7 +315,7 @@ class Mirrors:
         record = self._records.get(_key(tensor))
         if record is None:
             return
-        record.version = _version(tensor)
+        record.note(tensor)
         self._changed(record)
         for held in record.held.values():
             held.fingerprint = None
@@ -311,13 +340,14 @@ class Mirrors:
         for key in [key for key, record in self._records.items() if not record.holds(WEIGHTS)]:
             self._drop(key)
 
-    def forget_weights(self, storages: Iterable[int]) -> None:
-        """Drop the resident rows of weights, given by their storages."""
-        for key in storages:
-            record = self._records.get(key)
+    def forget_weights(self, weights: Iterable[WeightKey]) -> None:
+        """Drop the resident rows of these weights."""
+        for weight in weights:
+            record = self._records.get(weight.storage)
             if record is not None:
                 self._changed(record)
-                record.held = {where: held for where, held in record.held.items() if held.category != WEIGHTS}
+                gone = {g for g, held in record.held.items() if held.category == WEIGHTS and weight.holds(g.offset)}
+                record.held = {g: held for g, held in record.held.items() if g not in gone}
 
     def held_bytes(self, category: str) -> int:
         """Bytes that mirrors of one category hold on the accelerator."""
@@ -328,21 +358,16 @@ class Mirrors:
 
     def _current(self, tensor: Tensor) -> _Record:
         """The record of the tensor's storage, emptied if the host's copy is not what it was."""
-        key = _key(tensor)
+        key, address = _key(tensor), tensor.untyped_storage().data_ptr()
         record = self._records.get(key)
-        if record is None or record.storage.expired() or not self._is_current(record, tensor):
+        if record is None or record.storage.expired() or record.address != address:
             self._drop(key)
-            record = _Record(_weak(tensor), tensor.untyped_storage().data_ptr(), _version(tensor))
-            self._records[key] = record
+            record = self._records[key] = _Record(_weak(tensor), address, _version(tensor))
+        elif not record.shows(tensor):
+            self._changed(record)
+            record.empty()
+        record.note(tensor)
         return record
-
-    def _is_current(self, record: _Record, tensor: Tensor) -> bool:
-        if record.address != tensor.untyped_storage().data_ptr():
-            return False
-        version = _version(tensor)
-        if isinstance(version, Tensor):
-            return isinstance(record.version, Tensor) and torch.equal(version, record.version)
-        return version is not None and not isinstance(record.version, Tensor) and bool(record.version == version)
 
     def _make(self, record: _Record, request: Request) -> _Held:
         """Upload or view the tensor, with a fingerprint of what its bytes are now."""
@@ -438,7 +463,7 @@ def _fingerprint(tensor: Tensor) -> Fingerprint | None:
 
 
 def _geometry(tensor: Tensor) -> Geometry:
-    return (tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
+    return Geometry(tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
 
 
 def _nbytes(tensor: Tensor) -> int:
@@ -459,6 +484,13 @@ def _version(tensor: Tensor) -> Any:
         return tensor._version
     small = tensor.untyped_storage().nbytes() <= COMPARED_BYTES
     return tensor.detach().clone() if small else None
+
+
+def _same_version(one: Any, other: Any) -> bool:
+    """Whether versions say that nothing was written in between; None never does."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return one is not None and not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
 
 
 def _covers_storage(tensor: Tensor) -> bool:

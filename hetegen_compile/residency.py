@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from hetegen_compile.mirrors import Mirrors
-from hetegen_compile.passes.claims import Claim, weight_key
+from hetegen_compile.passes.claims import Claim, WeightKey, weight_key
 from hetegen_compile.passes.plans import Residency
 
 
@@ -75,10 +75,10 @@ class ResidencyLedger:
         old, new = self.first_rows, dict(residency.first_rows)
         moved = [key for key, first in old.items() if new.get(key) != first]
         if moved or lower or residency.ring_bytes < self.ring_bytes:
-            self._mirrors.forget_weights({key[0] for key in moved if isinstance(key, tuple)})
+            self._mirrors.forget_weights(key for key in moved if isinstance(key, WeightKey))
             self.epoch += 1
         self.first_rows, self.ring_bytes = new, residency.ring_bytes
-        self._mirrors.keep = frozenset(key[0] for key in new if isinstance(key, tuple))
+        self._mirrors.keep = frozenset(key.storage for key in new if isinstance(key, WeightKey))
 
     def has(self, residents: Sequence[tuple[Hashable, int]]) -> bool:
         """Whether all rows from (weight, first row) on are still meant to be resident."""

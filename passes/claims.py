@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -35,9 +35,24 @@ class Claim:
         return (self.rows - self.first) * self.row_bytes
 
 
-def weight_key(weight: Tensor) -> Hashable:
+class WeightKey(NamedTuple):
+    """Identity of a weight while its storage lives: that storage, and where in it the weight lies, in elements."""
+
+    storage: int
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def holds(self, offset: int) -> bool:
+        """Whether what begins at ``offset`` of the storage is a part of the weight."""
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return self.offset <= offset <= self.offset + last
+
+
+def weight_key(weight: Tensor) -> WeightKey:
     """Identity of a weight while its storage lives."""
-    return (weight.untyped_storage()._cdata, weight.storage_offset(), tuple(weight.shape), tuple(weight.stride()))
+    storage, offset = int(weight.untyped_storage()._cdata), int(weight.storage_offset())
+    return WeightKey(storage, offset, tuple(weight.shape), tuple(weight.stride()))
 
 
 class ResidentWeights(Protocol):

@@ -8,6 +8,7 @@ counts once more: the host runs ahead of the streams, so a value may be made bef
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -16,7 +17,7 @@ from torch import Tensor, fx
 
 from hetegen_compile.ir import info
 from hetegen_compile.passes.capture import to_expr
-from hetegen_compile.passes.context import Context
+from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.memory import END, Memory
 from hetegen_compile.passes.replay import Replay
 
@@ -61,12 +62,19 @@ class _Sizes:
         self._known: dict[object, int] = {}
 
     def of(self, memory: Memory) -> int:
-        """The largest of the values that lie in the memory; of a shared mirror the whole storage."""
+        """The largest of the values that lie in the memory; of a mirror that several inputs share, see ``_shared``."""
         values = [info(node).value for node in memory.nodes]
         tensors = [value for value in values if isinstance(value, Tensor)]
         if memory.is_input and len(tensors) > 1:
-            return int(tensors[0].untyped_storage().nbytes())
+            return self._shared(memory, tensors)
         return max((self._bytes(tensor) for tensor in tensors), default=0)
+
+    def _shared(self, memory: Memory, tensors: Sequence[Tensor]) -> int:
+        """Of inputs in one storage that the program writes all of it, else what they take at most by themselves."""
+        whole = int(tensors[0].untyped_storage().nbytes())
+        if require(self._context.effects, "note_effects").writes.keys() & info(memory.nodes[0]).storages:
+            return whole
+        return min(whole, sum(map(self._bytes, tensors)))
 
     def _bytes(self, tensor: Tensor) -> int:
         if all(type(size) is int for size in tensor.shape):

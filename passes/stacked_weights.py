@@ -17,7 +17,7 @@ from collections.abc import Collection, Sequence
 
 from torch import Tensor, fx
 
-from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.ir import LINEAR, info, written_storages
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.capture import source_name
@@ -48,7 +48,7 @@ def computed_on_host(nodes: Sequence[fx.Node], names: Collection[str]) -> set[fx
         if moved.issuperset(_floating(node.all_input_nodes)):  # a view, a cast or a choice of matrices
             moved.add(node)
     found = readers | _between(nodes, readers)
-    written = frozenset[int]().union(*(info(node).writes for node in found))
+    written = written_storages(found)
     return found | {node for node in nodes if node.op not in (*_INPUTS, "output") and _touches(node, written)}
 
 

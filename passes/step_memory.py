@@ -8,7 +8,7 @@ import sympy
 from torch import Tensor, fx
 
 from hetegen_compile.geometry import mirrored_bytes
-from hetegen_compile.ir import LINEAR, info, is_tensor
+from hetegen_compile.ir import LINEAR, info, is_tensor, written_storages
 from hetegen_compile.passes.annotate_costs import value_size
 from hetegen_compile.passes.capture import storage_id, tensor_bytes, tensors_in, to_expr
 from hetegen_compile.passes.choose_splits import table_only
@@ -47,19 +47,29 @@ def mirrored_size(
     sharing: dict[int, list[fx.Node]] = {}
     for node in mirrored:
         sharing.setdefault(storage_id(info(node).value), []).append(node)
-    return sympy.Add(*(_mirror_size(nodes, context) for nodes in sharing.values()))
+    written = written_storages(module.graph.nodes)
+    return sympy.Add(*(_mirrors_size(nodes, context, key in written) for key, nodes in sharing.items()))
 
 
-def _mirror_size(sharing: list[fx.Node], context: Context) -> sympy.Expr:
-    """Bytes of the mirror of an input; inputs that lie in one storage share a mirror of all of it."""
-    node = sharing[0]
-    value: Tensor = info(node).value
-    if len(sharing) > 1:
-        return to_expr(value.untyped_storage().nbytes())
+def _mirrors_size(sharing: list[fx.Node], context: Context, written: bool) -> sympy.Expr:
+    """Bytes of the mirrors of the inputs that lie in one storage.
+
+    Several that the graph writes are views of a mirror of all of it, as is each that would take as much by itself.
+    """
+    value: Tensor = info(sharing[0]).value
     storage_size = to_expr(value.untyped_storage().nbytes())
+    apart = [] if written and len(sharing) > 1 else [node for node in sharing if _by_itself(node, context)]
+    whole = storage_size if len(apart) < len(sharing) else sympy.Integer(0)
+    return sympy.Add(whole, *map(value_size, apart))
+
+
+def _by_itself(node: fx.Node, context: Context) -> bool:
+    """Whether an input's mirror is not one of its whole storage."""
+    value: Tensor = info(node).value
     shape, stride = ([int(context.number(to_expr(n))) for n in ns] for ns in (value.shape, value.stride()))
-    nbytes = mirrored_bytes(shape, stride, value.element_size(), int(context.number(storage_size)))
-    return storage_size if nbytes > context.number(value_size(node)) else value_size(node)
+    storage_bytes = int(context.number(to_expr(value.untyped_storage().nbytes())))
+    own = int(context.number(value_size(node)))
+    return own == storage_bytes or mirrored_bytes(shape, stride, value.element_size(), storage_bytes) == own
 
 
 def _later_graphs(module: fx.GraphModule, weights: Iterable[fx.Node], context: Context) -> int:
