@@ -212,7 +212,8 @@ class Planner:
 
     def _with_room(self, context: Context, *, spare: bool) -> Context:
         """The context with the sizes that the budget has to hold."""
-        sequences, tokens = sequence_shape(self._module.graph.find_nodes(op="placeholder"), context.weights)
+        placeholders = self._module.graph.find_nodes(op="placeholder")
+        sequences, tokens = sequence_shape(placeholders, context.weights, context.sizes)
         largest = largest_sizes(self._tokens, context, spare=spare)
         return replace(context, largest=largest, sequences=sequences, tokens_per_sequence=tokens, spare=spare)
 

@@ -145,7 +145,9 @@ MIRRORED = "mirrors of inputs, buffers and caches"
 ACTIVATIONS = "activations"
 """The budget's item for what the step makes, segments' inner values included, at the largest sizes of the plan."""
 GROWTH = "room for caches to grow"
-"""The budget's item for what caches take beyond this call, up to the stated context and ``max_batch``."""
+"""The budget's item for what caches take beyond this call, up to the stated context."""
+BATCHES = "room for larger batches"
+"""The budget's item for the sequences up to ``max_batch`` that this call does not have."""
 OTHERS = "steps of other graphs"
 """The budget's item for what other graphs on the accelerator need beyond this one."""
 UNFORESEEN = "what earlier plans did not foresee"
@@ -189,7 +191,7 @@ class Residency:
     @property
     def step_bytes(self) -> int:
         """What this graph's step needs beside resident weights and the ring."""
-        return sum(self.budget.get(item, 0) for item in (MIRRORED, ACTIVATIONS, GROWTH))
+        return sum(self.budget.get(item, 0) for item in (MIRRORED, ACTIVATIONS, GROWTH, BATCHES))
 
 
 @dataclass(frozen=True)
@@ -384,7 +386,7 @@ class Context:
     """Everything a pass may know. Fields from ``effects`` on are filled in as the pipeline runs.
 
     ``largest`` are the sizes that the budget has room for, ``spare`` says whether beyond what the options state;
-    ``sequences`` and ``tokens_per_sequence`` are what a graph of fixed sizes is given (0: unknown).
+    ``sequences`` are those of this call, ``tokens_per_sequence`` those of a graph of fixed sizes (0: unknown).
     ``activation_bytes`` is what a schedule of the same graph is known to need for activations (None: an estimate is
     made); ``lean`` asks for the smallest ring and no resident weights; without ``share_trips`` each Linear has a
     trip of its own. ``ring_bytes`` is the length that other graphs gave the accelerator's staging ring;

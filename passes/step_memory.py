@@ -1,4 +1,8 @@
-"""What a step needs on the accelerator whatever is resident: mirrors, activations, room for what grows."""
+"""What a step needs on the accelerator whatever is resident: mirrors, activations, room for what grows.
+
+Whatever is stated (``context``, ``max_batch``) is counted before it comes: a cache up to that many tokens, and for each
+sequence more another set of inputs, caches and activations.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from hetegen_compile.ir import LINEAR, info, is_tensor, written_storages
 from hetegen_compile.passes.annotate_costs import value_size
 from hetegen_compile.passes.capture import storage_id, tensor_bytes, tensors_in, to_expr
 from hetegen_compile.passes.choose_splits import table_only
-from hetegen_compile.passes.context import ACTIVATIONS, GROWTH, MIRRORED, Context
+from hetegen_compile.passes.context import ACTIVATIONS, BATCHES, GROWTH, MIRRORED, Context
 from hetegen_compile.passes.liveness import activation_peak_bytes
 
 _CACHE_DIMS = 4  # a KV cache is [sequences, heads, tokens, width]; logits and hidden states have three
@@ -22,11 +26,14 @@ def step_memory(
     module: fx.GraphModule, weights: Iterable[fx.Node], context: Context, size: sympy.Expr
 ) -> Mapping[str, int]:
     """Bytes item by item. ``weights`` are the placeholders of the Linears' weights, ``size`` is ``mirrored_size``."""
-    activations = context.activation_bytes
+    known = context.activation_bytes
+    activations = _estimated_activations(module, context) if known is None else known
+    later = _later_caches(module, weights, context)
     return {
         MIRRORED: int(context.number(size)),
-        ACTIVATIONS: _estimated_activations(module, context) if activations is None else activations,
-        GROWTH: context.room(size) - int(context.number(size)) + _later_graphs(module, weights, context),
+        ACTIVATIONS: activations,
+        GROWTH: context.room(size) - int(context.number(size)) + later,
+        BATCHES: _more_sequences(module, weights, context, activations + later),
     }
 
 
@@ -71,21 +78,30 @@ def _by_itself(node: fx.Node, context: Context) -> bool:
     return own == storage_bytes or mirrored_bytes(shape, stride, value.element_size(), storage_bytes) == own
 
 
-def _later_graphs(module: fx.GraphModule, weights: Iterable[fx.Node], context: Context) -> int:
-    """Bytes that caches take in graphs still to come: for ``max_batch`` sequences and, where this graph's length
-    is fixed (a prefill), for the tokens that follow it.
+def _more_sequences(module: fx.GraphModule, weights: Iterable[fx.Node], context: Context, made: int) -> int:
+    """Bytes that ``max_batch`` sequences take beyond those of this call, each what one of these does.
+
+    ``made`` are the bytes of activations and of caches in later graphs.
+    """
+    now = max(1, context.sequences)
+    more = context.options.max_batch - now
+    if more <= 0:
+        return 0
+    models = {node for node in module.graph.nodes if node.op == "get_attr" or node.name in context.weights}
+    given = context.room(mirrored_size(module, weights, context, models))
+    return -(-more * (given + made) // now)
+
+
+def _later_caches(module: fx.GraphModule, weights: Iterable[fx.Node], context: Context) -> int:
+    """Bytes that caches take in the graphs after one of fixed length (a prefill), beyond what it returns of them.
 
     A later step holds a growing cache twice: as it comes and as it goes.
     """
-    batches = max(1.0, context.options.max_batch / max(1, context.sequences))
-    skipped = set(weights)
-    ends = [node for node in module.graph.nodes if node.op in ("placeholder", "output") and node not in skipped]
-    tensors = [tensor for node in ends for tensor in tensors_in(info(node).value)]
-    growing = sum(context.room(tensor_bytes(t)) for t in tensors if _symbolic(t))
-    fixed = sum(context.room(tensor_bytes(t)) for t in tensors if _is_new_cache(t, context))
+    output = next(iter(reversed(module.graph.nodes)))
+    fixed = sum(context.room(tensor_bytes(t)) for t in tensors_in(info(output).value) if _is_new_cache(t, context))
     length = context.options.context or (2 * context.tokens_per_sequence if context.spare else 0)
-    times = 2 * batches * length / max(1, context.tokens_per_sequence) - 1
-    return round(growing * (batches - 1) + fixed * max(0.0, times))
+    times = 2 * length / max(1, context.tokens_per_sequence) - 1
+    return round(fixed * max(0.0, times))
 
 
 def _symbolic(tensor: Tensor) -> bool:

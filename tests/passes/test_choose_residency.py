@@ -22,6 +22,7 @@ from hetegen_compile.options import Options
 from hetegen_compile.passes import annotate_costs, choose_residency, choose_splits
 from hetegen_compile.passes.context import (
     ACTIVATIONS,
+    BATCHES,
     GROWTH,
     OTHERS,
     RESIDENT,
@@ -385,11 +386,12 @@ def test_room_for_a_growing_cache_follows_context_and_max_batch(
     budget = found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
     row = 64 * 4
     comes, goes = length * row, (length + 1) * row
-    assert budget[GROWTH] == (comes - 7 * row) + (batches - 1) * (comes + goes)
+    assert budget[GROWTH] == comes - 7 * row
     assert budget[ACTIVATIONS] >= goes
+    assert budget[BATCHES] == (batches - 1) * (row + comes + budget[ACTIVATIONS])  # x, the cache, what is made of them
 
 
-@pytest.mark.parametrize(("limits", "length"), [({}, 14), ({"context": 70}, 70), ({"context": 7, "max_batch": 3}, 21)])
+@pytest.mark.parametrize(("limits", "length"), [({}, 14), ({"context": 70}, 70), ({"context": 7, "max_batch": 3}, 7)])
 def test_a_prefill_of_fixed_length_keeps_room_for_the_caches_of_the_steps_after_it(
     limits: dict[str, int], length: int
 ) -> None:
@@ -400,8 +402,10 @@ def test_a_prefill_of_fixed_length_keeps_room_for_the_caches_of_the_steps_after_
     options = Options(print_schedule=False, **limits)  # type: ignore[arg-type]
     found = case(prefill, torch.arange(7)[None], options=options, sequences=1, tokens_per_sequence=7)
     budget = found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
-    token = 64 * 4
+    token, ids = 64 * 4, 7 * 8
     assert budget[GROWTH] == 2 * length * token - 7 * token  # as it comes and as it goes, less what goes now
+    more = limits.get("max_batch", 1) - 1
+    assert budget[BATCHES] == more * (ids + budget[ACTIVATIONS] + budget[GROWTH])
 
 
 def test_without_spare_room_only_what_is_stated_is_kept() -> None:
