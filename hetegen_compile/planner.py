@@ -314,7 +314,7 @@ class Planner:
             tokens=(low, high),
             split=context.options.split,
             rows=schedule_rows(module.graph, prediction, sites, context.number),
-            resident_bytes=_bytes_in(sites, "resident_rows") + whole,
+            resident_bytes=whole or _bytes_in(sites, "resident_rows") + residency.stack_bytes,
             streamed_bytes=_bytes_in(sites, "streamed_rows"),
             host_bytes=_bytes_in(sites, "host"),
             predicted_step_s=prediction.step_s,

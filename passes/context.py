@@ -163,7 +163,7 @@ STAGED_CHUNK_BYTES = 16 << 20
 class Residency:
     """Weights that stay on the accelerator, and how its memory is shared out, item by item in bytes.
 
-    ``weights`` maps the placeholder's name to the first row that is resident; the rows after it are, too.
+    ``weights`` maps the placeholder's name to the first row that is resident; the rows after it are, too (a stack: 0).
 
     Attributes:
         whole_graph: everything fits: nothing is offloaded and the graph is compiled in one piece.
@@ -172,6 +172,7 @@ class Residency:
             resident row is not in it).
         mirrored: bytes of the mirrors that the step reads, an expression over the graph's sizes.
         host_weights: placeholders of stacked weights that stay on the host, with what is computed with them.
+        stack_bytes: of stacked weights that are resident.
         tables: embedding tables that are mirrored, too, because everything fits: nothing is left to the host.
         staged_chunk_bytes: most bytes of a chunk of a weight that goes through the pinned ring.
     """
@@ -185,6 +186,7 @@ class Residency:
     first_rows: Mapping[Hashable, int] = field(default_factory=dict)
     mirrored: sympy.Expr = sympy.Integer(0)
     host_weights: frozenset[str] = frozenset()
+    stack_bytes: int = 0
     tables: frozenset[str] = frozenset()
     staged_chunk_bytes: int = STAGED_CHUNK_BYTES
 
@@ -311,6 +313,7 @@ class Claim:
         rows, first: rows ``first:rows`` may be resident (those before are the host's by option).
         row_bytes: bytes of a row.
         gain_s_per_byte: seconds of a decode step that a resident byte saves.
+        rank: a weight of higher rank gets what those of lower rank leave, whatever it gains.
     """
 
     key: Hashable
@@ -318,6 +321,7 @@ class Claim:
     first: int
     row_bytes: int
     gain_s_per_byte: float
+    rank: int = 0
 
     @property
     def nbytes(self) -> int:
