@@ -48,7 +48,7 @@ def _fill(claims: Sequence[Claim], free_bytes: int) -> dict[Hashable, int]:
 
 
 def _in_order(claims: Sequence[Claim]) -> list[Claim]:
-    """Claims by rank and in falling order of gain; equal ones (equal layers) so that what is streamed is spread over the step.
+    """Claims by rank and in falling order of gain; equal ones (equal layers) so that what is streamed is spread.
 
     The link can run ahead of the computation by the staging ring only.
     """

@@ -95,13 +95,25 @@ def _more_sequences(module: fx.GraphModule, weights: Iterable[fx.Node], context:
 def _later_caches(module: fx.GraphModule, weights: Iterable[fx.Node], context: Context) -> int:
     """Bytes that caches take in the graphs after one of fixed length (a prefill), beyond what it returns of them.
 
-    A later step holds a growing cache twice: as it comes and as it goes.
+    A later step holds a growing cache twice: as it comes and as it goes; and where several heads of queries share
+    one of keys, those of a layer once more, repeated for each of them.
     """
     output = next(iter(reversed(module.graph.nodes)))
-    fixed = sum(context.room(tensor_bytes(t)) for t in tensors_in(info(output).value) if _is_new_cache(t, context))
+    caches = [tensor for tensor in tensors_in(info(output).value) if _is_new_cache(tensor, context)]
     length = context.options.context or (2 * context.tokens_per_sequence if context.spare else 0)
-    times = 2 * length / max(1, context.tokens_per_sequence) - 1
-    return round(fixed * max(0.0, times))
+    times = length / max(1, context.tokens_per_sequence)
+    sizes = [context.room(tensor_bytes(cache)) for cache in caches]
+    repeated = [nbytes * _repeats(module, cache) for nbytes, cache in zip(sizes, caches, strict=True)]
+    return round(max(0.0, 2 * times - 1) * sum(sizes) + 2 * times * max(repeated, default=0))
+
+
+def _repeats(module: fx.GraphModule, cache: Tensor) -> int:
+    """For how many heads of queries each head of a cache is repeated; 0 for one."""
+    sequences, heads, *rest = cache.shape
+    shapes = [tuple(tensor.shape) for node in module.graph.nodes for tensor in tensors_in(info(node).value)]
+    alike = [shape[1] for shape in shapes if len(shape) == _CACHE_DIMS and [shape[0], *shape[2:]] == [sequences, *rest]]
+    times = max(alike, default=heads) // heads
+    return times if times > 1 else 0
 
 
 def _symbolic(tensor: Tensor) -> bool:
