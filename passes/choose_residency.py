@@ -34,7 +34,7 @@ from hetegen_compile.passes.context import (
 )
 from hetegen_compile.passes.residency_shares import residency_shares
 from hetegen_compile.passes.stacked_weights import stacked_weights
-from hetegen_compile.passes.step_memory import mirrored_size, step_memory
+from hetegen_compile.passes.step_memory import caches_grow, mirrored_size, step_memory
 
 SLOT_ALIGNMENT = 256
 _WINDOW = 2  # slots the ring holds at least: one being read while the next one is being filled
@@ -56,6 +56,7 @@ def choose_residency(module: fx.GraphModule, context: Context) -> Residency:
 
 class _Sharing:
     def __init__(self, module: fx.GraphModule, weights: Mapping[fx.Node, fx.Node], context: Context) -> None:
+        self._module = module
         self._weights = weights
         self._context = context
         self._stacks = stacked_weights(module, context)
@@ -80,7 +81,7 @@ class _Sharing:
             rest = residency_shares(others, self._context.budget_bytes - own - self._smallest)
             return self._residency((), rest, self._smallest, budget)
         if self._context.budget_bytes < own + self._smallest:
-            raise _budget_error(self._fixed, self._smallest, self._context)
+            raise _budget_error(self._fixed, self._smallest, self._module, self._context)
         beyond = max(0, self._context.resident.reserved_bytes() - own)
         if self._context.budget_bytes < own + beyond + self._smallest:
             beyond = 0  # both cannot stay at once, whatever is resident
@@ -186,14 +187,18 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
 
-def _budget_error(fixed: Mapping[str, int], smallest: int, context: Context) -> BudgetError:
-    items = "; ".join(f"{name}: {format_bytes(nbytes)}" for name, nbytes in fixed.items())
+def _budget_error(
+    fixed: Mapping[str, int], smallest: int, module: fx.GraphModule, context: Context
+) -> BudgetError:
+    items = "; ".join(f"{name}: {format_bytes(nbytes)}" for name, nbytes in fixed.items() if nbytes)
     need = sum(fixed.values()) + smallest
+    unstated = context.options.context is None and caches_grow(module, context)
+    growth = ". A cache that grows beyond this forward needs more: options={'context': tokens} counts it"
     return BudgetError(
         f"gpu_memory={format_bytes(context.budget_bytes)} cannot hold what a step needs on the accelerator: "
         f"{items}; {RING} (two of the smallest slots at least): {format_bytes(smallest)}. "
         f"The smallest budget that works is {need} bytes ({format_bytes(need)}): "
-        f"set options={{'gpu_memory': {need}}} or use a smaller batch or context"
+        f"set options={{'gpu_memory': {need}}} or use a smaller batch or context{growth if unstated else ''}"
     )
 
 

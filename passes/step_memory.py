@@ -28,7 +28,7 @@ def step_memory(
     """Bytes item by item. ``weights`` are the placeholders of the Linears' weights, ``size`` is ``mirrored_size``."""
     known = context.activation_bytes
     activations = _estimated_activations(module, context) if known is None else known
-    later = _later_caches(module, weights, context)
+    later = _later_steps(module, context, activations)
     return {
         MIRRORED: int(context.number(size)),
         ACTIVATIONS: activations,
@@ -81,7 +81,8 @@ def _by_itself(node: fx.Node, context: Context) -> bool:
 def _more_sequences(module: fx.GraphModule, weights: Iterable[fx.Node], context: Context, made: int) -> int:
     """Bytes that ``max_batch`` sequences take beyond those of this call, each what one of these does.
 
-    ``made`` are the bytes of activations and of caches in later graphs.
+    ``made`` are the bytes of activations and of caches in later graphs. Several sequences may be padded: under a mask
+    attention repeats keys and values for the heads of queries that share them.
     """
     now = max(1, context.sequences)
     more = context.options.max_batch - now
@@ -89,31 +90,48 @@ def _more_sequences(module: fx.GraphModule, weights: Iterable[fx.Node], context:
         return 0
     models = {node for node in module.graph.nodes if node.op == "get_attr" or node.name in context.weights}
     given = context.room(mirrored_size(module, weights, context, models))
-    return -(-more * (given + made) // now)
+    repeated = max((2 * context.room(tensor_bytes(cache)) * shared for cache, shared in _caches(module, context)
+                    if shared > 1), default=0)  # fmt: skip
+    return -(-(more * (given + made + repeated) + now * repeated) // now)
 
 
-def _later_caches(module: fx.GraphModule, weights: Iterable[fx.Node], context: Context) -> int:
-    """Bytes that caches take in the graphs after one of fixed length (a prefill), beyond what it returns of them.
+def _later_steps(module: fx.GraphModule, context: Context, activations: int) -> int:
+    """Bytes that a step after one of fixed length (a prefill) takes beyond the activations of that.
 
-    A later step holds a growing cache twice: as it comes and as it goes; and where several heads of queries share
-    one of keys, those of a layer once more, repeated for each of them.
+    It holds a growing cache twice, as it comes and as it goes, what attention makes of a layer's, and activations of
+    a token; of two, since some of them do not get fewer with the tokens.
     """
-    output = next(iter(reversed(module.graph.nodes)))
-    caches = [tensor for tensor in tensors_in(info(output).value) if _is_new_cache(tensor, context)]
-    length = context.options.context or (2 * context.tokens_per_sequence if context.spare else 0)
-    times = length / max(1, context.tokens_per_sequence)
-    sizes = [context.room(tensor_bytes(cache)) for cache in caches]
-    repeated = [nbytes * _repeats(module, cache) for nbytes, cache in zip(sizes, caches, strict=True)]
-    return round(max(0.0, 2 * times - 1) * sum(sizes) + 2 * times * max(repeated, default=0))
+    caches, tokens = _caches(module, context), max(1, context.tokens_per_sequence)
+    length = context.options.context or (2 * tokens if context.spare else 0)
+    if not caches or not length:
+        return 0
+    sizes = [(context.room(tensor_bytes(cache)), shared) for cache, shared in caches]
+    whole = sum(nbytes for nbytes, _ in sizes)
+    # keys scaled; where heads of queries share them keys and values repeated for each, and once more inside
+    attended = max(nbytes * (4 * shared if shared > 1 else 1) for nbytes, shared in sizes)
+    held = (2 * whole + attended) * length
+    return max(0, (held + 2 * (activations - whole)) // tokens - activations)
 
 
-def _repeats(module: fx.GraphModule, cache: Tensor) -> int:
-    """For how many heads of queries each head of a cache is repeated; 0 for one."""
-    sequences, heads, *rest = cache.shape
+def _caches(module: fx.GraphModule, context: Context) -> list[tuple[Tensor, int]]:
+    """The caches that a graph of fixed length makes, and how many heads of queries share a head of each."""
+    returned = tensors_in(info(next(iter(reversed(module.graph.nodes)))).value)
     shapes = [tuple(tensor.shape) for node in module.graph.nodes for tensor in tensors_in(info(node).value)]
-    alike = [shape[1] for shape in shapes if len(shape) == _CACHE_DIMS and [shape[0], *shape[2:]] == [sequences, *rest]]
-    times = max(alike, default=heads) // heads
-    return times if times > 1 else 0
+    wide = [shape for shape in shapes if len(shape) == _CACHE_DIMS]
+    found = []
+    for cache in returned:
+        if _is_new_cache(cache, context):
+            sequences, heads, *rest = cache.shape
+            queries = max(shape[1] for shape in wide if [shape[0], *shape[2:]] == [sequences, *rest])
+            found.append((cache, int(queries // heads)))
+    return found
+
+
+def caches_grow(module: fx.GraphModule, context: Context) -> bool:
+    """Whether later forwards may bring longer caches than this one does."""
+    ends = [node for node in module.graph.nodes if node.op in ("placeholder", "output")]
+    tensors = [tensor for node in ends for tensor in tensors_in(info(node).value) if tensor.dim() >= _CACHE_DIMS]
+    return any(_symbolic(tensor) or _is_new_cache(tensor, context) for tensor in tensors)
 
 
 def _symbolic(tensor: Tensor) -> bool:
