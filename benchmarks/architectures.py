@@ -21,183 +21,17 @@ import re
 import subprocess
 import sys
 import time
-import traceback
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from tabulate import tabulate
 
-KINDS = ("causal", "seq2seq", "masked")
+from benchmarks.one_architecture import REASON_CHARACTERS, Outcome, measure
+
+KINDS = ("causal", "seq2seq", "speech", "masked")
 CACHES = ("dynamic", "static")
-NEW_TOKENS = 6
-BUDGET_FACTORS = (0.5, 1.0, 2.0, 64.0)
-"""Budgets as multiples of the weights' bytes: the smallest that holds a step's activations is taken."""
-REASON_CHARACTERS = 300
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One architecture with one cache.
-
-    Attributes:
-        status: ``equal``, ``differs``, ``error`` (ours), ``not built``, ``eager fails`` or ``time limit``.
-        detail: the reason where it is not ``equal``.
-        graphs: how often the backend was called; on_host: how many of those graphs run on the host in eager mode.
-        linear_bytes: weights of the model's matrices; split_bytes: of those that were split (a decode step).
-        host_bytes, streamed_bytes: of the largest plan.
-        refusals: what was left alone, each reason once.
-    """
-
-    name: str
-    kind: str
-    cache: str
-    status: str
-    detail: str = ""
-    graphs: int = 0
-    on_host: int = 0
-    budget: float = 0.0
-    linear_bytes: int = 0
-    split_bytes: int = 0
-    host_bytes: int = 0
-    streamed_bytes: int = 0
-    refusals: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-
-# ---- one architecture, in a process of its own ------------------------------------------------------------
-
-
-def measure(name: str, kind: str, cache: str, *, inductor: bool) -> Outcome:
-    """Build, run in eager, run compiled, compare."""
-    import torch
-
-    torch.set_num_threads(1)
-    blank = Outcome(name, kind, cache, "not built")
-    try:
-        model = _model(name, kind)
-    except Exception as error:
-        return replace(blank, detail=_reason(error))
-    try:
-        expected = _run(model, kind, cache)
-    except Exception as error:
-        return replace(blank, status="eager fails", detail=_reason(error))
-    blank = replace(blank, linear_bytes=_matrix_bytes(model))
-    for factor in BUDGET_FACTORS:
-        outcome = _compiled(model, expected, replace(blank, budget=factor), inductor=inductor)
-        if "gpu_memory" not in outcome.detail:
-            break
-    return outcome
-
-
-def _model(name: str, kind: str) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
-
-    from benchmarks.tiny_configs import tiny_config
-
-    torch.manual_seed(0)
-    factory = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "masked": AutoModelForMaskedLM}[kind]
-    config = tiny_config(name, is_decoder=kind == "causal")
-    with torch.device("meta"):  # one that is too large would take long to fill, or all memory
-        parameters = sum(p.numel() for p in factory.from_config(config).parameters())
-    if parameters > 50_000_000:
-        raise ValueError("more than 50 million parameters: its configuration has sizes that are not known here")
-    model = factory.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    return model
-
-
-def _run(model: Any, kind: str, cache: str) -> dict[str, Any]:
-    import torch
-
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(5, 250, (2, 7), generator=generator)
-    mask = torch.ones_like(tokens)
-    if kind == "masked":
-        with torch.no_grad():
-            return {"logits": model(input_ids=tokens, attention_mask=mask).logits}
-    torch.manual_seed(0)
-    found = model.generate(
-        input_ids=tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False,
-        return_dict_in_generate=True, output_logits=True,
-        **({"cache_implementation": "static"} if cache == "static" else {}),
-    )
-    return {"logits": torch.stack(found.logits), "tokens": found.sequences}
-
-
-def _matrix_bytes(model: Any) -> int:
-    import torch
-
-    kinds = (torch.nn.Linear,)
-    return sum(m.weight.numel() * m.weight.element_size() for m in model.modules() if isinstance(m, kinds))
-
-
-def _compiled(model: Any, expected: Mapping[str, Any], blank: Outcome, *, inductor: bool) -> Outcome:
-    import torch
-
-    import hetegen_compile
-    from hetegen_compile.backend import make_backend
-    from hetegen_compile.segments import inductor_compiler, plain_compiler
-
-    torch._dynamo.reset()
-    backend, returned = make_backend(inductor_compiler if inductor else plain_compiler), []
-
-    def recording(module: Any, inputs: Any, *, options: Any = None) -> Any:
-        returned.append(backend(module, inputs, options=options))
-        return returned[-1]
-
-    known = len(hetegen_compile.schedules())
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    options = {"accelerator": "emulated", "split": 0.5, "seed": 1, "print_schedule": False}
-    model._compiled_call_impl = None
-    model.compile(backend=recording, options={**options, "gpu_memory": int(weights * blank.budget)})
-    try:
-        result = _run(model, blank.kind, blank.cache)
-    except Exception as error:
-        return replace(blank, status="error", detail=_reason(error), graphs=len(returned))
-    status, detail = _compare(result, expected)
-    outcome = replace(blank, status=status, detail=detail, graphs=len(returned))
-    return _with_schedules(outcome, hetegen_compile.schedules()[known:])
-
-
-def _compare(result: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[str, str]:
-    import torch
-
-    for key, value in expected.items():
-        try:
-            torch.testing.assert_close(result[key], value, rtol=2e-4, atol=2e-4, equal_nan=True)
-        except AssertionError as error:
-            return "differs", f"{key}: {' '.join(str(error).split())[:REASON_CHARACTERS]}"
-    if not expected["logits"].isfinite().any():
-        return "differs", "eager gives nothing finite: no comparison"
-    return "equal", ""
-
-
-def _with_schedules(outcome: Outcome, schedules: Sequence[Any]) -> Outcome:
-    reasons = Counter(f"{refusal.reason}" for schedule in schedules for refusal in schedule.refusals)
-    return replace(
-        outcome,
-        on_host=sum("not offloaded" in schedule.title for schedule in schedules),
-        split_bytes=sum(s.host_bytes + s.streamed_bytes + s.resident_bytes for s in schedules if s.tokens[0] <= 4),
-        host_bytes=max((s.host_bytes for s in schedules), default=0),
-        streamed_bytes=max((s.streamed_bytes for s in schedules), default=0),
-        refusals=[reason[:REASON_CHARACTERS] for reason in reasons],
-    )
-
-
-def _reason(error: BaseException) -> str:
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{Path(last.filename).name}:{last.lineno}"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:REASON_CHARACTERS]} ({place})"
-
-
-# ---- all of them --------------------------------------------------------------------------------------------
 
 
 def architectures(kind: str) -> list[str]:
@@ -207,6 +41,7 @@ def architectures(kind: str) -> list[str]:
     mapping = {
         "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "speech": modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
         "masked": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     }
     return list(mapping[kind])
@@ -225,10 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(asdict(outcome)))
         return 0
     outcomes = _load(arguments.json)
-    done = {(outcome.name, outcome.kind, outcome.cache) for outcome in outcomes}
+    done = {outcome.key for outcome in outcomes}
     names = arguments.only or architectures(arguments.kind)
     for name in names:
-        if (name, arguments.kind, arguments.cache) not in done:
+        if (name, arguments.kind, arguments.cache, arguments.inductor) not in done:
             outcomes.append(_in_a_process(name, arguments))
             print(_line(outcomes[-1]), flush=True)
             _store(arguments.json, outcomes)
@@ -246,7 +81,7 @@ def _in_a_process(name: str, arguments: argparse.Namespace) -> Outcome:
     command = [sys.executable, "-m", "benchmarks.architectures", "--one", name, "--kind", arguments.kind]
     command += ["--limit", str(arguments.limit), "--cache", arguments.cache]
     command += ["--inductor"] if arguments.inductor else []
-    blank = Outcome(name, arguments.kind, arguments.cache, "time limit")
+    blank = Outcome(name, arguments.kind, arguments.cache, "time limit", inductor=arguments.inductor)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     try:
         found = subprocess.run(
@@ -288,11 +123,12 @@ def _line(outcome: Outcome) -> str:
 def table(outcomes: Sequence[Outcome]) -> str:
     """All rows, and how many there are of each status."""
     rows = [
-        (o.name, o.kind, o.cache, o.status, o.graphs, o.on_host, o.host_bytes, o.streamed_bytes, o.seconds,
+        (o.name, o.kind, o.cache, "Inductor" if o.inductor else "FX", o.status, o.graphs, o.on_host,
+         None if o.split_share is None else round(100 * o.split_share), o.seconds,
          (o.detail or "; ".join(o.refusals))[:100])
-        for o in sorted(outcomes, key=lambda o: (o.status, o.name))
+        for o in sorted(outcomes, key=lambda o: (o.kind, o.cache, o.inductor, o.status, o.name))
     ]  # fmt: skip
-    headers = ("architecture", "kind", "cache", "status", "graphs", "on host", "host B", "streamed B", "s", "notes")
+    headers = ("architecture", "kind", "cache", "segments", "status", "graphs", "on host", "split %", "s", "notes")
     counts = Counter(outcome.status for outcome in outcomes)
     return f"{tabulate(rows, headers)}\n\n{', '.join(f'{n} {status}' for status, n in counts.most_common())}"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY = 256
@@ -43,8 +43,12 @@ SIZES: dict[str, Any] = {
     **_all(1, "n_group topk_group first_k_dense_replace num_dense_layers n_shared_experts num_shared_experts"),
     **_all(WINDOW, "sliding_window attention_window_size sliding_window_size"),
     **_all(POSITIONS, "max_position_embeddings n_positions max_seq_len max_sequence_length block_size n_ctx"),
+    **_all(POSITIONS, "max_source_positions max_target_positions max_encoder_position_embeddings"),
+    **_all(POSITIONS, "max_decoder_position_embeddings"),
     **_all(16, "q_lora_rank kv_lora_rank"),
     **_all(8, "qk_rope_head_dim qk_nope_head_dim"),
+    **_all(32, "image_size"),
+    **_all(16, "patch_size"),
     "v_head_dim": 16,
     "hidden_size_per_layer_input": 16,
     "laurel_rank": 8,
@@ -74,6 +78,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "falcon": {"num_kv_heads": None},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_groups": 1},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "n_mamba_heads": 2},
+    "zamba2": {"num_hidden_layers": 2, "layers_block_type": ["linear_attention", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 2 * HIDDEN, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "longcat_flash": {"expert_ffn_hidden_size": HIDDEN, "zero_expert_num": 2},
+    "reformer": {"axial_pos_shape": [8, 8], "axial_pos_embds_dim": [HIDDEN // 2, HIDDEN // 2]},
+    "blt": {"encoder_hash_byte_group_vocab": VOCABULARY, "encoder_hash_byte_group_size": [3, 4]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
     "recurrent_gemma": {"num_hidden_layers": 3, "num_key_value_heads": 2},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
@@ -93,12 +107,31 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 def tiny_config(model_type: str, *, is_decoder: bool) -> PretrainedConfig:
     """A configuration of two layers or so; raises what its class raises where the sizes do not fit together."""
-    kind = CONFIG_MAPPING[model_type]
+    return _tiny(CONFIG_MAPPING[model_type], is_decoder=is_decoder)
+
+
+def _tiny(kind: type[PretrainedConfig], *, is_decoder: bool) -> PretrainedConfig:
     known = inspect.signature(kind).parameters
     sizes = {name: value for name, value in SIZES.items() if name in known and not _is_several(known[name])}
     decoder = {"is_decoder": is_decoder} if "is_decoder" in known else {}
-    config: PretrainedConfig = kind(**{**sizes, **decoder, **OVERRIDES.get(model_type, {})})
+    given = {**sizes, **decoder, **_parts(kind), **OVERRIDES.get(kind.model_type, {})}
+    config: PretrainedConfig = kind(**given)
     return config
+
+
+def _parts(kind: type[PretrainedConfig]) -> dict[str, Any]:
+    """Small configurations of what a model is put together from (text, vision, ...), as dictionaries."""
+    return {
+        name: _tiny(part, is_decoder=False).to_dict()
+        for name, declared in kind.sub_configs.items()
+        if (part := _default_part(kind, name) if declared is AutoConfig else declared) is not None
+    }
+
+
+def _default_part(kind: type[PretrainedConfig], name: str) -> type[PretrainedConfig] | None:
+    """The class of a part that may be any architecture, by the default of the whole."""
+    found = getattr(kind(), name, None)
+    return type(found) if isinstance(found, PretrainedConfig) else None
 
 
 def _is_several(parameter: inspect.Parameter) -> bool:

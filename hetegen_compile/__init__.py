@@ -1,11 +1,14 @@
 """hetegen: run PyTorch models that do not fit the GPU, ``torch.compile(model, backend="hetegen")``.
 
-Importing the package is not needed to use the backend: torch finds it by its entry point.
+Importing the package is not needed to use the backend once it is installed: torch finds it by its entry point. Imported
+from a checkout that is not installed, it makes the entry point known itself.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from hetegen_compile.registration import register_checkout
 
 if TYPE_CHECKING:
     from hetegen_compile.compiled import override_split
@@ -34,3 +37,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+register_checkout()

@@ -24,16 +24,9 @@ from hetegen_compile.graph_inputs import aliased_inputs, as_int, is_weight, numb
 from hetegen_compile.mirrors import NoRoomError
 from hetegen_compile.options import Options, format_bytes
 from hetegen_compile.passes.capture import source_name
-from hetegen_compile.passes.context import (
-    UNFORESEEN,
-    Bucket,
-    HostOnlyGraphError,
-    Refusal,
-    SegmentCache,
-    SegmentCompiler,
-    require,
-    weight_key,
-)
+from hetegen_compile.passes.claims import weight_key
+from hetegen_compile.passes.context import Bucket, HostOnlyGraphError, Refusal, SegmentCache, SegmentCompiler, require
+from hetegen_compile.passes.plans import UNFORESEEN
 from hetegen_compile.planner import BucketPlan, PlannedStep, Planner, Sizes, Split, Target, bucket_of
 from hetegen_compile.room import Room
 from hetegen_compile.runtime import Runtime

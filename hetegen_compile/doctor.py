@@ -24,10 +24,9 @@ from hetegen_compile.calibration.machine import (
     usable_cpus,
 )
 from hetegen_compile.options import format_bytes
+from hetegen_compile.registration import ENTRY_POINT, GROUP, NAME, Checkout
 
 Status = Literal["ok", "warn", "problem"]
-
-ENTRY_POINT = "hetegen_compile.backend:hetegen"
 
 REINSTALL = "install the package: pip install hetegen, or pip install -e . in a checkout"
 
@@ -90,11 +89,14 @@ def _processor() -> Check:
 
 
 def _numa() -> Check:
-    """Host Linears read weights from where they were loaded to: with several nodes mostly from one of them."""
+    """Host Linears read weights from where they were loaded to: with several nodes mostly from one of them.
+
+    Only what is adopted from files is spread by us.
+    """
     nodes = numa_nodes(usable_cpus())
     if len(nodes) < 2:
         return Check("ok", "memory nodes", "one" if nodes else "unknown to this system")
-    finding = f"{len(nodes)} are in use; a model lies on the node that loaded it, and the others read it from there"
+    finding = f"{len(nodes)} are in use; a model that is not adopted from files lies on the node that loaded it"
     remedy = (
         "numactl --interleave=all spreads it over all of them; "
         f"numactl --cpunodebind={nodes[0]} --membind={nodes[0]} keeps to one (best the GPU's) if it holds the model"
@@ -126,10 +128,11 @@ def _gpu() -> Check:
 
 def _backend() -> Check:
     subject = "torch.compile backend"
-    found = importlib.metadata.entry_points(group="torch_dynamo_backends", name="hetegen")
+    found = importlib.metadata.entry_points(group=GROUP, name=NAME)
     values = {entry.value for entry in found}
-    if not values:
-        return Check("problem", subject, "the name hetegen is not registered with torch", REINSTALL)
+    if not values or any(isinstance(entry.dist, Checkout) for entry in found):
+        finding = "not installed: torch knows the name only after import hetegen_compile"
+        return Check("warn", subject, finding, REINSTALL)
     if values != {ENTRY_POINT}:
         others = ", ".join(sorted(values))
         return Check("problem", subject, f"the name hetegen means {others}", f"{REINSTALL}; remove the other")

@@ -15,28 +15,26 @@ from typing import Any, Literal
 
 from torch import fx
 
-from hetegen_compile.passes import (
-    annotate_costs,
-    carry_prefetches,
-    choose_residency,
-    choose_splits,
-    choose_staging,
-    find_blocks,
-    group_segments,
-    insert_transfers,
-    lower,
-    measure_memory,
-    normalise_linears,
-    note_effects,
-    place_nodes,
-    predict_step,
-    resolve_sizes,
-    retarget_devices,
-    schedule,
-    split_linears,
-    verify,
-)
+from hetegen_compile.passes.annotate_costs import annotate_costs
+from hetegen_compile.passes.carry_prefetches import carry_prefetches
+from hetegen_compile.passes.choose_residency import choose_residency
+from hetegen_compile.passes.choose_splits import choose_splits
+from hetegen_compile.passes.choose_staging import choose_staging
 from hetegen_compile.passes.context import Context
+from hetegen_compile.passes.find_blocks import find_blocks
+from hetegen_compile.passes.group_segments import group_segments
+from hetegen_compile.passes.insert_transfers import insert_transfers
+from hetegen_compile.passes.lower import lower
+from hetegen_compile.passes.measure_memory import measure_memory
+from hetegen_compile.passes.normalise_linears import normalise_linears
+from hetegen_compile.passes.note_effects import note_effects
+from hetegen_compile.passes.place_nodes import place_nodes
+from hetegen_compile.passes.predict_step import predict_step
+from hetegen_compile.passes.resolve_sizes import resolve_sizes
+from hetegen_compile.passes.retarget_devices import retarget_devices
+from hetegen_compile.passes.schedule import schedule
+from hetegen_compile.passes.split_linears import split_linears
+from hetegen_compile.passes.verify import verify
 
 logger = logging.getLogger("hetegen_compile")
 

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import bmm_flop, flop_registry, mm_flop, sdpa_flop
 
 from hetegen_compile.errors import UnsupportedModelError
 from hetegen_compile.ir import GENERATOR, NodeInfo, annotate, info
+from hetegen_compile.passes.copy_before_writes import copy_before_writes
 from hetegen_compile.passes.fold_transforms import fold_transforms
 
 FREE_ATEN = frozenset({"view", "_unsafe_view", "expand", "permute", "transpose", "t", "slice", "select"})
@@ -214,6 +215,14 @@ def capture(module: fx.GraphModule, inputs: Sequence[Any]) -> FakeTensorMode:
     _bind_python_floats(module)
     mode = _fake_mode(module)
     _check_devices(module, inputs)
+    _propagate(module, inputs, mode)
+    if copy_before_writes(module.graph):
+        _propagate(module, inputs, mode)
+    _unify_symbols(module.graph, mode)
+    return mode
+
+
+def _propagate(module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> None:
     fakes = _fake_inputs(module, inputs, mode)
     # the dispatcher in Python: in C++ some composite operations ask for numbers where sizes are symbols (torch 2.11)
     with (
@@ -221,8 +230,6 @@ def capture(module: fx.GraphModule, inputs: Sequence[Any]) -> FakeTensorMode:
         _Listener() as listener,
     ):  # fmt: skip
         _Propagator(module, mode, listener).run(*fakes, enable_io_processing=False)
-    _unify_symbols(module.graph, mode)
-    return mode
 
 
 def _unify_symbols(graph: fx.Graph, mode: FakeTensorMode) -> None:

@@ -101,7 +101,7 @@ class _Waits:
                 seconds=sum(node_work(node, context).seconds for node in self._between(busy, download, following)),
                 behind=self._first_after(busy, downloads[i + RUN_AHEAD :]),
             )
-            for i, (download, following) in enumerate(zip(downloads, [*downloads[1:], None], strict=True))
+            for i, (download, following) in enumerate(zip(downloads, [*downloads[1:], None], strict=False))
         ]
 
     def take(self, ready: int, seconds: float) -> _Wait | None:

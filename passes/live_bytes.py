@@ -35,7 +35,7 @@ def live_bytes(replay: Replay, context: Context) -> Live:
     sizes = _Sizes(context)
     fixed, change, largest = 0, dict[int, int](), 0
     at: dict[int, fx.Node] = {}
-    for memory in replay.memories:
+    for memory in replay.held.memories:
         if memory.side != "accelerator" or memory.slot is not None:
             continue
         nbytes = sizes.of(memory)

@@ -60,7 +60,7 @@ def normalise_linears(module: fx.GraphModule, context: Context) -> None:
         if match is None:
             continue
         weight, dim = _stored_weight(match)
-        if weight.op not in _STORED and weight not in stored:
+        if (weight.op not in _STORED and weight not in stored) or _is_with_cache(node, weight, context):
             continue  # a product of two activations
         reason = _why_not(match, weight, written, context)
         if node in under_autocast:
@@ -70,6 +70,11 @@ def normalise_linears(module: fx.GraphModule, context: Context) -> None:
             continue
         _replace(module.graph, node, match, weight, dim)
     erase_dead_nodes(module.graph)
+
+
+def _is_with_cache(node: fx.Node, weight: fx.Node, context: Context) -> bool:
+    """Whether an activation is multiplied with what the call is given (a Linear with a given weight says so)."""
+    return node.target in _MATMUL and weight.op == "placeholder" and weight.name not in context.weights
 
 
 def _made_of_weights(graph: fx.Graph, context: Context) -> set[fx.Node]:

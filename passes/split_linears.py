@@ -32,7 +32,7 @@ host's columns there (``cut_blocks``). Columns ``[0, 64)`` of ``a = silu(linear(
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +41,10 @@ from torch import Tensor, fx
 
 from hetegen_compile import ir
 from hetegen_compile.ir import NodeInfo, annotate, erase_dead_nodes, info
-from hetegen_compile.passes.context import Block, Context, LinearPlan, require
+from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.cut_blocks import cut_block
+from hetegen_compile.passes.findings import Block
+from hetegen_compile.passes.plans import LinearPlan
 
 UNASSIGNED = -1
 """Offset of a prefetch whose slot the scheduler has not assigned yet."""
@@ -143,12 +145,15 @@ class _Splitter:
         return self.shapes[key]
 
     def _streamed(self, lo: int, hi: int) -> fx.Node:
-        notes = self._cut(lo, hi)
-        transfer = self._call(ir.PREFETCH, (*self._source([lo, hi], notes), UNASSIGNED, []), notes)
-        arrived = self._call(ir.WAIT, (transfer,), notes)
-        part = self._accelerator(arrived, lo, hi, first=(lo, hi) == self.plan.streamed[0])
+        first = (lo, hi) == self.plan.streamed[0]
+        return self._of_slot([lo, hi], self._cut(lo, hi), lambda rows: self._accelerator(rows, lo, hi, first=first))
+
+    def _of_slot(self, ranges: list[int], notes: NodeInfo, part: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        """What ``part`` makes of the ranges of the weight that a prefetch brings; their slot is free behind it."""
+        transfer = self._call(ir.PREFETCH, (*self._source(ranges, notes), UNASSIGNED, []), notes)
+        found = part(self._call(ir.WAIT, (transfer,), notes))
         self._call(ir.RELEASE, (transfer,), notes)
-        return part
+        return found
 
     def _source(self, ranges: list[int], notes: NodeInfo) -> tuple[object, list[int], int]:
         """What a prefetch of ``ranges`` of the weight reads: source, ranges, dim. ``notes`` are on what it brings."""
@@ -166,13 +171,14 @@ class _Splitter:
 
     def _rectangle(self, lines: tuple[int, int], columns: tuple[int, int]) -> fx.Node:
         notes, whole = self._cut(*columns, lines), info(self.node)
-        transfer = self._call(ir.PREFETCH, (*self._source([*lines, *columns], notes), UNASSIGNED, []), notes)
-        arrived = self._call(ir.WAIT, (transfer,), notes)
         flops = whole.flops * sympy.Rational(notes.value.numel(), info(self.weight).value.numel())  # type: ignore[arg-type]
         part = NodeInfo(value=self._fake(whole.value, whole.value.dim() - 1, *lines), side="accelerator")
-        found = self._call(ir.PARTIAL_LINEAR, (self.x, arrived, None, *self._range(*columns)), part, flops=flops)
-        self._call(ir.RELEASE, (transfer,), notes)
-        return found
+
+        def partial_sum(rectangle: fx.Node) -> fx.Node:
+            arguments = (self.x, rectangle, None, *self._range(*columns))
+            return self._call(ir.PARTIAL_LINEAR, arguments, part, flops=flops)
+
+        return self._of_slot([*lines, *columns], notes, partial_sum)
 
     def _resident(self, lo: int, hi: int) -> fx.Node:
         weight = self._call(ir.RESIDENT, (self.weight, lo, hi), self._cut(lo, hi))

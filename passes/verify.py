@@ -28,11 +28,14 @@ from torch import fx
 from hetegen_compile.errors import MissingWaitError, ScheduleError, UnforeseenMemoryError
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.check_parts import check_parts
-from hetegen_compile.passes.context import ACTIVATIONS, MIRRORED, RESIDENT, RING, Context, Effects, require
+from hetegen_compile.passes.context import Context, require
+from hetegen_compile.passes.findings import Effects
 from hetegen_compile.passes.happens_before import OPERATIONS, name_of, nodes_in, short
+from hetegen_compile.passes.held_values import held_in
 from hetegen_compile.passes.live_bytes import live_bytes
 from hetegen_compile.passes.memory import Memory
-from hetegen_compile.passes.replay import Replay, held_in
+from hetegen_compile.passes.plans import ACTIVATIONS, MIRRORED, RESIDENT, RING
+from hetegen_compile.passes.replay import Replay
 from hetegen_compile.passes.schedule import pinned_ring_bytes
 
 
@@ -100,7 +103,7 @@ def _check_return(graph: fx.Graph, replay: Replay, effects: Effects) -> None:
 
 def _check_inputs(replay: Replay, effects: Effects) -> None:
     """Inputs that the program writes are written, and mirrors that are taken for current show the same."""
-    for key, memory in replay.inputs.items():
+    for key, memory in replay.held.inputs.items():
         due = effects.writes.get(key, (memory.version,))[-1]
         node = memory.nodes[0]
         if memory.version != due:
@@ -108,7 +111,7 @@ def _check_inputs(replay: Replay, effects: Effects) -> None:
                 f"verify: at return {name_of(node)} misses the write of {effects.writers[due]}; "
                 f"missing edge: {effects.writers[due]} -> output"
             )
-        mirror = replay.mirrors.get(key)
+        mirror = replay.held.mirrors.get(key)
         if mirror is not None and mirror.version != memory.version:
             raise ScheduleError(
                 f"verify: at return the mirror of {name_of(node)} misses a write of the host and would count as "
@@ -119,7 +122,7 @@ def _check_inputs(replay: Replay, effects: Effects) -> None:
 def _check_twins(replay: Replay) -> None:
     """A returned tensor and the value that is kept as its mirror show the same writes of the same storage."""
     for node in replay.kept:
-        host, device = (held_in(replay.values.get(operand)) for operand in node.all_input_nodes)
+        host, device = (held_in(replay.held.values.get(operand)) for operand in node.all_input_nodes)
         if host.keys() != device.keys() or any(host[key].version != device[key].version for key in host):
             raise ScheduleError(
                 f"verify: {name_of(node)} keeps {node.args[1]} as the mirror of {node.args[0]}, but the two differ; "
@@ -129,7 +132,7 @@ def _check_twins(replay: Replay) -> None:
 
 def _check_carried(replay: Replay) -> None:
     """What the step leaves in the ring for the next one is what the next one, of the same graph, begins with."""
-    begun, left = replay.carried["in"], replay.carried["out"]
+    begun, left = replay.slots.carried["in"], replay.slots.carried["out"]
     for bytes_of in begun.keys() ^ left.keys():
         node = {**begun, **left}[bytes_of]
         raise ScheduleError(
@@ -144,10 +147,10 @@ def _check_aliasing(graph: fx.Graph, replay: Replay, effects: Effects) -> None:
     operands = nodes_in(output.args[0])
     if len(operands) != len(effects.outputs):
         raise ScheduleError(f"verify: {len(operands)} values are returned, the program returns {len(effects.outputs)}")
-    memory_of: dict[int, Memory] = dict(replay.inputs)
-    key_of = {id(memory): key for key, memory in replay.inputs.items()}
+    memory_of: dict[int, Memory] = dict(replay.held.inputs)
+    key_of = {id(memory): key for key, memory in replay.held.inputs.items()}
     for operand, expected in zip(operands, effects.outputs, strict=True):
-        held = held_in(replay.values.get(operand))
+        held = held_in(replay.held.values.get(operand))
         for key in expected:
             memory = held.get(key)
             if memory is None:

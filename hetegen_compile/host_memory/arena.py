@@ -11,7 +11,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from hetegen_compile.calibration.machine import numa_nodes, usable_cpus
 from hetegen_compile.host_memory.mappings import Mapping, overlapping
+from hetegen_compile.host_memory.memory_nodes import interleave
 
 ALIGNMENT_BYTES = 64
 """Of each storage in an arena: what vector instructions like."""
@@ -35,6 +37,7 @@ class Arena:
         with contextlib.suppress(OSError):  # advice only: not every kernel has huge pages
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        interleave(self.address, self.nbytes, numa_nodes(usable_cpus()))
 
     def storage(self, index: int) -> torch.UntypedStorage:
         """The storage at one of the arena's places, each with an identity of its own."""

@@ -17,7 +17,7 @@ from hetegen_compile.mirrors.records import Records
 from hetegen_compile.mirrors.request import MIRRORS, WEIGHTS, Request
 from hetegen_compile.mirrors.standing import Samples, Standing
 from hetegen_compile.mirrors.upload import Uploader, new_bytes
-from hetegen_compile.passes.context import WeightKey
+from hetegen_compile.passes.claims import WeightKey
 
 logger = logging.getLogger("hetegen_compile")
 

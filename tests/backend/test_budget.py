@@ -20,8 +20,10 @@ from hetegen_compile.accelerators.emulated import EmulatedAccelerator
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import info
 from hetegen_compile.passes.capture import tensor_bytes, tensors_in
-from hetegen_compile.passes.context import UNFORESEEN, MemoryNeed, SegmentCompiler
+from hetegen_compile.passes.context import SegmentCompiler
+from hetegen_compile.passes.findings import MemoryNeed
 from hetegen_compile.passes.measure_memory import inner_lives
+from hetegen_compile.passes.plans import UNFORESEEN
 from hetegen_compile.planner import BucketPlan, Planner
 from hetegen_compile.schedule import Schedule
 from hetegen_compile.segments import inductor_compiler, plain_compiler
@@ -153,8 +155,12 @@ def _decode_budgets(model: PreTrainedModel, tokens: int, **options: Any) -> list
 
 
 def test_a_stated_context_leaves_prefill_the_room_that_decode_needs() -> None:
-    """Decode finds every weight where prefill left it, up to the stated context, and no plan is made anew."""
-    model = tiny_model("llama", layers=3)
+    """Decode finds every weight where prefill left it, up to the stated context, and no plan is made anew.
+
+    Without grouped heads: where attention gets a mask (in transformers 5.17 always), it repeats the cache for all
+    heads, which no graph before decode can foresee.
+    """
+    model = tiny_model("opt", layers=3)
     budget = sum(parameter.nbytes for parameter in model.parameters())
     found = _decode_budgets(model, 30, gpu_memory=budget, context=64)
     uploaded, resident = found[0]
@@ -281,7 +287,7 @@ class MeasuredSegments:
                 calls[0] += 1
                 if calls[0] != 2:  # the first call warms up
                     return compiled(*args)
-                with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+                with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
                     results = compiled(*args)
                 self.measured.append((_peak(found), planned, text))
                 return results

@@ -229,15 +229,17 @@ def test_a_copy_that_fails_is_raised_by_the_next_call_and_the_one_after_works(
 ) -> None:
     accelerator = steady.backend.accelerator
     assert isinstance(accelerator, EmulatedAccelerator)
-    real, broken = accelerator._work.fill_slot, {"on": True}
+    real, broken, failed = accelerator._work.fill_slot, {"on": True}, threading.Event()
 
     def fill_slot(op: Op, *args: Any) -> None:
         if broken["on"] and op.name.startswith("prefetch_ahead"):
+            failed.set()
             raise OSError("the mapping is gone")
         real(op, *args)
 
     monkeypatch.setattr(accelerator._work, "fill_slot", fill_slot)
     steady.check()
+    assert failed.wait(10), "no copy for the next step was started"
     broken["on"] = False
     with pytest.raises(AcceleratorError, match=r"prefetch_ahead\w* failed .*the mapping is gone"):
         steady.check()

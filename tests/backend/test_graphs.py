@@ -41,6 +41,25 @@ def test_a_graph_break_in_the_middle() -> None:
     assert len([graph for graph in found.schedules if graph.host_bytes and graph.streamed_bytes]) == 2
 
 
+def test_a_graph_without_a_linear_before_the_others() -> None:
+    """Nothing of it goes down to the host: a check of the prompt, say, whose answer the program branches on."""
+
+    def body(before: Linear, after: Linear, x: Tensor) -> Tensor:
+        places = (x > 0).sum()
+        if places.item() < 0:
+            return x
+        return after(before(x) + places)
+
+    model = around(body)
+
+    def run() -> Any:
+        with torch.no_grad():
+            return [model(random(3, 64)) for _ in range(2)]
+
+    found = compiled_like_eager(model, run, options=emulated(gpu_memory=BUDGET), calls=2)
+    assert [bool(graph.host_bytes and graph.streamed_bytes) for graph in found.schedules] == [False, True]
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_one_graph_serves_all_numbers_of_tokens(dynamic: bool | None) -> None:
     torch.manual_seed(0)

@@ -61,10 +61,11 @@ def test_a_cache_is_not_uploaded_again(architecture: str, cache: str | None) -> 
     assert_offloaded(backend, new_schedules(known), options)
     assert len(mirrors) == TOKENS
     steady = 4  # prefill and the first decodes compile, and fetch buffers
-    steps = {after - before for before, after in zip(mirrors[steady:], mirrors[steady + 1 :], strict=False)}
-    assert len(steps) == 1, f"bytes of mirrors of each step: {steps}"
+    steps = [after - before for before, after in zip(mirrors[steady:], mirrors[steady + 1 :], strict=False)]
+    growths = {after - before for before, after in zip(steps, steps[1:], strict=False)}
+    assert growths in ({0}, {8}), f"bytes of mirrors of each step: {steps}"  # 8: a padding mask, one int64 a token
     a_tokens_keys_and_values = 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, width, bytes
-    assert 0 < steps.pop() < a_tokens_keys_and_values
+    assert 0 < min(steps) <= max(steps) < a_tokens_keys_and_values
     alike = {after - before for before, after in zip(moved[steady:], moved[steady + 1 :], strict=False)}
     assert max(alike) - min(alike) < a_tokens_keys_and_values, "activations do not grow with the cache either"
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from hetegen_compile.host_memory import arena as arena_module
 from hetegen_compile.host_memory.arena import ALIGNMENT_BYTES, Arena, drop_pages, move
 from hetegen_compile.host_memory.mappings import Kind, kind_of, read_mappings
 from tests.host_memory.files import mapped, resident_pages
@@ -25,6 +26,15 @@ def test_storages_lie_apart_in_one_anonymous_mapping() -> None:
     assert all(storage.data_ptr() % ALIGNMENT_BYTES == 0 for storage in storages)
     assert len({storage._cdata for storage in storages}) == 3
     assert kind_of(read_mappings(), arena.address, arena.nbytes) is Kind.ANONYMOUS
+
+
+def test_an_arena_is_spread_over_memory_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    spread: list[tuple[int, int, tuple[int, ...]]] = []
+    monkeypatch.setattr(arena_module, "numa_nodes", lambda cpus: (0, 1))
+    monkeypatch.setattr(arena_module, "interleave", lambda *call: spread.append(call))
+    arena = Arena([1 << 20])
+    assert spread == [(arena.address, 1 << 20, (0, 1))]
+    assert resident_pages(arena.address, arena.nbytes) == 0  # nothing was written before
 
 
 def test_an_arena_lives_as_long_as_a_storage_of_it() -> None:

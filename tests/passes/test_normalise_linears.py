@@ -255,3 +255,9 @@ def test_a_bias_that_the_graph_writes_stays() -> None:
     found = case(function, torch.randn(3, IN)).run(normalise_linears)
     assert found.nodes(LINEAR) == []
     assert found.reasons() == ["B is written by the graph itself"]
+
+
+def test_a_product_with_a_cache_is_no_linear_and_needs_no_reason() -> None:
+    found = case(lambda x, cache: x @ cache, torch.randn(3, IN), torch.randn(IN, OUT)).run(normalise_linears)
+    assert found.nodes(LINEAR) == []
+    assert found.refusals == []

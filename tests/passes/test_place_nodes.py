@@ -303,12 +303,6 @@ def item_of_a_written_input(x: Tensor, step: Tensor) -> Any:
     return A(x) * step.item()
 
 
-def arithmetic_on_a_lookup(ids: Tensor) -> tuple[Tensor, Tensor]:
-    x = TABLE(ids)
-    x.mul_(8.0)
-    return A(x), x
-
-
 def linear_under_autocast(x: Tensor) -> tuple[Tensor, Tensor]:
     z = B(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -346,10 +340,6 @@ HOST_ONLY: dict[str, tuple[Any, tuple[Tensor, ...], str]] = {
     "item() of a written input": (
         item_of_a_written_input, (torch.randn(1, 64), torch.tensor(3.0)),
         "add_ writes on the accelerator what item reads on the host",
-    ),
-    "arithmetic on a lookup": (
-        arithmetic_on_a_lookup, (torch.tensor([3, 5]),),
-        "mul_ writes on the accelerator what x reads on the host",
     ),
     "noise under autocast": (
         noise_under_autocast, (torch.randn(1, 64),),

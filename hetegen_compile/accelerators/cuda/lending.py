@@ -1,0 +1,90 @@
+"""Small host tensors for kernels to read where they lie: pinned buffers and CUDA views of them, used again and again.
+
+Making a pinned buffer and a view of it takes longer than filling it, and a step that is split makes hundreds. So a
+buffer that was lent in one step is lent again in later ones, unless somebody still holds a tensor on it.
+
+Unverified on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+
+from hetegen_compile.accelerators.cuda.pinning import cuda_view
+from hetegen_compile.accelerators.geometry import copy_span, empty_twin, span_bytes
+
+ALIGNMENT_BYTES = 256
+"""Where each tensor begins in a buffer: as the device's allocator aligns, which compiled kernels count on."""
+
+LEAST_BYTES = 1 << 12
+"""Buffers are as long as powers of two from here on, so that few lengths serve all."""
+
+
+class _Lent(NamedTuple):
+    """A pinned buffer of bytes, seen from either side, and how often the device's side is held while it is not lent."""
+
+    host: torch.Tensor
+    device: torch.Tensor
+    holders: int
+
+
+class Lending:
+    """The pinned buffers of one device's small uploads. Used by one thread at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._free: dict[int, list[_Lent]] = defaultdict(list)
+        self._lent: list[_Lent] = []
+
+    def lend(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """CUDA views, of the tensors' geometry, of copies that lie behind each other in one buffer."""
+        *offsets, nbytes = accumulate(map(_aligned_bytes, tensors), initial=0)
+        lent = self._take(nbytes)
+        self._lent.append(lent)
+        for offset, tensor in zip(offsets, tensors, strict=True):
+            copy_span(_lying_at(lent.host, offset, tensor), tensor)
+        return [_lying_at(lent.device, offset, tensor) for offset, tensor in zip(offsets, tensors, strict=True)]
+
+    def take_back(self) -> None:
+        """All kernels that read what was lent are over: whatever nobody holds any more may be lent again."""
+        for lent in self._lent:
+            if _holders(lent.device) == lent.holders:
+                self._free[lent.host.numel()].append(lent)
+        self._lent.clear()
+
+    def close(self) -> None:
+        """Let go of all buffers."""
+        self._lent.clear()
+        self._free.clear()
+
+    def _take(self, nbytes: int) -> _Lent:
+        length = max(LEAST_BYTES, 1 << (nbytes - 1).bit_length())
+        if self._free[length]:
+            return self._free[length].pop()
+        geometry = torch.empty(length, dtype=torch.uint8, device="meta")
+        host = empty_twin(geometry, torch.device("cpu"), pinned=True)
+        device = cuda_view(host, self._device)
+        return _Lent(host, device, _holders(device))
+
+
+def _aligned_bytes(tensor: torch.Tensor) -> int:
+    return -(-span_bytes(tensor) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def _lying_at(packed: torch.Tensor, offset: int, like: torch.Tensor) -> torch.Tensor:
+    """The bytes of a buffer from ``offset`` on as a tensor of the geometry of ``like``."""
+    flat = packed[offset : offset + span_bytes(like)].view(like.dtype)
+    return flat.as_strided(like.shape, like.stride())
+
+
+def _holders(tensor: torch.Tensor) -> int:
+    """How often the tensor's storage is held: by it, by what it is a view of, and by its own views."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+__all__ = ["Lending"]

@@ -1,0 +1,108 @@
+"""Caches that the user makes and keeps between calls of ``generate()``, and those that only ``generate()`` knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
+from transformers.cache_utils import Cache
+
+from tests.models.architectures import prompts, tiny_model
+from tests.models.harness import RecordingBackend, compiled_like_eager, emulated, half_the_weights
+
+TOKENS = 4
+LONGEST = 40
+
+
+def _answer(model: PreTrainedModel, tokens: Tensor, **options: Any) -> Tensor:
+    lengths = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
+    found: Tensor = model.generate(tokens, **{**lengths, **options})  # type: ignore[operator]
+    return found
+
+
+def _contents(cache: Cache) -> list[tuple[Tensor, Tensor]]:
+    return [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+
+
+def _budget(model: PreTrainedModel) -> int:
+    return half_the_weights(model) * 13 // 10
+
+
+def _dynamic(model: PreTrainedModel) -> Cache:
+    return DynamicCache(config=model.config)
+
+
+def _static(model: PreTrainedModel) -> Cache:
+    return StaticCache(config=model.config, max_cache_len=LONGEST)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "make"), [("llama", _dynamic), ("llama", _static), ("gemma3", _static), ("mistral", _dynamic)]
+)
+def test_a_conversation_on_one_cache(architecture: str, make: Callable[[PreTrainedModel], Cache]) -> None:
+    """Each turn is the whole conversation so far; the cache knows all but the last few tokens of it."""
+    model = tiny_model(architecture, layers=2 if architecture == "gemma3" else 1)
+    turns = [prompts(1)["input_ids"][:, :length] for length in (7, 3, 1)]
+
+    def run() -> list[Any]:
+        cache, conversation, found = make(model), turns[0][:, :0], []
+        for turn in turns:
+            conversation = _answer(model, torch.cat([conversation, turn], 1), past_key_values=cache)
+            found += [conversation, _contents(cache)]
+        return found
+
+    found = compiled_like_eager(model, run, options=emulated(gpu_memory=_budget(model)))
+    assert len(found.eager[-2].unique()) >= 5
+
+
+def test_a_prompt_that_many_answers_start_from() -> None:
+    """The prompt's cache is computed once, repeated for two answers, then cut back to what it was."""
+    model, tokens = tiny_model("llama", layers=1), prompts(1)["input_ids"]
+
+    def run() -> list[Any]:
+        cache = _dynamic(model)
+        with torch.no_grad():
+            model(tokens[:, :-2], past_key_values=cache, use_cache=True)
+        one = _answer(model, tokens, past_key_values=cache)
+        cache.crop(-(cache.get_seq_length() - tokens.shape[1] + 2))
+        other = _answer(model, tokens[:, 2:].flip(1).repeat(1, 2)[:, : tokens.shape[1]], past_key_values=cache)
+        cache.crop(-TOKENS)
+        cache.batch_repeat_interleave(2)
+        return [one, other, _answer(model, other[:, :-1].repeat(2, 1), past_key_values=cache), _contents(cache)]
+
+    compiled_like_eager(model, run, options=emulated(gpu_memory=_budget(model)))
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_quantized_cache(beams: int) -> None:
+    """Keys and values in 8 bits, with scales that the first call measured."""
+    model = tiny_model("llama", layers=1)
+    options = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}, "num_beams": beams}
+
+    def run() -> list[Any]:
+        found = model.generate(  # type: ignore[operator]
+            **prompts(2), **options, max_new_tokens=TOKENS, do_sample=False, return_dict_in_generate=True
+        )
+        assert isinstance(found.past_key_values, QuantizedCache)
+        return [found.sequences, [layer._quantized_keys for layer in found.past_key_values.layers]]
+
+    compiled_like_eager(model, run, options=emulated(gpu_memory=2 * half_the_weights(model)))
+
+
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static", "offloaded_hybrid"])
+def test_an_offloaded_cache_is_refused_as_in_eager(cache: str) -> None:
+    """transformers moves such a cache between CPU and accelerator itself and has it for neither of them alone."""
+    model, backend = tiny_model("llama", layers=1), RecordingBackend()
+    with pytest.raises(Exception, match=".") as eager:
+        _answer(model, prompts(1)["input_ids"], cache_implementation=cache)
+    expected = _answer(model, prompts(1)["input_ids"])
+    model.compile(backend=backend, options=emulated(gpu_memory=_budget(model)))
+    with pytest.raises(type(eager.value)) as compiled:
+        _answer(model, prompts(1)["input_ids"], cache_implementation=cache)
+    assert str(compiled.value) == str(eager.value)
+    assert torch.equal(_answer(model, prompts(1)["input_ids"]), expected), "generation with another cache goes on"
+    assert backend.graphs
