@@ -29,10 +29,10 @@ def test_a_size_that_turned_out_to_be_another_one() -> None:
     assert bool(one == other)
     assert {one.node._expr, other.node._expr} > {one.node.expr}, "one of them has the symbol of the other now"
     graph = fx.Graph()
-    size = graph.placeholder("size")
-    rows = graph.call_function(torch.arange, (size,))
-    graph.output((graph.call_function(operator.mul, (rows, 2)),))
+    size, more = (graph.placeholder(name) for name in ("size", "more"))
+    rows = graph.call_function(torch.arange, (more,))
+    graph.output((graph.call_function(operator.add, (rows, size)),))
     segment = fx.GraphModule(torch.nn.Module(), graph)
-    for example in (one, other):
-        (found,) = inductor_compiler(mode)(segment, [example])(7)
-        torch.testing.assert_close(found, 2 * torch.arange(7))
+    for sizes in ((one, other + 1), (other, one + 1)):
+        (found,) = inductor_compiler(mode)(segment, sizes)(7, 8)
+        torch.testing.assert_close(found, 7 + torch.arange(8))

@@ -24,7 +24,8 @@ from hetegen_compile.passes.context import SegmentCompiler
 from hetegen_compile.passes.findings import MemoryNeed
 from hetegen_compile.passes.measure_memory import inner_lives
 from hetegen_compile.passes.plans import UNFORESEEN
-from hetegen_compile.planner import BucketPlan, Planner
+from hetegen_compile.planned import BucketPlan
+from hetegen_compile.planner import Planner
 from hetegen_compile.schedule import Schedule
 from hetegen_compile.segments import inductor_compiler, plain_compiler
 from tests.backend.modules import WIDTH, Mlp, random

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hetegen_compile.buckets import largest_sizes
 from hetegen_compile.cost_model import row_granularity
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import LINEAR, info
@@ -23,7 +24,6 @@ from hetegen_compile.passes import annotate_costs, choose_residency, choose_spli
 from hetegen_compile.passes.claims import Claim, NothingResident
 from hetegen_compile.passes.context import Bucket
 from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH, OTHERS, RESIDENT, Residency
-from hetegen_compile.planner import largest_sizes
 from tests.passes.graphs import GIB, Case, again, case, property_test
 
 SIZES = ((64, 512), (512, 512), (512, 128), (128, 1000))
