@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from hetegen_compile import planner
 from hetegen_compile.bind import BoundStep, bind
+from hetegen_compile.buckets import bucket_of
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.errors import AcceleratorMemoryError, BudgetError, UnforeseenMemoryError
 from hetegen_compile.graph_inputs import aliased_inputs, as_int, is_weight, number, symbol_inputs, token_count
@@ -27,7 +28,8 @@ from hetegen_compile.passes.capture import source_name
 from hetegen_compile.passes.claims import weight_key
 from hetegen_compile.passes.context import Bucket, HostOnlyGraphError, Refusal, SegmentCache, SegmentCompiler, require
 from hetegen_compile.passes.plans import UNFORESEEN
-from hetegen_compile.planner import BucketPlan, PlannedStep, Planner, Sizes, Split, Target, bucket_of
+from hetegen_compile.planned import BucketPlan, PlannedStep, Sizes, Split, Target
+from hetegen_compile.planner import Planner
 from hetegen_compile.room import Room
 from hetegen_compile.runtime import Runtime
 from hetegen_compile.schedule import FITS, Schedule, register, withdraw

@@ -46,6 +46,7 @@ def inductor_compiler(mode: FakeTensorMode) -> SegmentCompiler:
     def compile_segment(segment: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
+        examples = [_by_todays_symbol(example) for example in examples]
         sources = unnamed_sizes(examples)
         inputs = [*examples, *(source.read(examples) for source in sources)]
         context = TracingContext(mode)
@@ -107,6 +108,16 @@ def _reading_sizes(compiled: Callable[..., Any], sources: Sequence[SizeSource]) 
         return compiled(*args, *(source.read(args) for source in sources))
 
     return call
+
+
+def _by_todays_symbol(example: Any) -> Any:
+    """A size whose symbol turned out to be another's, by that one.
+
+    Inductor's code names such an input by the old symbol and reads it by the new one.
+    """
+    if not isinstance(example, torch.SymInt) or example.node._expr == example.node.expr:
+        return example
+    return example.node.shape_env.create_symintnode(example.node.expr, hint=example.node.hint)
 
 
 def plain_compiler(mode: FakeTensorMode) -> SegmentCompiler:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
 from torch._dynamo.utils import counters
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -90,3 +92,27 @@ def test_where_symbols_can_be_read() -> None:
         assert unnamed_sizes([torch.cat([cache, cache])]) == [(0, 0, 2, 0)]
     with pytest.raises(CompilationError, match=f"no input of the segment shows {length}"):
         unnamed_sizes([length * length])
+
+
+def _size(env: ShapeEnv, name: str, hint: int) -> torch.SymInt:
+    source = ConstantSource(name)
+    symbol = env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
+    size = env.create_symintnode(symbol, hint=hint, source=source)
+    assert isinstance(size, torch.SymInt)
+    return size
+
+
+@through_inductor
+def test_a_size_that_turned_out_to_be_another_one() -> None:
+    env = ShapeEnv()
+    mode, one, other = FakeTensorMode(shape_env=env), _size(env, "one", 5), _size(env, "other", 5)
+    assert bool(one == other)
+    assert {one.node._expr, other.node._expr} > {one.node.expr}, "one of them has the symbol of the other now"
+    graph = fx.Graph()
+    size, more = (graph.placeholder(name) for name in ("size", "more"))
+    rows = graph.call_function(torch.arange, (more,))
+    graph.output((graph.call_function(operator.add, (rows, size)),))
+    segment = fx.GraphModule(torch.nn.Module(), graph)
+    for sizes in ((one, other + 1), (other, one + 1)):
+        (found,) = inductor_compiler(mode)(segment, sizes)(7, 8)
+        torch.testing.assert_close(found, 7 + torch.arange(8))

@@ -127,7 +127,7 @@ def test_ctrl_c_while_planning(stage: int, monkeypatch: pytest.MonkeyPatch) -> N
                 pass
         return real(module, context, stages, **options)
 
-    for name in ("planner", "trials"):
+    for name in ("within_budget", "trials"):
         monkeypatch.setattr(f"hetegen_compile.{name}.run_pipeline", run)
     model, backend = around(plain), RecordingBackend()
     model.compile(backend=backend, options=emulated(gpu_memory=BUDGET))
@@ -169,7 +169,7 @@ def test_a_defect_keeps_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any) -> Any:
         raise ZeroDivisionError("in a pass")
 
-    monkeypatch.setattr("hetegen_compile.planner.run_pipeline", broken)
+    monkeypatch.setattr("hetegen_compile.within_budget.run_pipeline", broken)
     model = Mlp(4).eval()
     model.compile(backend=RecordingBackend(), options=emulated(gpu_memory=BUDGET))
     for _ in range(2):
