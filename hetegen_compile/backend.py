@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import traceback
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,27 +30,25 @@ _RECOMPILE_LIMIT = 64
 _REASON_CHARACTERS = 2000  # torch's messages may hold the whole graph; the cause that is kept has all of it
 
 
-def hetegen(
-    module: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, object] | None = None
-) -> Callable[..., Any]:
-    """The backend behind ``torch.compile(model, backend="hetegen", options={...})``.
+class _Backend:
+    """What torch.compile calls, and what ``torch._dynamo.reset()`` tells."""
 
-    Returns:
-        A callable with the graph's inputs and outputs. If something is wrong, it raises a ``HetegenError`` when
-        it is called: an error raised here would be taken for a graph break and the model would run in eager.
-    """
-    return make_backend(inductor_compiler)(module, inputs, options=options)
+    def __init__(self, compiler: Callable[[FakeTensorMode], SegmentCompiler]) -> None:
+        self._compiler = compiler
+        self._graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
 
-
-def make_backend(compiler: Callable[[FakeTensorMode], SegmentCompiler]) -> Callable[..., Callable[..., Any]]:
-    """A backend whose segments are compiled by ``compiler`` (a fake mode -> a segment compiler)."""
-
-    def backend(
-        module: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, object] | None = None
+    def __call__(
+        self, module: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, object] | None = None
     ) -> Callable[..., Any]:
+        """What ``torch.compile(model, backend="hetegen", options={...})`` asks for.
+
+        Returns:
+            A callable with the graph's inputs and outputs. If something is wrong, it raises a ``HetegenError`` when
+            it is called: an error raised here would be taken for a graph break and the model would run in eager.
+        """
         _raise_recompile_limit()
         try:
-            return _compile(module, inputs, parse_options(options), compiler)
+            graph = _compile(module, inputs, parse_options(options), self._compiler)
         except TensorifyScalarRestartAnalysis:
             raise
         except HetegenError as error:
@@ -58,8 +58,26 @@ def make_backend(compiler: Callable[[FakeTensorMode], SegmentCompiler]) -> Calla
             wrapped = CompilationError(f"hetegen could not compile this graph: {reason[:_REASON_CHARACTERS]}")
             wrapped.__cause__ = error
             return _raising(wrapped)
+        self._graphs.add(graph)
+        return graph
 
-    return backend
+    def reset(self) -> None:
+        """``torch._dynamo.reset()`` calls this: let go of accelerators.
+
+        Dynamo keeps graphs of functions that it inlined up to a graph break for ever, among a module's globals.
+        """
+        for graph in list(self._graphs):
+            graph.release()
+        self._graphs.clear()
+
+
+def make_backend(compiler: Callable[[FakeTensorMode], SegmentCompiler]) -> _Backend:
+    """A backend whose segments are compiled by ``compiler`` (a fake mode -> a segment compiler)."""
+    return _Backend(compiler)
+
+
+hetegen = make_backend(inductor_compiler)
+"""The backend behind ``torch.compile(model, backend="hetegen", options={...})``."""
 
 
 def _compile(
@@ -70,10 +88,11 @@ def _compile(
 ) -> CompiledGraph:
     _refuse_gradients(module)
     profile = profile_for(options)
-    runtime = runtime_for(options, profile)
+    open_runtime = functools.partial(runtime_for, options, profile)
+    open_runtime()  # refuses what is not there before anything is captured
     mode = capture(module, inputs)
     return CompiledGraph(
-        module, inputs, options=options, profile=profile, runtime=runtime, compile_segment=compiler(mode)
+        module, inputs, options=options, profile=profile, open_runtime=open_runtime, compile_segment=compiler(mode)
     )
 
 

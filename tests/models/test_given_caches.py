@@ -24,8 +24,12 @@ def _answer(model: PreTrainedModel, tokens: Tensor, **options: Any) -> Tensor:
     return found
 
 
-def _contents(cache: Cache) -> list[tuple[Tensor, Tensor]]:
+def _contents(cache: Any) -> list[tuple[Tensor, Tensor]]:
     return [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+
+
+def _quantized(cache: Any) -> list[tuple[Tensor, Tensor]]:
+    return [layer._quantized_keys for layer in cache.layers]
 
 
 def _budget(model: PreTrainedModel) -> int:
@@ -47,6 +51,7 @@ def test_a_conversation_on_one_cache(architecture: str, make: Callable[[PreTrain
     """Each turn is the whole conversation so far; the cache knows all but the last few tokens of it."""
     model = tiny_model(architecture, layers=2 if architecture == "gemma3" else 1)
     turns = [prompts(1)["input_ids"][:, :length] for length in (7, 3, 1)]
+    budget = _budget(model) if architecture == "llama" else half_the_weights(model)
 
     def run() -> list[Any]:
         cache, conversation, found = make(model), turns[0][:, :0], []
@@ -55,7 +60,7 @@ def test_a_conversation_on_one_cache(architecture: str, make: Callable[[PreTrain
             found += [conversation, _contents(cache)]
         return found
 
-    found = compiled_like_eager(model, run, options=emulated(gpu_memory=_budget(model)))
+    found = compiled_like_eager(model, run, options=emulated(gpu_memory=budget))
     assert len(found.eager[-2].unique()) >= 5
 
 
@@ -88,7 +93,7 @@ def test_a_quantized_cache(beams: int) -> None:
             **prompts(2), **options, max_new_tokens=TOKENS, do_sample=False, return_dict_in_generate=True
         )
         assert isinstance(found.past_key_values, QuantizedCache)
-        return [found.sequences, [layer._quantized_keys for layer in found.past_key_values.layers]]
+        return [found.sequences, _quantized(found.past_key_values)]
 
     compiled_like_eager(model, run, options=emulated(gpu_memory=2 * half_the_weights(model)))
 
