@@ -8,7 +8,7 @@ import logging
 import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx
@@ -30,25 +30,35 @@ _RECOMPILE_LIMIT = 64
 _REASON_CHARACTERS = 2000  # torch's messages may hold the whole graph; the cause that is kept has all of it
 
 
-class _Backend:
+class Backend(Protocol):
     """What torch.compile calls, and what ``torch._dynamo.reset()`` tells."""
 
-    def __init__(self, compiler: Callable[[FakeTensorMode], SegmentCompiler]) -> None:
-        self._compiler = compiler
-        self._graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
+    reset: Callable[[], None]
 
     def __call__(
         self, module: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, object] | None = None
     ) -> Callable[..., Any]:
-        """What ``torch.compile(model, backend="hetegen", options={...})`` asks for.
+        """A callable with the graph's inputs and outputs."""
 
-        Returns:
-            A callable with the graph's inputs and outputs. If something is wrong, it raises a ``HetegenError`` when
-            it is called: an error raised here would be taken for a graph break and the model would run in eager.
+
+def make_backend(compiler: Callable[[FakeTensorMode], SegmentCompiler]) -> Backend:
+    """A backend whose segments are compiled by ``compiler`` (a fake mode -> a segment compiler).
+
+    It is a function and no object of a class: a compiled model that is deep-copied refers to the same one.
+    """
+    graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
+
+    def backend(
+        module: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, object] | None = None
+    ) -> Callable[..., Any]:
+        """A callable with the graph's inputs and outputs.
+
+        If something is wrong, it raises a ``HetegenError`` when it is called: an error raised here would be taken for
+        a graph break and the model would run in eager.
         """
         _raise_recompile_limit()
         try:
-            graph = _compile(module, inputs, parse_options(options), self._compiler)
+            graph = _compile(module, inputs, parse_options(options), compiler)
         except TensorifyScalarRestartAnalysis:
             raise
         except HetegenError as error:
@@ -58,22 +68,18 @@ class _Backend:
             wrapped = CompilationError(f"hetegen could not compile this graph: {reason[:_REASON_CHARACTERS]}")
             wrapped.__cause__ = error
             return _raising(wrapped)
-        self._graphs.add(graph)
+        graphs.add(graph)
         return graph
 
-    def reset(self) -> None:
-        """``torch._dynamo.reset()`` calls this: let go of accelerators.
-
-        Dynamo keeps graphs of functions that it inlined up to a graph break for ever, among a module's globals.
-        """
-        for graph in list(self._graphs):
+    def reset() -> None:
+        """Let go of accelerators: Dynamo keeps some graphs for ever (of functions inlined up to a graph break)."""
+        for graph in list(graphs):
             graph.release()
-        self._graphs.clear()
+        graphs.clear()
 
-
-def make_backend(compiler: Callable[[FakeTensorMode], SegmentCompiler]) -> _Backend:
-    """A backend whose segments are compiled by ``compiler`` (a fake mode -> a segment compiler)."""
-    return _Backend(compiler)
+    made = cast(Backend, backend)
+    made.reset = reset
+    return made
 
 
 hetegen = make_backend(inductor_compiler)

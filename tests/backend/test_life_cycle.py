@@ -23,6 +23,7 @@ from tests.models.architectures import prompts, tiny_model
 from tests.models.harness import RecordingBackend, emulated
 
 REPEATS = 20
+TIMES = 4
 
 
 def _resident_bytes() -> int:
@@ -117,9 +118,9 @@ def _branches(before: Linear, after: Linear, x: Tensor) -> Tensor:
 
 
 def test_a_reset_frees_what_dynamo_keeps() -> None:
-    """20 times: threads, memory of the accelerator and pins are as after the first."""
+    """Again and again: threads, memory of the accelerator and pins are as after the first."""
     held, threads = [], []
-    for _ in range(REPEATS):
+    for _ in range(TIMES):
         model, backend = Branches().eval(), RecordingBackend()
         model.compile(backend=backend, options=emulated(gpu_memory=BUDGET, seed=None))
         with torch.no_grad():
@@ -136,8 +137,8 @@ def test_a_reset_frees_what_dynamo_keeps() -> None:
         assert kept() is not None, "Dynamo lets go of it now: this test asks for nothing any more"
         held.append(sum(counters.held_bytes.values()) + pins.pinned_bytes)
         threads.append(_threads())
-    assert held == [0] * REPEATS
-    assert threads == [threads[0]] * REPEATS
+    assert held == [0] * TIMES
+    assert threads == [threads[0]] * TIMES
 
 
 def test_a_graph_that_was_released_works_when_it_is_called() -> None:
