@@ -35,7 +35,8 @@ from hetegen_compile.floor import Floor, floor, offloaded_together_s
 from hetegen_compile.graph_inputs import number, token_count
 from hetegen_compile.options import Options
 from hetegen_compile.passes.choose_residency import staging_ring_bytes
-from hetegen_compile.passes.context import RESIDENT, RING, Residency, SegmentCache, require
+from hetegen_compile.passes.context import SegmentCache, require
+from hetegen_compile.passes.plans import RESIDENT, RING, Residency
 from hetegen_compile.planner import BucketPlan, PlannedStep, Planner, Split, Target, bucket_of
 
 SHARES = (0.10, 0.25, 0.50, 0.75)

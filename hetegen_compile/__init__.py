@@ -1,14 +1,14 @@
 """hetegen: run PyTorch models that do not fit the GPU, ``torch.compile(model, backend="hetegen")``.
 
 Importing the package is not needed to use the backend once it is installed: torch finds it by its entry point. Imported
-from a checkout that is not installed, it tells torch the name itself.
+from a checkout that is not installed, it makes the entry point known itself.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hetegen_compile.registration import register_unless_installed
+from hetegen_compile.registration import register_checkout
 
 if TYPE_CHECKING:
     from hetegen_compile.dry_run import plan, plan_generation
@@ -39,4 +39,4 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
-register_unless_installed()
+register_checkout()

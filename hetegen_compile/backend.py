@@ -95,10 +95,16 @@ def _compile(
     _refuse_gradients(module)
     profile = profile_for(options)
     open_runtime = functools.partial(runtime_for, options, profile)
-    open_runtime()  # refuses what is not there before anything is captured
+    runtime = open_runtime()
     mode = capture(module, inputs)
     return CompiledGraph(
-        module, inputs, options=options, profile=profile, open_runtime=open_runtime, compile_segment=compiler(mode)
+        module,
+        inputs,
+        options=options,
+        profile=profile,
+        runtime=runtime,
+        reopen=open_runtime,
+        compile_segment=compiler(mode),
     )
 
 

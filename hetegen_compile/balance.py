@@ -29,8 +29,10 @@ from hetegen_compile.passes.choose_splits import (
     pairable_blocks,
     with_host_rows,
 )
-from hetegen_compile.passes.context import Block, Context, LinearPlan, Splits, require
+from hetegen_compile.passes.context import Context, require
+from hetegen_compile.passes.findings import Block
 from hetegen_compile.passes.fit_ring import fit_ring
+from hetegen_compile.passes.plans import LinearPlan, Splits
 from hetegen_compile.passes.predict_step import node_work, trip_s
 from hetegen_compile.trials import Trials
 

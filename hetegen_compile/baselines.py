@@ -11,7 +11,9 @@ from hetegen_compile.ir import LINEAR, info, is_tensor
 from hetegen_compile.passes.annotate_costs import dtype_name, value_bytes
 from hetegen_compile.passes.capture import FREE_ATEN
 from hetegen_compile.passes.choose_splits import choose_splits
-from hetegen_compile.passes.context import Context, LinearPlan, NodeCost, require
+from hetegen_compile.passes.context import Context, require
+from hetegen_compile.passes.findings import NodeCost
+from hetegen_compile.passes.plans import LinearPlan
 from hetegen_compile.passes.predict_step import node_work
 from hetegen_compile.trials import Trials
 

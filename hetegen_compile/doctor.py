@@ -24,11 +24,9 @@ from hetegen_compile.calibration.machine import (
     usable_cpus,
 )
 from hetegen_compile.options import format_bytes
-from hetegen_compile.registration import GROUP, NAME
+from hetegen_compile.registration import ENTRY_POINT, GROUP, NAME, Checkout
 
 Status = Literal["ok", "warn", "problem"]
-
-ENTRY_POINT = "hetegen_compile.backend:hetegen"
 
 REINSTALL = "install the package: pip install hetegen, or pip install -e . in a checkout"
 
@@ -132,7 +130,7 @@ def _backend() -> Check:
     subject = "torch.compile backend"
     found = importlib.metadata.entry_points(group=GROUP, name=NAME)
     values = {entry.value for entry in found}
-    if not values:
+    if not values or any(isinstance(entry.dist, Checkout) for entry in found):
         finding = "not installed: torch knows the name only after import hetegen_compile"
         return Check("warn", subject, finding, REINSTALL)
     if values != {ENTRY_POINT}:

@@ -27,7 +27,8 @@ from hetegen_compile.cost_model import Chain, Trip, host_linear_s, item_bytes, r
 from hetegen_compile.ir import info
 from hetegen_compile.passes.annotate_costs import dtype_name
 from hetegen_compile.passes.choose_splits import linears_of, pairable_blocks
-from hetegen_compile.passes.context import Context, NodeCost, require
+from hetegen_compile.passes.context import Context, require
+from hetegen_compile.passes.findings import NodeCost
 from hetegen_compile.passes.predict_step import least_thread_s, least_trip_s, node_work
 
 _START = "the step begins"  # in the graph of trips, before those that need no other

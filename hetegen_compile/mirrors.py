@@ -26,7 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from hetegen_compile.accelerators.base import Accelerator, Op, Value
 from hetegen_compile.fingerprints import Fingerprint
 from hetegen_compile.geometry import is_dense, mirrored_bytes
-from hetegen_compile.passes.context import WeightKey
+from hetegen_compile.passes.claims import WeightKey
 from hetegen_compile.standing import Samples, Standing
 
 logger = logging.getLogger("hetegen_compile")

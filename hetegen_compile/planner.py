@@ -25,19 +25,10 @@ from hetegen_compile.graph_inputs import number, sequence_shape, token_count
 from hetegen_compile.ir import LINEAR, copy_module, info
 from hetegen_compile.options import Options, format_bytes
 from hetegen_compile.passes import choose_splits
-from hetegen_compile.passes.context import (
-    ACTIVATIONS,
-    RESIDENT,
-    Bucket,
-    Context,
-    HostWeights,
-    MemoryNeed,
-    Refusal,
-    ResidentWeights,
-    SegmentCache,
-    Splits,
-    require,
-)
+from hetegen_compile.passes.claims import HostWeights, ResidentWeights
+from hetegen_compile.passes.context import Bucket, Context, Refusal, SegmentCache, require
+from hetegen_compile.passes.findings import MemoryNeed
+from hetegen_compile.passes.plans import ACTIVATIONS, RESIDENT, Splits
 from hetegen_compile.passes.stacked_weights import stacks_on_host
 from hetegen_compile.pipeline import (
     DECISIONS,

@@ -1,33 +1,54 @@
 """The backend's name where the package is imported from a checkout (``PYTHONPATH=.``) and is not installed.
 
-An installed package needs none of this: torch finds the entry point by itself. Without one, torch knows the name
-after ``import hetegen_compile``.
+Torch finds backends by the entry points of installed distributions. Importing hetegen_compile adds the checkout as one
+more distribution, behind all installed ones: an installed hetegen is found first and this one is not looked at.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-from collections.abc import Callable
-from functools import cache
-from typing import Any
+import os
+import sys
+from collections.abc import Iterator
+from importlib.metadata import Distribution, DistributionFinder
+from pathlib import Path
 
 GROUP = "torch_dynamo_backends"
 NAME = "hetegen"
+ENTRY_POINT = "hetegen_compile.backend:hetegen"
+
+_FILES = {
+    "METADATA": f"Metadata-Version: 2.1\nName: {NAME}\nVersion: 0+checkout\n",
+    "entry_points.txt": f"[{GROUP}]\n{NAME} = {ENTRY_POINT}\n",
+}
+
+_EVERYTHING = DistributionFinder.Context()
 
 
-@cache
-def register_unless_installed() -> bool:
-    """Tell torch the backend's name unless an installed package does; whether it was told here."""
-    if importlib.metadata.entry_points(group=GROUP, name=NAME):
-        return False
-    import torch._dynamo
+class Checkout(Distribution):
+    """The package as it lies in the folder that it was imported from."""
 
-    torch._dynamo.register_backend(hetegen, name=NAME)
-    return True
+    def read_text(self, filename: str) -> str | None:
+        """What an installation would have written down under this name."""
+        return _FILES.get(filename)
+
+    def locate_file(self, path: str | os.PathLike[str]) -> Path:
+        """A file beside the package."""
+        return Path(__file__).parents[1] / path
 
 
-def hetegen(*args: Any, **options: Any) -> Callable[..., Any]:
-    """``hetegen_compile.backend.hetegen``, loaded with its first graph."""
-    backend: Any = importlib.import_module("hetegen_compile.backend")
-    compiled: Callable[..., Any] = backend.hetegen(*args, **options)
-    return compiled
+class CheckoutFinder(DistributionFinder):
+    """Finds the distribution, and no modules."""
+
+    def find_spec(self, *_: object) -> None:
+        """Modules are found by others."""
+
+    def find_distributions(self, context: DistributionFinder.Context = _EVERYTHING) -> Iterator[Checkout]:
+        """The checkout, if it or everything is asked for."""
+        if context.name in (None, NAME):
+            yield Checkout()
+
+
+def register_checkout() -> None:
+    """Add the finder, once a process, behind all others."""
+    if not any(isinstance(finder, CheckoutFinder) for finder in sys.meta_path):
+        sys.meta_path.append(CheckoutFinder())

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from hetegen_compile.mirrors import Mirrors
-from hetegen_compile.passes.context import Claim, Residency, WeightKey, weight_key
+from hetegen_compile.passes.claims import Claim, WeightKey, weight_key
+from hetegen_compile.passes.plans import Residency
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import sympy
 
-from hetegen_compile.passes.context import Context, MemoryNeed, require
+from hetegen_compile.passes.context import Context, require
+from hetegen_compile.passes.findings import MemoryNeed
 
 _FACTORS = ((2, 1), (3, 2), (5, 4), (9, 8), (1, 1))
 """How far beyond a forward that outgrew its room the next one's is tried, most first."""

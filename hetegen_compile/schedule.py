@@ -19,7 +19,9 @@ from hetegen_compile.files import write_private
 from hetegen_compile.host_memory import Holding
 from hetegen_compile.ir import info
 from hetegen_compile.options import format_bytes
-from hetegen_compile.passes.context import LinearPlan, Prediction, Refusal
+from hetegen_compile.passes.context import Refusal
+from hetegen_compile.passes.findings import Prediction
+from hetegen_compile.passes.plans import LinearPlan
 from hetegen_compile.rows import Placement, Row, Totals
 from hetegen_compile.table import schedule_table
 

@@ -14,7 +14,8 @@ from torch import fx
 
 from hetegen_compile.ir import copy_module
 from hetegen_compile.passes import predict_step
-from hetegen_compile.passes.context import Context, Splits, require
+from hetegen_compile.passes.context import Context, require
+from hetegen_compile.passes.plans import Splits
 from hetegen_compile.pipeline import ONCE_PER_SPLIT, Stage, run_pipeline
 
 _NOT_SIMULATED = ("measure_memory", "verify", "retarget_devices", "lower")

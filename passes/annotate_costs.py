@@ -19,7 +19,8 @@ from hetegen_compile.cost_model import (
 )
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes.capture import tensor_bytes, tensors_in, to_expr
-from hetegen_compile.passes.context import Context, Costs, NodeCost
+from hetegen_compile.passes.context import Context
+from hetegen_compile.passes.findings import Costs, NodeCost
 
 
 def annotate_costs(module: fx.GraphModule, context: Context) -> Costs:

@@ -22,16 +22,9 @@ from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.annotate_costs import linear_cost, value_bytes
 from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, forced_split, table_only
-from hetegen_compile.passes.context import (
-    MIRRORED,
-    OTHERS,
-    RESIDENT,
-    RING,
-    STAGED_CHUNK_BYTES,
-    Claim,
-    Context,
-    Residency,
-)
+from hetegen_compile.passes.claims import Claim
+from hetegen_compile.passes.context import Context
+from hetegen_compile.passes.plans import MIRRORED, OTHERS, RESIDENT, RING, STAGED_CHUNK_BYTES, Residency
 from hetegen_compile.passes.residency_shares import residency_shares
 from hetegen_compile.passes.stacked_weights import stacked_weights
 from hetegen_compile.passes.step_memory import mirrored_size, step_memory

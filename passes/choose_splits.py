@@ -14,7 +14,9 @@ from torch import fx
 from hetegen_compile.cost_model import SplitProblem, SplitSolution, row_granularity, solve_split, upload_s
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes.annotate_costs import value_bytes
-from hetegen_compile.passes.context import Block, Context, Costs, LinearPlan, NodeCost, Residency, Splits, require
+from hetegen_compile.passes.context import Context, require
+from hetegen_compile.passes.findings import Block, Costs, NodeCost
+from hetegen_compile.passes.plans import LinearPlan, Residency, Splits
 
 
 def choose_splits(module: fx.GraphModule, context: Context) -> Splits:

@@ -22,8 +22,8 @@ from torch import fx
 
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import NodeInfo, annotate, info
-from hetegen_compile.passes.context import Block
 from hetegen_compile.passes.find_blocks import is_reshape, reshape_sizes
+from hetegen_compile.passes.findings import Block
 
 HostParts = Mapping[int, Sequence[fx.Node]]
 """The host's parts of the first Linears' results, by the position of the Linear; one for each of its ways."""

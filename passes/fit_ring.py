@@ -18,7 +18,8 @@ from hetegen_compile.cost_model import row_granularity
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes.choose_residency import aligned
 from hetegen_compile.passes.choose_splits import chunk_bytes, slice_bytes
-from hetegen_compile.passes.context import Context, LinearPlan, Splits, require
+from hetegen_compile.passes.context import Context, require
+from hetegen_compile.passes.plans import LinearPlan, Splits
 
 LEAST_USED = 0.75
 """Share of the ring that has to be used: with less the link cannot run ahead far enough."""

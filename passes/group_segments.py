@@ -39,7 +39,8 @@ from hetegen_compile.ir import (
 )
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.capture import tensors_in
-from hetegen_compile.passes.context import Context, Placement, require
+from hetegen_compile.passes.context import Context, require
+from hetegen_compile.passes.plans import Placement
 
 _INPUTS = ("placeholder", "get_attr")
 

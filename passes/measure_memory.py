@@ -26,7 +26,8 @@ from torch import fx
 from hetegen_compile import ir
 from hetegen_compile.ir import info
 from hetegen_compile.passes.annotate_costs import value_size
-from hetegen_compile.passes.context import Context, Life, MemoryNeed
+from hetegen_compile.passes.context import Context
+from hetegen_compile.passes.findings import Life, MemoryNeed
 from hetegen_compile.passes.liveness import larger, storage_lives
 
 _NOT_VALUES = (

@@ -15,7 +15,7 @@ from torch import fx
 
 from hetegen_compile.errors import MissingWaitError, ScheduleError, SlotInUseError
 from hetegen_compile.ir import Side
-from hetegen_compile.passes.context import Effects
+from hetegen_compile.passes.findings import Effects
 from hetegen_compile.passes.happens_before import LANES, Access, Clock, Clocks, name_of
 
 INITIAL = -1

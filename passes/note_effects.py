@@ -9,7 +9,8 @@ from __future__ import annotations
 from torch import fx
 
 from hetegen_compile.ir import info
-from hetegen_compile.passes.context import Context, Effects
+from hetegen_compile.passes.context import Context
+from hetegen_compile.passes.findings import Effects
 from hetegen_compile.passes.happens_before import name_of, nodes_in
 
 

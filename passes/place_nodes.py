@@ -21,7 +21,8 @@ from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.capture import source_name, tensors_in
 from hetegen_compile.passes.choose_splits import table_only
-from hetegen_compile.passes.context import Context, HostOnlyGraphError, Placement, Refusal
+from hetegen_compile.passes.context import Context, HostOnlyGraphError, Refusal
+from hetegen_compile.passes.plans import Placement
 from hetegen_compile.passes.stacked_weights import computed_on_host
 
 _MOVEMENT_NAMES = """_to_copy _unsafe_view alias arange as_strided cat clone constant_pad_nd copy_ copy detach empty

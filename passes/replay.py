@@ -14,8 +14,8 @@ from torch import fx
 
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import info
-from hetegen_compile.passes.context import Effects
 from hetegen_compile.passes.faults import elsewhere, fault
+from hetegen_compile.passes.findings import Effects
 from hetegen_compile.passes.happens_before import (
     COMPUTE,
     HOST,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 
 from hetegen_compile.cost_model import row_granularity, spread_order
-from hetegen_compile.passes.context import Claim
+from hetegen_compile.passes.claims import Claim
 
 
 def residency_shares(graphs: Sequence[Sequence[Claim]], free_bytes: int) -> dict[Hashable, int]:

@@ -41,8 +41,10 @@ from torch import Tensor, fx
 
 from hetegen_compile import ir
 from hetegen_compile.ir import NodeInfo, annotate, erase_dead_nodes, info
-from hetegen_compile.passes.context import Block, Context, LinearPlan, require
+from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.cut_blocks import cut_block
+from hetegen_compile.passes.findings import Block
+from hetegen_compile.passes.plans import LinearPlan
 
 UNASSIGNED = -1
 """Offset of a prefetch whose slot the scheduler has not assigned yet."""

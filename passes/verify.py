@@ -28,11 +28,13 @@ from torch import fx
 from hetegen_compile.errors import MissingWaitError, ScheduleError, UnforeseenMemoryError
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.check_parts import check_parts
-from hetegen_compile.passes.context import ACTIVATIONS, MIRRORED, RESIDENT, RING, Context, Effects, require
+from hetegen_compile.passes.context import Context, require
+from hetegen_compile.passes.findings import Effects
 from hetegen_compile.passes.happens_before import OPERATIONS, name_of, nodes_in, short
 from hetegen_compile.passes.held_values import held_in
 from hetegen_compile.passes.live_bytes import live_bytes
 from hetegen_compile.passes.memory import Memory
+from hetegen_compile.passes.plans import ACTIVATIONS, MIRRORED, RESIDENT, RING
 from hetegen_compile.passes.replay import Replay
 from hetegen_compile.passes.schedule import pinned_ring_bytes
 

@@ -18,6 +18,7 @@ from hetegen_compile.cost_model import HardwareProfile, preset_names, profile_fr
 from hetegen_compile.doctor import Check, package
 from hetegen_compile.dry_run.models import DTYPES
 from hetegen_compile.errors import AcceleratorUnavailableError
+from hetegen_compile.registration import ENTRY_POINT
 from tests.calibration.tiny import TINY
 
 
@@ -125,7 +126,7 @@ def test_versions() -> None:
 
 @pytest.mark.parametrize(
     ("values", "status"),
-    [([], "warn"), ([doctor.ENTRY_POINT], "ok"), (["elsewhere:hetegen"], "problem")],
+    [([], "warn"), ([ENTRY_POINT], "ok"), (["elsewhere:hetegen"], "problem")],
 )
 def test_the_entry_point(values: list[str], status: str, monkeypatch: pytest.MonkeyPatch) -> None:
     group = "torch_dynamo_backends"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hetegen_compile.accelerators import EmulatedAccelerator
-from hetegen_compile.accelerators.values import DeviceTensor
+from hetegen_compile.accelerators.emulated.values import DeviceTensor
 from hetegen_compile.fingerprints import Fingerprint
 from hetegen_compile.mirrors import WEIGHTS, Mirrors, NoRoomError, Request
 from hetegen_compile.standing import SAMPLED_TENSORS, STEPS_PER_BLOCK, Samples, Standing

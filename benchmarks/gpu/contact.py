@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.children import Notebook
 from benchmarks.gpu.settings import Checks, Settings, device_of, require
 from benchmarks.gpu.transfers import both_ways, columns_by_width, reads_by_size, uploads_behind_a_queue
-from hetegen_compile.accelerators.cuda_pinning import SUCCESS, CudaHostMemory, cuda_view
+from hetegen_compile.accelerators.cuda.pinning import SUCCESS, CudaHostMemory, cuda_view
 from hetegen_compile.calibration.kernels import in_place
 from hetegen_compile.host_kernels import HostKernel, kernels_for
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.children import Notebook
 from benchmarks.gpu.contact import best_kernel
 from benchmarks.gpu.settings import Settings, device_of, require
-from hetegen_compile.accelerators.cuda_pinning import SUCCESS, CudaHostMemory
+from hetegen_compile.accelerators.cuda.pinning import SUCCESS, CudaHostMemory
 from hetegen_compile.calibration.host import rotation_bytes
 from hetegen_compile.calibration.kernels import Compute, cut_weights, in_place, make_arena
 from hetegen_compile.calibration.timing import Effort

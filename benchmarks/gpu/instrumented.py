@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -13,7 +13,8 @@ import torch
 
 from hetegen_compile import runtime
 from hetegen_compile.accelerators import Accelerator, CudaAccelerator, EmulatedAccelerator, Op
-from hetegen_compile.accelerators.cuda import CudaToken, CudaTransfer
+from hetegen_compile.accelerators.cuda.streams import CudaStreams
+from hetegen_compile.accelerators.cuda.transfers import CudaToken, CudaTransfer
 
 OUT_OF_MEMORY = 2
 """What the driver returns where no more host memory can be pinned."""
@@ -37,34 +38,45 @@ class LaneDelays:
         return self._random[lane].uniform(0.0, self._longest_s[lane])
 
 
+class HostileStreams(CudaStreams):
+    """Streams with spinning kernels in front of what is issued to them."""
+
+    delays: LaneDelays | None = None
+
+    @contextmanager
+    def on(self, stream: torch.cuda.Stream, resource: str, op: Op) -> Iterator[None]:
+        """Copies behind a delay."""
+        self.spin(resource, stream)
+        with super().on(stream, resource, op):
+            yield
+
+    def spin(self, lane: str, stream: torch.cuda.Stream) -> None:
+        """Delay what is issued to a stream from here on."""
+        if self.delays is not None:
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(int(self.delays.draw_s(lane) * _CYCLES_PER_S) + 1)
+
+
 class HostileCuda(CudaAccelerator):
     """CUDA with spinning kernels before copies and launches, and NaN (all bits set) in every released slot."""
 
-    delays: LaneDelays | None = None
+    streams_of = HostileStreams
+    _streams: HostileStreams
 
     def reseed(self, seed: int | None) -> None:
         """Other delays from now on; None: none."""
         self.synchronize()
-        self.delays = None if seed is None else LaneDelays(seed)
-
-    def _fill_slot(self, op: Op, transfer: CudaTransfer, after: Sequence[CudaToken]) -> None:
-        self._spin("up", self._up)
-        super()._fill_slot(op, transfer, after)
-
-    def to_host(self, op: Op, value: Any) -> CudaTransfer:
-        """A download behind a delay of the compute stream and one of its own."""
-        self._spin("down", self._down)
-        return super().to_host(op, value)
+        self._streams.delays = None if seed is None else LaneDelays(seed)
 
     def launch(self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], **options: Any) -> Any:
         """A launch behind a delay."""
-        self._spin("compute", self._compute)
+        self._streams.spin("compute", self._streams.compute)
         return super().launch(op, function, args, **options)
 
     def host(self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Host work after a pause of the issuing thread."""
-        if self.delays is not None:
-            time.sleep(self.delays.draw_s("host"))
+        if self._streams.delays is not None:
+            time.sleep(self._streams.delays.draw_s("host"))
         return super().host(op, function, args, kwargs)
 
     def release(self, op: Op, transfer: CudaTransfer) -> CudaToken:
@@ -72,11 +84,6 @@ class HostileCuda(CudaAccelerator):
         if isinstance(transfer, CudaTransfer) and transfer.kind == "prefetch" and transfer.released_by is None:
             transfer.value.view(torch.uint8).fill_(0xFF)
         return super().release(op, transfer)
-
-    def _spin(self, lane: str, stream: torch.cuda.Stream) -> None:
-        if self.delays is not None:
-            with torch.cuda.stream(stream):
-                torch.cuda._sleep(int(self.delays.draw_s(lane) * _CYCLES_PER_S) + 1)
 
 
 class RefusingCuda(HostileCuda):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.settings import require
-from hetegen_compile.accelerators.cuda_copies import upload_lines
-from hetegen_compile.accelerators.cuda_pinning import SUCCESS, CudaHostMemory, cuda_view
+from hetegen_compile.accelerators.cuda.copies import upload_lines
+from hetegen_compile.accelerators.cuda.pinning import SUCCESS, CudaHostMemory, cuda_view
 
 QUEUED_BYTES = 64 << 20
 CHUNK_BYTES = 16 << 20

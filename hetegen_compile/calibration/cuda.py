@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetegen_compile.accelerators.cuda_pinning import cuda_view
+from hetegen_compile.accelerators.cuda.pinning import cuda_view
 from hetegen_compile.calibration.host import copy_bytes
 from hetegen_compile.calibration.kernels import dtype_name
 from hetegen_compile.calibration.timing import Effort, durations_s, median_s

@@ -23,7 +23,9 @@ from hetegen_compile.hardware import profile_for
 from hetegen_compile.options import Options, format_bytes, parse_options
 from hetegen_compile.passes import annotate_costs, predict_step
 from hetegen_compile.passes.capture import storage_id
-from hetegen_compile.passes.context import Claim, Context, Residency, SegmentCache, require
+from hetegen_compile.passes.claims import Claim
+from hetegen_compile.passes.context import Context, SegmentCache, require
+from hetegen_compile.passes.plans import Residency
 from hetegen_compile.pipeline import ONCE_PER_SPLIT
 from hetegen_compile.planner import (
     DRY_RUN,

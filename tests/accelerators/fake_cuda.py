@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hetegen_compile.accelerators import cuda, cuda_copies, cuda_lending, cuda_pinning
+from hetegen_compile.accelerators.cuda import accelerator, activations, copies, lending, pinning, prefetches
 from hetegen_compile.accelerators.geometry import empty_twin
 
 LOG: list[str] = []
@@ -86,18 +86,18 @@ class FakeRuntime:
         if any(start <= address < start + size for start, size in self.ranges.items()):
             return ALREADY_REGISTERED
         self.ranges[address] = nbytes
-        return cuda_pinning.SUCCESS
+        return pinning.SUCCESS
 
     def cudaHostUnregister(self, address: int) -> int:
         del self.ranges[address]
-        return cuda_pinning.SUCCESS
+        return pinning.SUCCESS
 
 
 def memcpy_2d(
     target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int, kind: int, stream: int
 ) -> int:
     """``cudaMemcpy2DAsync`` between host addresses, line by line."""
-    assert (kind, stream) == (cuda_copies.HOST_TO_DEVICE, FakeStream.cuda_stream)
+    assert (kind, stream) == (copies.HOST_TO_DEVICE, FakeStream.cuda_stream)
     LOG.append(f"2-D copy of {height} lines of {width} bytes")
     for line in range(height):
         ctypes.memmove(target + line * target_pitch, source + line * source_pitch, width)
@@ -135,9 +135,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
         monkeypatch.setattr(torch.cuda, name, part)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: False)
-    monkeypatch.setattr(cuda, "_current_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(cuda, "empty_twin", lambda tensor, device, pinned=False: empty_twin(tensor, device))
-    monkeypatch.setattr(cuda_copies, "_copy_function", lambda: memcpy_2d)
-    monkeypatch.setattr(cuda_lending, "cuda_view", lambda buffer, device: buffer)
-    monkeypatch.setattr(cuda_lending, "empty_twin", lambda tensor, device, pinned=False: empty_twin(tensor, device))
+    monkeypatch.setattr(accelerator, "_current_device", lambda: torch.device("cpu"))
+    for module in (accelerator, activations, lending, prefetches):
+        monkeypatch.setattr(module, "empty_twin", lambda tensor, device, pinned=False: empty_twin(tensor, device))
+    monkeypatch.setattr(copies, "_copy_function", lambda: memcpy_2d)
+    monkeypatch.setattr(lending, "cuda_view", lambda buffer, device: buffer)
     return runtime

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetegen_compile.accelerators.clocks import COMPUTE, DOWN, HOST, UP, Access, Clocks, covers
+from hetegen_compile.accelerators.emulated.clocks import COMPUTE, DOWN, HOST, UP, Access, Clocks, covers
 
 LANES = (HOST, COMPUTE, UP, DOWN)
 EVENTS = st.lists(

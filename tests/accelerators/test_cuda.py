@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from hetegen_compile import doctor
-from hetegen_compile.accelerators import CudaAccelerator, Op, cuda_copies
-from hetegen_compile.accelerators.cuda_pinning import CudaHostMemory, _PinnedBytes
+from hetegen_compile.accelerators import CudaAccelerator, Op
+from hetegen_compile.accelerators.cuda import copies
+from hetegen_compile.accelerators.cuda.pinning import CudaHostMemory, _PinnedBytes
 from hetegen_compile.errors import (
     AcceleratorError,
     AcceleratorMemoryError,
@@ -152,7 +153,7 @@ def test_a_copy_for_the_next_step_is_over_before_its_source_is_freed(accelerator
         PENDING.update(set() if over else {event})
         accelerator.end_step()
         assert ahead.source is None
-        assert len(accelerator._guards) == (not over)
+        assert len(accelerator._prefetches._guards) == (not over)
         LOG.clear()
         del source
         waited = [] if over else [f"host waits {event}"]
@@ -160,7 +161,7 @@ def test_a_copy_for_the_next_step_is_over_before_its_source_is_freed(accelerator
         PENDING.clear()
         accelerator.begin_step()
         accelerator.end_step()
-        assert not accelerator._guards
+        assert not accelerator._prefetches._guards
 
 
 def test_several_values_go_down_as_one_transfer(accelerator: CudaAccelerator) -> None:
@@ -177,10 +178,10 @@ def test_small_activations_stay_off_the_copy_engine(accelerator: CudaAccelerator
     assert LOG == []
     accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), [torch.ones(1 << 17)]))
     assert LOG == ["on up", "compute waits up@0"]
-    assert len(accelerator._kept) == len(accelerator._lending._lent) == 1
+    assert len(accelerator._activations._kept) == len(accelerator._activations._lending._lent) == 1
     accelerator.end_step()
-    assert not accelerator._kept
-    assert not accelerator._lending._lent
+    assert not accelerator._activations._kept
+    assert not accelerator._activations._lending._lent
 
 
 @pytest.mark.parametrize(
@@ -197,11 +198,11 @@ def test_small_uploads_are_read_by_a_kernel(
     zeros = torch.zeros(16, dtype=source.dtype).as_strided(source.shape, source.stride())
     assert accelerator.upload(Op("tokens"), zeros, into=value) is value
     assert not value.any()
-    assert len(accelerator._lending._lent) == 2
+    assert len(accelerator._activations._lending._lent) == 2
     accelerator.upload(Op("weights"), torch.ones((SMALL_UPLOAD_BYTES >> 2) + 1))
-    assert len(accelerator._lending._lent) == 2
+    assert len(accelerator._activations._lending._lent) == 2
     accelerator.end_step()
-    assert not accelerator._lending._lent
+    assert not accelerator._activations._lending._lent
 
 
 def test_faults_that_cost_nothing_to_find(accelerator: CudaAccelerator) -> None:
@@ -338,7 +339,7 @@ def test_what_has_no_lines_is_refused(accelerator: CudaAccelerator) -> None:
 
 def test_a_runtime_library_without_2d_copies_is_an_error_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "99.0")
-    cuda_copies._copy_function.cache_clear()
+    copies._copy_function.cache_clear()
     with pytest.raises(AcceleratorError, match=r"libcudart\.so\.99 has no cudaMemcpy2DAsync .*'pair_mlp': False"):
-        cuda_copies.upload_lines(torch.empty(2, 2), torch.ones(2, 4)[:, :2], 0)
-    cuda_copies._copy_function.cache_clear()
+        copies.upload_lines(torch.empty(2, 2), torch.ones(2, 4)[:, :2], 0)
+    copies._copy_function.cache_clear()

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hetegen_compile.accelerators import cuda_lending
-from hetegen_compile.accelerators.cuda_lending import ALIGNMENT_BYTES, LEAST_BYTES, Lending
+from hetegen_compile.accelerators.cuda import lending as cuda_lending
+from hetegen_compile.accelerators.cuda.lending import ALIGNMENT_BYTES, LEAST_BYTES, Lending
 from tests.accelerators import fake_cuda
 
 CPU = torch.device("cpu")

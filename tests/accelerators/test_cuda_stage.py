@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hetegen_compile.accelerators import CudaAccelerator, Op
-from hetegen_compile.accelerators import cuda as cuda_module
+from hetegen_compile.accelerators.cuda import prefetches
 from hetegen_compile.errors import AcceleratorError, ScheduleError, SlotInUseError
 from tests.accelerators import fake_cuda
 from tests.accelerators.fake_cuda import LOG
@@ -70,7 +70,7 @@ def test_a_prefetch_is_started_by_the_pin_thread_once_its_rows_are_there(
         copied_by.append(threading.current_thread().name)
         target.copy_(source)
 
-    monkeypatch.setattr(cuda_module, "copy_rows", slow_copy)
+    monkeypatch.setattr(prefetches, "copy_rows", slow_copy)
     pinned, slot = slots(accelerator, 0)
     stage = accelerator.stage(Op("s"), torch.ones(4), pinned, ())
     fetched = accelerator.prefetch(Op("w"), stage, slot, ())
@@ -103,7 +103,7 @@ def test_a_failed_copy_names_its_node_where_it_is_waited_for(
 
     pinned, slot = slots(accelerator, 0)
     with monkeypatch.context() as patch:
-        patch.setattr(cuda_module, "copy_rows", fail)
+        patch.setattr(prefetches, "copy_rows", fail)
         fetched = accelerator.prefetch(Op("w"), accelerator.stage(Op("s"), torch.ones(4), pinned, ()), slot, ())
         with pytest.raises(AcceleratorError, match=r"^s failed on the pin thread: cannot read the file"):
             accelerator.wait(Op("a"), fetched)

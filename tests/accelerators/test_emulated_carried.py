@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from hetegen_compile.accelerators import EmulatedAccelerator, Op
-from hetegen_compile.accelerators.values import Slot, Transfer
+from hetegen_compile.accelerators.emulated.values import Transfer
+from hetegen_compile.accelerators.ring import Slot
 from hetegen_compile.errors import AcceleratorError, MissingWaitError, ScheduleError, SlotInUseError
 
 ROWS = torch.arange(64.0).reshape(8, 8)
@@ -77,7 +78,7 @@ def test_the_end_of_a_step_does_not_wait_for_it_and_the_next_reads_it(
     assert torch.equal(use(accelerator, started), -ROWS)
     accelerator.end_step()
     assert accelerator.counters.uploaded_bytes["weights"] == NBYTES
-    assert accelerator._ring.buffer.eq(255).all()
+    assert accelerator._prefetches.ring.buffer.eq(255).all()
 
 
 def test_other_uploads_are_waited_for(accelerator: EmulatedAccelerator, slots: list[Slot], gate: Gate) -> None:
@@ -155,8 +156,8 @@ def test_what_is_given_up_is_nan_and_its_bytes_may_be_overwritten(
     fetched = accelerator.prefetch(Op("fetch"), ROWS + 1, slots[2], ())
     gate.opened.set()
     fetched.done.wait()  # type: ignore[union-attr]
-    assert torch.isnan(accelerator._ring.view(slots[1])).all()
-    assert torch.equal(accelerator._ring.view(slots[0]), ROWS)
+    assert torch.isnan(accelerator._prefetches.ring.view(slots[1])).all()
+    assert torch.equal(accelerator._prefetches.ring.view(slots[0]), ROWS)
     with pytest.raises(SlotInUseError, match=r"late uses given_up after begin_step released its slot"):
         accelerator._hazards.use(given_up.value, accelerator._hazards.clocks.issue(1, "late"))  # type: ignore[arg-type]
     over = accelerator.prefetch(Op("over"), ROWS + 2, slots[1], ())

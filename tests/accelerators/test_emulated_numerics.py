@@ -96,7 +96,7 @@ def test_released_slots_hold_nan(accelerator: EmulatedAccelerator) -> None:
 
 def test_bytes_never_prefetched_are_nan(accelerator: EmulatedAccelerator) -> None:
     accelerator.reserve_ring(512)
-    assert accelerator._ring.buffer.view(torch.bfloat16).isnan().all()
+    assert accelerator._prefetches.ring.buffer.view(torch.bfloat16).isnan().all()
 
 
 def test_slots_survive_a_growing_ring(accelerator: EmulatedAccelerator) -> None:

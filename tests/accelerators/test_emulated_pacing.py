@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hetegen_compile.accelerators import EmulatedAccelerator, Op
-from hetegen_compile.accelerators.clocks import HOST, UP
-from hetegen_compile.accelerators.pacing import Pacer
+from hetegen_compile.accelerators.emulated.clocks import HOST, UP
+from hetegen_compile.accelerators.emulated.pacing import Pacer
 
 SHORT_S = 2e-4
 COUNT = 100

@@ -173,6 +173,6 @@ def test_a_stream_that_fails_leaves_no_result(good: Case, monkeypatch: pytest.Mo
     def broken(*args: Any) -> None:
         raise RuntimeError("the link is down")
 
-    monkeypatch.setattr("hetegen_compile.accelerators.work.DeviceWork.fill_slot", broken)
+    monkeypatch.setattr("hetegen_compile.accelerators.emulated.work.DeviceWork.fill_slot", broken)
     with pytest.raises(AcceleratorError, match="prefetch.* failed .*the link is down"):
         run(good, EmulatedAccelerator(1 << 26, seed=1))

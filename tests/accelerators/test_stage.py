@@ -88,7 +88,7 @@ def test_a_pinned_slot_is_poisoned_once_it_was_read(rings: Rings, weights: list[
     stage = acc.stage(Op("s"), weights[0], rings.pinned[0], ())
     acc.prefetch(Op("w"), stage, rings.device[0], ())
     acc.synchronize()
-    assert acc._pinned.view(rings.pinned[0]).isnan().all()
+    assert acc._prefetches.pinned.view(rings.pinned[0]).isnan().all()
 
 
 def test_overwriting_a_pinned_slot_that_nobody_read(rings: Rings, weights: list[torch.Tensor]) -> None:

@@ -20,8 +20,10 @@ from hetegen_compile.accelerators.emulated import EmulatedAccelerator
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import info
 from hetegen_compile.passes.capture import tensor_bytes, tensors_in
-from hetegen_compile.passes.context import UNFORESEEN, MemoryNeed, SegmentCompiler
+from hetegen_compile.passes.context import SegmentCompiler
+from hetegen_compile.passes.findings import MemoryNeed
 from hetegen_compile.passes.measure_memory import inner_lives
+from hetegen_compile.passes.plans import UNFORESEEN
 from hetegen_compile.planner import BucketPlan, Planner
 from hetegen_compile.schedule import Schedule
 from hetegen_compile.segments import inductor_compiler, plain_compiler
@@ -118,8 +120,8 @@ def _decode_budgets(model: PreTrainedModel, tokens: int, **options: Any) -> list
 def test_a_stated_context_leaves_prefill_the_room_that_decode_needs() -> None:
     """Decode finds every weight where prefill left it, up to the stated context, and no plan is made anew.
 
-    Without grouped heads: where attention gets a mask (of no tokens, in transformers 5.17), it repeats the cache for
-    all heads, which no graph before decode can foresee.
+    Without grouped heads: where attention gets a mask (in transformers 5.17 always), it repeats the cache for all
+    heads, which no graph before decode can foresee.
     """
     model = tiny_model("opt", layers=3)
     budget = sum(parameter.nbytes for parameter in model.parameters())

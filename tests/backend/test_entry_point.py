@@ -6,9 +6,12 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from hetegen_compile.registration import Checkout, CheckoutFinder, register_checkout
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,16 +42,18 @@ assert schedule.streamed_bytes > 0
 
 
 NOT_INSTALLED = """
-import importlib.metadata
-importlib.metadata.entry_points = lambda **selection: importlib.metadata.EntryPoints(())
-import torch
-assert "hetegen" not in torch._dynamo.list_backends()
+import importlib.metadata, sys
+
+for finder in sys.meta_path:
+    if hasattr(finder, "find_distributions"):
+        finder.find_distributions = lambda *context: iter(())
 import hetegen_compile
+assert "torch" not in sys.modules, "importing the package is to stay light"
 """
 
 
 def test_a_checkout_that_is_not_installed_needs_an_import_only() -> None:
-    """On the path without an entry point, as with PYTHONPATH: the import tells torch the name."""
+    """On the path without an entry point, as with PYTHONPATH: the import makes the name known."""
     done = subprocess.run(
         [sys.executable, "-c", NOT_INSTALLED + SCRIPT], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, check=False,
@@ -56,8 +61,25 @@ def test_a_checkout_that_is_not_installed_needs_an_import_only() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_an_installed_package_is_found_before_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = importlib.metadata.EntryPoint("hetegen", "installed:hetegen", "torch_dynamo_backends")
+
+    class Installed(Checkout):
+        entry_points = importlib.metadata.EntryPoints((installed,))
+
+    class Finder(CheckoutFinder):
+        def find_distributions(self, *_: object) -> Iterator[Checkout]:
+            yield Installed()
+
+    register_checkout()
+    assert sum(isinstance(finder, CheckoutFinder) for finder in sys.meta_path) == 1
+    monkeypatch.setattr(sys, "meta_path", [Finder(), CheckoutFinder()])
+    assert [e.value for e in importlib.metadata.entry_points(name="hetegen")] == ["installed:hetegen"]
+
+
 def _is_installed() -> bool:
-    return "hetegen" in importlib.metadata.entry_points(group="torch_dynamo_backends").names
+    found = importlib.metadata.entry_points(group="torch_dynamo_backends", name="hetegen")
+    return any(not isinstance(entry.dist, Checkout) for entry in found)
 
 
 @pytest.mark.skipif(not _is_installed(), reason="the package is not installed here: no entry point 'hetegen'")

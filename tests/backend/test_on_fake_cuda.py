@@ -15,7 +15,8 @@ import torch
 
 import hetegen_compile
 from benchmarks.gpu.instrumented import hostile
-from hetegen_compile.accelerators import CudaAccelerator, cuda
+from hetegen_compile.accelerators import CudaAccelerator
+from hetegen_compile.accelerators.cuda import accelerator as cuda
 from tests.accelerators import fake_cuda
 from tests.accelerators.fake_cuda import LOG
 from tests.backend.modules import Mlp, random

@@ -24,6 +24,8 @@ def test_a_generation_is_timed_token_by_token() -> None:
 SMALL: dict[str, Any] = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64, "n_positions": 32}
 
 
+# transformers 5.17 scripts a function of GPTBigCode
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("config", [GPTJConfig(**SMALL, rotary_dim=8), GPTBigCodeConfig(**SMALL)])
 def test_modules_with_buffers_and_weights_keep_their_weights(config: PretrainedConfig) -> None:
     model = random_model(config, torch.bfloat16)

@@ -100,13 +100,12 @@ def test_a_forced_split_is_followed_and_judged() -> None:
 
 
 def test_context_keeps_room_for_its_cache() -> None:
-    room = plan_generation(
-        LLAMA, prompt=64, new_tokens=9, options={"hardware": A10, "gpu_memory": "120MiB", "context": 4000}
-    )
+    options = {"hardware": A10, "gpu_memory": "180MiB", "context": 4000}
+    plain, room = planned("180MiB"), plan_generation(LLAMA, prompt=64, new_tokens=9, options=options)
     more_cache = (4000 - 73) * CACHE_BYTES
-    held = [sum(n for name, n in p.accelerator_bytes.items() if name != "resident weights") for p in (planned(), room)]
+    held = [sum(n for name, n in p.accelerator_bytes.items() if name != "resident weights") for p in (plain, room)]
     assert held[1] - held[0] >= more_cache
-    assert room.accelerator_bytes["resident weights"] < planned().accelerator_bytes["resident weights"]
+    assert room.accelerator_bytes["resident weights"] < plain.accelerator_bytes["resident weights"]
 
 
 def test_a_budget_below_the_cache_is_an_error_with_the_number() -> None:

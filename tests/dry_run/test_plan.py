@@ -74,7 +74,8 @@ def test_a_plan_of_a_model_on_meta_is_that_of_the_real_one(name: str) -> None:
 def test_nothing_is_computed_and_nothing_is_changed() -> None:
     model = make("llama", "cpu")
     before = {name: (id(t), t._version, t.sum().item()) for name, t in model.state_dict(keep_vars=True).items()}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
         schedule = hetegen_compile.plan(model, input_ids=ids(device="cpu"), options=options_for("llama"))
     assert schedule.streamed_bytes > 0
     taken = [(event.name, event.self_cpu_memory_usage) for event in profile.events() if event.self_cpu_memory_usage > 0]

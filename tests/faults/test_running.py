@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hetegen_compile import schedules
 from hetegen_compile.accelerators import EmulatedAccelerator, Op
-from hetegen_compile.accelerators.streams import Stream, Task
+from hetegen_compile.accelerators.emulated.streams import Stream, Task
 from hetegen_compile.errors import AcceleratorError
 from tests.backend.modules import BUDGET, Mlp, around, plain, random
 from tests.models.harness import RecordingBackend, emulated

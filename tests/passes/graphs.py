@@ -30,16 +30,9 @@ from hetegen_compile.passes import (
 )
 from hetegen_compile.passes.capture import capture, source_name
 from hetegen_compile.passes.choose_splits import block_splits
-from hetegen_compile.passes.context import (
-    GROWTH,
-    Bucket,
-    Context,
-    LinearPlan,
-    NothingResident,
-    Refusal,
-    Residency,
-    SegmentCache,
-)
+from hetegen_compile.passes.claims import NothingResident
+from hetegen_compile.passes.context import Bucket, Context, Refusal, SegmentCache
+from hetegen_compile.passes.plans import GROWTH, LinearPlan, Residency
 from hetegen_compile.pipeline import PIPELINE, run_pipeline
 from hetegen_compile.segments import plain_compiler
 

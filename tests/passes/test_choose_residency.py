@@ -20,16 +20,9 @@ from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.options import Options
 from hetegen_compile.passes import annotate_costs, choose_residency, choose_splits
-from hetegen_compile.passes.context import (
-    ACTIVATIONS,
-    GROWTH,
-    OTHERS,
-    RESIDENT,
-    Bucket,
-    Claim,
-    NothingResident,
-    Residency,
-)
+from hetegen_compile.passes.claims import Claim, NothingResident
+from hetegen_compile.passes.context import Bucket
+from hetegen_compile.passes.plans import ACTIVATIONS, GROWTH, OTHERS, RESIDENT, Residency
 from hetegen_compile.planner import largest_sizes
 from tests.passes.graphs import GIB, Case, again, case, property_test
 

@@ -16,7 +16,8 @@ from hetegen_compile.cost_model import SplitProblem, row_granularity, solve_spli
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes import annotate_costs, choose_splits
 from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, table_only
-from hetegen_compile.passes.context import GROWTH, LinearPlan, NodeCost, Residency, Splits
+from hetegen_compile.passes.findings import NodeCost
+from hetegen_compile.passes.plans import GROWTH, LinearPlan, Residency, Splits
 from tests.passes.graphs import PROFILE, Case, again, case, property_test
 
 ROWS = (1, 7, 100, 256, 1000)

@@ -14,7 +14,8 @@ from hetegen_compile.floor import floor_s
 from hetegen_compile.ir import LINEAR, PREFETCH, STAGE, info
 from hetegen_compile.passes import annotate_costs, choose_splits, choose_staging, predict_step, split_linears
 from hetegen_compile.passes.choose_splits import with_host_rows
-from hetegen_compile.passes.context import GROWTH, STAGED_CHUNK_BYTES, Refusal, Residency
+from hetegen_compile.passes.context import Refusal
+from hetegen_compile.passes.plans import GROWTH, STAGED_CHUNK_BYTES, Residency
 from tests.passes.graphs import PROFILE, Case, again, case, planned, quarters, scheduled, streamed
 
 LAYERS = nn.ModuleList([nn.Linear(256, 256) for _ in range(3)])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hetegen_compile.ir import HOST_LINEAR, TO_HOST, TWIN, WAIT_HOST, info
-from hetegen_compile.passes.context import LinearPlan
+from hetegen_compile.passes.plans import LinearPlan
 from hetegen_compile.passes.predict_step import predict_step
 from tests.passes.graphs import Case, assert_equal_to_eager, halves, quarters, scheduled, streamed
 

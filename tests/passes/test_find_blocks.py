@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes import annotate_costs
-from hetegen_compile.passes.context import Block
+from hetegen_compile.passes.findings import Block
 from tests.passes.graphs import Case, case
 
 WIDE = 48

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes.choose_residency import SLOT_ALIGNMENT
-from hetegen_compile.passes.context import LinearPlan
 from hetegen_compile.passes.fit_ring import LEAST_USED, fit_ring
+from hetegen_compile.passes.plans import LinearPlan
 from hetegen_compile.passes.schedule import shortest_ring
 from tests.passes.graphs import Case, again, planned, property_test
 

@@ -15,13 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hetegen_compile.ir import info
 from hetegen_compile.passes import lower
 from hetegen_compile.passes.capture import capture
-from hetegen_compile.passes.context import LinearPlan, SegmentCache
+from hetegen_compile.passes.context import SegmentCache
 from hetegen_compile.passes.lower import (
     CompiledSegment,
     mutated_inputs,
     segment_key,
     with_declared_strides,
 )
+from hetegen_compile.passes.plans import LinearPlan
 from hetegen_compile.segments import inductor_compiler
 from tests.passes.graphs import (
     Case,

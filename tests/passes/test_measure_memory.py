@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hetegen_compile.ir import PARTIAL_LINEAR, info
-from hetegen_compile.passes.context import MemoryNeed
+from hetegen_compile.passes.findings import MemoryNeed
 from hetegen_compile.passes.measure_memory import measure_memory
 from tests.passes.graphs import Case, quarters, resident, scheduled
 

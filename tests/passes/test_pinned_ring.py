@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hetegen_compile.errors import MissingWaitError, ScheduleError, SlotInUseError
 from hetegen_compile.ir import HOST_LINEAR, LINEAR, PREFETCH, STAGE
 from hetegen_compile.passes import insert_transfers, schedule, split_linears, verify
-from hetegen_compile.passes.context import LinearPlan
+from hetegen_compile.passes.plans import LinearPlan
 from hetegen_compile.passes.schedule import pinned_ring_bytes, slot_bytes
 from tests.passes.graphs import Case, again, planned, property_test, quarters
 

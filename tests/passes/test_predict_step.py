@@ -15,7 +15,8 @@ from hetegen_compile.cost_model import RateCurve, accelerator_linear_s, download
 from hetegen_compile.ir import info
 from hetegen_compile.passes import predict_step
 from hetegen_compile.passes.annotate_costs import value_bytes
-from hetegen_compile.passes.context import LinearPlan, Prediction
+from hetegen_compile.passes.findings import Prediction
+from hetegen_compile.passes.plans import LinearPlan
 from hetegen_compile.passes.predict_step import node_work
 from tests.passes.graphs import PROFILE, Case, halves, on_host, quarters, resident, scheduled, streamed
 

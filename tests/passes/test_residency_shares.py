@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetegen_compile.cost_model import row_granularity
-from hetegen_compile.passes.context import Claim
+from hetegen_compile.passes.claims import Claim
 from hetegen_compile.passes.residency_shares import residency_shares
 from tests.passes.graphs import property_test
 

@@ -17,7 +17,7 @@ from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import HOST_LINEAR, PREFETCH, RELEASE, TO_HOST, WAIT, info
 from hetegen_compile.passes import insert_transfers, schedule, split_linears, verify
 from hetegen_compile.passes.choose_residency import SLOT_ALIGNMENT
-from hetegen_compile.passes.context import LinearPlan
+from hetegen_compile.passes.plans import LinearPlan
 from hetegen_compile.passes.schedule import slot_bytes, task_graph
 from tests.passes.graphs import (
     Case,

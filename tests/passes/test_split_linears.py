@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hetegen_compile.ir import HOST_LINEAR, JOIN, LINEAR, PARTIAL_LINEAR, info
 from hetegen_compile.passes import split_linears
-from hetegen_compile.passes.context import LinearPlan
+from hetegen_compile.passes.plans import LinearPlan
 from tests.passes.graphs import (
     Case,
     again,

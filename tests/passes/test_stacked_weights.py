@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import info
 from hetegen_compile.passes import annotate_costs, choose_residency, group_segments, place_nodes
-from hetegen_compile.passes.context import MIRRORED, RESIDENT
+from hetegen_compile.passes.plans import MIRRORED, RESIDENT
 from hetegen_compile.passes.stacked_weights import computed_on_host, stacked_weights, stacks_on_host
 from tests.passes.graphs import Case, case
 

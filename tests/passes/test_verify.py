@@ -24,7 +24,7 @@ from hetegen_compile.ir import (
     info,
 )
 from hetegen_compile.passes import verify
-from hetegen_compile.passes.context import LinearPlan
+from hetegen_compile.passes.plans import LinearPlan
 from tests.passes.graphs import Case, again, halves, quarters, scheduled, streamed
 from tests.passes.test_group_segments import FUNCTIONS, A, B, C, X, static_cache, write_between
 

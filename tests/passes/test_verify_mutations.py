@@ -21,7 +21,7 @@ from hetegen_compile.accelerators import EmulatedAccelerator
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import PAD, TO_ACCELERATOR
 from hetegen_compile.passes import verify
-from hetegen_compile.passes.context import LinearPlan
+from hetegen_compile.passes.plans import LinearPlan
 from tests.passes.graphs import halves, quarters, scheduled
 from tests.passes.mutants import STEPS, Mutant, mutants, run_emulated
 

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hetegen_compile.accelerators.aliases import AliasChecks
 from hetegen_compile.accelerators.base import Op
-from hetegen_compile.accelerators.clocks import Access, Clock
+from hetegen_compile.accelerators.emulated.aliases import AliasChecks
+from hetegen_compile.accelerators.emulated.clocks import Access, Clock
+from hetegen_compile.accelerators.emulated.values import UNFINISHED, DeviceTensor, Transfer, deferred_in
 from hetegen_compile.accelerators.geometry import copy_span, empty_twin, span_bytes
 from hetegen_compile.accelerators.ledger import MemoryLedger
-from hetegen_compile.accelerators.values import UNFINISHED, DeviceTensor, Transfer, deferred_in
 
 HOST_DEVICE = torch.device("cpu")
 

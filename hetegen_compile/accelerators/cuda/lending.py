@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from hetegen_compile.accelerators.cuda_pinning import cuda_view
+from hetegen_compile.accelerators.cuda.pinning import cuda_view
 from hetegen_compile.accelerators.geometry import copy_span, empty_twin, span_bytes
 
 ALIGNMENT_BYTES = 256

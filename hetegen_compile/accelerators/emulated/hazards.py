@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from hetegen_compile.accelerators.clocks import COMPUTE, DOWN, HOST, PIN, RESOURCES, UP, Access, Clocks, covers
-from hetegen_compile.accelerators.occupied import Occupied
-from hetegen_compile.accelerators.values import (
+from hetegen_compile.accelerators.emulated.clocks import COMPUTE, DOWN, HOST, PIN, RESOURCES, UP, Access, Clocks, covers
+from hetegen_compile.accelerators.emulated.occupied import Occupied
+from hetegen_compile.accelerators.emulated.values import (
     DeviceTensor,
     Occupancy,
     Staged,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hetegen_compile.accelerators.clocks import Access, Clock, covers
+from hetegen_compile.accelerators.emulated.clocks import Access, Clock, covers
 from hetegen_compile.accelerators.geometry import span_bytes
 from hetegen_compile.errors import MissingWaitError
 

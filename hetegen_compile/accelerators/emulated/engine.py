@@ -11,9 +11,9 @@ import weakref
 import torch
 
 from hetegen_compile.accelerators.base import Op, Span
-from hetegen_compile.accelerators.clocks import COMPUTE, DOWN, HOST, PIN, UP
-from hetegen_compile.accelerators.pacing import Pacer
-from hetegen_compile.accelerators.streams import Delays, Shared, Stream, Task
+from hetegen_compile.accelerators.emulated.clocks import COMPUTE, DOWN, HOST, PIN, UP
+from hetegen_compile.accelerators.emulated.pacing import Pacer
+from hetegen_compile.accelerators.emulated.streams import Delays, Shared, Stream, Task
 from hetegen_compile.errors import AcceleratorError, AcceleratorMemoryError, ScheduleError
 
 SWITCH_INTERVAL_S = 1e-5

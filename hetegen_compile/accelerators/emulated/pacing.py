@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 
-from hetegen_compile.accelerators.clocks import RESOURCES
+from hetegen_compile.accelerators.emulated.clocks import RESOURCES
 
 SHORTEST_SLEEP_S = 1e-3
 

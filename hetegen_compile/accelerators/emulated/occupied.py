@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hetegen_compile.accelerators.clocks import Access, Clock, covers
-from hetegen_compile.accelerators.values import Occupancy
+from hetegen_compile.accelerators.emulated.clocks import Access, Clock, covers
+from hetegen_compile.accelerators.emulated.values import Occupancy
 from hetegen_compile.errors import SlotInUseError
 
 

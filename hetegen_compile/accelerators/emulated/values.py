@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from hetegen_compile.accelerators.clocks import Access, Clock
+from hetegen_compile.accelerators.emulated.clocks import Access, Clock
+from hetegen_compile.accelerators.ring import Slot
 from hetegen_compile.errors import MissingWaitError, ScheduleError
 
 
@@ -82,16 +83,6 @@ class Occupancy:
     def overlaps(self, other: Occupancy) -> bool:
         """Whether the two share bytes of the ring."""
         return self.start < other.end and other.start < self.end
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A typed part of a ring: offset and length in bytes."""
-
-    offset: int
-    nbytes: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class Staged(NamedTuple):

@@ -1,0 +1,22 @@
+"""A CUDA device as accelerator.
+
+Unverified on a GPU: this package was written on machines without one and is verified only once benchmarks/gpu has run
+on a device (ordering, asynchrony of copies from registered memory, views of pinned buffers).
+
+    accelerator     the contract's methods: memory, steps, launches, life
+    streams         compute (the caller's), up and down; errors that name a node
+    prefetches      weights on their way up, both rings
+    activations     trips down and up
+    transfers       what a schedule holds: started copies, tokens
+    staging         the pin thread, which fills the pinned ring
+    pinning         host memory registered in place; device views of pinned buffers
+    lending         pinned buffers of small uploads, used again and again
+    copies          2-D copies of columns
+    allocator       what takes device memory beside tensors
+    trace           spans from pairs of events
+"""
+
+from hetegen_compile.accelerators.cuda.accelerator import CudaAccelerator
+from hetegen_compile.accelerators.cuda.allocator import beside_allocator_bytes, cublas_workspace_bytes
+
+__all__ = ["CudaAccelerator", "beside_allocator_bytes", "cublas_workspace_bytes"]

@@ -1,0 +1,47 @@
+"""What lies in a GPU's memory beside the tensors that a plan counts."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import torch
+
+BLOCK_BYTES = (20 << 20) + (2 << 20)
+"""Torch's allocator reserves in blocks: of 2 MiB for tensors below 1 MiB, of 20 MiB for those up to 10 MiB. For each
+stream that tensors are made on (compute, up) the last of them are rarely full."""
+
+
+def beside_allocator_bytes(device: torch.device | int) -> int:
+    """Bytes of a GPU in use beside torch's allocator: the CUDA context, libraries' own memory, other processes.
+
+    The driver's figures and the allocator's are not read at one instant, hence never less than 0.
+    """
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    return max(0, int(total_bytes) - int(free_bytes) - torch.cuda.memory_reserved(device))
+
+
+def reserved_now_bytes(device: torch.device) -> int:
+    """What the allocator has reserved, read without the pass over all its figures that ``memory_reserved`` makes."""
+    return int(torch.cuda.memory_stats_as_nested_dict(device)["reserved_bytes"]["all"]["current"])
+
+
+def overhead_bytes(device: torch.device) -> dict[str, int]:
+    """What libraries and the allocator's rounding take of a budget, item by item."""
+    return {
+        "cuBLAS workspace": cublas_workspace_bytes(torch.cuda.get_device_capability(device)),
+        "rounding of torch's allocator": 2 * BLOCK_BYTES,
+    }
+
+
+def cublas_workspace_bytes(capability: tuple[int, int]) -> int:
+    """What torch gives cuBLAS for a handle and stream: what it says itself (torch 2.13), else what it documents.
+
+    That is ``CUBLAS_WORKSPACE_CONFIG``, a list of ``:KiB:count``, else 32 MiB on Hopper and newer.
+    """
+    if hasattr(torch.backends.cuda, "cublas_workspace_size") and torch.version.cuda is not None:
+        return int(torch.backends.cuda.cublas_workspace_size())
+    pairs = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    if pairs:
+        return sum(int(kib) * int(count) for kib, count in pairs) * 1024
+    return 32 << 20 if capability[0] >= 9 else (4096 * 2 + 16 * 8) * 1024

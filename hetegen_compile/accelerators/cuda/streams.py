@@ -1,0 +1,75 @@
+"""The three streams of a CUDA device: what is issued to them, how it is traced, and errors that name its node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from hetegen_compile.accelerators.base import Op
+from hetegen_compile.accelerators.cuda.trace import CudaTracer
+from hetegen_compile.errors import AcceleratorError, AcceleratorMemoryError
+
+
+class CudaStreams:
+    """``compute`` is the caller's current stream, ``up`` and ``down`` are the accelerator's own.
+
+    ``uploaded`` is the event of the last copy up that the step under way needs itself.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.up = torch.cuda.Stream(device)
+        self.down = torch.cuda.Stream(device)
+        self.tracer = CudaTracer(device)
+        self.uploaded: torch.cuda.Event | None = None
+
+    @property
+    def compute(self) -> torch.cuda.Stream:
+        """The caller's current stream."""
+        return torch.cuda.current_stream(self.device)
+
+    def begin_step(self) -> None:
+        """Order the copies of a step after everything before it."""
+        self.up.wait_stream(self.compute)
+        self.down.wait_stream(self.compute)
+
+    def synchronize_step(self) -> None:
+        """Block until everything but prefetches for the next step is over."""
+        with self.work(Op("end_step")):
+            self.compute.synchronize()
+            self.down.synchronize()
+            if self.uploaded is not None:
+                self.uploaded.synchronize()
+
+    def synchronize(self) -> None:
+        """Block until everything is over."""
+        with self.work(Op("synchronize")):
+            for stream in (self.up, self.compute, self.down):
+                stream.synchronize()
+
+    @contextmanager
+    def on(self, stream: torch.cuda.Stream, resource: str, op: Op) -> Iterator[None]:
+        """Issue copies to ``up`` or ``down``."""
+        with copying(), torch.cuda.stream(stream), self.tracer.stream_span(op.name, resource, stream):
+            yield
+
+    @contextmanager
+    def work(self, op: Op) -> Iterator[None]:
+        """Errors of torch and CUDA name the node at which they were met."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise AcceleratorMemoryError(f"{op.name} found no memory on {self.device}: {error}") from error
+        except RuntimeError as error:
+            if isinstance(error, AcceleratorError):
+                raise
+            raise AcceleratorError(f"{op.name} failed on {self.device}: {error}") from error
+
+
+@contextmanager
+def copying() -> Iterator[None]:
+    """Copies record no graph and make ordinary tensors, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
