@@ -140,8 +140,9 @@ def _on_resource(node: fx.Node, context: Context) -> Work:
 
 def _up(nbytes: float, context: Context) -> Work:
     """What of this size goes up: read by a kernel, or queued behind prefetches."""
-    small = nbytes <= ir.SMALL_UPLOAD_BYTES
-    return Work("accelerator", read_up_s(context.profile, nbytes)) if small else Work("up", upload_s(context.profile, nbytes))
+    if nbytes <= ir.SMALL_UPLOAD_BYTES:
+        return Work("accelerator", read_up_s(context.profile, nbytes))
+    return Work("up", upload_s(context.profile, nbytes))
 
 
 def _linear_work(node: fx.Node, context: Context) -> Work:

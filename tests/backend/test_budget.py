@@ -133,7 +133,7 @@ def test_peak_and_plan_agree() -> None:
     model.compile(backend=backend, options=emulated(gpu_memory=2 * needed))
     forward(model, inputs)
     (graph,) = backend.graphs
-    (plan,) = graph._plans.values()
+    (plan,) = graph.plans
     assert 0.6 * sum(plan.schedule.budget.values()) <= plan.schedule.accelerator_peak_bytes
 
 
@@ -148,7 +148,7 @@ def _decode_budgets(model: PreTrainedModel, tokens: int, **options: Any) -> list
     model.generate(**prompts(1), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)  # type: ignore[operator]
     schedules = new_schedules(known)
     streamed = sum(schedule.streamed_bytes * len(schedule.step_times_s) for schedule in schedules)
-    (carried,) = {graph._runtime.carried for graph in backend.graphs}
+    (carried,) = {graph.runtime.carried for graph in backend.graphs}
     backend.accelerator.synchronize()  # counts what was started for a next step, too
     streamed += carried.held_bytes + carried.wasted_bytes
     uploaded = backend.accelerator.counters.uploaded_bytes["weights"]
@@ -391,6 +391,6 @@ def test_what_verification_finds_beyond_the_plan_is_planned_for(monkeypatch: pyt
     model.compile(backend=backend, options=emulated(gpu_memory=budget))
     torch.testing.assert_close(forward(model, inputs), expected, rtol=1e-4, atol=1e-5)
     (graph,) = backend.graphs
-    (plan,) = graph._plans.values()
+    (plan,) = graph.plans
     assert plan.schedule.budget[UNFORESEEN] > 0
     assert backend.accelerator.counters.peak_bytes <= budget

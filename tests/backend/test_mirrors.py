@@ -156,7 +156,7 @@ def test_a_resident_weight_is_uploaded_once() -> None:
         for _ in range(3):
             model(x)
             backend.accelerator.synchronize()  # copies for the next step are under way
-            ahead = backend.graphs[0]._runtime.carried.held_bytes
+            ahead = backend.graphs[0].runtime.carried.held_bytes
             uploaded.append(backend.accelerator.counters.uploaded_bytes["weights"] - ahead)
     (schedule,) = new_schedules(known)
     assert schedule.resident_bytes > 0
