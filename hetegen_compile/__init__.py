@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 from hetegen_compile.registration import register_checkout
 
 if TYPE_CHECKING:
-    from hetegen_compile.compiled import override_split
     from hetegen_compile.dry_run import plan, plan_generation
     from hetegen_compile.errors import HetegenError
     from hetegen_compile.runtime import refresh
     from hetegen_compile.schedule import Schedule, schedules
+    from hetegen_compile.split_override import override_split
 
 _HOMES = {
     "HetegenError": "errors",
     "Schedule": "schedule",
-    "override_split": "compiled",
+    "override_split": "split_override",
     "plan": "dry_run",
     "plan_generation": "dry_run",
     "refresh": "runtime",

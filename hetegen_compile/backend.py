@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import traceback
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx
@@ -28,27 +30,35 @@ _RECOMPILE_LIMIT = 64
 _REASON_CHARACTERS = 2000  # torch's messages may hold the whole graph; the cause that is kept has all of it
 
 
-def hetegen(
-    module: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, object] | None = None
-) -> Callable[..., Any]:
-    """The backend behind ``torch.compile(model, backend="hetegen", options={...})``.
+class Backend(Protocol):
+    """What torch.compile calls, and what ``torch._dynamo.reset()`` tells."""
 
-    Returns:
-        A callable with the graph's inputs and outputs. If something is wrong, it raises a ``HetegenError`` when
-        it is called: an error raised here would be taken for a graph break and the model would run in eager.
+    reset: Callable[[], None]
+
+    def __call__(
+        self, module: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, object] | None = None
+    ) -> Callable[..., Any]:
+        """A callable with the graph's inputs and outputs."""
+
+
+def make_backend(compiler: Callable[[FakeTensorMode], SegmentCompiler]) -> Backend:
+    """A backend whose segments are compiled by ``compiler`` (a fake mode -> a segment compiler).
+
+    It is a function and no object of a class: a compiled model that is deep-copied refers to the same one.
     """
-    return make_backend(inductor_compiler)(module, inputs, options=options)
-
-
-def make_backend(compiler: Callable[[FakeTensorMode], SegmentCompiler]) -> Callable[..., Callable[..., Any]]:
-    """A backend whose segments are compiled by ``compiler`` (a fake mode -> a segment compiler)."""
+    graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
 
     def backend(
         module: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, object] | None = None
     ) -> Callable[..., Any]:
+        """A callable with the graph's inputs and outputs.
+
+        If something is wrong, it raises a ``HetegenError`` when it is called: an error raised here would be taken for
+        a graph break and the model would run in eager.
+        """
         _raise_recompile_limit()
         try:
-            return _compile(module, inputs, parse_options(options), compiler)
+            graph = _compile(module, inputs, parse_options(options), compiler)
         except TensorifyScalarRestartAnalysis:
             raise
         except HetegenError as error:
@@ -58,8 +68,22 @@ def make_backend(compiler: Callable[[FakeTensorMode], SegmentCompiler]) -> Calla
             wrapped = CompilationError(f"hetegen could not compile this graph: {reason[:_REASON_CHARACTERS]}")
             wrapped.__cause__ = error
             return _raising(wrapped)
+        graphs.add(graph)
+        return graph
 
-    return backend
+    def reset() -> None:
+        """Let go of accelerators: Dynamo keeps some graphs for ever (of functions inlined up to a graph break)."""
+        for graph in list(graphs):
+            graph.release()
+        graphs.clear()
+
+    made = cast(Backend, backend)
+    made.reset = reset
+    return made
+
+
+hetegen = make_backend(inductor_compiler)
+"""The backend behind ``torch.compile(model, backend="hetegen", options={...})``."""
 
 
 def _compile(
@@ -70,10 +94,17 @@ def _compile(
 ) -> CompiledGraph:
     _refuse_gradients(module)
     profile = profile_for(options)
-    runtime = runtime_for(options, profile)
+    open_runtime = functools.partial(runtime_for, options, profile)
+    runtime = open_runtime()
     mode = capture(module, inputs)
     return CompiledGraph(
-        module, inputs, options=options, profile=profile, runtime=runtime, compile_segment=compiler(mode)
+        module,
+        inputs,
+        options=options,
+        profile=profile,
+        runtime=runtime,
+        reopen=open_runtime,
+        compile_segment=compiler(mode),
     )
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, fx
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch.fx.experimental.proxy_tensor import py_sym_types
 
+from hetegen_compile.errors import drop_frames
 from hetegen_compile.ir import info
 from hetegen_compile.passes.capture import storage_id, to_expr
 from hetegen_compile.passes.context import Context, Refusal, SegmentCache
@@ -77,6 +78,8 @@ def _compile_or_refuse(segment: fx.GraphModule, where: str, key: Hashable, cache
         reason = f"{type(error).__name__}: {error}"[:_REASON_CHARACTERS]
         cache.refused[key] = Refusal(where, f"runs as plain FX code, its compiler failed with {reason}")
         logger.warning("%s %s", where, cache.refused[key].reason)
+        logger.debug("where it was raised", exc_info=error)
+        drop_frames(error)
         forward: Callable[..., Any] = segment.forward
         return forward
 

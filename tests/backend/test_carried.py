@@ -48,7 +48,7 @@ class Compiled:
 
     @property
     def carried(self) -> Any:
-        return self.graph._runtime.carried
+        return self.graph.runtime.carried
 
     @property
     def uploaded(self) -> int:
@@ -58,13 +58,13 @@ class Compiled:
 
     @property
     def plan(self) -> Any:
-        (plan,) = self.graph._plans.values()
+        (plan,) = self.graph.plans
         return plan
 
     def layer(self, *, carried: bool) -> Any:
         """A Linear whose weight is (not) prefetched by the step before."""
         bound = self.plan.bound
-        names = [self.graph._facts.names[i] for i in bound.streamed if (i in bound.carried) == carried]
+        names = [self.plan.facts.names[i] for i in bound.streamed if (i in bound.carried) == carried]
         return self.model.get_submodule(names[0].removesuffix(".weight"))
 
 
@@ -179,7 +179,7 @@ def test_two_plans_of_one_model_by_turns() -> None:
         for seed in range(4):
             compiled.check(seed, tokens=2)
         assert compiled.carried.held_bytes > 0
-    assert len(compiled.graph._plans) == 2
+    assert len(compiled.graph.plans) == 2
     once = compiled.carried.held_bytes
     assert compiled.carried.wasted_bytes == 2 * once
     wasted = compiled.carried.wasted_bytes
@@ -298,4 +298,4 @@ def test_generation_carries_in_decode() -> None:
         assert_like_eager(result, expected)
     schedules = tuple(s for s in hetegen_compile.schedules() if not any(s is other for other in known))
     assert_offloaded(backend, schedules, options)
-    assert backend.graphs[0]._runtime.carried.held_bytes > 0
+    assert backend.graphs[0].runtime.carried.held_bytes > 0

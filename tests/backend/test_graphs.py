@@ -74,7 +74,7 @@ def test_one_graph_serves_all_numbers_of_tokens(dynamic: bool | None) -> None:
     assert len(backend.graphs) == (1 if dynamic else 2)
     buckets = [(2, 4), (5, 16), (17, 64)]
     assert sorted({schedule.tokens for schedule in schedules}) == buckets
-    assert [len(graph._plans) for graph in backend.graphs] == ([3] if dynamic else [1, 3])
+    assert [len(graph.plans) for graph in backend.graphs] == ([3] if dynamic else [1, 3])
     # a larger bucket's activations take the place of weights, which go up again with the next plan
     assert_offloaded(backend, schedules, options, weights_change=True)
 

@@ -18,11 +18,12 @@ from hetegen_compile.accelerators import EmulatedAccelerator
 from hetegen_compile.accelerators.base import Op
 from hetegen_compile.errors import AcceleratorError
 from hetegen_compile.runtime import live_runtimes
-from tests.backend.modules import BUDGET, WIDTH, Mlp, random
+from tests.backend.modules import BUDGET, WIDTH, Linear, Mlp, around, plain, random
 from tests.models.architectures import prompts, tiny_model
 from tests.models.harness import RecordingBackend, emulated
 
 REPEATS = 20
+TIMES = 4
 
 
 def _resident_bytes() -> int:
@@ -97,6 +98,66 @@ def test_nothing_is_left_after_the_last_model() -> None:
     assert sum(counters.held_bytes.values()) == 0
     assert pins.pinned_bytes == 0
     assert not any(thread.is_alive() for thread in threads)
+
+
+class Branches(nn.Module):
+    """A graph break in what the model's forward calls: Dynamo keeps the graph before it, whatever happens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = around(_branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.body(x) + 1
+        return result
+
+
+def _branches(before: Linear, after: Linear, x: Tensor) -> Tensor:
+    y = before(x)
+    return x if y.sum().item() > 1e9 else after(y)
+
+
+def test_a_reset_frees_what_dynamo_keeps() -> None:
+    """Again and again: threads, memory of the accelerator and pins are as after the first."""
+    held, threads = [], []
+    for _ in range(TIMES):
+        model, backend = Branches().eval(), RecordingBackend()
+        model.compile(backend=backend, options=emulated(gpu_memory=BUDGET, seed=None))
+        with torch.no_grad():
+            torch.testing.assert_close(model(random(2, WIDTH)), model.forward(random(2, WIDTH)), rtol=1e-4, atol=1e-5)
+        accelerator = backend.accelerator
+        assert isinstance(accelerator, EmulatedAccelerator)
+        counters, pins = accelerator.counters, accelerator._pins
+        assert counters.uploaded_bytes["weights"] > 0
+        assert pins.pinned_bytes > 0
+        kept = weakref.ref(backend.graphs[0])
+        del accelerator, backend, model
+        torch._dynamo.reset()
+        gc.collect()
+        assert kept() is not None, "Dynamo lets go of it now: this test asks for nothing any more"
+        held.append(sum(counters.held_bytes.values()) + pins.pinned_bytes)
+        threads.append(_threads())
+    assert held == [0] * TIMES
+    assert threads == [threads[0]] * TIMES
+
+
+def test_a_graph_that_was_released_works_when_it_is_called() -> None:
+    """As a thread does that was in the middle of the model when another one reset Dynamo."""
+    model, x, backend = around(plain), random(2, WIDTH), RecordingBackend()
+    model.compile(backend=backend, options=emulated(gpu_memory=BUDGET, seed=None))
+    with torch.no_grad():
+        expected = model.forward(x)
+        for _ in range(2):
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+            before = backend.graphs[0].runtime
+            backend.reset()
+            assert backend.graphs[0].runtime.accelerator is before.accelerator, "kept as long as somebody has it"
+            del before
+            backend.graphs[0].release()
+            gc.collect()
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert len(backend.graphs) == 1
+    assert backend.accelerator.counters.uploaded_bytes["weights"] > 0
 
 
 def test_two_threads_call_the_same_model() -> None:

@@ -65,7 +65,7 @@ def test_a_model_runs_with_every_kind_of_operation(tmp_path: Path, *, refuse_pin
     assert bool(counters.staged_bytes) == refuse_pins
     assert counters.trips_down == counters.trips_up == 4 * 4, "one trip for each Linear and step"
     assert {"on up", "on down", "host waits compute", "host waits down"} <= set(LOG)
-    (plan,) = backend.graphs[0]._plans.values()
+    (plan,) = backend.graphs[0].plans
     plan.schedule.save_trace(tmp_path / "trace.json")
     traced = {span.resource for span in plan.schedule.spans}
     assert {"up", "down", "accelerator", "host"} <= traced

@@ -134,7 +134,7 @@ def test_ctrl_c_while_the_host_waits() -> None:
     backend = _compiled(model)
     _assert_like_eager(model, random(3, 64))
     (graph,) = backend.graphs
-    accelerator = graph._runtime.accelerator
+    accelerator = graph.runtime.accelerator
     assert isinstance(accelerator, EmulatedAccelerator)
     held, go_on = threading.Event(), threading.Event()
 
@@ -195,7 +195,7 @@ def like_eager():
     assert hetegen_compile.schedules()[-1].host_bytes > 0
 
 like_eager()
-lock, taken, done = backend.graphs[0]._runtime.lock, threading.Event(), threading.Event()
+lock, taken, done = backend.graphs[0].runtime.lock, threading.Event(), threading.Event()
 
 def hold():  # another thread is in the middle of a step
     with lock:

@@ -104,7 +104,7 @@ def test_hostile_names_are_only_names() -> None:
 
     found = compiled_like_eager(model, run, options=emulated(gpu_memory=BUDGET))
     (graph,) = found.backend.graphs
-    for plan in graph._plans.values():
+    for plan in graph.plans:
         (step,) = ast.parse(plan.bound.source).body
         called = {name for name, _ in _calls(step)}
         operations = {"prefetch", "wait", "release", "to_host", "wait_host", "to_accelerator", "launch", "host"}

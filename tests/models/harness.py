@@ -71,10 +71,14 @@ class RecordingBackend:
     compiler: Callable[..., Any] = plain_compiler
     returned: list[Any] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._backend = make_backend(self.compiler)
+        self.reset = self._backend.reset
+
     def __call__(
         self, module: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, object] | None = None
     ) -> Any:
-        self.returned.append(make_backend(self.compiler)(module, inputs, options=options))
+        self.returned.append(self._backend(module, inputs, options=options))
         return self.returned[-1]
 
     @property
@@ -86,7 +90,7 @@ class RecordingBackend:
     @property
     def accelerator(self) -> Accelerator:
         """The accelerator that all graphs share."""
-        accelerators = {id(graph._runtime.accelerator): graph._runtime.accelerator for graph in self.graphs}
+        accelerators = {id(graph.runtime.accelerator): graph.runtime.accelerator for graph in self.graphs}
         (accelerator,) = accelerators.values()
         return accelerator
 
@@ -152,7 +156,7 @@ def _withdrawn() -> Iterator[list[Schedule]]:
         found.extend(schedule for schedule in given if schedule.step_times_s)
         withdraw(given)
 
-    with mock.patch("hetegen_compile.compiled.withdraw", noted):
+    with mock.patch("hetegen_compile.step_plans.withdraw", noted):
         yield found
 
 
@@ -189,7 +193,7 @@ def assert_offloaded(
     assert all(schedule.step_times_s for schedule in schedules), "a plan was made and not run"
     assert all(schedule.resident_bytes <= schedule.budget_bytes <= budget for schedule in schedules)
     assert backend.accelerator.counters.peak_bytes <= budget
-    (carried,) = {graph._runtime.carried for graph in backend.graphs}
+    (carried,) = {graph.runtime.carried for graph in backend.graphs}
     ahead = carried.held_bytes + carried.wasted_bytes
     _assert_bytes_moved(backend.accelerator, schedules, weights_change, ahead)
 

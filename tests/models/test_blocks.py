@@ -30,7 +30,7 @@ def _phi3() -> PreTrainedModel:
 
 def _trips(backend: RecordingBackend) -> int:
     """Transfers up in all steps that were planned."""
-    plans = [plan for graph in backend.graphs for plan in graph._plans.values()]
+    plans = [plan for graph in backend.graphs for plan in graph.plans]
     return sum(plan.bound.source.count("= to_accelerator(") for plan in plans)
 
 
@@ -75,5 +75,5 @@ def test_half_precision_and_steps_after_each_other() -> None:
         return torch.stack(found.logits)
 
     found = _compared(model, tokens, near=0.1)
-    ahead = [plan for graph in found.backend.graphs for plan in graph._plans.values() if plan.bound.carried]
+    ahead = [plan for graph in found.backend.graphs for plan in graph.plans if plan.bound.carried]
     assert any("[0:" in plan.bound.source and "ahead(" in plan.bound.source for plan in ahead)

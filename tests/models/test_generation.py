@@ -34,6 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sampling": {"do_sample": True, "top_k": 50, "top_p": 0.95, "temperature": 1.3, "repetition_penalty": 1.2},
     "sampling, static": {"do_sample": True, "cache_implementation": "static"},
     "beams": {"num_beams": 2, "num_return_sequences": 2, "cache_implementation": "static"},
+    "beams that move in a dynamic cache": {"num_beams": 2, "num_return_sequences": 2},
     "chunked prefill": {"prefill_chunk_size": 3},
     "no cache": {"use_cache": False},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
@@ -87,7 +88,7 @@ def test_two_threads_generate_with_one_model_that_neither_has_compiled() -> None
     generator = torch.Generator().manual_seed(3)
     shapes = ((1, 5), (2, 9))
     tokens = [torch.randint(2, VOCABULARY, shape, generator=generator) for shape in shapes]
-    calls = [lambda i=i: _generate(model, tokens[i]) for i in range(2)]
+    calls = [functools.partial(_generate, model, tokens[i]) for i in range(2)]
 
     def run() -> list[Tensor]:
         found = _at_once(calls)
@@ -104,12 +105,12 @@ def test_two_models_generate_at_once_on_one_accelerator() -> None:
     backend, options = RecordingBackend(), emulated(gpu_memory=sum(half_the_weights(model) for model in models))
     for model in models:
         model.compile(backend=backend, options=options)
-    for cache in (None, "static"):
-        calls = [lambda model=model: _generate(model, tokens, cache_implementation=cache) for model in models]
+    calls = [functools.partial(_generate, model, tokens, cache_implementation="static") for model in models]
+    for _ in range(2):
         _assert_same(_at_once(calls), expected)
     counters = backend.accelerator.counters
-    assert len({id(graph._runtime) for graph in backend.graphs}) == 1
+    assert len({id(graph.runtime) for graph in backend.graphs}) == 1
     assert counters.uploaded_bytes["weights"] > 0
     assert counters.peak_bytes <= options["gpu_memory"]
-    plans = [plan.schedule for graph in backend.graphs for plan in graph._plans.values()]
+    plans = [plan.schedule for graph in backend.graphs for plan in graph.plans]
     assert all(schedule.host_bytes > 0 for schedule in plans)

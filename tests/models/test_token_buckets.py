@@ -54,7 +54,7 @@ class CountsGuards:
 
 
 def _plans_of(graphs: Sequence[CompiledGraph]) -> list[int]:
-    return [len(graph._plans) for graph in graphs]
+    return [len(graph.plans) for graph in graphs]
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
@@ -73,7 +73,7 @@ def test_twenty_prompt_lengths(cache: str | None, monkeypatch: pytest.MonkeyPatc
     assert counted.plans
     assert counted.added == [0] * len(counted.added)
     assert sum(_plans_of(backend.graphs)) == len(counted.plans)
-    assert any(len(graph._plans) >= 4 for graph in backend.graphs), "one graph serves several buckets"
+    assert any(len(graph.plans) >= 4 for graph in backend.graphs), "one graph serves several buckets"
     assert backend.accelerator.counters.peak_bytes <= 8 << 20
 
 
@@ -94,6 +94,6 @@ def test_twenty_prompt_lengths_with_weights_streamed(cache: str | None, monkeypa
     assert len(set(counted.plans)) == len(counted.plans), "a bucket was planned twice"
     assert counted.again, "memory was never shared out anew: the budget does not bind"
     assert len(hetegen_compile.schedules()) - known <= len(counted.plans), "one schedule a graph and bucket"
-    assert any(plan.schedule.streamed_bytes for graph in backend.graphs for plan in graph._plans.values())
+    assert any(plan.schedule.streamed_bytes for graph in backend.graphs for plan in graph.plans)
     assert counted.added == [0] * len(counted.added)
     assert backend.accelerator.counters.peak_bytes <= 400 << 10

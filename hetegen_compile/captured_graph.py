@@ -1,0 +1,98 @@
+"""A graph as Dynamo captured it, and what it tells about the inputs that it will be called with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+from torch import Tensor, fx
+
+from hetegen_compile.buckets import bucket_of
+from hetegen_compile.cost_model import HardwareProfile
+from hetegen_compile.graph_inputs import aliased_inputs, as_int, is_weight, number, symbol_inputs, token_count
+from hetegen_compile.options import Options
+from hetegen_compile.passes.capture import source_name
+from hetegen_compile.passes.context import Bucket, SegmentCache
+from hetegen_compile.planned import Sizes
+from hetegen_compile.step_values import InputFacts
+from hetegen_compile.undo import HostWrites, host_writes
+
+Part = tuple[Bucket, int]
+"""A bucket of tokens of one model: Dynamo lets models of one class and shape share a compiled graph."""
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """What is known once, whatever is planned and wherever it runs.
+
+    Attributes:
+        segments: those that have been compiled.
+        weights: positions of parameters and buffers among the inputs, by name of the placeholder.
+        symbols: position of the input that tells each symbol.
+        tokens: of a forward, over these symbols.
+        writes: inputs that need care before a step may run twice.
+    """
+
+    module: fx.GraphModule
+    options: Options
+    profile: HardwareProfile
+    segments: SegmentCache
+    weights: Mapping[str, int]
+    facts: InputFacts
+    symbols: Mapping[sympy.Symbol, int]
+    tokens: sympy.Expr
+    writes: HostWrites
+
+    @classmethod
+    def of(
+        cls,
+        module: fx.GraphModule,
+        inputs: Sequence[Any],
+        *,
+        options: Options,
+        profile: HardwareProfile,
+        segments: SegmentCache,
+    ) -> CapturedGraph:
+        """From a module that ``capture`` has annotated, while Dynamo's notes on its inputs are there."""
+        placeholders = module.graph.find_nodes(op="placeholder")
+        names = [source_name(node) or node.name for node in placeholders]
+        weights = {node.name: i for i, node in enumerate(placeholders) if is_weight(node, inputs[i])}
+        facts = InputFacts.of(placeholders, names, aliased_inputs(module.graph), frozenset(weights.values()))
+        return cls(
+            module=module,
+            options=options,
+            profile=profile,
+            segments=segments,
+            weights=weights,
+            facts=facts,
+            symbols=symbol_inputs(placeholders),
+            tokens=token_count(module),
+            writes=host_writes(module.graph),
+        )
+
+    def sizes(self, inputs: Sequence[Any]) -> Sizes:
+        """The sizes of one call."""
+        return {symbol: sympy.Integer(as_int(inputs[i])) for symbol, i in self.symbols.items()}
+
+    def part(self, inputs: Sequence[Any], sizes: Sizes) -> Part:
+        """Whose plan a call needs, and for how many tokens."""
+        return bucket_of(number(self.tokens, sizes)), self.model_of(inputs)
+
+    def anchor(self, inputs: Sequence[Any]) -> Tensor | None:
+        """One of the model's weights: plans are void when it is gone."""
+        first = min(self.weights.values(), default=None)
+        return None if first is None else inputs[first]
+
+    def model_of(self, inputs: Sequence[Any]) -> int:
+        """Whose weights these are: the storage of one of them tells."""
+        anchor = self.anchor(inputs)
+        return 0 if anchor is None else int(anchor.untyped_storage()._cdata)
+
+    def weight_tensors(self, inputs: Sequence[Any]) -> dict[str, Tensor]:
+        """The model's tensors by the names of their placeholders."""
+        return {name: inputs[i] for name, i in self.weights.items()}
+
+
+__all__ = ["CapturedGraph", "Part"]

@@ -1,0 +1,103 @@
+"""One step of a plan on its accelerator, and what is put right when it fails half-way."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from hetegen_compile.errors import AcceleratorMemoryError
+from hetegen_compile.mirrors import NoRoomError
+from hetegen_compile.runtime import Runtime
+from hetegen_compile.step_plan import StepPlan
+from hetegen_compile.undo import HostWrites, Undo
+
+
+class UnrepeatableError(AcceleratorMemoryError):
+    """The accelerator ran out of memory after the step wrote what must not be written twice."""
+
+
+def run_step(runtime: Runtime, plan: StepPlan, inputs: Sequence[Any], writes: HostWrites) -> Any:
+    """The outputs of one step; its times and its peak are noted on the plan's schedule.
+
+    Raises:
+        NoRoomError: the inputs do not fit beside what the plan makes; nothing has run.
+        AcceleratorMemoryError: the accelerator ran out of memory; the host's inputs are as before.
+        UnrepeatableError: it did, and inputs had been written already.
+    """
+    undo = Undo(writes, inputs)
+    try:
+        return _run_noted(runtime, plan, inputs)
+    except AcceleratorMemoryError as error:
+        if undo.restore():
+            raise
+        raise UnrepeatableError(
+            f"{error}; the step had written inputs in place already and cannot be run again with less resident"
+        ) from error
+
+
+def _run_noted(runtime: Runtime, plan: StepPlan, inputs: Sequence[Any]) -> Any:
+    accelerator, mirrors = runtime.accelerator, runtime.mirrors
+    steps = len(plan.schedule.step_times_s)
+    tracing = steps == 1 + bool(plan.bound.carried)  # after warming up: with everything carried in the third
+    try:
+        with quiet(accelerator.device):
+            started = time.perf_counter()
+            if tracing:
+                accelerator.trace(True)
+            outputs = _run(runtime, plan, inputs)
+            seconds = time.perf_counter() - started
+    except BaseException as error:
+        _let_go(error)
+        accelerator.abandon_step()
+        if not isinstance(error, NoRoomError):  # the step may have written some of them
+            mirrors.forget_all_but_weights()
+            mirrors.forget(inputs[i] for i in plan.bound.settled)
+        raise
+    plan.schedule.note_step(seconds, accelerator.trace(False) if tracing else [])
+    peak = max(plan.schedule.accelerator_peak_bytes, accelerator.counters.step_peak_bytes)
+    plan.schedule.accelerator_peak_bytes = peak
+    return outputs
+
+
+def _run(runtime: Runtime, plan: StepPlan, inputs: Sequence[Any]) -> Any:
+    accelerator, mirrors, carried, bound = runtime.accelerator, runtime.mirrors, runtime.carried, plan.bound
+    accelerator.limit_memory(plan.budget_bytes)
+    started = carried.begin_step(bound, inputs)
+    mirrors.begin_step()
+    taken = runtime.ledger.ring_bytes + plan.room.activation_bytes
+    values = plan.values.fetch(mirrors, inputs, plan.budget_bytes - taken)
+    count = len(bound.mirrors)
+    outputs, twins = bound.run(list(inputs), values[:count], values[count:], started, carried.start)
+    carried.end_step(bound)
+    for i in bound.settled:
+        mirrors.settle(inputs[i])
+    for host, device in twins:
+        mirrors.register(host, device)
+    return outputs
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Drop what the step's frames hold: whoever keeps the exception (a debugger, a shell) would keep device memory."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+@contextlib.contextmanager
+def quiet(device: torch.device) -> Iterator[None]:
+    """No gradients, tensors with versions, and the caller's CPU autocast on the accelerator's device too."""
+    with contextlib.ExitStack() as modes, torch.set_grad_enabled(False):
+        if torch.is_inference_mode_enabled():
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.no_grad())
+        if device.type != "cpu" and torch.is_autocast_enabled("cpu"):
+            modes.enter_context(torch.autocast(device.type, dtype=torch.get_autocast_dtype("cpu")))
+        yield
+
+
+__all__ = ["UnrepeatableError", "quiet", "run_step"]

@@ -1,0 +1,91 @@
+"""One runnable plan: a bound schedule, what it counts on, and whether that still holds."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+
+from hetegen_compile.bind import BoundStep, bind
+from hetegen_compile.captured_graph import CapturedGraph
+from hetegen_compile.passes.claims import weight_key
+from hetegen_compile.passes.context import require
+from hetegen_compile.planned import PlannedStep, Sizes
+from hetegen_compile.room import Room
+from hetegen_compile.runtime import Runtime
+from hetegen_compile.schedule import Schedule
+from hetegen_compile.step_values import InputFacts, StepValues
+
+
+@dataclass
+class StepPlan:
+    """A schedule that can run.
+
+    Attributes:
+        weights: for each resident weight its position among the inputs, its key in the ledger and its first row.
+        values: fetches the device values that a step takes.
+        budget_bytes: the limit that it was made for, what the device's libraries take not counted.
+        epoch: of the ledger when all of this was last looked at.
+    """
+
+    bound: BoundStep
+    schedule: Schedule
+    room: Room
+    facts: InputFacts
+    weights: dict[int, tuple[Hashable, int]]
+    values: StepValues
+    ring_bytes: int
+    budget_bytes: int
+    epoch: int
+
+    @classmethod
+    def of(cls, graph: CapturedGraph, planned: PlannedStep, runtime: Runtime, inputs: Sequence[Any]) -> StepPlan:
+        """Bind a schedule; what it keeps resident has been entered in the runtime's ledger."""
+        bound, context = _bound(planned, runtime), planned.context
+        residency = require(context.residency, "choose_residency")
+        read = {i: lo for i, lo, _ in bound.residents}
+        resident = {graph.weights[name]: first for name, first in residency.weights.items()}
+        plan = cls(
+            bound=bound,
+            schedule=planned.schedule,
+            room=Room.of(context, residency.mirrored, 0),
+            facts=graph.facts,
+            weights={i: (weight_key(inputs[i]), read.get(i, first)) for i, first in resident.items()},
+            values=StepValues(bound, graph.facts, {}),
+            ring_bytes=residency.ring_bytes,
+            budget_bytes=context.budget_bytes - sum(context.overhead_bytes.values()),
+            epoch=runtime.ledger.epoch,
+        )
+        plan._look_up(runtime)
+        return plan
+
+    def is_good(self, runtime: Runtime, budget_bytes: int, sizes: Sizes) -> bool:
+        """Whether it still finds what it counts on under the budget of today, and a forward of these sizes fits it."""
+        ledger = runtime.ledger
+        if self.epoch != ledger.epoch:
+            shorter = ledger.ring_bytes < self.ring_bytes or budget_bytes < self.schedule.budget_bytes
+            if shorter or not ledger.has(list(self.weights.values())):
+                return False
+            self._look_up(runtime)
+        return self.room.covers(sizes)
+
+    def _look_up(self, runtime: Runtime) -> None:
+        """What the ledger keeps of the plan's weights now."""
+        ledger = runtime.ledger
+        first_rows = {i: ledger.first_rows[key] for i, (key, _) in self.weights.items()}
+        self.values = StepValues(self.bound, self.facts, first_rows)
+        self.room.free_bytes = self.budget_bytes - ledger.ring_bytes - ledger.resident_bytes
+        self.epoch = ledger.epoch
+
+
+def _bound(planned: PlannedStep, runtime: Runtime) -> BoundStep:
+    context = planned.context
+    work = require(context.prediction, "predict_step").work
+    need = require(context.memory, "measure_memory")
+    workspace = {node: context.room(sympy.sympify(size, strict=True)) for node, size in need.workspace.items()}
+    return bind(planned.module, work, runtime.accelerator, context.profile.host.linear_kernels, workspace)
+
+
+__all__ = ["StepPlan"]

@@ -1,0 +1,189 @@
+"""The plans of one captured graph on one accelerator: one for each bucket of tokens, model and split.
+
+A plan is made when a forward first needs it, and made again when what it decided about memory no longer holds.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from hetegen_compile import planner
+from hetegen_compile.captured_graph import CapturedGraph, Part
+from hetegen_compile.options import Options
+from hetegen_compile.passes.context import Refusal, require
+from hetegen_compile.passes.plans import UNFORESEEN
+from hetegen_compile.planned import BucketPlan, Sizes, Split, Target
+from hetegen_compile.planner import Planner
+from hetegen_compile.run_step import quiet
+from hetegen_compile.runtime import Runtime
+from hetegen_compile.schedule import FITS, Schedule, register, withdraw
+from hetegen_compile.split_override import overridden_split
+from hetegen_compile.step_plan import StepPlan
+
+logger = logging.getLogger("hetegen_compile")
+
+
+class StepPlans:
+    """Used under the runtime's lock.
+
+    Attributes:
+        unforeseen_bytes: what steps need beyond their plans, found when they were tried; plans made later count it in.
+        notes: what the report of each plan made from now on says beside its own refusals.
+    """
+
+    def __init__(self, graph: CapturedGraph, runtime: Runtime) -> None:
+        self.graph = graph
+        self.runtime = runtime
+        self.unforeseen_bytes = 0
+        self.notes: tuple[Refusal, ...] = ()
+        self._planner = Planner(
+            graph.module, options=graph.options, profile=graph.profile, segments=graph.segments
+        )
+        self._buckets: dict[Part, BucketPlan] = {}
+        self._outdated: dict[Part, BucketPlan] = {}
+        self._plans: dict[tuple[Part, Split], StepPlan] = {}
+        self._recent: tuple[tuple[Any, ...], StepPlan] | None = None
+
+    @property
+    def all(self) -> tuple[StepPlan, ...]:
+        """Those that hold."""
+        return tuple(self._plans.values())
+
+    @property
+    def budget_bytes(self) -> int:
+        """The hard limit: of this graph's options, of those of the others on the accelerator, of what is left."""
+        runtime = self.runtime
+        others = runtime.ledger.smallest_budget_bytes
+        own = budget_bytes(self.graph.options, runtime)
+        return min(own, runtime.limit_bytes, *(() if others is None else (others,)))
+
+    # ---- the plan of a forward -----------------------------------------------------------------------------
+
+    def find(self, inputs: Sequence[Any]) -> StepPlan:
+        """The plan for a forward with these inputs.
+
+        Raises:
+            BudgetError: there is none within the budget.
+            UnforeseenMemoryError: verification counts more than was planned for.
+            HostOnlyGraphError: the graph cannot be offloaded.
+        """
+        split = overridden_split()
+        split = self.graph.options.split if split is None else split
+        sizes = self.graph.sizes(inputs)
+        key = split, self.graph.model_of(inputs), *sizes.values()
+        if self._recent is not None and self._recent[0] == key and self._recent[1].epoch == self.runtime.ledger.epoch:
+            return self._recent[1]
+        self._recent = key, self._find(inputs, sizes, split)
+        return self._recent[1]
+
+    def find_ready(self, inputs: Sequence[Any]) -> StepPlan:
+        """A plan whose streamed weights are pinned, adopted or staged; what cannot be pinned makes another one.
+
+        So do weights that were adopted: they lie in other storages then.
+        """
+        graph, host_memory = self.graph, self.runtime.host_memory
+        while True:
+            plan, model = self.find(inputs), graph.model_of(inputs)
+            streamed = [inputs[i] for i in plan.bound.streamed]
+            if host_memory.hold(streamed, lambda: list(graph.weight_tensors(inputs).values())):
+                if not plan.schedule.host_memory:
+                    plan.schedule.note_host_memory(host_memory.holdings(streamed), plan.bound.pinned_ring_bytes)
+                if model == graph.model_of(inputs):
+                    return plan
+            self.outdate()
+
+    def outdate(self, parts: Iterable[Part] | None = None) -> None:
+        """What these plans (by default all) decided about memory no longer holds: it is decided again when needed."""
+        self._recent = None
+        for part in set(self._buckets if parts is None else parts) & self._buckets.keys():
+            self._outdated[part] = self._buckets.pop(part)
+        withdraw(plan.schedule for key, plan in self._plans.items() if key[0] not in self._buckets)
+        self._plans = {key: plan for key, plan in self._plans.items() if key[0] in self._buckets}
+
+    def _find(self, inputs: Sequence[Any], sizes: Sizes, split: Split) -> StepPlan:
+        part = self.graph.part(inputs, sizes)
+        plan = self._plans.get((part, split))
+        if plan is not None and not plan.is_good(self.runtime, self.budget_bytes, sizes):
+            self.outdate([part])
+            plan = None
+        if plan is None:
+            with quiet(self.runtime.accelerator.device):
+                plan = self._make(part, split, sizes, inputs)
+            self._plans[part, split] = plan
+        return plan
+
+    # ---- making one ------------------------------------------------------------------------------------------
+
+    def _make(self, part: Part, split: Split, sizes: Sizes, inputs: Sequence[Any]) -> StepPlan:
+        self._forget_dead()
+        if part not in self._buckets:
+            base = self._decide(part, sizes, inputs)
+            self._enter(part, base, inputs)
+            self._buckets[part] = base
+            self._outdated.pop(part, None)
+        planned = self._planner.plan_split(self._buckets[part], split)
+        plan = StepPlan.of(self.graph, planned, self.runtime, inputs)
+        plan.schedule.refusals += (*self.notes, *plan.bound.refusals)
+        plan.schedule.beside_bytes = self.runtime.accelerator.beside_bytes
+        self._tell(plan.schedule)
+        return plan
+
+    def _forget_dead(self) -> None:
+        """Forget the plans of models that are gone."""
+        dead = self.runtime.ledger.dead_parts(self)
+        self.outdate(dead)
+        for part in dead:
+            self._outdated.pop(part, None)
+
+    def _decide(self, part: Part, sizes: Sizes, inputs: Sequence[Any]) -> BucketPlan:
+        weights, known = self.graph.weight_tensors(inputs), self._outdated.get(part)
+        if known is None:
+            return self._planner.plan_bucket(part[0], sizes, self._target(part), weights)
+        logger.info("%s: memory is shared out anew, and the step scheduled again", part[0])
+        return self._planner.decide_again(known, sizes, self._target(part), weights)
+
+    def _target(self, part: Part) -> Target:
+        runtime = self.runtime
+        others = runtime.ledger.others(self, part)
+        overhead = dict(runtime.accelerator.overhead_bytes())
+        if self.unforeseen_bytes:
+            overhead[UNFORESEEN] = self.unforeseen_bytes
+        return Target(
+            kind=runtime.accelerator.kind,
+            device=runtime.accelerator.device,
+            budget_bytes=self.budget_bytes,
+            resident=others,
+            ring_bytes=others.ring_bytes,
+            overhead_bytes=overhead,
+            host_memory=runtime.host_memory,
+        )
+
+    def _enter(self, part: Part, base: BucketPlan, inputs: Sequence[Any]) -> None:
+        """Make what the residency decision says hold on the accelerator, as long as the weights exist."""
+        anchor = self.graph.anchor(inputs)
+        reference = None if anchor is None else StorageWeakRef(anchor.untyped_storage())
+        runtime, context = self.runtime, base.context
+        residency = require(context.residency, "choose_residency")
+        runtime.accelerator.limit_memory(context.budget_bytes - sum(context.overhead_bytes.values()))
+        runtime.ledger.enter(self, part, residency, budget_bytes(self.graph.options, runtime), reference)
+        runtime.reserve(runtime.ledger.ring_bytes)
+
+    def _tell(self, schedule: Schedule) -> None:
+        register(schedule)
+        if schedule.whole_graph:
+            logger.info("%s: %s", schedule.title, FITS)
+        options = self.graph.options
+        if options.print_schedule and overridden_split() is None:
+            print(schedule.table(unfold=options.unfold), flush=True)
+
+
+def budget_bytes(options: Options, runtime: Runtime) -> int:
+    """The hard limit that options ask for on a runtime's accelerator."""
+    return planner.budget_bytes(options.gpu_memory, runtime.accelerator.memory_bytes, runtime.accelerator.kind)
+
+
+__all__ = ["StepPlans", "budget_bytes"]
