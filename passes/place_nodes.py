@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.ir import LINEAR, info, is_tensor
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.capture import source_name, tensors_in
 from hetegen_compile.passes.choose_splits import table_only
@@ -56,6 +56,7 @@ class _Placer:
         self._regions = autocast_regions(self._computing)
         self._in_region = {node for region in self._regions for node in region}
         self._host_only = {node for node in self._computing if self._must_be_host(node)} | self._with_host_weights()
+        self._host_only |= {node for node in self._computing if self._takes_item_on_host(node)}
         self._host: set[fx.Node] = set()
         self._cost: dict[fx.Node, int] = {}
 
@@ -80,6 +81,11 @@ class _Placer:
             table = next((arg for arg in node.all_input_nodes if table_only(arg, self._context)), None)
             return table is not None
         return False
+
+    def _takes_item_on_host(self, node: fx.Node) -> bool:
+        """Whether the node takes an item of a list of tensors that the host has: lists cross no border."""
+        lists = [arg for arg in node.all_input_nodes if arg in self._host_only and not is_tensor(arg)]
+        return any(tensors_in(info(source).value) for source in lists)
 
     def _with_host_weights(self) -> set[fx.Node]:
         """What is computed with stacked weights that residency left on the host."""

@@ -278,6 +278,20 @@ def test_numerics_under_an_autocast_region() -> None:
     assert not torch.equal(scores.float(), y @ y.t())  # or the region changes nothing
 
 
+def picked_by_a_mask(x: Tensor) -> Any:
+    rows, columns = torch.where(x > 0)
+    return B(A(x)[rows].sum(0) + columns.sum())
+
+
+def test_items_of_a_list_on_the_host_are_taken_there_and_cross_by_themselves() -> None:
+    dynamo = {"capture_dynamic_output_shape_ops": True}
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    items = re.findall(r"= t\d+\[[01]\]  # (\w+)", with_sides(placed(picked_by_a_mask, x, dynamo=dynamo)))
+    assert len(items) >= 2
+    assert set(items) == {"host"}
+    assert_equal_to_eager(picked_by_a_mask, x, dynamo=dynamo)
+
+
 # ---- graphs that have to run on the host as they are ------------------------------------------------------------
 
 
