@@ -100,6 +100,8 @@ def run_child(module: str, argument: Mapping[str, Any], *, limit_s: float, files
 def child_main(work: Callable[[dict[str, Any], Notebook], None]) -> int:
     """The whole of a child: its argument and its notes from the command line; 1 and a note if ``work`` raises."""
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    with contextlib.suppress(OSError):  # where memory runs out, this process is ended and not the one that waits for it
+        Path("/proc/self/oom_score_adj").write_text("1000")
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     notebook = Notebook(Path(sys.argv[2]))

@@ -29,6 +29,7 @@ import torch
 from tabulate import tabulate
 
 from benchmarks.model_shapes import SHAPES, Depth, Shape, shape_of
+from hetegen_compile.buckets import bucket_of
 from hetegen_compile.cost_model import HardwareProfile, load_profile, preset_names
 from hetegen_compile.dry_run.planning import STAGES, Machine, PlannedWeights
 from hetegen_compile.floor import Floor, floor, offloaded_together_s
@@ -37,7 +38,8 @@ from hetegen_compile.options import Options
 from hetegen_compile.passes.choose_residency import staging_ring_bytes
 from hetegen_compile.passes.context import SegmentCache, require
 from hetegen_compile.passes.plans import RESIDENT, RING, Residency
-from hetegen_compile.planner import BucketPlan, PlannedStep, Planner, Split, Target, bucket_of
+from hetegen_compile.planned import BucketPlan, PlannedStep, Split, Target
+from hetegen_compile.planner import Planner
 
 SHARES = (0.10, 0.25, 0.50, 0.75)
 CASES = {"decode-1": 1, "decode-4": 4, "decode-16": 16, "prefill-512": 0}

@@ -33,6 +33,7 @@ from hetegen_compile.cost_model.roofline import (
     item_bytes,
     linear_rate,
     operation_s,
+    read_up_s,
     upload_s,
 )
 from hetegen_compile.cost_model.split import (
@@ -77,6 +78,7 @@ __all__ = [
     "preset_names",
     "profile_from_json",
     "profile_to_json",
+    "read_up_s",
     "relax",
     "row_granularity",
     "simulate",

@@ -127,6 +127,14 @@ def upload_s(
     return _transfer_s(profile.link.up, nbytes + lines * LINE_OVERHEAD_BYTES, pinned)
 
 
+def read_up_s(profile: HardwareProfile, nbytes: float) -> float:
+    """Seconds of a kernel that reads pinned host memory: the time of a small read, and the bytes at the link's rate.
+
+    The rate is that of the largest transfers, because nothing is set up: the kernel's reads follow each other.
+    """
+    return profile.link.view_s + nbytes / profile.link.up.pinned.points[-1][1]
+
+
 def download_s(profile: HardwareProfile, nbytes: float, pinned: bool = True) -> float:
     """Seconds of one transfer from the accelerator to host memory (0 for no bytes)."""
     return _transfer_s(profile.link.down, nbytes, pinned)

@@ -66,3 +66,15 @@ class CompilationError(HetegenError, RuntimeError):
 
 class HostKernelUnavailableError(HetegenError, RuntimeError):
     """A kernel for Linears on the host cannot be used on this machine; the message says why."""
+
+
+def drop_frames(error: BaseException) -> None:
+    """Forget the frames of an error and of all that it came from: they hold the graph, its weights and the accelerator.
+
+    Whoever keeps the error (Inductor keeps what its C++ compiler raised while the process lives) would keep them.
+    """
+    chain = [error]
+    for one in chain:
+        one.__traceback__ = None
+        inner = (one.__cause__, one.__context__, getattr(one, "inner_exception", None))
+        chain += [other for other in inner if isinstance(other, BaseException) and other not in chain]

@@ -46,12 +46,22 @@ def symbol_inputs(placeholders: Sequence[fx.Node]) -> dict[sympy.Symbol, int]:
     }
 
 
-def sequence_shape(placeholders: Sequence[fx.Node], weights: Container[str]) -> tuple[int, int]:
-    """(sequences, tokens of each) that a graph of fixed sizes is given, by its integer inputs; (0, 0) if unknown."""
+def sequence_shape(
+    placeholders: Sequence[fx.Node], weights: Container[str], sizes: Mapping[sympy.Symbol, sympy.Integer]
+) -> tuple[int, int]:
+    """(sequences, tokens of each) that a graph is given, by its integer inputs [sequences, tokens].
+
+    Without such inputs the first of several dimensions counts as sequences. 0 for what is unknown: the tokens where
+    their number is not fixed.
+    """
     given = [info(node).value for node in placeholders if node.name not in weights]
-    ids = [t for t in given if isinstance(t, Tensor) and t.dim() == 2 and not t.dtype.is_floating_point]
-    fixed = [tuple(map(int, t.shape)) for t in ids if all(isinstance(size, int) for size in t.shape)]
-    return (fixed[0][0], fixed[0][1]) if fixed else (0, 0)
+    several = [tensor for tensor in given if isinstance(tensor, Tensor) and tensor.dim() >= 2]
+    ids = [tensor for tensor in several if tensor.dim() == 2 and not tensor.dtype.is_floating_point]
+    fixed = [tensor for tensor in ids if all(isinstance(size, int) for size in tensor.shape)]
+    if not several:
+        return 0, 0
+    first = (fixed or ids or several)[0]
+    return number(to_expr(first.shape[0]), sizes), int(first.shape[1]) if fixed else 0
 
 
 def token_count(module: fx.GraphModule) -> sympy.Expr:

@@ -33,8 +33,13 @@ Side = Literal["host", "accelerator"]
 
 _META_KEY = "hetegen"
 
-SMALL_UPLOAD_BYTES = 256 * 1024
-"""Up to this size the accelerator reads a host buffer directly instead of queueing behind prefetches."""
+VIEWED_UPLOAD_BYTES = 256 * 1024
+"""Up to this size what goes up is read by its consumer where it lies in the host's memory."""
+SMALL_UPLOAD_BYTES = 4 << 20
+"""Up to this size a kernel reads what goes up, and it does not queue behind prefetches, which are up to 16 MiB each.
+
+The kernel keeps the accelerator for as long as the bytes take, and nothing else waits for them there.
+"""
 
 GENERATOR = -1
 """The state of torch's random generator, as a storage: who draws reads and writes it, so draws keep their order."""

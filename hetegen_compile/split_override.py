@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 from collections.abc import Iterator
 
-from hetegen_compile.planner import Split
+from hetegen_compile.planned import Split
 
 _override: contextvars.ContextVar[Split | None] = contextvars.ContextVar("hetegen_split", default=None)
 

@@ -12,7 +12,7 @@ from hetegen_compile.bind import BoundStep, bind
 from hetegen_compile.captured_graph import CapturedGraph
 from hetegen_compile.passes.claims import weight_key
 from hetegen_compile.passes.context import require
-from hetegen_compile.planner import PlannedStep, Sizes
+from hetegen_compile.planned import PlannedStep, Sizes
 from hetegen_compile.room import Room
 from hetegen_compile.runtime import Runtime
 from hetegen_compile.schedule import Schedule

@@ -16,7 +16,8 @@ from hetegen_compile.captured_graph import CapturedGraph, Part
 from hetegen_compile.options import Options
 from hetegen_compile.passes.context import Refusal, require
 from hetegen_compile.passes.plans import UNFORESEEN
-from hetegen_compile.planner import BucketPlan, Planner, Sizes, Split, Target
+from hetegen_compile.planned import BucketPlan, Sizes, Split, Target
+from hetegen_compile.planner import Planner
 from hetegen_compile.run_step import quiet
 from hetegen_compile.runtime import Runtime
 from hetegen_compile.schedule import FITS, Schedule, register, withdraw

@@ -12,7 +12,7 @@ from hetegen_compile.accelerators.base import Value
 from hetegen_compile.bind import BoundStep
 from hetegen_compile.ir import info, is_tensor
 from hetegen_compile.mirrors import WEIGHTS, Mirrors, Request
-from hetegen_compile.standing import Standing
+from hetegen_compile.mirrors.standing import Standing
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import TensorifyState
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import py_sym_types
 from torch.utils import _pytree as pytree
@@ -62,7 +63,12 @@ def storage_id(tensor: Tensor) -> int:
 
 
 class _Listener(TorchDispatchMode):
-    """Notes ATen operations with their FLOPs and bytes; ``take`` returns and forgets them."""
+    """Notes ATen operations with their FLOPs and bytes; ``take`` returns and forgets them.
+
+    A higher-order operation (``flex_attention``, ``cond``) counts as one: what it calls is not listened to.
+    """
+
+    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -77,18 +83,22 @@ class _Listener(TorchDispatchMode):
         return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.namespace == "prim":
-            return out
-        name = func.overloadpacket.__name__
-        found = self._found
-        found["aten"] += (name,)
-        found["random"] |= _is_random(func, args, kwargs or {})
-        found["data_dependent"] |= _is_data_dependent(func, args)
-        found["flops"] += _flops(func, args, kwargs or {}, out)
-        found["traffic_bytes"] += _traffic(name, args, out)
-        found["made_bytes"] += _new_bytes(out, (args, kwargs))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if isinstance(func, HigherOrderOperator):
+            self._add(func.name(), _higher_order_flops(func, args, out), _total_bytes((args, out)), out, args)
+        elif func.namespace != "prim":
+            name = func.overloadpacket.__name__
+            self._found["random"] |= _is_random(func, args, kwargs)
+            self._found["data_dependent"] |= _is_data_dependent(func, args)
+            self._add(name, _flops(func, args, kwargs, out), _traffic(name, args, out), out, (args, kwargs))
         return out
+
+    def _add(self, name: str, flops: sympy.Expr, traffic_bytes: sympy.Expr, out: Any, operands: Any) -> None:
+        self._found["aten"] += (name,)
+        self._found["flops"] += flops
+        self._found["traffic_bytes"] += traffic_bytes
+        self._found["made_bytes"] += _new_bytes(out, operands)
 
 
 def _traffic(name: str, args: Any, out: Any) -> sympy.Expr:
@@ -150,6 +160,11 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> sympy.Expr:
     if packet.__name__ in _GROUPED:
         return to_expr(_grouped_flops(tuple(args[0].shape), tuple(args[1].shape)))
     return sympy.Integer(0)
+
+
+def _higher_order_flops(func: HigherOrderOperator, args: Any, out: Any) -> sympy.Expr:
+    """FLOPs of an operation that is given functions, where torch has a formula for it."""
+    return to_expr(flop_registry[func](*args, out_val=out)) if func in flop_registry else sympy.Integer(0)
 
 
 def _attention_flops(query: tuple[Any, ...], key: tuple[Any, ...], value: tuple[Any, ...]) -> Any:

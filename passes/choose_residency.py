@@ -27,7 +27,7 @@ from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.plans import MIRRORED, OTHERS, RESIDENT, RING, STAGED_CHUNK_BYTES, Residency
 from hetegen_compile.passes.residency_shares import residency_shares
 from hetegen_compile.passes.stacked_weights import stacked_weights
-from hetegen_compile.passes.step_memory import mirrored_size, step_memory
+from hetegen_compile.passes.step_memory import caches_grow, mirrored_size, step_memory
 
 SLOT_ALIGNMENT = 256
 _WINDOW = 2  # slots the ring holds at least: one being read while the next one is being filled
@@ -49,15 +49,17 @@ def choose_residency(module: fx.GraphModule, context: Context) -> Residency:
 
 class _Sharing:
     def __init__(self, module: fx.GraphModule, weights: Mapping[fx.Node, fx.Node], context: Context) -> None:
+        self._module = module
         self._weights = weights
         self._context = context
-        self._stacks = {node: value_bytes(node, context) for node in stacked_weights(module, context)}
-        self._mirrored = mirrored_size(module, weights, context, self._stacks.keys())
+        self._stacks = stacked_weights(module, context)
+        self._mirrored = mirrored_size(module, weights, context, self._stacks)
         self._fixed = {**step_memory(module, weights, context, self._mirrored), **context.overhead_bytes}
         self._smallest = _WINDOW * max((_smallest_chunk(weight) for weight in weights), default=0)
         tables = [node for node in module.graph.find_nodes(op="placeholder") if table_only(node, context)]
         self._tables = {node.name: 0 if node in weights else value_bytes(node, context) for node in tables}
-        self._keys = {weight: context.resident.identify(context.weights[weight.name]) for weight in weights}
+        claimed = [*weights, *self._stacks]
+        self._keys = {weight: context.resident.identify(context.weights[weight.name]) for weight in claimed}
 
     @property
     def _pairs(self) -> bool:
@@ -70,9 +72,9 @@ class _Sharing:
         if self._context.lean:
             budget = {**self._fixed, RING: self._smallest, RESIDENT: 0}
             rest = residency_shares(others, self._context.budget_bytes - own - self._smallest)
-            return self._residency((), rest, self._smallest, budget, {})
+            return self._residency((), rest, self._smallest, budget)
         if self._context.budget_bytes < own + self._smallest:
-            raise _budget_error(self._fixed, self._smallest, self._context)
+            raise _budget_error(self._fixed, self._smallest, self._module, self._context)
         beyond = max(0, self._context.resident.reserved_bytes() - own)
         if self._context.budget_bytes < own + beyond + self._smallest:
             beyond = 0  # both cannot stay at once, whatever is resident
@@ -83,34 +85,17 @@ class _Sharing:
         claims = self._claims()
         wanted = {claim.key: claim.nbytes for graph in (*others, claims) for claim in graph}
         shared_ring = self._context.ring_bytes if self._context.ring_bytes <= free - beyond else 0
-        every = sum(self._stacks.values())
-        left = free - shared_ring - sum(wanted.values()) - max(beyond, every)
+        left = free - shared_ring - sum(wanted.values()) - beyond
+        fixed = {**self._fixed, **({OTHERS: beyond} if beyond else {})}
         if left >= 0 and not (forced_split(self._context) or self._pairs):
-            fixed = self._fixed_with(self._stacks, beyond)
             budget = {**fixed, **({RING: shared_ring} if shared_ring else {}), RESIDENT: _nbytes(claims)}
-            first_rows = residency_shares([*others, claims], free - max(beyond, every))
-            found = self._residency(claims, first_rows, shared_ring, budget, self._stacks, whole=True)
+            first_rows = residency_shares([*others, claims], free - beyond)
+            found = self._residency(claims, first_rows, shared_ring, budget, whole=True)
             return self._with_tables(found, left)
         ring = self._ring_bytes(free - beyond)
-        stacks = self._stacks_within(free - ring - sum(wanted.values()))
-        fixed = self._fixed_with(stacks, beyond)
-        first_rows = residency_shares([*others, claims], free - ring - max(beyond, sum(stacks.values())))
+        first_rows = residency_shares([*others, claims], free - ring - beyond)
         held = sum((c.rows - first_rows.get(c.key, c.rows)) * c.row_bytes for c in claims)
-        return self._residency(claims, first_rows, ring, {**fixed, RING: ring, RESIDENT: held}, stacks)
-
-    def _stacks_within(self, free: int) -> dict[fx.Node, int]:
-        """The first stacked weights that fit, each whole. (While steps of others run, their mirrors may leave.)"""
-        found: dict[fx.Node, int] = {}
-        for node, nbytes in self._stacks.items():
-            if sum(found.values()) + nbytes <= free:
-                found[node] = nbytes
-        return found
-
-    def _fixed_with(self, stacks: Mapping[fx.Node, int], beyond: int) -> dict[str, int]:
-        """What is there whatever is resident, if the accelerator reads ``stacks``."""
-        nbytes = sum(stacks.values())
-        rest = {OTHERS: beyond - nbytes} if beyond > nbytes else {}
-        return {**self._fixed, MIRRORED: self._fixed[MIRRORED] + nbytes, **rest}
+        return self._residency(claims, first_rows, ring, {**fixed, RING: ring, RESIDENT: held})
 
     def _with_tables(self, whole: Residency, left: int) -> Residency:
         """Embedding tables on the accelerator as well, if ``left`` bytes hold them: the host then looks nothing up."""
@@ -122,21 +107,24 @@ class _Sharing:
 
     def _residency(
         self, claims: Sequence[Claim], first_rows: Mapping[Hashable, int], ring: int, budget: Mapping[str, int],
-        stacks: Mapping[fx.Node, int], *, whole: bool = False,
+        *, whole: bool = False,
     ) -> Residency:  # fmt: skip
         own = {claim.key for claim in claims}
         weights = {w.name: first_rows[key] for w, key in self._keys.items() if key in own and key in first_rows}
         chunk = 0 if whole else max(self._smallest // _WINDOW, ring // _CHUNKS, min(ring // 3, _CHUNK_BYTES))
-        mirrored = self._mirrored + sum(stacks.values())
-        on_host = frozenset(node.name for node in self._stacks if node not in stacks)
+        on_host = frozenset(node.name for node in self._stacks if node.name not in weights)
+        stack_bytes = sum(value_bytes(node, self._context) for node in self._stacks if node.name in weights)
         staged = max(STAGED_CHUNK_BYTES, sum(value_bytes(weight, self._context) for weight in self._weights) // _STAGED)
         return Residency(
-            weights, ring, chunk, budget, whole, tuple(claims), first_rows, mirrored,
-            host_weights=on_host, staged_chunk_bytes=staged,
+            weights, ring, chunk, budget, whole, tuple(claims), first_rows, self._mirrored,
+            host_weights=on_host, stack_bytes=stack_bytes, staged_chunk_bytes=staged,
         )  # fmt: skip
 
     def _claims(self) -> tuple[Claim, ...]:
-        """What each different weight asks for; the rows of a forced host share stay on the host."""
+        """What each different weight asks for; the rows of a forced host share stay on the host.
+
+        A stack is all or nothing, and comes after the Linears, in the graph's order: those of a layer stay together.
+        """
         found: dict[Hashable, Claim] = {}
         blocks = self._context.blocks if self._pairs else ()
         paired = {position for block in blocks for position in block.linears}
@@ -147,6 +135,9 @@ class _Sharing:
             rows, row_bytes = int(value.shape[0]), int(value.shape[1]) * int(value.element_size())
             first = forced_host_rows(rows, self._context)
             claim = Claim(self._keys[weight], rows, first, row_bytes, _gain(linear, self._context))
+            found.setdefault(claim.key, claim)
+        for rank, stack in enumerate(self._stacks, 1):
+            claim = Claim(self._keys[stack], 1, 0, value_bytes(stack, self._context), 0.0, rank)
             found.setdefault(claim.key, claim)
         return tuple(claim for claim in found.values() if claim.nbytes)
 
@@ -189,14 +180,18 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
 
-def _budget_error(fixed: Mapping[str, int], smallest: int, context: Context) -> BudgetError:
-    items = "; ".join(f"{name}: {format_bytes(nbytes)}" for name, nbytes in fixed.items())
+def _budget_error(
+    fixed: Mapping[str, int], smallest: int, module: fx.GraphModule, context: Context
+) -> BudgetError:
+    items = "; ".join(f"{name}: {format_bytes(nbytes)}" for name, nbytes in fixed.items() if nbytes)
     need = sum(fixed.values()) + smallest
+    unstated = context.options.context is None and caches_grow(module, context)
+    growth = ". A cache that grows beyond this forward needs more: options={'context': tokens} counts it"
     return BudgetError(
         f"gpu_memory={format_bytes(context.budget_bytes)} cannot hold what a step needs on the accelerator: "
         f"{items}; {RING} (two of the smallest slots at least): {format_bytes(smallest)}. "
         f"The smallest budget that works is {need} bytes ({format_bytes(need)}): "
-        f"set options={{'gpu_memory': {need}}} or use a smaller batch or context"
+        f"set options={{'gpu_memory': {need}}} or use a smaller batch or context{growth if unstated else ''}"
     )
 
 

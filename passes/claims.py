@@ -21,6 +21,7 @@ class Claim:
         rows, first: rows ``first:rows`` may be resident (those before are the host's by option).
         row_bytes: bytes of a row.
         gain_s_per_byte: seconds of a decode step that a resident byte saves.
+        rank: a weight of higher rank gets what those of lower rank leave, whatever it gains.
     """
 
     key: Hashable
@@ -28,6 +29,7 @@ class Claim:
     first: int
     row_bytes: int
     gain_s_per_byte: float
+    rank: int = 0
 
     @property
     def nbytes(self) -> int:

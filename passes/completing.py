@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import fx
 
@@ -101,7 +102,7 @@ class _Waits:
                 seconds=sum(node_work(node, context).seconds for node in self._between(busy, download, following)),
                 behind=self._first_after(busy, downloads[i + RUN_AHEAD :]),
             )
-            for i, (download, following) in enumerate(zip(downloads, [*downloads[1:], None], strict=False))
+            for i, (download, following) in enumerate(pairwise([*downloads, None]))
         ]
 
     def take(self, ready: int, seconds: float) -> _Wait | None:

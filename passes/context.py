@@ -65,7 +65,7 @@ class Context:
     """Everything a pass may know. Fields from ``effects`` on are filled in as the pipeline runs.
 
     ``largest`` are the sizes that the budget has room for, ``spare`` says whether beyond what the options state;
-    ``sequences`` and ``tokens_per_sequence`` are what a graph of fixed sizes is given (0: unknown).
+    ``sequences`` are those of this call, ``tokens_per_sequence`` those of a graph of fixed sizes (0: unknown).
     ``activation_bytes`` is what a schedule of the same graph is known to need for activations (None: an estimate is
     made); ``lean`` asks for the smallest ring and no resident weights; without ``share_trips`` each Linear has a
     trip of its own. ``ring_bytes`` is the length that other graphs gave the accelerator's staging ring;

@@ -20,10 +20,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import sympy
-from torch import fx
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import py_sym_types
 
 from hetegen_compile.ir import (
     LINEAR,
@@ -38,9 +39,10 @@ from hetegen_compile.ir import (
     whole_linear,
 )
 from hetegen_compile.passes.annotate_costs import value_bytes
-from hetegen_compile.passes.capture import tensors_in
+from hetegen_compile.passes.capture import tensors_in, to_expr
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.plans import Placement
+from hetegen_compile.passes.resolve_sizes import size_inputs
 
 _INPUTS = ("placeholder", "get_attr")
 
@@ -72,6 +74,7 @@ class _Grouper:
         self._output = next(iter(reversed(module.graph.nodes)))
         self._nodes = [node for node in module.graph.nodes if node.op not in (*_INPUTS, "output")]
         self._levels = _Levels(self._nodes, placement)
+        self._sizes = size_inputs(module.graph)
         self._device: dict[fx.Node, fx.Node] = {}
         self._host: dict[fx.Node, fx.Node] = {}
         self._mirrors: dict[fx.Node, fx.Node] = {}
@@ -124,7 +127,7 @@ class _Grouper:
         members = self._levels.members(level)
         if not members:
             return
-        inputs = _external_inputs(members)
+        inputs = self._with_sizes(_external_inputs(members))
         outputs = [node for node in members if self._is_read_outside(node, set(members))]
         operands = [self._on_device(node) for node in inputs]
         name = f"segment_{level}"
@@ -135,6 +138,12 @@ class _Grouper:
             for position, node in enumerate(outputs):
                 item = self._graph.call_function(operator.getitem, (call, position))
                 self._device[node] = annotate(item, info(node), side="accelerator", flops=sympy.Integer(0))
+
+    def _with_sizes(self, inputs: list[fx.Node]) -> list[fx.Node]:
+        """``inputs`` and the symbols of their sizes: Inductor cannot tell ``s`` from a tensor of ``s + 1`` rows."""
+        symbols = {symbol for node in inputs for symbol in _symbols(info(node).value)}
+        known = [node for symbol, node in self._sizes.items() if symbol in symbols]
+        return list(dict.fromkeys([*inputs, *known]))
 
     def _is_read_outside(self, node: fx.Node, members: set[fx.Node]) -> bool:
         if not tensors_in(info(node).value) or not is_tensor(node):
@@ -190,6 +199,13 @@ def _external_inputs(members: list[fx.Node]) -> list[fx.Node]:
     inside = set(members)
     found = dict.fromkeys(arg for node in members for arg in node.all_input_nodes if arg not in inside)
     return [node for node in found if not _is_submodule(node)]
+
+
+def _symbols(value: Any) -> set[sympy.Symbol]:
+    """Symbols in a number or in the geometry of a tensor."""
+    if isinstance(value, Tensor):
+        return set().union(*(_symbols(size) for size in (*value.shape, *value.stride(), value.storage_offset())))
+    return set(to_expr(value).free_symbols) if isinstance(value, py_sym_types) else set()
 
 
 def _is_submodule(node: fx.Node) -> bool:

@@ -25,6 +25,7 @@ from torch import Tensor, fx
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch.fx.experimental.proxy_tensor import py_sym_types
 
+from hetegen_compile.errors import drop_frames
 from hetegen_compile.ir import info
 from hetegen_compile.passes.capture import storage_id, to_expr
 from hetegen_compile.passes.context import Context, Refusal, SegmentCache
@@ -68,7 +69,7 @@ def _compiled(segment: fx.GraphModule, where: str, cache: SegmentCache) -> Compi
 
 def _compile_or_refuse(segment: fx.GraphModule, where: str, key: Hashable, cache: SegmentCache) -> Callable[..., Any]:
     """The compiled segment or, where its compiler fails, the segment as plain FX code and a refusal that says so."""
-    examples = [info(node).value for node in segment.graph.find_nodes(op="placeholder")]
+    examples = [_unified(info(node).value) for node in segment.graph.find_nodes(op="placeholder")]
     try:
         return cache.compile_segment(segment, examples)
     except TensorifyScalarRestartAnalysis:
@@ -77,8 +78,17 @@ def _compile_or_refuse(segment: fx.GraphModule, where: str, key: Hashable, cache
         reason = f"{type(error).__name__}: {error}"[:_REASON_CHARACTERS]
         cache.refused[key] = Refusal(where, f"runs as plain FX code, its compiler failed with {reason}")
         logger.warning("%s %s", where, cache.refused[key].reason)
+        logger.debug("where it was raised", exc_info=error)
+        drop_frames(error)
         forward: Callable[..., Any] = segment.forward
         return forward
+
+
+def _unified(value: Any) -> Any:
+    """A size by the symbol that is left of those found to be equal: Inductor reads the one it was made with."""
+    if not isinstance(value, torch.SymInt) or value.node._expr == value.node.expr:
+        return value
+    return value.node.shape_env.create_symintnode(value.node.expr, hint=value.node.hint)
 
 
 def with_declared_strides(function: Callable[..., Any], outputs: Sequence[Tensor]) -> Callable[..., Any]:
@@ -140,10 +150,13 @@ def mutated_inputs(segment: fx.GraphModule) -> tuple[int, ...]:
 
 def segment_key(segment: fx.GraphModule) -> Hashable:
     """Everything that a segment's compiled code depends on, as a hashable value."""
-    names = _Names()
-    places = {node: position for position, node in enumerate(segment.graph.nodes)}
     state = (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.get_default_dtype())
-    return (state, *(_node_key(segment, node, places, names) for node in segment.graph.nodes))
+    return (state, *_graph_key(segment, _Names()))
+
+
+def _graph_key(module: fx.GraphModule, names: _Names) -> tuple[Hashable, ...]:
+    places = {node: position for position, node in enumerate(module.graph.nodes)}
+    return tuple(_node_key(module, node, places, names) for node in module.graph.nodes)
 
 
 class _Names:
@@ -168,7 +181,8 @@ def _node_key(segment: fx.GraphModule, node: fx.Node, places: dict[fx.Node, int]
     if node.op == "placeholder":
         return ("input", _value_key(info(node).value, names))
     if node.op == "get_attr":
-        return ("attribute", id(getattr(segment, str(node.target))))
+        found = getattr(segment, str(node.target))
+        return _graph_key(found, names) if isinstance(found, fx.GraphModule) else ("attribute", id(found))
     return (node.op, _target_key(node), _argument_key((node.args, node.kwargs), places, names))
 
 

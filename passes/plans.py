@@ -66,7 +66,9 @@ MIRRORED = "mirrors of inputs, buffers and caches"
 ACTIVATIONS = "activations"
 """The budget's item for what the step makes, segments' inner values included, at the largest sizes of the plan."""
 GROWTH = "room for caches to grow"
-"""The budget's item for what caches take beyond this call, up to the stated context and ``max_batch``."""
+"""The budget's item for what caches take beyond this call, up to the stated context."""
+BATCHES = "room for larger batches"
+"""The budget's item for the sequences up to ``max_batch`` that this call does not have."""
 OTHERS = "steps of other graphs"
 """The budget's item for what other graphs on the accelerator need beyond this one."""
 UNFORESEEN = "what earlier plans did not foresee"
@@ -82,7 +84,7 @@ STAGED_CHUNK_BYTES = 16 << 20
 class Residency:
     """Weights that stay on the accelerator, and how its memory is shared out, item by item in bytes.
 
-    ``weights`` maps the placeholder's name to the first row that is resident; the rows after it are, too.
+    ``weights`` maps the placeholder's name to the first row that is resident; the rows after it are, too (a stack: 0).
 
     Attributes:
         whole_graph: everything fits: nothing is offloaded and the graph is compiled in one piece.
@@ -91,6 +93,7 @@ class Residency:
             resident row is not in it).
         mirrored: bytes of the mirrors that the step reads, an expression over the graph's sizes.
         host_weights: placeholders of stacked weights that stay on the host, with what is computed with them.
+        stack_bytes: of stacked weights that are resident.
         tables: embedding tables that are mirrored, too, because everything fits: nothing is left to the host.
         staged_chunk_bytes: most bytes of a chunk of a weight that goes through the pinned ring.
     """
@@ -104,13 +107,14 @@ class Residency:
     first_rows: Mapping[Hashable, int] = field(default_factory=dict)
     mirrored: sympy.Expr = sympy.Integer(0)
     host_weights: frozenset[str] = frozenset()
+    stack_bytes: int = 0
     tables: frozenset[str] = frozenset()
     staged_chunk_bytes: int = STAGED_CHUNK_BYTES
 
     @property
     def step_bytes(self) -> int:
         """What this graph's step needs beside resident weights and the ring."""
-        return sum(self.budget.get(item, 0) for item in (MIRRORED, ACTIVATIONS, GROWTH))
+        return sum(self.budget.get(item, 0) for item in (MIRRORED, ACTIVATIONS, GROWTH, BATCHES))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from hetegen_compile.cost_model import (
     host_linear_s,
     host_op_s,
     lower_bound_s,
+    read_up_s,
     simulate,
     upload_s,
 )
@@ -131,12 +132,17 @@ def _on_resource(node: fx.Node, context: Context) -> Work:
     if node.target == ir.WAIT_HOST:
         return Work("host", profile.synchronise_s)
     if node.target == ir.TO_ACCELERATOR:
-        nbytes = value_bytes(node, context)
-        small = nbytes <= ir.SMALL_UPLOAD_BYTES
-        return Work("accelerator", profile.link.view_s) if small else Work("up", upload_s(profile, nbytes))
+        return _up(value_bytes(node, context), context)
     if node.target in (ir.HOST_LINEAR, ir.PARTIAL_LINEAR):
         return _linear_work(node, context)
     return _other_work(node, context)
+
+
+def _up(nbytes: float, context: Context) -> Work:
+    """What of this size goes up: read by a kernel, or queued behind prefetches."""
+    if nbytes <= ir.SMALL_UPLOAD_BYTES:
+        return Work("accelerator", read_up_s(context.profile, nbytes))
+    return Work("up", upload_s(context.profile, nbytes))
 
 
 def _linear_work(node: fx.Node, context: Context) -> Work:
@@ -173,9 +179,12 @@ def _line_bytes(prefetch: fx.Node) -> int | None:
 
 def trip_s(linear: fx.Node, context: Context) -> float:
     """What a trip of a Linear's activation to the host and of a result back costs beside the host's work."""
-    profile = context.profile
-    down_s = download_s(profile, value_bytes(linear.all_input_nodes[0], context))
-    return down_s + profile.synchronise_s + profile.link.view_s + _untold_trip_s(context)
+    return _down_s(linear, context) + _up(value_bytes(linear, context), context).seconds + _untold_trip_s(context)
+
+
+def _down_s(linear: fx.Node, context: Context) -> float:
+    """The way down of what a Linear reads, until the host's thread has it."""
+    return download_s(context.profile, value_bytes(linear.all_input_nodes[0], context)) + context.profile.synchronise_s
 
 
 def least_trip_s(linear: fx.Node, context: Context) -> float:
@@ -184,7 +193,7 @@ def least_trip_s(linear: fx.Node, context: Context) -> float:
     untold_s, up_s = _untold_trip_s(context), min(link.view_s, link.up.latency_s)
     if info(linear.all_input_nodes[0]).side != "accelerator":
         return untold_s + up_s
-    return trip_s(linear, context) - link.view_s + up_s
+    return _down_s(linear, context) + untold_s + up_s
 
 
 def least_thread_s(linear: fx.Node, context: Context) -> float:

@@ -48,14 +48,14 @@ def _fill(claims: Sequence[Claim], free_bytes: int) -> dict[Hashable, int]:
 
 
 def _in_order(claims: Sequence[Claim]) -> list[Claim]:
-    """Claims in falling order of gain; equal ones (equal layers) so that what is streamed is spread over the step.
+    """Claims by rank and in falling order of gain; equal ones (equal layers) so that what is streamed is spread.
 
     The link can run ahead of the computation by the staging ring only.
     """
-    alike: dict[float, list[Claim]] = {}
+    alike: dict[tuple[int, float], list[Claim]] = {}
     for claim in claims:
-        alike.setdefault(-claim.gain_s_per_byte, []).append(claim)
-    return [alike[gain][i] for gain in sorted(alike) for i in spread_order(len(alike[gain]))]
+        alike.setdefault((claim.rank, -claim.gain_s_per_byte), []).append(claim)
+    return [alike[kind][i] for kind in sorted(alike) for i in spread_order(len(alike[kind]))]
 
 
 def _partial(claim: Claim, free_bytes: int) -> int:

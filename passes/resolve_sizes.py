@@ -44,11 +44,7 @@ def resolve_sizes(module: fx.GraphModule, context: Context) -> None:
     """Cut every size that is read from a tensor loose from that tensor."""
     del context
     graph = module.graph
-    symbols = {
-        info(node).value.node.expr: node
-        for node in graph.find_nodes(op="placeholder")
-        if isinstance(info(node).value, py_sym_types)
-    }
+    symbols = size_inputs(graph)
     for node in list(graph.nodes):
         if node.op in ("placeholder", "output") or info(node).data_dependent:
             continue
@@ -58,6 +54,15 @@ def resolve_sizes(module: fx.GraphModule, context: Context) -> None:
             with graph.inserting_before(node):
                 _replace(node, _emit_value(graph, info(node).value, symbols))
     erase_dead_nodes(graph)
+
+
+def size_inputs(graph: fx.Graph) -> dict[sympy.Expr, fx.Node]:
+    """The inputs that are sizes, by what they tell: a symbol as a rule."""
+    return {
+        info(node).value.node.expr: node
+        for node in graph.find_nodes(op="placeholder")
+        if isinstance(info(node).value, py_sym_types)
+    }
 
 
 def _is_size(value: Any) -> bool:

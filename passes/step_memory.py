@@ -1,4 +1,8 @@
-"""What a step needs on the accelerator whatever is resident: mirrors, activations, room for what grows."""
+"""What a step needs on the accelerator whatever is resident: mirrors, activations, room for what grows.
+
+Whatever is stated (``context``, ``max_batch``) is counted before it comes: a cache up to that many tokens, and for each
+sequence more another set of inputs, caches and activations.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from hetegen_compile.passes.capture import storage_id, tensor_bytes, tensors_in,
 from hetegen_compile.passes.choose_splits import table_only
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.liveness import activation_peak_bytes
-from hetegen_compile.passes.plans import ACTIVATIONS, GROWTH, MIRRORED
+from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH, MIRRORED
 
 _CACHE_DIMS = 4  # a KV cache is [sequences, heads, tokens, width]; logits and hidden states have three
 
@@ -23,11 +27,14 @@ def step_memory(
     module: fx.GraphModule, weights: Iterable[fx.Node], context: Context, size: sympy.Expr
 ) -> Mapping[str, int]:
     """Bytes item by item. ``weights`` are the placeholders of the Linears' weights, ``size`` is ``mirrored_size``."""
-    activations = context.activation_bytes
+    known = context.activation_bytes
+    activations = _estimated_activations(module, context) if known is None else known
+    later = _later_steps(module, context, activations)
     return {
         MIRRORED: int(context.number(size)),
-        ACTIVATIONS: _estimated_activations(module, context) if activations is None else activations,
-        GROWTH: context.room(size) - int(context.number(size)) + _later_graphs(module, weights, context),
+        ACTIVATIONS: activations,
+        GROWTH: context.room(size) - int(context.number(size)) + later,
+        BATCHES: _more_sequences(module, weights, context, activations + later),
     }
 
 
@@ -72,21 +79,60 @@ def _by_itself(node: fx.Node, context: Context) -> bool:
     return own == storage_bytes or mirrored_bytes(shape, stride, value.element_size(), storage_bytes) == own
 
 
-def _later_graphs(module: fx.GraphModule, weights: Iterable[fx.Node], context: Context) -> int:
-    """Bytes that caches take in graphs still to come: for ``max_batch`` sequences and, where this graph's length
-    is fixed (a prefill), for the tokens that follow it.
+def _more_sequences(module: fx.GraphModule, weights: Iterable[fx.Node], context: Context, made: int) -> int:
+    """Bytes that ``max_batch`` sequences take beyond those of this call, each what one of these does.
 
-    A later step holds a growing cache twice: as it comes and as it goes.
+    ``made`` are the bytes of activations and of caches in later graphs. Several sequences may be padded: under a mask
+    attention repeats keys and values for the heads of queries that share them.
     """
-    batches = max(1.0, context.options.max_batch / max(1, context.sequences))
-    skipped = set(weights)
-    ends = [node for node in module.graph.nodes if node.op in ("placeholder", "output") and node not in skipped]
-    tensors = [tensor for node in ends for tensor in tensors_in(info(node).value)]
-    growing = sum(context.room(tensor_bytes(t)) for t in tensors if _symbolic(t))
-    fixed = sum(context.room(tensor_bytes(t)) for t in tensors if _is_new_cache(t, context))
-    length = context.options.context or (2 * context.tokens_per_sequence if context.spare else 0)
-    times = 2 * batches * length / max(1, context.tokens_per_sequence) - 1
-    return round(growing * (batches - 1) + fixed * max(0.0, times))
+    now = max(1, context.sequences)
+    more = context.options.max_batch - now
+    if more <= 0:
+        return 0
+    models = {node for node in module.graph.nodes if node.op == "get_attr" or node.name in context.weights}
+    given = context.room(mirrored_size(module, weights, context, models))
+    repeated = max((2 * context.room(tensor_bytes(cache)) * shared for cache, shared in _caches(module, context)
+                    if shared > 1), default=0)  # fmt: skip
+    return -(-(more * (given + made + repeated) + now * repeated) // now)
+
+
+def _later_steps(module: fx.GraphModule, context: Context, activations: int) -> int:
+    """Bytes that a step after one of fixed length (a prefill) takes beyond the activations of that.
+
+    It holds a growing cache twice, as it comes and as it goes, what attention makes of a layer's, and activations of
+    a token; of two, since some of them do not get fewer with the tokens.
+    """
+    caches, tokens = _caches(module, context), max(1, context.tokens_per_sequence)
+    length = context.options.context or (2 * tokens if context.spare else 0)
+    if not caches or not length:
+        return 0
+    sizes = [(context.room(tensor_bytes(cache)), shared) for cache, shared in caches]
+    whole = sum(nbytes for nbytes, _ in sizes)
+    # keys scaled; where heads of queries share them keys and values repeated for each, and once more inside
+    attended = max(nbytes * (4 * shared if shared > 1 else 1) for nbytes, shared in sizes)
+    held = (2 * whole + attended) * length
+    return max(0, (held + 2 * (activations - whole)) // tokens - activations)
+
+
+def _caches(module: fx.GraphModule, context: Context) -> list[tuple[Tensor, int]]:
+    """The caches that a graph of fixed length makes, and how many heads of queries share a head of each."""
+    returned = tensors_in(info(next(iter(reversed(module.graph.nodes)))).value)
+    shapes = [tuple(tensor.shape) for node in module.graph.nodes for tensor in tensors_in(info(node).value)]
+    wide = [shape for shape in shapes if len(shape) == _CACHE_DIMS]
+    found = []
+    for cache in returned:
+        if _is_new_cache(cache, context):
+            sequences, heads, *rest = cache.shape
+            queries = max(shape[1] for shape in wide if [shape[0], *shape[2:]] == [sequences, *rest])
+            found.append((cache, int(queries // heads)))
+    return found
+
+
+def caches_grow(module: fx.GraphModule, context: Context) -> bool:
+    """Whether later forwards may bring longer caches than this one does."""
+    ends = [node for node in module.graph.nodes if node.op in ("placeholder", "output")]
+    tensors = [tensor for node in ends for tensor in tensors_in(info(node).value) if tensor.dim() >= _CACHE_DIMS]
+    return any(_symbolic(tensor) or _is_new_cache(tensor, context) for tensor in tensors)
 
 
 def _symbolic(tensor: Tensor) -> bool:

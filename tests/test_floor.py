@@ -17,7 +17,7 @@ from hetegen_compile.floor import Floor, floor, floor_s, offloaded_together_s
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes.choose_splits import with_host_rows
 from hetegen_compile.passes.plans import Splits
-from hetegen_compile.planner import BucketPlan
+from hetegen_compile.planned import BucketPlan
 from hetegen_compile.trials import Trials
 from tests.benchmarks.shapes import config
 from tests.passes.graphs import PROFILE, Case, halves, planned, resident, streamed

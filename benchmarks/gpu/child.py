@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import torch
+from torch._inductor import config as inductor_config
 
 from benchmarks.children import Notebook, child_main
 from benchmarks.gpu.settings import Settings, SkipError
@@ -15,12 +16,23 @@ from benchmarks.gpu.stages import stage_work
 def work(argument: dict[str, Any], notebook: Notebook) -> None:
     """Run the stage; one that cannot be run here says so and is no failure."""
     settings = Settings(**argument["settings"])
-    if not settings.cuda:
+    if settings.cuda:
+        share_processors(argument["beside"])
+    else:
         torch.set_num_threads(1)
     try:
         stage_work(argument["stage"])(settings, notebook)
     except SkipError as reason:
         notebook.note("skipped", str(reason))
+
+
+def share_processors(beside: int) -> None:
+    """Threads that compute, and processes that compile, for one of so many stages that run at the same time.
+
+    Threads that spin for each other on too few processors take many times longer than fewer threads.
+    """
+    torch.set_num_threads(max(1, torch.get_num_threads() // beside))
+    inductor_config.compile_threads = max(1, (inductor_config.compile_threads or 1) // beside)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.children import Notebook
 from benchmarks.gpu.settings import Checks, Settings, device_of, require
 from benchmarks.gpu.transfers import both_ways, columns_by_width, reads_by_size, uploads_behind_a_queue
+from hetegen_compile.accelerators.cuda import cublas_workspace_bytes
 from hetegen_compile.accelerators.cuda.pinning import SUCCESS, CudaHostMemory, cuda_view
 from hetegen_compile.calibration.kernels import in_place
 from hetegen_compile.host_kernels import HostKernel, kernels_for
@@ -93,6 +94,8 @@ def asynchronous(settings: Settings) -> dict[str, float]:
     target = torch.empty_like(source, device=device)
     require(memory.register(source.data_ptr(), LARGE_BYTES) == SUCCESS, "registering failed")
     stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):  # the first copy of a stream sets up more than it copies
+        target[:4096].copy_(source[:4096], non_blocking=True)
     torch.cuda.synchronize(device)
     try:
         started = time.perf_counter()
@@ -159,17 +162,21 @@ def waits(settings: Settings) -> dict[str, float]:
 
 
 def workspace(settings: Settings) -> dict[str, int]:
-    """What the first product reserves, against what the budget counts for it."""
-    from hetegen_compile.accelerators.cuda import cublas_workspace_bytes
-
+    """What the first products reserve, without and with a bias (another library), against what the budget counts."""
     device = device_of(settings)
     torch.cuda.empty_cache()
     small = torch.zeros((64, 64), dtype=torch.bfloat16, device=device)
     before = torch.cuda.memory_reserved(device)
-    small @ small
-    torch.cuda.synchronize(device)
-    counted = cublas_workspace_bytes(torch.cuda.get_device_capability(device))
-    return {"reserved_bytes": torch.cuda.memory_reserved(device) - before, "counted_bytes": counted}
+    found = {}
+    products: dict[str, Callable[[], Tensor]] = {
+        "reserved_bytes": lambda: small @ small,
+        "reserved_with_bias_bytes": lambda: torch.nn.functional.linear(small, small, small[0]),
+    }
+    for name, product in products.items():
+        product()
+        torch.cuda.synchronize(device)
+        found[name] = torch.cuda.memory_reserved(device) - before
+    return {**found, "counted_bytes": cublas_workspace_bytes(torch.cuda.get_device_capability(device))}
 
 
 def interpreter_lock() -> dict[str, float]:
@@ -213,5 +220,3 @@ def seconds_of(work: Callable[[], object], repeats: int = 200) -> float:
         work()
         found.append(time.perf_counter() - started)
     return statistics.median(found)
-
-

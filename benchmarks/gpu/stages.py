@@ -94,11 +94,11 @@ def run_stages(
     """Run stage after stage, groups at the same time where there is a device; each gets what is left at most."""
     end_s = clock() + settings.minutes * 60
 
-    def run(stage: Stage) -> Ended:
+    def run(stage: Stage, beside: int) -> Ended:
         left_s = end_s - clock()
         if left_s < LEAST_S:
             return Ended(stage, Outcome("not begun", 0.0, {}, f"{left_s:.0f} s were left"))
-        argument = {"stage": stage.name, "settings": asdict(settings)}
+        argument = {"stage": stage.name, "settings": asdict(settings), "beside": beside}
         files = Path(settings.folder) / stage.name
         limit_s = stage.limit_s if settings.cuda else stage.limit_s * PATIENCE
         outcome = runner(CHILD, argument, limit_s=min(limit_s, left_s), files=files)
@@ -108,7 +108,7 @@ def run_stages(
         members = list(group)
         workers = len(members) if together and settings.cuda else 1
         with ThreadPoolExecutor(workers) as pool:
-            yield from pool.map(run, members)
+            yield from pool.map(partial(run, beside=workers), members)
 
 
 def _ended(stage: Stage, outcome: Outcome) -> Ended:

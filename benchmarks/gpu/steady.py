@@ -71,11 +71,14 @@ def guarded(settings: Settings) -> dict[str, Any]:
         budget = max(schedule.budget_bytes for schedule in hetegen_compile.schedules())
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         allowed = budget + (2 << 20)  # what was reserved before the model, at least a block
+        failed_before = torch.cuda.memory_stats()["num_ooms"]
         torch.cuda.set_per_process_memory_fraction(min(allowed / total, 1.0))
         try:
             require_like(expected, generate(model, 1, "static"))
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
+        failed = torch.cuda.memory_stats()["num_ooms"] - failed_before
+        require(not failed, f"{failed} allocations failed within {allowed} bytes, though the step was repeated")
     return {**watched.require_offloaded(host=False), "allowed_bytes": allowed}
 
 

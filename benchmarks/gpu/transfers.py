@@ -17,7 +17,7 @@ QUEUED_BYTES = 64 << 20
 CHUNK_BYTES = 16 << 20
 BOTH_BYTES = 1 << 30
 SMALL_BYTES = 16 << 10
-SIZES = (1 << 10, 1 << 13, 1 << 14, 1 << 16, 1 << 17, 1 << 18, 1 << 20)
+SIZES = (1 << 10, 1 << 13, 1 << 14, 1 << 16, 1 << 17, 1 << 18, 1 << 20, 1 << 22)
 """Bytes of activations: ``ir.SMALL_UPLOAD_BYTES`` should be where a copy overtakes a kernel that reads host memory."""
 
 ROWS, COLUMNS = 4096, 4096

@@ -67,7 +67,7 @@ def plan_generation(
     for name, value in (("prompt", prompt), ("new_tokens", new_tokens), ("batch", batch)):
         if value < 1:
             raise OptionError(f"{name}={value!r}: expected a whole number of at least 1")
-    machine = _machine(options, prompt + new_tokens, batch)
+    machine = _machine(options, prompt + new_tokens)
     named = named_model(model, dtype)
     machine = replace(machine, weight_bytes=weight_bytes(named.module))
     tell(f"{named.name}: tracing the forward of {prompt} tokens and that of one")
@@ -104,12 +104,11 @@ def plan_generation(
     )
 
 
-def _machine(options: Mapping[str, object] | None, context: int, batch: int) -> Machine:
+def _machine(options: Mapping[str, object] | None, context: int) -> Machine:
     parsed = parse_options(options)
     if parsed.context is not None and parsed.context < context:
         raise OptionError(f"context={parsed.context} is less than the {context} tokens of prompt and generation")
-    sequences = -(-parsed.max_batch // batch)  # the graphs hold ``batch`` of them already
-    return Machine(replace(parsed, context=parsed.context or context, max_batch=sequences), profile_for(parsed))
+    return Machine(replace(parsed, context=parsed.context or context), profile_for(parsed))
 
 
 # ---- plans ---------------------------------------------------------------------------------------------------

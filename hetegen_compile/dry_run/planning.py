@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hetegen_compile.baselines import baselines
+from hetegen_compile.buckets import bucket_of
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.dry_run.fakes import Fakes
 from hetegen_compile.dry_run.heap import large_heap
@@ -27,17 +28,8 @@ from hetegen_compile.passes.claims import Claim
 from hetegen_compile.passes.context import Context, SegmentCache, require
 from hetegen_compile.passes.plans import Residency
 from hetegen_compile.pipeline import ONCE_PER_SPLIT
-from hetegen_compile.planner import (
-    DRY_RUN,
-    BucketPlan,
-    PlannedStep,
-    Planner,
-    Sizes,
-    Split,
-    Target,
-    bucket_of,
-    budget_bytes,
-)
+from hetegen_compile.planned import DRY_RUN, BucketPlan, PlannedStep, Sizes, Split, Target
+from hetegen_compile.planner import Planner, budget_bytes
 from hetegen_compile.schedule import Schedule, register
 from hetegen_compile.trials import Trials
 

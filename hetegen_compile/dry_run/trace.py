@@ -24,7 +24,7 @@ from hetegen_compile.dry_run.fakes import Fakes
 from hetegen_compile.errors import UnsupportedModelError
 from hetegen_compile.graph_inputs import as_int, is_weight, symbol_inputs
 from hetegen_compile.passes.capture import capture
-from hetegen_compile.planner import Sizes
+from hetegen_compile.planned import Sizes
 
 logger = logging.getLogger("hetegen_compile")
 

@@ -139,5 +139,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     for module in (accelerator, activations, lending, prefetches):
         monkeypatch.setattr(module, "empty_twin", lambda tensor, device, pinned=False: empty_twin(tensor, device))
     monkeypatch.setattr(copies, "_copy_function", lambda: memcpy_2d)
-    monkeypatch.setattr(lending, "cuda_view", lambda buffer, device: buffer)
+    for module in (activations, lending):
+        monkeypatch.setattr(module, "cuda_view", lambda buffer, device: buffer)
     return runtime

@@ -24,12 +24,16 @@ from hetegen_compile.passes.context import SegmentCompiler
 from hetegen_compile.passes.findings import MemoryNeed
 from hetegen_compile.passes.measure_memory import inner_lives
 from hetegen_compile.passes.plans import UNFORESEEN
-from hetegen_compile.planner import BucketPlan, Planner
+from hetegen_compile.planned import BucketPlan
+from hetegen_compile.planner import Planner
 from hetegen_compile.schedule import Schedule
 from hetegen_compile.segments import inductor_compiler, plain_compiler
 from tests.backend.modules import WIDTH, Mlp, random
-from tests.models.architectures import ARCHITECTURES, prompts, tiny_model
+from tests.models.architectures import ARCHITECTURES, PROMPT, generate, prompts, tiny_model
 from tests.models.harness import RecordingBackend, changing_seed, emulated, new_schedules, through_inductor
+
+TOKENS = 5
+"""That a generation adds to its prompt."""
 
 
 def forward(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
@@ -66,6 +70,40 @@ def test_the_smallest_budget_is_enough_and_one_byte_less_is_not(architecture: st
     assert schedule.resident_bytes == 0
     assert sum(schedule.budget.values()) <= needed
     assert 0 < backend.accelerator.counters.peak_bytes <= needed
+
+
+@pytest.mark.parametrize(
+    ("architecture", "cache", "batches"), [("llama", None, (1, 2)), ("opt", None, (2,)), ("gpt2", "static", (1,))]
+)
+def test_the_smallest_budget_is_enough_for_all_that_is_stated(
+    architecture: str, cache: str | None, batches: tuple[int, ...]
+) -> None:
+    """The first forward's error, a prefill's, counts the steps after it, up to ``context`` and ``max_batch``."""
+    model, stated = tiny_model(architecture, layers=1), {"context": PROMPT + TOKENS, "max_batch": max(batches)}
+
+    def run() -> list[Tensor]:
+        return [generate(model, prompts(batch), cache, TOKENS)["sequences"] for batch in batches]
+
+    expected = run()
+    needed = needed_bytes(model, run, split="auto", **stated)
+    torch._dynamo.reset()
+    backend = RecordingBackend()
+    model.compile(backend=backend, options=emulated(gpu_memory=needed, split="auto", **stated))
+    assert all(map(torch.equal, run(), expected))
+    assert 0 < backend.accelerator.counters.peak_bytes <= needed
+    torch._dynamo.reset()
+    model.compile(backend=RecordingBackend(), options=emulated(gpu_memory=needed * 9 // 10, split="auto", **stated))
+    with pytest.raises(BudgetError, match=str(needed)):
+        run()
+
+
+@pytest.mark.parametrize(("stated", "told"), [({}, True), ({"context": 12}, False)])
+def test_the_error_says_where_a_cache_is_not_counted(stated: dict[str, int], told: bool) -> None:
+    model = tiny_model("llama", layers=1)
+    model.compile(backend=RecordingBackend(), options=emulated(gpu_memory=1, **stated))
+    with pytest.raises(BudgetError) as error:
+        generate(model, prompts(1), None, 1)
+    assert ("'context': tokens" in str(error.value)) == told
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))

@@ -81,6 +81,12 @@ def _copy_in_place(model: nn.Module) -> None:
             parameter.copy_(parameter * 0.5)
 
 
+def _copy_in_inference_mode(model: nn.Module) -> None:
+    with torch.inference_mode():
+        for parameter in model.parameters():
+            parameter.copy_(parameter * 0.5)
+
+
 def _load(model: nn.Module) -> None:
     model.load_state_dict({name: value * 0.5 for name, value in model.state_dict().items()})
 
@@ -110,7 +116,10 @@ def _write_numpy_and_refresh(model: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [_set_data, _copy_in_place, _load, _assign, _new_parameters, _write_data_and_refresh, _write_numpy_and_refresh],
+    [
+        _set_data, _copy_in_place, _copy_in_inference_mode, _load, _assign, _new_parameters, _write_data_and_refresh,
+        _write_numpy_and_refresh,
+    ],
 )
 def test_changed_parameters_are_noticed(change: Callable[[nn.Module], None]) -> None:
     torch.manual_seed(0)

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch._inductor import config as inductor_config
 
 from benchmarks.children import Notebook, Outcome
 from benchmarks.compare.job import HETEGEN, Row
 from benchmarks.gpu import __main__ as program
-from benchmarks.gpu import speed, stages
+from benchmarks.gpu import child, speed, stages
 from benchmarks.gpu.floor import thread_counts
 from benchmarks.gpu.generation import budgets_kept
 from benchmarks.gpu.settings import Checks, ChecksFailedError, Settings, SkipError, require
@@ -36,6 +38,7 @@ class Runner:
         self.outcomes = outcomes
         self.now_s = 100.0
         self.limits: dict[str, float] = {}
+        self.beside: dict[str, int] = {}
 
     def __call__(self, module: str, argument: Mapping[str, Any], *, limit_s: float, files: Path) -> Outcome:
         assert module == stages.CHILD
@@ -43,6 +46,7 @@ class Runner:
         assert files == Path("/nowhere") / argument["stage"]
         outcome = self.outcomes.get(argument["stage"], Outcome("ok", 1.0, {"noted": 1}))
         self.limits[argument["stage"]] = limit_s
+        self.beside[argument["stage"]] = argument["beside"]
         self.now_s += outcome.seconds
         return outcome
 
@@ -191,10 +195,25 @@ def test_what_is_said_of_a_model_at_one_limit() -> None:
 
 
 def test_a_model_that_the_host_has_no_room_for_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "host_memory_bytes", lambda: 64 << 30)
-    with pytest.raises(SkipError, match=r"opt-30b needs about 8\d GiB of host memory, there are 64"):
+    monkeypatch.setattr(speed, "memory_limit_bytes", lambda: 64 << 30)
+    with pytest.raises(SkipError, match=r"opt-30b needs about 8\d GiB of host memory, the limit is 64"):
         speed.require_memory("opt-30b", SETTINGS)
     speed.require_memory("opt-13b", SETTINGS)
+    monkeypatch.setattr(speed, "memory_limit_bytes", lambda: None)
+    speed.require_memory("opt-30b", SETTINGS)  # the size of main memory may grow with use
+
+
+def test_stages_that_run_at_the_same_time_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, runner, _ = run({})
+    assert runner.beside == {"first": 1, "one": 2, "other": 2, "last": 1}
+    _, runner, _ = run({}, replace(SETTINGS, accelerator="emulated"))
+    assert set(runner.beside.values()) == {1}
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    with inductor_config.patch(compile_threads=2):
+        child.share_processors(4)
+        assert (threads, inductor_config.compile_threads) == ([4], 1)
 
 
 def test_peers_are_compared_with_the_rows_of_an_earlier_stage(tmp_path: Path) -> None:

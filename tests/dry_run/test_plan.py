@@ -20,7 +20,7 @@ OPTIONS: dict[str, object] = {"hardware": "a10-xeon", "gpu_memory": "200KiB"}
 
 def options_for(name: str) -> dict[str, object]:
     """A budget that holds some of the model's weights."""
-    budgets = {"opt": "480KiB", "llama": "512KiB", "gpt2": "512KiB", "bert": "400KiB", "mixtral": "420KiB"}
+    budgets = {"opt": "480KiB", "llama": "512KiB", "gpt2": "512KiB", "bert": "400KiB", "mixtral": "320KiB"}
     return {"hardware": "a10-xeon", "gpu_memory": budgets[name]}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.exc import InductorError
 
 from hetegen_compile import pipeline, schedules
 from hetegen_compile.errors import BudgetError, CompilationError
@@ -70,6 +71,35 @@ def test_a_failure_of_inductor_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a defect of the code generator" in found.schedules[-1].explain()
 
 
+def test_a_failed_compiler_that_keeps_its_error_keeps_no_accelerator() -> None:
+    """As Inductor's cache of C++ does, with the future of the compilation."""
+    kept: list[Exception] = []
+
+    def fail() -> None:
+        try:
+            raise OSError("exit status 1")
+        except OSError as error:
+            raise ValueError("the code does not compile") from error
+
+    def compiler(mode: Any) -> Callable[..., Any]:
+        def compile_segment(segment: Any, examples: Any) -> Any:
+            try:
+                fail()
+            except ValueError as error:
+                kept.append(error)
+                raise InductorError(error, None) from None
+
+        return compile_segment
+
+    found = _like_eager(compiler)
+    assert kept
+    assert "the code does not compile" in found.schedules[-1].explain()
+    del found
+    torch._dynamo.reset()
+    gc.collect()
+    assert not live_runtimes()
+
+
 def test_a_segment_that_compiles_is_not_refused() -> None:
     def body(before: Linear, after: Linear, x: Tensor) -> Tensor:
         return after(torch.tanh(before(x)))
@@ -97,7 +127,7 @@ def test_ctrl_c_while_planning(stage: int, monkeypatch: pytest.MonkeyPatch) -> N
                 pass
         return real(module, context, stages, **options)
 
-    for name in ("planner", "trials"):
+    for name in ("within_budget", "trials"):
         monkeypatch.setattr(f"hetegen_compile.{name}.run_pipeline", run)
     model, backend = around(plain), RecordingBackend()
     model.compile(backend=backend, options=emulated(gpu_memory=BUDGET))
@@ -139,7 +169,7 @@ def test_a_defect_keeps_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any) -> Any:
         raise ZeroDivisionError("in a pass")
 
-    monkeypatch.setattr("hetegen_compile.planner.run_pipeline", broken)
+    monkeypatch.setattr("hetegen_compile.within_budget.run_pipeline", broken)
     model = Mlp(4).eval()
     model.compile(backend=RecordingBackend(), options=emulated(gpu_memory=BUDGET))
     for _ in range(2):

@@ -43,6 +43,25 @@ def mixture(name: str) -> PreTrainedModel:
     return model
 
 
+def test_a_stack_that_stays_goes_up_once() -> None:
+    """Prefill and decode agree on it, in this generation and the next."""
+    model = mixture("mixtral")
+    stacks = [p.nbytes for p in model.parameters() if p.dim() == 3]
+    backend, known = RecordingBackend(), hetegen_compile.schedules()
+    options = {"gpu_memory": 400 << 10, "context": 12}
+    model.compile(backend=backend, options=emulated(split="auto", **options))
+    uploaded = []
+    for _ in range(2):
+        generate(model, prompts(2), None, tokens=3)
+        uploaded.append(backend.accelerator.counters.uploaded_bytes["weights"])
+    schedules = new_schedules(known)
+    assert len(schedules) >= 2
+    assert {schedule.streamed_bytes for schedule in schedules} == {0}, "so that all uploads are of what stays"
+    assert {schedule.resident_bytes for schedule in schedules} == {uploaded[0]}
+    assert min(stacks) < uploaded[0] < sum(p.nbytes for p in model.parameters())
+    assert uploaded[1] == uploaded[0]
+
+
 @pytest.mark.parametrize("name", MIXTURES)
 def test_experts_beyond_the_budget_are_computed_on_the_host(name: str) -> None:
     model = mixture(name)

@@ -11,13 +11,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.flex_attention import flex_attention
 
 from hetegen_compile.backend import make_backend
 from hetegen_compile.errors import UnsupportedModelError
 from hetegen_compile.ir import info
 from hetegen_compile.passes.capture import capture, source_name, to_expr
 from hetegen_compile.segments import plain_compiler
-from tests.passes.graphs import Case, case, dynamo_graph
+from tests.passes.graphs import Case, assert_equal_to_eager, case, dynamo_graph
 
 
 class Block(nn.Module):
@@ -327,3 +328,31 @@ def test_a_region_without_autocast_inside_one_with_it_stays() -> None:
 
     found = case(function, torch.randn(4, 4))
     assert [value.dtype for value in found.outputs()] == [torch.bfloat16, torch.float32]
+
+
+# ---- operations that are given functions -----------------------------------------------------------------------
+
+FIRST, LAST = nn.Linear(16, 16), nn.Linear(16, 16)
+
+
+def flexible(x: Tensor) -> Any:
+    heads = FIRST(x).view(1, 8, 2, 8).transpose(1, 2)
+    found = flex_attention(heads, heads, heads, score_mod=lambda score, b, h, q, k: score + (q - k))
+    return LAST(found.transpose(1, 2).reshape(1, 8, 16))
+
+
+def either(x: Tensor) -> Any:
+    return LAST(torch.cond(x.sum() > 0, lambda y: y.relu(), lambda y: y * 2, (FIRST(x),)))
+
+
+def test_flexible_attention_is_one_operation_and_costs_what_attention_does() -> None:
+    attention = only(case(flexible, torch.randn(1, 8, 16)), "flex_attention")
+    assert info(attention).aten == ("flex_attention",)
+    assert info(attention).flops == 2 * (2 * 2 * 8 * 8 * 8)  # two products, two heads, 8 x 8 scores of width 8
+    assert info(attention).traffic_bytes > 4 * (3 * 8 * 16)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("function", [flexible, either])
+def test_operations_that_are_given_functions_run_in_segments(function: Any) -> None:
+    assert_equal_to_eager(function, torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(0)))

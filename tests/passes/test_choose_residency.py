@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hetegen_compile.buckets import largest_sizes
 from hetegen_compile.cost_model import row_granularity
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import LINEAR, info
@@ -22,8 +23,7 @@ from hetegen_compile.options import Options
 from hetegen_compile.passes import annotate_costs, choose_residency, choose_splits
 from hetegen_compile.passes.claims import Claim, NothingResident
 from hetegen_compile.passes.context import Bucket
-from hetegen_compile.passes.plans import ACTIVATIONS, GROWTH, OTHERS, RESIDENT, Residency
-from hetegen_compile.planner import largest_sizes
+from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH, OTHERS, RESIDENT, Residency
 from tests.passes.graphs import GIB, Case, again, case, property_test
 
 SIZES = ((64, 512), (512, 512), (512, 128), (128, 1000))
@@ -378,11 +378,12 @@ def test_room_for_a_growing_cache_follows_context_and_max_batch(
     budget = found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
     row = 64 * 4
     comes, goes = length * row, (length + 1) * row
-    assert budget[GROWTH] == (comes - 7 * row) + (batches - 1) * (comes + goes)
+    assert budget[GROWTH] == comes - 7 * row
     assert budget[ACTIVATIONS] >= goes
+    assert budget[BATCHES] == (batches - 1) * (row + comes + budget[ACTIVATIONS])  # x, the cache, what is made of them
 
 
-@pytest.mark.parametrize(("limits", "length"), [({}, 14), ({"context": 70}, 70), ({"context": 7, "max_batch": 3}, 21)])
+@pytest.mark.parametrize(("limits", "length"), [({}, 14), ({"context": 70}, 70), ({"context": 7, "max_batch": 3}, 7)])
 def test_a_prefill_of_fixed_length_keeps_room_for_the_caches_of_the_steps_after_it(
     limits: dict[str, int], length: int
 ) -> None:
@@ -393,8 +394,11 @@ def test_a_prefill_of_fixed_length_keeps_room_for_the_caches_of_the_steps_after_
     options = Options(print_schedule=False, **limits)  # type: ignore[arg-type]
     found = case(prefill, torch.arange(7)[None], options=options, sequences=1, tokens_per_sequence=7)
     budget = found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
-    token = 64 * 4
-    assert budget[GROWTH] == 2 * length * token - 7 * token  # as it comes and as it goes, less what goes now
+    token, ids, made = 64 * 4, 7 * 8, budget[ACTIVATIONS]
+    step = 3 * length * token + 2 * (made - 7 * token) // 7  # as it comes, as it goes, keys scaled, and two tokens
+    assert budget[GROWTH] == max(0, step - made)
+    more = limits.get("max_batch", 1) - 1
+    assert budget[BATCHES] == more * (ids + budget[ACTIVATIONS] + budget[GROWTH])
 
 
 def test_without_spare_room_only_what_is_stated_is_kept() -> None:

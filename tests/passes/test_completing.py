@@ -93,3 +93,9 @@ def _waits(node: fx.Node) -> list[fx.Node]:
     if node.target == WAIT_HOST:
         return [node]
     return [wait for operand in node.all_input_nodes for wait in _waits(operand)] if info(node).side == "host" else []
+
+
+def test_a_graph_from_which_nothing_comes_down_is_scheduled() -> None:
+    found = scheduled(lambda ids: (ids + 1) % 7, torch.arange(5))
+    assert not found.nodes(TO_HOST)
+    assert torch.equal(found.outputs()[0], torch.tensor([1, 2, 3, 4, 5]))

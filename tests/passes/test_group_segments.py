@@ -224,3 +224,18 @@ def test_a_host_read_comes_after_the_hosts_write_of_a_later_level() -> None:
         return B(TABLE(token))
 
     assert_equal_to_eager(function, torch.tensor([2]), X)
+
+
+def test_a_segment_is_given_the_symbols_of_its_inputs_sizes() -> None:
+    """Where all it reads has ``s + 1`` rows, ``s`` is one more input: Inductor cannot solve for it."""
+    def function(x: Tensor, past: Tensor) -> Any:
+        keys = torch.cat([past, A(x)])
+        return C(B(keys.mean(0, keepdim=True)) + keys)
+
+    past = torch.randn(5, 64)
+    torch._dynamo.mark_dynamic(past, 0)
+    last = segments(planned(function, X, past))["segment_2"]
+    values = [info(node).value for node in last.graph.find_nodes(op="placeholder")]
+    (size,) = [value for value in values if isinstance(value, torch.SymInt)]
+    (keys,) = [value for value in values if isinstance(value, Tensor) and not isinstance(value.shape[0], int)]
+    assert keys.shape[0].node.expr == size.node.expr + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from hetegen_compile.ir import info
+from hetegen_compile.ir import annotate, info
 from hetegen_compile.passes import lower
 from hetegen_compile.passes.capture import capture
 from hetegen_compile.passes.context import SegmentCache
@@ -144,6 +147,30 @@ def test_a_segment_is_compiled_with_the_fakes_of_its_inputs() -> None:
     assert given == [[(3, 16), (3, 8)]]
 
 
+def test_a_size_that_turned_out_to_be_another_is_given_as_that() -> None:
+    """Else Inductor binds a symbol that nothing has, and cannot tell the one in the tensors' sizes."""
+    environment = ShapeEnv()
+    given: list[Any] = []
+
+    def compiler(segment: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        given.extend(examples)
+        return segment.forward
+
+    with FakeTensorMode(shape_env=environment):
+        new = environment.create_unspecified_symint_and_symbol
+        sizes = [new(7, ConstantSource(name), DimDynamic.DYNAMIC) for name in "ab"]
+    graph = fx.Graph()
+    inputs = [annotate(graph.placeholder(name), value=size) for name, size in zip("ab", sizes, strict=True)]
+    assert sizes[0] == sizes[1]  # a guard: one symbol is left
+    graph.output((annotate(graph.call_function(operator.add, (inputs[0], inputs[1])), value=torch.zeros(1)),))
+    (name, module) = "segment_1", fx.GraphModule({}, fx.Graph())
+    module.add_module(name, fx.GraphModule({}, graph))
+    module.graph.output(module.graph.call_module(name, ()))
+    lower(module, replace(case(lambda x: x + 1, torch.ones(2)).context, segments=SegmentCache(compiler, {})))
+    assert len({size.node._expr for size in sizes if isinstance(size, torch.SymInt)}) == 2
+    assert len({size.node._expr for size in given}) == 1
+
+
 def test_positions_of_written_inputs() -> None:
     a, b = nn.Linear(8, 8), nn.Linear(8, 8)
 
@@ -238,6 +265,14 @@ def test_where_in_a_storage_an_input_lies_is_in_the_key() -> None:
     base = torch.randn(3, 4, 4)
     assert key(add, base[0], base[1]) != key(add, base[0], base[2])
     assert key(add, base[0], base[1]) == key(add, *torch.randn(2, 4, 4).unbind())
+
+
+def test_functions_that_an_operation_is_given_are_in_the_key_by_what_they_do() -> None:
+    def branches(factor: float) -> Callable[[Tensor], Any]:
+        return lambda x: torch.cond(x.sum() > 0, lambda y: y * factor, lambda y: y + 1, (x,))
+
+    assert key(branches(2.0), X) == key(branches(2.0), X)
+    assert key(branches(2.0), X) != key(branches(3.0), X)
 
 
 def test_autocast_and_the_default_dtype_are_in_the_key() -> None:

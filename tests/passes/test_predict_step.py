@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hetegen_compile import ir
-from hetegen_compile.cost_model import RateCurve, accelerator_linear_s, download_s, host_linear_s, upload_s
+from hetegen_compile.cost_model import RateCurve, accelerator_linear_s, download_s, host_linear_s, read_up_s, upload_s
 from hetegen_compile.ir import info
 from hetegen_compile.passes import predict_step
 from hetegen_compile.passes.annotate_costs import value_bytes
@@ -88,7 +88,8 @@ def test_a_split_costs_its_measured_fixed_time_in_all() -> None:
             trip = work.seconds
     bare = host_linear_s(PROFILE, "float32", 1, 256 * 256 * 4, 2.0 * 256 * 256)
     trip += PROFILE.link.down.latency_s + PROFILE.synchronise_s
-    assert host - bare + trip == pytest.approx(PROFILE.fixed_s_per_split)
+    bytes_s = read_up_s(PROFILE, 256 * 4) - PROFILE.link.view_s
+    assert host - bare + trip == pytest.approx(PROFILE.fixed_s_per_split + bytes_s)
     assert len(found.nodes(ir.HOST_LINEAR)) == len(LAYERS)
 
 
@@ -98,7 +99,7 @@ def test_small_results_are_read_in_place_and_large_ones_are_copied(rows: int, re
     (up,) = found.nodes(ir.TO_ACCELERATOR)
     work = node_work(up, found.context)
     assert work.resource == resource
-    expected = PROFILE.link.view_s if resource == "accelerator" else upload_s(PROFILE, rows * 1024)
+    expected = read_up_s(PROFILE, rows * 1024) if resource == "accelerator" else upload_s(PROFILE, rows * 1024)
     assert work.seconds == expected
 
 

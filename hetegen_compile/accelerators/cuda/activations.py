@@ -12,12 +12,13 @@ import torch
 
 from hetegen_compile.accelerators.base import Op, Value
 from hetegen_compile.accelerators.cuda.lending import Lending
+from hetegen_compile.accelerators.cuda.pinning import cuda_view
 from hetegen_compile.accelerators.cuda.streams import CudaStreams, copying
 from hetegen_compile.accelerators.cuda.transfers import CudaTransfer, started
 from hetegen_compile.accelerators.geometry import copy_span, empty_twin, span, span_bytes
 from hetegen_compile.accelerators.ledger import MemoryLedger
 from hetegen_compile.errors import ScheduleError
-from hetegen_compile.ir import SMALL_UPLOAD_BYTES
+from hetegen_compile.ir import SMALL_UPLOAD_BYTES, VIEWED_UPLOAD_BYTES
 
 _HOST = torch.device("cpu")
 
@@ -79,10 +80,13 @@ class Activations:
         self._ledger.uploaded(op.category, nbytes)
         self._ledger.counters.trips_up += 1
         with streams.work(op), copying():
-            if 0 < nbytes <= SMALL_UPLOAD_BYTES:
+            if 0 < nbytes <= VIEWED_UPLOAD_BYTES:
                 return CudaTransfer(op.name, "to_accelerator", self._lending.lend(tensors), None)
             buffers = [_in_pinned_memory(tensor) for tensor in tensors]
             self._kept += buffers
+            if nbytes <= SMALL_UPLOAD_BYTES:
+                values = [self._read_up(op, buffer) for buffer in buffers]
+                return CudaTransfer(op.name, "to_accelerator", values, None)
             with streams.on(streams.up, "up", op):
                 values = [self._start_up(op, buffer) for buffer in buffers]
         streams.uploaded = streams.up.record_event()
@@ -95,18 +99,33 @@ class Activations:
         value.record_stream(self._streams.compute)
         return value
 
+    def _read_up(self, op: Op, buffer: torch.Tensor) -> torch.Tensor:
+        """The compute stream reads a pinned buffer once; its consumers may read the result as often as they like."""
+        value = empty_twin(buffer, self._streams.device)
+        self._ledger.hold(value, op.category)
+        if buffer.numel():
+            copy_by_kernel(value, cuda_view(span(buffer), self._streams.device))
+        return value
+
     def fill(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copy a host tensor up on the compute stream; on return the source may be overwritten.
 
         Of a small one a kernel reads a pinned copy: the copy engine may have prefetches queued that take longer than a
-        step's rest. It is an operation of its own kind, because ``copy_`` between two addresses of the device may use
-        that engine.
+        step's rest.
         """
-        if not 0 < span_bytes(source) <= SMALL_UPLOAD_BYTES:
+        if not 0 < span_bytes(source) <= VIEWED_UPLOAD_BYTES:
             copy_span(target, source)  # blocks until the source was read
             return
         (lent,) = self._lending.lend([source])
-        torch.bitwise_or(span(lent).view(torch.uint8), 0, out=span(target).view(torch.uint8))
+        copy_by_kernel(target, span(lent))
+
+
+def copy_by_kernel(target: torch.Tensor, seen: torch.Tensor) -> None:
+    """Fill a device tensor from a 1-D view of pinned memory, of the same dtype, on the current stream.
+
+    By an operation that computes, because ``copy_`` between two addresses of the device may use the copy engine.
+    """
+    torch.bitwise_or(seen.view(torch.uint8), 0, out=span(target).view(torch.uint8))
 
 
 def _in_pinned_memory(tensor: torch.Tensor) -> torch.Tensor:

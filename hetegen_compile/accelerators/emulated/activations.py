@@ -19,7 +19,7 @@ from hetegen_compile.accelerators.emulated.work import DeviceWork
 from hetegen_compile.accelerators.geometry import span_bytes
 from hetegen_compile.accelerators.ledger import MemoryLedger
 from hetegen_compile.errors import ScheduleError
-from hetegen_compile.ir import SMALL_UPLOAD_BYTES
+from hetegen_compile.ir import SMALL_UPLOAD_BYTES, VIEWED_UPLOAD_BYTES
 
 
 class Activations:
@@ -65,15 +65,17 @@ class Activations:
         for tensor in tensors:
             self._hazards.lend(op.name, tensor)
         self._ledger.counters.trips_up += 1
-        if sum(map(span_bytes, tensors)) <= SMALL_UPLOAD_BYTES:
+        nbytes = sum(map(span_bytes, tensors))
+        if nbytes <= VIEWED_UPLOAD_BYTES:
             return self._lend(op, tensors)
-        access, done = self._hazards.upload(op.name), threading.Event()
-        values = [DeviceTensor(access, arrived=False) for _ in tensors]
-        self._engine.submit(UP, Task(op, partial(self._work.copy_all_up, op, values, tensors), done=done))
-        return Transfer(op.name, "to_accelerator", access, self._hazards.clocks.now(UP), values=values, done=done)
+        lane = COMPUTE if nbytes <= SMALL_UPLOAD_BYTES else UP
+        access = self._hazards.upload(op.name) if lane == UP else self._hazards.clocks.issue(COMPUTE, op.name)
+        values, done = [DeviceTensor(access, arrived=False) for _ in tensors], threading.Event()
+        self._engine.submit(lane, Task(op, partial(self._work.copy_all_up, op, values, tensors), done=done))
+        return Transfer(op.name, "to_accelerator", access, self._hazards.clocks.now(lane), values=values, done=done)
 
     def _lend(self, op: Op, tensors: Sequence[torch.Tensor]) -> Transfer:
-        """Small tensors are read where they lie; the values keep the host's tensors alive."""
+        """The smallest are read where they lie; the values keep the host's tensors alive."""
         access = self._hazards.clocks.issue(HOST, op.name)
         values = [DeviceTensor(access, borrowed=True, arrived=False) for _ in tensors]
         for value, tensor in zip(values, tensors, strict=True):

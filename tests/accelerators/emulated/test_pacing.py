@@ -8,6 +8,7 @@ import torch
 from hetegen_compile.accelerators import EmulatedAccelerator, Op
 from hetegen_compile.accelerators.emulated.clocks import HOST, UP
 from hetegen_compile.accelerators.emulated.pacing import Pacer
+from hetegen_compile.ir import SMALL_UPLOAD_BYTES
 
 SHORT_S = 2e-4
 COUNT = 100
@@ -17,12 +18,12 @@ PACE = 30.0
 def run_lanes(accelerator: EmulatedAccelerator, seconds: float) -> float:
     """Wall-clock seconds of COUNT operations on each of three lanes at once."""
     accelerator.reserve_ring(256)
-    x = torch.ones(4)
+    x, large = torch.ones(4), torch.ones((SMALL_UPLOAD_BYTES >> 2) + 1)
     accelerator.begin_step()
     start_s = time.perf_counter()
     for i in range(COUNT):
         accelerator.launch(Op(f"launch{i}", seconds), torch.ones, (4,))
-        accelerator.to_accelerator(Op(f"up{i}", seconds), [torch.ones(1 << 17)])
+        accelerator.to_accelerator(Op(f"up{i}", seconds), [large])
         accelerator.host(Op(f"host{i}", seconds), torch.neg, (x,), {})
     accelerator.end_step()
     return time.perf_counter() - start_s

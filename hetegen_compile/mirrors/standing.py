@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from hetegen_compile.accelerators.base import Value
-from hetegen_compile.fingerprints import Fingerprint
+from hetegen_compile.mirrors.fingerprints import Fingerprint
 
 SAMPLED_TENSORS = 128
 """How many tensors a step compares a sample of: some tens of microseconds."""

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hetegen_compile.fingerprints import BLOCK_BYTES, SAMPLES, Fingerprint
+from hetegen_compile.mirrors.fingerprints import BLOCK_BYTES, SAMPLES, Fingerprint
 from tests.passes.graphs import property_test
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from hetegen_compile.accelerators import EmulatedAccelerator
 from hetegen_compile.accelerators.emulated.values import DeviceTensor
-from hetegen_compile.fingerprints import Fingerprint
 from hetegen_compile.mirrors import WEIGHTS, Mirrors, NoRoomError, Request
-from hetegen_compile.standing import SAMPLED_TENSORS, STEPS_PER_BLOCK, Samples, Standing
+from hetegen_compile.mirrors.fingerprints import Fingerprint
+from hetegen_compile.mirrors.standing import SAMPLED_TENSORS, STEPS_PER_BLOCK, Samples, Standing
 
 LIMIT = 1 << 20
 COUNT = 5

@@ -17,7 +17,7 @@ from hetegen_compile.errors import (
     ScheduleError,
     SlotInUseError,
 )
-from hetegen_compile.ir import SMALL_UPLOAD_BYTES
+from hetegen_compile.ir import SMALL_UPLOAD_BYTES, VIEWED_UPLOAD_BYTES
 from hetegen_compile.options import format_bytes
 from hetegen_compile.schedule import Schedule
 from tests.accelerators import fake_cuda
@@ -175,10 +175,15 @@ def test_several_values_go_down_as_one_transfer(accelerator: CudaAccelerator) ->
 def test_small_activations_stay_off_the_copy_engine(accelerator: CudaAccelerator) -> None:
     (small,) = accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), [torch.ones(3).expand(2, 3)]))
     assert small.shape == (2, 3)
+    sources = [torch.ones(VIEWED_UPLOAD_BYTES >> 2), torch.arange(6).view(2, 3).t(), torch.ones(0)]
+    read = accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), sources))
+    assert all(torch.equal(one, source) for one, source in zip(read, sources, strict=True))
+    assert read[1].stride() == sources[1].stride()
     assert LOG == []
-    accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), [torch.ones(1 << 17)]))
+    assert len(accelerator._activations._kept) == len(sources)
+    assert len(accelerator._activations._lending._lent) == 1
+    accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), [torch.ones((SMALL_UPLOAD_BYTES >> 2) + 1)]))
     assert LOG == ["on up", "compute waits up@0"]
-    assert len(accelerator._activations._kept) == len(accelerator._activations._lending._lent) == 1
     accelerator.end_step()
     assert not accelerator._activations._kept
     assert not accelerator._activations._lending._lent
@@ -199,7 +204,7 @@ def test_small_uploads_are_read_by_a_kernel(
     assert accelerator.upload(Op("tokens"), zeros, into=value) is value
     assert not value.any()
     assert len(accelerator._activations._lending._lent) == 2
-    accelerator.upload(Op("weights"), torch.ones((SMALL_UPLOAD_BYTES >> 2) + 1))
+    accelerator.upload(Op("weights"), torch.ones((VIEWED_UPLOAD_BYTES >> 2) + 1))
     assert len(accelerator._activations._lending._lent) == 2
     accelerator.end_step()
     assert not accelerator._activations._lending._lent

@@ -1,0 +1,202 @@
+"""All mirrors on one accelerator: what a step asks for and gets, what it returned and what it wrote."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from hetegen_compile.accelerators.base import Accelerator, Value
+from hetegen_compile.mirrors.fingerprints import Fingerprint
+from hetegen_compile.mirrors.identity import Geometry, bytes_of, covers_storage, geometry_of, storage_key
+from hetegen_compile.mirrors.record import Held, Record
+from hetegen_compile.mirrors.records import Records
+from hetegen_compile.mirrors.request import MIRRORS, WEIGHTS, Request
+from hetegen_compile.mirrors.standing import Samples, Standing
+from hetegen_compile.mirrors.upload import Uploader, new_bytes
+from hetegen_compile.passes.claims import WeightKey
+
+logger = logging.getLogger("hetegen_compile")
+
+
+class Mirrors:
+    """Not thread-safe: used under the accelerator's step lock."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._uploader = Uploader(accelerator)
+        self._records = Records()
+        self._step = 0
+        self._random = random.Random(0)
+        self.keep: frozenset[int] = frozenset()
+        """Storages with weights that are resident by plan: only ``forget_weights`` drops those."""
+        self._most_bytes = 0  # all mirrors together are not more
+
+    # ---- a step ----------------------------------------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        """Forget the mirrors of storages that no longer exist; what is fetched from now on is in use."""
+        self._step += 1
+        self._records.purge()
+
+    def fetch(self, requests: Sequence[Request], limit_bytes: int) -> list[Value]:
+        """Device values with the contents and geometry of host tensors; uploads only what is not current.
+
+        A view under the category ``mirrors`` may be a device view of the mirrored storage, so that views alias
+        each other as on the host; under any other category exactly the tensor's own bytes are uploaded. Before
+        an upload, mirrors that this step does not use are dropped until all fit ``limit_bytes``.
+
+        Raises:
+            NoRoomError: what this step uses does not fit.
+        """
+        found = [self._lookup(request) for request in requests]
+        if not Samples(_watched(found), self._random.getrandbits(32)).match():  # made anew: look anywhere
+            self.check()
+            found = [self._lookup(request) for request in requests]
+        missing = [i for i, (record, geometry) in enumerate(found) if geometry not in record.held]
+        added = new_bytes([(found[i][0], requests[i]) for i in missing]) if missing else 0
+        if self._most_bytes + added > limit_bytes:
+            self._most_bytes = self._records.make_room(limit_bytes - added, self._step, self.keep)
+        self._most_bytes += added
+        for i in missing:
+            record, geometry = found[i]
+            if geometry not in record.held:  # the same tensor may be asked for twice
+                record.held[geometry] = self._uploader.make(record, requests[i], self._step)
+        return [record.held[geometry].value for record, geometry in found]
+
+    def _lookup(self, request: Request) -> tuple[Record, Geometry]:
+        record = self._records.current(request.tensor)
+        record.used = self._step
+        if request.whole and record.base is None and record.held:
+            self._records.changed(record)
+            record.empty()  # values that do not share memory
+        geometry = geometry_of(request.tensor)
+        for held in _parts(record, geometry, request):
+            held.used = self._step
+        return record, geometry
+
+    def register(self, tensor: Tensor, value: Value, category: str = MIRRORS) -> None:
+        """Make ``value`` the mirror of a host tensor that a step just returned with the same contents.
+
+        Later views of a tensor that is all of its storage (a cache that was cropped) are views of ``value``. A
+        tensor that is a part (a sliding window of what was concatenated) is mirrored by itself.
+        """
+        if tensor.numel() == 0:
+            return
+        record, storage_bytes = self._returned(tensor), int(tensor.untyped_storage().nbytes())
+        self._most_bytes += storage_bytes
+        if covers_storage(tensor):
+            record.base, record.base_bytes = value, bytes_of(tensor)
+            held = Held(value, category, 0, used=self._step)
+        else:  # the value keeps its storage, as the tensor does
+            alike = self._uploader.laid_out_as(tensor, value, category)
+            held = Held(alike, category, storage_bytes, used=self._step)
+        record.held[geometry_of(tensor)] = held
+
+    def _returned(self, tensor: Tensor) -> Record:
+        """The record of a storage that this step made: a new one, unless another view of it was returned, too."""
+        record = self._records.get(storage_key(tensor))
+        if record is None or record.returned != self._step or record.storage.expired():
+            record = self._records.renew(tensor)
+        record.returned = record.used = self._step
+        return record
+
+    def settle(self, tensor: Tensor) -> None:
+        """The step wrote the host tensor and its mirror alike: what the mirror holds is current again."""
+        record = self._records.get(storage_key(tensor))
+        if record is None:
+            return
+        record.note(tensor)
+        self._records.changed(record)
+        for held in record.held.values():
+            held.fingerprint = None
+        if record.base is None:  # other views of the storage were uploaded by themselves and know nothing of it
+            geometry = geometry_of(tensor)
+            record.held = {geometry: record.held[geometry]} if geometry in record.held else {}
+
+    # ---- standing answers ------------------------------------------------------------------------------------
+
+    def stand(self, tensors: Sequence[Tensor], requests: Sequence[Request]) -> Standing | None:
+        """Keep what was just fetched for ``requests``, which are made of ``tensors``, as a standing answer.
+
+        None for tensors that were made in inference mode: nothing tells whether they have changed.
+        """
+        if any(tensor.is_inference() for tensor in tensors):
+            return None
+        found = [self._lookup(request) for request in requests]
+        values = [record.held[geometry].value for record, geometry in found]
+        standing = Standing(tensors, values, Samples(_watched(found)))
+        pairs = zip(found, requests, strict=True)
+        self._records.stand(standing, [(record, _parts(record, where, one)) for (record, where), one in pairs])
+        return standing
+
+    def stands(self, standing: Standing, tensors: Sequence[Tensor]) -> bool:
+        """Whether a standing answer is right for these tensors in this step; if so it counts as used."""
+        if not standing.holds_for(tensors):
+            return False
+        if not standing.samples.match():
+            self.check()
+            return False
+        standing.used = self._step
+        return True
+
+    # ---- what is out of date ---------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Compare all fingerprints with the host's bytes; what was changed unseen is uploaded at its next use."""
+        for key, record in self._records:
+            storage = torch.UntypedStorage._new_with_weak_ptr(record.storage.cdata)
+            if storage is None or storage.data_ptr() != record.address:
+                self._records.drop(key)
+                continue
+            changed = [h for h in record.held.values() if h.fingerprint and not h.fingerprint.matches(storage)]
+            if changed:
+                logger.warning("%s was written in a way that torch does not see: uploaded again", changed[0].name)
+                self._records.drop(key)
+
+    def purge(self) -> None:
+        """Forget the mirrors of storages that no longer exist."""
+        self._records.purge()
+
+    def forget(self, tensors: Iterable[Tensor] | None = None) -> None:
+        """Drop mirrors (all by default), so that the next step that needs them uploads afresh."""
+        keys = [key for key, _ in self._records] if tensors is None else [storage_key(tensor) for tensor in tensors]
+        for key in keys:
+            self._records.drop(key)
+
+    def forget_all_but_weights(self) -> None:
+        """Drop what a step may have written."""
+        for key, record in self._records:
+            if not record.holds(WEIGHTS):
+                self._records.drop(key)
+
+    def forget_weights(self, weights: Iterable[WeightKey]) -> None:
+        """Drop the resident rows of these weights."""
+        for weight in weights:
+            record = self._records.get(weight.storage)
+            if record is not None:
+                self._records.changed(record)
+                gone = {g for g, held in record.held.items() if held.category == WEIGHTS and weight.holds(g.offset)}
+                record.held = {g: held for g, held in record.held.items() if g not in gone}
+
+    def held_bytes(self, category: str) -> int:
+        """Bytes that mirrors of one category hold on the accelerator."""
+        held = (held for _, record in self._records for held in record.held.values())
+        return sum(one.nbytes for one in held if one.category == category)
+
+
+def _parts(record: Record, geometry: Geometry, request: Request) -> list[Held]:
+    """What a record holds for a request: its value, and what that is the last rows of."""
+    wanted = (geometry,) if request.base is None else (geometry, geometry_of(request.base))
+    return [record.held[one] for one in wanted if one in record.held]
+
+
+def _watched(found: Sequence[tuple[Record, Geometry]]) -> list[tuple[int, Fingerprint]]:
+    """What of the values that are there has a fingerprint."""
+    held = [(record.address, record.held.get(geometry)) for record, geometry in found]
+    return [(address, one.fingerprint) for address, one in held if one is not None and one.fingerprint is not None]
+
+
+__all__ = ["Mirrors"]

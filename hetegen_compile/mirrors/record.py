@@ -1,0 +1,93 @@
+"""What the accelerator holds of one host storage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from hetegen_compile.accelerators.base import Value
+from hetegen_compile.mirrors.fingerprints import Fingerprint
+from hetegen_compile.mirrors.identity import Geometry, geometry_of, same_version, version_of, weak_storage
+
+
+@dataclass
+class Held:
+    """One device value, what it is counted under and the bytes that it holds by itself.
+
+    ``fingerprint`` is of the host's bytes when they were uploaded; None for what steps write. ``used`` is the step
+    that last asked for it.
+    """
+
+    value: Value
+    category: str
+    nbytes: int
+    name: str = ""
+    fingerprint: Fingerprint | None = None
+    used: int = 0
+
+
+@dataclass
+class Record:
+    """The mirrors of one host storage: ``base`` holds all of it, ``held`` views or parts by geometry.
+
+    ``base`` lies in memory as the host's storage does. Tensors that share a storage may have version counters of their
+    own (parameters that were made parts of one flat tensor): ``versions`` are those that each geometry was last seen
+    with, ``version`` is the last of them and stands for those not seen yet. ``used`` and ``returned`` are the last step
+    that asked for the storage and the one that made it; ``stands`` says that a plan relies on it without asking.
+    """
+
+    storage: StorageWeakRef
+    address: int
+    version: Any
+    versions: dict[Geometry, Any] = field(default_factory=dict)
+    base: Value = None
+    held: dict[Geometry, Held] = field(default_factory=dict)
+    base_bytes: int = 0
+    used: int = 0
+    returned: int = -1
+    stands: bool = False
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Record:
+        """Nothing is held of the tensor's storage yet."""
+        return cls(weak_storage(tensor), tensor.untyped_storage().data_ptr(), version_of(tensor))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything held."""
+        return self.base_bytes + sum(held.nbytes for held in self.held.values())
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Whether the storage is the tensor's and not another one in its place."""
+        return not self.storage.expired() and self.address == tensor.untyped_storage().data_ptr()
+
+    def holds(self, category: str) -> bool:
+        """Whether anything is counted under the category."""
+        return any(held.category == category for held in self.held.values())
+
+    def note(self, tensor: Tensor) -> bool:
+        """From now on what is held has to show the tensor as it is now; whether it does already."""
+        geometry, version = geometry_of(tensor), version_of(tensor)
+        same = same_version(self.versions.get(geometry, self.version), version)
+        self.version = self.versions[geometry] = version
+        return same
+
+    def empty(self) -> None:
+        """Let go of everything held; what tensors were when they were noted stays known."""
+        self.base, self.base_bytes = None, 0
+        self.held.clear()
+
+    def drop_unused_parts(self, step: int, category: str | None) -> int:
+        """Drop what earlier plans held (under one category or any) and ``step`` does not use; returns the bytes."""
+        unused = {
+            geometry: held for geometry, held in self.held.items()
+            if held.nbytes and held.used < step and category in (None, held.category)
+        }  # fmt: skip
+        self.held = {geometry: held for geometry, held in self.held.items() if geometry not in unused}
+        return sum(held.nbytes for held in unused.values())
+
+
+__all__ = ["Held", "Record"]

@@ -1,0 +1,126 @@
+"""The record of every host storage that has mirrors, who relies on them, and what leaves to make room."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from hetegen_compile.mirrors.identity import storage_key
+from hetegen_compile.mirrors.record import Held, Record
+from hetegen_compile.mirrors.request import MIRRORS, WEIGHTS
+from hetegen_compile.mirrors.standing import Standing
+
+Found = Sequence[tuple[Record, Sequence[Held]]]
+"""What answers requests: a record and what of it, each."""
+
+
+class NoRoomError(Exception):
+    """What a step reads does not fit beside its activations: its plan was made for a smaller forward."""
+
+    def __init__(self, excess_bytes: int) -> None:
+        super().__init__(f"{excess_bytes} bytes too many")
+        self.excess_bytes = excess_bytes
+
+
+class Records:
+    """By storage. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._records: dict[int, Record] = {}
+        self._standing: weakref.WeakKeyDictionary[Standing, Found] = weakref.WeakKeyDictionary()
+
+    def __iter__(self) -> Iterator[tuple[int, Record]]:
+        """Keys of storages and their records; they may be dropped meanwhile."""
+        return iter(list(self._records.items()))
+
+    def get(self, key: int) -> Record | None:
+        """What is held of a storage."""
+        return self._records.get(key)
+
+    def current(self, tensor: Tensor) -> Record:
+        """The record of the tensor's storage, emptied if the host's copy is not what it was."""
+        record = self._records.get(storage_key(tensor))
+        if record is None or not record.is_of(tensor):
+            record = self.renew(tensor)
+            record.note(tensor)
+        elif not record.note(tensor):
+            self.changed(record)
+            record.empty()
+        return record
+
+    def renew(self, tensor: Tensor) -> Record:
+        """A new record of the tensor's storage, whatever was held of it."""
+        self.drop(storage_key(tensor))
+        record = self._records[storage_key(tensor)] = Record.of(tensor)
+        return record
+
+    def drop(self, key: int) -> None:
+        """Let go of all that is held of a storage."""
+        record = self._records.pop(key, None)
+        if record is not None:
+            self.changed(record)
+
+    def purge(self) -> None:
+        """Forget the storages that no longer exist."""
+        expired = torch.UntypedStorage._expired  # a record's weak reference keeps its key valid
+        for key in [key for key in self._records if expired(key)]:
+            self.drop(key)
+
+    # ---- who relies on it ------------------------------------------------------------------------------------
+
+    def stand(self, standing: Standing, found: Found) -> None:
+        """An answer that is right until something in ``found`` changes."""
+        for record, _ in found:
+            record.stands = True
+        self._standing[standing] = found
+
+    def changed(self, record: Record) -> None:
+        """What a record holds is no longer what it held: answers that stand on it are taken back, all together."""
+        if record.stands:
+            for standing in self._standing:
+                standing.take_back()
+            self._standing.clear()
+
+    def _note_uses(self) -> None:
+        """Standing answers were given without touching what they stand on."""
+        for standing, found in self._standing.items():
+            for record, parts in found:
+                record.used = max(record.used, standing.used)
+                for held in parts:
+                    held.used = max(held.used, standing.used)
+
+    # ---- room ------------------------------------------------------------------------------------------------
+
+    def make_room(self, limit_bytes: int, step: int, planned: frozenset[int]) -> int:
+        """Drop what ``step`` does not use, oldest use first, until the rest fits ``limit_bytes``; its bytes.
+
+        Nothing is lost: a mirror that is needed again is uploaded again. Weights in the storages ``planned`` stay.
+
+        Raises:
+            NoRoomError: what this step uses does not fit.
+        """
+        self._note_uses()
+        excess = sum(record.nbytes for record in self._records.values()) - limit_bytes
+        for key, record in sorted(self._records.items(), key=lambda item: item[1].used):
+            if excess <= 0:
+                break
+            excess -= self._give_up(key, record, step, stays=key in planned and record.holds(WEIGHTS))
+        if excess > 0:
+            raise NoRoomError(excess)
+        return limit_bytes + excess
+
+    def _give_up(self, key: int, record: Record, step: int, *, stays: bool) -> int:
+        """Drop what ``step`` does not use of one storage; returns the bytes."""
+        if record.used < step and not stays:
+            self.drop(key)
+            return record.nbytes
+        dropped = record.drop_unused_parts(step, MIRRORS if stays else None)
+        if dropped:
+            self.changed(record)
+        return dropped
+
+
+__all__ = ["Found", "NoRoomError", "Records"]

@@ -1,0 +1,77 @@
+"""What a plan is made for, and what planning leaves: a bucket's plan, and a schedule for each split of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import sympy
+import torch
+from torch import fx
+
+from hetegen_compile.passes.claims import HostWeights, ResidentWeights
+from hetegen_compile.passes.context import Context
+from hetegen_compile.schedule import LinearSite, Schedule
+
+DRY_RUN = "dry run"
+"""What a plan is made for if nothing will run."""
+
+Sizes = dict[sympy.Symbol, sympy.Integer]
+Split = float | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a plan is made for: the accelerator and what lies on it already.
+
+    Attributes:
+        kind: ``"cuda"``, ``"emulated"`` or ``DRY_RUN``.
+        device: where segments will run.
+        budget_bytes: the hard limit.
+        resident: what other graphs keep on the accelerator.
+        ring_bytes: length of its staging ring.
+        overhead_bytes: what the device's libraries take of the budget, item by item.
+        host_memory: what can be pinned; None says everything.
+    """
+
+    kind: str
+    device: torch.device
+    budget_bytes: int
+    resident: ResidentWeights
+    ring_bytes: int = 0
+    overhead_bytes: Mapping[str, int] = field(default_factory=dict)
+    host_memory: HostWeights | None = None
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """What the stages that do not depend on the split left: the graph with its segments, and the context.
+
+    ``linears`` is the graph before it was grouped, which decisions are taken on.
+    """
+
+    module: fx.GraphModule
+    linears: fx.GraphModule
+    context: Context
+    sites: Mapping[int, LinearSite]
+    kind: str
+
+
+class Graphs(NamedTuple):
+    """One graph before and after its nodes are grouped into segments."""
+
+    linears: fx.GraphModule
+    grouped: fx.GraphModule
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One scheduled graph, the context it was made in, and the report on it."""
+
+    module: fx.GraphModule
+    context: Context
+    schedule: Schedule
+
+
+__all__ = ["DRY_RUN", "BucketPlan", "Graphs", "PlannedStep", "Sizes", "Split", "Target"]

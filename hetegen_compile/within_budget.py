@@ -1,0 +1,131 @@
+"""The search for a residency that leaves room for its own schedule.
+
+How much a schedule needs for activations depends on the residency that it was made with, and that on how much is left:
+so one is decided, its schedule measured, and the next decided with what was measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Hashable
+from dataclasses import replace
+
+from torch import fx
+
+from hetegen_compile.balance import promising_blocks
+from hetegen_compile.errors import BudgetError
+from hetegen_compile.ir import copy_module
+from hetegen_compile.passes import choose_splits
+from hetegen_compile.passes.context import Context, require
+from hetegen_compile.passes.findings import MemoryNeed
+from hetegen_compile.passes.plans import ACTIVATIONS, Splits
+from hetegen_compile.pipeline import DECISIONS, GROUPING, NORMALISATION, UNTIL_MEASURED, run_pipeline
+from hetegen_compile.planned import BucketPlan, Graphs
+
+_ATTEMPTS = 3
+"""Residencies that are tried, each with what the schedule of the one before needed."""
+
+
+class ResidencySearch:
+    """For the plans of one captured graph; remembers what their schedules needed."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self._module = module
+        self._needed: dict[Hashable, int] = {}
+
+    def within_budget(self, context: Context, base: BucketPlan | None) -> tuple[Graphs, Context]:
+        """Run the stages that do not depend on the split until residency leaves room for its own schedule.
+
+        What a schedule needs for activations depends on the residency that it was made with, so the first is decided
+        with an estimate and the next with what the schedule before needed. Another plan for the same sizes begins
+        with that.
+
+        Raises:
+            BudgetError: the leanest residency does not fit.
+        """
+        made_for = context.bucket, frozenset(context.sizes.items()), frozenset(context.largest.items())
+        found = None
+        with contextlib.suppress(BudgetError):  # an estimate may ask for too much
+            found = self._settled(replace(context, activation_bytes=self._needed.get(made_for)), base)
+        graphs, done = found if found is not None else self._within_tight_budget(context, base)
+        self._needed[made_for] = require(done.memory, "measure_memory").peak_bytes(done.room)
+        return graphs, done
+
+    def _within_tight_budget(self, context: Context, base: BucketPlan | None) -> tuple[Graphs, Context]:
+        """The same, begun with what the leanest residency (no weights, the smallest ring) needs.
+
+        If the budget holds that, there is a plan, and the budget that it needs is the smallest that works. Its schedule
+        has many small transfers and takes long to make, so it is made only where an estimate does not do.
+        """
+        _, lean, needed = self._tried(replace(context, lean=True), base)
+        start = replace(context, activation_bytes=needed)
+        found = self._settled(start, base)
+        if found is None and lean.blocks and context.options.pair_mlp == "auto":  # their activations may be too large
+            found = self._settled(replace(start, options=replace(context.options, pair_mlp=False)), base)
+        if found is not None:
+            return found
+        lean_bytes = require(lean.memory, "measure_memory").peak_bytes(lean.room)
+        graphs, done, _ = self._tried(replace(context, lean=True, activation_bytes=lean_bytes), base)
+        return graphs, done
+
+    def _settled(self, context: Context, base: BucketPlan | None) -> tuple[Graphs, Context] | None:
+        """The first residency of some that leaves room for its own schedule, None if none does.
+
+        One that was decided with an estimate is not taken unless that is exact: it may leave far too much room.
+
+        Raises:
+            BudgetError: the budget does not hold what ``context`` starts from.
+        """
+        for attempt in range(_ATTEMPTS):
+            try:
+                graphs, done, needed = self._tried(context, base)
+            except BudgetError:
+                if attempt == 0:
+                    raise
+                return None
+            reserved = require(done.residency, "choose_residency").budget[ACTIVATIONS]
+            if needed == reserved or (needed < reserved and context.activation_bytes is not None):
+                return graphs, done
+            context = replace(context, activation_bytes=needed)
+        return None
+
+    def _tried(self, context: Context, base: BucketPlan | None) -> tuple[Graphs, Context, int]:
+        """The grouped graph, its context, and the bytes of activations that its schedule takes.
+
+        The splits are chosen later, and shares that the options force may be overridden. With fewer rows on the host
+        fewer values come down early, so the schedule without any has to fit as well.
+        """
+        graphs, context = self._cut(context, base)
+        module = graphs.grouped
+        splits = [require(context.splits, "choose_splits")]
+        if any(plan.host for plan in splits[0].values()):
+            splits.append(choose_splits(module, replace(context, options=replace(context.options, split=0.0))))
+        paired = None if context.lean else promising_blocks(module, context)
+        needs = [_need(module, context, each) for each in (*splits, *([paired] if paired else []))]
+        need = max(needs, key=lambda memory: memory.peak_bytes(context.room))
+        return graphs, replace(context, memory=need), need.peak_bytes(context.room)
+
+    def _cut(self, context: Context, base: BucketPlan | None) -> tuple[Graphs, Context]:
+        """Decisions, and the graph with its segments: those of ``base`` if they are cut at the same places."""
+        linears = copy_module(self._module) if base is None else base.linears
+        context = run_pipeline(linears, context, NORMALISATION if base is None else ())
+        context = run_pipeline(linears, context, DECISIONS)
+        if base is not None and _cuts(base.context) == _cuts(context):
+            return Graphs(linears, base.module), context
+        grouped = copy_module(linears)
+        return Graphs(linears, grouped), run_pipeline(grouped, context, GROUPING)
+
+
+def _need(module: fx.GraphModule, context: Context, splits: Splits) -> MemoryNeed:
+    """What the schedule of some splits occupies."""
+    scheduled = run_pipeline(copy_module(module), replace(context, splits=splits), UNTIL_MEASURED, lint=False)
+    return require(scheduled.memory, "measure_memory")
+
+
+def _cuts(context: Context) -> object:
+    """What of a residency decides where the graph is cut."""
+    residency = require(context.residency, "choose_residency")
+    return residency.whole_graph, residency.host_weights, residency.tables
+
+
+__all__ = ["ResidencySearch"]
