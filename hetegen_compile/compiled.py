@@ -48,9 +48,9 @@ class CompiledGraph:
         segments = SegmentCache(compile_segment, {})
         self._graph = CapturedGraph.of(module, inputs, options=options, profile=profile, segments=segments)
         self._reopen = reopen
-        self._opened: StepPlans | None = StepPlans(self._graph, runtime)
         self._host_only: Schedule | None = None
-        steps = self._open()
+        steps = StepPlans(self._graph, runtime)
+        self._opened: StepPlans | None = steps
         with runtime.lock:
             runtime.mirrors.check()
             try:
