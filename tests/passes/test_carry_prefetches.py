@@ -21,6 +21,7 @@ from hetegen_compile.ir import (
     PREFETCH,
     PREFETCH_AHEAD,
     RELEASE,
+    SMALL_UPLOAD_BYTES,
     STAGE,
     TO_ACCELERATOR,
     info,
@@ -160,8 +161,9 @@ def test_the_scheduled_graph_computes_what_it_did(plan: Callable[[int], LinearPl
 
 
 def test_copies_for_the_next_step_are_behind_whatever_this_step_sends_up() -> None:
-    """A host part's result of more than 256 KiB goes through the same queue."""
-    x = torch.randn(4096, WIDTH)
+    """A host part's result that is not small goes through the same queue."""
+    rows = SMALL_UPLOAD_BYTES // (WIDTH // 2 * 4) + 1
+    x = torch.randn(rows, WIDTH)
     found = carrying(long_chain, x, plan=halves)
     place = order(found)
     uploads, ahead = found.nodes(TO_ACCELERATOR), found.nodes(PREFETCH_AHEAD)
