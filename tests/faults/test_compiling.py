@@ -91,13 +91,15 @@ def test_a_failed_compiler_that_keeps_its_error_keeps_no_accelerator() -> None:
 
         return compile_segment
 
+    known = set(live_runtimes())  # of tests before this one
     found = _like_eager(compiler)
     assert kept
     assert "the code does not compile" in found.schedules[-1].explain()
+    assert set(live_runtimes()) - known
     del found
     torch._dynamo.reset()
     gc.collect()
-    assert not live_runtimes()
+    assert not set(live_runtimes()) - known
 
 
 def test_a_segment_that_compiles_is_not_refused() -> None:
