@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hetegen_compile.compiled import CompiledGraph
 from hetegen_compile.errors import CompilationError, GradientsNotSupportedError, HetegenError
 from hetegen_compile.hardware import profile_for
+from hetegen_compile.heap import large_heap
 from hetegen_compile.options import Options, parse_options
 from hetegen_compile.passes.capture import capture, tensors_in
 from hetegen_compile.passes.context import SegmentCompiler
@@ -96,16 +97,17 @@ def _compile(
     profile = profile_for(options)
     open_runtime = functools.partial(runtime_for, options, profile)
     runtime = open_runtime()
-    mode = capture(module, inputs)
-    return CompiledGraph(
-        module,
-        inputs,
-        options=options,
-        profile=profile,
-        runtime=runtime,
-        reopen=open_runtime,
-        compile_segment=compiler(mode),
-    )
+    with large_heap():
+        mode = capture(module, inputs)
+        return CompiledGraph(
+            module,
+            inputs,
+            options=options,
+            profile=profile,
+            runtime=runtime,
+            reopen=open_runtime,
+            compile_segment=compiler(mode),
+        )
 
 
 def _raise_recompile_limit() -> None:

@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from hetegen_compile import planner
 from hetegen_compile.captured_graph import CapturedGraph, Part
+from hetegen_compile.heap import large_heap
 from hetegen_compile.options import Options
 from hetegen_compile.passes.context import Refusal, require
 from hetegen_compile.passes.plans import UNFORESEEN
@@ -111,7 +112,7 @@ class StepPlans:
             self.outdate([part])
             plan = None
         if plan is None:
-            with quiet(self.runtime.accelerator.device):
+            with quiet(self.runtime.accelerator.device), large_heap():
                 plan = self._make(part, split, sizes, inputs)
             self._plans[part, split] = plan
         return plan

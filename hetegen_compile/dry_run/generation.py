@@ -17,7 +17,6 @@ from torch import nn
 
 from hetegen_compile.dry_run.forwards import TracedGeneration, trace_generation
 from hetegen_compile.dry_run.generation_plan import Generation, GenerationPlan
-from hetegen_compile.dry_run.heap import large_heap
 from hetegen_compile.dry_run.memory import accelerator_items, host_items, pinned_bytes
 from hetegen_compile.dry_run.models import NamedModel, named_model
 from hetegen_compile.dry_run.planning import (
@@ -33,6 +32,7 @@ from hetegen_compile.dry_run.times import as_planned, contexts_of, generations, 
 from hetegen_compile.dry_run.trace import TracedForward
 from hetegen_compile.errors import OptionError
 from hetegen_compile.hardware import profile_for
+from hetegen_compile.heap import large_heap
 from hetegen_compile.options import parse_options
 
 logger = logging.getLogger("hetegen_compile")

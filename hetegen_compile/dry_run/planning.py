@@ -16,11 +16,11 @@ from hetegen_compile.baselines import baselines
 from hetegen_compile.buckets import bucket_of
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.dry_run.fakes import Fakes
-from hetegen_compile.dry_run.heap import large_heap
 from hetegen_compile.dry_run.trace import TracedGraph, trace
 from hetegen_compile.floor import floor_s
 from hetegen_compile.graph_inputs import number, token_count
 from hetegen_compile.hardware import profile_for
+from hetegen_compile.heap import large_heap
 from hetegen_compile.options import Options, format_bytes, parse_options
 from hetegen_compile.passes import annotate_costs, predict_step
 from hetegen_compile.passes.capture import storage_id

@@ -13,7 +13,7 @@ from transformers import OPTConfig
 from hetegen_compile import plan_generation
 from hetegen_compile.dry_run import generation
 from hetegen_compile.dry_run.forwards import TracedGeneration, trace_generation
-from hetegen_compile.dry_run.heap import large_heap
+from hetegen_compile.heap import large_heap
 
 
 class Work(NamedTuple):
