@@ -6,6 +6,7 @@ measured times.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,10 @@ WIDTH = 120
 
 _LEAST_NAME_WIDTH = 20
 _OP_WIDTH = 11
+
+_NAME_CUTS = re.compile(r"(?<!\.)(?=\.[^.])|(?<=,)")
+"""Before a module's dot and behind a comma, but not in a range (``5..8``)."""
+_OP_CUTS = re.compile("(?=_)")
 
 _FORMAT = TableFormat(
     lineabove=None, linebelowheader=Rule("", "-", " ", ""), linebetweenrows=None, linebelow=None,
@@ -153,18 +158,17 @@ def _grid(columns: Sequence[_Column], rows: Sequence[Sequence[str]]) -> str:
 def _wrap(row: list[str], name_width: int) -> list[list[str]]:
     """A row of cells as one or more, so that its module path and its operation keep to their widths."""
     name, count, op, *others = row
-    pieces = zip_longest(_pieces(name, ".", name_width), _pieces(op, "_", _OP_WIDTH), fillvalue="")
+    pieces = zip_longest(_pieces(name, _NAME_CUTS, name_width), _pieces(op, _OP_CUTS, _OP_WIDTH), fillvalue="")
     (first_name, first_op), *more = pieces
     blank = [""] * len(others)
     return [[first_name, count, first_op, *others], *([part, "", op_part, *blank] for part, op_part in more)]
 
 
-def _pieces(text: str, separator: str, width: int) -> list[str]:
-    """``text`` in pieces of at most ``width``, cut before a separator where there is one."""
+def _pieces(text: str, cuts: re.Pattern[str], width: int) -> list[str]:
+    """``text`` in pieces of at most ``width``, cut at one of the places that ``cuts`` finds where there is one."""
     pieces = []
     while len(text) > width:
-        cut = text.rfind(separator, 1, width + 1)
-        cut = cut if cut > 0 else width
+        cut = max((place.start() for place in cuts.finditer(text) if 0 < place.start() <= width), default=width)
         pieces.append(text[:cut])
         text = text[cut:]
     return [*pieces, text]

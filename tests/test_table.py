@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -175,6 +176,16 @@ def test_long_names_wrap_at_their_separators_and_lose_nothing() -> None:
     assert "".join(re.findall(r"\b(?:scaled_dot|_product|_attention)\b", " ".join(lines))) == (
         "scaled_dot_product_attention"
     )
+
+
+def test_folded_layers_wrap_between_their_numbers() -> None:
+    module = "model.layers.{" + ",".join(f"{i}..{i + 3}" for i in range(100, 200, 6)) + "}.mlp.down_proj"
+    lines = body([replace(SEGMENT, module=module, measured_s=1.0)])
+    names = [line.split()[0] for line in lines]
+    assert "".join(names) == module
+    assert len(names) > 2
+    assert not any(name.endswith(".") or name.startswith("..") for name in names)
+    assert all(name[-1] == "," or after[0] == "." for name, after in pairwise(names))
 
 
 def test_totals_say_where_weights_are_consumed_and_what_else_would_take() -> None:
