@@ -1,4 +1,4 @@
-"""The garbage collector is as it was after a compilation, also after one that fails."""
+"""The garbage collector looks seldom at what a block makes, and is as it was behind it."""
 
 from __future__ import annotations
 
@@ -54,12 +54,29 @@ def test_a_compilation_leaves_the_collector_as_it_was(
     assert all(one != before for one in meanwhile)
 
 
-def test_what_the_program_has_frozen_stays_frozen() -> None:
+def test_the_collector_is_as_before_once_the_block_is_over() -> None:
+    before = gc.get_threshold()
+    with large_heap():
+        assert gc.get_freeze_count() > 0
+        assert gc.get_threshold()[0] >= before[0]
+    assert (gc.get_freeze_count(), gc.get_threshold()) == (0, before)
+
+
+def test_objects_that_the_program_froze_stay_frozen() -> None:
     gc.freeze()
     try:
-        count = gc.get_freeze_count()
         with large_heap():
             pass
-        assert gc.get_freeze_count() >= count - 10  # a few may have died
+        assert gc.get_freeze_count() > 0
     finally:
         gc.unfreeze()
+
+
+def test_a_collector_that_is_switched_off_stays_off() -> None:
+    before = gc.get_threshold()
+    gc.set_threshold(0)
+    try:
+        with large_heap():
+            assert gc.get_threshold()[0] == 0
+    finally:
+        gc.set_threshold(*before)

@@ -27,6 +27,7 @@ from hetegen_compile.cost_model import (
     load_profile,
     operation_s,
     preset_names,
+    read_up_s,
     upload_s,
 )
 
@@ -104,6 +105,11 @@ def test_a_transfer_takes_its_direction_and_kind_of_memory() -> None:
     assert upload_s(PROFILE, 1e6, pinned=False) == pytest.approx(2.5e-4)
     assert download_s(PROFILE, 1e6) == pytest.approx(1.25e-4)
     assert download_s(PROFILE, 1e6, pinned=False) == pytest.approx(5e-4)
+
+
+def test_a_kernel_that_reads_host_memory_takes_its_start_and_the_bytes_at_the_links_best_rate() -> None:
+    assert read_up_s(PROFILE, 0) == 3e-5
+    assert read_up_s(PROFILE, 1e6) == pytest.approx(3e-5 + 1e6 / UP.pinned.points[-1][1])
 
 
 def test_the_latency_is_the_floor_of_a_transfer_and_nothing_costs_nothing() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import cProfile
-import gc
 import pstats
 from typing import Any, NamedTuple
 
@@ -13,7 +12,6 @@ from transformers import OPTConfig
 from hetegen_compile import plan_generation
 from hetegen_compile.dry_run import generation
 from hetegen_compile.dry_run.forwards import TracedGeneration, trace_generation
-from hetegen_compile.heap import large_heap
 
 
 class Work(NamedTuple):
@@ -58,31 +56,3 @@ def test_work_grows_no_faster_than_depth(monkeypatch: pytest.MonkeyPatch) -> Non
         assert two.nodes < deeper.nodes <= times * two.nodes
         assert two.calls < deeper.calls <= times * two.calls
     assert max(two.schedules, four.schedules, six.schedules) <= 28  # whatever the depth
-
-
-def test_the_collector_is_as_before_once_a_dry_run_is_over() -> None:
-    before = gc.get_threshold()
-    with large_heap():
-        assert gc.get_freeze_count() > 0
-        assert gc.get_threshold()[0] >= before[0]
-    assert (gc.get_freeze_count(), gc.get_threshold()) == (0, before)
-
-
-def test_objects_that_the_program_froze_stay_frozen() -> None:
-    gc.freeze()
-    try:
-        with large_heap():
-            pass
-        assert gc.get_freeze_count() > 0
-    finally:
-        gc.unfreeze()
-
-
-def test_a_collector_that_is_switched_off_stays_off() -> None:
-    before = gc.get_threshold()
-    gc.set_threshold(0)
-    try:
-        with large_heap():
-            assert gc.get_threshold()[0] == 0
-    finally:
-        gc.set_threshold(*before)
