@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 from collections.abc import Iterator
+from typing import NamedTuple
 
 _THRESHOLDS = (50_000, 10, 10)
 """New objects until the young ones are gone through, and of these rounds until the older ones are, too."""
@@ -17,19 +19,42 @@ def large_heap() -> Iterator[None]:
     Tracing and planning make and drop graphs of thousands of nodes. With the usual thresholds the collector then goes
     through every object of the process (torch, transformers, a traced model: half a million) again and again, which
     took a third of a dry run's time and a fifth of a compilation's. Where the program has frozen objects of its own
-    these stay as they are, since unfreezing would take all of them back.
+    these stay as they are, since unfreezing would take all of them back. Blocks may lie within each other, and overlap
+    in several threads: the last one to end leaves all as it was before the first.
     """
-    thresholds, frozen = gc.get_threshold(), gc.get_freeze_count()
-    if not frozen:
-        gc.freeze()
-    if thresholds[0]:  # 0 switches the collector off
-        gc.set_threshold(*map(max, _THRESHOLDS, thresholds))
+    with _LOCK:
+        _blocks.append(_freeze() if not _blocks else _blocks[0])
     try:
         yield
     finally:
-        gc.set_threshold(*thresholds)
-        if not frozen:
-            gc.unfreeze()
+        with _LOCK:
+            before = _blocks.pop()
+            if not _blocks:
+                _thaw(before)
+
+
+class _Before(NamedTuple):
+    thresholds: tuple[int, int, int]
+    frozen: int
+
+
+_LOCK = threading.Lock()
+_blocks: list[_Before] = []  # one for each block that has begun, in whatever thread: what was before the first
+
+
+def _freeze() -> _Before:
+    before = _Before(gc.get_threshold(), gc.get_freeze_count())
+    if not before.frozen:
+        gc.freeze()
+    if before.thresholds[0]:  # 0 switches the collector off
+        gc.set_threshold(*map(max, _THRESHOLDS, before.thresholds))
+    return before
+
+
+def _thaw(before: _Before) -> None:
+    gc.set_threshold(*before.thresholds)
+    if not before.frozen:
+        gc.unfreeze()
 
 
 __all__ = ["large_heap"]
