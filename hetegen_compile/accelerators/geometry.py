@@ -11,8 +11,8 @@ import torch
 
 def span_length(tensor: torch.Tensor) -> int:
     """Elements from the tensor's first to its last one, gaps included."""
-    if tensor.numel() == 0:
-        return 0
+    if tensor.is_contiguous():
+        return tensor.numel()
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 

@@ -8,6 +8,7 @@ from math import prod
 
 import torch
 
+from hetegen_compile.accelerators.geometry import has_lines
 from hetegen_compile.errors import ScheduleError
 
 ALIGNMENT_BYTES = 256
@@ -75,3 +76,12 @@ class Ring:
 def poisoned(nbytes: int, device: torch.device) -> torch.Tensor:
     """A buffer in which nothing valid lies."""
     return torch.full((nbytes,), POISON, dtype=torch.uint8, device=device)
+
+
+def check_rows(name: str, source: torch.Tensor, slot: Slot) -> None:
+    """ScheduleError if ``source`` cannot be copied into a slot as it lies."""
+    if not has_lines(source) or source.dtype != slot.dtype or source.shape != slot.shape:
+        raise ScheduleError(
+            f"{name} copies {source.dtype} {tuple(source.shape)} with strides {source.stride()} "
+            f"into a slot of {slot.dtype} {slot.shape}; rows must be contiguous and of one type"
+        )

@@ -28,11 +28,6 @@ def geometry_of(tensor: Tensor) -> Geometry:
     return Geometry(tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
 
 
-def bytes_of(tensor: Tensor) -> int:
-    """Bytes of its elements."""
-    return tensor.numel() * tensor.element_size()
-
-
 def storage_key(tensor: Tensor) -> int:
     """The tensor's storage, as long as that (or a weak reference to it) exists."""
     return int(tensor.untyped_storage()._cdata)
@@ -60,7 +55,7 @@ def same_version(one: Any, other: Any) -> bool:
 
 def covers_storage(tensor: Tensor) -> bool:
     """Whether the tensor is all of its storage."""
-    return bytes_of(tensor) == tensor.untyped_storage().nbytes() and is_dense(tensor.shape, tensor.stride())
+    return tensor.nbytes == tensor.untyped_storage().nbytes() and is_dense(tensor.shape, tensor.stride())
 
 
 def lies_in_little(tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hetegen_compile.accelerators.base import Accelerator, Value
 from hetegen_compile.mirrors.fingerprints import Fingerprint
-from hetegen_compile.mirrors.identity import Geometry, bytes_of, covers_storage, geometry_of, storage_key
+from hetegen_compile.mirrors.identity import Geometry, covers_storage, geometry_of, storage_key
 from hetegen_compile.mirrors.record import Held, Record
 from hetegen_compile.mirrors.records import Records
 from hetegen_compile.mirrors.request import MIRRORS, WEIGHTS, Request
@@ -88,7 +88,7 @@ class Mirrors:
         record, storage_bytes = self._returned(tensor), int(tensor.untyped_storage().nbytes())
         self._most_bytes += storage_bytes
         if covers_storage(tensor):
-            record.base, record.base_bytes = value, bytes_of(tensor)
+            record.base, record.base_bytes = value, tensor.nbytes
             held = Held(value, category, 0, used=self._step)
         else:  # the value keeps its storage, as the tensor does
             alike = self._uploader.laid_out_as(tensor, value, category)
@@ -108,6 +108,8 @@ class Mirrors:
         record = self._records.get(storage_key(tensor))
         if record is None:
             return
+        if record.base is not None:
+            record.versions.clear()  # all other views show the step's write, too
         record.note(tensor)
         self._records.changed(record)
         for held in record.held.values():
@@ -155,10 +157,6 @@ class Mirrors:
             if changed:
                 logger.warning("%s was written in a way that torch does not see: uploaded again", changed[0].name)
                 self._records.drop(key)
-
-    def purge(self) -> None:
-        """Forget the mirrors of storages that no longer exist."""
-        self._records.purge()
 
     def forget(self, tensors: Iterable[Tensor] | None = None) -> None:
         """Drop mirrors (all by default), so that the next step that needs them uploads afresh."""

@@ -41,7 +41,7 @@ class Record:
 
     storage: StorageWeakRef
     address: int
-    version: Any
+    version: Any = None
     versions: dict[Geometry, Any] = field(default_factory=dict)
     base: Value = None
     held: dict[Geometry, Held] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Record:
     @classmethod
     def of(cls, tensor: Tensor) -> Record:
         """Nothing is held of the tensor's storage yet."""
-        return cls(weak_storage(tensor), tensor.untyped_storage().data_ptr(), version_of(tensor))
+        return cls(weak_storage(tensor), tensor.untyped_storage().data_ptr())
 
     @property
     def nbytes(self) -> int:
@@ -81,10 +81,13 @@ class Record:
         self.held.clear()
 
     def drop_unused_parts(self, step: int, category: str | None) -> int:
-        """Drop what earlier plans held (under one category or any) and ``step`` does not use; returns the bytes."""
+        """Drop what earlier plans held (under one category or any) and ``step`` does not use; returns the bytes.
+
+        Views of parts go with the parts; those of ``base`` hold nothing beside it.
+        """
         unused = {
             geometry: held for geometry, held in self.held.items()
-            if held.nbytes and held.used < step and category in (None, held.category)
+            if (held.nbytes or self.base is None) and held.used < step and category in (None, held.category)
         }  # fmt: skip
         self.held = {geometry: held for geometry, held in self.held.items() if geometry not in unused}
         return sum(held.nbytes for held in unused.values())

@@ -45,7 +45,6 @@ class Records:
         record = self._records.get(storage_key(tensor))
         if record is None or not record.is_of(tensor):
             record = self.renew(tensor)
-            record.note(tensor)
         elif not record.note(tensor):
             self.changed(record)
             record.empty()
@@ -55,6 +54,7 @@ class Records:
         """A new record of the tensor's storage, whatever was held of it."""
         self.drop(storage_key(tensor))
         record = self._records[storage_key(tensor)] = Record.of(tensor)
+        record.note(tensor)
         return record
 
     def drop(self, key: int) -> None:

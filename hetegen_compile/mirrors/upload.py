@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from hetegen_compile.accelerators.base import Accelerator, Op, Value
+from hetegen_compile.accelerators.geometry import span_bytes
 from hetegen_compile.mirrors.fingerprints import Fingerprint
-from hetegen_compile.mirrors.identity import bytes_of, covers_storage, geometry_of, lies_in_little
+from hetegen_compile.mirrors.identity import covers_storage, geometry_of, lies_in_little
 from hetegen_compile.mirrors.record import Held, Record
 from hetegen_compile.mirrors.request import MIRRORS, Request
 
@@ -26,7 +27,7 @@ class Uploader:
 
     def make(self, record: Record, request: Request, step: int) -> Held:
         """Upload or view the tensor, with a fingerprint of what its bytes are now."""
-        watched = request.watched or bytes_of(request.tensor) <= ALWAYS_WATCHED_BYTES
+        watched = request.watched or request.tensor.nbytes <= ALWAYS_WATCHED_BYTES
         fingerprint = _fingerprint(request.tensor) if watched else None
         held = self._upload(record, request, step)
         return replace(held, name=request.name, fingerprint=fingerprint, used=step)
@@ -41,11 +42,11 @@ class Uploader:
         if request.base is not None and geometry_of(request.base) != geometry_of(tensor):
             return self._rows_of(record, request, request.base.detach(), step)
         if not _through_base(record, request):
-            return Held(self._accelerator.upload(op, tensor), op.category, bytes_of(tensor))
+            return Held(self._accelerator.upload(op, tensor), op.category, tensor.nbytes)
         if record.base is None:
             whole = tensor if covers_storage(tensor) else _whole(tensor)
             record.base = self._accelerator.upload(op, whole)
-            record.base_bytes = bytes_of(whole)
+            record.base_bytes = whole.nbytes
             if whole is tensor:
                 return Held(record.base, op.category, 0)
         view = tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset()
@@ -55,7 +56,7 @@ class Uploader:
         """The last rows of what is uploaded as a whole."""
         op, place = Op(request.name, category=request.category), geometry_of(base)
         if place not in record.held:
-            record.held[place] = Held(self._accelerator.upload(op, base), op.category, bytes_of(base), used=step)
+            record.held[place] = Held(self._accelerator.upload(op, base), op.category, base.nbytes, used=step)
         rows = request.tensor.shape[0]
         return Held(self._accelerator.launch(op, _last_rows, (record.held[place].value, rows)), op.category, 0)
 
@@ -70,7 +71,7 @@ def new_bytes(missing: Sequence[tuple[Record, Request]]) -> int:
         else:
             uploaded = tensor if request.base is None else request.base
             geometry = geometry_of(uploaded)
-            sizes[id(record), geometry] = 0 if geometry in record.held else bytes_of(uploaded)
+            sizes[id(record), geometry] = 0 if geometry in record.held else uploaded.nbytes
     return sum(sizes.values())
 
 
@@ -106,9 +107,8 @@ def _fingerprint(tensor: Tensor) -> Fingerprint | None:
     """Of all bytes between the tensor's first and last element; None where there are none or no version."""
     if tensor.numel() == 0 or tensor.is_inference():
         return None
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = int(tensor.storage_offset()) * tensor.element_size()
-    return Fingerprint(tensor.untyped_storage(), start, (last + 1) * tensor.element_size())
+    return Fingerprint(tensor.untyped_storage(), start, span_bytes(tensor))
 
 
 __all__ = ["Uploader", "new_bytes"]

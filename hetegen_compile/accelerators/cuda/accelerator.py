@@ -108,6 +108,7 @@ class CudaAccelerator(Accelerator):
         if nbytes == ring.nbytes:
             return
         self.synchronize()
+        self._prefetches.give_up()
         self._ledger.require("the staging ring", nbytes - ring.nbytes)
         with self._streams.work(Op("reserve_ring")):
             ring.resize(nbytes)

@@ -17,10 +17,10 @@ from hetegen_compile.accelerators.cuda.copies import upload_lines
 from hetegen_compile.accelerators.cuda.staging import PinThread, copy_rows
 from hetegen_compile.accelerators.cuda.streams import CudaStreams
 from hetegen_compile.accelerators.cuda.transfers import CudaToken, CudaTransfer, started
-from hetegen_compile.accelerators.geometry import empty_twin, has_lines, span_bytes
+from hetegen_compile.accelerators.geometry import empty_twin, span_bytes
 from hetegen_compile.accelerators.ledger import MemoryLedger
-from hetegen_compile.accelerators.ring import Ring, Slot, poisoned
-from hetegen_compile.errors import ScheduleError, SlotInUseError
+from hetegen_compile.accelerators.ring import Ring, Slot, check_rows, poisoned
+from hetegen_compile.errors import SlotInUseError
 
 
 class Prefetches:
@@ -62,7 +62,7 @@ class Prefetches:
 
     def holds(self, transfer: CudaTransfer) -> bool:
         """Whether a copy for the next step is still there to be taken over."""
-        return transfer.kind == "prefetch_ahead" and transfer.ring is self.ring.buffer
+        return transfer.kind == "prefetch_ahead"
 
     def finish_step(self) -> None:
         """The step is over: raise what failed on the pin thread."""
@@ -95,7 +95,7 @@ class Prefetches:
     def stage(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[CudaTransfer]) -> CudaTransfer:
         """``Accelerator.stage``."""
         view = self.pinned.view(slot)
-        _check_rows(op, source, view)
+        check_rows(op.name, source, slot)
         earlier = [started(op, transfer, ("prefetch",)) for transfer in after]
         transfer = CudaTransfer(op.name, "stage", view, source)
         transfer.job = self._pin_thread.submit(op.name, partial(self._fill_pinned, op, source, view, earlier))
@@ -114,7 +114,7 @@ class Prefetches:
     def start(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[CudaToken]) -> CudaTransfer:
         """``Accelerator.prefetch`` of rows of a host weight."""
         view = self.ring.view(slot)
-        _check_rows(op, source, view)
+        check_rows(op.name, source, slot)
         transfer = CudaTransfer(op.name, "prefetch", view, source)
         self._streams.uploaded = self._fill_slot(op, transfer, after)
         return transfer
@@ -122,8 +122,8 @@ class Prefetches:
     def start_ahead(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[CudaToken]) -> CudaTransfer:
         """``Accelerator.prefetch_ahead``."""
         view = self.ring.view(slot)
-        _check_rows(op, source, view)
-        transfer = CudaTransfer(op.name, "prefetch_ahead", view, source, ring=self.ring.buffer)
+        check_rows(op.name, source, slot)
+        transfer = CudaTransfer(op.name, "prefetch_ahead", view, source)
         event = self._fill_slot(op, transfer, after)
         transfer.source = None
         guard = weakref.finalize(source.untyped_storage(), event.synchronize)
@@ -135,7 +135,7 @@ class Prefetches:
     def start_staged(self, op: Op, stage: CudaTransfer, slot: Slot, after: Sequence[CudaToken]) -> CudaTransfer:
         """``Accelerator.prefetch`` of what a stage copies into the pinned ring."""
         view, rows = self.ring.view(slot), started(op, stage, ("stage",)).value
-        _check_rows(op, rows, view)
+        check_rows(op.name, rows, slot)
         if stage.reader is not None:
             raise SlotInUseError(f"{op.name} reads {stage.node}, which {stage.reader} reads already")
         stage.reader = op.name
@@ -149,7 +149,7 @@ class Prefetches:
     ) -> None:
         """On the pin thread, behind the stage: start the upload unless there is nothing to upload."""
         stage.issued()
-        self._streams.uploaded = self._fill_slot(op, transfer, after)
+        self._fill_slot(op, transfer, after)
 
     def _fill_slot(self, op: Op, transfer: CudaTransfer, after: Sequence[CudaToken]) -> torch.cuda.Event:
         streams = self._streams
@@ -178,8 +178,3 @@ class Prefetches:
 def _pinned_bytes(nbytes: int) -> torch.Tensor:
     geometry = torch.empty(nbytes, dtype=torch.uint8, device="meta")
     return empty_twin(geometry, torch.device("cpu"), pinned=nbytes > 0)
-
-
-def _check_rows(op: Op, source: torch.Tensor, view: torch.Tensor) -> None:
-    if not has_lines(source) or source.dtype != view.dtype or source.shape != view.shape:
-        raise ScheduleError(f"{op.name} copies into a slot of another dtype or shape, or rows that are not contiguous")

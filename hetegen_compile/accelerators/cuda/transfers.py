@@ -18,7 +18,7 @@ class CudaTransfer:
 
     ``job`` is the pin thread's part, which sets the event of a prefetch that reads the pinned ring. ``reader``
     names the prefetch that reads a stage. A prefetch for the next step keeps nothing alive: a finalizer completes
-    it before its source's memory is freed. ``ring`` is the buffer that its slot lies in.
+    it before its source's memory is freed.
     """
 
     node: str
@@ -27,7 +27,6 @@ class CudaTransfer:
     source: Any
     event: torch.cuda.Event | None = None
     released_by: str | None = None
-    ring: torch.Tensor | None = None
     job: Job | None = None
     reader: str | None = None
 

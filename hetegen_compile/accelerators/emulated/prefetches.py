@@ -16,9 +16,7 @@ from hetegen_compile.accelerators.emulated.ring import PoisonedRing
 from hetegen_compile.accelerators.emulated.streams import Task
 from hetegen_compile.accelerators.emulated.values import DeviceTensor, Occupancy, Staged, Token, Transfer
 from hetegen_compile.accelerators.emulated.work import DeviceWork
-from hetegen_compile.accelerators.geometry import has_lines
-from hetegen_compile.accelerators.ring import Slot
-from hetegen_compile.errors import ScheduleError
+from hetegen_compile.accelerators.ring import Slot, check_rows
 
 
 class Prefetches:
@@ -34,14 +32,14 @@ class Prefetches:
     def stage(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[Transfer]) -> Transfer:
         """``Accelerator.stage``."""
         self._hazards.refuse_on_host(op.name, source)
-        _check_rows(op, source, slot)
+        check_rows(op.name, source, slot)
         self._hazards.lend(op.name, source)
         access = self._hazards.stage(op.name, after)
         occupancy = Occupancy(op.name, slot.offset, slot.nbytes)
         self._hazards.occupy_pinned(occupancy, access)
         done = threading.Event()
         work = partial(self._work.fill_pinned, op, source, self.pinned.view(slot))
-        self._engine.submit(PIN, Task(op, work, waits=done_events(after), done=done))
+        self._engine.submit(PIN, Task(op, work, waits=_done_events(after), done=done))
         clock = self._hazards.clocks.now(PIN)
         return Transfer(op.name, "stage", access, clock, done=done, staged=Staged(slot, occupancy))
 
@@ -73,16 +71,16 @@ class Prefetches:
         *,
         ahead: bool = False,
     ) -> Transfer:
-        _check_rows(op, rows, slot)
+        check_rows(op.name, rows, slot)
         access = self._hazards.prefetch(op.name, after, ahead=ahead)
         occupancy = Occupancy(op.name, slot.offset, slot.nbytes)
         self._hazards.occupy(occupancy, access)
         value = DeviceTensor(access, occupancy=occupancy, arrived=False)
         work = partial(self._work.fill_slot, op, value, rows, self.ring.view(slot))
-        waits, done = done_events(after), threading.Event()
+        waits, done = _done_events(after), threading.Event()
         if stage is not None and stage.staged is not None:
             work = partial(self._unstage, work, stage.staged.occupancy)
-            waits = (*waits, *done_events([stage]))
+            waits = (*waits, *_done_events([stage]))
         kind = "prefetch_ahead" if ahead else "prefetch"
         transfer = Transfer(op.name, kind, access, self._hazards.clocks.now(UP), value, done, carried=ahead)
         task = Task(op, work, waits=waits, done=done, on_failure=transfer.fail if ahead else None)
@@ -109,14 +107,6 @@ class Prefetches:
             self._engine.submit(UP, Task(Op("begin_step"), work, done=threading.Event()))
 
 
-def done_events(started: Sequence[Token | Transfer]) -> tuple[threading.Event, ...]:
+def _done_events(started: Sequence[Token | Transfer]) -> tuple[threading.Event, ...]:
     """Events of what a task has to wait for."""
     return tuple(one.done for one in started if one.done is not None)
-
-
-def _check_rows(op: Op, source: torch.Tensor, slot: Slot) -> None:
-    if not has_lines(source) or source.dtype != slot.dtype or source.shape != slot.shape:
-        raise ScheduleError(
-            f"{op.name} copies {source.dtype} {tuple(source.shape)} with strides {source.stride()} "
-            f"into a slot of {slot.dtype} {slot.shape}; rows must be contiguous and of one type"
-        )

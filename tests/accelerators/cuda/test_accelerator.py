@@ -338,7 +338,7 @@ def test_columns_go_up_as_a_copy_of_lines(accelerator: CudaAccelerator) -> None:
 
 
 def test_what_has_no_lines_is_refused(accelerator: CudaAccelerator) -> None:
-    with pytest.raises(ScheduleError, match="rows that are not contiguous"):
+    with pytest.raises(ScheduleError, match="rows must be contiguous"):
         accelerator.prefetch(Op("fetch"), torch.ones(4, 4).t()[:2], accelerator.slot(0, (2, 4), torch.float32), ())
 
 
