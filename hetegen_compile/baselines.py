@@ -13,7 +13,7 @@ from hetegen_compile.passes.capture import FREE_ATEN
 from hetegen_compile.passes.choose_splits import choose_splits
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import NodeCost
-from hetegen_compile.passes.plans import LinearPlan
+from hetegen_compile.passes.plans import RESIDENT, RING, LinearPlan
 from hetegen_compile.passes.predict_step import node_work
 from hetegen_compile.trials import Trials
 
@@ -89,7 +89,7 @@ def _resident_s(module: fx.GraphModule, context: Context) -> float | None:
     """None where weights and what a step needs beside them are more than the accelerator's memory."""
     weights = sum(cost.weight_bytes for _, cost in _linears(module, context))
     budget = require(context.residency, "choose_residency").budget
-    others = sum(nbytes for name, nbytes in budget.items() if name not in ("resident weights", "staging ring"))
+    others = sum(nbytes for name, nbytes in budget.items() if name not in (RESIDENT, RING))
     fits = weights + others <= context.profile.accelerator.memory_bytes
     return _accelerator_s(module, context) if fits else None
 

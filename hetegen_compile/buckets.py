@@ -28,12 +28,12 @@ def largest_sizes(tokens: sympy.Expr, context: Context, *, spare: bool) -> Sizes
     and the number of tokens (if one size tells it) the end of the bucket.
     """
     counted = tokens.free_symbols & context.sizes.keys()
-    found: Sizes = {}
+    found: dict[sympy.Symbol, sympy.Integer] = {}
     for symbol, size in context.sizes.items():
         if symbol not in counted:
             found[symbol] = max(size, sympy.Integer(context.options.context or (2 * size if spare else size)))
         elif spare and len(counted) == 1:
-            now = number(tokens, dict(context.sizes))
+            now = number(tokens, context.sizes)
             high = context.bucket.high or 2 * now
             found[symbol] = max(size, size * high // max(1, now))
     return found

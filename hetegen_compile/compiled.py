@@ -66,14 +66,14 @@ class CompiledGraph:
             AcceleratorMemoryError: the accelerator ran out of memory twice, or after a write that must not be
                 repeated.
         """
-        steps = self._open()
-        with steps.runtime.lock:
-            if self._host_only is None:
+        if self._host_only is None:
+            steps = self._open()
+            with steps.runtime.lock:
                 try:
                     return with_remedies(steps, lambda: self._step(steps, inputs))
                 except HostOnlyGraphError as reason:
                     self._stay_on_host(str(reason))
-            return self._graph.module(*inputs)
+        return self._graph.module(*inputs)
 
     def release(self) -> None:
         """Let go of the accelerator and of what lies there for this graph, as if it were gone.

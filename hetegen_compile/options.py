@@ -39,7 +39,7 @@ class Options:
         gpu_memory: bytes that hetegen may use on the accelerator; None: what is free, less a reserve.
         accelerator: the device behind the schedule; "auto" takes CUDA where there is a device.
         hardware: "auto" (calibrated once, cached), a preset's name or the path of a profile.
-        context: tokens of KV cache that the budget must hold; None: the graph's cache or the model's maximum.
+        context: tokens of KV cache that the budget must hold; None: twice what comes in, where there is room.
         max_batch: sequences that the budget must hold.
         split: share in [0, 1] of every Linear's rows on the host; "auto" leaves it to the cost model.
         pair_mlp: whether MLP blocks are cut as one, so that what lies between their Linears stays where it is: "auto"

@@ -83,8 +83,6 @@ DECISIONS = PIPELINE[_place_of(find_blocks) : _place_of(place_nodes)]
 """Stages that are run again when memory is shared out anew; they leave the graph as it is."""
 GROUPING = PIPELINE[_place_of(place_nodes) : _FIRST_OF_PLAN]
 """Stages that cut the graph into segments."""
-ONCE_PER_BUCKET = PIPELINE[:_FIRST_OF_PLAN]
-"""Stages up to the segments: what they leave is the same for every split of the Linears."""
 ONCE_PER_SPLIT = PIPELINE[_FIRST_OF_PLAN:]
 """Stages that turn one assignment of rows into a schedule."""
 UNTIL_MEASURED = PIPELINE[_FIRST_OF_PLAN : _place_of(measure_memory) + 1]

@@ -17,7 +17,7 @@ from hetegen_compile.schedule import LinearSite, Schedule
 DRY_RUN = "dry run"
 """What a plan is made for if nothing will run."""
 
-Sizes = dict[sympy.Symbol, sympy.Integer]
+Sizes = Mapping[sympy.Symbol, sympy.Integer]
 Split = float | Literal["auto"]
 
 

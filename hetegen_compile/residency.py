@@ -53,14 +53,16 @@ class ResidencyLedger:
 
     def others(self, owner: object, part: Hashable) -> OtherPlans:
         """What one plan (``part`` of ``owner``) has to know about the others, owner's other plans included."""
-        self._entries = {key: entry for key, entry in self._entries.items() if entry.lives()}
+        self._entries = {key: entry for key, entry in self._entries.items() if entry.owner() is not None}
         own = (id(owner), part)
-        return OtherPlans(tuple(entry for key, entry in self._entries.items() if key != own))
+        return OtherPlans(tuple(entry for key, entry in self._entries.items() if key != own and entry.lives()))
 
-    def dead_parts(self, owner: object) -> list[Any]:
-        """The parts of ``owner`` whose weights are gone."""
-        found = [(part, entry) for (who, part), entry in self._entries.items() if who == id(owner)]
-        return [part for part, entry in found if not entry.lives()]
+    def take_dead_parts(self, owner: object) -> list[Any]:
+        """Forget the parts of ``owner`` whose weights are gone; returns them."""
+        dead = [key for key, entry in self._entries.items() if key[0] == id(owner) and not entry.lives()]
+        for key in dead:
+            del self._entries[key]
+        return [part for _, part in dead]
 
     def enter(
         self, owner: object, part: Hashable, residency: Residency, budget_bytes: int, anchor: StorageWeakRef | None
@@ -70,7 +72,8 @@ class ResidencyLedger:
         self._entries[id(owner), part] = _Entry(
             weakref.ref(owner), anchor, residency.claims, residency.step_bytes, residency.ring_bytes, budget_bytes
         )
-        self._row_bytes = {c.key: (c.rows, c.row_bytes) for e in self._entries.values() for c in e.claims}
+        alive = [entry for entry in self._entries.values() if entry.lives()]
+        self._row_bytes = {claim.key: (claim.rows, claim.row_bytes) for entry in alive for claim in entry.claims}
         lower = budget_bytes < (known if known is not None else budget_bytes)
         old, new = self.first_rows, dict(residency.first_rows)
         moved = [key for key, first in old.items() if new.get(key) != first]

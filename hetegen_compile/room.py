@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import sympy
 
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import MemoryNeed
+from hetegen_compile.planned import Sizes
 
 _FACTORS = ((2, 1), (3, 2), (5, 4), (9, 8), (1, 1))
 """How far beyond a forward that outgrew its room the next one's is tried, most first."""
-
-Sizes = Mapping[sympy.Symbol, sympy.Integer]
 
 
 @dataclass
@@ -46,7 +44,7 @@ class Room:
         times, parts = factor
         known = self.context.largest
         largest = {symbol: max(size * times // parts, known.get(symbol, size)) for symbol, size in sizes.items()}
-        context = replace(self.context, sizes=dict(sizes), largest=largest)
+        context = replace(self.context, sizes=sizes, largest=largest)
         activations = self.need.peak_bytes(context.room)
         if context.room(self.mirrored) + activations > self.free_bytes:
             return False

@@ -44,11 +44,15 @@ class Runtime:
         self.lock = threading.RLock()
         self.ledger = ResidencyLedger(self.mirrors)
         self.limit_bytes = accelerator.memory_bytes
+        self._ring_bytes = 0
         weakref.finalize(self, accelerator.close)
 
     def reserve(self, ring_bytes: int) -> None:
         """Make the staging ring that all graphs share as long as the ledger says."""
+        if ring_bytes != self._ring_bytes:
+            self.carried.drop("the staging ring is made anew")  # they would keep the old one
         self.accelerator.reserve_ring(ring_bytes)
+        self._ring_bytes = ring_bytes
 
     def lower_limit(self, budget_bytes: int) -> int:
         """The accelerator ran out of memory within a budget: count on less from now on; the new limit.

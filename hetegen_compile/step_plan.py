@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,11 +61,14 @@ class StepPlan:
         plan._look_up(runtime)
         return plan
 
-    def is_good(self, runtime: Runtime, budget_bytes: int, sizes: Sizes) -> bool:
-        """Whether it still finds what it counts on under the budget of today, and a forward of these sizes fits it."""
+    def is_good(self, runtime: Runtime, budget_bytes: Callable[[], int], sizes: Sizes) -> bool:
+        """Whether it still finds what it counts on under the budget of today, and a forward of these sizes fits it.
+
+        The budget is asked for only where something has changed since this was last looked at.
+        """
         ledger = runtime.ledger
         if self.epoch != ledger.epoch:
-            shorter = ledger.ring_bytes < self.ring_bytes or budget_bytes < self.schedule.budget_bytes
+            shorter = ledger.ring_bytes < self.ring_bytes or budget_bytes() < self.schedule.budget_bytes
             if shorter or not ledger.has(list(self.weights.values())):
                 return False
             self._look_up(runtime)

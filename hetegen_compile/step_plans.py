@@ -11,14 +11,13 @@ from typing import Any
 
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hetegen_compile import planner
 from hetegen_compile.captured_graph import CapturedGraph, Part
+from hetegen_compile.graph_inputs import as_int
 from hetegen_compile.heap import large_heap
-from hetegen_compile.options import Options
 from hetegen_compile.passes.context import Refusal, require
 from hetegen_compile.passes.plans import UNFORESEEN
 from hetegen_compile.planned import BucketPlan, Sizes, Split, Target
-from hetegen_compile.planner import Planner
+from hetegen_compile.planner import Planner, budget_bytes
 from hetegen_compile.run_step import quiet
 from hetegen_compile.runtime import Runtime
 from hetegen_compile.schedule import FITS, Schedule, register, withdraw
@@ -40,6 +39,8 @@ class StepPlans:
         self.graph = graph
         self.runtime = runtime
         self.unforeseen_bytes = 0
+        accelerator = runtime.accelerator
+        self._own_bytes = budget_bytes(graph.options.gpu_memory, accelerator.memory_bytes, accelerator.kind)
         self.notes: tuple[Refusal, ...] = ()
         self._planner = Planner(
             graph.module, options=graph.options, profile=graph.profile, segments=graph.segments
@@ -59,8 +60,7 @@ class StepPlans:
         """The hard limit: of this graph's options, of those of the others on the accelerator, of what is left."""
         runtime = self.runtime
         others = runtime.ledger.smallest_budget_bytes
-        own = budget_bytes(self.graph.options, runtime)
-        return min(own, runtime.limit_bytes, *(() if others is None else (others,)))
+        return min(self._own_bytes, runtime.limit_bytes, *(() if others is None else (others,)))
 
     # ---- the plan of a forward -----------------------------------------------------------------------------
 
@@ -74,11 +74,10 @@ class StepPlans:
         """
         split = overridden_split()
         split = self.graph.options.split if split is None else split
-        sizes = self.graph.sizes(inputs)
-        key = split, self.graph.model_of(inputs), *sizes.values()
+        key = split, self.graph.model_of(inputs), *(as_int(inputs[i]) for i in self.graph.symbols.values())
         if self._recent is not None and self._recent[0] == key and self._recent[1].epoch == self.runtime.ledger.epoch:
             return self._recent[1]
-        self._recent = key, self._find(inputs, sizes, split)
+        self._recent = key, self._find(inputs, split)
         return self._recent[1]
 
     def find_ready(self, inputs: Sequence[Any]) -> StepPlan:
@@ -105,10 +104,11 @@ class StepPlans:
         withdraw(plan.schedule for key, plan in self._plans.items() if key[0] not in self._buckets)
         self._plans = {key: plan for key, plan in self._plans.items() if key[0] in self._buckets}
 
-    def _find(self, inputs: Sequence[Any], sizes: Sizes, split: Split) -> StepPlan:
+    def _find(self, inputs: Sequence[Any], split: Split) -> StepPlan:
+        sizes = self.graph.sizes(inputs)
         part = self.graph.part(inputs, sizes)
         plan = self._plans.get((part, split))
-        if plan is not None and not plan.is_good(self.runtime, self.budget_bytes, sizes):
+        if plan is not None and not plan.is_good(self.runtime, lambda: self.budget_bytes, sizes):
             self.outdate([part])
             plan = None
         if plan is None:
@@ -135,7 +135,7 @@ class StepPlans:
 
     def _forget_dead(self) -> None:
         """Forget the plans of models that are gone."""
-        dead = self.runtime.ledger.dead_parts(self)
+        dead = self.runtime.ledger.take_dead_parts(self)
         self.outdate(dead)
         for part in dead:
             self._outdated.pop(part, None)
@@ -170,7 +170,7 @@ class StepPlans:
         runtime, context = self.runtime, base.context
         residency = require(context.residency, "choose_residency")
         runtime.accelerator.limit_memory(context.budget_bytes - sum(context.overhead_bytes.values()))
-        runtime.ledger.enter(self, part, residency, budget_bytes(self.graph.options, runtime), reference)
+        runtime.ledger.enter(self, part, residency, self._own_bytes, reference)
         runtime.reserve(runtime.ledger.ring_bytes)
 
     def _tell(self, schedule: Schedule) -> None:
@@ -182,9 +182,4 @@ class StepPlans:
             print(schedule.table(unfold=options.unfold), flush=True)
 
 
-def budget_bytes(options: Options, runtime: Runtime) -> int:
-    """The hard limit that options ask for on a runtime's accelerator."""
-    return planner.budget_bytes(options.gpu_memory, runtime.accelerator.memory_bytes, runtime.accelerator.kind)
-
-
-__all__ = ["StepPlans", "budget_bytes"]
+__all__ = ["StepPlans"]

@@ -34,6 +34,7 @@ from hetegen_compile.errors import OptionError
 from hetegen_compile.hardware import profile_for
 from hetegen_compile.heap import large_heap
 from hetegen_compile.options import parse_options
+from hetegen_compile.passes.plans import RESIDENT
 
 logger = logging.getLogger("hetegen_compile")
 
@@ -64,19 +65,16 @@ def plan_generation(
         UnsupportedModelError: no such model, or one that cannot be planned; the message says what to do.
         BudgetError: ``gpu_memory`` is too small; the message has the number that works.
     """
-    for name, value in (("prompt", prompt), ("new_tokens", new_tokens), ("batch", batch)):
-        if value < 1:
-            raise OptionError(f"{name}={value!r}: expected a whole number of at least 1")
-    machine = _machine(options, prompt + new_tokens)
+    machine = _machine(options, prompt, new_tokens, batch)
     named = named_model(model, dtype)
     machine = replace(machine, weight_bytes=weight_bytes(named.module))
     tell(f"{named.name}: tracing the forward of {prompt} tokens and that of one")
     with large_heap():
         traced = trace_generation(named, prompt, batch, steps=new_tokens > 1)
-    tell(f"planning for {machine.profile.name}")
-    context = machine.options.context or prompt + new_tokens
-    contexts = contexts_of(prompt, new_tokens) if traced.decode is not None else []
-    with large_heap():
+        tell(f"planning for {machine.profile.name}")
+        context = machine.options.context
+        assert context is not None, "stated by _machine"
+        contexts = contexts_of(prompt, new_tokens) if traced.decode is not None else []
         prefill, decode = _plan_both(traced, machine, max([context - 1, *contexts]))
         times = {n: total([one.at(sizes_at(one.graph, traced.hint, n)) for one in decode]) for n in contexts}
         first = total([as_planned(one) for one in prefill])
@@ -104,7 +102,12 @@ def plan_generation(
     )
 
 
-def _machine(options: Mapping[str, object] | None, context: int) -> Machine:
+def _machine(options: Mapping[str, object] | None, prompt: int, new_tokens: int, batch: int) -> Machine:
+    """What the plan is for; its options state a context."""
+    for name, value in (("prompt", prompt), ("new_tokens", new_tokens), ("batch", batch)):
+        if value < 1:
+            raise OptionError(f"{name}={value!r}: expected a whole number of at least 1")
+    context = prompt + new_tokens
     parsed = parse_options(options)
     if parsed.context is not None and parsed.context < context:
         raise OptionError(f"context={parsed.context} is less than the {context} tokens of prompt and generation")
@@ -138,7 +141,7 @@ def _plan_both(traced: TracedGeneration, machine: Machine, last: int) -> tuple[l
 def _fixed_bytes(planned: Sequence[PlannedGraph]) -> int:
     """Bytes on the accelerator that are not resident weights."""
     return max(
-        sum(nbytes for name, nbytes in one.residency.budget.items() if name != "resident weights") for one in planned
+        sum(nbytes for name, nbytes in one.residency.budget.items() if name != RESIDENT) for one in planned
     )
 
 

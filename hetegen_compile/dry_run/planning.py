@@ -25,7 +25,7 @@ from hetegen_compile.options import Options, format_bytes, parse_options
 from hetegen_compile.passes import annotate_costs, predict_step
 from hetegen_compile.passes.capture import storage_id
 from hetegen_compile.passes.claims import Claim
-from hetegen_compile.passes.context import Context, SegmentCache, require
+from hetegen_compile.passes.context import SegmentCache, require
 from hetegen_compile.passes.plans import Residency
 from hetegen_compile.pipeline import ONCE_PER_SPLIT
 from hetegen_compile.planned import DRY_RUN, BucketPlan, PlannedStep, Sizes, Split, Target
@@ -85,12 +85,11 @@ class Machine:
     weight_bytes: int = 0
     reserved_bytes: int = 0
 
-    @property
+    @cached_property
     def budget_bytes(self) -> int:
         """The hard limit on the accelerator's memory."""
         accelerator = self.profile.accelerator
         return budget_bytes(self.options.gpu_memory, accelerator.memory_bytes, accelerator.name)
-
 
     def staged(self, names: Collection[str], weights: Mapping[str, Tensor]) -> dict[str, str]:
         """All of ``names`` if the model does not fit the host's memory: a mapped file cannot be pinned whole."""
@@ -169,17 +168,13 @@ class PlannedGraph:
 
     def at(self, sizes: Sizes) -> StepTimes:
         """The same plan's step at other sizes: nothing is decided again."""
-        context = self._resized(self.base.module, self.base.context, sizes)
-        split = replace(context, splits=self.base.context.splits)
+        context = replace(self.base.context, sizes=sizes)
+        context = replace(context, costs=annotate_costs(self.base.module, context))
         return StepTimes(
             step_s=predict_step(self.step.module, replace(self.step.context, sizes=sizes)).step_s,
-            floor_s=floor_s(self.base.module, split),
-            baselines=baselines(self.base.module, split, self.trials),
+            floor_s=floor_s(self.base.module, context),
+            baselines=baselines(self.base.module, context, self.trials),
         )
-
-    def _resized(self, module: fx.GraphModule, context: Context, sizes: Sizes) -> Context:
-        context = replace(context, sizes=sizes)
-        return replace(context, costs=annotate_costs(module, context))
 
 
 def plan_graph(
