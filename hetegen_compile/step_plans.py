@@ -108,7 +108,7 @@ class StepPlans:
         sizes = self.graph.sizes(inputs)
         part = self.graph.part(inputs, sizes)
         plan = self._plans.get((part, split))
-        if plan is not None and not plan.is_good(self.runtime, lambda: self.budget_bytes, sizes):
+        if plan is not None and not plan.is_good(self.runtime, inputs, lambda: self.budget_bytes, sizes):
             self.outdate([part])
             plan = None
         if plan is None:

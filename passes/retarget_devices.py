@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,7 +80,7 @@ def _retarget(module: fx.GraphModule, device: torch.device) -> None:
     mode = _fake_mode(module)
     if mode is not None:
         guards = contextlib.nullcontext() if torch.cuda.is_available() else _GuardFreeAttention()  # type: ignore[no-untyped-call]
-        with mode, torch.no_grad(), guards:
+        with mode, torch.no_grad(), guards, enable_python_dispatcher():  # for what has no C++ form with symbolic sizes
             _DeviceValues(module, device).propagate()
 
 
