@@ -20,8 +20,9 @@ from hetegen_compile.errors import CompilationError, GradientsNotSupportedError,
 from hetegen_compile.hardware import profile_for
 from hetegen_compile.heap import large_heap
 from hetegen_compile.options import Options, parse_options
-from hetegen_compile.passes.capture import capture, tensors_in
+from hetegen_compile.passes.capture import capture
 from hetegen_compile.passes.context import SegmentCompiler
+from hetegen_compile.passes.tensors import tensors_in
 from hetegen_compile.runtime import runtime_for
 from hetegen_compile.segments import inductor_compiler
 

@@ -13,8 +13,8 @@ from hetegen_compile.buckets import bucket_of
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.graph_inputs import aliased_inputs, as_int, is_weight, number, symbol_inputs, token_count
 from hetegen_compile.options import Options
-from hetegen_compile.passes.capture import source_name
 from hetegen_compile.passes.context import Bucket, SegmentCache
+from hetegen_compile.passes.sources import source_name
 from hetegen_compile.planned import Sizes
 from hetegen_compile.step_values import InputFacts
 from hetegen_compile.undo import HostWrites, host_writes

@@ -39,10 +39,10 @@ from hetegen_compile.ir import (
     whole_linear,
 )
 from hetegen_compile.passes.annotate_costs import value_bytes
-from hetegen_compile.passes.capture import tensors_in, to_expr
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.plans import Placement
 from hetegen_compile.passes.resolve_sizes import size_inputs
+from hetegen_compile.passes.tensors import tensors_in, to_expr
 
 _INPUTS = ("placeholder", "get_attr")
 

@@ -27,8 +27,8 @@ from torch.fx.experimental.proxy_tensor import py_sym_types
 
 from hetegen_compile.errors import drop_frames
 from hetegen_compile.ir import info
-from hetegen_compile.passes.capture import storage_id, to_expr
 from hetegen_compile.passes.context import Context, Refusal, SegmentCache
+from hetegen_compile.passes.tensors import storage_id, to_expr
 
 logger = logging.getLogger("hetegen_compile")
 

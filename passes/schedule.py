@@ -29,13 +29,13 @@ from torch import fx
 from hetegen_compile import ir
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import info
-from hetegen_compile.passes.capture import tensors_in
 from hetegen_compile.passes.choose_residency import SLOT_ALIGNMENT, aligned
 from hetegen_compile.passes.completing import RUN_AHEAD, complete_early
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.fit_ring import LEAST_USED
 from hetegen_compile.passes.insert_transfers import operand_side
 from hetegen_compile.passes.precedence import Precedence
+from hetegen_compile.passes.tensors import tensors_in
 
 _RANK: dict[Any, int] = {
     ir.MIRROR: 0,

@@ -14,11 +14,11 @@ from torch import Tensor, fx
 from hetegen_compile.geometry import mirrored_bytes
 from hetegen_compile.ir import LINEAR, info, is_tensor, written_storages
 from hetegen_compile.passes.annotate_costs import value_size
-from hetegen_compile.passes.capture import storage_id, tensor_bytes, tensors_in, to_expr
 from hetegen_compile.passes.choose_splits import table_only
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.liveness import activation_peak_bytes
 from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH, MIRRORED
+from hetegen_compile.passes.tensors import storage_id, tensor_bytes, tensors_in, to_expr
 
 _CACHE_DIMS = 4  # a KV cache is [sequences, heads, tokens, width]; logits and hidden states have three
 

@@ -23,10 +23,10 @@ from hetegen_compile.hardware import profile_for
 from hetegen_compile.heap import large_heap
 from hetegen_compile.options import Options, format_bytes, parse_options
 from hetegen_compile.passes import annotate_costs, predict_step
-from hetegen_compile.passes.capture import storage_id
 from hetegen_compile.passes.claims import Claim
 from hetegen_compile.passes.context import SegmentCache, require
 from hetegen_compile.passes.plans import Residency
+from hetegen_compile.passes.tensors import storage_id
 from hetegen_compile.pipeline import ONCE_PER_SPLIT
 from hetegen_compile.planned import DRY_RUN, BucketPlan, PlannedStep, Sizes, Split, Target
 from hetegen_compile.planner import Planner, budget_bytes

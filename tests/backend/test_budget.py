@@ -19,11 +19,11 @@ import hetegen_compile
 from hetegen_compile.accelerators.emulated import EmulatedAccelerator
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import info
-from hetegen_compile.passes.capture import tensor_bytes, tensors_in
 from hetegen_compile.passes.context import SegmentCompiler
 from hetegen_compile.passes.findings import MemoryNeed
 from hetegen_compile.passes.measure_memory import inner_lives
 from hetegen_compile.passes.plans import UNFORESEEN
+from hetegen_compile.passes.tensors import tensor_bytes, tensors_in
 from hetegen_compile.planned import BucketPlan
 from hetegen_compile.planner import Planner
 from hetegen_compile.schedule import Schedule

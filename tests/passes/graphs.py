@@ -28,11 +28,12 @@ from hetegen_compile.passes import (
     schedule,
     split_linears,
 )
-from hetegen_compile.passes.capture import capture, source_name
+from hetegen_compile.passes.capture import capture
 from hetegen_compile.passes.choose_splits import block_splits
 from hetegen_compile.passes.claims import NothingResident
 from hetegen_compile.passes.context import Bucket, Context, Refusal, SegmentCache
 from hetegen_compile.passes.plans import GROWTH, LinearPlan, Residency
+from hetegen_compile.passes.sources import source_name
 from hetegen_compile.pipeline import PIPELINE, run_pipeline
 from hetegen_compile.segments import plain_compiler
 
