@@ -59,7 +59,6 @@ class Planner:
             budget_bytes=target.budget_bytes,
             resident=target.resident,
             weights=weights,
-            refuse=_ignore,
             segments=self._segments,
             ring_bytes=target.ring_bytes,
             overhead_bytes=target.overhead_bytes,
@@ -85,13 +84,11 @@ class Planner:
         return self._decided(context, target.kind, base)
 
     def _decided(self, context: Context, kind: str, base: BucketPlan | None) -> BucketPlan:
-        refusals: dict[Refusal, None] = dict.fromkeys(context.refusals)
-        context = replace(context, refuse=lambda refusal: refusals.setdefault(refusal))
         try:
             graphs, context = self._search.within_budget(self._with_room(context, spare=True), base)
         except BudgetError:  # no room beyond what the options state: what a larger forward needs is decided then
             graphs, context = self._search.within_budget(self._with_room(context, spare=False), base)
-        context = replace(context, refusals=tuple(refusals), weights={})
+        context = replace(context, weights={})
         return BucketPlan(graphs.grouped, graphs.linears, context, linear_sites(graphs.grouped, context), kind)
 
     def plan_split(
@@ -111,8 +108,8 @@ class Planner:
                 tried.append(splits)
         if len(tried) > 1:
             reason = f"it needs {excess} bytes more for activations than are left; a leaner split is taken"
-            done = replace(done, refusals=(*done.refusals, Refusal("the balance of the whole step", reason)))
-        done = replace(done, refusals=(*done.refusals, *blocks_apart(done)))
+            done = done.refusing("leaner split", [Refusal("the balance of the whole step", reason)])
+        done = done.refusing("blocks apart", blocks_apart(done))
         if _excess_bytes(done) > 0:
             raise BudgetError(
                 f"split={split} needs {_excess_bytes(done)} bytes more for activations than gpu_memory="
@@ -126,6 +123,7 @@ class Planner:
         sequences, tokens = sequence_shape(placeholders, context.weights, context.sizes)
         largest = largest_sizes(self._tokens, context, spare=spare)
         return replace(context, largest=largest, sequences=sequences, tokens_per_sequence=tokens, spare=spare)
+
 
 def _leaner(module: fx.GraphModule, context: Context, trials: Trials) -> Iterator[Callable[[], Splits]]:
     """Splits that may take less memory: without blocks, then those that residency was decided with."""
@@ -148,10 +146,6 @@ def budget_bytes(gpu_memory: int | None, available_bytes: int, accelerator: str)
             format_bytes(gpu_memory), format_bytes(available_bytes), accelerator,
         )
     return min(gpu_memory, available_bytes)
-
-
-def _ignore(refusal: Refusal) -> None:
-    """Before there is a list of refusals."""
 
 
 def _excess_bytes(context: Context) -> int:

@@ -81,7 +81,7 @@ def _what_matters(context: Context) -> Context:
     Nothing is decided again for other sizes: a schedule belongs to a range of them.
     """
     options = replace(context.options, split="auto")
-    return replace(context, options=options, sizes={}, costs=None, memory=None, prediction=None)
+    return replace(context, options=options, sizes={}, refused={}, costs=None, memory=None, prediction=None)
 
 
 __all__ = ["Trials"]

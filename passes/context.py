@@ -7,8 +7,8 @@ field of the same meaning, so that a pass that runs too early fails on None and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import sympy
@@ -60,6 +60,10 @@ class SegmentCache:
     refused: MutableMapping[Hashable, Refusal] = field(default_factory=dict)
 
 
+def _no_runner(refusal: Refusal) -> None:
+    raise AssertionError(f"nobody would tell that {refusal.where} is left as it is: run the pass in a pipeline")
+
+
 @dataclass(frozen=True)
 class Context:
     """Everything a pass may know. Fields from ``effects`` on are filled in as the pipeline runs.
@@ -72,6 +76,9 @@ class Context:
     ``overhead_bytes`` what the device's libraries take, item by item; ``device`` where segments will run.
     ``host_memory`` None says that all weights are pinned. ``staged`` are the placeholders of the weights whose rows go
     through the pinned ring, with the reason.
+
+    A stage tells the runner by ``refuse`` what it leaves as it is; ``refused`` has it under the stage's name until that
+    stage runs again.
     """
 
     options: Options
@@ -81,9 +88,9 @@ class Context:
     budget_bytes: int
     resident: ResidentWeights
     weights: Mapping[str, Tensor]
-    refuse: Callable[[Refusal], None]
     segments: SegmentCache
-    refusals: tuple[Refusal, ...] = ()
+    refuse: Callable[[Refusal], None] = _no_runner
+    refused: Mapping[str, tuple[Refusal, ...]] = field(default_factory=dict)
     activation_bytes: int | None = None
     lean: bool = False
     share_trips: bool = True
@@ -104,6 +111,15 @@ class Context:
     placement: Placement | None = None
     memory: MemoryNeed | None = None
     prediction: Prediction | None = None
+
+    @property
+    def refusals(self) -> tuple[Refusal, ...]:
+        """What is left as it is, each once, in the order of the stages."""
+        return tuple(dict.fromkeys(refusal for refusals in self.refused.values() for refusal in refusals))
+
+    def refusing(self, stage: str, refusals: Iterable[Refusal]) -> Context:
+        """The context with what ``stage`` refuses now in the place of what it refused before."""
+        return replace(self, refused={**self.refused, stage: tuple(refusals)})
 
     def number(self, expression: sympy.Expr) -> float:
         """A cost expression at this context's sizes; a size that depends on data counts as 1."""
