@@ -31,13 +31,14 @@ from tabulate import tabulate
 from benchmarks.model_shapes import SHAPES, Depth, Shape, shape_of
 from hetegen_compile.buckets import bucket_of
 from hetegen_compile.cost_model import HardwareProfile, load_profile, preset_names
-from hetegen_compile.dry_run.planning import STAGES, Machine, PlannedWeights
+from hetegen_compile.dry_run.planning import Machine, PlannedWeights
 from hetegen_compile.floor import Floor, floor, offloaded_together_s
 from hetegen_compile.graph_inputs import number, token_count
 from hetegen_compile.options import Options
 from hetegen_compile.passes.choose_residency import staging_ring_bytes
 from hetegen_compile.passes.context import SegmentCache, require
 from hetegen_compile.passes.plans import RESIDENT, RING, Residency
+from hetegen_compile.pipeline import UNTIL_VERIFIED
 from hetegen_compile.planned import BucketPlan, PlannedStep, Split, Target
 from hetegen_compile.planner import Planner
 
@@ -116,7 +117,7 @@ class Work:
     def plan(self, profile: HardwareProfile, share: float) -> tuple[BucketPlan, PlannedStep]:
         """The plan with this share of the weights resident, before and after it is scheduled."""
         base = self.base(profile, share)
-        return base, self._planner(profile, "auto").plan_split(base, "auto", STAGES)
+        return base, self._planner(profile, "auto").plan_split(base, "auto", UNTIL_VERIFIED)
 
     def base(self, profile: HardwareProfile, share: float) -> BucketPlan:
         """What does not depend on the split. Planned twice: the first tells what a step needs beside weights."""

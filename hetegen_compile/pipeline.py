@@ -92,6 +92,10 @@ ONCE_PER_SPLIT = PIPELINE[_FIRST_OF_PLAN:]
 """Stages that turn one assignment of rows into a schedule."""
 UNTIL_MEASURED = PIPELINE[_FIRST_OF_PLAN : _place_of(measure_memory) + 1]
 """Stages up to what a schedule occupies."""
+SIMULATED = (*PIPELINE[_FIRST_OF_PLAN : _place_of(measure_memory)], PIPELINE[_place_of(predict_step)])
+"""Stages of a schedule of which only the seconds are asked for."""
+UNTIL_VERIFIED = PIPELINE[_FIRST_OF_PLAN : _place_of(verify) + 1]
+"""Stages of a schedule that nobody will run."""
 
 
 def run_pipeline(

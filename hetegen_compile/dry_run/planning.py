@@ -27,15 +27,11 @@ from hetegen_compile.passes.claims import Claim
 from hetegen_compile.passes.context import SegmentCache, require
 from hetegen_compile.passes.plans import Residency
 from hetegen_compile.passes.tensors import storage_id
-from hetegen_compile.pipeline import ONCE_PER_SPLIT
+from hetegen_compile.pipeline import UNTIL_VERIFIED
 from hetegen_compile.planned import DRY_RUN, BucketPlan, PlannedStep, Sizes, Split, Target
 from hetegen_compile.planner import Planner, budget_bytes
 from hetegen_compile.schedule import Schedule, register
 from hetegen_compile.trials import Trials
-
-_FOR_RUNNING = ("retarget_devices", "lower")
-STAGES = tuple(stage for stage in ONCE_PER_SPLIT if stage.run.__name__ not in _FOR_RUNNING)
-"""Stages of a schedule that nobody will run."""
 
 
 def plan(model: nn.Module, *args: Any, options: Mapping[str, object] | None = None, **kwargs: Any) -> Schedule:
@@ -154,7 +150,7 @@ class PlannedGraph:
     @cached_property
     def step(self) -> PlannedStep:
         """Its schedule, made when it is asked for: while residency is being settled nobody does."""
-        return self.planner.plan_split(self.base, self.split, STAGES, self.trials)
+        return self.planner.plan_split(self.base, self.split, UNTIL_VERIFIED, self.trials)
 
     @cached_property
     def trials(self) -> Trials:
