@@ -16,7 +16,13 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hetegen_compile.compiled import CompiledGraph
-from hetegen_compile.errors import CompilationError, GradientsNotSupportedError, HetegenError
+from hetegen_compile.errors import (
+    CompilationError,
+    GradientsNotSupportedError,
+    HetegenError,
+    chain_of,
+    drop_frames,
+)
 from hetegen_compile.hardware import profile_for
 from hetegen_compile.heap import large_heap
 from hetegen_compile.options import Options, parse_options
@@ -130,21 +136,17 @@ def _refuse_gradients(module: fx.GraphModule) -> None:
 
 
 def _raising(error: HetegenError) -> Callable[..., Any]:
-    """A callable that raises a copy of ``error`` each time, so that no call's frames (and tensors) stay with it."""
+    """A callable that raises a copy of ``error`` each time, so that no call's frames (and tensors) stay with it.
+
+    Of the frames of its causes the text is kept.
+    """
     logger.error("%s", error)
     logger.debug("where it was raised", exc_info=error)
-    _drop_frames(error)
+    for cause in chain_of(error)[1:]:
+        cause.add_note("raised at\n" + "".join(traceback.format_tb(cause.__traceback__)))
+    drop_frames(error)
 
     def fail(*args: Tensor) -> Any:
         raise copy.copy(error) from error.__cause__
 
     return fail
-
-
-def _drop_frames(error: BaseException) -> None:
-    """Drop the frames of an error and its causes: they hold graph, weights and runtime. A cause keeps their text."""
-    error.__traceback__ = None
-    inner = error.__cause__ or error.__context__
-    if inner is not None:
-        inner.add_note("raised at\n" + "".join(traceback.format_tb(inner.__traceback__)))
-        _drop_frames(inner)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from hetegen_compile.errors import AcceleratorMemoryError
+from hetegen_compile.errors import AcceleratorMemoryError, clear_frames
 from hetegen_compile.mirrors import NoRoomError
 from hetegen_compile.runtime import Runtime
 from hetegen_compile.step_plan import StepPlan
@@ -52,7 +51,7 @@ def _run_noted(runtime: Runtime, plan: StepPlan, inputs: Sequence[Any]) -> Any:
             outputs = _run(runtime, plan, inputs)
             seconds = time.perf_counter() - started
     except BaseException as error:
-        _let_go(error)
+        clear_frames(error)  # whoever keeps the error (a debugger, a shell) would keep device memory
         accelerator.abandon_step()
         if not isinstance(error, NoRoomError):  # the step may have written some of them
             mirrors.forget_all_but_weights()
@@ -79,13 +78,6 @@ def _run(runtime: Runtime, plan: StepPlan, inputs: Sequence[Any]) -> Any:
     for host, device in twins:
         mirrors.register(host, device)
     return outputs
-
-
-def _let_go(error: BaseException | None) -> None:
-    """Drop what the step's frames hold: whoever keeps the exception (a debugger, a shell) would keep device memory."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 @contextlib.contextmanager
