@@ -87,8 +87,9 @@ class ResidencyLedger:
         """Weights lie in other storages from now on (old identity to new): what was claimed of them stays claimed."""
 
         def moved(key: Hashable) -> Hashable:
-            known = isinstance(key, WeightKey) and key.storage in places
-            return key._replace(storage=places[key.storage]) if known else key
+            if isinstance(key, WeightKey):
+                return key._replace(storage=places.get(key.storage, key.storage))
+            return key
 
         for place, entry in self._entries.items():
             claims = [replace(claim, key=moved(claim.key)) for claim in entry.claims]

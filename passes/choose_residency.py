@@ -54,7 +54,9 @@ class _Sharing:
         self._context = context
         self._stacks = stacked_weights(module, context)
         self._mirrored = mirrored_size(module, weights, context, self._stacks)
-        self._fixed = {**step_memory(module, weights, context, self._mirrored), **context.overhead_bytes}
+        step = step_memory(module, weights, context, self._mirrored)
+        self._step_bytes = sum(step.values())
+        self._fixed = {**step, **context.overhead_bytes}
         self._smallest = _WINDOW * max((_smallest_chunk(weight) for weight in weights), default=0)
         tables = [node for node in module.graph.find_nodes(op="placeholder") if table_only(node, context)]
         self._tables = {node.name: 0 if node in weights else value_bytes(node, context) for node in tables}
@@ -75,7 +77,7 @@ class _Sharing:
             return self._residency((), rest, self._smallest, budget)
         if self._context.budget_bytes < own + self._smallest:
             raise _budget_error(self._fixed, self._smallest, self._module, self._context)
-        beyond = max(0, self._context.resident.reserved_bytes() - own)
+        beyond = max(0, self._context.resident.reserved_bytes() - self._step_bytes)
         if self._context.budget_bytes < own + beyond + self._smallest:
             beyond = 0  # both cannot stay at once, whatever is resident
         return self._share(self._context.budget_bytes - own, beyond, others)

@@ -291,10 +291,12 @@ def test_weights_of_other_graphs_keep_a_graph_from_fitting_whole(chain: Case) ->
     assert decide(chain, exact + 256, resident=Beside([stranger(256)])).whole_graph
 
 
-def test_steps_of_other_graphs_keep_their_room(chain: Case) -> None:
-    needed = named_budget(chain)
-    own = decide(chain, needed).step_bytes
-    decided = decide(chain, needed + TOTAL, resident=Beside(step_bytes=own + 5000))
+@pytest.mark.parametrize("overhead", [{}, {"workspace": 1 << 20}])
+def test_steps_of_other_graphs_keep_their_room(chain: Case, overhead: dict[str, int]) -> None:
+    """What libraries take is no room that a step could use."""
+    needed = named_budget(chain, overhead_bytes=overhead)
+    own = decide(chain, needed, overhead_bytes=overhead).step_bytes
+    decided = decide(chain, needed + TOTAL, overhead_bytes=overhead, resident=Beside(step_bytes=own + 5000))
     assert decided.budget[OTHERS] == 5000
     assert sum(decided.budget.values()) <= needed + TOTAL
 
