@@ -29,17 +29,16 @@ import torch
 from tabulate import tabulate
 
 from benchmarks.model_shapes import SHAPES, Depth, Shape, shape_of
-from hetegen_compile.buckets import bucket_of
 from hetegen_compile.cost_model import HardwareProfile, load_profile, preset_names
-from hetegen_compile.dry_run.planning import Machine, PlannedWeights
+from hetegen_compile.dry_run.planning import Machine
 from hetegen_compile.floor import Floor, floor, offloaded_together_s
-from hetegen_compile.graph_inputs import number, token_count
 from hetegen_compile.options import Options
 from hetegen_compile.passes.choose_residency import staging_ring_bytes
+from hetegen_compile.passes.claims import NothingResident
 from hetegen_compile.passes.context import SegmentCache, require
 from hetegen_compile.passes.plans import RESIDENT, RING, Residency
 from hetegen_compile.pipeline import UNTIL_VERIFIED
-from hetegen_compile.planned import BucketPlan, PlannedStep, Split, Target
+from hetegen_compile.planned import DRY_RUN, BucketPlan, PlannedStep, Split, Target
 from hetegen_compile.planner import Planner
 
 SHARES = (0.10, 0.25, 0.50, 0.75)
@@ -133,9 +132,8 @@ class Work:
 
     def _planned(self, profile: HardwareProfile, budget: int, ring: int, split: Split) -> BucketPlan:
         machine = Machine(Options(), profile, self.full_bytes)
-        target = Target("dry run", torch.device("cpu"), budget, PlannedWeights(), ring, host_memory=machine)
-        tokens = number(token_count(self.graph.module), self.sizes)
-        return self._planner(profile, split).plan_bucket(bucket_of(tokens), self.sizes, target, self.graph.weights)
+        target = Target(DRY_RUN, torch.device("cpu"), budget, NothingResident(ring), host_memory=machine)
+        return self._planner(profile, split).plan_bucket(self.sizes, target, self.graph.weights)
 
 
 def results(

@@ -29,8 +29,7 @@ class Target:
         kind: ``"cuda"``, ``"emulated"`` or ``DRY_RUN``.
         device: where segments will run.
         budget_bytes: the hard limit.
-        resident: what other graphs keep on the accelerator.
-        ring_bytes: length of its staging ring.
+        resident: what other graphs keep on the accelerator, and the staging ring that they share.
         overhead_bytes: what the device's libraries take of the budget, item by item.
         host_memory: what can be pinned; None says everything.
     """
@@ -39,7 +38,6 @@ class Target:
     device: torch.device
     budget_bytes: int
     resident: ResidentWeights
-    ring_bytes: int = 0
     overhead_bytes: Mapping[str, int] = field(default_factory=dict)
     host_memory: HostWeights | None = None
 

@@ -12,10 +12,10 @@ from dataclasses import replace
 from torch import Tensor, fx
 
 from hetegen_compile.balance import balanced_splits
-from hetegen_compile.buckets import largest_sizes
+from hetegen_compile.buckets import bucket_of, largest_sizes
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.errors import BudgetError
-from hetegen_compile.graph_inputs import sequence_shape, token_count
+from hetegen_compile.graph_inputs import number, sequence_shape, token_count
 from hetegen_compile.options import Options, format_bytes
 from hetegen_compile.passes import choose_splits
 from hetegen_compile.passes.context import Bucket, Context, Refusal, SegmentCache, require
@@ -42,10 +42,12 @@ class Planner:
         self._tokens = token_count(module)
         self._search = ResidencySearch(module)
 
-    def plan_bucket(
-        self, bucket: Bucket, sizes: Sizes, target: Target, weights: Mapping[str, Tensor]
-    ) -> BucketPlan:
-        """Everything that is the same for every split of the Linears.
+    def bucket(self, sizes: Sizes) -> Bucket:
+        """The bucket that a forward of these sizes belongs to."""
+        return bucket_of(number(self._tokens, sizes))
+
+    def plan_bucket(self, sizes: Sizes, target: Target, weights: Mapping[str, Tensor]) -> BucketPlan:
+        """The plan of the bucket that these sizes belong to: what is the same for every split of the Linears.
 
         Raises:
             BudgetError: the target's budget cannot hold what a step needs.
@@ -55,12 +57,11 @@ class Planner:
             options=self._options,
             profile=self._profile,
             sizes=sizes,
-            bucket=bucket,
+            bucket=self.bucket(sizes),
             budget_bytes=target.budget_bytes,
             resident=target.resident,
             weights=weights,
             segments=self._segments,
-            ring_bytes=target.ring_bytes,
             overhead_bytes=target.overhead_bytes,
             device=target.device,
             host_memory=target.host_memory,
@@ -78,7 +79,7 @@ class Planner:
         """
         context = replace(
             base.context, sizes=sizes, budget_bytes=target.budget_bytes, resident=target.resident, weights=weights,
-            ring_bytes=target.ring_bytes, overhead_bytes=target.overhead_bytes, host_memory=target.host_memory,
+            overhead_bytes=target.overhead_bytes, host_memory=target.host_memory,
             activation_bytes=None, lean=False, options=self._options, residency=None,
         )  # fmt: skip
         return self._decided(context, target.kind, base)

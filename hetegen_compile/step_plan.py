@@ -55,7 +55,7 @@ class StepPlan:
             first_rows={i: read.get(i, first) for i, first in resident.items()},
             values=StepValues(bound, graph.facts, {}),
             ring_bytes=residency.ring_bytes,
-            budget_bytes=context.budget_bytes - sum(context.overhead_bytes.values()),
+            budget_bytes=context.usable_bytes,
             epoch=runtime.ledger.epoch,
         )
         plan._look_up(runtime, inputs)

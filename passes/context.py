@@ -72,10 +72,9 @@ class Context:
     ``sequences`` are those of this call, ``tokens_per_sequence`` those of a graph of fixed sizes (0: unknown).
     ``activation_bytes`` is what a schedule of the same graph is known to need for activations (None: an estimate is
     made); ``lean`` asks for the smallest ring and no resident weights; without ``share_trips`` each Linear has a
-    trip of its own. ``ring_bytes`` is the length that other graphs gave the accelerator's staging ring;
-    ``overhead_bytes`` what the device's libraries take, item by item; ``device`` where segments will run.
-    ``host_memory`` None says that all weights are pinned. ``staged`` are the placeholders of the weights whose rows go
-    through the pinned ring, with the reason.
+    trip of its own. ``overhead_bytes`` is what the device's libraries take of the budget, item by item; ``device`` is
+    where segments will run. ``host_memory`` None says that all weights are pinned. ``staged``
+    are the placeholders of the weights whose rows go through the pinned ring, with the reason.
 
     A stage tells the runner by ``refuse`` what it leaves as it is; ``refused`` has it under the stage's name until that
     stage runs again.
@@ -98,7 +97,6 @@ class Context:
     spare: bool = True
     tokens_per_sequence: int = 0
     sequences: int = 0
-    ring_bytes: int = 0
     overhead_bytes: Mapping[str, int] = field(default_factory=dict)
     device: torch.device = torch.device("cpu")
     host_memory: HostWeights | None = None
@@ -111,6 +109,11 @@ class Context:
     placement: Placement | None = None
     memory: MemoryNeed | None = None
     prediction: Prediction | None = None
+
+    @property
+    def usable_bytes(self) -> int:
+        """The budget less what the device's libraries take of it."""
+        return self.budget_bytes - sum(self.overhead_bytes.values())
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:

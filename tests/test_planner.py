@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hetegen_compile.passes.claims import NothingResident
-from hetegen_compile.passes.context import Bucket
 from hetegen_compile.planned import DRY_RUN, PlannedStep, Target
 from hetegen_compile.planner import Planner, budget_bytes
 from tests.passes.graphs import PROFILE, case
@@ -52,7 +51,7 @@ def test_what_a_decision_refused_is_gone_when_the_next_one_does_not() -> None:
     tight = Target(DRY_RUN, torch.device("cpu"), 400 << 10, NothingResident(), host_memory=host_memory)
     sizes, weights = found.context.sizes, found.context.weights
 
-    base = planner.plan_bucket(Bucket(1, 1), sizes, tight, weights)
+    base = planner.plan_bucket(sizes, tight, weights)
     told = explained(planner.plan_split(base, "auto"))
     assert any(host_memory.reason in line for line in told)
     assert any("for the next step" in line for line in told)

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from hetegen_compile.baselines import baselines
-from hetegen_compile.buckets import bucket_of
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.dry_run.fakes import Fakes
 from hetegen_compile.dry_run.trace import TracedGraph, trace
 from hetegen_compile.floor import floor_s
-from hetegen_compile.graph_inputs import number, token_count
 from hetegen_compile.hardware import profile_for
 from hetegen_compile.heap import large_heap
 from hetegen_compile.options import Options, format_bytes, parse_options
@@ -191,9 +189,9 @@ def plan_graph(
     )
     target = Target(
         kind=DRY_RUN, device=torch.device("cpu"), budget_bytes=machine.budget_bytes - machine.reserved_bytes,
-        resident=resident, ring_bytes=resident.ring_bytes, host_memory=machine,
+        resident=resident, host_memory=machine,
     )
-    base = planner.plan_bucket(bucket_of(number(token_count(graph.module), sizes)), sizes, target, graph.weights)
+    base = planner.plan_bucket(sizes, target, graph.weights)
     resident.add(require(base.context.residency, "choose_residency"))
     return PlannedGraph(graph, base, planner, machine.options.split)
 

@@ -360,8 +360,8 @@ def test_every_budget_from_the_smallest_to_the_whole_model_has_a_plan(
     monkeypatch.setattr(Planner, "plan_bucket", noted)
     model.compile(backend=RecordingBackend(), options=emulated(split=split))
     forward(model, inputs)
-    ((planner, (bucket, sizes, target, weights)),) = calls
-    first = planner.plan_bucket(bucket, sizes, target, weights)
+    ((planner, (sizes, target, weights)),) = calls
+    first = planner.plan_bucket(sizes, target, weights)
 
     def planned(budget_bytes: int) -> Schedule:
         there = replace(target, budget_bytes=budget_bytes)

@@ -49,7 +49,8 @@ def chain() -> Case:
 class Beside(NothingResident):
     """Other graphs on the accelerator, with what they claim and need."""
 
-    def __init__(self, *graphs: Sequence[Claim], step_bytes: int = 0) -> None:
+    def __init__(self, *graphs: Sequence[Claim], step_bytes: int = 0, ring_bytes: int = 0) -> None:
+        super().__init__(ring_bytes)
         self._graphs = graphs
         self._step_bytes = step_bytes
 
@@ -254,8 +255,8 @@ def test_the_next_graph_of_a_model_decides_the_same(chain: Case) -> None:
     needed = named_budget(chain)
     for extra in range(0, TOTAL, TOTAL // 5):
         first = decide(chain, needed + extra)
-        beside = Beside(first.claims, step_bytes=first.step_bytes)
-        second = decide(chain, needed + extra, resident=beside, ring_bytes=first.ring_bytes, activation_bytes=0)
+        beside = Beside(first.claims, step_bytes=first.step_bytes, ring_bytes=first.ring_bytes)
+        second = decide(chain, needed + extra, resident=beside, activation_bytes=0)
         assert second.first_rows == first.first_rows
         assert second.weights == first.weights
         assert sum(second.budget.values()) == sum(first.budget.values())
@@ -347,7 +348,7 @@ def test_the_ring_is_as_long_as_others_made_it_where_that_leaves_half(
 ) -> None:
     ring_bytes = ring_units * 256
     budget_bytes += named_budget(chain, split=0.25)
-    decided = decide(chain, budget_bytes, split=0.25, ring_bytes=ring_bytes)
+    decided = decide(chain, budget_bytes, split=0.25, resident=Beside(ring_bytes=ring_bytes))
     assert sum(decided.budget.values()) <= budget_bytes
     free = budget_bytes - decided.step_bytes
     assert decided.ring_bytes >= ring_bytes or ring_bytes > free // 2
