@@ -38,7 +38,7 @@ from hetegen_compile.passes.claims import NothingResident
 from hetegen_compile.passes.context import SegmentCache, require
 from hetegen_compile.passes.plans import RESIDENT, RING, Residency
 from hetegen_compile.pipeline import UNTIL_VERIFIED
-from hetegen_compile.planned import DRY_RUN, BucketPlan, PlannedStep, Split, Target
+from hetegen_compile.planned import DRY_RUN, BucketPlan, ScheduledStep, Split, Target
 from hetegen_compile.planner import Planner
 
 SHARES = (0.10, 0.25, 0.50, 0.75)
@@ -113,7 +113,7 @@ class Work:
             streamed_bytes=found.streamed_bytes, host_bytes=found.host_bytes,
         )  # fmt: skip
 
-    def plan(self, profile: HardwareProfile, share: float) -> tuple[BucketPlan, PlannedStep]:
+    def plan(self, profile: HardwareProfile, share: float) -> tuple[BucketPlan, ScheduledStep]:
         """The plan with this share of the weights resident, before and after it is scheduled."""
         base = self.base(profile, share)
         return base, self._planner(profile, "auto").plan_split(base, "auto", UNTIL_VERIFIED)

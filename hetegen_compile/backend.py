@@ -102,8 +102,6 @@ def _compile(
 ) -> CompiledGraph:
     _refuse_gradients(module)
     profile = profile_for(options)
-    open_runtime = functools.partial(runtime_for, options, profile)
-    runtime = open_runtime()
     with large_heap():
         mode = capture(module, inputs)
         return CompiledGraph(
@@ -111,8 +109,7 @@ def _compile(
             inputs,
             options=options,
             profile=profile,
-            runtime=runtime,
-            reopen=open_runtime,
+            open_runtime=functools.partial(runtime_for, options, profile),
             compile_segment=compiler(mode),
         )
 

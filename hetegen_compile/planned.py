@@ -64,7 +64,7 @@ class Graphs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PlannedStep:
+class ScheduledStep:
     """One scheduled graph, the context it was made in, and the report on it."""
 
     module: fx.GraphModule
@@ -72,4 +72,4 @@ class PlannedStep:
     schedule: Schedule
 
 
-__all__ = ["DRY_RUN", "BucketPlan", "Graphs", "PlannedStep", "Sizes", "Split", "Target"]
+__all__ = ["DRY_RUN", "BucketPlan", "Graphs", "ScheduledStep", "Sizes", "Split", "Target"]

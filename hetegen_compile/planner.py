@@ -22,7 +22,7 @@ from hetegen_compile.passes.context import Bucket, Context, Refusal, SegmentCach
 from hetegen_compile.passes.plans import ACTIVATIONS, Splits
 from hetegen_compile.pipeline import ONCE_PER_SPLIT, Stage
 from hetegen_compile.plan_report import blocks_apart, linear_sites, report_on
-from hetegen_compile.planned import BucketPlan, PlannedStep, Sizes, Split, Target
+from hetegen_compile.planned import BucketPlan, ScheduledStep, Sizes, Split, Target
 from hetegen_compile.trials import Trials
 from hetegen_compile.within_budget import ResidencySearch
 
@@ -94,7 +94,7 @@ class Planner:
 
     def plan_split(
         self, base: BucketPlan, split: Split, stages: tuple[Stage, ...] = ONCE_PER_SPLIT, trials: Trials | None = None
-    ) -> PlannedStep:
+    ) -> ScheduledStep:
         """The schedule of one split; ``stages`` leaves out lowering where nothing will run.
 
         ``trials`` (those of ``base``) is given where they will be asked for again.
@@ -116,7 +116,7 @@ class Planner:
                 f"split={split} needs {_excess_bytes(done)} bytes more for activations than gpu_memory="
                 f"{format_bytes(context.budget_bytes)} leaves: use a larger budget"
             )
-        return PlannedStep(module, done, report_on(base, module, done, trials))
+        return ScheduledStep(module, done, report_on(base, module, done, trials))
 
     def _with_room(self, context: Context, *, spare: bool) -> Context:
         """The context with the sizes that the budget has to hold."""

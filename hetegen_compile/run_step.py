@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 from hetegen_compile.errors import AcceleratorMemoryError, clear_frames
 from hetegen_compile.mirrors import NoRoomError
+from hetegen_compile.quiet import quiet
 from hetegen_compile.runtime import Runtime
 from hetegen_compile.step_plan import StepPlan
 from hetegen_compile.undo import HostWrites, Undo
@@ -80,16 +78,4 @@ def _run(runtime: Runtime, plan: StepPlan, inputs: Sequence[Any]) -> Any:
     return outputs
 
 
-@contextlib.contextmanager
-def quiet(device: torch.device) -> Iterator[None]:
-    """No gradients, tensors with versions, and the caller's CPU autocast on the accelerator's device too."""
-    with contextlib.ExitStack() as modes, torch.set_grad_enabled(False):
-        if torch.is_inference_mode_enabled():
-            modes.enter_context(torch.inference_mode(False))
-            modes.enter_context(torch.no_grad())
-        if device.type != "cpu" and torch.is_autocast_enabled("cpu"):
-            modes.enter_context(torch.autocast(device.type, dtype=torch.get_autocast_dtype("cpu")))
-        yield
-
-
-__all__ = ["UnrepeatableError", "quiet", "run_step"]
+__all__ = ["UnrepeatableError", "run_step"]

@@ -18,7 +18,7 @@ from hetegen_compile.passes.context import Refusal, require
 from hetegen_compile.passes.plans import UNFORESEEN
 from hetegen_compile.planned import BucketPlan, Sizes, Split, Target
 from hetegen_compile.planner import Planner, budget_bytes
-from hetegen_compile.run_step import quiet
+from hetegen_compile.quiet import quiet
 from hetegen_compile.runtime import Runtime
 from hetegen_compile.schedule import FITS, Schedule, register, withdraw
 from hetegen_compile.split_override import overridden_split

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hetegen_compile.passes.claims import NothingResident
-from hetegen_compile.planned import DRY_RUN, PlannedStep, Target
+from hetegen_compile.planned import DRY_RUN, ScheduledStep, Target
 from hetegen_compile.planner import Planner, budget_bytes
 from tests.passes.graphs import PROFILE, case
 
@@ -64,6 +64,6 @@ def test_what_a_decision_refused_is_gone_when_the_next_one_does_not() -> None:
     assert any("pair_mlp" in line for line in later)
 
 
-def explained(planned: PlannedStep) -> list[str]:
+def explained(planned: ScheduledStep) -> list[str]:
     """What its report says was left as it is."""
     return [line for line in planned.schedule.explain().splitlines() if line.startswith("left as it is")]

@@ -26,7 +26,7 @@ from hetegen_compile.passes.context import SegmentCache, require
 from hetegen_compile.passes.plans import Residency
 from hetegen_compile.passes.tensors import storage_id
 from hetegen_compile.pipeline import UNTIL_VERIFIED
-from hetegen_compile.planned import DRY_RUN, BucketPlan, PlannedStep, Sizes, Split, Target
+from hetegen_compile.planned import DRY_RUN, BucketPlan, ScheduledStep, Sizes, Split, Target
 from hetegen_compile.planner import Planner, budget_bytes
 from hetegen_compile.schedule import Schedule, register
 from hetegen_compile.trials import Trials
@@ -146,7 +146,7 @@ class PlannedGraph:
     split: Split
 
     @cached_property
-    def step(self) -> PlannedStep:
+    def step(self) -> ScheduledStep:
         """Its schedule, made when it is asked for: while residency is being settled nobody does."""
         return self.planner.plan_split(self.base, self.split, UNTIL_VERIFIED, self.trials)
 
