@@ -123,7 +123,7 @@ def _raise_recompile_limit() -> None:
 def _refuse_gradients(module: fx.GraphModule) -> None:
     if not torch.is_grad_enabled():
         return
-    output = next(iter(reversed(module.graph.nodes)))
+    output = module.graph.output_node()
     examples = [node.meta.get("example_value") for node in output.all_input_nodes]
     if any(tensor.requires_grad for tensor in tensors_in(examples)):
         raise GradientsNotSupportedError(

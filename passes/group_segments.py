@@ -71,7 +71,7 @@ class _Grouper:
         self._graph = module.graph
         self._placement = placement
         self._context = context
-        self._output = next(iter(reversed(module.graph.nodes)))
+        self._output = module.graph.output_node()
         self._nodes = [node for node in module.graph.nodes if node.op not in (*_INPUTS, "output")]
         self._levels = _Levels(self._nodes, placement)
         self._sizes = size_inputs(module.graph)

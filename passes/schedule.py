@@ -135,7 +135,7 @@ def reorder(graph: fx.Graph, context: Context) -> None:
     """Sort the nodes topologically, by rank and then by program order among those that are ready."""
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     tasks = task_graph(nodes)
-    output = next(iter(reversed(graph.nodes)))
+    output = graph.output_node()
     _slots_in_program_order(graph, tasks)
     completing = complete_early(graph, tasks, context)
     late = _late_nodes(nodes, tasks)

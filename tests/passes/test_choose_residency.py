@@ -404,6 +404,32 @@ def test_a_prefill_of_fixed_length_keeps_room_for_the_caches_of_the_steps_after_
     assert budget[BATCHES] == more * (ids + budget[ACTIVATIONS] + budget[GROWTH])
 
 
+def test_sizes_of_caches_are_compared_without_new_guards() -> None:
+    """What a cache is compared with may have a symbol where that has a number."""
+
+    def step(ids: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        made = GROWN(torch.nn.functional.one_hot(ids, 64).float()).view(1, 7, 4, 16).transpose(1, 2).contiguous()
+        return made, torch.relu(past)
+
+    past = torch.randn(1, 4, 9, 16)
+    torch._dynamo.mark_dynamic(past, 2)
+    found = case(step, torch.arange(7)[None], past, sequences=1, tokens_per_sequence=7).run(annotate_costs)
+    values = [info(node).value for node in found.module.graph.find_nodes(op="placeholder")]
+    (environment,) = {v.node.shape_env for v in values if isinstance(v, torch.SymInt)}
+    before = len(environment.guards)
+    assert found.apply(choose_residency).budget[GROWTH] > 0
+    assert len(environment.guards) == before
+
+
+def test_caches_of_all_layers_may_come_in_one_tensor() -> None:
+    def prefill(ids: Tensor) -> Tensor:
+        keys = GROWN(torch.nn.functional.one_hot(ids, 64).float()).view(1, 7, 4, 16).transpose(1, 2)
+        return torch.stack([keys, keys.relu()])
+
+    found = case(prefill, torch.arange(7)[None], sequences=1, tokens_per_sequence=7).run(annotate_costs)
+    assert found.apply(choose_residency).budget[GROWTH] > 0
+
+
 def test_without_spare_room_only_what_is_stated_is_kept() -> None:
     def prefill(ids: Tensor) -> Any:
         return GROWN(torch.nn.functional.one_hot(ids, 64).float()).view(1, 7, 4, 16).transpose(1, 2).contiguous()
