@@ -83,9 +83,10 @@ class ResidencyLedger:
         self.first_rows, self.ring_bytes = new, residency.ring_bytes
         self._mirrors.keep = frozenset(key.storage for key in new if isinstance(key, WeightKey))
 
-    def has(self, residents: Sequence[tuple[Hashable, int]]) -> bool:
-        """Whether all rows from (weight, first row) on are still meant to be resident."""
-        return all(self.first_rows.get(key, math.inf) <= first for key, first in residents)
+    def has(self, residents: Sequence[tuple[Hashable, int]], ring_bytes: int) -> bool:
+        """Whether all rows from (weight, first row) on are still meant to be resident, beside a ring as long as this."""
+        kept = all(self.first_rows.get(key, math.inf) <= first for key, first in residents)
+        return kept and self.ring_bytes >= ring_bytes
 
     @property
     def smallest_budget_bytes(self) -> int | None:

@@ -68,8 +68,8 @@ class StepPlan:
         """
         ledger = runtime.ledger
         if self.epoch != ledger.epoch:
-            shorter = ledger.ring_bytes < self.ring_bytes or budget_bytes() < self.schedule.budget_bytes
-            if shorter or not ledger.has(list(self.weights.values())):
+            kept = ledger.has(list(self.weights.values()), self.ring_bytes)
+            if not kept or budget_bytes() < self.schedule.budget_bytes:
                 return False
             self._look_up(runtime)
         return self.room.covers(sizes)

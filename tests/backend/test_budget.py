@@ -230,6 +230,26 @@ def test_two_models_share_a_budget_and_do_not_thrash(layers: int, graphs: int) -
     assert backend.accelerator.counters.peak_bytes <= weights
 
 
+def test_another_split_is_planned_with_what_is_resident_now() -> None:
+    """What was decided for the first model holds no longer when the second has come."""
+    models, backend = _two_models(4 * 128 * 128 * 4, layers=5)
+    x, known = random(2, 128), hetegen_compile.schedules()
+    with torch.no_grad():
+        expected = models[0].forward(x)
+        for model in models:
+            model(x)
+        alone, shared = (schedule.resident_bytes for schedule in new_schedules(known))
+        with hetegen_compile.override_split(0.5):
+            found = models[0](x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    half = new_schedules(known)[-1]
+    assert half.split == 0.5
+    assert half.host_bytes > 0
+    assert 0 < half.resident_bytes < alone, "the two share what one had"
+    assert shared > 0
+    assert backend.accelerator.counters.peak_bytes <= 4 * 128 * 128 * 4
+
+
 def test_a_model_that_is_gone_leaves_its_room() -> None:
     weights = 4 * 128 * 128 * 4
     models, backend = _two_models(weights)
