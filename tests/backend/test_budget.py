@@ -23,7 +23,7 @@ from hetegen_compile.passes.capture import tensor_bytes, tensors_in
 from hetegen_compile.passes.context import SegmentCompiler
 from hetegen_compile.passes.findings import MemoryNeed
 from hetegen_compile.passes.measure_memory import inner_lives
-from hetegen_compile.passes.plans import UNFORESEEN
+from hetegen_compile.passes.plans import OTHERS, UNFORESEEN
 from hetegen_compile.planned import BucketPlan
 from hetegen_compile.planner import Planner
 from hetegen_compile.schedule import Schedule
@@ -227,6 +227,21 @@ def test_two_models_share_a_budget_and_do_not_thrash(layers: int, graphs: int) -
     assert all(schedule.resident_bytes > weights // 5 for schedule in schedules)
     steps = [after - before for before, after in zip(uploaded[3:], uploaded[4:], strict=False)]
     assert set(steps) == {schedule.streamed_bytes for schedule in schedules}, "resident weights stay where they are"
+    assert backend.accelerator.counters.peak_bytes <= weights
+
+
+def test_forwards_by_turns_do_not_thrash_beside_a_devices_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a device's libraries take of the budget is no room for the larger of two steps."""
+    overhead, weights = 1 << 20, 4 * 128 * 128 * 4
+    monkeypatch.setattr(EmulatedAccelerator, "overhead_bytes", lambda self: {"workspace of a library": overhead})
+    model, backend, known = Mlp(4, 128).eval(), RecordingBackend(), hetegen_compile.schedules()
+    model.compile(backend=backend, options=emulated(gpu_memory=overhead + weights, split=0.0), dynamic=True)
+    with torch.no_grad():
+        for x in 3 * [random(48, 128), random(2, 128)]:
+            torch.testing.assert_close(model(x), model.forward(x), rtol=1e-4, atol=1e-5)
+    many, few = new_schedules(known)  # and none was made again
+    assert many.resident_bytes == few.resident_bytes > 0
+    assert few.budget[OTHERS] > weights // 10
     assert backend.accelerator.counters.peak_bytes <= weights
 
 
