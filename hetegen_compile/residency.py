@@ -84,7 +84,7 @@ class ResidencyLedger:
         self._mirrors.keep = frozenset(key.storage for key in new if isinstance(key, WeightKey))
 
     def has(self, residents: Sequence[tuple[Hashable, int]], ring_bytes: int) -> bool:
-        """Whether all rows from (weight, first row) on are still meant to be resident, beside a ring as long as this."""
+        """Whether all rows from (weight, first row) on are still meant to be resident, and the ring as long."""
         kept = all(self.first_rows.get(key, math.inf) <= first for key, first in residents)
         return kept and self.ring_bytes >= ring_bytes
 

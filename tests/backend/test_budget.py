@@ -20,17 +20,26 @@ from hetegen_compile.accelerators.emulated import EmulatedAccelerator
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import info
 from hetegen_compile.passes.capture import tensor_bytes, tensors_in
-from hetegen_compile.passes.context import SegmentCompiler
+from hetegen_compile.passes.context import SegmentCompiler, require
 from hetegen_compile.passes.findings import MemoryNeed
+from hetegen_compile.passes.lower import lower
 from hetegen_compile.passes.measure_memory import inner_lives
 from hetegen_compile.passes.plans import OTHERS, UNFORESEEN
+from hetegen_compile.pipeline import ONCE_PER_SPLIT
 from hetegen_compile.planned import BucketPlan
 from hetegen_compile.planner import Planner
 from hetegen_compile.schedule import Schedule
 from hetegen_compile.segments import inductor_compiler, plain_compiler
 from tests.backend.modules import WIDTH, Mlp, random
 from tests.models.architectures import ARCHITECTURES, PROMPT, generate, prompts, tiny_model
-from tests.models.harness import RecordingBackend, changing_seed, emulated, new_schedules, through_inductor
+from tests.models.harness import (
+    RecordingBackend,
+    changing_seed,
+    emulated,
+    half_the_weights,
+    new_schedules,
+    through_inductor,
+)
 
 TOKENS = 5
 """That a generation adds to its prompt."""
@@ -380,11 +389,10 @@ def test_a_report_says_what_others_use_of_the_device(monkeypatch: pytest.MonkeyP
     assert "3.00 MiB" in schedule.explain()
 
 
-@pytest.mark.parametrize(("architecture", "split"), [("gpt2", 0.5), ("llama", "auto")])
-def test_every_budget_from_the_smallest_to_the_whole_model_has_a_plan(
-    architecture: str, split: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, inputs = tiny_model(architecture, layers=1), prompts(2)
+def _plannings(
+    monkeypatch: pytest.MonkeyPatch, model: nn.Module, run: Callable[[], Any], **options: Any
+) -> list[tuple[Planner, tuple[Any, ...]]]:
+    """What the buckets of a run were planned with."""
     calls: list[tuple[Planner, tuple[Any, ...]]] = []
     plan_bucket = Planner.plan_bucket
 
@@ -392,10 +400,35 @@ def test_every_budget_from_the_smallest_to_the_whole_model_has_a_plan(
         calls.append((planner, arguments))
         return plan_bucket(planner, *arguments)
 
-    monkeypatch.setattr(Planner, "plan_bucket", noted)
-    model.compile(backend=RecordingBackend(), options=emulated(split=split))
-    forward(model, inputs)
-    ((planner, (bucket, sizes, target, weights)),) = calls
+    with monkeypatch.context() as patched:
+        patched.setattr(Planner, "plan_bucket", noted)
+        model.compile(backend=RecordingBackend(), options=emulated(**options))
+        run()
+    return calls
+
+
+def test_what_another_split_needs_on_a_gpu_does_not_depend_on_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", layers=1)
+    options = {"gpu_memory": half_the_weights(model), "split": 0.5}
+    calls = _plannings(monkeypatch, model, lambda: generate(model, prompts(1), "static"), **options)
+    stages = tuple(stage for stage in ONCE_PER_SPLIT if stage.run is not lower)  # there is no GPU
+    needs = []
+    for planner, (bucket, sizes, target, weights) in calls:
+        base = planner.plan_bucket(bucket, sizes, replace(target, device=torch.device("cuda:0")), weights)
+        steps = [planner.plan_split(base, split, stages) for split in (0.5, 0.0, 0.5, 0.0)]
+        needs.append([require(s.context.memory, "measure_memory").peak_bytes(s.context.room) for s in steps])
+    assert len(needs) == 2, "prefill and decode"
+    assert all(need[:2] == need[2:] for need in needs)
+    assert any(need[0] != need[1] for need in needs)
+
+
+@pytest.mark.parametrize(("architecture", "split"), [("gpt2", 0.5), ("llama", "auto")])
+def test_every_budget_from_the_smallest_to_the_whole_model_has_a_plan(
+    architecture: str, split: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = tiny_model(architecture, layers=1), prompts(2)
+    ((planner, planning),) = _plannings(monkeypatch, model, lambda: forward(model, inputs), split=split)
+    bucket, sizes, target, weights = planning
     first = planner.plan_bucket(bucket, sizes, target, weights)
 
     def planned(budget_bytes: int) -> Schedule:
