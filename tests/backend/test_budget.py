@@ -416,10 +416,10 @@ def test_what_another_split_needs_on_a_gpu_does_not_depend_on_the_one_before(mon
     for planner, (bucket, sizes, target, weights) in calls:
         base = planner.plan_bucket(bucket, sizes, replace(target, device=torch.device("cuda:0")), weights)
         steps = [planner.plan_split(base, split, stages) for split in (0.5, 0.0, 0.5, 0.0)]
+        assert steps[0].schedule.host_bytes > steps[1].schedule.host_bytes == 0
         needs.append([require(s.context.memory, "measure_memory").peak_bytes(s.context.room) for s in steps])
     assert len(needs) == 2, "prefill and decode"
     assert all(need[:2] == need[2:] for need in needs)
-    assert any(need[0] != need[1] for need in needs)
 
 
 @pytest.mark.parametrize(("architecture", "split"), [("gpt2", 0.5), ("llama", "auto")])
