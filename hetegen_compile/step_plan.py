@@ -12,7 +12,7 @@ from hetegen_compile.bind import BoundStep, bind
 from hetegen_compile.captured_graph import CapturedGraph
 from hetegen_compile.passes.claims import weight_key
 from hetegen_compile.passes.context import require
-from hetegen_compile.planned import PlannedStep, Sizes
+from hetegen_compile.planned import ScheduledStep, Sizes
 from hetegen_compile.room import Room
 from hetegen_compile.runtime import Runtime
 from hetegen_compile.schedule import Schedule
@@ -41,7 +41,7 @@ class StepPlan:
     epoch: int
 
     @classmethod
-    def of(cls, graph: CapturedGraph, planned: PlannedStep, runtime: Runtime, inputs: Sequence[Any]) -> StepPlan:
+    def of(cls, graph: CapturedGraph, planned: ScheduledStep, runtime: Runtime, inputs: Sequence[Any]) -> StepPlan:
         """Bind a schedule; what it keeps resident has been entered in the runtime's ledger."""
         bound, context = _bound(planned, runtime), planned.context
         residency = require(context.residency, "choose_residency")
@@ -55,7 +55,7 @@ class StepPlan:
             first_rows={i: read.get(i, first) for i, first in resident.items()},
             values=StepValues(bound, graph.facts, {}),
             ring_bytes=residency.ring_bytes,
-            budget_bytes=context.budget_bytes - sum(context.overhead_bytes.values()),
+            budget_bytes=context.usable_bytes,
             epoch=runtime.ledger.epoch,
         )
         plan._look_up(runtime, inputs)
@@ -85,7 +85,7 @@ class StepPlan:
         self.epoch = ledger.epoch
 
 
-def _bound(planned: PlannedStep, runtime: Runtime) -> BoundStep:
+def _bound(planned: ScheduledStep, runtime: Runtime) -> BoundStep:
     context = planned.context
     work = require(context.prediction, "predict_step").work
     need = require(context.memory, "measure_memory")

@@ -29,11 +29,11 @@ class CountsGuards:
         self.again: list[tuple[Any, Any]] = []
         plan_bucket, decide_again = Planner.plan_bucket, Planner.decide_again
 
-        def counted(planner: Planner, bucket: Any, sizes: Any, target: Any, weights: Any) -> Any:
+        def counted(planner: Planner, sizes: Any, target: Any, weights: Any) -> Any:
             before = self._guards(planner._module)
-            found = plan_bucket(planner, bucket, sizes, target, weights)
+            found = plan_bucket(planner, sizes, target, weights)
             self.added.append(self._guards(planner._module) - before)
-            self.plans.append((planner, bucket))
+            self.plans.append((planner, found.context.bucket))
             return found
 
         def again(planner: Planner, base: Any, sizes: Any, target: Any, weights: Any) -> Any:
