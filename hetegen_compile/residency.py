@@ -103,9 +103,10 @@ class ResidencyLedger:
         self.first_rows = first_rows
         self._mirrors.keep = frozenset(key.storage for key in first_rows if isinstance(key, WeightKey))
 
-    def has(self, residents: Sequence[tuple[Hashable, int]]) -> bool:
-        """Whether all rows from (weight, first row) on are still meant to be resident."""
-        return all(self.first_rows.get(key, math.inf) <= first for key, first in residents)
+    def has(self, residents: Sequence[tuple[Hashable, int]], ring_bytes: int) -> bool:
+        """Whether all rows from (weight, first row) on are still meant to be resident, and the ring as long."""
+        kept = all(self.first_rows.get(key, math.inf) <= first for key, first in residents)
+        return kept and self.ring_bytes >= ring_bytes
 
     @property
     def smallest_budget_bytes(self) -> int | None:

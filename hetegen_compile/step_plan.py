@@ -70,8 +70,8 @@ class StepPlan:
         """
         ledger = runtime.ledger
         if self.epoch != ledger.epoch:
-            shorter = ledger.ring_bytes < self.ring_bytes or budget_bytes() < self.schedule.budget_bytes
-            if shorter or not ledger.has([(weight_key(inputs[i]), first) for i, first in self.first_rows.items()]):
+            residents = [(weight_key(inputs[i]), first) for i, first in self.first_rows.items()]
+            if not ledger.has(residents, self.ring_bytes) or budget_bytes() < self.schedule.budget_bytes:
                 return False
             self._look_up(runtime, inputs)
         return self.room.covers(sizes)

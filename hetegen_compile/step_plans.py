@@ -6,14 +6,16 @@ A plan is made when a forward first needs it, and made again when what it decide
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from hetegen_compile.captured_graph import CapturedGraph, Part
 from hetegen_compile.graph_inputs import as_int
 from hetegen_compile.heap import large_heap
+from hetegen_compile.passes.claims import weight_key
 from hetegen_compile.passes.context import Refusal, require
 from hetegen_compile.passes.plans import UNFORESEEN
 from hetegen_compile.planned import BucketPlan, Sizes, Split, Target
@@ -108,29 +110,44 @@ class StepPlans:
         sizes = self.graph.sizes(inputs)
         part = self._planner.bucket(sizes), self.graph.model_of(inputs)
         plan = self._plans.get((part, split))
-        if plan is not None and not plan.is_good(self.runtime, inputs, lambda: self.budget_bytes, sizes):
+        if plan is not None and not self._is_good(plan, inputs, sizes):
             self.outdate([part])
             plan = None
         if plan is None:
             with quiet(self.runtime.accelerator.device), large_heap():
                 plan = self._make(part, split, sizes, inputs)
-            self._plans[part, split] = plan
         return plan
+
+    def _is_good(self, plan: StepPlan, inputs: Sequence[Any], sizes: Sizes) -> bool:
+        return plan.is_good(self.runtime, inputs, lambda: self.budget_bytes, sizes)
+
+    def _stands(self, part: Part, inputs: Sequence[Any]) -> bool:
+        """Whether a decision about memory is known that the accelerator still keeps: for steps of another split."""
+        if part not in self._buckets:
+            return False
+        ledger, context = self.runtime.ledger, self._buckets[part].context
+        residency = require(context.residency, "choose_residency")
+        kept = [(weight_key(inputs[self.graph.weights[name]]), first) for name, first in residency.weights.items()]
+        return self.budget_bytes >= context.budget_bytes and ledger.has(kept, residency.ring_bytes)
 
     # ---- making one ------------------------------------------------------------------------------------------
 
     def _make(self, part: Part, split: Split, sizes: Sizes, inputs: Sequence[Any]) -> StepPlan:
-        self._forget_dead()
-        if part not in self._buckets:
-            base = self._decide(part, sizes, inputs)
-            self._enter(part, base, inputs)
-            self._buckets[part] = base
-            self._outdated.pop(part, None)
+        """A plan with what has been decided about memory for another split, if that still holds and does for it."""
+        plan = self._scheduled(part, split, inputs) if self._stands(part, inputs) else None
+        if plan is None or not self._is_good(plan, inputs, sizes):
+            self.outdate([part])
+            self._decide(part, sizes, inputs)
+            plan = self._scheduled(part, split, inputs)
+        return plan
+
+    def _scheduled(self, part: Part, split: Split, inputs: Sequence[Any]) -> StepPlan:
         planned = self._planner.plan_split(self._buckets[part], split)
         plan = StepPlan.of(self.graph, planned, self.runtime, inputs)
         plan.schedule.refusals += (*self.notes, *plan.bound.refusals)
         plan.schedule.beside_bytes = self.runtime.accelerator.beside_bytes
         self._tell(plan.schedule)
+        self._plans[part, split] = plan
         return plan
 
     def _forget_dead(self) -> None:
@@ -140,8 +157,16 @@ class StepPlans:
         for part in dead:
             self._outdated.pop(part, None)
 
-    def _decide(self, part: Part, sizes: Sizes, inputs: Sequence[Any]) -> BucketPlan:
-        weights, known = self.graph.weight_tensors(inputs), self._outdated.get(part)
+    def _decide(self, part: Part, sizes: Sizes, inputs: Sequence[Any]) -> None:
+        """Share out the accelerator's memory, and make what was decided hold there."""
+        self._forget_dead()
+        base = self._decided(part, sizes, self.graph.weight_tensors(inputs))
+        self._enter(part, base, inputs)
+        self._buckets[part] = base
+        self._outdated.pop(part, None)
+
+    def _decided(self, part: Part, sizes: Sizes, weights: Mapping[str, Tensor]) -> BucketPlan:
+        known = self._outdated.get(part)
         if known is None:
             return self._planner.plan_bucket(sizes, self._target(part), weights)
         logger.info("%s: memory is shared out anew, and the step scheduled again", part[0])

@@ -122,8 +122,12 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> sympy.Expr:
 
 
 def _higher_order_flops(func: HigherOrderOperator, args: Any, out: Any) -> sympy.Expr:
-    """FLOPs of an operation that is given functions, where torch has a formula for it."""
-    return to_expr(flop_registry[func](*args, out_val=out)) if func in flop_registry else sympy.Integer(0)
+    """Those of an operation that is given functions: by torch's formula, else attention's (torch before 2.13)."""
+    if func in flop_registry:
+        return to_expr(flop_registry[func](*args, out_val=out))
+    if func.name() == "flex_attention":
+        return to_expr(_attention_flops(*(tuple(t.shape) for t in args[:3])))
+    return sympy.Integer(0)
 
 
 def _attention_flops(query: tuple[Any, ...], key: tuple[Any, ...], value: tuple[Any, ...]) -> Any:

@@ -24,7 +24,7 @@ from hetegen_compile.passes.annotate_costs import linear_cost, value_bytes
 from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, forced_split, table_only
 from hetegen_compile.passes.claims import Claim
 from hetegen_compile.passes.context import Context
-from hetegen_compile.passes.plans import MIRRORED, OTHERS, RESIDENT, RING, STAGED_CHUNK_BYTES, Residency
+from hetegen_compile.passes.plans import MIRRORED, OTHERS, RESIDENT, RING, STAGED_CHUNK_BYTES, Residency, step_bytes
 from hetegen_compile.passes.residency_shares import residency_shares
 from hetegen_compile.passes.stacked_weights import stacked_weights
 from hetegen_compile.passes.step_memory import caches_grow, mirrored_size, step_memory
@@ -54,9 +54,7 @@ class _Sharing:
         self._context = context
         self._stacks = stacked_weights(module, context)
         self._mirrored = mirrored_size(module, weights, context, self._stacks)
-        step = step_memory(module, weights, context, self._mirrored)
-        self._step_bytes = sum(step.values())
-        self._fixed = {**step, **context.overhead_bytes}
+        self._fixed = {**step_memory(module, weights, context, self._mirrored), **context.overhead_bytes}
         self._smallest = _WINDOW * max((_smallest_chunk(weight) for weight in weights), default=0)
         tables = [node for node in module.graph.find_nodes(op="placeholder") if table_only(node, context)]
         self._tables = {node.name: 0 if node in weights else value_bytes(node, context) for node in tables}
@@ -77,7 +75,7 @@ class _Sharing:
             return self._residency((), rest, self._smallest, budget)
         if self._context.budget_bytes < own + self._smallest:
             raise _budget_error(self._fixed, self._smallest, self._module, self._context)
-        beyond = max(0, self._context.resident.reserved_bytes() - self._step_bytes)
+        beyond = max(0, self._context.resident.reserved_bytes() - step_bytes(self._fixed))
         if self._context.budget_bytes < own + beyond + self._smallest:
             beyond = 0  # both cannot stay at once, whatever is resident
         return self._share(self._context.budget_bytes - own, beyond, others)

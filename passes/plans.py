@@ -75,6 +75,7 @@ UNFORESEEN = "what earlier plans did not foresee"
 """The budget's item for what a step or its verification needed beyond an earlier plan."""
 RESIDENT = "resident weights"
 RING = "staging ring"
+_STEP = (MIRRORED, ACTIVATIONS, GROWTH, BATCHES, UNFORESEEN)
 
 STAGED_CHUNK_BYTES = 16 << 20
 """Bytes of a chunk of a staged weight: where the link's rate has levelled off, so the pinned ring stays small."""
@@ -114,7 +115,12 @@ class Residency:
     @property
     def step_bytes(self) -> int:
         """What this graph's step needs beside resident weights and the ring."""
-        return sum(self.budget.get(item, 0) for item in (MIRRORED, ACTIVATIONS, GROWTH, BATCHES))
+        return step_bytes(self.budget)
+
+
+def step_bytes(budget: Mapping[str, int]) -> int:
+    """What a step takes of a budget beside resident weights, the ring, and what the device's libraries take."""
+    return sum(budget.get(item, 0) for item in _STEP)
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ aten = torch.ops.aten
 def retarget_devices(module: fx.GraphModule, context: Context) -> None:
     """Move every segment, and the notes on its values, to the context's device."""
     if context.device.type != "cpu":
+        _own_segments(module)
         _retarget(module, context.device)
     elif os.environ.get(CHECK_VARIABLE) == "1":
         check_devices(module)
@@ -65,11 +66,19 @@ def check_devices(module: fx.GraphModule) -> None:
         ScheduleError: a tensor is used on a device where it is not; names the node and its module.
     """
     copy = copy_module(module)
-    for call in copy.graph.find_nodes(op="call_module"):
-        segment = copy.get_submodule(str(call.target))
-        if isinstance(segment, fx.GraphModule):
-            setattr(copy, str(call.target), copy_module(segment))
+    _own_segments(copy)
     _retarget(copy, _CUDA)
+
+
+def _own_segments(module: fx.GraphModule) -> None:
+    """Give the schedule copies of its segments: it shares them with the graph that other splits are made from.
+
+    What such a graph occupies is measured on the host's values, and its operations may be repeated on the host.
+    """
+    for call in module.graph.find_nodes(op="call_module"):
+        segment = module.get_submodule(str(call.target))
+        if isinstance(segment, fx.GraphModule):
+            setattr(module, str(call.target), copy_module(segment))
 
 
 def _retarget(module: fx.GraphModule, device: torch.device) -> None:

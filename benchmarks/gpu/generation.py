@@ -78,7 +78,7 @@ def three_splits(settings: Settings) -> dict[str, Any]:
     model = small_model("llama")
     expected = generate(model, 1, "static")
     found = {}
-    compile_small(model, settings, split=0.5, context=96)  # room for what another split needs beside its residency
+    compile_small(model, settings, split=0.5)
     for split in (0.5, 0.0, 1.0):
         with Watched() as watched, hetegen_compile.override_split(split):
             require_like(expected, generate(model, 1, "static"))

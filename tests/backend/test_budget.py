@@ -19,18 +19,27 @@ import hetegen_compile
 from hetegen_compile.accelerators.emulated import EmulatedAccelerator
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import info
-from hetegen_compile.passes.context import SegmentCompiler
+from hetegen_compile.passes.context import SegmentCompiler, require
 from hetegen_compile.passes.findings import MemoryNeed
+from hetegen_compile.passes.lower import lower
 from hetegen_compile.passes.measure_memory import inner_lives
-from hetegen_compile.passes.plans import UNFORESEEN
+from hetegen_compile.passes.plans import OTHERS, UNFORESEEN
 from hetegen_compile.passes.tensors import tensor_bytes, tensors_in
+from hetegen_compile.pipeline import ONCE_PER_SPLIT
 from hetegen_compile.planned import BucketPlan
 from hetegen_compile.planner import Planner
 from hetegen_compile.schedule import Schedule
 from hetegen_compile.segments import inductor_compiler, plain_compiler
 from tests.backend.modules import WIDTH, Mlp, random
 from tests.models.architectures import ARCHITECTURES, PROMPT, generate, prompts, tiny_model
-from tests.models.harness import RecordingBackend, changing_seed, emulated, new_schedules, through_inductor
+from tests.models.harness import (
+    RecordingBackend,
+    changing_seed,
+    emulated,
+    half_the_weights,
+    new_schedules,
+    through_inductor,
+)
 
 TOKENS = 5
 """That a generation adds to its prompt."""
@@ -230,6 +239,41 @@ def test_two_models_share_a_budget_and_do_not_thrash(layers: int, graphs: int) -
     assert backend.accelerator.counters.peak_bytes <= weights
 
 
+def test_forwards_by_turns_do_not_thrash_beside_a_devices_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a device's libraries take of the budget is no room for the larger of two steps."""
+    overhead, weights = 1 << 20, 4 * 128 * 128 * 4
+    monkeypatch.setattr(EmulatedAccelerator, "overhead_bytes", lambda self: {"workspace of a library": overhead})
+    model, backend, known = Mlp(4, 128).eval(), RecordingBackend(), hetegen_compile.schedules()
+    model.compile(backend=backend, options=emulated(gpu_memory=overhead + weights, split=0.0), dynamic=True)
+    with torch.no_grad():
+        for x in 3 * [random(48, 128), random(2, 128)]:
+            torch.testing.assert_close(model(x), model.forward(x), rtol=1e-4, atol=1e-5)
+    many, few = new_schedules(known)  # and none was made again
+    assert many.resident_bytes == few.resident_bytes > 0
+    assert few.budget[OTHERS] > weights // 10
+    assert backend.accelerator.counters.peak_bytes <= weights
+
+
+def test_another_split_is_planned_with_what_is_resident_now() -> None:
+    """What was decided for the first model holds no longer when the second has come."""
+    models, backend = _two_models(4 * 128 * 128 * 4, layers=5)
+    x, known = random(2, 128), hetegen_compile.schedules()
+    with torch.no_grad():
+        expected = models[0].forward(x)
+        for model in models:
+            model(x)
+        alone, shared = (schedule.resident_bytes for schedule in new_schedules(known))
+        with hetegen_compile.override_split(0.5):
+            found = models[0](x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    half = new_schedules(known)[-1]
+    assert half.split == 0.5
+    assert half.host_bytes > 0
+    assert 0 < half.resident_bytes < alone, "the two share what one had"
+    assert shared > 0
+    assert backend.accelerator.counters.peak_bytes <= 4 * 128 * 128 * 4
+
+
 def test_a_model_that_is_gone_leaves_its_room() -> None:
     weights = 4 * 128 * 128 * 4
     models, backend = _two_models(weights)
@@ -345,11 +389,10 @@ def test_a_report_says_what_others_use_of_the_device(monkeypatch: pytest.MonkeyP
     assert "3.00 MiB" in schedule.explain()
 
 
-@pytest.mark.parametrize(("architecture", "split"), [("gpt2", 0.5), ("llama", "auto")])
-def test_every_budget_from_the_smallest_to_the_whole_model_has_a_plan(
-    architecture: str, split: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, inputs = tiny_model(architecture, layers=1), prompts(2)
+def _plannings(
+    monkeypatch: pytest.MonkeyPatch, model: nn.Module, run: Callable[[], Any], **options: Any
+) -> list[tuple[Planner, tuple[Any, ...]]]:
+    """What the buckets of a run were planned with."""
     calls: list[tuple[Planner, tuple[Any, ...]]] = []
     plan_bucket = Planner.plan_bucket
 
@@ -357,10 +400,35 @@ def test_every_budget_from_the_smallest_to_the_whole_model_has_a_plan(
         calls.append((planner, arguments))
         return plan_bucket(planner, *arguments)
 
-    monkeypatch.setattr(Planner, "plan_bucket", noted)
-    model.compile(backend=RecordingBackend(), options=emulated(split=split))
-    forward(model, inputs)
-    ((planner, (sizes, target, weights)),) = calls
+    with monkeypatch.context() as patched:
+        patched.setattr(Planner, "plan_bucket", noted)
+        model.compile(backend=RecordingBackend(), options=emulated(**options))
+        run()
+    return calls
+
+
+def test_what_another_split_needs_on_a_gpu_does_not_depend_on_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", layers=1)
+    options = {"gpu_memory": half_the_weights(model), "split": 0.5}
+    calls = _plannings(monkeypatch, model, lambda: generate(model, prompts(1), "static"), **options)
+    stages = tuple(stage for stage in ONCE_PER_SPLIT if stage.run is not lower)  # there is no GPU
+    needs = []
+    for planner, (sizes, target, weights) in calls:
+        base = planner.plan_bucket(sizes, replace(target, device=torch.device("cuda:0")), weights)
+        steps = [planner.plan_split(base, split, stages) for split in (0.5, 0.0, 0.5, 0.0)]
+        assert steps[0].schedule.host_bytes > steps[1].schedule.host_bytes == 0
+        needs.append([require(s.context.memory, "measure_memory").peak_bytes(s.context.room) for s in steps])
+    assert len(needs) == 2, "prefill and decode"
+    assert all(need[:2] == need[2:] for need in needs)
+
+
+@pytest.mark.parametrize(("architecture", "split"), [("gpt2", 0.5), ("llama", "auto")])
+def test_every_budget_from_the_smallest_to_the_whole_model_has_a_plan(
+    architecture: str, split: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = tiny_model(architecture, layers=1), prompts(2)
+    ((planner, planning),) = _plannings(monkeypatch, model, lambda: forward(model, inputs), split=split)
+    bucket, sizes, target, weights = planning
     first = planner.plan_bucket(sizes, target, weights)
 
     def planned(budget_bytes: int) -> Schedule:

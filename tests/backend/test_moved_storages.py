@@ -43,7 +43,7 @@ def test_rows_of_a_moved_weight_leave_when_another_plan_wants_others() -> None:
         old = weight.untyped_storage()
         weight.data = weight.data.clone()  # as adoption does
         ledger.storages_moved({int(old._cdata): int(weight.untyped_storage()._cdata)})
-        assert ledger.has([(weight_key(weight), 32)])
+        assert ledger.has([(weight_key(weight), 32)], 0)
         assert [claim.key for claims in ledger.others(owner, "decode").claims() for claim in claims] == [
             weight_key(weight)
         ]
@@ -64,6 +64,6 @@ def test_plans_look_again_after_a_move() -> None:
         epoch = ledger.epoch
         ledger.storages_moved({int(weight.untyped_storage()._cdata): 1})
         assert ledger.epoch > epoch
-        assert not ledger.has([(weight_key(weight), 32)])
+        assert not ledger.has([(weight_key(weight), 32)], 0)
     finally:
         accelerator.close()

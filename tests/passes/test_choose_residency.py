@@ -23,7 +23,7 @@ from hetegen_compile.options import Options
 from hetegen_compile.passes import annotate_costs, choose_residency, choose_splits
 from hetegen_compile.passes.claims import Claim, NothingResident
 from hetegen_compile.passes.context import Bucket
-from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH, OTHERS, RESIDENT, Residency
+from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH, OTHERS, RESIDENT, UNFORESEEN, Residency
 from tests.passes.graphs import GIB, Case, again, case, property_test
 
 SIZES = ((64, 512), (512, 512), (512, 128), (128, 1000))
@@ -300,6 +300,18 @@ def test_steps_of_other_graphs_keep_their_room(chain: Case, overhead: dict[str, 
     decided = decide(chain, needed + TOTAL, overhead_bytes=overhead, resident=Beside(step_bytes=own + 5000))
     assert decided.budget[OTHERS] == 5000
     assert sum(decided.budget.values()) <= needed + TOTAL
+
+
+@pytest.mark.parametrize(("item", "beyond"), [("workspace of a library", 5000), (UNFORESEEN, 2000)])
+def test_what_libraries_take_leaves_no_room_for_steps_of_other_graphs(chain: Case, item: str, beyond: int) -> None:
+    """They take it beside whichever step; what this graph's own steps were found to need is taken by turns."""
+    needed = named_budget(chain)
+    own = decide(chain, needed).step_bytes
+    budget = needed + TOTAL + 3000
+    decided = decide(chain, budget, resident=Beside(step_bytes=own + 5000), overhead_bytes={item: 3000})
+    assert decided.budget[OTHERS] == beyond
+    assert decided.step_bytes + decided.budget[OTHERS] == own + 5000
+    assert sum(decided.budget.values()) <= budget
 
 
 def test_a_step_that_does_not_fit_beside_others_goes_before_them(chain: Case) -> None:

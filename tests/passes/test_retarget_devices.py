@@ -23,6 +23,7 @@ from hetegen_compile.ir import (
     STAGE,
     TO_HOST,
     annotate,
+    copy_module,
     info,
 )
 from hetegen_compile.passes import carry_prefetches, insert_transfers, retarget_devices, schedule, split_linears
@@ -55,6 +56,14 @@ def test_every_value_of_every_segment_is_on_the_device() -> None:
     assert {tensor.device.type for tensor in tensors_of(found)} == {"cpu"}
     retarget_devices(found.module, replace(found.context, device=CUDA))
     assert {tensor.device for tensor in tensors_of(found)} == {CUDA}
+
+
+def test_the_graph_that_other_splits_are_made_from_stays_the_hosts() -> None:
+    found = scheduled(attention, torch.randn(1, 5, 64))
+    base = replace(found, module=copy_module(found.module))
+    retarget_devices(found.module, replace(found.context, device=CUDA))
+    assert {tensor.device for tensor in tensors_of(found)} == {CUDA}
+    assert {tensor.device.type for tensor in tensors_of(base)} == {"cpu"}
 
 
 def test_the_emulated_accelerator_changes_nothing() -> None:
