@@ -110,9 +110,10 @@ def test_lowering_makes_no_guards() -> None:
     first, second = nn.Linear(64, 64), nn.Linear(64, 64)
 
     def function(x: Tensor) -> Tensor:
-        y = first(x).relu()
+        y: Tensor = first(x).relu()
         one = y[-3]
-        return second(y) + one
+        result: Tensor = second(y) + one
+        return result
 
     x = torch.randn(5, 64)
     torch._dynamo.mark_dynamic(x, 0)
