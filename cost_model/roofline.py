@@ -111,9 +111,9 @@ def accelerator_op_s(profile: HardwareProfile, dtype: str, flops: float, nbytes:
     return operation_s(flops, nbytes, rate, device.memory_bytes_per_s, device.launch_s)
 
 
-LINE_OVERHEAD_BYTES = 64
-"""What each line of a 2-D copy costs beside its bytes, as bytes of a contiguous copy: on average half a read request of
-128 bytes at each of its two ends. Assumed, until a calibration measures it."""
+LINE_OVERHEAD_BYTES = 300
+"""What each line of a 2-D copy costs beside its bytes, as bytes of a contiguous copy. Measured (H200, PCIe 5): 420 for
+lines of 64 bytes, 390 for 256, 300 for 1 KiB, 260 for 4 KiB; those of schedules are of 1 KiB and more."""
 
 
 def upload_s(
