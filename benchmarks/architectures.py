@@ -26,18 +26,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
+import transformers
 from tabulate import tabulate
+from transformers.models.auto import modeling_auto
 
-from benchmarks.one_architecture import REASON_CHARACTERS, Outcome, measure
+from benchmarks.one_architecture import FACTORIES, REASON_CHARACTERS, Outcome, measure
 
-KINDS = ("causal", "seq2seq", "speech", "masked")
+KINDS = tuple(FACTORIES)
 CACHES = ("dynamic", "static")
 
 
 def architectures(kind: str) -> list[str]:
     """Model types that transformers maps to a class of this kind."""
-    from transformers.models.auto import modeling_auto
-
     mapping = {
         "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -108,9 +109,6 @@ def _load(path: Path | None) -> list[Outcome]:
 
 def _store(path: Path | None, outcomes: Iterable[Outcome]) -> None:
     if path is not None:
-        import torch
-        import transformers
-
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         rows = [asdict(outcome) for outcome in outcomes]
         path.write_text(json.dumps({"versions": versions, "outcomes": rows}, indent=1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import traceback
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,7 +39,7 @@ class Outcome:
         graphs: how often the backend was called; on_host: how many of those graphs run on the host in eager mode.
         linear_bytes: weights of the model's Linears.
         split_share: what share of them the plan that splits most of them splits (None: not measured).
-        host_bytes, streamed_bytes: of the largest plan.
+        host_bytes, streamed_bytes: of the plan with most of each.
         refusals: what was left alone, each reason once.
         inductor: whether segments were compiled with Inductor; else they ran as plain FX code.
     """
@@ -184,7 +183,7 @@ def _compare(result: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[st
 
 def _with_schedules(outcome: Outcome, schedules: Sequence[Any]) -> Outcome:
     split = [schedule.host_bytes + schedule.streamed_bytes + schedule.resident_bytes for schedule in schedules]
-    reasons = Counter(refusal.reason for schedule in schedules for refusal in schedule.refusals)
+    reasons = dict.fromkeys(refusal.reason for schedule in schedules for refusal in schedule.refusals)
     return replace(
         outcome,
         on_host=sum("not offloaded" in schedule.title for schedule in schedules),

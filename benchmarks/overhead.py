@@ -82,8 +82,7 @@ class NullBackend:
         started = time.perf_counter()
         mode = capture(module, inputs)
         graph = CompiledGraph(
-            module, inputs, options=self._options, profile=self._profile, runtime=self._runtime,
-            reopen=lambda: self._runtime,
+            module, inputs, options=self._options, profile=self._profile, open_runtime=lambda: self._runtime,
             compile_segment=inductor_compiler(mode),
         )
         self.seconds += time.perf_counter() - started

@@ -29,16 +29,16 @@ import torch
 from tabulate import tabulate
 
 from benchmarks.model_shapes import SHAPES, Depth, Shape, shape_of
-from hetegen_compile.buckets import bucket_of
 from hetegen_compile.cost_model import HardwareProfile, load_profile, preset_names
-from hetegen_compile.dry_run.planning import STAGES, Machine, PlannedWeights
+from hetegen_compile.dry_run.planning import Machine
 from hetegen_compile.floor import Floor, floor, offloaded_together_s
-from hetegen_compile.graph_inputs import number, token_count
 from hetegen_compile.options import Options
 from hetegen_compile.passes.choose_residency import staging_ring_bytes
+from hetegen_compile.passes.claims import NothingResident
 from hetegen_compile.passes.context import SegmentCache, require
 from hetegen_compile.passes.plans import RESIDENT, RING, Residency
-from hetegen_compile.planned import BucketPlan, PlannedStep, Split, Target
+from hetegen_compile.pipeline import UNTIL_VERIFIED
+from hetegen_compile.planned import DRY_RUN, BucketPlan, ScheduledStep, Split, Target
 from hetegen_compile.planner import Planner
 
 SHARES = (0.10, 0.25, 0.50, 0.75)
@@ -113,10 +113,10 @@ class Work:
             streamed_bytes=found.streamed_bytes, host_bytes=found.host_bytes,
         )  # fmt: skip
 
-    def plan(self, profile: HardwareProfile, share: float) -> tuple[BucketPlan, PlannedStep]:
+    def plan(self, profile: HardwareProfile, share: float) -> tuple[BucketPlan, ScheduledStep]:
         """The plan with this share of the weights resident, before and after it is scheduled."""
         base = self.base(profile, share)
-        return base, self._planner(profile, "auto").plan_split(base, "auto", STAGES)
+        return base, self._planner(profile, "auto").plan_split(base, "auto", UNTIL_VERIFIED)
 
     def base(self, profile: HardwareProfile, share: float) -> BucketPlan:
         """What does not depend on the split. Planned twice: the first tells what a step needs beside weights."""
@@ -132,9 +132,8 @@ class Work:
 
     def _planned(self, profile: HardwareProfile, budget: int, ring: int, split: Split) -> BucketPlan:
         machine = Machine(Options(), profile, self.full_bytes)
-        target = Target("dry run", torch.device("cpu"), budget, PlannedWeights(), ring, host_memory=machine)
-        tokens = number(token_count(self.graph.module), self.sizes)
-        return self._planner(profile, split).plan_bucket(bucket_of(tokens), self.sizes, target, self.graph.weights)
+        target = Target(DRY_RUN, torch.device("cpu"), budget, NothingResident(ring), host_memory=machine)
+        return self._planner(profile, split).plan_bucket(self.sizes, target, self.graph.weights)
 
 
 def results(

@@ -16,12 +16,19 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hetegen_compile.compiled import CompiledGraph
-from hetegen_compile.errors import CompilationError, GradientsNotSupportedError, HetegenError
+from hetegen_compile.errors import (
+    CompilationError,
+    GradientsNotSupportedError,
+    HetegenError,
+    chain_of,
+    drop_frames,
+)
 from hetegen_compile.hardware import profile_for
 from hetegen_compile.heap import large_heap
 from hetegen_compile.options import Options, parse_options
-from hetegen_compile.passes.capture import capture, tensors_in
+from hetegen_compile.passes.capture import capture
 from hetegen_compile.passes.context import SegmentCompiler
+from hetegen_compile.passes.tensors import tensors_in
 from hetegen_compile.runtime import runtime_for
 from hetegen_compile.segments import inductor_compiler
 
@@ -95,8 +102,6 @@ def _compile(
 ) -> CompiledGraph:
     _refuse_gradients(module)
     profile = profile_for(options)
-    open_runtime = functools.partial(runtime_for, options, profile)
-    runtime = open_runtime()
     with large_heap():
         mode = capture(module, inputs)
         return CompiledGraph(
@@ -104,8 +109,7 @@ def _compile(
             inputs,
             options=options,
             profile=profile,
-            runtime=runtime,
-            reopen=open_runtime,
+            open_runtime=functools.partial(runtime_for, options, profile),
             compile_segment=compiler(mode),
         )
 
@@ -119,7 +123,7 @@ def _raise_recompile_limit() -> None:
 def _refuse_gradients(module: fx.GraphModule) -> None:
     if not torch.is_grad_enabled():
         return
-    output = next(iter(reversed(module.graph.nodes)))
+    output = module.graph.output_node()
     examples = [node.meta.get("example_value") for node in output.all_input_nodes]
     if any(tensor.requires_grad for tensor in tensors_in(examples)):
         raise GradientsNotSupportedError(
@@ -129,21 +133,17 @@ def _refuse_gradients(module: fx.GraphModule) -> None:
 
 
 def _raising(error: HetegenError) -> Callable[..., Any]:
-    """A callable that raises a copy of ``error`` each time, so that no call's frames (and tensors) stay with it."""
+    """A callable that raises a copy of ``error`` each time, so that no call's frames (and tensors) stay with it.
+
+    Of the frames of its causes the text is kept.
+    """
     logger.error("%s", error)
     logger.debug("where it was raised", exc_info=error)
-    _drop_frames(error)
+    for cause in chain_of(error)[1:]:
+        cause.add_note("raised at\n" + "".join(traceback.format_tb(cause.__traceback__)))
+    drop_frames(error)
 
     def fail(*args: Tensor) -> Any:
         raise copy.copy(error) from error.__cause__
 
     return fail
-
-
-def _drop_frames(error: BaseException) -> None:
-    """Drop the frames of an error and its causes: they hold graph, weights and runtime. A cause keeps their text."""
-    error.__traceback__ = None
-    inner = error.__cause__ or error.__context__
-    if inner is not None:
-        inner.add_note("raised at\n" + "".join(traceback.format_tb(inner.__traceback__)))
-        _drop_frames(inner)

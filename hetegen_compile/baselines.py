@@ -9,7 +9,7 @@ from torch import fx
 from hetegen_compile.cost_model import host_linear_s, host_op_s, upload_s
 from hetegen_compile.ir import LINEAR, info, is_tensor
 from hetegen_compile.passes.annotate_costs import dtype_name, value_bytes
-from hetegen_compile.passes.capture import FREE_ATEN
+from hetegen_compile.passes.aten_listener import FREE_ATEN
 from hetegen_compile.passes.choose_splits import choose_splits
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import NodeCost

@@ -34,11 +34,11 @@ from hetegen_compile.cost_model import KernelChoice
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.host_kernels import bind_kernels
 from hetegen_compile.ir import info
-from hetegen_compile.passes.capture import tensors_in
 from hetegen_compile.passes.context import Refusal
 from hetegen_compile.passes.findings import Work
 from hetegen_compile.passes.lower import CompiledSegment
 from hetegen_compile.passes.schedule import pinned_ring_bytes
+from hetegen_compile.passes.tensors import tensors_in
 
 logger = logging.getLogger("hetegen_compile")
 

@@ -9,12 +9,11 @@ from typing import Any
 import sympy
 from torch import Tensor, fx
 
-from hetegen_compile.buckets import bucket_of
 from hetegen_compile.cost_model import HardwareProfile
-from hetegen_compile.graph_inputs import aliased_inputs, as_int, is_weight, number, symbol_inputs, token_count
+from hetegen_compile.graph_inputs import aliased_inputs, as_int, is_weight, symbol_inputs
 from hetegen_compile.options import Options
-from hetegen_compile.passes.capture import source_name
 from hetegen_compile.passes.context import Bucket, SegmentCache
+from hetegen_compile.passes.sources import source_name
 from hetegen_compile.planned import Sizes
 from hetegen_compile.step_values import InputFacts
 from hetegen_compile.undo import HostWrites, host_writes
@@ -31,7 +30,6 @@ class CapturedGraph:
         segments: those that have been compiled.
         weights: positions of parameters and buffers among the inputs, by name of the placeholder.
         symbols: position of the input that tells each symbol.
-        tokens: of a forward, over these symbols.
         writes: inputs that need care before a step may run twice.
     """
 
@@ -42,7 +40,6 @@ class CapturedGraph:
     weights: Mapping[str, int]
     facts: InputFacts
     symbols: Mapping[sympy.Symbol, int]
-    tokens: sympy.Expr
     writes: HostWrites
 
     @classmethod
@@ -68,17 +65,12 @@ class CapturedGraph:
             weights=weights,
             facts=facts,
             symbols=symbol_inputs(placeholders),
-            tokens=token_count(module),
             writes=host_writes(module.graph),
         )
 
     def sizes(self, inputs: Sequence[Any]) -> Sizes:
         """The sizes of one call."""
         return {symbol: sympy.Integer(as_int(inputs[i])) for symbol, i in self.symbols.items()}
-
-    def part(self, inputs: Sequence[Any], sizes: Sizes) -> Part:
-        """Whose plan a call needs, and for how many tokens."""
-        return bucket_of(number(self.tokens, sizes)), self.model_of(inputs)
 
     def anchor(self, inputs: Sequence[Any]) -> Tensor | None:
         """One of the model's weights: plans are void when it is gone."""

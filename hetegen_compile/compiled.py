@@ -27,11 +27,10 @@ class CompiledGraph:
 
     Args:
         inputs: real ones; the first plan is made for them.
-        runtime: of the accelerator that it runs on.
-        reopen: asked for another one if it is called after ``release``.
+        open_runtime: opens the accelerator that it runs on; asked again if it is called after ``release``.
     """
 
-    __slots__ = ("__weakref__", "_graph", "_host_only", "_opened", "_reopen")
+    __slots__ = ("__weakref__", "_graph", "_host_only", "_open_runtime", "_opened")
     # with a __dict__, Dynamo's wrapper would hold a copy of it, and with that what ``release`` lets go
 
     def __init__(
@@ -41,18 +40,17 @@ class CompiledGraph:
         *,
         options: Options,
         profile: HardwareProfile,
-        runtime: Runtime,
-        reopen: Callable[[], Runtime],
+        open_runtime: Callable[[], Runtime],
         compile_segment: SegmentCompiler,
     ) -> None:
         segments = SegmentCache(compile_segment, {})
         self._graph = CapturedGraph.of(module, inputs, options=options, profile=profile, segments=segments)
-        self._reopen = reopen
+        self._open_runtime = open_runtime
         self._host_only: Schedule | None = None
-        steps = StepPlans(self._graph, runtime)
-        self._opened: StepPlans | None = steps
-        with runtime.lock:
-            runtime.mirrors.check()
+        self._opened: StepPlans | None = None
+        steps = self._open()
+        with steps.runtime.lock:
+            steps.runtime.mirrors.check()
             try:
                 with_remedies(steps, lambda: steps.find(inputs))
             except HostOnlyGraphError as reason:
@@ -101,7 +99,7 @@ class CompiledGraph:
     def _open(self) -> StepPlans:
         opened = self._opened
         if opened is None:
-            opened = self._opened = StepPlans(self._graph, self._reopen())
+            opened = self._opened = StepPlans(self._graph, self._open_runtime())
         return opened
 
     def _step(self, steps: StepPlans, inputs: Sequence[Any]) -> Any:

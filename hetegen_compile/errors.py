@@ -3,6 +3,8 @@
 A leaf: imports nothing of the project, may be imported by every layer.
 """
 
+import traceback
+
 
 class HetegenError(Exception):
     """Base of all errors of this package."""
@@ -73,8 +75,20 @@ def drop_frames(error: BaseException) -> None:
 
     Whoever keeps the error (Inductor keeps what its C++ compiler raised while the process lives) would keep them.
     """
+    for one in chain_of(error):
+        one.__traceback__ = None
+
+
+def clear_frames(error: BaseException) -> None:
+    """Drop what the frames of an error, and of all that it came from, hold; they stay to be read."""
+    for one in chain_of(error):
+        traceback.clear_frames(one.__traceback__)
+
+
+def chain_of(error: BaseException) -> list[BaseException]:
+    """An error and all that it came from, each once, itself first."""
     chain = [error]
     for one in chain:
-        one.__traceback__ = None
         inner = (one.__cause__, one.__context__, getattr(one, "inner_exception", None))
         chain += [other for other in inner if isinstance(other, BaseException) and other not in chain]
+    return chain

@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import py_sym_types
 
 from hetegen_compile.ir import info, written_storages
-from hetegen_compile.passes.capture import to_expr
 from hetegen_compile.passes.expressions import evaluate
+from hetegen_compile.passes.tensors import to_expr
 
 
 def is_weight(node: fx.Node, value: Any) -> bool:

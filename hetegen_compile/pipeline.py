@@ -20,7 +20,7 @@ from hetegen_compile.passes.carry_prefetches import carry_prefetches
 from hetegen_compile.passes.choose_residency import choose_residency
 from hetegen_compile.passes.choose_splits import choose_splits
 from hetegen_compile.passes.choose_staging import choose_staging
-from hetegen_compile.passes.context import Context
+from hetegen_compile.passes.context import Context, Refusal
 from hetegen_compile.passes.find_blocks import find_blocks
 from hetegen_compile.passes.group_segments import group_segments
 from hetegen_compile.passes.insert_transfers import insert_transfers
@@ -47,6 +47,11 @@ class Stage:
     kind: Literal["analyse", "decide", "rewrite"]
     why: str
     leaves: str | None = None
+
+    @property
+    def name(self) -> str:
+        """That of its function, its file, in logs and in the table of stages."""
+        return self.run.__name__
 
 
 PIPELINE: tuple[Stage, ...] = (
@@ -87,22 +92,28 @@ ONCE_PER_SPLIT = PIPELINE[_FIRST_OF_PLAN:]
 """Stages that turn one assignment of rows into a schedule."""
 UNTIL_MEASURED = PIPELINE[_FIRST_OF_PLAN : _place_of(measure_memory) + 1]
 """Stages up to what a schedule occupies."""
+SIMULATED = (*PIPELINE[_FIRST_OF_PLAN : _place_of(measure_memory)], PIPELINE[_place_of(predict_step)])
+"""Stages of a schedule of which only the seconds are asked for."""
+UNTIL_VERIFIED = PIPELINE[_FIRST_OF_PLAN : _place_of(verify) + 1]
+"""Stages of a schedule that nobody will run."""
 
 
 def run_pipeline(
     module: fx.GraphModule, context: Context, stages: tuple[Stage, ...] = PIPELINE, *, lint: bool = True
 ) -> Context:
-    """Run ``stages`` on ``module`` in place and return the context with what they left behind.
+    """Run ``stages`` on ``module`` in place and return the context with what they left behind and refused.
 
     Without ``lint`` a malformed graph is found by ``verify`` only: for schedules, most of which are simulated and
     dropped.
     """
     for stage in stages:
         started = time.perf_counter()
-        result = stage.run(module, context)
+        refused: list[Refusal] = []
+        result = stage.run(module, replace(context, refuse=refused.append))
+        context = context.refusing(stage.name, refused)
         if stage.kind == "rewrite" and lint:
             module.graph.lint()
         if stage.leaves is not None:
             context = replace(context, **{stage.leaves: result})
-        logger.debug("%s %s: %.3f s", stage.kind, stage.run.__name__, time.perf_counter() - started)
+        logger.debug("%s %s: %.3f s", stage.kind, stage.name, time.perf_counter() - started)
     return context

@@ -29,8 +29,7 @@ class Target:
         kind: ``"cuda"``, ``"emulated"`` or ``DRY_RUN``.
         device: where segments will run.
         budget_bytes: the hard limit.
-        resident: what other graphs keep on the accelerator.
-        ring_bytes: length of its staging ring.
+        resident: what other graphs keep on the accelerator, and the staging ring that they share.
         overhead_bytes: what the device's libraries take of the budget, item by item.
         host_memory: what can be pinned; None says everything.
     """
@@ -39,7 +38,6 @@ class Target:
     device: torch.device
     budget_bytes: int
     resident: ResidentWeights
-    ring_bytes: int = 0
     overhead_bytes: Mapping[str, int] = field(default_factory=dict)
     host_memory: HostWeights | None = None
 
@@ -66,7 +64,7 @@ class Graphs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PlannedStep:
+class ScheduledStep:
     """One scheduled graph, the context it was made in, and the report on it."""
 
     module: fx.GraphModule
@@ -74,4 +72,4 @@ class PlannedStep:
     schedule: Schedule
 
 
-__all__ = ["DRY_RUN", "BucketPlan", "Graphs", "PlannedStep", "Sizes", "Split", "Target"]
+__all__ = ["DRY_RUN", "BucketPlan", "Graphs", "ScheduledStep", "Sizes", "Split", "Target"]

@@ -12,17 +12,17 @@ from dataclasses import replace
 from torch import Tensor, fx
 
 from hetegen_compile.balance import balanced_splits
-from hetegen_compile.buckets import largest_sizes
+from hetegen_compile.buckets import bucket_of, largest_sizes
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.errors import BudgetError
-from hetegen_compile.graph_inputs import sequence_shape, token_count
+from hetegen_compile.graph_inputs import number, sequence_shape, token_count
 from hetegen_compile.options import Options, format_bytes
 from hetegen_compile.passes import choose_splits
 from hetegen_compile.passes.context import Bucket, Context, Refusal, SegmentCache, require
 from hetegen_compile.passes.plans import ACTIVATIONS, Splits
 from hetegen_compile.pipeline import ONCE_PER_SPLIT, Stage
 from hetegen_compile.plan_report import blocks_apart, linear_sites, report_on
-from hetegen_compile.planned import BucketPlan, PlannedStep, Sizes, Split, Target
+from hetegen_compile.planned import BucketPlan, ScheduledStep, Sizes, Split, Target
 from hetegen_compile.trials import Trials
 from hetegen_compile.within_budget import ResidencySearch
 
@@ -42,10 +42,12 @@ class Planner:
         self._tokens = token_count(module)
         self._search = ResidencySearch(module)
 
-    def plan_bucket(
-        self, bucket: Bucket, sizes: Sizes, target: Target, weights: Mapping[str, Tensor]
-    ) -> BucketPlan:
-        """Everything that is the same for every split of the Linears.
+    def bucket(self, sizes: Sizes) -> Bucket:
+        """The bucket that a forward of these sizes belongs to."""
+        return bucket_of(number(self._tokens, sizes))
+
+    def plan_bucket(self, sizes: Sizes, target: Target, weights: Mapping[str, Tensor]) -> BucketPlan:
+        """The plan of the bucket that these sizes belong to: what is the same for every split of the Linears.
 
         Raises:
             BudgetError: the target's budget cannot hold what a step needs.
@@ -55,13 +57,11 @@ class Planner:
             options=self._options,
             profile=self._profile,
             sizes=sizes,
-            bucket=bucket,
+            bucket=self.bucket(sizes),
             budget_bytes=target.budget_bytes,
             resident=target.resident,
             weights=weights,
-            refuse=_ignore,
             segments=self._segments,
-            ring_bytes=target.ring_bytes,
             overhead_bytes=target.overhead_bytes,
             device=target.device,
             host_memory=target.host_memory,
@@ -79,24 +79,22 @@ class Planner:
         """
         context = replace(
             base.context, sizes=sizes, budget_bytes=target.budget_bytes, resident=target.resident, weights=weights,
-            ring_bytes=target.ring_bytes, overhead_bytes=target.overhead_bytes, host_memory=target.host_memory,
+            overhead_bytes=target.overhead_bytes, host_memory=target.host_memory,
             activation_bytes=None, lean=False, options=self._options, residency=None,
         )  # fmt: skip
         return self._decided(context, target.kind, base)
 
     def _decided(self, context: Context, kind: str, base: BucketPlan | None) -> BucketPlan:
-        refusals: dict[Refusal, None] = dict.fromkeys(context.refusals)
-        context = replace(context, refuse=lambda refusal: refusals.setdefault(refusal))
         try:
             graphs, context = self._search.within_budget(self._with_room(context, spare=True), base)
         except BudgetError:  # no room beyond what the options state: what a larger forward needs is decided then
             graphs, context = self._search.within_budget(self._with_room(context, spare=False), base)
-        context = replace(context, refusals=tuple(refusals), weights={})
+        context = replace(context, weights={})
         return BucketPlan(graphs.grouped, graphs.linears, context, linear_sites(graphs.grouped, context), kind)
 
     def plan_split(
         self, base: BucketPlan, split: Split, stages: tuple[Stage, ...] = ONCE_PER_SPLIT, trials: Trials | None = None
-    ) -> PlannedStep:
+    ) -> ScheduledStep:
         """The schedule of one split; ``stages`` leaves out lowering where nothing will run.
 
         ``trials`` (those of ``base``) is given where they will be asked for again.
@@ -111,14 +109,14 @@ class Planner:
                 tried.append(splits)
         if len(tried) > 1:
             reason = f"it needs {excess} bytes more for activations than are left; a leaner split is taken"
-            done = replace(done, refusals=(*done.refusals, Refusal("the balance of the whole step", reason)))
-        done = replace(done, refusals=(*done.refusals, *blocks_apart(done)))
+            done = done.refusing("leaner split", [Refusal("the balance of the whole step", reason)])
+        done = done.refusing("blocks apart", blocks_apart(done))
         if _excess_bytes(done) > 0:
             raise BudgetError(
                 f"split={split} needs {_excess_bytes(done)} bytes more for activations than gpu_memory="
                 f"{format_bytes(context.budget_bytes)} leaves: use a larger budget"
             )
-        return PlannedStep(module, done, report_on(base, module, done, trials))
+        return ScheduledStep(module, done, report_on(base, module, done, trials))
 
     def _with_room(self, context: Context, *, spare: bool) -> Context:
         """The context with the sizes that the budget has to hold."""
@@ -126,6 +124,7 @@ class Planner:
         sequences, tokens = sequence_shape(placeholders, context.weights, context.sizes)
         largest = largest_sizes(self._tokens, context, spare=spare)
         return replace(context, largest=largest, sequences=sequences, tokens_per_sequence=tokens, spare=spare)
+
 
 def _leaner(module: fx.GraphModule, context: Context, trials: Trials) -> Iterator[Callable[[], Splits]]:
     """Splits that may take less memory: without blocks, then those that residency was decided with."""
@@ -148,10 +147,6 @@ def budget_bytes(gpu_memory: int | None, available_bytes: int, accelerator: str)
             format_bytes(gpu_memory), format_bytes(available_bytes), accelerator,
         )
     return min(gpu_memory, available_bytes)
-
-
-def _ignore(refusal: Refusal) -> None:
-    """Before there is a list of refusals."""
 
 
 def _excess_bytes(context: Context) -> int:

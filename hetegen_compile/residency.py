@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -80,8 +80,28 @@ class ResidencyLedger:
         if moved or lower or residency.ring_bytes < self.ring_bytes:
             self._mirrors.forget_weights(key for key in moved if isinstance(key, WeightKey))
             self.epoch += 1
-        self.first_rows, self.ring_bytes = new, residency.ring_bytes
-        self._mirrors.keep = frozenset(key.storage for key in new if isinstance(key, WeightKey))
+        self.ring_bytes = residency.ring_bytes
+        self._hold(new)
+
+    def storages_moved(self, places: Mapping[int, int]) -> None:
+        """Weights lie in other storages from now on (old identity to new): what was claimed of them stays claimed."""
+
+        def moved(key: Hashable) -> Hashable:
+            if isinstance(key, WeightKey):
+                return key._replace(storage=places.get(key.storage, key.storage))
+            return key
+
+        for place, entry in self._entries.items():
+            claims = [replace(claim, key=moved(claim.key)) for claim in entry.claims]
+            self._entries[place] = replace(entry, claims=claims)
+        self._row_bytes = {moved(key): rows for key, rows in self._row_bytes.items()}
+        self._hold({moved(key): first for key, first in self.first_rows.items()})
+        self.epoch += 1
+
+    def _hold(self, first_rows: Mapping[Hashable, int]) -> None:
+        """What is resident from now on; the mirrors keep it when they make room."""
+        self.first_rows = first_rows
+        self._mirrors.keep = frozenset(key.storage for key in first_rows if isinstance(key, WeightKey))
 
     def has(self, residents: Sequence[tuple[Hashable, int]], ring_bytes: int) -> bool:
         """Whether all rows from (weight, first row) on are still meant to be resident, and the ring as long."""

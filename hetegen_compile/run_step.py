@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from hetegen_compile.errors import AcceleratorMemoryError
+from hetegen_compile.errors import AcceleratorMemoryError, clear_frames
 from hetegen_compile.mirrors import NoRoomError
+from hetegen_compile.quiet import quiet
 from hetegen_compile.runtime import Runtime
 from hetegen_compile.step_plan import StepPlan
 from hetegen_compile.undo import HostWrites, Undo
@@ -52,7 +49,7 @@ def _run_noted(runtime: Runtime, plan: StepPlan, inputs: Sequence[Any]) -> Any:
             outputs = _run(runtime, plan, inputs)
             seconds = time.perf_counter() - started
     except BaseException as error:
-        _let_go(error)
+        clear_frames(error)  # whoever keeps the error (a debugger, a shell) would keep device memory
         accelerator.abandon_step()
         if not isinstance(error, NoRoomError):  # the step may have written some of them
             mirrors.forget_all_but_weights()
@@ -81,23 +78,4 @@ def _run(runtime: Runtime, plan: StepPlan, inputs: Sequence[Any]) -> Any:
     return outputs
 
 
-def _let_go(error: BaseException | None) -> None:
-    """Drop what the step's frames hold: whoever keeps the exception (a debugger, a shell) would keep device memory."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
-
-
-@contextlib.contextmanager
-def quiet(device: torch.device) -> Iterator[None]:
-    """No gradients, tensors with versions, and the caller's CPU autocast on the accelerator's device too."""
-    with contextlib.ExitStack() as modes, torch.set_grad_enabled(False):
-        if torch.is_inference_mode_enabled():
-            modes.enter_context(torch.inference_mode(False))
-            modes.enter_context(torch.no_grad())
-        if device.type != "cpu" and torch.is_autocast_enabled("cpu"):
-            modes.enter_context(torch.autocast(device.type, dtype=torch.get_autocast_dtype("cpu")))
-        yield
-
-
-__all__ = ["UnrepeatableError", "quiet", "run_step"]
+__all__ = ["UnrepeatableError", "run_step"]

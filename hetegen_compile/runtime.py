@@ -40,9 +40,9 @@ class Runtime:
         self.accelerator = accelerator
         self.mirrors = Mirrors(accelerator)
         self.carried = CarriedPrefetches(accelerator)
-        self.host_memory = HostMemory(accelerator.pin)
-        self.lock = threading.RLock()
         self.ledger = ResidencyLedger(self.mirrors)
+        self.host_memory = HostMemory(accelerator.pin, moved=self.ledger.storages_moved)
+        self.lock = threading.RLock()
         self.limit_bytes = accelerator.memory_bytes
         self._ring_bytes = 0
         weakref.finalize(self, accelerator.close)

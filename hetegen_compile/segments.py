@@ -19,6 +19,8 @@ INDUCTOR_OPTIONS: dict[str, Any] = {
     "freezing": False,  # weights are inputs and may change
     "shape_padding": False,
     "max_autotune": False,
+    "deterministic": True,  # nothing is timed on the device: that takes memory beside the budget, and varies results
+    "triton.autotune_pointwise": False,  # the same for kernels whose results do not depend on it
     "joint_graph_constant_folding": False,  # needs a device that can run the constants
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from hetegen_compile.bind import BoundStep, bind
 from hetegen_compile.captured_graph import CapturedGraph
 from hetegen_compile.passes.claims import weight_key
 from hetegen_compile.passes.context import require
-from hetegen_compile.planned import PlannedStep, Sizes
+from hetegen_compile.planned import ScheduledStep, Sizes
 from hetegen_compile.room import Room
 from hetegen_compile.runtime import Runtime
 from hetegen_compile.schedule import Schedule
@@ -24,7 +24,7 @@ class StepPlan:
     """A schedule that can run.
 
     Attributes:
-        weights: for each resident weight its position among the inputs, its key in the ledger and its first row.
+        first_rows: of each resident weight, by its position among the inputs: from which row on the plan needs it.
         values: fetches the device values that a step takes.
         budget_bytes: the limit that it was made for, what the device's libraries take not counted.
         epoch: of the ledger when all of this was last looked at.
@@ -34,14 +34,14 @@ class StepPlan:
     schedule: Schedule
     room: Room
     facts: InputFacts
-    weights: dict[int, tuple[Hashable, int]]
+    first_rows: dict[int, int]
     values: StepValues
     ring_bytes: int
     budget_bytes: int
     epoch: int
 
     @classmethod
-    def of(cls, graph: CapturedGraph, planned: PlannedStep, runtime: Runtime, inputs: Sequence[Any]) -> StepPlan:
+    def of(cls, graph: CapturedGraph, planned: ScheduledStep, runtime: Runtime, inputs: Sequence[Any]) -> StepPlan:
         """Bind a schedule; what it keeps resident has been entered in the runtime's ledger."""
         bound, context = _bound(planned, runtime), planned.context
         residency = require(context.residency, "choose_residency")
@@ -52,38 +52,40 @@ class StepPlan:
             schedule=planned.schedule,
             room=Room.of(context, residency.mirrored, 0),
             facts=graph.facts,
-            weights={i: (weight_key(inputs[i]), read.get(i, first)) for i, first in resident.items()},
+            first_rows={i: read.get(i, first) for i, first in resident.items()},
             values=StepValues(bound, graph.facts, {}),
             ring_bytes=residency.ring_bytes,
-            budget_bytes=context.budget_bytes - sum(context.overhead_bytes.values()),
+            budget_bytes=context.usable_bytes,
             epoch=runtime.ledger.epoch,
         )
-        plan._look_up(runtime)
+        plan._look_up(runtime, inputs)
         return plan
 
-    def is_good(self, runtime: Runtime, budget_bytes: Callable[[], int], sizes: Sizes) -> bool:
+    def is_good(
+        self, runtime: Runtime, inputs: Sequence[Any], budget_bytes: Callable[[], int], sizes: Sizes
+    ) -> bool:
         """Whether it still finds what it counts on under the budget of today, and a forward of these sizes fits it.
 
         The budget is asked for only where something has changed since this was last looked at.
         """
         ledger = runtime.ledger
         if self.epoch != ledger.epoch:
-            kept = ledger.has(list(self.weights.values()), self.ring_bytes)
-            if not kept or budget_bytes() < self.schedule.budget_bytes:
+            residents = [(weight_key(inputs[i]), first) for i, first in self.first_rows.items()]
+            if not ledger.has(residents, self.ring_bytes) or budget_bytes() < self.schedule.budget_bytes:
                 return False
-            self._look_up(runtime)
+            self._look_up(runtime, inputs)
         return self.room.covers(sizes)
 
-    def _look_up(self, runtime: Runtime) -> None:
+    def _look_up(self, runtime: Runtime, inputs: Sequence[Any]) -> None:
         """What the ledger keeps of the plan's weights now."""
         ledger = runtime.ledger
-        first_rows = {i: ledger.first_rows[key] for i, (key, _) in self.weights.items()}
+        first_rows = {i: ledger.first_rows[weight_key(inputs[i])] for i in self.first_rows}
         self.values = StepValues(self.bound, self.facts, first_rows)
         self.room.free_bytes = self.budget_bytes - ledger.ring_bytes - ledger.resident_bytes
         self.epoch = ledger.epoch
 
 
-def _bound(planned: PlannedStep, runtime: Runtime) -> BoundStep:
+def _bound(planned: ScheduledStep, runtime: Runtime) -> BoundStep:
     context = planned.context
     work = require(context.prediction, "predict_step").work
     need = require(context.memory, "measure_memory")

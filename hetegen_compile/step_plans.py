@@ -20,7 +20,7 @@ from hetegen_compile.passes.context import Refusal, require
 from hetegen_compile.passes.plans import UNFORESEEN
 from hetegen_compile.planned import BucketPlan, Sizes, Split, Target
 from hetegen_compile.planner import Planner, budget_bytes
-from hetegen_compile.run_step import quiet
+from hetegen_compile.quiet import quiet
 from hetegen_compile.runtime import Runtime
 from hetegen_compile.schedule import FITS, Schedule, register, withdraw
 from hetegen_compile.split_override import overridden_split
@@ -108,9 +108,9 @@ class StepPlans:
 
     def _find(self, inputs: Sequence[Any], split: Split) -> StepPlan:
         sizes = self.graph.sizes(inputs)
-        part = self.graph.part(inputs, sizes)
+        part = self._planner.bucket(sizes), self.graph.model_of(inputs)
         plan = self._plans.get((part, split))
-        if plan is not None and not self._is_good(plan, sizes):
+        if plan is not None and not self._is_good(plan, inputs, sizes):
             self.outdate([part])
             plan = None
         if plan is None:
@@ -118,8 +118,8 @@ class StepPlans:
                 plan = self._make(part, split, sizes, inputs)
         return plan
 
-    def _is_good(self, plan: StepPlan, sizes: Sizes) -> bool:
-        return plan.is_good(self.runtime, lambda: self.budget_bytes, sizes)
+    def _is_good(self, plan: StepPlan, inputs: Sequence[Any], sizes: Sizes) -> bool:
+        return plan.is_good(self.runtime, inputs, lambda: self.budget_bytes, sizes)
 
     def _stands(self, part: Part, inputs: Sequence[Any]) -> bool:
         """Whether a decision about memory is known that the accelerator still keeps: for steps of another split."""
@@ -135,7 +135,7 @@ class StepPlans:
     def _make(self, part: Part, split: Split, sizes: Sizes, inputs: Sequence[Any]) -> StepPlan:
         """A plan with what has been decided about memory for another split, if that still holds and does for it."""
         plan = self._scheduled(part, split, inputs) if self._stands(part, inputs) else None
-        if plan is None or not self._is_good(plan, sizes):
+        if plan is None or not self._is_good(plan, inputs, sizes):
             self.outdate([part])
             self._decide(part, sizes, inputs)
             plan = self._scheduled(part, split, inputs)
@@ -168,13 +168,12 @@ class StepPlans:
     def _decided(self, part: Part, sizes: Sizes, weights: Mapping[str, Tensor]) -> BucketPlan:
         known = self._outdated.get(part)
         if known is None:
-            return self._planner.plan_bucket(part[0], sizes, self._target(part), weights)
+            return self._planner.plan_bucket(sizes, self._target(part), weights)
         logger.info("%s: memory is shared out anew, and the step scheduled again", part[0])
         return self._planner.decide_again(known, sizes, self._target(part), weights)
 
     def _target(self, part: Part) -> Target:
         runtime = self.runtime
-        others = runtime.ledger.others(self, part)
         overhead = dict(runtime.accelerator.overhead_bytes())
         if self.unforeseen_bytes:
             overhead[UNFORESEEN] = self.unforeseen_bytes
@@ -182,8 +181,7 @@ class StepPlans:
             kind=runtime.accelerator.kind,
             device=runtime.accelerator.device,
             budget_bytes=self.budget_bytes,
-            resident=others,
-            ring_bytes=others.ring_bytes,
+            resident=runtime.ledger.others(self, part),
             overhead_bytes=overhead,
             host_memory=runtime.host_memory,
         )
@@ -194,7 +192,7 @@ class StepPlans:
         reference = None if anchor is None else StorageWeakRef(anchor.untyped_storage())
         runtime, context = self.runtime, base.context
         residency = require(context.residency, "choose_residency")
-        runtime.accelerator.limit_memory(context.budget_bytes - sum(context.overhead_bytes.values()))
+        runtime.accelerator.limit_memory(context.usable_bytes)
         runtime.ledger.enter(self, part, residency, self._own_bytes, reference)
         runtime.reserve(runtime.ledger.ring_bytes)
 

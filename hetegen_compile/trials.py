@@ -16,10 +16,7 @@ from hetegen_compile.ir import copy_module
 from hetegen_compile.passes import predict_step
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.plans import Splits
-from hetegen_compile.pipeline import ONCE_PER_SPLIT, Stage, run_pipeline
-
-_NOT_SIMULATED = ("measure_memory", "verify", "retarget_devices", "lower")
-_STAGES = tuple(stage for stage in ONCE_PER_SPLIT if stage.run.__name__ not in _NOT_SIMULATED)
+from hetegen_compile.pipeline import SIMULATED, Stage, run_pipeline
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class Trials:
         To be called once for the same rows: stages that rewrite change what is kept here.
         """
         trial = self._trial(context, splits)
-        rest = tuple(stage for stage in stages if stage not in _STAGES)
+        rest = tuple(stage for stage in stages if stage not in SIMULATED)
         return trial.module, run_pipeline(trial.module, trial.context, rest)
 
     def _trial(self, context: Context, splits: Splits) -> Trial:
@@ -72,7 +69,7 @@ class Trials:
             if trial is not None and _what_matters(trial.context) == wanted:
                 return trial
         module = copy_module(self.module)
-        return Trial(module, run_pipeline(module, replace(context, splits=splits), _STAGES, lint=False))
+        return Trial(module, run_pipeline(module, replace(context, splits=splits), SIMULATED, lint=False))
 
 
 def _what_matters(context: Context) -> Context:
@@ -81,7 +78,7 @@ def _what_matters(context: Context) -> Context:
     Nothing is decided again for other sizes: a schedule belongs to a range of them.
     """
     options = replace(context.options, split="auto")
-    return replace(context, options=options, sizes={}, costs=None, memory=None, prediction=None)
+    return replace(context, options=options, sizes={}, refused={}, costs=None, memory=None, prediction=None)
 
 
 __all__ = ["Trials"]

@@ -18,9 +18,9 @@ from hetegen_compile.cost_model import (
     upload_s,
 )
 from hetegen_compile.ir import LINEAR, info
-from hetegen_compile.passes.capture import tensor_bytes, tensors_in, to_expr
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import Costs, NodeCost
+from hetegen_compile.passes.tensors import tensor_bytes, tensors_in, to_expr
 
 
 def annotate_costs(module: fx.GraphModule, context: Context) -> Costs:

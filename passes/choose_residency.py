@@ -84,7 +84,8 @@ class _Sharing:
         """Share out ``free`` bytes, of which steps of other graphs need ``beyond`` more than this one."""
         claims = self._claims()
         wanted = {claim.key: claim.nbytes for graph in (*others, claims) for claim in graph}
-        shared_ring = self._context.ring_bytes if self._context.ring_bytes <= free - beyond else 0
+        shared = self._context.resident.ring_bytes
+        shared_ring = shared if shared <= free - beyond else 0
         left = free - shared_ring - sum(wanted.values()) - beyond
         fixed = {**self._fixed, **({OTHERS: beyond} if beyond else {})}
         if left >= 0 and not (forced_split(self._context) or self._pairs):
@@ -145,7 +146,8 @@ class _Sharing:
         """All graphs share the ring, so it is as long as others made it unless that takes more than half."""
         sizes = [value_bytes(weight, self._context) for weight in self._weights]
         ring = staging_ring_bytes(sizes, free, self._smallest)
-        return max(ring, self._context.ring_bytes if self._context.ring_bytes <= free // 2 else 0)
+        shared = self._context.resident.ring_bytes
+        return max(ring, shared if shared <= free // 2 else 0)
 
 
 def staging_ring_bytes(weight_bytes: Sequence[int], free: int, smallest: int = 0) -> int:

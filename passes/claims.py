@@ -69,9 +69,16 @@ class ResidentWeights(Protocol):
     def reserved_bytes(self) -> int:
         """The most that a step of another graph needs beside resident weights and the ring."""
 
+    @property
+    def ring_bytes(self) -> int:
+        """The length that they gave the accelerator's staging ring."""
+
 
 class NothingResident:
-    """An accelerator that no other graph uses."""
+    """An accelerator that no other graph uses, with a staging ring or without."""
+
+    def __init__(self, ring_bytes: int = 0) -> None:
+        self.ring_bytes = ring_bytes
 
     def identify(self, weight: Tensor) -> Hashable:
         """By storage, and place in it."""

@@ -7,8 +7,8 @@ field of the same meaning, so that a pass that runs too early fails on None and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import sympy
@@ -60,6 +60,10 @@ class SegmentCache:
     refused: MutableMapping[Hashable, Refusal] = field(default_factory=dict)
 
 
+def _no_runner(refusal: Refusal) -> None:
+    raise AssertionError(f"nobody would tell that {refusal.where} is left as it is: run the pass in a pipeline")
+
+
 @dataclass(frozen=True)
 class Context:
     """Everything a pass may know. Fields from ``effects`` on are filled in as the pipeline runs.
@@ -68,10 +72,12 @@ class Context:
     ``sequences`` are those of this call, ``tokens_per_sequence`` those of a graph of fixed sizes (0: unknown).
     ``activation_bytes`` is what a schedule of the same graph is known to need for activations (None: an estimate is
     made); ``lean`` asks for the smallest ring and no resident weights; without ``share_trips`` each Linear has a
-    trip of its own. ``ring_bytes`` is the length that other graphs gave the accelerator's staging ring;
-    ``overhead_bytes`` what the device's libraries take, item by item; ``device`` where segments will run.
-    ``host_memory`` None says that all weights are pinned. ``staged`` are the placeholders of the weights whose rows go
-    through the pinned ring, with the reason.
+    trip of its own. ``overhead_bytes`` is what the device's libraries take of the budget, item by item; ``device`` is
+    where segments will run. ``host_memory`` None says that all weights are pinned. ``staged``
+    are the placeholders of the weights whose rows go through the pinned ring, with the reason.
+
+    A stage tells the runner by ``refuse`` what it leaves as it is; ``refused`` has it under the stage's name until that
+    stage runs again.
     """
 
     options: Options
@@ -81,9 +87,9 @@ class Context:
     budget_bytes: int
     resident: ResidentWeights
     weights: Mapping[str, Tensor]
-    refuse: Callable[[Refusal], None]
     segments: SegmentCache
-    refusals: tuple[Refusal, ...] = ()
+    refuse: Callable[[Refusal], None] = _no_runner
+    refused: Mapping[str, tuple[Refusal, ...]] = field(default_factory=dict)
     activation_bytes: int | None = None
     lean: bool = False
     share_trips: bool = True
@@ -91,7 +97,6 @@ class Context:
     spare: bool = True
     tokens_per_sequence: int = 0
     sequences: int = 0
-    ring_bytes: int = 0
     overhead_bytes: Mapping[str, int] = field(default_factory=dict)
     device: torch.device = torch.device("cpu")
     host_memory: HostWeights | None = None
@@ -104,6 +109,20 @@ class Context:
     placement: Placement | None = None
     memory: MemoryNeed | None = None
     prediction: Prediction | None = None
+
+    @property
+    def usable_bytes(self) -> int:
+        """The budget less what the device's libraries take of it."""
+        return self.budget_bytes - sum(self.overhead_bytes.values())
+
+    @property
+    def refusals(self) -> tuple[Refusal, ...]:
+        """What is left as it is, each once, in the order of the stages."""
+        return tuple(dict.fromkeys(refusal for refusals in self.refused.values() for refusal in refusals))
+
+    def refusing(self, stage: str, refusals: Iterable[Refusal]) -> Context:
+        """The context with what ``stage`` refuses now in the place of what it refused before."""
+        return replace(self, refused={**self.refused, stage: tuple(refusals)})
 
     def number(self, expression: sympy.Expr) -> float:
         """A cost expression at this context's sizes; a size that depends on data counts as 1."""

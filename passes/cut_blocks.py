@@ -39,7 +39,7 @@ def cut_block(module: fx.GraphModule, block: Block, consumer: fx.Node, parts: Ho
         raise ScheduleError(f"{consumer.name} reads {value.name}, which is no result of a segment")
     segment = module.get_submodule(str(call.target))
     assert isinstance(segment, fx.GraphModule), "segments are lowered later"
-    results: Any = next(iter(reversed(segment.graph.nodes))).args[0]
+    results: Any = segment.graph.output_node().args[0]
     env = {
         inner: parts[info(operand).position][0] if info(operand).position in block.siblings else operand
         for inner, operand in zip(segment.graph.find_nodes(op="placeholder"), call.args, strict=True)

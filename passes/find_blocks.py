@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, fx
 
 from hetegen_compile.ir import LINEAR, info, is_tensor
-from hetegen_compile.passes.capture import tensors_in, to_expr
 from hetegen_compile.passes.context import Context, Refusal
 from hetegen_compile.passes.findings import Block
+from hetegen_compile.passes.tensors import tensors_in, to_expr
 
 _RESHAPES = frozenset({"view", "reshape"})
 _ALSO_POINTWISE = frozenset({"_to_copy"})  # carries no tag: it may also change the device

@@ -39,10 +39,10 @@ from hetegen_compile.ir import (
     whole_linear,
 )
 from hetegen_compile.passes.annotate_costs import value_bytes
-from hetegen_compile.passes.capture import tensors_in, to_expr
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.plans import Placement
 from hetegen_compile.passes.resolve_sizes import size_inputs
+from hetegen_compile.passes.tensors import tensors_in, to_expr
 
 _INPUTS = ("placeholder", "get_attr")
 
@@ -71,7 +71,7 @@ class _Grouper:
         self._graph = module.graph
         self._placement = placement
         self._context = context
-        self._output = next(iter(reversed(module.graph.nodes)))
+        self._output = module.graph.output_node()
         self._nodes = [node for node in module.graph.nodes if node.op not in (*_INPUTS, "output")]
         self._levels = _Levels(self._nodes, placement)
         self._sizes = size_inputs(module.graph)

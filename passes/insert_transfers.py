@@ -35,10 +35,10 @@ from torch import fx
 from hetegen_compile import ir
 from hetegen_compile.ir import NodeInfo, Side, annotate, info, is_tensor
 from hetegen_compile.passes.annotate_costs import value_bytes
-from hetegen_compile.passes.capture import tensors_in
 from hetegen_compile.passes.completing import completing_s, late_readers
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.share_uploads import share_uploads
+from hetegen_compile.passes.tensors import tensors_in
 
 LARGE_DOWNLOAD_BYTES = 1 << 20
 """From this size on a value that only completes the results goes down as soon as it is made, by itself."""

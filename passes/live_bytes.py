@@ -16,10 +16,10 @@ from math import prod
 from torch import Tensor, fx
 
 from hetegen_compile.ir import info
-from hetegen_compile.passes.capture import to_expr
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.memory import END, Memory
 from hetegen_compile.passes.replay import Replay
+from hetegen_compile.passes.tensors import to_expr
 
 
 @dataclass(frozen=True)

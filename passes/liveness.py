@@ -8,9 +8,9 @@ import sympy
 from torch import fx
 
 from hetegen_compile.ir import info
-from hetegen_compile.passes.capture import storage_id, tensor_bytes, tensors_in
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import Life, most_at_once
+from hetegen_compile.passes.tensors import storage_id, tensor_bytes, tensors_in
 
 
 def activation_peak_bytes(module: fx.GraphModule, context: Context) -> int:

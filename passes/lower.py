@@ -27,8 +27,8 @@ from torch.fx.experimental.proxy_tensor import py_sym_types
 
 from hetegen_compile.errors import drop_frames
 from hetegen_compile.ir import info
-from hetegen_compile.passes.capture import storage_id, to_expr
 from hetegen_compile.passes.context import Context, Refusal, SegmentCache
+from hetegen_compile.passes.tensors import storage_id, to_expr
 
 logger = logging.getLogger("hetegen_compile")
 
@@ -62,7 +62,8 @@ def _compiled(segment: fx.GraphModule, where: str, cache: SegmentCache) -> Compi
     key = segment_key(segment)
     if key not in cache.compiled:
         cache.compiled[key] = _compile_or_refuse(segment, where, key, cache)
-    outputs = [info(node).value for node in next(iter(reversed(segment.graph.nodes))).args[0]]
+    results: Any = segment.graph.output_node().args[0]
+    outputs = [info(node).value for node in results]
     function = with_declared_strides(cache.compiled[key], outputs)
     return CompiledSegment(function, len(outputs), mutated_inputs(segment))
 

@@ -44,7 +44,7 @@ def measure_memory(module: fx.GraphModule, context: Context) -> MemoryNeed:
 def inner_lives(segment: fx.GraphModule) -> list[Life]:
     """Lives of the values that a segment makes and does not return, in places of its own order."""
     inputs = [node for node in segment.graph.nodes if node.op in ("placeholder", "get_attr")]
-    returned = next(iter(reversed(segment.graph.nodes))).all_input_nodes
+    returned = segment.graph.output_node().all_input_nodes
     outside = frozenset[int]().union(*(info(node).storages for node in (*inputs, *returned)))
     lives = [life for key, life in storage_lives(segment.graph.nodes).items() if key not in outside]
     return lives + [

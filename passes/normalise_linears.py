@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, fx
 
 from hetegen_compile.ir import LINEAR, annotate, erase_dead_nodes, info, is_tensor
-from hetegen_compile.passes.capture import source_name
 from hetegen_compile.passes.context import Context, Refusal
 from hetegen_compile.passes.fold_transforms import Folded
 from hetegen_compile.passes.place_nodes import autocast_regions
+from hetegen_compile.passes.sources import source_name
 
 _LINEAR = {torch._C._nn.linear, torch.nn.functional.linear, torch.ops.aten.linear.default}
 _ADDMM = {torch.addmm, "addmm"}

@@ -22,7 +22,7 @@ def note_effects(module: fx.GraphModule, context: Context) -> Effects:
     for node in module.graph.nodes:
         for key in info(node).writes:
             writes.setdefault(key, set()).add(info(node).position)
-    output = next(iter(reversed(module.graph.nodes)))
+    output = module.graph.output_node()
     return Effects(
         writes={key: tuple(sorted(positions)) for key, positions in writes.items()},
         writers=writers,

@@ -19,11 +19,12 @@ from torch import fx
 
 from hetegen_compile.ir import LINEAR, info, is_tensor
 from hetegen_compile.passes.annotate_costs import value_bytes
-from hetegen_compile.passes.capture import source_name, tensors_in
 from hetegen_compile.passes.choose_splits import table_only
 from hetegen_compile.passes.context import Context, HostOnlyGraphError, Refusal
 from hetegen_compile.passes.plans import Placement
+from hetegen_compile.passes.sources import source_name
 from hetegen_compile.passes.stacked_weights import computed_on_host
+from hetegen_compile.passes.tensors import tensors_in
 
 _MOVEMENT_NAMES = """_to_copy _unsafe_view alias arange as_strided cat clone constant_pad_nd copy_ copy detach empty
     empty_like empty_strided expand eye fill fill_ flip full full_like gather index index_copy index_copy_

@@ -32,9 +32,10 @@ from hetegen_compile.cost_model import (
 from hetegen_compile.cost_model.timeline import HOST
 from hetegen_compile.ir import info
 from hetegen_compile.passes.annotate_costs import dtype_name, value_bytes
-from hetegen_compile.passes.capture import FREE_ATEN, to_expr
+from hetegen_compile.passes.aten_listener import FREE_ATEN
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import Prediction, Work
+from hetegen_compile.passes.tensors import to_expr
 
 _FREE = {ir.MIRROR, ir.RESIDENT, ir.TWIN, ir.WAIT, ir.WAIT_ACCELERATOR, ir.RELEASE, operator.getitem}
 

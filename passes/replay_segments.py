@@ -29,7 +29,7 @@ class SegmentMembers:
                 self._held[member] = held_in(self._values.values.get(next(operands)))
             elif member.op != "output":
                 self._member(member)
-        return [self._result(node) for node in nodes_in(next(iter(reversed(graph.nodes))).args[0])]
+        return [self._result(node) for node in nodes_in(graph.output_node().args[0])]
 
     def _result(self, node: fx.Node) -> Held:
         for memory in self._held[node].values():

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,10 +39,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hetegen_compile import ir
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import annotate, copy_module, info
-from hetegen_compile.passes.capture import storage_id, tensors_in
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.fold_transforms import Folded
 from hetegen_compile.passes.insert_transfers import operand_side
+from hetegen_compile.passes.tensors import storage_id, tensors_in
 
 CHECK_VARIABLE = "HETEGEN_CHECK_DEVICES"
 _CUDA = torch.device("cuda", 0)
@@ -88,7 +89,7 @@ def _retarget(module: fx.GraphModule, device: torch.device) -> None:
     mode = _fake_mode(module)
     if mode is not None:
         guards = contextlib.nullcontext() if torch.cuda.is_available() else _GuardFreeAttention()  # type: ignore[no-untyped-call]
-        with mode, torch.no_grad(), guards:
+        with mode, torch.no_grad(), guards, enable_python_dispatcher():  # for what has no C++ form with symbolic sizes
             _DeviceValues(module, device).propagate()
 
 

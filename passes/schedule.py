@@ -29,13 +29,13 @@ from torch import fx
 from hetegen_compile import ir
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import info
-from hetegen_compile.passes.capture import tensors_in
 from hetegen_compile.passes.choose_residency import SLOT_ALIGNMENT, aligned
 from hetegen_compile.passes.completing import RUN_AHEAD, complete_early
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.fit_ring import LEAST_USED
 from hetegen_compile.passes.insert_transfers import operand_side
 from hetegen_compile.passes.precedence import Precedence
+from hetegen_compile.passes.tensors import tensors_in
 
 _RANK: dict[Any, int] = {
     ir.MIRROR: 0,
@@ -135,7 +135,7 @@ def reorder(graph: fx.Graph, context: Context) -> None:
     """Sort the nodes topologically, by rank and then by program order among those that are ready."""
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     tasks = task_graph(nodes)
-    output = next(iter(reversed(graph.nodes)))
+    output = graph.output_node()
     _slots_in_program_order(graph, tasks)
     completing = complete_early(graph, tasks, context)
     late = _late_nodes(nodes, tasks)

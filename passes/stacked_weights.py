@@ -20,8 +20,8 @@ from torch import Tensor, fx
 from hetegen_compile.ir import LINEAR, info, written_storages
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.annotate_costs import value_bytes
-from hetegen_compile.passes.capture import source_name
 from hetegen_compile.passes.context import Context, Refusal, require
+from hetegen_compile.passes.sources import source_name
 
 _LEAST = 8
 """Rows and columns of a stack's matrices: kernels of convolutions and windows have fewer."""

@@ -14,13 +14,13 @@ from torch import Tensor, fx
 from hetegen_compile.geometry import mirrored_bytes
 from hetegen_compile.ir import LINEAR, info, is_tensor, written_storages
 from hetegen_compile.passes.annotate_costs import value_size
-from hetegen_compile.passes.capture import storage_id, tensor_bytes, tensors_in, to_expr
 from hetegen_compile.passes.choose_splits import table_only
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.liveness import activation_peak_bytes
 from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH, MIRRORED
+from hetegen_compile.passes.tensors import storage_id, tensor_bytes, tensors_in, to_expr
 
-_CACHE_DIMS = 4  # a KV cache is [sequences, heads, tokens, width]; logits and hidden states have three
+_CACHE_DIMS = 4  # a KV cache is [sequences, heads, tokens, width], or several of them; logits have three
 
 
 def step_memory(
@@ -115,16 +115,19 @@ def _later_steps(module: fx.GraphModule, context: Context, activations: int) -> 
 
 
 def _caches(module: fx.GraphModule, context: Context) -> list[tuple[Tensor, int]]:
-    """The caches that a graph of fixed length makes, and how many heads of queries share a head of each."""
-    returned = tensors_in(info(next(iter(reversed(module.graph.nodes)))).value)
-    shapes = [tuple(tensor.shape) for node in module.graph.nodes for tensor in tensors_in(info(node).value)]
-    wide = [shape for shape in shapes if len(shape) == _CACHE_DIMS]
+    """The caches that a graph of fixed length makes, and how many heads of queries share a head of each.
+
+    What has symbols is no query of such a cache, and comparing those with numbers would make guards of them.
+    """
+    returned = tensors_in(info(module.graph.output_node()).value)
+    tensors = [tensor for node in module.graph.nodes for tensor in tensors_in(info(node).value)]
+    wide = [tensor.shape for tensor in tensors if tensor.dim() >= _CACHE_DIMS and not _symbolic(tensor)]
     found = []
     for cache in returned:
         if _is_new_cache(cache, context):
             sequences, heads, *rest = cache.shape
             queries = max(shape[1] for shape in wide if [shape[0], *shape[2:]] == [sequences, *rest])
-            found.append((cache, int(queries // heads)))
+            found.append((cache, int(queries // max(1, heads))))
     return found
 
 

@@ -143,7 +143,7 @@ def _check_carried(replay: Replay) -> None:
 
 def _check_aliasing(graph: fx.Graph, replay: Replay, effects: Effects) -> None:
     """Outputs and inputs share memory exactly where they do in the captured graph."""
-    output = next(iter(reversed(graph.nodes)))
+    output = graph.output_node()
     operands = nodes_in(output.args[0])
     if len(operands) != len(effects.outputs):
         raise ScheduleError(f"verify: {len(operands)} values are returned, the program returns {len(effects.outputs)}")

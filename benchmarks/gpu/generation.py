@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +10,15 @@ import torch
 
 import hetegen_compile
 from benchmarks.children import Notebook
-from benchmarks.gpu.models import Watched, compile_small, generate, prompts, require_like, small_model
+from benchmarks.gpu.models import (
+    Watched,
+    compile_small,
+    finish_within_budgets,
+    generate,
+    prompts,
+    require_like,
+    small_model,
+)
 from benchmarks.gpu.settings import Checks, Settings, require
 
 
@@ -52,28 +59,7 @@ def generation(settings: Settings, notebook: Notebook) -> None:
     checks.check("bfloat16 and float16 within eager's own error", partial(half_precision, settings))
     checks.check("everything fits", partial(everything_fits, settings))
     checks.check("beams", partial(beams, settings))
-    checks.check("no peak above its budget", partial(budgets_kept, checks.found))
-    checks.finish()
-
-
-def budgets_kept(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of all checks so far; a check of its own, for a wrong budget is not a wrong result."""
-    shares: dict[str, float] = {}
-    for entry in found:
-        for name, told in _figures(entry["check"], entry["detail"]):
-            shares[name] = told["peak_bytes"] / told["budget_bytes"]
-    require(bool(shares), "no check has told its peak")
-    require(max(shares.values()) <= 1, f"peak over budget: {shares}")
-    return shares
-
-
-def _figures(name: str, detail: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What a check tells of peaks and budgets, also where it has several."""
-    if isinstance(detail, dict) and "budget_bytes" in detail:
-        yield name, detail
-    elif isinstance(detail, dict):
-        for key, part in detail.items():
-            yield from _figures(f"{name}, {key}", part)
+    finish_within_budgets(checks)
 
 
 def like_eager(case: Case, settings: Settings) -> dict[str, Any]:

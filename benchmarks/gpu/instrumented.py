@@ -15,6 +15,7 @@ from hetegen_compile import runtime
 from hetegen_compile.accelerators import Accelerator, CudaAccelerator, EmulatedAccelerator, Op
 from hetegen_compile.accelerators.cuda.streams import CudaStreams
 from hetegen_compile.accelerators.cuda.transfers import CudaToken, CudaTransfer
+from hetegen_compile.accelerators.ring import POISON
 
 OUT_OF_MEMORY = 2
 """What the driver returns where no more host memory can be pinned."""
@@ -82,7 +83,7 @@ class HostileCuda(CudaAccelerator):
     def release(self, op: Op, transfer: CudaTransfer) -> CudaToken:
         """Poison behind the readers, before the event that lets the next copy overwrite it."""
         if isinstance(transfer, CudaTransfer) and transfer.kind == "prefetch" and transfer.released_by is None:
-            transfer.value.view(torch.uint8).fill_(0xFF)
+            transfer.value.view(torch.uint8).fill_(POISON)
         return super().release(op, transfer)
 
 

@@ -13,7 +13,15 @@ from transformers import AutoModelForCausalLM, StaticCache
 
 import hetegen_compile
 from benchmarks.children import Notebook
-from benchmarks.gpu.models import Watched, compile_small, generate, prompts, require_like, small_model
+from benchmarks.gpu.models import (
+    Watched,
+    compile_small,
+    finish_within_budgets,
+    generate,
+    prompts,
+    require_like,
+    small_model,
+)
 from benchmarks.gpu.settings import Checks, Settings, require
 
 Change = Callable[[Any], None]
@@ -30,7 +38,7 @@ def mirrors(settings: Settings, notebook: Notebook) -> None:
         checks.check(name, partial(changed, change, settings))
     checks.check("cache.reset", partial(cache_reset, settings))
     checks.check("a model in a safetensors file is adopted", partial(adopted, settings))
-    checks.finish()
+    finish_within_budgets(checks)
 
 
 def changed(change: Change, settings: Settings) -> dict[str, Any]:

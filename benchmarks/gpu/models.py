@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 import hetegen_compile
-from benchmarks.gpu.settings import Settings, require
+from benchmarks.gpu.settings import Checks, Settings, require
 from hetegen_compile.accelerators import open_accelerator
 from hetegen_compile.backend import hetegen
 from hetegen_compile.bench.weights import parameter_bytes
@@ -104,9 +105,13 @@ class Watched:
         self._known = hetegen_compile.schedules()  # kept alive, so that no new one has the address of an old one
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def made(self) -> list[Schedule]:
+        """Those until now."""
         known = set(map(id, self._known))
-        self.schedules: list[Schedule] = [s for s in hetegen_compile.schedules() if id(s) not in known]
+        return [schedule for schedule in hetegen_compile.schedules() if id(schedule) not in known]
+
+    def __exit__(self, *_: object) -> None:
+        self.schedules = self.made()
 
     def require_offloaded(self, *, host: bool = True, streamed: bool = True) -> dict[str, Any]:
         """Figures of what was made; AssertionError where something was not moved, or refused.
@@ -146,3 +151,29 @@ def require_like(expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) 
     scale = expected[1].abs().max().item()
     require(difference <= 1e-3 * scale, f"a logit differs by {difference:.3g}; the largest logit is {scale:.3g}")
     return difference
+
+
+def finish_within_budgets(checks: Checks) -> None:
+    """Check the peaks that were told, then raise ChecksFailedError if a check failed."""
+    checks.check("no peak above its budget", partial(budgets_kept, checks.found))
+    checks.finish()
+
+
+def budgets_kept(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of all checks so far; a check of its own, for a wrong budget is not a wrong result."""
+    shares: dict[str, float] = {}
+    for entry in found:
+        for name, told in _figures(entry["check"], entry["detail"]):
+            shares[name] = told["peak_bytes"] / told["budget_bytes"]
+    require(bool(shares), "no check has told its peak")
+    require(max(shares.values()) <= 1, f"peak over budget: {shares}")
+    return shares
+
+
+def _figures(name: str, detail: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a check tells of peaks and budgets, also where it has several."""
+    if isinstance(detail, dict) and "budget_bytes" in detail:
+        yield name, detail
+    elif isinstance(detail, dict):
+        for key, part in detail.items():
+            yield from _figures(f"{name}, {key}", part)

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.children import Notebook
 from benchmarks.gpu.instrumented import hostile
@@ -36,16 +37,27 @@ def under_delays(settings: Settings, cache: str | None, seeds: int, *, refuse_pi
         require_like(expected, generate(model, 1, cache))
         without = generate(model, 1, cache)
         require_like(expected, without)
+        plans = len(watched.made())
+        require_identical(without, generate(model, 1, cache), "again without delays")
         (accelerator,) = opened
         for seed in range(seeds):
             accelerator.reseed(seed)
-            found = generate(model, 1, cache)
-            for what, one, other in zip(("tokens", "logits"), without, found, strict=True):
-                require(torch.equal(one, other), f"seed {seed}: {what} differ from those without delays")
+            require_identical(without, generate(model, 1, cache), f"seed {seed}")
+        require(len(watched.made()) == plans, "steps were planned anew from one generation to the next")
         staged = sum(accelerator.counters.staged_bytes.values())
         accelerator.reseed(None)
     require((staged > 0) == refuse_pins, f"{staged} bytes went through the pinned ring")
     return {**_offloaded(watched, refuse_pins=refuse_pins), "seeds": seeds, "staged_bytes": staged}
+
+
+def require_identical(expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor], when: str) -> None:
+    """The same bits; else AssertionError with the first token that differs and by how much."""
+    if all(map(torch.equal, expected, found)):
+        return
+    differs = (expected[1] != found[1]).flatten(1).any(1).nonzero().flatten().tolist()
+    largest = (expected[1] - found[1]).abs().max().item()
+    tokens = "tokens too" if not torch.equal(expected[0], found[0]) else "tokens equal"
+    raise AssertionError(f"{when}: logits of tokens {differs} differ by up to {largest:.3g} ({tokens})")
 
 
 def _offloaded(watched: Watched, *, refuse_pins: bool) -> dict[str, Any]:

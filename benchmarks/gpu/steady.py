@@ -12,7 +12,15 @@ import torch
 
 import hetegen_compile
 from benchmarks.children import Notebook
-from benchmarks.gpu.models import Watched, compile_small, generate, prompts, require_like, small_model
+from benchmarks.gpu.models import (
+    Watched,
+    compile_small,
+    finish_within_budgets,
+    generate,
+    prompts,
+    require_like,
+    small_model,
+)
 from benchmarks.gpu.settings import NEEDS_CUDA, Checks, Settings, SkipError, require
 from hetegen_compile.runtime import live_runtimes
 
@@ -27,7 +35,7 @@ def steady(settings: Settings, notebook: Notebook) -> None:
     checks.check("the budget as the allocator's limit", partial(guarded, settings))
     teardowns = TEARDOWNS if settings.cuda else 4
     checks.check(f"{teardowns} teardowns", partial(torn_down, settings, teardowns))
-    checks.finish()
+    finish_within_budgets(checks)
 
 
 def no_new_memory(settings: Settings) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from torch import nn
 from hetegen_compile import ir
 from hetegen_compile.dry_run.planning import PlannedGraph, weight_bytes
 from hetegen_compile.passes.annotate_costs import value_bytes
-from hetegen_compile.passes.capture import tensors_in
 from hetegen_compile.passes.schedule import pinned_ring_bytes
+from hetegen_compile.passes.tensors import tensors_in
 
 
 def accelerator_items(forwards: Sequence[Sequence[PlannedGraph]]) -> dict[str, int]:

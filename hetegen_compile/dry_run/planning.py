@@ -13,29 +13,23 @@ import torch
 from torch import Tensor, fx, nn
 
 from hetegen_compile.baselines import baselines
-from hetegen_compile.buckets import bucket_of
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.dry_run.fakes import Fakes
 from hetegen_compile.dry_run.trace import TracedGraph, trace
 from hetegen_compile.floor import floor_s
-from hetegen_compile.graph_inputs import number, token_count
 from hetegen_compile.hardware import profile_for
 from hetegen_compile.heap import large_heap
 from hetegen_compile.options import Options, format_bytes, parse_options
 from hetegen_compile.passes import annotate_costs, predict_step
-from hetegen_compile.passes.capture import storage_id
 from hetegen_compile.passes.claims import Claim
 from hetegen_compile.passes.context import SegmentCache, require
 from hetegen_compile.passes.plans import Residency
-from hetegen_compile.pipeline import ONCE_PER_SPLIT
-from hetegen_compile.planned import DRY_RUN, BucketPlan, PlannedStep, Sizes, Split, Target
+from hetegen_compile.passes.tensors import storage_id
+from hetegen_compile.pipeline import UNTIL_VERIFIED
+from hetegen_compile.planned import DRY_RUN, BucketPlan, ScheduledStep, Sizes, Split, Target
 from hetegen_compile.planner import Planner, budget_bytes
 from hetegen_compile.schedule import Schedule, register
 from hetegen_compile.trials import Trials
-
-_FOR_RUNNING = ("retarget_devices", "lower")
-STAGES = tuple(stage for stage in ONCE_PER_SPLIT if stage.run.__name__ not in _FOR_RUNNING)
-"""Stages of a schedule that nobody will run."""
 
 
 def plan(model: nn.Module, *args: Any, options: Mapping[str, object] | None = None, **kwargs: Any) -> Schedule:
@@ -152,9 +146,9 @@ class PlannedGraph:
     split: Split
 
     @cached_property
-    def step(self) -> PlannedStep:
+    def step(self) -> ScheduledStep:
         """Its schedule, made when it is asked for: while residency is being settled nobody does."""
-        return self.planner.plan_split(self.base, self.split, STAGES, self.trials)
+        return self.planner.plan_split(self.base, self.split, UNTIL_VERIFIED, self.trials)
 
     @cached_property
     def trials(self) -> Trials:
@@ -195,9 +189,9 @@ def plan_graph(
     )
     target = Target(
         kind=DRY_RUN, device=torch.device("cpu"), budget_bytes=machine.budget_bytes - machine.reserved_bytes,
-        resident=resident, ring_bytes=resident.ring_bytes, host_memory=machine,
+        resident=resident, host_memory=machine,
     )
-    base = planner.plan_bucket(bucket_of(number(token_count(graph.module), sizes)), sizes, target, graph.weights)
+    base = planner.plan_bucket(sizes, target, graph.weights)
     resident.add(require(base.context.residency, "choose_residency"))
     return PlannedGraph(graph, base, planner, machine.options.split)
 

@@ -26,6 +26,9 @@ logger = logging.getLogger("hetegen_compile")
 Pin = Callable[[object, int, int], int]
 """``pin(owner, address, nbytes)``: 0, or the driver's error code; the pin ends with its owner."""
 
+Moved = Callable[[Mapping[int, int]], object]
+"""Told which storage took whose place when storages were adopted, by their identities."""
+
 
 @dataclass(frozen=True)
 class Holding:
@@ -42,10 +45,12 @@ class HostMemory:
     Args:
         pin: pins a range of memory in place.
         limits: reads the limits on host memory.
+        moved: is told what was adopted.
     """
 
-    def __init__(self, pin: Pin, limits: Callable[[], HostLimits] | None = None) -> None:
+    def __init__(self, pin: Pin, limits: Callable[[], HostLimits] | None = None, moved: Moved | None = None) -> None:
         self._pin = pin
+        self._moved = moved
         self._limits = limits or read_limits
         self._held: dict[int, tuple[StorageWeakRef, Holding]] = {}
         self._told: set[int] = set()
@@ -157,12 +162,15 @@ class HostMemory:
             self._fill(arena, groups)
 
     def _fill(self, arena: Arena, groups: Sequence[list[Tensor]]) -> None:
-        mappings = read_mappings(details=True)
-        for index, tensors in enumerate(groups):
-            old = tensors[0].untyped_storage()
+        mappings, places = read_mappings(details=True), {}
+        olds = [tensors[0].untyped_storage() for tensors in groups]  # alive, so that no new one gets an old identity
+        for index, (tensors, old) in enumerate(zip(groups, olds, strict=True)):
             move(tensors, arena.storage(index))
             drop_pages(mappings, old.data_ptr(), old.nbytes())
             self._note(tensors[0], Holding("adopted", old.nbytes()))
+            places[int(old._cdata)] = _key(tensors[0])
+        if self._moved is not None:
+            self._moved(places)
         logger.info("moved %d weights (%s) from file mappings to an arena", len(groups), format_bytes(arena.nbytes))
 
     def _refused_by_driver(self, tensor: Tensor, code: int) -> Holding:

@@ -19,12 +19,12 @@ import hetegen_compile
 from hetegen_compile.accelerators.emulated import EmulatedAccelerator
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import info
-from hetegen_compile.passes.capture import tensor_bytes, tensors_in
 from hetegen_compile.passes.context import SegmentCompiler, require
 from hetegen_compile.passes.findings import MemoryNeed
 from hetegen_compile.passes.lower import lower
 from hetegen_compile.passes.measure_memory import inner_lives
 from hetegen_compile.passes.plans import OTHERS, UNFORESEEN
+from hetegen_compile.passes.tensors import tensor_bytes, tensors_in
 from hetegen_compile.pipeline import ONCE_PER_SPLIT
 from hetegen_compile.planned import BucketPlan
 from hetegen_compile.planner import Planner
@@ -413,8 +413,8 @@ def test_what_another_split_needs_on_a_gpu_does_not_depend_on_the_one_before(mon
     calls = _plannings(monkeypatch, model, lambda: generate(model, prompts(1), "static"), **options)
     stages = tuple(stage for stage in ONCE_PER_SPLIT if stage.run is not lower)  # there is no GPU
     needs = []
-    for planner, (bucket, sizes, target, weights) in calls:
-        base = planner.plan_bucket(bucket, sizes, replace(target, device=torch.device("cuda:0")), weights)
+    for planner, (sizes, target, weights) in calls:
+        base = planner.plan_bucket(sizes, replace(target, device=torch.device("cuda:0")), weights)
         steps = [planner.plan_split(base, split, stages) for split in (0.5, 0.0, 0.5, 0.0)]
         assert steps[0].schedule.host_bytes > steps[1].schedule.host_bytes == 0
         needs.append([require(s.context.memory, "measure_memory").peak_bytes(s.context.room) for s in steps])
@@ -429,7 +429,7 @@ def test_every_budget_from_the_smallest_to_the_whole_model_has_a_plan(
     model, inputs = tiny_model(architecture, layers=1), prompts(2)
     ((planner, planning),) = _plannings(monkeypatch, model, lambda: forward(model, inputs), split=split)
     bucket, sizes, target, weights = planning
-    first = planner.plan_bucket(bucket, sizes, target, weights)
+    first = planner.plan_bucket(sizes, target, weights)
 
     def planned(budget_bytes: int) -> Schedule:
         there = replace(target, budget_bytes=budget_bytes)

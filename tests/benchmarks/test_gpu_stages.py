@@ -18,7 +18,7 @@ from benchmarks.compare.job import HETEGEN, Row
 from benchmarks.gpu import __main__ as program
 from benchmarks.gpu import child, speed, stages
 from benchmarks.gpu.floor import thread_counts
-from benchmarks.gpu.generation import budgets_kept
+from benchmarks.gpu.models import budgets_kept
 from benchmarks.gpu.settings import Checks, ChecksFailedError, Settings, SkipError, require
 from benchmarks.gpu.stages import Stage, run_stages, stages_for
 

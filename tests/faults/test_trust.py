@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 import hetegen_compile
 from hetegen_compile.files import write_private
-from hetegen_compile.passes.capture import to_expr
+from hetegen_compile.passes.tensors import to_expr
 from tests.backend.modules import BUDGET, Linear, around, plain, random
 from tests.models.harness import RecordingBackend, compiled_like_eager, emulated
 

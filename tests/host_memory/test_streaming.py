@@ -183,6 +183,18 @@ def test_generation_from_safetensors(
         assert staged_bytes(found) == 0
         holdings = [holding for schedule in found.schedules for holding in schedule.host_memory]
         assert {holding.how for holding in holdings} == {"adopted"}
+        _assert_claims_moved_along(model, found)
+
+
+def _assert_claims_moved_along(model: PreTrainedModel, found: Comparison) -> None:
+    """The ledger knows adopted weights by the storages they lie in now, and nothing is held of them beside it."""
+    (used,) = [one for one in runtime.live_runtimes() if one.accelerator is found.backend.accelerator]
+    storages = {weight.untyped_storage()._cdata for weight in model.parameters()}
+    claimed: dict[Any, int] = dict(used.ledger.first_rows)
+    partial = [key for key, first in claimed.items() if first > 0]
+    assert partial, "no weight is both resident and streamed, hence adopted"
+    assert {key.storage for key in claimed} <= storages
+    assert 0 < used.mirrors.held_bytes("weights") <= used.ledger.resident_bytes
 
 
 def _load(folder: Path) -> PreTrainedModel:

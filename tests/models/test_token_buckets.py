@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, fx
 
 import hetegen_compile
+from hetegen_compile.accelerators import EmulatedAccelerator
 from hetegen_compile.compiled import CompiledGraph
 from hetegen_compile.planner import Planner
 from tests.models.architectures import tiny_model
-from tests.models.harness import RecordingBackend, emulated
+from tests.models.harness import RecordingBackend, emulated, half_the_weights
 
 LENGTHS = (5, 7, 9, 2, 3, 12, 17, 20, 33, 64, 65, 40, 4, 11, 70, 90, 16, 6, 25, 8)
 """No prompt of one token: Dynamo makes graphs of their own for sizes of 1."""
@@ -28,11 +29,11 @@ class CountsGuards:
         self.again: list[tuple[Any, Any]] = []
         plan_bucket, decide_again = Planner.plan_bucket, Planner.decide_again
 
-        def counted(planner: Planner, bucket: Any, sizes: Any, target: Any, weights: Any) -> Any:
+        def counted(planner: Planner, sizes: Any, target: Any, weights: Any) -> Any:
             before = self._guards(planner._module)
-            found = plan_bucket(planner, bucket, sizes, target, weights)
+            found = plan_bucket(planner, sizes, target, weights)
             self.added.append(self._guards(planner._module) - before)
-            self.plans.append((planner, bucket))
+            self.plans.append((planner, found.context.bucket))
             return found
 
         def again(planner: Planner, base: Any, sizes: Any, target: Any, weights: Any) -> Any:
@@ -97,3 +98,21 @@ def test_twenty_prompt_lengths_with_weights_streamed(cache: str | None, monkeypa
     assert any(plan.schedule.streamed_bytes for graph in backend.graphs for plan in graph.plans)
     assert counted.added == [0] * len(counted.added)
     assert backend.accelerator.counters.peak_bytes <= 400 << 10
+
+
+@pytest.mark.parametrize("overhead", [{}, {"workspace": 32 << 20}])
+def test_generations_in_a_row_share_memory_out_once(
+    overhead: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill and decode agree on what is resident, also where the device's libraries take a part of the budget."""
+    monkeypatch.setattr(EmulatedAccelerator, "overhead_bytes", lambda self: overhead)
+    model, backend, counted = tiny_model("llama"), RecordingBackend(), CountsGuards(monkeypatch)
+    budget = 2 * half_the_weights(model) + sum(overhead.values())
+    model.compile(backend=backend, options=emulated(gpu_memory=budget))
+    prompt = torch.randint(2, 256, (1, 40), generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        model.generate(prompt, cache_implementation="static", max_new_tokens=3, min_new_tokens=3)  # type: ignore[operator]
+    made = len(counted.plans), len(counted.again)
+    model.generate(prompt, cache_implementation="static", max_new_tokens=3, min_new_tokens=3)  # type: ignore[operator]
+    assert (len(counted.plans), len(counted.again)) == made
+    assert any(plan.first_rows and plan.schedule.streamed_bytes for graph in backend.graphs for plan in graph.plans)

@@ -28,11 +28,12 @@ from hetegen_compile.passes import (
     schedule,
     split_linears,
 )
-from hetegen_compile.passes.capture import capture, source_name
+from hetegen_compile.passes.capture import capture
 from hetegen_compile.passes.choose_splits import block_splits
 from hetegen_compile.passes.claims import NothingResident
 from hetegen_compile.passes.context import Bucket, Context, Refusal, SegmentCache
 from hetegen_compile.passes.plans import GROWTH, LinearPlan, Residency
+from hetegen_compile.passes.sources import source_name
 from hetegen_compile.pipeline import PIPELINE, run_pipeline
 from hetegen_compile.segments import plain_compiler
 
@@ -96,7 +97,6 @@ def context_for(module: fx.GraphModule, inputs: Sequence[Any], **changes: Any) -
         budget_bytes=GIB,
         resident=NothingResident(),
         weights={node.name: value for node, value in pairs if _belongs_to_model(node, value)},
-        refuse=lambda refusal: None,
         segments=SegmentCache(plain_compiler(FakeTensorMode()), {}),
     )
     return replace(context, **changes)
@@ -122,7 +122,6 @@ class Case:
     module: fx.GraphModule
     inputs: list[Any]
     context: Context
-    refusals: list[Refusal]
 
     def run(self, until: Callable[..., Any]) -> Case:
         """Run the pipeline up to ``until``, that stage included."""
@@ -130,11 +129,11 @@ class Case:
         return self
 
     def apply(self, stage: Callable[..., Any]) -> Any:
-        """Run one stage by itself."""
-        result = stage(self.module, self.context)
-        self.module.graph.lint()
+        """Run one stage by itself; what it leaves is in the context, and returned."""
+        (line,) = (line for line in PIPELINE if line.run is stage)
+        self.context = run_pipeline(self.module, self.context, (line,))
         self.module.recompile()
-        return result
+        return None if line.leaves is None else getattr(self.context, line.leaves)
 
     def outputs(self) -> Any:
         """Execute the graph as it is, with the operations' reference kernels."""
@@ -145,6 +144,11 @@ class Case:
     def nodes(self, target: Any) -> list[Any]:
         """All calls of one function."""
         return list(self.module.graph.find_nodes(op="call_function", target=target))
+
+    @property
+    def refusals(self) -> list[Refusal]:
+        """What was left alone."""
+        return list(self.context.refusals)
 
     def reasons(self) -> list[str]:
         """Why nodes were left alone."""
@@ -163,11 +167,9 @@ def case(
     dynamo: Mapping[str, bool] | None = None,
     **changes: Any,
 ) -> Case:
-    """``function(*inputs)`` captured, with a context whose fields ``changes`` replace and that keeps refusals."""
+    """``function(*inputs)`` captured, with a context whose fields ``changes`` replace."""
     module, graph_inputs = dynamo_graph(function, *inputs, dynamic=dynamic, dynamo=dynamo)
-    refusals: list[Refusal] = []
-    context = context_for(module, graph_inputs, **{"refuse": refusals.append, **changes})
-    return Case(module, graph_inputs, context, refusals)
+    return Case(module, graph_inputs, context_for(module, graph_inputs, **changes))
 
 
 def again(base: Case, **changes: Any) -> Case:
@@ -175,10 +177,9 @@ def again(base: Case, **changes: Any) -> Case:
     graph = fx.Graph()
     graph.output(graph.graph_copy(base.module.graph, {}))
     split = changes.pop("split", base.context.options.split)
-    refusals: list[Refusal] = []
     options = replace(base.context.options, split=split)
-    context = replace(base.context, options=options, refuse=refusals.append, **changes)
-    return Case(fx.GraphModule(base.module, graph), base.inputs, context, refusals)
+    context = replace(base.context, options=options, refused={}, **changes)
+    return Case(fx.GraphModule(base.module, graph), base.inputs, context)
 
 
 # ---- plans decided by the test ---------------------------------------------------------------------------
@@ -236,7 +237,7 @@ def planned(
     for block in result.context.blocks if paired else ():
         splits |= block_splits(block, by_position, round(paired * block.columns), result.context)
     result.context = replace(result.context, splits=splits)
-    result.context = replace(result.context, placement=place_nodes(result.module, result.context))
+    result.apply(place_nodes)
     result.apply(group_segments)
     return result
 

@@ -27,10 +27,10 @@ from hetegen_compile.ir import (
     info,
 )
 from hetegen_compile.passes import carry_prefetches, insert_transfers, predict_step, schedule, split_linears, verify
-from hetegen_compile.passes.capture import source_name
 from hetegen_compile.passes.context import require
 from hetegen_compile.passes.findings import Prediction
 from hetegen_compile.passes.plans import LinearPlan
+from hetegen_compile.passes.sources import source_name
 from tests.passes.graphs import (
     PROFILE,
     Case,

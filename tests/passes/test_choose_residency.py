@@ -49,7 +49,8 @@ def chain() -> Case:
 class Beside(NothingResident):
     """Other graphs on the accelerator, with what they claim and need."""
 
-    def __init__(self, *graphs: Sequence[Claim], step_bytes: int = 0) -> None:
+    def __init__(self, *graphs: Sequence[Claim], step_bytes: int = 0, ring_bytes: int = 0) -> None:
+        super().__init__(ring_bytes)
         self._graphs = graphs
         self._step_bytes = step_bytes
 
@@ -254,8 +255,8 @@ def test_the_next_graph_of_a_model_decides_the_same(chain: Case) -> None:
     needed = named_budget(chain)
     for extra in range(0, TOTAL, TOTAL // 5):
         first = decide(chain, needed + extra)
-        beside = Beside(first.claims, step_bytes=first.step_bytes)
-        second = decide(chain, needed + extra, resident=beside, ring_bytes=first.ring_bytes, activation_bytes=0)
+        beside = Beside(first.claims, step_bytes=first.step_bytes, ring_bytes=first.ring_bytes)
+        second = decide(chain, needed + extra, resident=beside, activation_bytes=0)
         assert second.first_rows == first.first_rows
         assert second.weights == first.weights
         assert sum(second.budget.values()) == sum(first.budget.values())
@@ -291,10 +292,12 @@ def test_weights_of_other_graphs_keep_a_graph_from_fitting_whole(chain: Case) ->
     assert decide(chain, exact + 256, resident=Beside([stranger(256)])).whole_graph
 
 
-def test_steps_of_other_graphs_keep_their_room(chain: Case) -> None:
-    needed = named_budget(chain)
-    own = decide(chain, needed).step_bytes
-    decided = decide(chain, needed + TOTAL, resident=Beside(step_bytes=own + 5000))
+@pytest.mark.parametrize("overhead", [{}, {"workspace": 1 << 20}])
+def test_steps_of_other_graphs_keep_their_room(chain: Case, overhead: dict[str, int]) -> None:
+    """What libraries take is no room that a step could use."""
+    needed = named_budget(chain, overhead_bytes=overhead)
+    own = decide(chain, needed, overhead_bytes=overhead).step_bytes
+    decided = decide(chain, needed + TOTAL, overhead_bytes=overhead, resident=Beside(step_bytes=own + 5000))
     assert decided.budget[OTHERS] == 5000
     assert sum(decided.budget.values()) <= needed + TOTAL
 
@@ -357,7 +360,7 @@ def test_the_ring_is_as_long_as_others_made_it_where_that_leaves_half(
 ) -> None:
     ring_bytes = ring_units * 256
     budget_bytes += named_budget(chain, split=0.25)
-    decided = decide(chain, budget_bytes, split=0.25, ring_bytes=ring_bytes)
+    decided = decide(chain, budget_bytes, split=0.25, resident=Beside(ring_bytes=ring_bytes))
     assert sum(decided.budget.values()) <= budget_bytes
     free = budget_bytes - decided.step_bytes
     assert decided.ring_bytes >= ring_bytes or ring_bytes > free // 2
@@ -411,6 +414,32 @@ def test_a_prefill_of_fixed_length_keeps_room_for_the_caches_of_the_steps_after_
     assert budget[GROWTH] == max(0, step - made)
     more = limits.get("max_batch", 1) - 1
     assert budget[BATCHES] == more * (ids + budget[ACTIVATIONS] + budget[GROWTH])
+
+
+def test_sizes_of_caches_are_compared_without_new_guards() -> None:
+    """What a cache is compared with may have a symbol where that has a number."""
+
+    def step(ids: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        made = GROWN(torch.nn.functional.one_hot(ids, 64).float()).view(1, 7, 4, 16).transpose(1, 2).contiguous()
+        return made, torch.relu(past)
+
+    past = torch.randn(1, 4, 9, 16)
+    torch._dynamo.mark_dynamic(past, 2)
+    found = case(step, torch.arange(7)[None], past, sequences=1, tokens_per_sequence=7).run(annotate_costs)
+    values = [info(node).value for node in found.module.graph.find_nodes(op="placeholder")]
+    (environment,) = {v.node.shape_env for v in values if isinstance(v, torch.SymInt)}
+    before = len(environment.guards)
+    assert found.apply(choose_residency).budget[GROWTH] > 0
+    assert len(environment.guards) == before
+
+
+def test_caches_of_all_layers_may_come_in_one_tensor() -> None:
+    def prefill(ids: Tensor) -> Tensor:
+        keys = GROWN(torch.nn.functional.one_hot(ids, 64).float()).view(1, 7, 4, 16).transpose(1, 2)
+        return torch.stack([keys, keys.relu()])
+
+    found = case(prefill, torch.arange(7)[None], sequences=1, tokens_per_sequence=7).run(annotate_costs)
+    assert found.apply(choose_residency).budget[GROWTH] > 0
 
 
 def test_without_spare_room_only_what_is_stated_is_kept() -> None:

@@ -185,6 +185,21 @@ def test_attention_of_symbolic_length_is_propagated() -> None:
     check_devices(found.module)
 
 
+def test_padding_to_a_symbolic_length_is_propagated() -> None:
+    """As attention of a GPU pads masks to multiples of 16, by an operation whose C++ form takes numbers only."""
+
+    def padded(x: Tensor, past: Tensor) -> Tensor:
+        y = A(x).view(1, 4, 1, 16) + past
+        y = nn.functional.pad(y, (0, 0, 0, 16 - past.shape[2] % 16))
+        result: Tensor = B(y[:, :, -1].reshape(1, 64))
+        return result
+
+    past = torch.randn(1, 4, 7, 16)
+    torch._dynamo.mark_dynamic(past, 2)
+    found = scheduled(padded, torch.randn(1, 64), past)
+    check_devices(found.module)
+
+
 # ---- staged weights and carried prefetches ---------------------------------------------------------------------
 
 

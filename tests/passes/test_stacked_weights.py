@@ -98,8 +98,8 @@ def test_the_graph_with_stacks_on_the_host_computes_what_eager_does() -> None:
     model, x = Experts(), torch.randn(3, 16)
     found = case(model, x).run(annotate_costs)
     found.context = replace(found.context, budget_bytes=leanest())
-    found.context = replace(found.context, residency=choose_residency(found.module, found.context))
-    found.context = replace(found.context, placement=place_nodes(found.module, found.context))
+    found.apply(choose_residency)
+    found.apply(place_nodes)
     assert found.context.placement is not None
     assert sum("bmm" in info(node).aten for node in found.context.placement.host) == 2
     assert not any("bmm" in info(node).aten for node in found.context.placement.accelerator)

@@ -155,6 +155,7 @@ class CudaAccelerator(Accelerator):
             self._streams.synchronize_step()
         else:
             self._streams.synchronize()
+        self._streams.end_step()
         self._activations.finish_step()
         self._in_step = False
         self._prefetches.finish_step()
@@ -171,6 +172,7 @@ class CudaAccelerator(Accelerator):
     def abandon_step(self) -> None:
         if self._in_step:
             self.synchronize()
+            self._streams.end_step()
             self._activations.finish_step()
             self._prefetches.abandon_step()
             self._in_step = False

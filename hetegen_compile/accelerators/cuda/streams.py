@@ -15,6 +15,8 @@ from hetegen_compile.errors import AcceleratorError, AcceleratorMemoryError
 class CudaStreams:
     """``compute`` is the caller's current stream, ``up`` and ``down`` are the accelerator's own.
 
+    Asking torch for the current stream takes longer than most of what is issued to it, so a step asks once.
+
     ``uploaded`` is the event of the last copy up that the step under way needs itself.
     """
 
@@ -24,16 +26,22 @@ class CudaStreams:
         self.down = torch.cuda.Stream(device)
         self.tracer = CudaTracer(device)
         self.uploaded: torch.cuda.Event | None = None
+        self._of_step: torch.cuda.Stream | None = None
 
     @property
     def compute(self) -> torch.cuda.Stream:
-        """The caller's current stream."""
-        return torch.cuda.current_stream(self.device)
+        """The caller's current stream; in a step the one that was current when it began."""
+        return self._of_step or torch.cuda.current_stream(self.device)
 
     def begin_step(self) -> None:
         """Order the copies of a step after everything before it."""
-        self.up.wait_stream(self.compute)
-        self.down.wait_stream(self.compute)
+        self._of_step = torch.cuda.current_stream(self.device)
+        self.up.wait_stream(self._of_step)
+        self.down.wait_stream(self._of_step)
+
+    def end_step(self) -> None:
+        """The next step may run on another stream."""
+        self._of_step = None
 
     def synchronize_step(self) -> None:
         """Block until everything but prefetches for the next step is over."""

@@ -57,8 +57,9 @@ class Prefetches:
     def start_staged(self, op: Op, stage: Transfer, slot: Slot, after: Sequence[Token]) -> Transfer:
         """``Accelerator.prefetch`` of what a stage copies into the pinned ring."""
         staged = self._hazards.staged(stage, op.name)
-        started = self._start(op, self.pinned.view(staged.slot), slot, after, stage)
-        staged.occupancy.released = started.access
+        emptied = staged.occupancy
+        started = self._start(op, self.pinned.view(staged.slot), slot, after, behind=[stage], emptied=emptied)
+        emptied.released = started.access
         return started
 
     def _start(
@@ -67,20 +68,21 @@ class Prefetches:
         rows: torch.Tensor,
         slot: Slot,
         after: Sequence[Token],
-        stage: Transfer | None = None,
         *,
         ahead: bool = False,
+        behind: Sequence[Transfer] = (),
+        emptied: Occupancy | None = None,
     ) -> Transfer:
+        """Copy rows into a slot after its releases and ``behind``; ``emptied`` of the pinned ring is invalid then."""
         check_rows(op.name, rows, slot)
         access = self._hazards.prefetch(op.name, after, ahead=ahead)
         occupancy = Occupancy(op.name, slot.offset, slot.nbytes)
         self._hazards.occupy(occupancy, access)
         value = DeviceTensor(access, occupancy=occupancy, arrived=False)
         work = partial(self._work.fill_slot, op, value, rows, self.ring.view(slot))
-        waits, done = _done_events(after), threading.Event()
-        if stage is not None and stage.staged is not None:
-            work = partial(self._unstage, work, stage.staged.occupancy)
-            waits = (*waits, *_done_events([stage]))
+        waits, done = _done_events([*after, *behind]), threading.Event()
+        if emptied is not None:
+            work = partial(self._unstage, work, emptied)
         kind = "prefetch_ahead" if ahead else "prefetch"
         transfer = Transfer(op.name, kind, access, self._hazards.clocks.now(UP), value, done, carried=ahead)
         task = Task(op, work, waits=waits, done=done, on_failure=transfer.fail if ahead else None)

@@ -1,0 +1,35 @@
+"""What the passes read of a graph's fake tensors: sizes as sympy expressions, bytes, identity of storages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import py_sym_types
+from torch.utils import _pytree as pytree
+
+
+def to_expr(value: Any) -> sympy.Expr:
+    """A number or SymInt as a sympy expression over the graph's symbols."""
+    return value.node.expr if isinstance(value, py_sym_types) else sympy.sympify(value, strict=True)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in a nest of containers, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def tensor_bytes(tensor: Tensor) -> sympy.Expr:
+    """Bytes of the tensor's elements (not of its storage), a sympy expression."""
+    return to_expr(tensor.numel()) * tensor.element_size()
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Identity of the tensor's storage while that is alive."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+__all__ = ["storage_id", "tensor_bytes", "tensors_in", "to_expr"]

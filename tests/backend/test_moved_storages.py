@@ -1,0 +1,69 @@
+"""The ledger of resident weights when weights are moved into other storages, as adopted ones are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hetegen_compile.accelerators import EmulatedAccelerator
+from hetegen_compile.mirrors import WEIGHTS, Mirrors, Request
+from hetegen_compile.passes.claims import Claim, weight_key
+from hetegen_compile.passes.plans import Residency
+from hetegen_compile.residency import ResidencyLedger
+
+ROW_BYTES = 64 * 4
+
+
+class Owner:
+    """Somebody's plans."""
+
+
+def enter(ledger: ResidencyLedger, owner: Owner, part: str, weight: Tensor, first: int) -> None:
+    key = weight_key(weight)
+    claim = Claim(key, len(weight), 0, ROW_BYTES, gain_s_per_byte=1.0)
+    residency = Residency({"w": first}, 0, 0, {}, claims=(claim,), first_rows={key: first})
+    ledger.enter(owner, part, residency, 1 << 20, None)
+
+
+def resident(mirrors: Mirrors, weight: Tensor, first: int) -> Any:
+    mirrors.begin_step()
+    (value,) = mirrors.fetch([Request(weight.detach()[first:], "w", WEIGHTS, watched=True)], 1 << 20)
+    return value
+
+
+def test_rows_of_a_moved_weight_leave_when_another_plan_wants_others() -> None:
+    """Otherwise they would stay beside the new ones, kept by plan, and exceed what the plans counted on."""
+    accelerator = EmulatedAccelerator(1 << 20)
+    try:
+        mirrors = Mirrors(accelerator)
+        ledger, owner, weight = ResidencyLedger(mirrors), Owner(), torch.nn.Parameter(torch.ones(64, 64))
+        enter(ledger, owner, "prefill", weight, 32)
+        old = weight.untyped_storage()
+        weight.data = weight.data.clone()  # as adoption does
+        ledger.storages_moved({int(old._cdata): int(weight.untyped_storage()._cdata)})
+        assert ledger.has([(weight_key(weight), 32)], 0)
+        assert [claim.key for claims in ledger.others(owner, "decode").claims() for claim in claims] == [
+            weight_key(weight)
+        ]
+        resident(mirrors, weight, 32)
+        assert mirrors.held_bytes(WEIGHTS) == ledger.resident_bytes == 32 * ROW_BYTES
+        enter(ledger, owner, "decode", weight, 16)
+        resident(mirrors, weight, 16)
+        assert mirrors.held_bytes(WEIGHTS) == ledger.resident_bytes == 48 * ROW_BYTES
+    finally:
+        accelerator.close()
+
+
+def test_plans_look_again_after_a_move() -> None:
+    accelerator = EmulatedAccelerator(1 << 20)
+    try:
+        ledger, owner, weight = ResidencyLedger(Mirrors(accelerator)), Owner(), torch.ones(64, 64)
+        enter(ledger, owner, "prefill", weight, 32)
+        epoch = ledger.epoch
+        ledger.storages_moved({int(weight.untyped_storage()._cdata): 1})
+        assert ledger.epoch > epoch
+        assert not ledger.has([(weight_key(weight), 32)], 0)
+    finally:
+        accelerator.close()
