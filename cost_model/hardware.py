@@ -173,13 +173,31 @@ class HostProfile:
 
 @dataclass(frozen=True)
 class AcceleratorProfile:
-    """The accelerator: arithmetic by dtype, its memory's rate and size, the time from launch to launch."""
+    """The accelerator: arithmetic by dtype, its memory's rate and size, and what issuing to it takes.
+
+    Attributes:
+        name: of the device.
+        flops_per_s: sustained arithmetic rate by dtype name.
+        memory_bytes_per_s: sustained rate of reading and writing its memory.
+        launch_s: from one launch of a small kernel to the next, when one thread issues nothing else.
+        memory_bytes: size of its memory.
+        issue_s: what issuing a Linear costs the host thread, all that Python and torch do for it included; 0:
+            ``launch_s``.
+        segment_issue_s: the same of a compiled segment; 0: ``issue_s``.
+    """
 
     name: str
     flops_per_s: Mapping[str, Rate] = field(hash=False)
     memory_bytes_per_s: Rate
     launch_s: Seconds
     memory_bytes: Count
+    issue_s: Seconds = 0.0
+    segment_issue_s: Seconds = 0.0
+
+    def issuing_s(self, *, segment: bool) -> float:
+        """Seconds of the host thread for issuing a compiled segment, or a Linear."""
+        one_s = self.issue_s or self.launch_s
+        return (self.segment_issue_s or one_s) if segment else one_s
 
 
 @dataclass(frozen=True)

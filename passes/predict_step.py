@@ -37,6 +37,9 @@ from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import Prediction, Work
 from hetegen_compile.passes.tensors import to_expr
 
+_COMPUTES = {ir.PARTIAL_LINEAR, ir.JOIN, ir.PAD}
+"""What is launched by torch's own operations; copies are issued by less."""
+
 _FREE = {ir.MIRROR, ir.RESIDENT, ir.TWIN, ir.WAIT, ir.WAIT_ACCELERATOR, ir.RELEASE, operator.getitem}
 
 
@@ -117,7 +120,16 @@ def node_work(node: fx.Node, context: Context) -> Work:
     work = _on_resource(node, context)
     if work.resource == "host" or node.target in _FREE or _is_no_join(node):
         return work
-    return Work(work.resource, work.seconds, context.profile.accelerator.launch_s)
+    return Work(work.resource, work.seconds, _issue_s(node, context))
+
+
+def _issue_s(node: fx.Node, context: Context) -> float:
+    """What issuing a node costs the host thread. Matrix products and attention are launched beside a segment's own."""
+    accelerator = context.profile.accelerator
+    if node.op == "call_module":
+        products = context.number(info(node).flops) > 0
+        return accelerator.issuing_s(segment=True) + (accelerator.issuing_s(segment=False) if products else 0.0)
+    return accelerator.issuing_s(segment=False) if node.target in _COMPUTES else accelerator.launch_s
 
 
 def _on_resource(node: fx.Node, context: Context) -> Work:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.children import Notebook
+from benchmarks.gpu.gated import gates
 from benchmarks.gpu.settings import Settings, device_of
 
 LINKS = 64
@@ -33,6 +34,7 @@ Link = Callable[[Tensor], Tensor]
 def captured(settings: Settings, notebook: Notebook) -> None:
     """Note seconds a link, issued one by one and captured, and whether the results are bit-identical."""
     device = device_of(settings)
+    notebook.note("gates", gates(device))
     torch.manual_seed(0)
     with torch.no_grad():
         links = make_links(device)

@@ -12,16 +12,22 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hetegen_compile.accelerators import Accelerator, CudaAccelerator, Op
 from hetegen_compile.accelerators.cuda.pinning import cuda_view
 from hetegen_compile.calibration.host import copy_bytes
 from hetegen_compile.calibration.kernels import dtype_name
+from hetegen_compile.calibration.machine import last_level_cache_bytes
 from hetegen_compile.calibration.timing import Effort, durations_s, median_s
 from hetegen_compile.cost_model import AcceleratorProfile, LinkDirection, LinkProfile, RateCurve
+from hetegen_compile.segments import inductor_compiler
 
 logger = logging.getLogger("hetegen_compile")
 
@@ -36,6 +42,7 @@ _BATCH = 8
 _SPIN_CYCLES = 1_000_000
 _VIEW_BYTES = 16_384
 _SMALLEST_BYTES = 64
+_ISSUES = 100
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,10 @@ class AcceleratorFigures:
 
 
 class CudaMeter:
-    """Measurements on one device, through the caller's current stream. Unverified on a GPU."""
+    """Measurements on one device, through the caller's current stream."""
+
+    accelerator: Callable[[], Accelerator] = CudaAccelerator
+    """Makes what issues as a step does."""
 
     def __init__(self, device: torch.device, effort: Effort, sizes: CudaSizes) -> None:
         self.device = device
@@ -174,13 +184,51 @@ class CudaMeter:
         return self._pinned.nbytes / seconds
 
     def load(self) -> None:
-        """Keep the link up busy for some milliseconds, without occupying a processor while it lasts."""
+        """Keep the link up busy for some milliseconds, without occupying a processor while it lasts.
+
+        It reads more than the processor's caches hold, as weights are.
+        """
         done = torch.cuda.Event()
-        for _ in range(_BATCH):
-            self._copy(self._pinned, self._pinned.nbytes, up=True)()
+        for part in self._more_than_caches.split(self._on_device.numel()):
+            self._copy(part, part.numel(), up=True)()
         done.record(torch.cuda.current_stream(self.device))
         while not done.query():
             time.sleep(2e-4)
+
+    @cached_property
+    def _more_than_caches(self) -> Tensor:
+        return pinned_zeros(max(2 * last_level_cache_bytes(), _BATCH * self._pinned.nbytes))
+
+    def issue_s(self) -> float:
+        """Seconds of the host thread for issuing a Linear of one token."""
+        x = torch.ones((1, 64), dtype=torch.bfloat16, device=self.device)
+        weight = torch.ones((64, 64), dtype=torch.bfloat16, device=self.device)
+        return self._issuing_s(partial(F.linear, x, weight))
+
+    def segment_issue_s(self) -> float:
+        """Seconds of the host thread for issuing a small compiled segment; 0 where none can be compiled."""
+        try:
+            segment, examples = small_segment(self.device)
+        except Exception as error:  # whatever Inductor raises: the figure is an estimate of Linears' then
+            logger.warning("no segment can be compiled for %s: %s", self.device, error)
+            return 0.0
+        return self._issuing_s(partial(segment, *examples))
+
+    def _issuing_s(self, function: Callable[[], object]) -> float:
+        """Issued by an accelerator, as in a step. The device may be the slower one: it is no longer then."""
+        accelerator, op = self.accelerator(), Op("calibration")
+        try:
+            accelerator.begin_step()
+
+            def issue() -> None:
+                for _ in range(_ISSUES):
+                    accelerator.launch(op, function, ())
+
+            seconds = self.blocking_s(issue) / _ISSUES
+            accelerator.end_step()
+        finally:
+            accelerator.close()
+        return seconds
 
     def _copy(self, host: Tensor, nbytes: int, *, up: bool) -> Callable[[], object]:
         source, target = host[:nbytes], self._on_device[:nbytes]
@@ -207,6 +255,8 @@ def measure_cuda(meter: CudaMeter, step: Callable[[str], None]) -> AcceleratorFi
         memory_bytes_per_s=meter.memory_bytes_per_s(),
         launch_s=meter.launch_s(),
         memory_bytes=torch.cuda.get_device_properties(meter.device).total_memory,
+        issue_s=meter.issue_s(),
+        segment_issue_s=meter.segment_issue_s(),
     )
     step("waits, views and pinning")
     return AcceleratorFigures(
@@ -216,6 +266,16 @@ def measure_cuda(meter: CudaMeter, step: Callable[[str], None]) -> AcceleratorFi
         fixed_s_per_split=meter.trip_s(),
         pin_bytes_per_s=meter.pin_bytes_per_s(),
     )
+
+
+def small_segment(device: torch.device) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
+    """One kernel that Inductor makes of what stands between two Linears, and what it is called with."""
+    graph = fx.symbolic_trace(lambda x, y: (F.rms_norm(x + F.silu(y), (64,)),))
+    mode = FakeTensorMode()
+    with mode:
+        fakes = [torch.empty((1, 64), dtype=torch.bfloat16, device=device) for _ in range(2)]
+    examples = tuple(torch.ones((1, 64), dtype=torch.bfloat16, device=device) for _ in range(2))
+    return inductor_compiler(mode)(graph, fakes), examples
 
 
 def pinned_zeros(nbytes: int) -> Tensor:

@@ -428,7 +428,7 @@ def test_every_budget_from_the_smallest_to_the_whole_model_has_a_plan(
 ) -> None:
     model, inputs = tiny_model(architecture, layers=1), prompts(2)
     ((planner, planning),) = _plannings(monkeypatch, model, lambda: forward(model, inputs), split=split)
-    bucket, sizes, target, weights = planning
+    sizes, target, weights = planning
     first = planner.plan_bucket(sizes, target, weights)
 
     def planned(budget_bytes: int) -> Schedule:

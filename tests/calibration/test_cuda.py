@@ -11,10 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hetegen_compile.accelerators import Op
 from hetegen_compile.calibration import cuda, runner
 from hetegen_compile.calibration.cuda import CudaMeter, CudaSizes, measure_cuda
 from hetegen_compile.cost_model import profile_from_json, profile_to_json, unsourced_fields
 from tests.calibration.tiny import TINY
+from tests.models.harness import through_inductor
 
 SIZES = CudaSizes(square=8, memory_bytes=1024, transfer_bytes=(1000, 20_000))
 LOG: list[str] = []
@@ -43,6 +45,23 @@ class FakeEvent:
         return 2.0
 
 
+class Issuing:
+    """An accelerator of which only launches are asked."""
+
+    def begin_step(self) -> None:
+        LOG.append("begin step")
+
+    def launch(self, op: Op, function: Callable[[], object], args: tuple[object, ...]) -> None:
+        LOG.append(op.name)
+        function(*args)
+
+    def end_step(self) -> None:
+        LOG.append("end step")
+
+    def close(self) -> None:
+        LOG.append("close")
+
+
 @pytest.fixture
 def meter(monkeypatch: pytest.MonkeyPatch) -> CudaMeter:
     LOG.clear()
@@ -61,6 +80,9 @@ def meter(monkeypatch: pytest.MonkeyPatch) -> CudaMeter:
         monkeypatch.setattr(torch.cuda, name, part)
     monkeypatch.setattr(cuda, "pinned_zeros", lambda nbytes: torch.zeros(nbytes, dtype=torch.uint8))
     monkeypatch.setattr(cuda, "cuda_view", lambda buffer, device: buffer)
+    monkeypatch.setattr(cuda, "last_level_cache_bytes", lambda: 30_000)
+    monkeypatch.setattr(CudaMeter, "accelerator", Issuing)
+    monkeypatch.setattr(cuda, "small_segment", lambda device: (torch.add, (torch.ones(1), torch.ones(1))))
     return CudaMeter(torch.device("cpu"), TINY, SIZES)
 
 
@@ -94,6 +116,13 @@ def test_copies_go_the_way_they_say(meter: CudaMeter) -> None:
     assert meter._on_device[:51].tolist() == [9] * 50 + [7]
 
 
+@through_inductor
+def test_a_small_segment_is_compiled() -> None:
+    segment, (x, y) = cuda.small_segment(torch.device("cpu"))
+    (found,) = segment(x, y)
+    assert torch.allclose(found, torch.ones_like(x))
+
+
 def test_all_figures(meter: CudaMeter) -> None:
     steps: list[str] = []
     figures = measure_cuda(meter, steps.append)
@@ -101,6 +130,24 @@ def test_all_figures(meter: CudaMeter) -> None:
     assert figures.accelerator.name == "a fake GPU"
     assert figures.accelerator.memory_bytes == 123
     assert figures.link.view_s == pytest.approx(2e-3 / 8)
+    issued = [one for one in LOG if one in ("begin step", "calibration", "end step", "close")]
+    assert issued[:2] == ["begin step", "calibration"]
+    assert issued[-3:] == ["calibration", "end step", "close"]
+    assert figures.accelerator.issue_s > 0
+    assert figures.accelerator.segment_issue_s > 0
+
+
+def test_issuing_counts_as_a_linear_where_no_segment_can_be_compiled(
+    meter: CudaMeter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(device: object) -> None:
+        raise RuntimeError("no Triton")
+
+    monkeypatch.setattr(cuda, "small_segment", failing)
+    accelerator = measure_cuda(meter, lambda name: None).accelerator
+    assert accelerator.segment_issue_s == 0
+    assert accelerator.issuing_s(segment=True) == accelerator.issuing_s(segment=False) == accelerator.issue_s > 0
+    assert "no Triton" in caplog.text
 
 
 def test_without_views_the_link_is_used(
@@ -137,5 +184,5 @@ def test_the_load_during_contention_is_uploads(meter: CudaMeter, monkeypatch: py
 
     monkeypatch.setattr(meter, "_copy", spy)
     meter.load()
-    assert directions
+    assert len(directions) == cuda._BATCH, "more than the caches hold"
     assert all(directions)

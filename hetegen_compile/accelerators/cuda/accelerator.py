@@ -239,8 +239,16 @@ class CudaAccelerator(Accelerator):
     ) -> Any:
         self._check_open()
         streams = self._streams
-        with streams.work(op), streams.tracer.stream_span(op.name, "accelerator", streams.compute):
-            returned = function(*args)
+        try:
+            if streams.tracer.enabled:
+                with streams.tracer.stream_span(op.name, "accelerator", streams.compute):
+                    returned = function(*args)
+            else:
+                returned = function(*args)
+        except AcceleratorError:
+            raise
+        except RuntimeError as error:
+            raise streams.failure(op, error) from error
         return returned if outputs is None else list(returned)
 
     def host(

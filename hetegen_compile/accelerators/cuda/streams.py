@@ -68,12 +68,16 @@ class CudaStreams:
         """Errors of torch and CUDA name the node at which they were met."""
         try:
             yield
-        except torch.OutOfMemoryError as error:
-            raise AcceleratorMemoryError(f"{op.name} found no memory on {self.device}: {error}") from error
+        except AcceleratorError:
+            raise
         except RuntimeError as error:
-            if isinstance(error, AcceleratorError):
-                raise
-            raise AcceleratorError(f"{op.name} failed on {self.device}: {error}") from error
+            raise self.failure(op, error) from error
+
+    def failure(self, op: Op, error: RuntimeError) -> AcceleratorError:
+        """An error of torch or CUDA as one of ours that names the node."""
+        if isinstance(error, torch.OutOfMemoryError):
+            return AcceleratorMemoryError(f"{op.name} found no memory on {self.device}: {error}")
+        return AcceleratorError(f"{op.name} failed on {self.device}: {error}")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ class CudaTracer:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._enabled = False
+        self.enabled = False
         self._origin: torch.cuda.Event | None = None
         self._origin_s = 0.0
         self._pending: list[tuple[str, str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -25,7 +25,7 @@ class CudaTracer:
     @contextmanager
     def stream_span(self, name: str, resource: str, stream: torch.cuda.Stream) -> Iterator[None]:
         """Time what is issued to ``stream`` inside the block."""
-        if not self._enabled:
+        if not self.enabled:
             yield
             return
         start, end = _timing_event(), _timing_event()
@@ -39,7 +39,7 @@ class CudaTracer:
         """Time what a thread of the host does inside the block."""
         start_s = time.perf_counter()
         yield
-        if self._enabled:
+        if self.enabled:
             self._spans.append(Span(name, resource, start_s, time.perf_counter()))
 
     def collect(self, enabled: bool) -> list[Span]:
@@ -47,7 +47,7 @@ class CudaTracer:
         torch.cuda.synchronize(self._device)
         spans = self._spans + [self._resolve(*pending) for pending in self._pending]
         self._spans, self._pending = [], []
-        self._enabled = enabled
+        self.enabled = enabled
         if enabled:
             self._origin = _timing_event()
             self._origin.record(torch.cuda.current_stream(self._device))
