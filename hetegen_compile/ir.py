@@ -106,6 +106,15 @@ def written_storages(nodes: Iterable[fx.Node]) -> frozenset[int]:
     return frozenset[int]().union(*(info(node).writes for node in nodes))
 
 
+def writers_of(nodes: Iterable[fx.Node]) -> dict[int, list[fx.Node]]:
+    """For each storage that some of the nodes write in place, those that do, in order."""
+    found: dict[int, list[fx.Node]] = {}
+    for node in nodes:
+        for key in info(node).writes:
+            found.setdefault(key, []).append(node)
+    return found
+
+
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:
     """The graph with the notes on its nodes copied; parameters and submodules are shared."""
     graph = fx.Graph()

@@ -91,7 +91,7 @@ def _propagate(module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMo
     fakes = fake_inputs(module, inputs, mode)
     # the dispatcher in Python: in C++ some composite operations ask for numbers where sizes are symbols (torch 2.11)
     with (
-        torch.inference_mode(False), torch.no_grad(), _restored_state(), mode, enable_python_dispatcher(),
+        torch.inference_mode(False), torch.no_grad(), _restored_autocast(), mode, enable_python_dispatcher(),
         AtenListener() as listener,
     ):  # fmt: skip
         _Propagator(module, mode, listener).run(*fakes, enable_io_processing=False)
@@ -147,8 +147,8 @@ def _bind_python_floats(module: fx.GraphModule) -> None:
 
 
 @contextlib.contextmanager
-def _restored_state() -> Iterator[None]:
-    """Grad and autocast state as before, whatever nodes of the graph set."""
+def _restored_autocast() -> Iterator[None]:
+    """Autocast as before, whatever nodes of the graph set. (``no_grad`` does the same for gradients.)"""
     autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
     try:
         yield

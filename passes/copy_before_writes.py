@@ -19,15 +19,12 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from hetegen_compile.ir import NodeInfo, info, is_tensor
+from hetegen_compile.ir import NodeInfo, info, is_tensor, writers_of
 
 
 def copy_before_writes(graph: fx.Graph) -> bool:
     """Insert the copies into a captured graph; returns whether there are any, which have no notes yet."""
-    writers: dict[int, list[fx.Node]] = {}
-    for node in graph.nodes:
-        for key in info(node).writes:
-            writers.setdefault(key, []).append(node)
+    writers = writers_of(graph.nodes)
     made = [node for node in graph.nodes if is_tensor(node) and _is_hosts(info(node))]
     found = [node for node in made if _is_written_elsewhere(node, writers)]
     for node in found:

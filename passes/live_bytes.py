@@ -4,6 +4,10 @@ A piece of memory is alive from the node that makes it to the last node that tou
 lives until the host has waited for it, what becomes a mirror to the end. Mirrors and resident weights are there
 all the time. Inside a segment its members' values count as if nothing were fused. The largest value of the schedule
 counts once more: the host runs ahead of the streams, so a value may be made before the one that it replaces is gone.
+
+Beside ``measure_memory`` and ``step_memory``, which plans are made with, this is a second count on purpose. What it
+finds above theirs is an error of the plan (``UnforeseenMemoryError``). Of an input that is mirrored through its whole
+storage it counts the input's own bytes, the plan those of the storage.
 """
 
 from __future__ import annotations

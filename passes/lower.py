@@ -194,7 +194,7 @@ def _target_key(node: fx.Node) -> Hashable:
 def _value_key(value: Any, names: _Names) -> Hashable:
     if isinstance(value, Tensor):
         geometry = tuple(names.expression(v) for v in (*value.shape, *value.stride()))
-        offset = names.expression(value.storage_offset()) if value.storage_offset() != 0 else "0"
+        offset = names.expression(value.storage_offset())
         return (str(value.dtype), str(value.device), value.dim(), geometry, offset, names.storage(value))
     if isinstance(value, py_sym_types):
         return ("symbol", names.expression(value))

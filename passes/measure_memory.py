@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import operator
-from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -52,80 +51,74 @@ def inner_lives(segment: fx.GraphModule) -> list[Life]:
     ]
 
 
+def _segments(module: fx.GraphModule) -> dict[fx.Node, fx.GraphModule]:
+    """The segments that are not compiled yet, by the nodes that call them."""
+    calls = module.graph.find_nodes(op="call_module")
+    found = {call: module.get_submodule(str(call.target)) for call in calls}
+    return {call: segment for call, segment in found.items() if isinstance(segment, fx.GraphModule)}
+
+
 def _scratch(node: fx.Node) -> sympy.Expr:
     """What an operation of several kernels makes beside its result (the statistics of a norm, a softmax)."""
     return info(node).made_bytes - value_size(node) if info(node).made_bytes != 0 else sympy.Integer(0)
 
 
-@dataclass
 class _Meter:
-    module: fx.GraphModule
-    context: Context
-    inner: dict[str, list[Life]] = field(default_factory=dict)
-    bases: dict[int, sympy.Expr] = field(default_factory=dict)
+    def __init__(self, module: fx.GraphModule, context: Context) -> None:
+        self._context = context
+        self._nodes = list(module.graph.nodes)
+        self._segments = _segments(module)
+        self._inner = {call: inner_lives(segment) for call, segment in self._segments.items()}
+        lives = [storage_lives(segment.graph.nodes) for segment in self._segments.values()]
+        self._bases = {key: size for found in lives for key, (_, _, size) in found.items()}
+        self._points = self._points_of_nodes()
+        self._end = max(last for _, last in self._points.values())
+        self._behind = self._where_the_accelerator_is_at_least()
 
     def measure(self) -> MemoryNeed:
-        nodes = list(self.module.graph.nodes)
-        self.points = self._points(nodes)
-        self.end = max(last for _, last in self.points.values())
-        self.behind = self._where_the_accelerator_is_at_least(nodes)
-        workspace = {node: self._workspace(node) for node in nodes}
-        lives = [*self._values(nodes), *self._inner_lives(nodes)]
-        lives += [(*self.points[node], size) for node, size in workspace.items() if node.op != "call_module" and size]
-        return MemoryNeed(tuple(lives), {node: size for node, size in workspace.items() if size})
+        workspace = {node: size for node in self._nodes if (size := self._workspace(node))}
+        lives = [*self._values(), *self._inner_lives()]
+        lives += [(*self._points[node], size) for node, size in workspace.items() if node.op != "call_module"]
+        return MemoryNeed(tuple(lives), workspace)
 
-    def _points(self, nodes: list[fx.Node]) -> dict[fx.Node, tuple[int, int]]:
+    def _points_of_nodes(self) -> dict[fx.Node, tuple[int, int]]:
         """First and last point of each node: a segment has one for each of its own nodes."""
         points, point = {}, 0
-        for node in nodes:
-            segment = self._segment(node)
-            length = len(segment.graph.nodes) if segment is not None else 1
+        for node in self._nodes:
+            length = len(self._segments[node].graph.nodes) if node in self._segments else 1
             points[node] = (point, point + length - 1)
             point += length
         return points
 
-    def _segment(self, node: fx.Node) -> fx.GraphModule | None:
-        found = self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        return found if isinstance(found, fx.GraphModule) else None
+    def _inner_lives(self) -> list[Life]:
+        first = {call: self._points[call][0] for call in self._inner}
+        return [(first[call] + born, first[call] + dies, size) for call, lives in self._inner.items()
+                for born, dies, size in lives]  # fmt: skip
 
-    def _inner(self, node: fx.Node) -> list[Life]:
-        name = str(node.target)
-        segment = self._segment(node)
-        if name not in self.inner:
-            if segment is not None:
-                self.bases |= {key: size for key, (_, _, size) in storage_lives(segment.graph.nodes).items()}
-            self.inner[name] = [] if segment is None else inner_lives(segment)
-        return self.inner[name]
-
-    def _inner_lives(self, nodes: list[fx.Node]) -> list[Life]:
-        calls = [node for node in nodes if node.op == "call_module"]
-        first = {node: self.points[node][0] for node in calls}
-        return [(first[n] + born, first[n] + dies, size) for n in calls for born, dies, size in self._inner(n)]
-
-    def _where_the_accelerator_is_at_least(self, nodes: list[fx.Node]) -> dict[fx.Node, int]:
+    def _where_the_accelerator_is_at_least(self) -> dict[fx.Node, int]:
         """For each upload the point that the accelerator has passed when the host issues it."""
         passed, behind = 0, {}
-        for node in nodes:
+        for node in self._nodes:
             if node.target == ir.WAIT_HOST:
                 (transfer,) = node.all_input_nodes
-                passed = max(passed, self.points[transfer][0])
+                passed = max(passed, self._points[transfer][0])
             behind[node] = passed
         return behind
 
-    def _values(self, nodes: list[fx.Node]) -> list[Life]:
-        mirrored = frozenset[int]().union(*(info(node).storages for node in nodes if node.target == ir.MIRROR))
+    def _values(self) -> list[Life]:
+        mirrored = frozenset[int]().union(*(info(node).storages for node in self._nodes if node.target == ir.MIRROR))
         own: dict[object, Life] = {}
-        for node in nodes:
+        for node in self._nodes:
             if info(node).side != "accelerator" or node.op == "call_module" or node.target in _NOT_VALUES:
                 continue
             keys = info(node).storages
             if keys & mirrored:
                 continue
             key: object = keys or node
-            born, dies, size = own.get(key, (self.end, 0, sympy.Integer(0)))
+            born, dies, size = own.get(key, (self._end, 0, sympy.Integer(0)))
             born = min(born, self._born(node))
             # a value may be a view of something larger that only its segment saw
-            whole = [value_size(node), *(self.bases[storage] for storage in keys if storage in self.bases)]
+            whole = [value_size(node), *(self._bases[storage] for storage in keys if storage in self._bases)]
             own[key] = born, max(dies, self._last_use(node)), functools.reduce(larger, whole, size)
         return list(own.values())
 
@@ -134,22 +127,22 @@ class _Meter:
             return 0
         made_by = node.args[0] if node.target is operator.getitem and isinstance(node.args[0], fx.Node) else node
         if made_by.target == ir.WAIT_ACCELERATOR:
-            return self.behind[made_by.all_input_nodes[0]]
-        return self.points[made_by][0]
+            return self._behind[made_by.all_input_nodes[0]]
+        return self._points[made_by][0]
 
     def _last_use(self, node: fx.Node) -> int:
-        last = self.points[node][1]
+        last = self._points[node][1]
         for user in node.users:
             if user.target == ir.TO_HOST:  # what is waited for later is in use until then
                 last = max(last, self._last_use(user))
             else:
-                last = max(last, self.end if user.target == ir.TWIN else self.points[user][1])
+                last = max(last, self._end if user.target == ir.TWIN else self._points[user][1])
         return last
 
     def _workspace(self, node: fx.Node) -> sympy.Expr:
         if node.op == "call_module":
-            inner = MemoryNeed(tuple(self._inner(node)), {})
-            return sympy.Integer(inner.peak_bytes(self.context.room)) if inner.lives else sympy.Integer(0)
+            inner = MemoryNeed(tuple(self._inner.get(node, ())), {})
+            return sympy.Integer(inner.peak_bytes(self._context.room)) if inner.lives else sympy.Integer(0)
         if node.target == ir.PARTIAL_LINEAR:
             return _partial_size(node)
         if node.target == ir.JOIN and node.args[1] == 1:

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, fx
 
 from hetegen_compile.ir import LINEAR, annotate, erase_dead_nodes, info, is_tensor
+from hetegen_compile.passes.autocast import autocast_regions
 from hetegen_compile.passes.context import Context, Refusal
 from hetegen_compile.passes.fold_transforms import Folded
-from hetegen_compile.passes.place_nodes import autocast_regions
 from hetegen_compile.passes.sources import source_name
 
 _LINEAR = {torch._C._nn.linear, torch.nn.functional.linear, torch.ops.aten.linear.default}

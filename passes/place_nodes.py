@@ -17,10 +17,12 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from hetegen_compile.ir import LINEAR, info, is_tensor
+from hetegen_compile.ir import LINEAR, info, is_tensor, writers_of
 from hetegen_compile.passes.annotate_costs import value_bytes
+from hetegen_compile.passes.autocast import autocast_regions, mixed_region
 from hetegen_compile.passes.choose_splits import table_only
 from hetegen_compile.passes.context import Context, HostOnlyGraphError, Refusal
+from hetegen_compile.passes.mixed_storage import mixed_storage
 from hetegen_compile.passes.plans import Placement
 from hetegen_compile.passes.sources import source_name
 from hetegen_compile.passes.stacked_weights import computed_on_host
@@ -32,7 +34,7 @@ _MOVEMENT_NAMES = """_to_copy _unsafe_view alias arange as_strided cat clone con
     new_full new_ones new_zeros ones ones_like permute repeat roll scalar_tensor scatter scatter_ select
     select_scatter slice slice_scatter split split_with_sizes squeeze stack t transpose tril tril_ triu triu_
     unbind unfold unsqueeze view where zero_ zeros zeros_like _local_scalar_dense"""
-MOVEMENT = frozenset(_MOVEMENT_NAMES.split())
+_MOVEMENT = frozenset(_MOVEMENT_NAMES.split())
 """ATen operations that only move data: run twice, they give the same bits twice."""
 
 
@@ -50,10 +52,7 @@ class _Placer:
         self._context = context
         self._nodes = list(module.graph.nodes)
         self._computing = [n for n in self._nodes if n.op not in ("placeholder", "get_attr", "output")]
-        self._writers: dict[int, list[fx.Node]] = {}
-        for node in self._computing:
-            for key in info(node).writes:
-                self._writers.setdefault(key, []).append(node)
+        self._writers = writers_of(self._computing)
         self._regions = autocast_regions(self._computing)
         self._in_region = {node for region in self._regions for node in region}
         self._host_only = {node for node in self._computing if self._must_be_host(node)} | self._with_host_weights()
@@ -65,10 +64,11 @@ class _Placer:
         written_back = self._place_host()
         accelerator = self._needed_on_accelerator(written_back)
         accelerator |= self._returned_to_accelerator(accelerator)
-        reason = _mixed_region(self._regions) or self._mixed_storage(accelerator, written_back)
+        placement = Placement(frozenset(self._host), frozenset(accelerator), written_back)
+        reason = mixed_region(self._regions) or mixed_storage(self._computing, placement)
         if reason is not None:
             raise HostOnlyGraphError(reason)
-        return Placement(frozenset(self._host), frozenset(accelerator), written_back)
+        return placement
 
     # ---- the host's side ---------------------------------------------------------------------------------
 
@@ -155,7 +155,7 @@ class _Placer:
             return True
         if node.target == LINEAR or node.op not in ("call_function", "call_method"):
             return False
-        moves = all(name in MOVEMENT for name in info(node).aten)
+        moves = all(name in _MOVEMENT for name in info(node).aten)
         if not moves and not _is_integer(node):
             return False
         return all(self._repeatable(writer, seen | {node}) for writer in self._writers_touching(node))
@@ -233,79 +233,12 @@ class _Placer:
             chain |= more
         return chain
 
-    # ---- what the two sides cannot share ---------------------------------------------------------------------
-
-    def _mixed_storage(self, accelerator: set[fx.Node], written_back: dict[fx.Node, str]) -> str | None:
-        """Why values alone cannot keep the sides in step: one writes a storage that the other touches itself.
-
-        Safe are writes that both sides repeat, and writes of one side to a storage that the other knows only
-        through values that are moved after them.
-        """
-        back = frozenset[int]().union(*(info(node).storages for node in written_back))
-        for key, writers in self._writers.items():
-            on_host = [w for w in writers if w in self._host and w not in accelerator]
-            on_accelerator = [w for w in writers if w in accelerator and w not in self._host]
-            if on_host and self._touched_on_accelerator(key, accelerator):
-                return f"{on_host[0].name} writes on the host what the accelerator computes with"
-            if on_accelerator and self._touched_on_host(key, on_accelerator[0], key in back):
-                return f"{on_accelerator[0].name} writes on the accelerator what {self._name_of(key)} reads on the host"
-        return None
-
-    def _touched_on_accelerator(self, key: int, accelerator: set[fx.Node]) -> bool:
-        """Whether an accelerator node or a Linear reads, writes or makes the storage."""
-        return any(
-            (node in accelerator or node.target == LINEAR) and key in info(node).storages | info(node).reads
-            for node in self._computing
-        )
-
-    def _touched_on_host(self, key: int, writer: fx.Node, is_input: bool) -> bool:
-        """Whether the host has the storage itself and reads it after ``writer``, or made it.
-
-        An input that is copied back is read by the host as it was before the step.
-        """
-        for node in self._host:
-            if key in info(node).storages - info(node).reads:
-                return True
-            own = [arg for arg in node.all_input_nodes if arg in self._host or arg.op in ("placeholder", "get_attr")]
-            reads = any(key in info(arg).storages for arg in own)
-            if reads and (not is_input or info(node).position > info(writer).position):
-                return True
-        return False
-
-    def _name_of(self, key: int) -> str:
-        return next((n.name for n in self._host if key in info(n).reads | info(n).storages), "a node")
-
     def _downloads(self) -> list[fx.Node]:
         """Values that a host node or the caller needs and the host does not make itself."""
         readers = [node for node in self._nodes if node in self._host or node.op == "output"]
         inputs = [node for reader in readers for node in reader.all_input_nodes]
         made = ("placeholder", "get_attr")
         return [n for n in inputs if n not in self._host and n.op not in made and tensors_in(info(n).value)]
-
-
-def autocast_regions(nodes: list[fx.Node]) -> list[list[fx.Node]]:
-    """Nodes between ``_enter_autocast`` and its ``_exit_autocast``, both included, of the outermost regions."""
-    regions: list[list[fx.Node]] = []
-    depth = 0
-    for node in nodes:
-        name = getattr(node.target, "__name__", "")
-        if name == "_enter_autocast":
-            depth += 1
-            if depth == 1:
-                regions.append([])
-        if depth:
-            regions[-1].append(node)
-        depth -= name == "_exit_autocast"
-    return regions
-
-
-def _mixed_region(regions: list[list[fx.Node]]) -> str | None:
-    """Why an autocast region cannot lie inside one segment, or None."""
-    for region in regions:
-        odd = next((node for node in region if info(node).random or info(node).data_dependent), None)
-        if odd is not None:
-            return f"{odd.name} has to run on the host and is inside an autocast region of the forward"
-    return None
 
 
 def _is_scalar(node: fx.Node) -> bool:
@@ -319,4 +252,4 @@ def _is_integer(node: fx.Node) -> bool:
     return all(not t.dtype.is_floating_point and not t.dtype.is_complex for t in tensors)
 
 
-__all__ = ["MOVEMENT", "place_nodes"]
+__all__ = ["place_nodes"]

@@ -65,8 +65,7 @@ def plan_generation(
         UnsupportedModelError: no such model, or one that cannot be planned; the message says what to do.
         BudgetError: ``gpu_memory`` is too small; the message has the number that works.
     """
-    machine = _machine(options, prompt, new_tokens, batch)
-    named = named_model(model, dtype)
+    machine, named = _machine(options, prompt, new_tokens, batch), named_model(model, dtype)
     machine = replace(machine, weight_bytes=weight_bytes(named.module))
     tell(f"{named.name}: tracing the forward of {prompt} tokens and that of one")
     with large_heap():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +55,10 @@ class Issuing:
     def launch(self, op: Op, function: Callable[[], object], args: tuple[object, ...]) -> None:
         LOG.append(op.name)
         function(*args)
+
+    def host(self, op: Op, function: Callable[..., object], args: Any, kwargs: Any) -> None:
+        LOG.append("host")
+        function(*args, **kwargs)
 
     def end_step(self) -> None:
         LOG.append("end step")
@@ -130,9 +135,9 @@ def test_all_figures(meter: CudaMeter) -> None:
     assert figures.accelerator.name == "a fake GPU"
     assert figures.accelerator.memory_bytes == 123
     assert figures.link.view_s == pytest.approx(2e-3 / 8)
-    issued = [one for one in LOG if one in ("begin step", "calibration", "end step", "close")]
-    assert issued[:2] == ["begin step", "calibration"]
-    assert issued[-3:] == ["calibration", "end step", "close"]
+    issued = [one for one in LOG if one in ("begin step", "host", "calibration", "end step", "close")]
+    a_round = ["host", *["calibration"] * cuda._ISSUES]
+    assert issued == ["begin step", *a_round * cuda._ROUNDS, "end step", "close"] * 2
     assert figures.accelerator.issue_s > 0
     assert figures.accelerator.segment_issue_s > 0
 

@@ -105,6 +105,27 @@ def test_the_depth_of_a_model_adds_segments_but_no_compilations(
     assert deep[1] == shallow[1] < shallow[0]
 
 
+def test_lowering_makes_no_guards() -> None:
+    """Of an offset with a symbol, say: Dynamo would trace again for a length that a plan serves."""
+    first, second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def function(x: Tensor) -> Tensor:
+        y: Tensor = first(x).relu()
+        one = y[-3]
+        result: Tensor = second(y) + one
+        return result
+
+    x = torch.randn(5, 64)
+    torch._dynamo.mark_dynamic(x, 0)
+    found = scheduled(function, x, plan=halves)
+    values = [info(node).value for node in found.module.graph.nodes]
+    (environment,) = {value.node.shape_env for value in values if isinstance(value, torch.SymInt)}
+    known = list(environment.guards)
+    found.apply(lower)
+    assert environment.guards == known
+    torch.testing.assert_close(found.outputs()[0], function(x))
+
+
 def test_shares_and_residency_change_no_segment() -> None:
     counts = {compiled_segments(2, plan) for plan in (halves, on_host, streamed, resident)}
     assert len(counts) == 1
