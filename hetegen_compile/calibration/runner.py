@@ -91,7 +91,7 @@ def _calibrate_host(effort: Effort, step: Step) -> HardwareProfile:
 
 
 def _calibrate_cuda(effort: Effort, step: Step) -> HardwareProfile:
-    """Host, device and link. Unverified on a GPU."""
+    """Host, device and link."""
     device = torch.device("cuda", torch.cuda.current_device())
     with torch.autocast("cuda", enabled=False):
         meter = CudaMeter(device, effort, CudaSizes())

@@ -1,7 +1,7 @@
 """A CUDA device as accelerator.
 
-Unverified on a GPU: this package was written on machines without one and is verified only once benchmarks/gpu has run
-on a device (ordering, asynchrony of copies from registered memory, views of pinned buffers).
+Run on an H200 by benchmarks/gpu (results/gpu_h200.md says what was checked, and at which commit). Tests run it against
+stand-ins only.
 
     accelerator     the contract's methods: memory, steps, launches, life
     streams         compute (the caller's), up and down; errors that name a node

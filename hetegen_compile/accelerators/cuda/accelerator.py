@@ -1,6 +1,6 @@
 """``CudaAccelerator``: the methods of the contract over one CUDA device.
 
-Unverified on a GPU. Values are CUDA tensors. The rules of a schedule that the emulated accelerator checks are not
+Values are CUDA tensors. The rules of a schedule that the emulated accelerator checks are not
 checked here, beyond what costs nothing; work that fails is reported by the call that meets it.
 """
 

@@ -1,7 +1,4 @@
-"""Activations on their way between host and device: trips down and up, and small uploads that a kernel reads.
-
-Unverified on a GPU.
-"""
+"""Activations on their way between host and device: trips down and up, and small uploads that a kernel reads."""
 
 from __future__ import annotations
 

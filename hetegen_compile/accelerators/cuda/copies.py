@@ -2,8 +2,6 @@
 
 ``Tensor.copy_`` from a host tensor with gaps makes a contiguous temporary and is not asynchronous; torch exposes no
 other way. The function is looked up in the CUDA runtime that torch has loaded, by its name and major version.
-
-Unverified on a GPU.
 """
 
 from __future__ import annotations

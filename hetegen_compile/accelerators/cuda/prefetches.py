@@ -1,7 +1,4 @@
-"""Weights on their way up: into slots of the staging ring, through the pinned ring where they are not pinned.
-
-Unverified on a GPU.
-"""
+"""Weights on their way up: into slots of the staging ring, through the pinned ring where they are not pinned."""
 
 from __future__ import annotations
 

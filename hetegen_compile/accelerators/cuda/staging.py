@@ -4,8 +4,6 @@ One worker runs everything that a staged weight needs, in issue order: the copy 
 start of its upload. So an upload is issued when its rows have arrived, without a flag that the device would
 have to poll; whoever waits for that upload waits on the host until it has been issued. The copy is ``memmove``
 through ctypes, which lets go of the interpreter lock (of columns numpy's copy, which does so, too).
-
-Unverified on a GPU.
 """
 
 from __future__ import annotations
