@@ -1,0 +1,63 @@
+"""Several tensors in one storage: what their mirrors hold is what the accelerator counts, and no write is missed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hetegen_compile.accelerators import EmulatedAccelerator, Op
+from hetegen_compile.mirrors import WEIGHTS, Mirrors, Request
+
+PLENTY = 1 << 20
+
+
+@pytest.fixture
+def accelerator() -> Iterator[EmulatedAccelerator]:
+    opened = EmulatedAccelerator(PLENTY)
+    yield opened
+    opened.close()
+
+
+def held_on(accelerator: EmulatedAccelerator) -> int:
+    accelerator.synchronize()
+    return sum(accelerator.counters.held_bytes.values())
+
+
+def rows(weight: Tensor, resident: int, first: int) -> Request:
+    """The last rows of a weight of which all from ``resident`` on are resident."""
+    return Request(weight[first:], "w", WEIGHTS, watched=True, base=weight[resident:])
+
+
+def test_rows_that_leave_free_what_they_were_uploaded_with(accelerator: EmulatedAccelerator) -> None:
+    """A view of the last rows keeps all of what was uploaded: it goes with it."""
+    mirrors, storage = Mirrors(accelerator), torch.randn(64, 32)
+    one, other = storage[:32], storage[32:]
+    mirrors.begin_step()
+    mirrors.fetch([rows(one, 8, 16), rows(other, 16, 24)], PLENTY)
+    first = mirrors.held_bytes(WEIGHTS)
+    assert first == (24 + 16) * 32 * 4 == held_on(accelerator)
+    mirrors.begin_step()
+    mirrors.fetch([rows(one, 24, 24), rows(other, 16, 24)], 24 * 32 * 4)  # no room for what the first step held
+    assert mirrors.held_bytes(WEIGHTS) == (8 + 16) * 32 * 4
+    assert held_on(accelerator) == mirrors.held_bytes(WEIGHTS)
+
+
+def test_views_that_are_written_in_turn_are_not_uploaded_again(accelerator: EmulatedAccelerator) -> None:
+    """Each shows what the other wrote, since both are views of one mirror."""
+    mirrors, storage = Mirrors(accelerator), torch.zeros(8, 32)
+    views = [storage[:4], storage[4:]]
+    moved = []
+    for turn in range(6):
+        mirrors.begin_step()
+        values: list[Any] = mirrors.fetch([Request(view, "cache", whole=True) for view in views], PLENTY)
+        written = views[turn % 2]
+        written.add_(1.0)
+        values[turn % 2] = accelerator.launch(Op("write"), torch.Tensor.add_, (values[turn % 2], 1.0), mutates=(0,))
+        mirrors.settle(written)
+        accelerator.synchronize()
+        moved.append(sum(accelerator.counters.uploaded_bytes.values()))
+    assert moved == [storage.nbytes] * 6
