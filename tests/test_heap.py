@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from typing import Any
 
 import pytest
@@ -80,3 +81,26 @@ def test_a_collector_that_is_switched_off_stays_off() -> None:
             assert gc.get_threshold()[0] == 0
     finally:
         gc.set_threshold(*before)
+
+
+def test_blocks_of_two_threads_may_overlap() -> None:
+    """The first to begin is the first to end; the other one still counts on few collections."""
+    before, entered, leave = collector(), threading.Event(), threading.Event()
+    meanwhile: list[tuple[object, ...]] = []
+
+    def other() -> None:
+        with large_heap():
+            entered.set()
+            leave.wait(10)
+            meanwhile.append(collector())
+
+    with large_heap():
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert entered.wait(10)
+    inside = collector()
+    leave.set()
+    thread.join()
+    assert meanwhile == [inside]
+    assert inside != before
+    assert collector() == before

@@ -462,3 +462,14 @@ def test_what_verification_finds_beyond_the_plan_is_planned_for(monkeypatch: pyt
     (plan,) = graph.plans
     assert plan.schedule.budget[UNFORESEEN] > 0
     assert backend.accelerator.counters.peak_bytes <= budget
+
+
+def test_a_budget_beyond_the_device_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Not in each step, nor for each length of the prompt."""
+    torch.manual_seed(0)
+    model = Mlp(2).eval()
+    model.compile(backend=RecordingBackend(), options=emulated(gpu_memory=1 << 50), dynamic=True)
+    with torch.no_grad():
+        for tokens in (3, 5, 9, 20, 70, 9, 3):
+            model(random(tokens, 64))
+    assert sum("planning with the latter" in record.message for record in caplog.records) == 1

@@ -299,3 +299,16 @@ def test_generation_carries_in_decode() -> None:
     schedules = tuple(s for s in hetegen_compile.schedules() if not any(s is other for other in known))
     assert_offloaded(backend, schedules, options)
     assert backend.graphs[0].runtime.carried.held_bytes > 0
+
+
+def test_a_ring_of_another_length_keeps_nothing_of_the_old_one(steady: Compiled) -> None:
+    """What was copied ahead lies in the old ring: it is given up, or both rings would be held."""
+    runtime = steady.graph.runtime
+    runtime.accelerator.synchronize()
+    others = runtime.accelerator.counters.held_bytes["slots"] - runtime.ledger.ring_bytes
+    longer = runtime.ledger.ring_bytes + (4 << 10)
+    with runtime.lock:
+        runtime.reserve(longer)
+    assert runtime.accelerator.counters.held_bytes["slots"] == longer + others
+    assert steady.carried.held_bytes == 0
+    steady.check(seed=5)

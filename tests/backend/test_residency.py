@@ -1,4 +1,4 @@
-"""The ledger of resident weights when weights are moved into other storages, as adopted ones are."""
+"""The ledger of resident weights when weights are moved into other storages, as adopted ones are, or die."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from hetegen_compile.accelerators import EmulatedAccelerator
 from hetegen_compile.mirrors import WEIGHTS, Mirrors, Request
@@ -20,11 +21,13 @@ class Owner:
     """Somebody's plans."""
 
 
-def enter(ledger: ResidencyLedger, owner: Owner, part: str, weight: Tensor, first: int) -> None:
+def enter(
+    ledger: ResidencyLedger, owner: Owner, part: str, weight: Tensor, first: int, anchor: StorageWeakRef | None = None
+) -> None:
     key = weight_key(weight)
     claim = Claim(key, len(weight), 0, ROW_BYTES, gain_s_per_byte=1.0)
     residency = Residency({"w": first}, 0, 0, {}, claims=(claim,), first_rows={key: first})
-    ledger.enter(owner, part, residency, 1 << 20, None)
+    ledger.enter(owner, part, residency, 1 << 20, anchor)
 
 
 def resident(mirrors: Mirrors, weight: Tensor, first: int) -> Any:
@@ -65,5 +68,23 @@ def test_plans_look_again_after_a_move() -> None:
         ledger.storages_moved({int(weight.untyped_storage()._cdata): 1})
         assert ledger.epoch > epoch
         assert not ledger.has([(weight_key(weight), 32)], 0)
+    finally:
+        accelerator.close()
+
+
+def test_who_planned_for_a_model_that_is_gone_hears_of_it_whoever_plans_next() -> None:
+    accelerator = EmulatedAccelerator(1 << 20)
+    try:
+        ledger, owner, other = ResidencyLedger(Mirrors(accelerator)), Owner(), Owner()
+        weight, kept = torch.ones(64, 64), torch.ones(64, 64)
+        enter(ledger, owner, "of the gone", weight, 32, StorageWeakRef(weight.untyped_storage()))
+        enter(ledger, owner, "of the kept", kept, 32, StorageWeakRef(kept.untyped_storage()))
+        del weight
+        claims = ledger.others(other, "another's").claims()
+        assert [claim.key for graph in claims for claim in graph] == [weight_key(kept)]
+        enter(ledger, other, "another's", kept, 16)
+        assert ledger.take_dead_parts(other) == []
+        assert ledger.take_dead_parts(owner) == ["of the gone"]
+        assert ledger.take_dead_parts(owner) == []
     finally:
         accelerator.close()
