@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hetegen_compile.files import write_private
@@ -72,8 +73,18 @@ def write_json(path: Path, value: Any) -> None:
     write_private(path, json.dumps(value, indent=1) + "\n")
 
 
-def run_child(module: str, argument: Mapping[str, Any], *, limit_s: float, files: Path) -> Outcome:
-    """Run ``python -m module`` with a JSON argument; ``files`` plus ".json" and ".log" are its notes and its output."""
+def run_child(
+    module: str,
+    argument: Mapping[str, Any],
+    *,
+    limit_s: float,
+    files: Path,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Outcome:
+    """Run ``python -m module`` with a JSON argument; ``files`` plus ".json" and ".log" are its notes and its output.
+
+    ``environment`` is added to this process's.
+    """
     notes, log = files.with_name(files.name + ".json"), files.with_name(files.name + ".log")
     notes.unlink(missing_ok=True)
     started = time.monotonic()
@@ -81,6 +92,7 @@ def run_child(module: str, argument: Mapping[str, Any], *, limit_s: float, files
         process = subprocess.Popen(
             [sys.executable, "-m", module, json.dumps(argument), str(notes)],
             stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+            env={**os.environ, **environment},
         )  # fmt: skip
         try:
             code: int | None = process.wait(max(limit_s, 0.0))

@@ -32,9 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     jobs = list(jobs_of(arguments))
     rows: list[Row] = []
     results = heading(arguments)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) if arguments.json is None else arguments.json.with_suffix(".jobs")
+        folder.mkdir(exist_ok=True, parents=True)  # beside the result, rows of a job that was cut off stay
         for number, job in enumerate(jobs):
-            rows += run(job, arguments.limit, Path(folder) / str(number))
+            rows += run(job, arguments.limit, folder / str(number))
             print(f"{job.name}: {rows[-1].note or 'measured'}", file=sys.stderr, flush=True)
             results["rows"] = [row.to_json() for row in rows]
             if arguments.json:

@@ -58,6 +58,7 @@ STAGES = (
     Stage("steady", 120.0, correctness=True, together="correctness"),
     Stage("calibration", 90.0),
     Stage("floor", 45.0),
+    Stage("issuing", 75.0),
     Stage("opt-6.7b", 200.0),
     Stage("opt-13b", 200.0),
     Stage("captured", 60.0),
@@ -118,13 +119,24 @@ def _ended(stage: Stage, outcome: Outcome) -> Ended:
 
 def stage_work(name: str) -> Callable[[Settings, Notebook], None]:
     """What a stage does; imported in its own process only."""
-    from benchmarks.gpu import captured, contact, environment, floor, generation, mirrors, racecheck, speed, steady
+    from benchmarks.gpu import (
+        captured,
+        contact,
+        environment,
+        floor,
+        generation,
+        issuing,
+        mirrors,
+        racecheck,
+        speed,
+        steady,
+    )
 
     works: dict[str, Callable[[Settings, Notebook], None]] = {
         "environment": environment.environment, "contact": contact.contact, "generation": generation.generation,
         "mirrors": mirrors.mirrors, "racecheck": racecheck.racecheck, "steady": steady.steady,
-        "calibration": speed.calibration, "floor": floor.floor, "captured": captured.captured,
-        "overhead": speed.overhead,
+        "calibration": speed.calibration, "floor": floor.floor, "issuing": issuing.issuing,
+        "captured": captured.captured, "overhead": speed.overhead,
     }  # fmt: skip
     for stage, (shape, ways) in SHAPES.items():
         works[stage] = partial(speed.compare_shape, shape, ways=ways)

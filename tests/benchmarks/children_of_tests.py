@@ -21,6 +21,7 @@ def work(argument: dict[str, Any], notebook: Notebook) -> None:
         os._exit(7)
     if argument["how"] == "hang":
         time.sleep(60)
+    notebook.note("told", os.environ.get("HETEGEN_OF_TESTS"))
     notebook.note("done", True)
 
 

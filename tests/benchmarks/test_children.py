@@ -32,6 +32,13 @@ def test_notes_survive_however_a_child_ends(tmp_path: Path, how: str, status: st
     assert outcome.seconds < 20
 
 
+def test_a_child_has_what_is_added_to_the_environment(tmp_path: Path) -> None:
+    told = {"HETEGEN_OF_TESTS": "as they say"}
+    outcome = run_child(CHILD, {"how": "end"}, limit_s=30.0, files=tmp_path / "child", environment=told)
+    assert outcome.notes["told"] == "as they say"
+    assert run_child(CHILD, {"how": "end"}, limit_s=30.0, files=tmp_path / "child").notes["told"] is None
+
+
 def test_notes_of_an_earlier_child_are_not_taken_for_its_own(tmp_path: Path) -> None:
     run_child(CHILD, {"how": "end"}, limit_s=30.0, files=tmp_path / "child")
     outcome = run_child("no.such.module", {}, limit_s=30.0, files=tmp_path / "child")

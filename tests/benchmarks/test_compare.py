@@ -101,6 +101,19 @@ def test_a_child_that_fails_leaves_a_row_that_says_why(
     assert "log" not in failed.note
 
 
+def test_what_jobs_noted_lies_beside_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a job that is cut off with everything else are not lost."""
+
+    def interrupted(module: str, argument: object, *, limit_s: float, files: Path) -> Outcome:
+        files.with_name(files.name + ".json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "run_child", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        program.main(["--accelerator", "emulated", "--json", str(tmp_path / "result.json")])
+    assert (tmp_path / "result.jobs" / "0.json").exists()
+
+
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(model: Any, job: Job) -> None:
         raise ModuleNotFoundError("No module named 'diffusers'", name="diffusers")

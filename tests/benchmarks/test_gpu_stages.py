@@ -16,11 +16,12 @@ from torch._inductor import config as inductor_config
 from benchmarks.children import Notebook, Outcome
 from benchmarks.compare.job import HETEGEN, Row
 from benchmarks.gpu import __main__ as program
-from benchmarks.gpu import child, speed, stages
+from benchmarks.gpu import child, issuing, speed, stages
 from benchmarks.gpu.floor import thread_counts
 from benchmarks.gpu.models import budgets_kept
 from benchmarks.gpu.settings import Checks, ChecksFailedError, Settings, SkipError, require
 from benchmarks.gpu.stages import Stage, run_stages, stages_for
+from hetegen_compile.host_kernels import KERNELS
 
 SETTINGS = Settings("cuda", "/nowhere", "h100-server", minutes=1.0, dtype="bfloat16")
 PLAN = (
@@ -229,3 +230,29 @@ def test_threads_that_the_floor_is_measured_with() -> None:
     assert thread_counts(16) == [16, 15, 14, 8]
     assert thread_counts(2) == [2, 1]
     assert thread_counts(1) == [1]
+
+
+def test_what_issuing_costs_is_measured_behind_host_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(issuing, "best_kernel", lambda weight: KERNELS["F.linear"])
+    found = issuing.measure(torch.device("cpu"), arena_bytes=1 << 18, weight_bytes=1 << 16, rounds=3)
+    assert set(found) == {"host_s", "host_bytes_per_s", "launch_behind_it_s", "launch_in_a_loop_s"}
+    assert all(value > 0 for value in found.values())
+    assert found["host_bytes_per_s"] == pytest.approx((1 << 16) / found["host_s"])
+
+
+def test_each_way_of_waiting_gets_a_child_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, Mapping[str, str]]] = []
+
+    def child_of(module: str, argument: Mapping[str, Any], *, environment: Mapping[str, str], **_: Any) -> Outcome:
+        asked.append((argument["threads"], environment))
+        failed = argument["threads"] == 2
+        return Outcome("failed" if failed else "ok", 1.0, {"host_s": 1.0}, "exit status 1" if failed else "")
+
+    monkeypatch.setattr(issuing, "run_child", child_of)
+    monkeypatch.setattr(issuing, "device_of", lambda settings: torch.device("cpu"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    notebook = Notebook(tmp_path / "notes.json")
+    issuing.issuing(SETTINGS, notebook)
+    assert asked == [(n, e) for e in ({}, {"OMP_WAIT_POLICY": "passive"}) for n in (4, 3, 2)]
+    assert notebook.entries["4 threads, passive"] == {"host_s": 1.0}
+    assert notebook.entries["2 threads, default"] == {"reason": "exit status 1"}
