@@ -21,7 +21,6 @@ import functools
 import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -30,8 +29,10 @@ from torch import Tensor, fx
 
 from hetegen_compile import ir
 from hetegen_compile.accelerators.base import Accelerator, Op, Slot
+from hetegen_compile.bound_step import BoundStep
 from hetegen_compile.cost_model import KernelChoice
 from hetegen_compile.errors import ScheduleError
+from hetegen_compile.host_functions import host_function, in_place
 from hetegen_compile.host_kernels import bind_kernels
 from hetegen_compile.ir import info
 from hetegen_compile.passes.context import Refusal
@@ -41,35 +42,6 @@ from hetegen_compile.passes.schedule import pinned_ring_bytes
 from hetegen_compile.passes.tensors import tensors_in
 
 logger = logging.getLogger("hetegen_compile")
-
-
-@dataclass(frozen=True)
-class BoundStep:
-    """A step as a callable, and what its caller has to bring up to date before each call.
-
-    Attributes:
-        run: ``run(inputs, mirrors, residents, carried, ahead)`` -> (outputs, pairs of a returned tensor and its
-            device twin). ``carried`` are the transfers that the step before has started (None: start it now);
-            ``ahead(index, op, weight, source, slot, after)`` starts one for the next step.
-        mirrors: positions of the inputs whose mirrors the step reads, in the order of ``mirrors``.
-        residents: (position of a weight, first row, end row) in the order of ``residents``.
-        settled: positions of the inputs that host and accelerator write alike.
-        streamed: positions of the weights that are prefetched from where they lie (not through the pinned ring).
-        carried: position of the weight of each carried prefetch, in the order of ``carried``.
-        pinned_ring_bytes: length of the pinned ring that the step uses.
-        source: the generated code, for people.
-        refusals: kernels of the hardware profile that cannot be used here.
-    """
-
-    run: Callable[..., tuple[tuple[Any, ...], list[tuple[Tensor, Any]]]]
-    mirrors: tuple[int, ...]
-    residents: tuple[tuple[int, int, int], ...]
-    settled: tuple[int, ...]
-    streamed: tuple[int, ...]
-    carried: tuple[int, ...]
-    pinned_ring_bytes: int
-    source: str
-    refusals: tuple[Refusal, ...]
 
 
 def bind(
@@ -287,7 +259,7 @@ class _Binder:
         return f"{node.name} = launch({self._op(node)}, {function}, ({x}, {self._text(list(parts))}))"
 
     def _write_back(self, node: fx.Node) -> str:
-        function = self._constant("write", _in_place(Tensor.copy_))
+        function = self._constant("write", in_place(Tensor.copy_))
         return f"host({self._op(node)}, {function}, {self._text(tuple(node.args))}, {{}})"
 
     def _twin(self, node: fx.Node) -> str:
@@ -301,7 +273,7 @@ class _Binder:
 
     def _host_operation(self, node: fx.Node) -> str:
         arguments, keywords = self._text(tuple(node.args)), self._text(dict(node.kwargs))
-        function = _host_function(node)
+        function = host_function(node)
         name = self._constant("function", function)
         if not info(node).aten and not info(node).writes and not tensors_in(info(node).value):
             return f"{node.name} = {name}(*{arguments}, **{keywords})"
@@ -341,28 +313,6 @@ def _narrowed(weight: fx.Node, ranges: Sequence[int], dim: int) -> str:
         return f"{weight}[{first}:{end}, {left}:{right}]"
     lo, hi = ranges
     return f"{weight}[:, {lo}:{hi}]" if dim else f"{weight}[{lo}:{hi}]"
-
-
-def _host_function(node: fx.Node) -> Callable[..., Any]:
-    if node.op == "call_method":
-        method = str(node.target)
-        function: Callable[..., Any] = lambda self, *args, **kwargs: getattr(self, method)(*args, **kwargs)  # noqa: E731
-    else:
-        assert callable(node.target)
-        function = node.target
-    return _in_place(function) if info(node).writes else function
-
-
-def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, in inference mode where it writes a tensor that was made there (torch insists on that)."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if any(tensor.is_inference() for tensor in tensors_in(args)):
-            with torch.inference_mode():
-                return function(*args, **kwargs)
-        return function(*args, **kwargs)
-
-    return call
 
 
 def _attribute(module: fx.GraphModule, target: str) -> Any:

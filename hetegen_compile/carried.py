@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from hetegen_compile.accelerators.base import Accelerator, Op, Slot, Token, Transfer
 from hetegen_compile.accelerators.geometry import span_bytes
-from hetegen_compile.bind import BoundStep
+from hetegen_compile.bound_step import BoundStep
 from hetegen_compile.mirrors.fingerprints import sampled
 
 logger = logging.getLogger("hetegen_compile")

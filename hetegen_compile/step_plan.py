@@ -8,7 +8,8 @@ from typing import Any
 
 import sympy
 
-from hetegen_compile.bind import BoundStep, bind
+from hetegen_compile.bind import bind
+from hetegen_compile.bound_step import BoundStep
 from hetegen_compile.captured_graph import CapturedGraph
 from hetegen_compile.passes.claims import weight_key
 from hetegen_compile.passes.context import require

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from hetegen_compile.accelerators.base import Value
-from hetegen_compile.bind import BoundStep
+from hetegen_compile.bound_step import BoundStep
 from hetegen_compile.ir import info, is_tensor
 from hetegen_compile.mirrors import WEIGHTS, Mirrors, Request
 from hetegen_compile.mirrors.standing import Standing

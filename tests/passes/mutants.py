@@ -13,7 +13,8 @@ from torch import Tensor, fx
 
 from hetegen_compile import ir
 from hetegen_compile.accelerators import EmulatedAccelerator
-from hetegen_compile.bind import BoundStep, bind
+from hetegen_compile.bind import bind
+from hetegen_compile.bound_step import BoundStep
 from hetegen_compile.ir import info
 from hetegen_compile.mirrors import WEIGHTS, Mirrors, Request
 from hetegen_compile.passes import lower

@@ -1,0 +1,43 @@
+"""What binding makes of a schedule: a step that can be called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hetegen_compile.passes.context import Refusal
+
+
+@dataclass(frozen=True)
+class BoundStep:
+    """A step as a callable, and what its caller has to bring up to date before each call.
+
+    Attributes:
+        run: ``run(inputs, mirrors, residents, carried, ahead)`` -> (outputs, pairs of a returned tensor and its
+            device twin). ``carried`` are the transfers that the step before has started (None: start it now);
+            ``ahead(index, op, weight, source, slot, after)`` starts one for the next step.
+        mirrors: positions of the inputs whose mirrors the step reads, in the order of ``mirrors``.
+        residents: (position of a weight, first row, end row) in the order of ``residents``.
+        settled: positions of the inputs that host and accelerator write alike.
+        streamed: positions of the weights that are prefetched from where they lie (not through the pinned ring).
+        carried: position of the weight of each carried prefetch, in the order of ``carried``.
+        pinned_ring_bytes: length of the pinned ring that the step uses.
+        source: the generated code, for people.
+        refusals: kernels of the hardware profile that cannot be used here.
+    """
+
+    run: Callable[..., tuple[tuple[Any, ...], list[tuple[Tensor, Any]]]]
+    mirrors: tuple[int, ...]
+    residents: tuple[tuple[int, int, int], ...]
+    settled: tuple[int, ...]
+    streamed: tuple[int, ...]
+    carried: tuple[int, ...]
+    pinned_ring_bytes: int
+    source: str
+    refusals: tuple[Refusal, ...]
+
+
+__all__ = ["BoundStep"]
