@@ -29,7 +29,7 @@ from hetegen_compile.passes.annotate_costs import dtype_name
 from hetegen_compile.passes.choose_splits import linears_of, pairable_blocks
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import NodeCost
-from hetegen_compile.passes.predict_step import least_thread_s, least_trip_s, node_work
+from hetegen_compile.passes.predict_step import issue_s, least_thread_s, least_trip_s, node_work
 
 _START = "the step begins"  # in the graph of trips, before those that need no other
 
@@ -165,16 +165,18 @@ def _host_thread(
     module: fx.GraphModule, linears: Mapping[fx.Node, Trip], blocks: _Blocks, context: Context
 ) -> Chain:
     """What the host's thread does one after the other: its operations, issuing segments and Linears, and its parts."""
-    launch_s = context.profile.accelerator.launch_s
+    linear_s = context.profile.accelerator.issuing_s(segment=False)
     trips = []
     for group in _by_activation(linears).values():
-        issue_s = launch_s * len(group)
+        plans = [require(context.splits, "choose_splits")[info(node).position] for node in group]
+        saved_s = linear_s * sum(plan.resident_rows == 0 for plan in plans)
         fixed_s = 0.0 if blocks.consumers.intersection(group) else least_thread_s(group[0], context)
         together = _together([linears[node] for node in group], fixed_s)
-        trips.append(replace(together, accelerator_s=issue_s, accelerator_saved_s=issue_s))
+        trips.append(replace(together, accelerator_s=linear_s * len(group), accelerator_saved_s=saved_s))
     segments = module.graph.find_nodes(op="call_module")
     own_s = sum(_seconds(node, "host", context) for node in module.graph.nodes if node not in linears)
-    return Chain(tuple(trips), own_s + launch_s * len(blocks.segments.symmetric_difference(segments)))
+    issued = blocks.segments.symmetric_difference(segments)
+    return Chain(tuple(trips), own_s + sum(issue_s(segment, context) for segment in issued))
 
 
 # ---- the longest path --------------------------------------------------------------------------------------------

@@ -120,10 +120,10 @@ def node_work(node: fx.Node, context: Context) -> Work:
     work = _on_resource(node, context)
     if work.resource == "host" or node.target in _FREE or _is_no_join(node):
         return work
-    return Work(work.resource, work.seconds, _issue_s(node, context))
+    return Work(work.resource, work.seconds, issue_s(node, context))
 
 
-def _issue_s(node: fx.Node, context: Context) -> float:
+def issue_s(node: fx.Node, context: Context) -> float:
     """What issuing a node costs the host thread. Matrix products and attention are launched beside a segment's own."""
     accelerator = context.profile.accelerator
     if node.op == "call_module":
