@@ -175,8 +175,8 @@ def _host_thread(
         trips.append(replace(together, accelerator_s=linear_s * len(group), accelerator_saved_s=saved_s))
     segments = module.graph.find_nodes(op="call_module")
     own_s = sum(_seconds(node, "host", context) for node in module.graph.nodes if node not in linears)
-    issued = blocks.segments.symmetric_difference(segments)
-    return Chain(tuple(trips), own_s + sum(issue_s(segment, context) for segment in issued))
+    issuing_s = sum(issue_s(segment, context) for segment in segments if segment not in blocks.segments)
+    return Chain(tuple(trips), own_s + issuing_s)
 
 
 # ---- the longest path --------------------------------------------------------------------------------------------
