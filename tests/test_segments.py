@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.utils import counters
 from torch._guards import detect_fake_mode
+from torch._inductor import config as inductor_config
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hetegen_compile.segments import inductor_compiler
 from tests.models.harness import through_inductor
@@ -73,3 +75,18 @@ def test_symbols_are_inputs_of_their_own(segment: torch.nn.Module, inputs: Input
             (expected,) = segment(*inputs(torch.ones(rows, 8), torch.zeros(1, 8), rows))
             assert torch.equal(run_compiled(rows, segment, inputs), expected)
     assert counters["inductor"]["fxgraph_cache_hit"] == 1
+
+
+def test_nothing_is_timed_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's benchmarks take memory beside the budget."""
+    seen: list[tuple[bool, bool]] = []
+
+    def compile_fx(segment: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        seen.append((inductor_config.deterministic, inductor_config.triton.autotune_pointwise))
+        return segment.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    before = inductor_config.deterministic, inductor_config.triton.autotune_pointwise
+    inductor_compiler(FakeTensorMode())(fx.symbolic_trace(torch.nn.ReLU()), [])
+    assert seen == [(True, False)]
+    assert (inductor_config.deterministic, inductor_config.triton.autotune_pointwise) == before

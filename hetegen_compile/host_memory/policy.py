@@ -164,13 +164,15 @@ class HostMemory:
     def _fill(self, arena: Arena, groups: Sequence[list[Tensor]]) -> None:
         mappings, places = read_mappings(details=True), {}
         olds = [tensors[0].untyped_storage() for tensors in groups]  # alive, so that no new one gets an old identity
-        for index, (tensors, old) in enumerate(zip(groups, olds, strict=True)):
-            move(tensors, arena.storage(index))
-            drop_pages(mappings, old.data_ptr(), old.nbytes())
-            self._note(tensors[0], Holding("adopted", old.nbytes()))
-            places[int(old._cdata)] = _key(tensors[0])
-        if self._moved is not None:
-            self._moved(places)
+        try:
+            for index, (tensors, old) in enumerate(zip(groups, olds, strict=True)):
+                move(tensors, arena.storage(index))
+                places[int(old._cdata)] = _key(tensors[0])
+                drop_pages(mappings, old.data_ptr(), old.nbytes())
+                self._note(tensors[0], Holding("adopted", old.nbytes()))
+        finally:
+            if self._moved is not None:
+                self._moved(places)
         logger.info("moved %d weights (%s) from file mappings to an arena", len(groups), format_bytes(arena.nbytes))
 
     def _refused_by_driver(self, tensor: Tensor, code: int) -> Holding:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import logging
 import mmap
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hetegen_compile.host_memory import Holding, HostMemory
+from hetegen_compile.host_memory import Holding, HostMemory, policy
 from hetegen_compile.host_memory.arena import Arena
 from hetegen_compile.host_memory.mappings import Kind, kind_of, read_mappings
 from tests.host_memory.driver import Driver, little, plenty
@@ -105,6 +106,23 @@ def test_tensors_without_host_memory_are_left_alone() -> None:
 
 
 # ---- adopted --------------------------------------------------------------------------------------------------
+
+
+def test_what_was_moved_is_told_also_if_the_user_interrupts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places: dict[int, int] = {}
+    memory = HostMemory(Driver().pin, plenty, places.update)
+    first, second = (parameter(tmp_path / str(i)) for i in range(2))
+    old, moved = first.untyped_storage(), policy.move
+
+    def interrupted(tensors: Sequence[Tensor], target: torch.UntypedStorage) -> None:
+        if any(tensor is second for tensor in tensors):
+            raise KeyboardInterrupt
+        moved(tensors, target)
+
+    monkeypatch.setattr(policy, "move", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        held(memory, first, second)
+    assert places == {old._cdata: first.untyped_storage()._cdata}
 
 
 def test_mappings_are_adopted_into_one_arena(tmp_path: Path) -> None:

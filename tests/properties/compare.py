@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +17,11 @@ from hetegen_compile import runtime
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.schedule import Schedule
 from tests.models.harness import RecordingBackend, new_schedules
+from tests.properties.budgets import named_budget, with_named_budgets
 from tests.properties.programs import Inputs, Program, ProgramModel, make_inputs
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 """How far results may be from eager's, relative to the largest number among them (at least 1)."""
-_MOST_BUDGETS = 8
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def smallest_budget(program: Program, case: Case) -> int:
     try:
         _compiled(program, case, 1)
     except BudgetError as error:
-        return _named_budget(error)
+        return named_budget(error)
     raise AssertionError("one byte was enough")
 
 
@@ -75,24 +74,9 @@ def check(program: Program, case: Case) -> tuple[Schedule, ...]:
     expected = _run(ProgramModel(program).to(case.dtype).eval(), program, case)
     weights = sum(w.numel() for w in ProgramModel(program).parameters()) * case.dtype.itemsize
     budget = smallest_budget(program, case) + round(case.room * weights)
-    for _ in range(_MOST_BUDGETS):
-        try:
-            seen, schedules = _compiled(program, case, budget)
-            break
-        except BudgetError as error:
-            larger = _named_budget(error)
-            assert larger > budget, f"{budget} bytes are refused and {larger} are said to be enough"
-            budget = larger
-    else:
-        raise AssertionError(f"no budget is enough: {budget}")
+    seen, schedules = with_named_budgets(budget, lambda budget: _compiled(program, case, budget))
     _assert_equal(seen, expected, TOLERANCE[case.dtype])
     return schedules
-
-
-def _named_budget(error: BudgetError) -> int:
-    found = re.search(r"'gpu_memory': (\d+)", str(error))
-    assert found is not None, f"the error names no budget: {error}"
-    return int(found[1])
 
 
 def _compiled(program: Program, case: Case, budget: int) -> tuple[Seen, tuple[Schedule, ...]]:

@@ -102,6 +102,31 @@ def test_edges_between_the_streams(accelerator: CudaAccelerator) -> None:
     ]
 
 
+def test_a_step_asks_for_the_callers_stream_once(
+    accelerator: CudaAccelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asking takes longer than a launch; the next step may be on another stream."""
+    streams = [fake_cuda.FakeStream(name="one"), fake_cuda.FakeStream(name="other")]
+    asked: list[str] = []
+
+    def current_stream(device: torch.device) -> fake_cuda.FakeStream:
+        asked.append(streams[0].name)
+        return streams[0]
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    for _ in range(2):
+        accelerator.begin_step()
+        before = len(asked)
+        for _ in range(3):
+            accelerator.launch(Op("a launch"), torch.relu, (torch.ones(2),))
+            accelerator.wait_host(Op("it comes"), accelerator.to_host(Op("it goes down"), torch.ones(2)))
+        assert len(asked) == before
+        accelerator.end_step()
+        streams.reverse()
+    assert set(asked) == {"one", "other"}
+    assert "host waits other" in LOG
+
+
 def test_a_prefetch_for_the_next_step(accelerator: CudaAccelerator) -> None:
     """The end of a step waits for compute, downloads and its own uploads; the next step waits for the copy itself."""
     slot, other = (accelerator.slot(i * 256, (4,), torch.float32) for i in range(2))
