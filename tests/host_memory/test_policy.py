@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hetegen_compile.host_memory import Holding, HostMemory, policy
-from hetegen_compile.host_memory.arena import Arena
+from hetegen_compile.host_memory.arena import Arena, move
 from hetegen_compile.host_memory.mappings import Kind, kind_of, read_mappings
 from tests.host_memory.driver import Driver, little, plenty
 from tests.host_memory.files import mapped, resident_pages
@@ -112,12 +112,12 @@ def test_what_was_moved_is_told_also_if_the_user_interrupts(tmp_path: Path, monk
     places: dict[int, int] = {}
     memory = HostMemory(Driver().pin, plenty, places.update)
     first, second = (parameter(tmp_path / str(i)) for i in range(2))
-    old, moved = first.untyped_storage(), policy.move
+    old = first.untyped_storage()
 
     def interrupted(tensors: Sequence[Tensor], target: torch.UntypedStorage) -> None:
         if any(tensor is second for tensor in tensors):
             raise KeyboardInterrupt
-        moved(tensors, target)
+        move(tensors, target)
 
     monkeypatch.setattr(policy, "move", interrupted)
     with pytest.raises(KeyboardInterrupt):
