@@ -70,7 +70,7 @@ class NullAccelerator(Accelerator):
         """None."""
         return 0
 
-    def begin_step(self, carried: Sequence[Transfer] = ()) -> None:
+    def begin_step(self, carried: Sequence[Transfer] = (), *, again: bool = False) -> None:
         """Nothing."""
 
     def end_step(self) -> None:
@@ -127,6 +127,27 @@ class NullAccelerator(Accelerator):
     def host(self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the function now."""
         return function(*args, **kwargs)
+
+    @property
+    def cannot_issue_ahead(self) -> str:
+        """Everything is done where it is issued."""
+        return "a null accelerator has nothing to be ahead of"
+
+    def receive(self, op: Op, transfer: Transfer) -> Any:
+        """Never asked for."""
+        raise AssertionError(self.cannot_issue_ahead)
+
+    def host_ahead(self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Never asked for."""
+        raise AssertionError(self.cannot_issue_ahead)
+
+    def deliver(self, op: Op, promises: Sequence[Any], like: Sequence[torch.Tensor]) -> Transfer:
+        """Never asked for."""
+        raise AssertionError(self.cannot_issue_ahead)
+
+    def caught_up(self, op: Op, transfer: Transfer) -> None:
+        """Never asked for."""
+        raise AssertionError(self.cannot_issue_ahead)
 
     def synchronize(self) -> None:
         """Nothing is under way."""

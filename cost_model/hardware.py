@@ -184,6 +184,8 @@ class AcceleratorProfile:
         issue_s: what issuing a Linear costs the host thread, all that Python and torch do for it included; 0:
             ``launch_s``.
         segment_issue_s: the same of a compiled segment; 0: ``issue_s``.
+        gate_s: what closing its stream costs the host thread until a worker opens it (``passes.issue_ahead``); 0: not
+            measured, or what is issued behind one is not done sooner.
     """
 
     name: str
@@ -193,6 +195,7 @@ class AcceleratorProfile:
     memory_bytes: Count
     issue_s: Seconds = 0.0
     segment_issue_s: Seconds = 0.0
+    gate_s: Seconds = 0.0
 
     def issuing_s(self, *, segment: bool) -> float:
         """Seconds of the host thread for issuing a compiled segment, or a Linear."""

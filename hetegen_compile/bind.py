@@ -62,8 +62,9 @@ def bind(
 _NO_WORK = Work("host", 0.0)
 
 _METHODS = (
-    "stage", "prefetch", "wait", "release", "to_host", "wait_host", "to_accelerator", "launch", "host"
-)
+    "stage", "prefetch", "wait", "release", "to_host", "wait_host", "to_accelerator", "launch", "host",
+    "receive", "host_ahead", "deliver", "caught_up",
+)  # fmt: skip
 
 
 class _Binder:
@@ -222,7 +223,23 @@ class _Binder:
 
     def _plain(self, node: fx.Node) -> str:
         name = "wait" if node.target == ir.WAIT_ACCELERATOR else str(node.target).split(".")[1]
+        if info(node).ahead and node.target == ir.WAIT_HOST:
+            name = "receive"
         return f"{node.name} = {name}({self._op(node)}, {self._text(node.args[0])})"
+
+    def _to_accelerator(self, node: fx.Node) -> str:
+        if not info(node).ahead:
+            return self._plain(node)
+        like = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors_in(info(node).value)]
+        sent = self._constant("like", like)
+        return f"{node.name} = deliver({self._op(node)}, {self._text(node.args[0])}, {sent})"
+
+    def _caught_up(self, node: fx.Node) -> str:
+        return f"caught_up({self._op(node)}, {self._text(node.args[0])})"
+
+    def _host_call(self, node: fx.Node, function: str, arguments: str, keywords: str = "{}") -> str:
+        call = "host_ahead" if info(node).ahead else "host"
+        return f"{node.name} = {call}({self._op(node)}, {function}, {arguments}, {keywords})"
 
     def _partial(self, node: fx.Node) -> str:
         x, rows, bias, lo, hi, dim, axis = ir.linear_part(node)
@@ -236,7 +253,7 @@ class _Binder:
         kernel = bind_kernels(self._kernels, info(weight).value, lo, hi, dim, self._refuse, axis)
         function = self._constant("linear", kernel)
         arguments = f"({x}, {_narrowed(weight, [lo, hi], axis)}, {self._text(bias)})"
-        return f"{node.name} = host({self._op(node)}, {function}, {arguments}, {{}})"
+        return self._host_call(node, function, arguments)
 
     def _refuse(self, reason: str) -> None:
         refusal = Refusal("host Linears", reason)
@@ -275,9 +292,9 @@ class _Binder:
         arguments, keywords = self._text(tuple(node.args)), self._text(dict(node.kwargs))
         function = host_function(node)
         name = self._constant("function", function)
-        if not info(node).aten and not info(node).writes and not tensors_in(info(node).value):
+        if not info(node).ahead and not info(node).aten and not info(node).writes and not tensors_in(info(node).value):
             return f"{node.name} = {name}(*{arguments}, **{keywords})"
-        return f"{node.name} = host({self._op(node)}, {name}, {arguments}, {keywords})"
+        return self._host_call(node, name, arguments, keywords)
 
 
 _EMITTERS: dict[Any, Callable[[_Binder, fx.Node], str]] = {
@@ -291,7 +308,8 @@ _EMITTERS: dict[Any, Callable[[_Binder, fx.Node], str]] = {
     ir.RELEASE: _Binder._plain,
     ir.TO_HOST: _Binder._plain,
     ir.WAIT_HOST: _Binder._plain,
-    ir.TO_ACCELERATOR: _Binder._plain,
+    ir.TO_ACCELERATOR: _Binder._to_accelerator,
+    ir.CAUGHT_UP: _Binder._caught_up,
     ir.WAIT_ACCELERATOR: _Binder._plain,
     ir.PARTIAL_LINEAR: _Binder._partial,
     ir.HOST_LINEAR: _Binder._host_linear,
@@ -333,4 +351,4 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 
 def _makes_nothing(node: fx.Node) -> bool:
-    return node.target in (ir.TWIN, ir.WRITE_BACK, ir.PREFETCH_AHEAD) or (node.op == "placeholder" and not node.users)
+    return node.target in (ir.TWIN, ir.WRITE_BACK, ir.PREFETCH_AHEAD, ir.CAUGHT_UP) or (node.op == "placeholder" and not node.users)

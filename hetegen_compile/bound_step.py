@@ -11,7 +11,7 @@ from torch import Tensor
 from hetegen_compile.passes.context import Refusal
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BoundStep:
     """A step as a callable, and what its caller has to bring up to date before each call.
 

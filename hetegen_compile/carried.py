@@ -64,6 +64,7 @@ class CarriedPrefetches:
         self._plan: weakref.ref[BoundStep] | None = None
         self._started: dict[int, _Started] = {}
         self._repeats = False
+        self._ran: weakref.WeakSet[BoundStep] = weakref.WeakSet()
         self.wasted_bytes = 0
 
     @property
@@ -79,7 +80,7 @@ class CarriedPrefetches:
         self._plan = None  # until this step has ended well
         found = [self._take(i, inputs[position]) for i, position in enumerate(plan.carried)]
         self._started.clear()
-        self._accelerator.begin_step([transfer for transfer in found if transfer is not None])
+        self._accelerator.begin_step([transfer for transfer in found if transfer is not None], again=plan in self._ran)
         return found
 
     def _take(self, index: int, weight: Tensor) -> Transfer | None:
@@ -108,6 +109,7 @@ class CarriedPrefetches:
         """End the step on the accelerator; what it has started is good for the next step of ``plan``."""
         self._accelerator.end_step()
         self._plan = weakref.ref(plan)
+        self._ran.add(plan)
 
     def drop(self, reason: str) -> None:
         """Give up what has been started; the next step starts it again."""

@@ -4,7 +4,8 @@ Two-node asynchronous IR: one node starts (``prefetch``, ``to_host``, ``to_accel
 (``wait``, ``wait_host``, ``wait_accelerator``). Activations go either way as lists: what shares a trip is one transfer.
 A ``stage`` starts copying rows into the pinned ring; the prefetch that reads them
 waits for it. A prefetch for the start of the next step is started by ``prefetch_ahead`` at the end of a step and
-taken over by ``carried`` in the next. All of these copy rows (``dim`` 0) or columns (1) of a weight or a ``RECTANGLE``
+taken over by ``carried`` in the next. What is marked ``ahead`` is the host worker's, and ``caught_up`` blocks the
+host's issuing thread until the worker has sent a transfer up. All of these copy rows (``dim`` 0) or columns (1) of a weight or a ``RECTANGLE``
 of it. The operations are declared through ``torch.library``, so a scheduled graph can be propagated with fake tensors
 and, with the kernels given here, run synchronously as a reference. In a bound schedule they are plain calls of an
 accelerator and never reach torch's dispatcher.
@@ -63,6 +64,7 @@ class NodeInfo:
         module: dotted path of the module it comes from.
         position: place in program order.
         side: where it runs, once that has been decided.
+        ahead: it is the host worker's, given to it before its operands are there (``issue_ahead``).
     """
 
     value: Any = None
@@ -78,6 +80,7 @@ class NodeInfo:
     module: str = ""
     position: int = -1
     side: Side | None = None
+    ahead: bool = False
 
 
 _NOTHING = NodeInfo()
@@ -178,6 +181,7 @@ _SCHEMAS = {
     "wait_host": "(Tensor[] transfer) -> Tensor[]",
     "to_accelerator": "(Tensor[] xs) -> Tensor[]",
     "wait_accelerator": "(Tensor[] transfer) -> Tensor[]",
+    "caught_up": "(Tensor[] transfer) -> ()",
     "host_linear": "(Tensor x, Tensor weight, Tensor? bias, int lo, int hi, int dim, int axis=0) -> Tensor",
     "partial_linear": "(Tensor x, Tensor rows, Tensor? bias, int lo, int hi, int dim, int axis=0) -> Tensor",
     "join": "(Tensor[] parts, int dim) -> Tensor",
@@ -321,6 +325,7 @@ _KERNELS = {
     "wait_host": lambda transfer: [x.clone() for x in transfer],
     "to_accelerator": lambda xs: [x.clone() for x in xs],
     "wait_accelerator": lambda transfer: [x.clone() for x in transfer],
+    "caught_up": lambda transfer: None,
     "host_linear": _host_linear,
     "partial_linear": _partial_linear,
     "join": lambda parts, dim: join_parts(parts, dim).clone(),
@@ -347,6 +352,7 @@ TO_HOST = OPS.to_host.default
 WAIT_HOST = OPS.wait_host.default
 TO_ACCELERATOR = OPS.to_accelerator.default
 WAIT_ACCELERATOR = OPS.wait_accelerator.default
+CAUGHT_UP = OPS.caught_up.default
 HOST_LINEAR = OPS.host_linear.default
 PARTIAL_LINEAR = OPS.partial_linear.default
 JOIN = OPS.join.default
@@ -356,6 +362,6 @@ TWIN = OPS.twin.default
 
 for _op in (
     STAGE, PREFETCH, PREFETCH_AHEAD, CARRIED, WAIT, RELEASE, TO_HOST, WAIT_HOST, TO_ACCELERATOR, WAIT_ACCELERATOR,
-    WRITE_BACK, TWIN,
+    CAUGHT_UP, WRITE_BACK, TWIN,
 ):
     fx.node.has_side_effect(_op)

@@ -44,6 +44,8 @@ class Options:
         split: share in [0, 1] of every Linear's rows on the host; "auto" leaves it to the cost model.
         pair_mlp: whether MLP blocks are cut as one, so that what lies between their Linears stays where it is: "auto"
             leaves it to the cost model; True: every block, and nothing of them is resident; False: none.
+        issue_ahead: whether the host's parts are computed by a worker thread, so that what needs them is issued
+            meanwhile: "auto": where the hardware profile knows what a gate costs; True: wherever it is possible; False.
         pace: emulated accelerator only: lanes take the hardware profile's time times this; None: no pacing.
         print_schedule: print the annotated table at compile time.
         seed: seed of the emulated accelerator's random delays; None: no delays.
@@ -57,6 +59,7 @@ class Options:
     max_batch: int = 1
     split: float | Literal["auto"] = "auto"
     pair_mlp: bool | Literal["auto"] = "auto"
+    issue_ahead: bool | Literal["auto"] = "auto"
     pace: float | None = None
     print_schedule: bool = True
     seed: int | None = None
@@ -83,6 +86,7 @@ def parse_options(options: Mapping[str, object] | None) -> Options:
         max_batch=_whole("max_batch", values, at_least=1),
         split=_share("split", values),
         pair_mlp=_choice_or_flag("pair_mlp", values),
+        issue_ahead=_choice_or_flag("issue_ahead", values),
         pace=_factor("pace", values),
         print_schedule=_flag("print_schedule", values),
         seed=_optional_whole("seed", values, at_least=0),

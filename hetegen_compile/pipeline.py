@@ -24,6 +24,7 @@ from hetegen_compile.passes.context import Context, Refusal
 from hetegen_compile.passes.find_blocks import find_blocks
 from hetegen_compile.passes.group_segments import group_segments
 from hetegen_compile.passes.insert_transfers import insert_transfers
+from hetegen_compile.passes.issue_ahead import issue_ahead
 from hetegen_compile.passes.lower import lower
 from hetegen_compile.passes.measure_memory import measure_memory
 from hetegen_compile.passes.normalise_linears import normalise_linears
@@ -68,6 +69,7 @@ PIPELINE: tuple[Stage, ...] = (
     Stage(split_linears, "rewrite", "host part, accelerator parts, join"),
     Stage(insert_transfers, "rewrite", "nothing crosses a border without a start and a wait"),
     Stage(schedule, "rewrite", "slots and issue order: what runs by itself first, host work last"),
+    Stage(issue_ahead, "rewrite", "what needs the host's parts is issued while they are computed"),
     Stage(carry_prefetches, "rewrite", "the link does not idle between two steps"),
     Stage(measure_memory, "analyse", "what it occupies, in issue order, at any sizes", "memory"),
     Stage(predict_step, "analyse", "the step on a timeline, for the table and for pacing", "prediction"),

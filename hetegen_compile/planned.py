@@ -32,6 +32,7 @@ class Target:
         resident: what other graphs keep on the accelerator, and the staging ring that they share.
         overhead_bytes: what the device's libraries take of the budget, item by item.
         host_memory: what can be pinned; None says everything.
+        cannot_issue_ahead: why nothing can be issued ahead of the host's parts; "" says that it can.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class Target:
     resident: ResidentWeights
     overhead_bytes: Mapping[str, int] = field(default_factory=dict)
     host_memory: HostWeights | None = None
+    cannot_issue_ahead: str = ""
 
 
 @dataclass(frozen=True)

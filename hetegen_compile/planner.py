@@ -65,6 +65,7 @@ class Planner:
             overhead_bytes=target.overhead_bytes,
             device=target.device,
             host_memory=target.host_memory,
+            cannot_issue_ahead=target.cannot_issue_ahead,
         )
         return self._decided(context, target.kind, None)
 

@@ -22,6 +22,7 @@ from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.context import Refusal
 from hetegen_compile.passes.findings import Prediction
 from hetegen_compile.passes.plans import LinearPlan
+from hetegen_compile.passes.predict_step import WORKER
 from hetegen_compile.rows import Placement, Row, Totals
 from hetegen_compile.table import schedule_table
 
@@ -221,7 +222,7 @@ def schedule_rows(
     return tuple(sorted(rows, key=lambda row: row.start_s))
 
 
-_TRANSFERS = (ir.TO_HOST, ir.WAIT_HOST, ir.TO_ACCELERATOR, ir.WAIT_ACCELERATOR)
+_TRANSFERS = (ir.TO_HOST, ir.WAIT_HOST, ir.TO_ACCELERATOR, ir.WAIT_ACCELERATOR, ir.CAUGHT_UP)
 _OF_LINEAR = (
     ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.WAIT, ir.RELEASE, ir.RESIDENT, ir.PARTIAL_LINEAR,
     ir.HOST_LINEAR, ir.JOIN, ir.PAD,
@@ -238,7 +239,8 @@ def _linear_row(site: LinearSite, nodes: list[fx.Node], prediction: Prediction) 
     own = [node for node in nodes if node.target != ir.PREFETCH_AHEAD]  # its copy is the carried one
     for node in own:
         work = prediction.work[node]
-        busy[work.resource] = busy.get(work.resource, 0.0) + work.seconds
+        resource = "host" if work.resource == WORKER else work.resource
+        busy[resource] = busy.get(resource, 0.0) + work.seconds
     timed = [node for node in own if prediction.work[node].seconds > 0]
     return Row(
         node=site.node, module=site.module, op="linear", placement=_placement(plan),
@@ -264,7 +266,7 @@ def _placement(plan: LinearPlan) -> Placement:
 
 def _operation_row(node: fx.Node, prediction: Prediction, number: Any) -> Row:
     work = prediction.work[node]
-    on_host = work.resource == "host"
+    on_host = work.resource in ("host", WORKER)
     return Row(
         node=node.name, module=info(node).module, op=_operation_name(node),
         placement="host" if on_host else "accelerator",

@@ -184,6 +184,7 @@ class StepPlans:
             resident=runtime.ledger.others(self, part),
             overhead_bytes=overhead,
             host_memory=runtime.host_memory,
+            cannot_issue_ahead=runtime.accelerator.cannot_issue_ahead,
         )
 
     def _enter(self, part: Part, base: BucketPlan, inputs: Sequence[Any]) -> None:

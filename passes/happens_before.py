@@ -1,7 +1,7 @@
 """The happens-before relation of a schedule: what each operation orders, as one table.
 
-Lanes are the host thread and the streams of an accelerator (``accelerators/base.py`` is the contract). Nodes
-are issued by the host thread in graph order. What a lane has been told to wait for is a vector clock, one
+Lanes are the host thread, its worker and the streams of an accelerator (``accelerators/base.py`` is the contract). Nodes
+are issued by the host thread in graph order; what is marked ``ahead`` runs on the worker (``lane_of``). What a lane has been told to wait for is a vector clock, one
 component per lane (Fidge 1988, Mattern 1989): an access happens before an operation if the operation's clock
 covers it, and two accesses of which neither covers the other are a race however the lanes run. One pass over
 the nodes with clocks of fixed length: linear in the schedule.
@@ -40,8 +40,8 @@ from torch import fx
 from hetegen_compile import ir
 from hetegen_compile.ir import Side, info
 
-HOST, COMPUTE, UP, DOWN, STAGE = range(5)
-LANES = ("host", "compute", "up", "down", "stage")
+HOST, COMPUTE, UP, DOWN, STAGE, WORKER = range(6)
+LANES = ("host", "compute", "up", "down", "stage", "worker")
 
 Clock = tuple[int, ...]
 
@@ -142,8 +142,11 @@ OPERATIONS: dict[Any, Operation] = {
     ),
     ir.WAIT: Operation(COMPUTE, waits=(0,), waits_for=(ir.PREFETCH, ir.CARRIED), gives=Gives.BROUGHT),
     ir.RELEASE: Operation(COMPUTE, waits_for=(ir.PREFETCH, ir.CARRIED), gives=Gives.TOKEN),
-    ir.TO_ACCELERATOR: Operation(UP, ("host",), gives=Gives.LOAN, ended_by=(ir.WAIT_ACCELERATOR,)),
+    ir.TO_ACCELERATOR: Operation(
+        UP, ("host",), gives=Gives.LOAN, ended_by=(ir.WAIT_ACCELERATOR,), precedes=(ir.CAUGHT_UP,)
+    ),
     ir.WAIT_ACCELERATOR: Operation(COMPUTE, waits=(0,), waits_for=(ir.TO_ACCELERATOR,), gives=Gives.BROUGHT),
+    ir.CAUGHT_UP: Operation(HOST, waits=(0,), waits_for=(ir.TO_ACCELERATOR,), gives=Gives.NOTHING),
     ir.TO_HOST: Operation(DOWN, (_ON,), behind=COMPUTE, gives=Gives.COPY, ended_by=(ir.WAIT_HOST,)),
     ir.WAIT_HOST: Operation(HOST, waits=(0,), waits_for=(ir.TO_HOST,), gives=Gives.BROUGHT),
     ir.HOST_LINEAR: Operation(HOST, ("host", "host", "host")),
@@ -154,6 +157,11 @@ OPERATIONS: dict[Any, Operation] = {
     ir.TWIN: Operation(None, ("host", _ON), gives=Gives.NOTHING, at_end=True),
 }
 """Every operation of the schedule. Nodes that are not here run on the host thread, or are segments on compute."""
+
+
+def lane_of(node: fx.Node, lane: int) -> int:
+    """Where a node runs whose operation runs on ``lane``: the worker has taken over what is marked so."""
+    return WORKER if info(node).ahead else lane
 
 
 def side_of(lane: int) -> Side:
@@ -192,6 +200,6 @@ def slot_bytes(prefetch: fx.Node) -> int:
 
 
 __all__ = [
-    "COMPUTE", "DOWN", "HOST", "LANES", "OPERATIONS", "STAGE", "UP", "Access", "Clocks", "Gives", "Operation",
-    "name_of", "nodes_in", "short", "side_of", "slot_bytes",
+    "COMPUTE", "DOWN", "HOST", "LANES", "OPERATIONS", "STAGE", "UP", "WORKER", "Access", "Clocks", "Gives", "Operation",
+    "lane_of", "name_of", "nodes_in", "short", "side_of", "slot_bytes",
 ]  # fmt: skip

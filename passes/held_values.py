@@ -103,8 +103,12 @@ class HeldValues:
         """The wait ``node`` has what the transfer brings; what that read is used until now."""
         assert event.brings is not None, "only transfers bring something"
         self.values[node] = event.brings
-        for memory in event.sources:
-            memory.used = self._place
+        self.use(event.sources)
+
+    def use(self, memories: Iterable[Memory], place: int | None = None) -> None:
+        """Memory is in use up to here, or up to a later ``place``."""
+        for memory in memories:
+            memory.used = self._place if place is None else place
 
     # ---- accesses --------------------------------------------------------------------------------------------
 

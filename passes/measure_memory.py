@@ -73,6 +73,7 @@ class _Meter:
         self._bases = {key: size for found in lives for key, (_, _, size) in found.items()}
         self._points = self._points_of_nodes()
         self._end = max(last for _, last in self._points.values())
+        self._received = self._worker_has_received()
         self._behind = self._where_the_accelerator_is_at_least()
 
     def measure(self) -> MemoryNeed:
@@ -99,11 +100,25 @@ class _Meter:
         """For each upload the point that the accelerator has passed when the host issues it."""
         passed, behind = 0, {}
         for node in self._nodes:
-            if node.target == ir.WAIT_HOST:
+            if node.target == ir.WAIT_HOST and not info(node).ahead:
                 (transfer,) = node.all_input_nodes
                 passed = max(passed, self._points[transfer][0])
             behind[node] = passed
         return behind
+
+    def _worker_has_received(self) -> dict[fx.Node, int]:
+        """For each download that the worker waits for the point at which the issuing thread knows that it has."""
+        received, under_way = {}, dict[fx.Node, int]()
+        for node in self._nodes:
+            if node.target == ir.WAIT_HOST and info(node).ahead:
+                under_way[node] = self._end
+            if node.target == ir.CAUGHT_UP:
+                (sent,) = node.all_input_nodes
+                over = [wait for wait in under_way if self._points[wait] < self._points[sent]]
+                received.update(dict.fromkeys(over, self._points[node][0]))
+                for wait in over:
+                    del under_way[wait]
+        return {**under_way, **received}
 
     def _values(self) -> list[Life]:
         mirrored = frozenset[int]().union(*(info(node).storages for node in self._nodes if node.target == ir.MIRROR))
@@ -134,7 +149,8 @@ class _Meter:
         last = self._points[node][1]
         for user in node.users:
             if user.target == ir.TO_HOST:  # what is waited for later is in use until then
-                last = max(last, self._last_use(user))
+                waits = [self._received.get(wait, self._points[wait][1]) for wait in user.users]
+                last = max(last, self._points[user][1], *waits)
             else:
                 last = max(last, self._end if user.target == ir.TWIN else self._points[user][1])
         return last

@@ -37,6 +37,9 @@ from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import Prediction, Work
 from hetegen_compile.passes.tensors import to_expr
 
+WORKER = "worker"
+"""The resource of what the host's worker does: it does not keep the issuing thread."""
+
 _COMPUTES = {ir.PARTIAL_LINEAR, ir.JOIN, ir.PAD}
 """What is launched by torch's own operations; copies are issued by less."""
 
@@ -117,10 +120,24 @@ def _path_s(nodes: list[fx.Node], tasks: list[Task]) -> float:
 
 def node_work(node: fx.Node, context: Context) -> Work:
     """The resource that a node occupies and for how long, by the context's hardware profile."""
+    if info(node).ahead:
+        return Work(WORKER, _worker_s(node, context))
     work = _on_resource(node, context)
+    if _opens_ahead(node):
+        return Work("accelerator", _up(value_bytes(node, context), context).seconds, context.profile.accelerator.gate_s)
     if work.resource == "host" or node.target in _FREE or _is_no_join(node):
         return work
     return Work(work.resource, work.seconds, issue_s(node, context))
+
+
+def _opens_ahead(node: fx.Node) -> bool:
+    """Whether a node waits behind a gate for what the worker sends up."""
+    return node.target == ir.WAIT_ACCELERATOR and info(node.all_input_nodes[0]).ahead
+
+
+def _worker_s(node: fx.Node, context: Context) -> float:
+    """What the worker takes for a node: as the host's thread would; what it sends up lies where it is read."""
+    return 0.0 if node.target == ir.TO_ACCELERATOR else _on_resource(node, context).seconds
 
 
 def issue_s(node: fx.Node, context: Context) -> float:
@@ -142,7 +159,7 @@ def _on_resource(node: fx.Node, context: Context) -> Work:
         return Work("up", upload_s(profile, value_bytes(node, context), line_bytes=_line_bytes(node)))
     if node.target == ir.TO_HOST:
         return Work("down", download_s(profile, value_bytes(node, context)))
-    if node.target == ir.WAIT_HOST:
+    if node.target in (ir.WAIT_HOST, ir.CAUGHT_UP):
         return Work("host", profile.synchronise_s)
     if node.target == ir.TO_ACCELERATOR:
         return _up(value_bytes(node, context), context)

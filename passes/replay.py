@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
+from hetegen_compile import ir
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import info
 from hetegen_compile.passes.faults import elsewhere, fault
@@ -20,10 +21,12 @@ from hetegen_compile.passes.happens_before import (
     COMPUTE,
     HOST,
     OPERATIONS,
+    WORKER,
     Access,
     Clocks,
     Gives,
     Operation,
+    lane_of,
     name_of,
     nodes_in,
     side_of,
@@ -44,6 +47,7 @@ class Replay:
         self.held = HeldValues(self.accesses)
         self.slots = Slots(self.held, self.accesses, self._clocks, rings)
         self.kept: list[fx.Node] = []
+        self._worker_reads: list[tuple[Access, list[Memory]]] = []
 
     def run(self, graph: fx.Graph) -> None:
         """Replay every node in issue order."""
@@ -59,6 +63,7 @@ class Replay:
                 self._operation(node, OPERATIONS[node.target])
             elif not self._takes_item(node):
                 self._host(node)
+        self._worker_has_read(None)
         for node in self.kept:
             self._keep(node)
 
@@ -79,7 +84,7 @@ class Replay:
         return True
 
     def _host(self, node: fx.Node) -> None:
-        access, notes = self._clocks.issue(HOST, node), info(node)
+        access, notes = self._clocks.issue(lane_of(node, HOST), node), info(node)
         self.held.read(node, node.all_input_nodes, "host", access, _position(node))
         for key in notes.writes:
             found = [memory for operand in node.all_input_nodes for own, memory in self.held.of(operand) if own == key]
@@ -116,7 +121,8 @@ class Replay:
     def _run_operation(self, node: fx.Node, operation: Operation) -> None:
         assert operation.lane is not None
         waited = [self._event(node, source, operation) for source in self._waited_for(node, operation)]
-        access = self._clocks.issue(operation.lane, node, (event.clock for event in waited), operation.behind)
+        lane = lane_of(node, operation.lane)
+        access = self._clocks.issue(lane, node, (event.clock for event in waited), operation.behind)
         read = self._read_arguments(node, operation, access)
         for operand in [operand for place in operation.writes for operand in nodes_in(node.args[place])]:
             for key, memory in self.held.of(operand):
@@ -124,12 +130,23 @@ class Replay:
         if operation.gives is Gives.BROUGHT:
             (event,) = waited
             self.held.bring(node, event)
+            if lane == WORKER:
+                self._worker_reads.append((access, event.sources))
         elif operation.gives in (Gives.COPY, Gives.LOAN):
             self._start_copy(node, operation, access, read)
         elif operation.gives is Gives.SLOT:
             self.slots.fill(node, operation, access, read)
         elif operation.gives is Gives.NEW:
-            self.held.make(node, side_of(operation.lane), access, ())
+            self.held.make(node, side_of(lane), access, ())
+        elif node.target == ir.CAUGHT_UP:
+            self._worker_has_read(waited[0].access)
+
+    def _worker_has_read(self, sent: Access | None) -> None:
+        """What the worker's downloads read is in use until the host knows that it was ``sent`` on; else to the end."""
+        over = [reads for access, reads in self._worker_reads if sent is None or access.tick <= sent.tick]
+        del self._worker_reads[: len(over)]
+        for memories in over:
+            self.held.use(memories, END if sent is None else None)
 
     def _waited_for(self, node: fx.Node, operation: Operation) -> list[fx.Node]:
         """What the operation's arguments hold in the place of events; an argument that is also read may be a value."""

@@ -3,7 +3,7 @@
 A bound schedule is straight-line code that calls these methods in issue order, from one host thread.
 Three streams exist on every accelerator and stay inside it: ``compute`` (segments, Linears, joins), ``up``
 (prefetches and uploads) and ``down`` (downloads). Beside them the pin thread copies rows of weights that are
-not pinned into a ring of pinned host memory. Ordering between them is what the operations say and nothing else:
+not pinned into a ring of pinned host memory, and the worker computes what is given to it. Ordering between them is what the operations say and nothing else:
 
     stage           the pin thread waits for each prefetch in ``after``, then copies rows into the pinned slot
 
@@ -17,6 +17,13 @@ not pinned into a ring of pinned host memory. Ordering between them is what the 
     to_accelerator  host tensors become readable by compute after ``wait``, all of them in one transfer
     launch          compute runs a function over device values
 
+    receive         the worker waits until that download is done
+    host_ahead      the worker runs a function, behind everything that was given to it before
+    deliver         the worker sends its results up; they are readable by compute after ``wait``, which closes the
+                    stream (a gate) until they are there
+    caught_up       the host thread blocks until the worker has sent that
+
+A *promise* stands for what the worker will have; only ``host_ahead`` and ``deliver`` take one, or an item of one.
 A *value* is whatever the accelerator passes around for a device tensor: a ``torch.Tensor`` on CUDA, a
 future on the emulated accelerator. Only the accelerator looks inside it.
 """
@@ -34,6 +41,7 @@ Value = Any
 Token = Any
 Transfer = Any
 Slot = Any
+Promise = Any
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,8 @@ class Counters:
 
 @dataclass(frozen=True)
 class Span:
-    """One operation as it really ran: resource (``host``, ``accelerator``, ``up``, ``down``, ``pin``) and seconds."""
+    """One operation as it really ran: resource (``host``, ``worker``, ``accelerator``, ``up``, ``down``, ``pin``) and
+    seconds."""
 
     name: str
     resource: str
@@ -108,6 +117,11 @@ class Accelerator(ABC):
     def usable(self) -> bool:
         """Whether work can be given to it; if not, every method raises AcceleratorError with the reason."""
         return True
+
+    @property
+    def cannot_issue_ahead(self) -> str:
+        """Why it takes no work ahead of the host's parts (``receive`` and what follows it); "" says that it does."""
+        return ""
 
     # ---- memory ------------------------------------------------------------------------------------
     @abstractmethod
@@ -174,12 +188,12 @@ class Accelerator(ABC):
 
     # ---- operations of a schedule --------------------------------------------------------------------
     @abstractmethod
-    def begin_step(self, carried: Sequence[Transfer] = ()) -> None:
+    def begin_step(self, carried: Sequence[Transfer] = (), *, again: bool = False) -> None:
         """Order everything of this step after everything of the step before (the ring is free again).
 
         ``carried`` are results of ``prefetch_ahead`` that are still held (see ``holds``): from here on they are
         waited for and released like prefetches of this step. Those not among them are given up; their bytes of
-        the ring may be overwritten.
+        the ring may be overwritten. ``again``: this step has ended well before, so what it runs has been loaded.
         """
 
     @abstractmethod
@@ -265,6 +279,32 @@ class Accelerator(ABC):
     @abstractmethod
     def host(self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``function`` on the host thread, now. Device values among the arguments are an error."""
+
+    # ---- operations of the worker ----------------------------------------------------------------------
+    @abstractmethod
+    def receive(self, op: Op, transfer: Transfer) -> Promise:
+        """The worker waits for a download; the promise is of its host tensor, or list of them.
+
+        The issuing thread may wait for the same download itself, once.
+        """
+
+    @abstractmethod
+    def host_ahead(self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Promise:
+        """As ``host``, on the worker and not now; ``args`` and ``kwargs`` may hold promises, also in lists and tuples.
+
+        What it raises is raised by the next call that waits for the worker, and what was given to it behind is not done.
+        """
+
+    @abstractmethod
+    def deliver(self, op: Op, promises: Sequence[Promise], like: Sequence[torch.Tensor]) -> Transfer:
+        """As ``to_accelerator``, of results of the worker, which are as ``like`` (meta tensors) and small.
+
+        At most ``ir.VIEWED_UPLOAD_BYTES``: the accelerator reads them where they lie.
+        """
+
+    @abstractmethod
+    def caught_up(self, op: Op, transfer: Transfer) -> None:
+        """Block the host until the worker has done everything up to this ``deliver``; raise what it has raised."""
 
     # ---- life --------------------------------------------------------------------------------------
     @abstractmethod

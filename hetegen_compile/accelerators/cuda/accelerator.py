@@ -13,13 +13,17 @@ import torch
 
 from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value, call_on_host
 from hetegen_compile.accelerators.cuda.activations import Activations
+from hetegen_compile.accelerators.cuda.ahead import Ahead
 from hetegen_compile.accelerators.cuda.allocator import beside_allocator_bytes, overhead_bytes, reserved_now_bytes
+from hetegen_compile.accelerators.cuda.gates import why_no_gates
+from hetegen_compile.accelerators.cuda.lending import Lending
 from hetegen_compile.accelerators.cuda.pinning import SUCCESS, CudaHostMemory, pinned_by_others
 from hetegen_compile.accelerators.cuda.prefetches import Prefetches
 from hetegen_compile.accelerators.cuda.streams import CudaStreams, copying
 from hetegen_compile.accelerators.cuda.transfers import CudaToken, CudaTransfer, started
 from hetegen_compile.accelerators.geometry import copy_span, empty_twin, same_geometry, span_bytes
 from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
+from hetegen_compile.accelerators.promises import Promise
 from hetegen_compile.accelerators.ring import Slot
 from hetegen_compile.errors import AcceleratorError, AcceleratorUnavailableError, ScheduleError
 
@@ -54,9 +58,15 @@ class CudaAccelerator(Accelerator):
         self._pins = PinTable(memory.register, memory.unregister)
         self._streams = self.streams_of(self.device)
         self._prefetches = Prefetches(self._streams, self._ledger)
-        self._activations = Activations(self._streams, self._ledger)
+        lending = Lending(self.device)
+        self._activations = Activations(self._streams, self._ledger, lending)
+        self._ahead = Ahead(self._streams, self._ledger, lending)
         self._in_step = False
         self._closed = False
+
+    @property
+    def cannot_issue_ahead(self) -> str:
+        return why_no_gates()
 
     @property
     def pinned_bytes(self) -> int:
@@ -137,7 +147,7 @@ class CudaAccelerator(Accelerator):
         return self._prefetches.pinned.slot(offset, shape, dtype)
 
     # ---- steps -------------------------------------------------------------------------------------
-    def begin_step(self, carried: Sequence[CudaTransfer] = ()) -> None:
+    def begin_step(self, carried: Sequence[CudaTransfer] = (), *, again: bool = False) -> None:
         self._check_open()
         for transfer in carried:
             if not self.holds(transfer):
@@ -146,10 +156,12 @@ class CudaAccelerator(Accelerator):
         self._prefetches.take_over(carried)
         self._ledger.begin_step()
         self._streams.begin_step()
+        self._ahead.begin_step(again=again)
         self._in_step = True
 
     def end_step(self) -> None:
         self._check_open()
+        self._ahead.finish_step()
         self._prefetches.drain()
         if self._prefetches.under_way:
             self._streams.synchronize_step()
@@ -171,6 +183,7 @@ class CudaAccelerator(Accelerator):
 
     def abandon_step(self) -> None:
         if self._in_step:
+            self._ahead.abandon_step()
             self.synchronize()
             self._streams.end_step()
             self._activations.finish_step()
@@ -208,6 +221,8 @@ class CudaAccelerator(Accelerator):
         self._check_open()
         transfer = started(op, transfer, ("prefetch", "to_accelerator"))
         transfer.issued()
+        if transfer.gate is not None:
+            self._ahead.wait(op, transfer)
         if transfer.event is not None:
             self._streams.compute.wait_event(transfer.event)
         return transfer.value
@@ -222,6 +237,7 @@ class CudaAccelerator(Accelerator):
 
     def wait_host(self, op: Op, transfer: CudaTransfer) -> Any:
         self._check_open()
+        self._ahead.raise_failure()
         return self._activations.wait_host(op, transfer)
 
     def to_accelerator(self, op: Op, tensors: Sequence[torch.Tensor]) -> CudaTransfer:
@@ -255,13 +271,28 @@ class CudaAccelerator(Accelerator):
         self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         self._check_open()
-        for argument in (*args, *kwargs.values()):
-            if isinstance(argument, CudaTransfer) or (
-                isinstance(argument, torch.Tensor) and argument.is_cuda
-            ):
-                raise ScheduleError(f"{op.name} runs on the host but gets a value of the accelerator")
+        _refuse_values(op, args, kwargs)
         with self._streams.tracer.host_span(op.name):
             return call_on_host(op, function, args, kwargs)
+
+    def receive(self, op: Op, transfer: CudaTransfer) -> Promise:
+        self._check_open()
+        return self._ahead.receive(op, transfer)
+
+    def host_ahead(
+        self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Promise:
+        self._check_open()
+        _refuse_values(op, args, kwargs)
+        return self._ahead.host_ahead(op, function, args, kwargs)
+
+    def deliver(self, op: Op, promises: Sequence[Promise], like: Sequence[torch.Tensor]) -> CudaTransfer:
+        self._check_open()
+        return self._ahead.deliver(op, promises, like)
+
+    def caught_up(self, op: Op, transfer: CudaTransfer) -> None:
+        self._check_open()
+        self._ahead.caught_up(op, transfer)
 
     # ---- life --------------------------------------------------------------------------------------
     def trace(self, enabled: bool) -> list[Span]:
@@ -271,6 +302,7 @@ class CudaAccelerator(Accelerator):
     def close(self) -> None:
         if self._closed:
             return
+        self._ahead.close()
         self._prefetches.end_thread()
         torch.cuda.synchronize(self.device)
         self._activations.close()
@@ -281,6 +313,12 @@ class CudaAccelerator(Accelerator):
     def _check_open(self) -> None:
         if self._closed:
             raise AcceleratorError("the accelerator is closed")
+
+
+def _refuse_values(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for argument in (*args, *kwargs.values()):
+        if isinstance(argument, CudaTransfer) or (isinstance(argument, torch.Tensor) and argument.is_cuda):
+            raise ScheduleError(f"{op.name} runs on the host but gets a value of the accelerator")
 
 
 def _current_device() -> torch.device:

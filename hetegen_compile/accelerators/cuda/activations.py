@@ -23,10 +23,10 @@ _HOST = torch.device("cpu")
 class Activations:
     """Copies of activations. ``_kept`` are pinned buffers that copies of the step under way read."""
 
-    def __init__(self, streams: CudaStreams, ledger: MemoryLedger) -> None:
+    def __init__(self, streams: CudaStreams, ledger: MemoryLedger, lending: Lending) -> None:
         self._streams = streams
         self._ledger = ledger
-        self._lending = Lending(streams.device)
+        self._lending = lending
         self._kept: list[torch.Tensor] = []
 
     def finish_step(self) -> None:

@@ -41,12 +41,18 @@ class Lending:
 
     def lend(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """CUDA views, of the tensors' geometry, of copies that lie behind each other in one buffer."""
-        *offsets, nbytes = accumulate(map(_aligned_bytes, tensors), initial=0)
+        buffers, views = self.lend_empty(tensors)
+        for buffer, tensor in zip(buffers, tensors, strict=True):
+            copy_span(buffer, tensor)
+        return views
+
+    def lend_empty(self, like: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Pinned tensors of this geometry to be filled, behind each other in one buffer, and CUDA views of them."""
+        *offsets, nbytes = accumulate(map(_aligned_bytes, like), initial=0)
         lent = self._take(nbytes)
         self._lent.append(lent)
-        for offset, tensor in zip(offsets, tensors, strict=True):
-            copy_span(_lying_at(lent.host, offset, tensor), tensor)
-        return [_lying_at(lent.device, offset, tensor) for offset, tensor in zip(offsets, tensors, strict=True)]
+        places = list(zip(offsets, like, strict=True))
+        return [_lying_at(lent.host, *place) for place in places], [_lying_at(lent.device, *place) for place in places]
 
     def take_back(self) -> None:
         """All kernels that read what was lent are over: whatever nobody holds any more may be lent again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ class CudaTransfer:
     """A started copy: its result, what it reads (kept alive), and its event (None: readable at once).
 
     ``job`` is the pin thread's part, which sets the event of a prefetch that reads the pinned ring. ``reader``
-    names the prefetch that reads a stage. A prefetch for the next step keeps nothing alive: a finalizer completes
+    names the prefetch that reads a stage. ``gate`` is where the compute stream waits for what the worker sends, ``sent`` is
+    set once it has. A prefetch for the next step keeps nothing alive: a finalizer completes
     it before its source's memory is freed.
     """
 
@@ -29,6 +31,8 @@ class CudaTransfer:
     released_by: str | None = None
     job: Job | None = None
     reader: str | None = None
+    gate: int | None = None
+    sent: threading.Event | None = None
 
     def issued(self) -> None:
         """Block until the pin thread has done its part."""

@@ -21,13 +21,14 @@ import torch
 
 from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value, call_on_host
 from hetegen_compile.accelerators.emulated.activations import Activations
+from hetegen_compile.accelerators.emulated.ahead import Ahead
 from hetegen_compile.accelerators.emulated.clocks import COMPUTE, HOST, UP, Access
 from hetegen_compile.accelerators.emulated.engine import Engine
 from hetegen_compile.accelerators.emulated.hazards import Hazards
-from hetegen_compile.accelerators.emulated.modes import Modes
+from hetegen_compile.accelerators.modes import Modes
 from hetegen_compile.accelerators.emulated.prefetches import Prefetches
 from hetegen_compile.accelerators.emulated.streams import Task
-from hetegen_compile.accelerators.emulated.values import UNFINISHED, DeviceTensor, Token, Transfer
+from hetegen_compile.accelerators.emulated.values import UNFINISHED, DeviceTensor, HostPromise, Token, Transfer
 from hetegen_compile.accelerators.emulated.work import Call, DeviceWork, Issued
 from hetegen_compile.accelerators.geometry import same_geometry
 from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
@@ -70,6 +71,7 @@ class EmulatedAccelerator(Accelerator):
         self._engine = Engine(pace, seed)
         self._prefetches = Prefetches(self._engine, self._hazards, self._work)
         self._activations = Activations(self._engine, self._hazards, self._work, self._ledger)
+        self._ahead = Ahead(self._engine, self._hazards, self._ledger)
 
     @property
     def usable(self) -> bool:
@@ -160,7 +162,8 @@ class EmulatedAccelerator(Accelerator):
         return self._prefetches.pinned.slot(offset, shape, dtype)
 
     # ---- steps -------------------------------------------------------------------------------------
-    def begin_step(self, carried: Sequence[Transfer] = ()) -> None:
+    def begin_step(self, carried: Sequence[Transfer] = (), *, again: bool = False) -> None:
+        del again  # nothing is loaded
         self._engine.check_usable()
         self.abandon_step()
         self._finish_step()
@@ -285,6 +288,25 @@ class EmulatedAccelerator(Accelerator):
         result = call_on_host(op, function, args, kwargs)
         self._engine.account(op, HOST, start_s)
         return result
+
+    def receive(self, op: Op, transfer: Transfer) -> HostPromise:
+        self._engine.check_usable()
+        return self._ahead.receive(op, transfer)
+
+    def host_ahead(
+        self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> HostPromise:
+        self._engine.check_usable()
+        return self._ahead.host_ahead(op, function, args, kwargs)
+
+    def deliver(self, op: Op, promises: Sequence[HostPromise], like: Sequence[torch.Tensor]) -> Transfer:
+        self._engine.check_usable()
+        return self._ahead.deliver(op, promises, like)
+
+    def caught_up(self, op: Op, transfer: Transfer) -> None:
+        self._engine.check_usable()
+        self._ahead.caught_up(op, transfer)
+        self._raise_failure()
 
     # ---- life --------------------------------------------------------------------------------------
     def trace(self, enabled: bool) -> list[Span]:

@@ -1,4 +1,4 @@
-"""Vector clocks over the host thread, the three streams of an accelerator and the pin thread.
+"""Vector clocks over the host thread, the three streams of an accelerator, the pin thread and the worker.
 
 One component per lane counts the operations issued to it. What a lane's clock covers has happened before the
 lane's next operation; two accesses of which neither covers the other are a race, however the threads run
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-HOST, COMPUTE, UP, DOWN, PIN = range(5)
-RESOURCES = ("host", "accelerator", "up", "down", "pin")
+HOST, COMPUTE, UP, DOWN, PIN, WORKER = range(6)
+RESOURCES = ("host", "accelerator", "up", "down", "pin", "worker")
 """The lanes' names in traces, in the order of the constants above."""
 
 Clock = tuple[int, ...]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 import weakref
@@ -11,15 +10,21 @@ import weakref
 import torch
 
 from hetegen_compile.accelerators.base import Op, Span
-from hetegen_compile.accelerators.emulated.clocks import COMPUTE, DOWN, HOST, PIN, UP
+from hetegen_compile.accelerators.emulated.clocks import COMPUTE, DOWN, HOST, PIN, UP, WORKER
 from hetegen_compile.accelerators.emulated.pacing import Pacer
 from hetegen_compile.accelerators.emulated.streams import Delays, Shared, Stream, Task
+from hetegen_compile.accelerators.switching import QuickSwitching
 from hetegen_compile.errors import AcceleratorError, AcceleratorMemoryError, ScheduleError
 
-SWITCH_INTERVAL_S = 1e-5
-"""Of the interpreter while a step runs: at the default a hand-off beside a busy thread takes milliseconds."""
-
 LONGEST_JOIN_S = 5.0
+
+
+class HostFailure(Exception):
+    """What an operation of the host raised on the worker: whoever waits raises it as it is."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class Engine:
@@ -31,11 +36,12 @@ class Engine:
         self._last_upload = threading.Event()
         self._last_upload.set()
         self._pid = os.getpid()
-        self._switch_interval: float | None = None
+        self._switching = QuickSwitching()
         self.in_step = False
         self._host_delays = None if seed is None else Delays(seed, HOST)
         threads = torch.get_num_threads()
         self._streams = {lane: Stream(lane, self._shared) for lane in (COMPUTE, UP, DOWN, PIN)}
+        self._streams[WORKER] = Stream(WORKER, self._shared, threads)
         torch.set_num_threads(threads)  # see the docstring of ``streams``
         self._stop = weakref.finalize(self, _stop_streams, self._shared, list(self._streams.values()))
 
@@ -107,7 +113,7 @@ class Engine:
 
     def drain_step(self) -> None:
         """Block until everything is over but what was submitted as carried."""
-        for event in [self._last_upload, *(self.marker(lane, Op("end_step")) for lane in (COMPUTE, DOWN, PIN))]:
+        for event in [self._last_upload, *(self.marker(lane, Op("end_step")) for lane in (COMPUTE, DOWN, PIN, WORKER))]:
             event.wait()
 
     def abort(self) -> None:
@@ -120,21 +126,13 @@ class Engine:
 
     def enter_step(self) -> None:
         """Hand the interpreter over quickly from here on."""
-        if self._switch_interval is None:
-            self._switch_interval = sys.getswitchinterval()
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self._switching.enter()
         self.in_step = True
 
     def leave_step(self) -> None:
         """Give the interpreter its own switch interval back."""
         self.in_step = False
-        self.restore_switch_interval()
-
-    def restore_switch_interval(self) -> None:
-        """Undo what ``enter_step`` set for the whole interpreter."""
-        if self._switch_interval is not None:
-            sys.setswitchinterval(self._switch_interval)
-            self._switch_interval = None
+        self._switching.leave()
 
     def take_failure(self) -> BaseException | None:
         """What to raise for what a stream's work raised since the last abort; aborts the step if there is any."""
@@ -144,6 +142,8 @@ class Engine:
         self.check_usable()
         self.abort()
         node, cause = failure
+        if isinstance(cause, HostFailure):
+            return cause.error
         if isinstance(cause, (ScheduleError, AcceleratorMemoryError)):
             return cause
         error = AcceleratorError(f"{node} failed on the accelerator: {type(cause).__name__}: {cause}")

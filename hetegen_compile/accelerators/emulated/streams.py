@@ -1,6 +1,6 @@
 """Streams of the emulated accelerator: worker threads that run tasks in the order in which they were issued.
 
-A worker computes with one thread of its own. ``torch.set_num_threads`` sets the calling thread's OpenMP pool
+A stream of the device computes with one thread of its own. ``torch.set_num_threads`` sets the calling thread's OpenMP pool
 but also the default of threads still to come (and MKL's global count), so the accelerator sets its own count
 again after its workers have started: neither the main thread nor later threads are changed.
 """
@@ -19,7 +19,7 @@ import torch
 
 from hetegen_compile.accelerators.base import Op, Span
 from hetegen_compile.accelerators.emulated.clocks import RESOURCES
-from hetegen_compile.accelerators.emulated.modes import COPY_MODES, EnteredModes, Modes
+from hetegen_compile.accelerators.modes import COPY_MODES, EnteredModes, Modes
 from hetegen_compile.accelerators.emulated.pacing import Pacer
 
 LONGEST_DELAY_S = 1e-3
@@ -90,9 +90,10 @@ class Shared:
 class Stream:
     """One worker thread and its queue; it waits only for tasks issued earlier, so it cannot deadlock."""
 
-    def __init__(self, lane: int, shared: Shared) -> None:
+    def __init__(self, lane: int, shared: Shared, threads: int = 1) -> None:
         self._lane = lane
         self._shared = shared
+        self._threads = threads
         self._queue: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self.delays = None if shared.seed is None else Delays(shared.seed, lane)
         self._started = threading.Event()
@@ -114,7 +115,7 @@ class Stream:
     # ---- the worker thread -----------------------------------------------------------------------------
     def _run(self) -> None:
         torch.get_num_threads()  # a thread's first query takes the process's count: before our own is set
-        torch.set_num_threads(1)
+        torch.set_num_threads(self._threads)
         modes = EnteredModes()
         self._started.set()
         task: Task | None = None

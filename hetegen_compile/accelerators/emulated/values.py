@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from hetegen_compile.accelerators.emulated.clocks import Access, Clock
+from hetegen_compile.accelerators.promises import Promise
 from hetegen_compile.accelerators.ring import Slot
 from hetegen_compile.errors import MissingWaitError, ScheduleError
 
@@ -63,6 +64,10 @@ def deferred_in(argument: object) -> Iterator[Deferred]:
             yield from deferred_in(item)
     elif isinstance(argument, slice):
         yield from deferred_in((argument.start, argument.stop, argument.step))
+
+
+class HostPromise(Promise, Deferred):
+    """A promise of the worker, which is no tensor yet."""
 
 
 UNFINISHED = object()

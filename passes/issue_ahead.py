@@ -1,0 +1,226 @@
+"""Host parts are given to a worker thread, so that what needs their results is issued while they are computed.
+
+Why: where the host's thread computes its parts itself, the accelerator's next work is issued behind them, a dozen
+operations a layer that the accelerator then waits for. A worker computes instead: its part of a trip is queued as
+soon as its download has been started, and the accelerator's stream is closed (a gate) where it waits for what comes
+up, until the worker opens it. The issuing thread goes on meanwhile, at most ``WINDOW`` trips ahead: each keeps what
+its download reads, and a stream takes only so many launches.
+
+Before:                                          After (``|`` marks what the worker does):
+
+    d = to_host([x])                                 d = to_host([x])
+    s = partial_linear(x, wait(t), ...)              caught_up(the transfer up of two trips ago)
+    v = wait_host(d)                               | v = wait_host(d)
+    h = host_linear(v[0], w, None, 0, 64, 0)       | h = host_linear(v[0], w, None, 0, 64, 0)
+    u = to_accelerator([h])                        | u = to_accelerator([h])
+    a = wait_accelerator(u)                          s = partial_linear(x, wait(t), ...)
+    y = join([a[0], s], 0)                           a = wait_accelerator(u)
+    ...                                              y = join([a[0], s], 0)
+
+A trip is left to the issuing thread if it is larger than what the accelerator reads in place, if its sizes are not
+numbers (a decode step's are), or if anything in it is written in place or needed by the host otherwise.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, fx
+
+from hetegen_compile import ir
+from hetegen_compile.ir import annotate, info
+from hetegen_compile.passes.context import Context, Refusal
+from hetegen_compile.passes.tensors import tensors_in
+
+WINDOW = 2
+"""Trips that the issuing thread is ahead of the worker at most: one that is computed and one that waits for it."""
+
+_INPUTS = ("placeholder", "get_attr")
+
+
+def issue_ahead(module: fx.GraphModule, context: Context) -> None:
+    """Mark the worker's nodes, put each trip's behind what they wait for, and bound how far the issue runs ahead."""
+    if not _wanted(context):
+        return
+    _give_to_worker(module.graph, _trips(module.graph, _worker_nodes(module.graph)))
+
+
+def _wanted(context: Context) -> bool:
+    """Whether the options ask for it, or the profile has measured what it needs; refused where it cannot be."""
+    wanted = context.options.issue_ahead
+    if wanted is False or (wanted == "auto" and not context.profile.accelerator.gate_s):
+        return False
+    if context.cannot_issue_ahead:
+        context.refuse(Refusal("issuing ahead of the host's parts", context.cannot_issue_ahead))
+    return not context.cannot_issue_ahead
+
+
+def _worker_nodes(graph: fx.Graph) -> dict[fx.Node, None]:
+    """Host parts, what the host computes between them, and the transfers up of their results, in issue order."""
+    written = ir.written_storages(graph.nodes)
+    found: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        if _may_compute(node, found) or _may_send(node, found):
+            operands = _values_behind(node)
+            if not any(info(one).storages & written for one in (node, *operands)):
+                found[node] = None
+    return _only_needed_there(graph, found)
+
+
+def _may_compute(node: fx.Node, found: dict[fx.Node, None]) -> bool:
+    """A host part, or an operation without effects on something that the worker has computed."""
+    if node.target == ir.HOST_LINEAR:
+        return True
+    notes = info(node)
+    pure = notes.side == "host" and not (notes.writes or notes.random or notes.data_dependent)
+    own = node.op in ("call_function", "call_method") and getattr(node.target, "namespace", "") != "hetegen"
+    return pure and own and any(operand in found for operand in node.all_input_nodes)
+
+
+def _may_send(node: fx.Node, found: dict[fx.Node, None]) -> bool:
+    """A transfer up of nothing but the worker's results, of sizes that are numbers, read in place."""
+    if node.target != ir.TO_ACCELERATOR or not all(operand in found for operand in node.all_input_nodes):
+        return False
+    tensors = tensors_in([info(operand).value for operand in node.all_input_nodes])
+    return all(map(_is_fixed, tensors)) and 0 < sum(t.nbytes for t in tensors) <= ir.VIEWED_UPLOAD_BYTES
+
+
+def _is_fixed(tensor: Tensor) -> bool:
+    return all(type(size) is int for size in (*tensor.shape, *tensor.stride()))
+
+
+def _values_behind(node: fx.Node) -> Iterator[fx.Node]:
+    """What a node reads; of a downloaded value also what was downloaded."""
+    for operand in node.all_input_nodes:
+        yield operand
+        if (download := download_of(operand)) is not None:
+            yield from download.all_input_nodes
+
+
+def download_of(item: fx.Node) -> fx.Node | None:
+    """The download that ``item`` is one value of."""
+    wait = item.args[0] if item.target is operator.getitem else None
+    if not isinstance(wait, fx.Node) or wait.target != ir.WAIT_HOST:
+        return None
+    return wait.all_input_nodes[0]
+
+
+def _only_needed_there(graph: fx.Graph, found: dict[fx.Node, None]) -> dict[fx.Node, None]:
+    """Those whose results go to the worker's own nodes only, and transfers of nothing else."""
+    kept = dict(found)
+    dropped = True
+    while dropped:
+        dropped = False
+        for node in reversed(graph.nodes):
+            if node not in kept:
+                continue
+            sent = node.target == ir.TO_ACCELERATOR
+            needs = node.all_input_nodes if sent else list(node.users)
+            if not needs or not all(one in kept for one in needs):
+                del kept[node]
+                dropped = True
+    return kept
+
+
+class _Trip(NamedTuple):
+    """Nodes of the worker that belong together, in issue order, the downloads they need, and what they come behind."""
+
+    nodes: list[fx.Node]
+    downloads: list[fx.Node]
+    behind: fx.Node
+
+
+def _trips(graph: fx.Graph, nodes: dict[fx.Node, None]) -> list[_Trip]:
+    """The worker's trips, in the order in which they can be given to it.
+
+    Two nodes belong to one if one reads the other or both read one download.
+    """
+    place = {node: position for position, node in enumerate(graph.nodes)}
+    inputs = [node for node in graph.nodes if node.op in _INPUTS]
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for node in nodes:
+        near = [one if one in nodes else download_of(one) for one in node.all_input_nodes]
+        parts = {id(groups[one]): groups[one] for one in near if one is not None and one in groups}
+        group = sorted({member for part in parts.values() for member in part} | {node}, key=place.__getitem__)
+        keys = [*group, *(one for member in group for one in map(download_of, member.all_input_nodes) if one)]
+        groups.update(dict.fromkeys(keys, group))
+    found = []
+    for group in {id(group): group for group in groups.values()}.values():
+        downloads = dict.fromkeys(one for node in group for one in map(download_of, node.all_input_nodes) if one)
+        own = {one for node in group for one in node.all_input_nodes if download_of(one) is None} - set(group)
+        behind = max((*inputs[-1:], *downloads, *own), key=place.__getitem__)
+        readers = [user for node in group if node.target == ir.TO_ACCELERATOR for user in node.users]
+        if all(place[behind] < place[reader] for reader in readers):
+            found.append(_Trip(group, list(downloads), behind))
+    return sorted(found, key=lambda trip: place[trip.behind])
+
+
+def _give_to_worker(graph: fx.Graph, trips: list[_Trip]) -> None:
+    """Mark the nodes of each trip and move them, with waits of their own, to where they can begin."""
+    end: dict[fx.Node, fx.Node] = {}
+    begins: list[fx.Node] = []
+    for trip in trips:
+        place = _Place(graph, end.get(trip.behind, trip.behind))
+        received = {item: wait for download in trip.downloads for item, wait in _receive(place, download, trip.nodes)}
+        for node in trip.nodes:
+            for operand, item in received.items():
+                node.replace_input_with(operand, item)
+            place.move(node)
+        end[trip.behind] = place.last
+        begins.append(place.first)
+        for item in received:
+            _erase_unread(graph, item)
+    for earlier, begin in zip(trips, begins[WINDOW:], strict=False):
+        with graph.inserting_before(begin):
+            annotate(ir.call(graph, ir.CAUGHT_UP, (earlier.nodes[-1],)), side="host")
+
+
+class _Place:
+    """Where the nodes of a trip go, one behind the other."""
+
+    def __init__(self, graph: fx.Graph, behind: fx.Node) -> None:
+        self._graph = graph
+        self.last = behind
+        self._nodes: list[fx.Node] = []
+
+    @property
+    def first(self) -> fx.Node:
+        """The trip's first node."""
+        return self._nodes[0]
+
+    def copy(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node:
+        """A node like this one with other arguments."""
+        with self._graph.inserting_after(self.last):
+            return self._follows(annotate(ir.call(self._graph, node.target, args), info(node), ahead=True))
+
+    def move(self, node: fx.Node) -> None:
+        """The node itself."""
+        self.last.append(annotate(node, ahead=True))
+        self._follows(node)
+
+    def _follows(self, node: fx.Node) -> fx.Node:
+        self._nodes.append(node)
+        self.last = node
+        return node
+
+
+def _receive(place: _Place, download: fx.Node, nodes: list[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
+    """The worker's own wait for a download, and its items beside those that the trip's nodes read so far."""
+    read = dict.fromkeys(one for node in nodes for one in node.all_input_nodes if download_of(one) is download)
+    wait: fx.Node = next(iter(read)).args[0]  # type: ignore[assignment]
+    own = place.copy(wait, (download,))
+    return [(item, place.copy(item, (own, item.args[1]))) for item in read]
+
+
+def _erase_unread(graph: fx.Graph, item: fx.Node) -> None:
+    """The issuing thread's item of a download, and its wait, where only the worker needed them."""
+    wait: fx.Node = item.args[0]  # type: ignore[assignment]
+    if not item.users:
+        graph.erase_node(item)
+        if not wait.users:
+            graph.erase_node(wait)
+
+
+__all__ = ["WINDOW", "issue_ahead"]
