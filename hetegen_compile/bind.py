@@ -230,8 +230,7 @@ class _Binder:
     def _to_accelerator(self, node: fx.Node) -> str:
         if not info(node).ahead:
             return self._plain(node)
-        like = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors_in(info(node).value)]
-        sent = self._constant("like", like)
+        sent = self._constant("like", [_geometry(tensor) for tensor in tensors_in(info(node).value)])
         return f"{node.name} = deliver({self._op(node)}, {self._text(node.args[0])}, {sent})"
 
     def _caught_up(self, node: fx.Node) -> str:
@@ -333,6 +332,10 @@ def _narrowed(weight: fx.Node, ranges: Sequence[int], dim: int) -> str:
     return f"{weight}[:, {lo}:{hi}]" if dim else f"{weight}[{lo}:{hi}]"
 
 
+def _geometry(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
 def _attribute(module: fx.GraphModule, target: str) -> Any:
     return functools.reduce(getattr, target.split("."), module)
 
@@ -351,4 +354,5 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 
 def _makes_nothing(node: fx.Node) -> bool:
-    return node.target in (ir.TWIN, ir.WRITE_BACK, ir.PREFETCH_AHEAD, ir.CAUGHT_UP) or (node.op == "placeholder" and not node.users)
+    nothing = (ir.TWIN, ir.WRITE_BACK, ir.PREFETCH_AHEAD, ir.CAUGHT_UP)
+    return node.target in nothing or (node.op == "placeholder" and not node.users)

@@ -11,7 +11,8 @@ It is the largest of four bounds. The simulation charges the same rates, so no s
   compute for this chain, and each trip that the host takes part in costs the chain its transfers and waits. Where a
   block may be cut as one, what that could save is not in it: the last trip, and the segment before that.
 - **thread**: what the host's thread does one after the other, at the best shares: its parts of Linears, its other
-  operations (appending to a cache that the caller gets back), waits, and issuing segments and Linears.
+  operations (appending to a cache that the caller gets back), waits, and issuing segments and Linears. Where a worker
+  computes the host's parts (``issue_ahead``) the larger of the two threads' work counts.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from hetegen_compile.passes.annotate_costs import dtype_name
 from hetegen_compile.passes.choose_splits import linears_of, pairable_blocks
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import NodeCost
+from hetegen_compile.passes.issue_ahead import is_wanted
 from hetegen_compile.passes.predict_step import issue_s, least_thread_s, least_trip_s, node_work
 
 _START = "the step begins"  # in the graph of trips, before those that need no other
@@ -71,7 +73,7 @@ def floor(module: fx.GraphModule, context: Context) -> Floor:
         bytes_s=relax(Chain(tuple(_bytes_only(trip) for trip in linears.values()), 0.0)).bound_s,
         accelerator_s=sum(beside.values()) + sum(t.accelerator_s - t.accelerator_saved_s for t in linears.values()),
         path_s=relax(_longest_path(linears, beside, blocks, order, context)).bound_s,
-        thread_s=relax(_host_thread(module, linears, blocks, context)).bound_s,
+        thread_s=_threads_s(module, linears, blocks, context),
     )
 
 
@@ -161,11 +163,27 @@ def _up_to(sizes: Iterable[float], cost: NodeCost) -> set[float]:
     return {float(cost.weight_bytes), *(size for size in sizes if size < cost.weight_bytes)}
 
 
-def _host_thread(
+def _threads_s(
     module: fx.GraphModule, linears: Mapping[fx.Node, Trip], blocks: _Blocks, context: Context
-) -> Chain:
-    """What the host's thread does one after the other: its operations, issuing segments and Linears, and its parts."""
+) -> float:
+    """What the host's thread does at least: its operations, issuing segments and Linears, and its parts.
+
+    Beside a worker, which may do its operations, too, there are two such threads.
+    """
+    segments = module.graph.find_nodes(op="call_module")
+    own_s = sum(_seconds(node, "host", context) for node in module.graph.nodes if node not in linears)
+    issuing_s = sum(issue_s(segment, context) for segment in segments if segment not in blocks.segments)
     linear_s = context.profile.accelerator.issuing_s(segment=False)
+    if is_wanted(context) and not context.cannot_issue_ahead:
+        alone = _host_trips(linears, blocks, context, 0.0)
+        return max(relax(Chain(tuple(alone), 0.0)).bound_s, own_s + issuing_s)
+    return relax(Chain(tuple(_host_trips(linears, blocks, context, linear_s)), own_s + issuing_s)).bound_s
+
+
+def _host_trips(
+    linears: Mapping[fx.Node, Trip], blocks: _Blocks, context: Context, linear_s: float
+) -> list[Trip]:
+    """The host's parts by the activation that they read; issuing a Linear costs ``linear_s``."""
     trips = []
     for group in _by_activation(linears).values():
         plans = [require(context.splits, "choose_splits")[info(node).position] for node in group]
@@ -173,10 +191,7 @@ def _host_thread(
         fixed_s = 0.0 if blocks.consumers.intersection(group) else least_thread_s(group[0], context)
         together = _together([linears[node] for node in group], fixed_s)
         trips.append(replace(together, accelerator_s=linear_s * len(group), accelerator_saved_s=saved_s))
-    segments = module.graph.find_nodes(op="call_module")
-    own_s = sum(_seconds(node, "host", context) for node in module.graph.nodes if node not in linears)
-    issuing_s = sum(issue_s(segment, context) for segment in segments if segment not in blocks.segments)
-    return Chain(tuple(trips), own_s + issuing_s)
+    return trips
 
 
 # ---- the longest path --------------------------------------------------------------------------------------------

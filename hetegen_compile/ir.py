@@ -2,13 +2,13 @@
 
 Two-node asynchronous IR: one node starts (``prefetch``, ``to_host``, ``to_accelerator``), one waits
 (``wait``, ``wait_host``, ``wait_accelerator``). Activations go either way as lists: what shares a trip is one transfer.
-A ``stage`` starts copying rows into the pinned ring; the prefetch that reads them
-waits for it. A prefetch for the start of the next step is started by ``prefetch_ahead`` at the end of a step and
-taken over by ``carried`` in the next. What is marked ``ahead`` is the host worker's, and ``caught_up`` blocks the
-host's issuing thread until the worker has sent a transfer up. All of these copy rows (``dim`` 0) or columns (1) of a weight or a ``RECTANGLE``
-of it. The operations are declared through ``torch.library``, so a scheduled graph can be propagated with fake tensors
-and, with the kernels given here, run synchronously as a reference. In a bound schedule they are plain calls of an
-accelerator and never reach torch's dispatcher.
+A ``stage`` starts copying rows into the pinned ring; the prefetch that reads them waits for it. A prefetch for the
+start of the next step is started by ``prefetch_ahead`` at the end of a step and taken over by ``carried`` in the next.
+All of these copy rows (``dim`` 0) or columns (1) of a weight or a ``RECTANGLE`` of it. What is marked ``ahead`` is the
+host worker's; ``caught_up`` blocks the issuing thread until the worker has sent a transfer up. The operations are
+declared through ``torch.library``, so a scheduled graph can be propagated with fake tensors and, with the kernels given
+here, run synchronously as a reference. In a bound schedule they are plain calls of an accelerator and never reach
+torch's dispatcher.
 
 A Linear with ``dim`` 0 has a weight [out, in], with ``dim`` 1 one that is stored [in, out] (GPT-2's Conv1D). It is cut
 along one ``axis`` of the weight as it is stored, along its rows (0) unless a block says otherwise: parts along the

@@ -73,9 +73,9 @@ class Context:
     ``activation_bytes`` is what a schedule of the same graph is known to need for activations (None: an estimate is
     made); ``lean`` asks for the smallest ring and no resident weights; without ``share_trips`` each Linear has a
     trip of its own. ``overhead_bytes`` is what the device's libraries take of the budget, item by item; ``device`` is
-    where segments will run; ``cannot_issue_ahead`` is why its accelerator has no gates ("": it has). ``host_memory`` None says
-    that all weights are pinned. ``staged``
-    are the placeholders of the weights whose rows go through the pinned ring, with the reason.
+    where segments will run; ``cannot_issue_ahead`` is why its accelerator has no worker ("": it has). ``host_memory``
+    None says that all weights are pinned. ``staged`` are the placeholders of the weights whose rows go through the
+    pinned ring, with the reason.
 
     A stage tells the runner by ``refuse`` what it leaves as it is; ``refused`` has it under the stage's name until that
     stage runs again.

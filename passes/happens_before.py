@@ -1,10 +1,10 @@
 """The happens-before relation of a schedule: what each operation orders, as one table.
 
-Lanes are the host thread, its worker and the streams of an accelerator (``accelerators/base.py`` is the contract). Nodes
-are issued by the host thread in graph order; what is marked ``ahead`` runs on the worker (``lane_of``). What a lane has been told to wait for is a vector clock, one
-component per lane (Fidge 1988, Mattern 1989): an access happens before an operation if the operation's clock
-covers it, and two accesses of which neither covers the other are a race however the lanes run. One pass over
-the nodes with clocks of fixed length: linear in the schedule.
+Lanes are the host thread, its worker and the streams of an accelerator (``accelerators/base.py`` is the contract).
+Nodes are issued by the host thread in graph order; what is marked ``ahead`` runs on the worker (``lane_of``). What a
+lane has been told to wait for is a vector clock, one component per lane (Fidge 1988, Mattern 1989): an access happens
+before an operation if the operation's clock covers it, and two accesses of which neither covers the other are a race
+however the lanes run. One pass over the nodes with clocks of fixed length: linear in the schedule.
 
 A new operation is one line of ``OPERATIONS``; nothing else in the verifier names an operation. It says
 

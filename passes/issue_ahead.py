@@ -42,19 +42,18 @@ _INPUTS = ("placeholder", "get_attr")
 
 def issue_ahead(module: fx.GraphModule, context: Context) -> None:
     """Mark the worker's nodes, put each trip's behind what they wait for, and bound how far the issue runs ahead."""
-    if not _wanted(context):
+    if not is_wanted(context):
+        return
+    if context.cannot_issue_ahead:
+        context.refuse(Refusal("issuing ahead of the host's parts", context.cannot_issue_ahead))
         return
     _give_to_worker(module.graph, _trips(module.graph, _worker_nodes(module.graph)))
 
 
-def _wanted(context: Context) -> bool:
-    """Whether the options ask for it, or the profile has measured what it needs; refused where it cannot be."""
+def is_wanted(context: Context) -> bool:
+    """Whether the options ask for it, or leave it to the profile and that knows what a gate costs."""
     wanted = context.options.issue_ahead
-    if wanted is False or (wanted == "auto" and not context.profile.accelerator.gate_s):
-        return False
-    if context.cannot_issue_ahead:
-        context.refuse(Refusal("issuing ahead of the host's parts", context.cannot_issue_ahead))
-    return not context.cannot_issue_ahead
+    return bool(context.profile.accelerator.gate_s) if wanted == "auto" else wanted
 
 
 def _worker_nodes(graph: fx.Graph) -> dict[fx.Node, None]:
@@ -223,4 +222,4 @@ def _erase_unread(graph: fx.Graph, item: fx.Node) -> None:
             graph.erase_node(wait)
 
 
-__all__ = ["WINDOW", "issue_ahead"]
+__all__ = ["WINDOW", "is_wanted", "issue_ahead"]

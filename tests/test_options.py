@@ -25,7 +25,7 @@ def test_nothing_given_means_the_defaults() -> None:
 def test_every_option_arrives_in_its_field() -> None:
     given_options: dict[str, object] = {
         "gpu_memory": "8GiB", "accelerator": "emulated", "hardware": "a100", "context": 4096, "max_batch": 3,
-        "split": 0.25, "pair_mlp": True, "pace": 20, "print_schedule": True, "seed": 7, "unfold": True,
+        "split": 0.25, "pair_mlp": True, "issue_ahead": False, "pace": 20, "print_schedule": True, "seed": 7, "unfold": True,
     }  # fmt: skip
     parsed = parse_options(given_options)
     assert dataclasses.asdict(parsed) == {**given_options, "gpu_memory": 8 * 2**30, "pace": 20.0}
@@ -90,6 +90,7 @@ def test_format_bytes(nbytes: int, text: str) -> None:
         ("max_batch", 0, "at least 1"), ("max_batch", None, "whole"), ("max_batch", math.nan, "whole"),
         ("split", 1.01, "from 0"), ("split", -0.1, "from 0"), ("split", math.nan, "from 0"),
         ("pair_mlp", "on", "'auto', True or False"), ("pair_mlp", 1, "'auto', True or False"),
+        ("issue_ahead", "yes", "'auto', True or False"),
         ("split", True, "from 0"), ("split", "half", "'auto'"), ("split", None, "'auto'"),
         ("pace", 0, "positive"), ("pace", -2.0, "positive"), ("pace", math.nan, "positive"),
         ("pace", math.inf, "positive"), ("pace", False, "positive"), ("pace", "2", "positive"),

@@ -3,7 +3,8 @@
 A bound schedule is straight-line code that calls these methods in issue order, from one host thread.
 Three streams exist on every accelerator and stay inside it: ``compute`` (segments, Linears, joins), ``up``
 (prefetches and uploads) and ``down`` (downloads). Beside them the pin thread copies rows of weights that are
-not pinned into a ring of pinned host memory, and the worker computes what is given to it. Ordering between them is what the operations say and nothing else:
+not pinned into a ring of pinned host memory, and the worker computes what is given to it ahead of its operands.
+Ordering between them is what the operations say and nothing else:
 
     stage           the pin thread waits for each prefetch in ``after``, then copies rows into the pinned slot
 
@@ -289,10 +290,12 @@ class Accelerator(ABC):
         """
 
     @abstractmethod
-    def host_ahead(self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Promise:
+    def host_ahead(
+        self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Promise:
         """As ``host``, on the worker and not now; ``args`` and ``kwargs`` may hold promises, also in lists and tuples.
 
-        What it raises is raised by the next call that waits for the worker, and what was given to it behind is not done.
+        What it raises is raised by the next call that waits for the worker; what was given to it behind is not done.
         """
 
     @abstractmethod

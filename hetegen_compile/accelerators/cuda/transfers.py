@@ -18,8 +18,8 @@ class CudaTransfer:
     """A started copy: its result, what it reads (kept alive), and its event (None: readable at once).
 
     ``job`` is the pin thread's part, which sets the event of a prefetch that reads the pinned ring. ``reader``
-    names the prefetch that reads a stage. ``gate`` is where the compute stream waits for what the worker sends, ``sent`` is
-    set once it has. A prefetch for the next step keeps nothing alive: a finalizer completes
+    names the prefetch that reads a stage. ``gate`` is where the compute stream waits for what the worker sends,
+    ``sent`` is set once it has. A prefetch for the next step keeps nothing alive: a finalizer completes
     it before its source's memory is freed.
     """
 

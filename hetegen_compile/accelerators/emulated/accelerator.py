@@ -25,13 +25,13 @@ from hetegen_compile.accelerators.emulated.ahead import Ahead
 from hetegen_compile.accelerators.emulated.clocks import COMPUTE, HOST, UP, Access
 from hetegen_compile.accelerators.emulated.engine import Engine
 from hetegen_compile.accelerators.emulated.hazards import Hazards
-from hetegen_compile.accelerators.modes import Modes
 from hetegen_compile.accelerators.emulated.prefetches import Prefetches
 from hetegen_compile.accelerators.emulated.streams import Task
 from hetegen_compile.accelerators.emulated.values import UNFINISHED, DeviceTensor, HostPromise, Token, Transfer
 from hetegen_compile.accelerators.emulated.work import Call, DeviceWork, Issued
 from hetegen_compile.accelerators.geometry import same_geometry
 from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
+from hetegen_compile.accelerators.modes import Modes
 from hetegen_compile.accelerators.ring import Slot
 from hetegen_compile.errors import ScheduleError
 

@@ -1,7 +1,7 @@
 """Streams of the emulated accelerator: worker threads that run tasks in the order in which they were issued.
 
-A stream of the device computes with one thread of its own. ``torch.set_num_threads`` sets the calling thread's OpenMP pool
-but also the default of threads still to come (and MKL's global count), so the accelerator sets its own count
+A stream of the device computes with one thread of its own. ``torch.set_num_threads`` sets the calling thread's OpenMP
+pool but also the default of threads still to come (and MKL's global count), so the accelerator sets its own count
 again after its workers have started: neither the main thread nor later threads are changed.
 """
 
@@ -19,8 +19,8 @@ import torch
 
 from hetegen_compile.accelerators.base import Op, Span
 from hetegen_compile.accelerators.emulated.clocks import RESOURCES
-from hetegen_compile.accelerators.modes import COPY_MODES, EnteredModes, Modes
 from hetegen_compile.accelerators.emulated.pacing import Pacer
+from hetegen_compile.accelerators.modes import COPY_MODES, EnteredModes, Modes
 
 LONGEST_DELAY_S = 1e-3
 """Of the random delays that a seed asks for."""

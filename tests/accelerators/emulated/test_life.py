@@ -164,7 +164,7 @@ def workers() -> set[threading.Thread]:
 def test_close_ends_the_threads_and_forbids_use() -> None:
     before = workers()
     accelerator = EmulatedAccelerator()
-    assert len(workers() - before) == 4
+    assert len(workers() - before) == 5
     accelerator.launch(Op("queued"), torch.ones, (1,))
     accelerator.close()
     accelerator.close()
