@@ -30,7 +30,7 @@ from hetegen_compile.passes.annotate_costs import dtype_name
 from hetegen_compile.passes.choose_splits import linears_of, pairable_blocks
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import NodeCost
-from hetegen_compile.passes.issue_ahead import is_wanted
+from hetegen_compile.passes.issue_ahead import issues_ahead
 from hetegen_compile.passes.predict_step import issue_s, least_thread_s, least_trip_s, node_work
 
 _START = "the step begins"  # in the graph of trips, before those that need no other
@@ -174,7 +174,7 @@ def _threads_s(
     own_s = sum(_seconds(node, "host", context) for node in module.graph.nodes if node not in linears)
     issuing_s = sum(issue_s(segment, context) for segment in segments if segment not in blocks.segments)
     linear_s = context.profile.accelerator.issuing_s(segment=False)
-    if is_wanted(context) and not context.cannot_issue_ahead:
+    if issues_ahead(context):
         alone = _host_trips(linears, blocks, context, 0.0)
         return max(relax(Chain(tuple(alone), 0.0)).bound_s, own_s + issuing_s)
     return relax(Chain(tuple(_host_trips(linears, blocks, context, linear_s)), own_s + issuing_s)).bound_s

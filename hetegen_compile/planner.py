@@ -19,6 +19,7 @@ from hetegen_compile.graph_inputs import number, sequence_shape, token_count
 from hetegen_compile.options import Options, format_bytes
 from hetegen_compile.passes import choose_splits
 from hetegen_compile.passes.context import Bucket, Context, Refusal, SegmentCache, require
+from hetegen_compile.passes.issue_ahead import issues_ahead
 from hetegen_compile.passes.plans import ACTIVATIONS, Splits
 from hetegen_compile.pipeline import ONCE_PER_SPLIT, Stage
 from hetegen_compile.plan_report import blocks_apart, linear_sites, report_on
@@ -27,6 +28,8 @@ from hetegen_compile.trials import Trials
 from hetegen_compile.within_budget import ResidencySearch
 
 logger = logging.getLogger("hetegen_compile")
+
+_NO_ROOM = "there is no room for the activations that downloads on their way to the worker keep"
 
 
 class Planner:
@@ -102,15 +105,9 @@ class Planner:
         """
         trials = Trials(base.module) if trials is None else trials
         context = replace(base.context, options=replace(self._options, split=split))
-        module, done = trials.finish(context, balanced_splits(base.module, context, trials), stages)
-        tried, excess = [done.splits], _excess_bytes(done)
-        for leaner in _leaner(base.module, context, trials) if split == "auto" else ():
-            if _excess_bytes(done) > 0 and (splits := leaner()) not in tried:
-                module, done = trials.finish(context, splits, stages)
-                tried.append(splits)
-        if len(tried) > 1:
-            reason = f"it needs {excess} bytes more for activations than are left; a leaner split is taken"
-            done = done.refusing("leaner split", [Refusal("the balance of the whole step", reason)])
+        module, done = _finished(base.module, context, stages, trials)
+        if _excess_bytes(done) > 0 and issues_ahead(context):
+            module, done = _finished(base.module, replace(context, cannot_issue_ahead=_NO_ROOM), stages, trials)
         done = done.refusing("blocks apart", blocks_apart(done))
         if _excess_bytes(done) > 0:
             raise BudgetError(
@@ -125,6 +122,22 @@ class Planner:
         sequences, tokens = sequence_shape(placeholders, context.weights, context.sizes)
         largest = largest_sizes(self._tokens, context, spare=spare)
         return replace(context, largest=largest, sequences=sequences, tokens_per_sequence=tokens, spare=spare)
+
+
+def _finished(
+    module: fx.GraphModule, context: Context, stages: tuple[Stage, ...], trials: Trials
+) -> tuple[fx.GraphModule, Context]:
+    """The schedule of the context's split; with ``split="auto"`` leaner ones are tried until one has room."""
+    scheduled, done = trials.finish(context, balanced_splits(module, context, trials), stages)
+    tried, excess = [done.splits], _excess_bytes(done)
+    for leaner in _leaner(module, context, trials) if context.options.split == "auto" else ():
+        if _excess_bytes(done) > 0 and (splits := leaner()) not in tried:
+            scheduled, done = trials.finish(context, splits, stages)
+            tried.append(splits)
+    if len(tried) > 1:
+        reason = f"it needs {excess} bytes more for activations than are left; a leaner split is taken"
+        done = done.refusing("leaner split", [Refusal("the balance of the whole step", reason)])
+    return scheduled, done
 
 
 def _leaner(module: fx.GraphModule, context: Context, trials: Trials) -> Iterator[Callable[[], Splits]]:

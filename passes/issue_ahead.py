@@ -37,20 +37,26 @@ from hetegen_compile.passes.tensors import tensors_in
 WINDOW = 2
 """Trips that the issuing thread is ahead of the worker at most: one that is computed and one that waits for it."""
 
+_LEAN = "the budget holds no more than the leanest schedule"
 _INPUTS = ("placeholder", "get_attr")
 
 
 def issue_ahead(module: fx.GraphModule, context: Context) -> None:
     """Mark the worker's nodes, put each trip's behind what they wait for, and bound how far the issue runs ahead."""
-    if not is_wanted(context):
+    if not _is_wanted(context):
         return
-    if context.cannot_issue_ahead:
-        context.refuse(Refusal("issuing ahead of the host's parts", context.cannot_issue_ahead))
+    if not issues_ahead(context):
+        context.refuse(Refusal("issuing ahead of the host's parts", context.cannot_issue_ahead or _LEAN))
         return
     _give_to_worker(module.graph, _trips(module.graph, _worker_nodes(module.graph)))
 
 
-def is_wanted(context: Context) -> bool:
+def issues_ahead(context: Context) -> bool:
+    """Whether trips that can be are given to the worker."""
+    return _is_wanted(context) and not context.cannot_issue_ahead and not context.lean
+
+
+def _is_wanted(context: Context) -> bool:
     """Whether the options ask for it, or leave it to the profile and that knows what a gate costs."""
     wanted = context.options.issue_ahead
     return bool(context.profile.accelerator.gate_s) if wanted == "auto" else wanted
@@ -222,4 +228,4 @@ def _erase_unread(graph: fx.Graph, item: fx.Node) -> None:
             graph.erase_node(wait)
 
 
-__all__ = ["WINDOW", "is_wanted", "issue_ahead"]
+__all__ = ["WINDOW", "issue_ahead", "issues_ahead"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hetegen_compile.accelerators.cuda import accelerator, activations, copies, lending, pinning, prefetches
+from hetegen_compile.accelerators.cuda import accelerator, activations, copies, gates, lending, pinning, prefetches
 from hetegen_compile.accelerators.geometry import empty_twin
 
 LOG: list[str] = []
@@ -47,6 +48,7 @@ class FakeEvent:
         return end.recorded_s - self.recorded_s
 
 
+LONGEST_GATE_S = 20.0
 CLOCK = itertools.count()
 
 
@@ -104,6 +106,22 @@ def memcpy_2d(
     return 0
 
 
+def wait_value_32(stream: int, address: int, number: int, flags: int) -> int:
+    """``cuStreamWaitValue32``: nothing runs later here, so the issuing thread waits for what it issues next."""
+    assert (stream, flags) == (FakeStream.cuda_stream, 0)
+    seen = ctypes.c_uint32.from_address(address)
+    LOG.append(f"gate {number} closed" if _behind(number, seen.value) else f"gate {number} is open")
+    end_s = time.monotonic() + LONGEST_GATE_S
+    while _behind(number, seen.value):
+        assert time.monotonic() < end_s, f"gate {number} has not opened"
+        time.sleep(1e-4)
+    return 0
+
+
+def _behind(number: int, seen: int) -> bool:
+    return ctypes.c_int32(number - seen).value > 0
+
+
 def install(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     """Put the fake in the place of torch.cuda's parts that CudaAccelerator uses."""
     LOG.clear()
@@ -136,7 +154,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: False)
     monkeypatch.setattr(accelerator, "_current_device", lambda: torch.device("cpu"))
-    for module in (accelerator, activations, lending, prefetches):
+    monkeypatch.setattr(gates, "_wait_function", lambda: wait_value_32)
+    monkeypatch.setattr(accelerator, "why_no_gates", lambda: "")
+    for module in (accelerator, activations, gates, lending, prefetches):
         monkeypatch.setattr(module, "empty_twin", lambda tensor, device, pinned=False: empty_twin(tensor, device))
     monkeypatch.setattr(copies, "_copy_function", lambda: memcpy_2d)
     for module in (activations, lending):

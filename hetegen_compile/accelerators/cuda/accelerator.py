@@ -271,7 +271,7 @@ class CudaAccelerator(Accelerator):
         self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         self._check_open()
-        _refuse_values(op, args, kwargs)
+        _refuse_values(op, args, kwargs, (CudaTransfer, Promise))
         with self._streams.tracer.host_span(op.name):
             return call_on_host(op, function, args, kwargs)
 
@@ -283,7 +283,7 @@ class CudaAccelerator(Accelerator):
         self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Promise:
         self._check_open()
-        _refuse_values(op, args, kwargs)
+        _refuse_values(op, args, kwargs, (CudaTransfer,))
         return self._ahead.host_ahead(op, function, args, kwargs)
 
     def deliver(self, op: Op, promises: Sequence[Promise], like: Sequence[torch.Tensor]) -> CudaTransfer:
@@ -315,10 +315,11 @@ class CudaAccelerator(Accelerator):
             raise AcceleratorError("the accelerator is closed")
 
 
-def _refuse_values(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _refuse_values(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], refused: tuple[type, ...]) -> None:
+    """An operation of the host gets no value of the accelerator, nor what is still under way."""
     for argument in (*args, *kwargs.values()):
-        if isinstance(argument, CudaTransfer) or (isinstance(argument, torch.Tensor) and argument.is_cuda):
-            raise ScheduleError(f"{op.name} runs on the host but gets a value of the accelerator")
+        if isinstance(argument, refused) or (isinstance(argument, torch.Tensor) and argument.is_cuda):
+            raise ScheduleError(f"{op.name} runs on the host but gets a value of the accelerator or of the worker")
 
 
 def _current_device() -> torch.device:

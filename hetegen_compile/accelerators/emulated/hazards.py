@@ -14,6 +14,7 @@ from hetegen_compile.accelerators.emulated.clocks import COMPUTE, DOWN, HOST, PI
 from hetegen_compile.accelerators.emulated.occupied import Occupied
 from hetegen_compile.accelerators.emulated.values import (
     DeviceTensor,
+    HostPromise,
     Occupancy,
     Staged,
     Token,
@@ -79,7 +80,7 @@ class Hazards:
                 raise ScheduleError(f"{user.node} runs on the accelerator but gets a host tensor")
             elif isinstance(argument, list | tuple):
                 self.use_arguments(argument, user)
-            elif isinstance(argument, Transfer | Token):
+            elif isinstance(argument, Transfer | Token | HostPromise):
                 argument.refuse(user.node)
 
     def require_tensors(self, node: str, arguments: Sequence[object], positions: Iterable[int]) -> None:
