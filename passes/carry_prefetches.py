@@ -69,7 +69,7 @@ def leading_prefetches(graph: fx.Graph) -> list[fx.Node]:
             if node.args[4]:
                 break
             found.append(node)
-        elif info(node).side == "accelerator" and node.target not in (ir.MIRROR, ir.RESIDENT):
+        elif info(node).side == "accelerator" and node.target not in (ir.MIRROR, ir.RESIDENT) and not info(node).ahead:
             break
     return found
 

@@ -11,13 +11,13 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu.settings import require
+from hetegen_compile.accelerators.cuda.gates import Gates
 
 LINKS = 12
 """Launches behind one gate: about a layer's."""
@@ -26,30 +26,28 @@ _REPEATS = 20
 _CLOSED_S = 0.05
 
 
-class Gate:
-    """A number in pinned memory; ``close`` makes a stream wait for the next one, ``open`` writes it."""
+class _Gate:
+    """The newest of the gates of one stream."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._gates = Gates()
         self._stream = stream
-        self._number = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-        self._seen = self._number.numpy()
-        self._closed = 0
+        self._number = 0
 
     def close(self) -> None:
         """What is issued from here on waits."""
-        self._closed += 1
-        code = _wait_function()(self._stream.cuda_stream, self._number.data_ptr(), self._closed, 0)
-        require(code == 0, f"cuStreamWaitValue32 failed with error {code}")
+        self._number = self._gates.number()
+        self._gates.close(self._number, self._stream)
 
     def open(self) -> None:
         """Let go of what waits."""
-        self._seen[0] = self._closed
+        self._gates.open(self._number)
 
 
 def gates(device: torch.device) -> dict[str, float]:
     """Seconds of issuing a gate, and from its opening, or from the first launch, until a layer's launches are done."""
     stream = torch.cuda.Stream(device)
-    gate = Gate(stream)
+    gate = _Gate(stream)
     x = torch.ones((1, 4096), dtype=torch.bfloat16, device=device)
     weight = torch.ones((4096, 4096), dtype=torch.bfloat16, device=device)
 
@@ -88,7 +86,7 @@ def _from_now(layer: Callable[[], None], stream: torch.cuda.Stream) -> float:
     return time.perf_counter() - started
 
 
-def _from_opening(gate: Gate, layer: Callable[[], None], stream: torch.cuda.Stream) -> float:
+def _from_opening(gate: _Gate, layer: Callable[[], None], stream: torch.cuda.Stream) -> float:
     gate.close()
     try:
         layer()
@@ -99,7 +97,7 @@ def _from_opening(gate: Gate, layer: Callable[[], None], stream: torch.cuda.Stre
     return time.perf_counter() - started
 
 
-def _while_closed(gate: Gate, work: Callable[[], None]) -> float:
+def _while_closed(gate: _Gate, work: Callable[[], None]) -> float:
     """Seconds of ``work`` while a gate is closed that another thread opens after ``_CLOSED_S``."""
     work()
     gate.close()
@@ -126,11 +124,3 @@ def _pinned() -> None:
 
 
 _kept: list[Any] = []
-
-
-@cache
-def _wait_function() -> Any:
-    function = ctypes.CDLL("libcuda.so.1").cuStreamWaitValue32_v2
-    function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
-    function.restype = ctypes.c_int
-    return function

@@ -49,6 +49,8 @@ class FakeEvent:
 class Issuing:
     """An accelerator of which only launches are asked."""
 
+    cannot_issue_ahead = "it has no worker"
+
     def begin_step(self) -> None:
         LOG.append("begin step")
 
@@ -135,9 +137,10 @@ def test_all_figures(meter: CudaMeter) -> None:
     assert figures.accelerator.name == "a fake GPU"
     assert figures.accelerator.memory_bytes == 123
     assert figures.link.view_s == pytest.approx(2e-3 / 8)
+    assert figures.accelerator.gate_s == 0
     issued = [one for one in LOG if one in ("begin step", "host", "calibration", "end step", "close")]
     a_round = ["host", *["calibration"] * cuda._ISSUES]
-    assert issued == ["begin step", *a_round * cuda._ROUNDS, "end step", "close"] * 2
+    assert issued == ["begin step", *a_round * cuda._ROUNDS, "end step", "close"] * 2 + ["close"]
     assert figures.accelerator.issue_s > 0
     assert figures.accelerator.segment_issue_s > 0
 

@@ -1,0 +1,140 @@
+"""What issuing ahead of the host's parts costs and whether it is right and faster here: a profile's ``gate_s``.
+
+A small split schedule runs both ways on a real accelerator, with the worker and its gates and without. Only if the two
+results are the same bits and the step is shorter, a profile states what closing a gate costs, and only then do
+schedules issue ahead by default.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hetegen_compile.accelerators import Accelerator, Op
+from hetegen_compile.accelerators.cuda.gates import Gates
+from hetegen_compile.errors import HetegenError
+
+logger = logging.getLogger("hetegen_compile")
+
+LAYERS = 16
+WIDTH = 1024
+"""Of the square weights: one is 2 MiB, so the host takes about as long for a part as issuing a layer does."""
+
+_LAUNCHES = 6
+_ROUNDS = 12
+_WINDOW = 2
+
+Step = Callable[[Accelerator, "Schedule"], Tensor]
+
+
+class Schedule:
+    """The weights of the host's parts and of the device's, and the activation that a step begins with."""
+
+    def __init__(self, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.device = device
+        made = [torch.randn((WIDTH, WIDTH), generator=generator) * WIDTH**-0.5 for _ in range(LAYERS)]
+        self.host = [weight.to(torch.bfloat16) for weight in made]
+        self.square = self.host[0][:64, :64].to(device)
+        self.x = torch.randn((1, WIDTH), generator=generator).to(torch.bfloat16)
+        self.like = [torch.empty((1, WIDTH), dtype=torch.bfloat16, device="meta")]
+
+
+def step_in_turn(acc: Accelerator, schedule: Schedule) -> Tensor:
+    """The issuing thread computes each layer's host part and issues what needs it behind it."""
+    value = acc.upload(Op("x"), schedule.x)
+    for weight in schedule.host:
+        (x,) = acc.wait_host(Op("received"), acc.to_host(Op("down"), [value]))
+        sent = acc.to_accelerator(Op("up"), [acc.host(Op("part"), F.linear, (x, weight), {})])
+        value = _layer(acc, schedule, acc.wait(Op("arrived"), sent)[0])
+    return acc.download(Op("result"), value)
+
+
+def step_ahead(acc: Accelerator, schedule: Schedule) -> Tensor:
+    """The worker computes it, ahead of which the next layer is issued."""
+    value = acc.upload(Op("x"), schedule.x)
+    sent: list[Any] = []
+    for weight in schedule.host:
+        down = acc.to_host(Op("down"), [value])
+        if len(sent) >= _WINDOW:
+            acc.caught_up(Op("caught up"), sent[-_WINDOW])
+        part = acc.host_ahead(Op("part"), F.linear, (acc.receive(Op("received"), down)[0], weight), {})
+        sent.append(acc.deliver(Op("up"), [part], schedule.like))
+        value = _layer(acc, schedule, acc.wait(Op("arrived"), sent[-1])[0])
+    return acc.download(Op("result"), value)
+
+
+def _layer(acc: Accelerator, schedule: Schedule, value: Any) -> Any:
+    for _ in range(_LAUNCHES):
+        value = acc.launch(Op("launch"), _mix, (value, schedule.square))
+    return value
+
+
+def _mix(value: Tensor, square: Tensor) -> Tensor:
+    return torch.cat([F.linear(value[:, :64], square), value[:, 64:]], dim=-1)
+
+
+def gate_s(device: torch.device, make: Callable[[], Accelerator]) -> float:
+    """Seconds of the issuing thread for closing a gate; 0 where issuing ahead is impossible, wrong or no faster."""
+    accelerator = make()
+    try:
+        reason = accelerator.cannot_issue_ahead or _why_not(accelerator, Schedule(device))
+        if reason:
+            logger.info("nothing will be issued ahead of the host's parts: %s", reason)
+            return 0.0
+        return _closing_s(device)
+    except HetegenError as error:
+        logger.warning("nothing will be issued ahead of the host's parts: %s", error)
+        return 0.0
+    finally:
+        accelerator.close()
+
+
+def _why_not(accelerator: Accelerator, schedule: Schedule) -> str:
+    """What is wrong with issuing ahead, or ""."""
+    with torch.no_grad():
+        expected, in_turn_s = _timed(accelerator, schedule, step_in_turn)
+        found, ahead_s = _timed(accelerator, schedule, step_ahead)
+    if not all(torch.equal(result, expected[0]) for result in (*expected, *found)):
+        return "a step on the worker gave another result"
+    if ahead_s >= in_turn_s:
+        return f"a small step takes {ahead_s * 1e3:.2f} ms with it, {in_turn_s * 1e3:.2f} ms without"
+    logger.info("a small step takes %.2f ms with issuing ahead, %.2f ms without", ahead_s * 1e3, in_turn_s * 1e3)
+    return ""
+
+
+def _timed(accelerator: Accelerator, schedule: Schedule, step: Step) -> tuple[list[Tensor], float]:
+    """The results of some steps, and the median seconds of those after the first two."""
+    results, seconds = [], []
+    for number in range(_ROUNDS):
+        started = time.perf_counter()
+        accelerator.begin_step(again=number > 0)
+        results.append(step(accelerator, schedule))
+        accelerator.end_step()
+        seconds.append(time.perf_counter() - started)
+    return results, median(seconds[2:])
+
+
+def _closing_s(device: torch.device) -> float:
+    """Seconds of telling the current stream to wait for a gate that the host opens later."""
+    gates, stream, seconds = Gates(), torch.cuda.current_stream(device), []
+    for _ in range(_ROUNDS):
+        number = gates.number()
+        try:
+            started = time.perf_counter()
+            gates.close(number, stream)
+            seconds.append(time.perf_counter() - started)
+        finally:
+            gates.open(number)
+        torch.cuda.synchronize(device)
+    return median(seconds)
+
+
+__all__ = ["Schedule", "gate_s", "step_ahead", "step_in_turn"]

@@ -1,0 +1,107 @@
+"""Whether a profile says that gates pay, over the fake of torch.cuda: nothing is faster there, so times are made up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from hetegen_compile.accelerators import Accelerator, CudaAccelerator
+from hetegen_compile.accelerators.cuda import gates
+from hetegen_compile.calibration import gating
+from hetegen_compile.calibration.gating import Schedule, gate_s, step_ahead, step_in_turn
+from tests.accelerators import fake_cuda
+from tests.accelerators.fake_cuda import LOG
+
+HOST = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The fake, a small schedule, and one thread."""
+    fake_cuda.install(monkeypatch)
+    monkeypatch.setattr(gating, "WIDTH", 128)
+    monkeypatch.setattr(gating, "LAYERS", 4)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def timed_as(monkeypatch: pytest.MonkeyPatch, seconds: dict[Callable[..., Any], float]) -> None:
+    """Steps run as they do and are said to take this long."""
+    real = gating._timed
+
+    def timed(accelerator: Accelerator, schedule: Schedule, step: gating.Step) -> tuple[list[torch.Tensor], float]:
+        return real(accelerator, schedule, step)[0], seconds[step]
+
+    monkeypatch.setattr(gating, "_timed", timed)
+
+
+def closing(opened: list[int]) -> gates.Gates:
+    """Gates that close at once: the fake would wait."""
+    made = gates.Gates()
+    made.close = lambda number, stream: None  # type: ignore[method-assign]
+    made.open = opened.append  # type: ignore[method-assign]
+    return made
+
+
+def test_both_ways_give_the_same_bits_and_the_second_closes_gates() -> None:
+    accelerator, schedule = CudaAccelerator(), Schedule(HOST)
+    (first, *others), _ = gating._timed(accelerator, schedule, step_in_turn)
+    assert not any(entry.startswith("gate") for entry in LOG)
+    ahead, _ = gating._timed(accelerator, schedule, step_ahead)
+    assert sum(entry.startswith("gate") for entry in LOG) == 4 * (gating._ROUNDS - 1)
+    assert all(torch.equal(first, other) for other in (*others, *ahead))
+    assert first.abs().sum() > 0
+    accelerator.close()
+
+
+def test_what_a_gate_costs_is_stated_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    timed_as(monkeypatch, {step_in_turn: 2e-3, step_ahead: 1e-3})
+    monkeypatch.setattr(gating, "Gates", lambda: closing(opened))
+    assert 0 < gate_s(HOST, CudaAccelerator) < 1
+    assert opened == [*range(1, gating._ROUNDS + 1)]
+
+
+@pytest.mark.parametrize(
+    ("ahead_s", "told"), [(2e-3, "a small step takes 2.00 ms with it, 1.00 ms without"), (0.5e-3, "")]
+)
+def test_it_has_to_be_faster(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ahead_s: float, told: str
+) -> None:
+    timed_as(monkeypatch, {step_in_turn: 1e-3, step_ahead: ahead_s})
+    accelerator = CudaAccelerator()
+    assert gating._why_not(accelerator, Schedule(HOST)) == told
+    accelerator.close()
+
+
+def test_another_result_rules_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed_as(monkeypatch, {step_in_turn: 2e-3, step_ahead: 1e-3})
+    accelerator, schedule = CudaAccelerator(), Schedule(HOST)
+    host_ahead = accelerator.host_ahead
+
+    def wrong(op: Any, function: Any, args: Any, kwargs: Any) -> Any:
+        return host_ahead(op, lambda *one: function(*one) + 1, args, kwargs)
+
+    monkeypatch.setattr(accelerator, "host_ahead", wrong)
+    assert gating._why_not(accelerator, schedule) == "a step on the worker gave another result"
+    accelerator.close()
+
+
+def test_a_driver_that_refuses_rules_it_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(gates, "_wait_function", lambda: lambda *arguments: 801)
+    assert gate_s(HOST, CudaAccelerator) == 0
+    assert "error 801" in caplog.text
+
+
+def test_a_machine_without_gates(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="hetegen_compile")
+    monkeypatch.setattr(CudaAccelerator, "cannot_issue_ahead", "no such driver")
+    assert gate_s(HOST, CudaAccelerator) == 0
+    assert "no such driver" in caplog.text
