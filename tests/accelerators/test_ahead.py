@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import platform
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -285,7 +286,7 @@ def test_why_there_are_no_gates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gates, "_wait_function", missing)
     gates.why_no_gates.cache_clear()
     assert "no such file" in gates.why_no_gates()
-    monkeypatch.setattr(gates.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     gates.why_no_gates.cache_clear()
     assert "aarch64" in gates.why_no_gates()
     gates.why_no_gates.cache_clear()

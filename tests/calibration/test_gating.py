@@ -42,10 +42,15 @@ def timed_as(monkeypatch: pytest.MonkeyPatch, seconds: dict[Callable[..., Any], 
 
 def closing(opened: list[int]) -> gates.Gates:
     """Gates that close at once: the fake would wait."""
-    made = gates.Gates()
-    made.close = lambda number, stream: None  # type: ignore[method-assign]
-    made.open = opened.append  # type: ignore[method-assign]
-    return made
+
+    class Closing(gates.Gates):
+        def close(self, number: int, stream: torch.cuda.Stream) -> None:
+            pass
+
+        def open(self, number: int) -> None:
+            opened.append(number)
+
+    return Closing()
 
 
 def test_both_ways_give_the_same_bits_and_the_second_closes_gates() -> None:
