@@ -9,6 +9,7 @@ from hetegen_compile.passes.choose_staging import choose_staging
 from hetegen_compile.passes.find_blocks import find_blocks
 from hetegen_compile.passes.group_segments import group_segments
 from hetegen_compile.passes.insert_transfers import insert_transfers
+from hetegen_compile.passes.issue_ahead import issue_ahead
 from hetegen_compile.passes.lower import lower
 from hetegen_compile.passes.measure_memory import measure_memory
 from hetegen_compile.passes.normalise_linears import normalise_linears
@@ -31,6 +32,7 @@ __all__ = [
     "find_blocks",
     "group_segments",
     "insert_transfers",
+    "issue_ahead",
     "lower",
     "measure_memory",
     "normalise_linears",

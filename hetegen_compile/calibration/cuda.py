@@ -1,6 +1,7 @@
 """Measure the current CUDA device and the link to it.
 
-Run on an H200, but for issuing behind host work, which was measured in a loop there, and for ``gating``. Tests use stand-ins.
+Run on an H200, but for issuing behind host work, which was measured in a loop there, and for ``gating``. Tests use
+stand-ins.
 
 Work that the device times itself is queued behind a kernel that spins, so that what lies between two events
 was issued before the first of them: the figures do not include the time that Python takes to issue it.

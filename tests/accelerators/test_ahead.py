@@ -196,7 +196,7 @@ def test_a_download_may_be_waited_for_by_both_threads(accelerator: Accelerator) 
 def test_a_promise_is_no_tensor_for_anybody_else() -> None:
     acc = EmulatedAccelerator()
     acc.begin_step()
-    received = acc.receive(Op("r"), acc.to_host(Op("d"), [acc.upload(Op("x"), torch.ones(2))]))
+    received: Any = acc.receive(Op("r"), acc.to_host(Op("d"), [acc.upload(Op("x"), torch.ones(2))]))
     uses: list[Callable[[], Any]] = [
         lambda: acc.host(Op("h"), torch.neg, (received[0],), {}),
         lambda: acc.launch(Op("l"), torch.neg, (received[0],)),

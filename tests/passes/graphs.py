@@ -77,12 +77,12 @@ def dynamo_graph(
 def context_for(module: fx.GraphModule, inputs: Sequence[Any], **changes: Any) -> Context:
     """A context for a captured graph (captured here if it is not yet); ``changes`` replace fields.
 
-    Plain segments, one token, no weight resident, 1 GiB, the options ``split`` and ``pair_mlp`` "auto".
+    Plain segments, one token, no weight resident, 1 GiB; ``split``, ``pair_mlp`` and ``issue_ahead`` are "auto".
     """
     placeholders = module.graph.find_nodes(op="placeholder")
     if not any(info(node).position >= 0 for node in module.graph.nodes):
         capture(module, inputs)
-    given = {"split": changes.pop("split", "auto"), "pair_mlp": changes.pop("pair_mlp", "auto")}
+    given = {name: changes.pop(name, "auto") for name in ("split", "pair_mlp", "issue_ahead")}
     options = parse_options({"accelerator": "emulated", "hardware": "cpu-emulated", **given})
     pairs = list(zip(placeholders, inputs, strict=True))
     context = Context(

@@ -1,0 +1,285 @@
+"""Trips that a worker takes over: the graph, what is left alone, memory, the simulation, the verifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from hetegen_compile import ir
+from hetegen_compile.errors import MissingWaitError, ScheduleError
+from hetegen_compile.ir import annotate, info
+from hetegen_compile.passes import carry_prefetches, issue_ahead, measure_memory, predict_step, verify
+from hetegen_compile.passes.happens_before import LANES
+from hetegen_compile.passes.issue_ahead import WINDOW
+from hetegen_compile.passes.predict_step import WORKER
+from tests.passes.graphs import PROFILE, Case, halves, on_host, quarters, scheduled, streamed
+
+WIDTH = 64
+LAYERS = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(5)])
+X = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+def chain(x: Tensor) -> Tensor:
+    for layer in LAYERS:
+        x = layer(x).relu()
+    return x
+
+
+def gated(gate_s: float = 1e-5, **costs: Any) -> Any:
+    """The profile of a machine whose accelerator has gates."""
+    return replace(PROFILE, accelerator=replace(PROFILE.accelerator, gate_s=gate_s, **costs))
+
+
+def ahead(function: Callable[..., Any] = chain, *inputs: Any, **changes: Any) -> Case:
+    """Scheduled, with the host's parts given to the worker."""
+    found = scheduled(function, *(inputs or (X,)), **{"plan": halves, "profile": gated(), **changes})
+    found.apply(issue_ahead)
+    return found
+
+
+def workers(found: Case) -> list[fx.Node]:
+    return [node for node in found.module.graph.nodes if info(node).ahead]
+
+
+def of(found: Case, target: Any) -> list[fx.Node]:
+    return [node for node in workers(found) if node.target == target]
+
+
+def places(found: Case) -> dict[fx.Node, int]:
+    return {node: place for place, node in enumerate(found.module.graph.nodes)}
+
+
+def test_every_trip_of_a_chain_is_the_workers_and_begins_behind_its_download() -> None:
+    found = ahead()
+    assert len(of(found, ir.HOST_LINEAR)) == len(of(found, ir.TO_ACCELERATOR)) == len(LAYERS)
+    assert len(of(found, ir.WAIT_HOST)) == len(LAYERS) - 1, "the first reads an input"
+    nodes = list(found.module.graph.nodes)
+    for wait in of(found, ir.WAIT_HOST):
+        before = nodes[nodes.index(wait) - 1]
+        assert before.target in (ir.TO_HOST, ir.CAUGHT_UP)
+    place = places(found)
+    for partial in found.nodes(ir.PARTIAL_LINEAR)[1:]:
+        (part,) = [node for node in of(found, ir.HOST_LINEAR) if info(node).position == info(partial).position]
+        assert place[part] < place[partial], "given to the worker before the accelerator's part is issued"
+
+
+def test_the_issuing_thread_is_two_trips_ahead_at_most() -> None:
+    found = ahead()
+    sent, place = of(found, ir.TO_ACCELERATOR), places(found)
+    caught = found.nodes(ir.CAUGHT_UP)
+    assert [node.args[0] for node in caught] == sent[:-WINDOW]
+    for node, later in zip(caught, sent[WINDOW:], strict=True):
+        assert place[sent[sent.index(later) - 1]] < place[node] < place[later]
+
+
+def test_it_computes_what_it_did() -> None:
+    with torch.no_grad():
+        expected = chain(X)
+    for plan in (halves, quarters, on_host):
+        found = ahead(plan=plan)
+        assert workers(found)
+        torch.testing.assert_close(found.outputs()[0], expected)
+
+
+def test_what_else_needs_a_download_waits_for_it_by_itself() -> None:
+    """A cache that is appended to: the issuing thread has work of its own with what comes down."""
+
+    def growing(x: Tensor, *pasts: Tensor) -> tuple[Tensor, ...]:
+        grown = []
+        for key, last, past in zip(LAYERS[::2], LAYERS[1::2], pasts, strict=False):
+            cache = torch.cat([past, key(x)])
+            x = last(x + cache.mean(0)).relu()
+            grown.append(cache)
+        return (x, *grown)
+
+    pasts = [torch.randn(8, WIDTH) for _ in range(2)]
+    found = ahead(growing, X, *pasts)
+    shared = [node for node in found.nodes(ir.TO_HOST) if len(node.users) == 2]
+    assert shared
+    for download in shared:
+        assert sorted(info(wait).ahead for wait in download.users) == [False, True]
+    found.apply(verify)
+    with torch.no_grad():
+        torch.testing.assert_close(tuple(found.outputs()), growing(X, *pasts))
+
+
+# ---- what is left alone ------------------------------------------------------------------------------------
+
+
+def written(x: Tensor) -> Any:
+    y = LAYERS[0](x)
+    z = LAYERS[1](y)
+    y.add_(1.0)
+    return LAYERS[2](y * z)
+
+
+def large(x: Tensor) -> Any:
+    return LAYERS[1](LAYERS[0](x).relu())
+
+
+LEFT_ALONE: dict[str, tuple[Callable[..., Any], Tensor, dict[str, Any]]] = {
+    "what comes down is written in place": (written, X, {}),
+    "more than the accelerator reads in place": (large, torch.randn(4096, WIDTH), {}),
+    "sizes that are symbols": (large, torch.randn(3, WIDTH), {"dynamic": True}),
+}
+
+
+@pytest.mark.parametrize("what", LEFT_ALONE)
+def test_left_to_the_issuing_thread(what: str) -> None:
+    function, x, options = LEFT_ALONE[what]
+    found = ahead(function, x, **options)
+    mine = [node for node in found.nodes(ir.HOST_LINEAR) if not info(node).ahead]
+    assert mine
+    if function is large:
+        assert not workers(found)
+        assert not found.nodes(ir.CAUGHT_UP)
+    found.apply(verify)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"profile": PROFILE}, []),
+        ({"issue_ahead": False}, []),
+        ({"cannot_issue_ahead": "no gates"}, ["no gates"]),
+        ({"lean": True}, ["the budget holds no more than the leanest schedule"]),
+        ({"profile": PROFILE, "issue_ahead": True, "cannot_issue_ahead": "no gates"}, ["no gates"]),
+    ],
+)
+def test_where_nothing_is_issued_ahead(changes: dict[str, Any], told: list[str]) -> None:
+    found = ahead(**changes)
+    assert not workers(found)
+    assert found.reasons() == told
+
+
+def test_the_option_asks_for_it_where_no_gate_was_measured() -> None:
+    assert workers(ahead(profile=PROFILE, issue_ahead=True))
+
+
+def test_a_graph_without_host_parts() -> None:
+    assert not workers(ahead(plan=streamed))
+
+
+# ---- memory and time ---------------------------------------------------------------------------------------
+
+
+def test_what_the_workers_downloads_read_is_counted_until_the_host_has_caught_up() -> None:
+    wide = torch.randn(64, WIDTH)
+    found = ahead(chain, wide)
+    need = measure_memory(found.module, found.context)
+    in_turn = scheduled(chain, wide, plan=halves)
+    before = measure_memory(in_turn.module, in_turn.context).peak_bytes(found.context.number)
+    after = need.peak_bytes(found.context.number)
+    assert before < after <= before + (WINDOW + 1) * wide.nbytes
+
+
+def test_the_verifier_counts_no_less_than_the_plan_does() -> None:
+    found = ahead(chain, torch.randn(64, WIDTH))
+    needed = measure_memory(found.module, found.context).peak_bytes(found.context.number)
+    ring = found.context.residency.ring_bytes  # type: ignore[union-attr]
+    mirrored = len(LAYERS) * WIDTH * 4  # biases
+    found.context = replace(found.context, budget_bytes=ring + needed + mirrored)
+    found.apply(verify)
+
+
+def test_prefetches_for_the_next_step_are_still_started() -> None:
+    in_turn = scheduled(chain, X, plan=halves)
+    in_turn.apply(carry_prefetches)
+    found = ahead()
+    found.apply(carry_prefetches)
+    assert len(found.nodes(ir.CARRIED)) == len(in_turn.nodes(ir.CARRIED)) > 0
+    found.apply(verify)
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_issuing_is_hidden_behind_the_hosts_parts(*, carried: bool) -> None:
+    dear = {"issue_s": 5e-4, "segment_issue_s": 5e-4}
+    found, in_turn = ahead(profile=gated(**dear)), scheduled(chain, X, plan=halves, profile=gated(**dear))
+    for one in (found, in_turn) if carried else ():
+        one.apply(carry_prefetches)
+    here, there = (predict_step(one.module, one.context) for one in (found, in_turn))
+    parts = sum(there.work[node].seconds for node in in_turn.nodes(ir.HOST_LINEAR))
+    assert here.busy_s[WORKER] >= parts
+    assert here.busy_s["host"] < there.busy_s["host"]
+    assert here.step_s < there.step_s
+    assert here.step_s >= here.lower_bound_s
+    waits = [node for node in found.nodes(ir.WAIT_ACCELERATOR) if info(node.args[0]).ahead]
+    assert all(here.work[node].issue_s == 1e-5 for node in waits)
+    assert waits
+
+
+# ---- the verifier ------------------------------------------------------------------------------------------
+
+
+def test_the_worker_is_a_lane_of_its_own() -> None:
+    found = ahead()
+    found.apply(verify)
+    assert LANES[-1] == "worker"
+
+
+def test_what_the_host_takes_from_the_worker_without_waiting_is_found() -> None:
+    found = ahead()
+    part = of(found, ir.HOST_LINEAR)[-1]
+    with found.module.graph.inserting_after(of(found, ir.TO_ACCELERATOR)[-1]):
+        stolen = annotate(found.module.graph.call_function(torch.neg, (part,)), info(part), ahead=False)
+    annotate(stolen, storages=frozenset({10**6}))
+    with pytest.raises(MissingWaitError, match=rf"on host reads what {part.name} .* on worker may"):
+        found.apply(verify)
+
+
+def test_what_was_caught_up_with_may_be_taken() -> None:
+    found = ahead()
+    graph = found.module.graph
+    caught = found.nodes(ir.CAUGHT_UP)[0]
+    (sent,) = caught.all_input_nodes
+    (part,) = sent.all_input_nodes
+    with graph.inserting_after(caught):
+        taken = annotate(graph.call_function(torch.neg, (part,)), info(part), ahead=False)
+    annotate(taken, storages=frozenset({10**6}))
+    found.apply(verify)
+
+
+def test_a_transfer_that_nothing_waits_for_is_found() -> None:
+    found = ahead()
+    wait = next(node for node in found.nodes(ir.WAIT_ACCELERATOR) if info(node.args[0]).ahead)
+    for item in list(wait.users):
+        item.replace_input_with(wait, wait.args[0])
+    found.module.graph.erase_node(wait)
+    with pytest.raises(MissingWaitError):
+        found.apply(verify)
+
+
+def test_two_waits_of_one_thread_are_found() -> None:
+    found = ahead()
+    (download, *_) = found.nodes(ir.TO_HOST)
+    (wait,) = [user for user in download.users if info(user).ahead]
+    with found.module.graph.inserting_after(wait):
+        annotate(ir.call(found.module.graph, ir.WAIT_HOST, (download,)), info(wait))
+    with pytest.raises(ScheduleError, match="has 2 wait_host"):
+        found.apply(verify)
+
+
+def test_what_a_download_reads_is_not_written_before_the_worker_has_it() -> None:
+    """A write between the worker's wait and the gate: the issuing thread's order alone does not order it."""
+    found = ahead()
+    graph = found.module.graph
+    wait = of(found, ir.WAIT_HOST)[1]
+    (download,) = wait.all_input_nodes
+    (source,) = download.all_input_nodes
+    (key,) = info(source).storages
+    last = next(node for node in of(found, ir.TO_ACCELERATOR) if places(found)[node] > places(found)[wait])
+    inner = fx.Graph()
+    x = annotate(inner.placeholder("x"), info(source))
+    added = annotate(inner.call_method("add_", (x, 1)), info(source), writes=frozenset({key}), position=10**6)
+    inner.output((added,))
+    found.module.add_submodule("segment_that_writes", fx.GraphModule({}, inner))
+    with graph.inserting_after(last):
+        write = graph.call_module("segment_that_writes", (source,))
+    annotate(write, info(source), value=(info(source).value,), writes=frozenset({key}))
+    with pytest.raises(MissingWaitError, match=rf"writes what {download.name} .*on down is still copying"):
+        found.apply(verify)
