@@ -15,6 +15,7 @@ from hetegen_compile import runtime
 from hetegen_compile.accelerators import Accelerator, CudaAccelerator, EmulatedAccelerator, Op
 from hetegen_compile.accelerators.cuda.streams import CudaStreams
 from hetegen_compile.accelerators.cuda.transfers import CudaToken, CudaTransfer
+from hetegen_compile.accelerators.promises import Promise
 from hetegen_compile.accelerators.ring import POISON
 
 OUT_OF_MEMORY = 2
@@ -30,7 +31,7 @@ class LaneDelays:
     """Random delays by lane; the same seed gives the same ones."""
 
     def __init__(self, seed: int) -> None:
-        lanes = ("up", "down", "compute", "host")
+        lanes = ("up", "down", "compute", "host", "worker")
         self._random = {lane: random.Random(f"{seed} {lane}") for lane in lanes}
         self._longest_s = {lane: LONGEST_S * self._random[lane].choice(_SPEEDS) for lane in lanes}
 
@@ -79,6 +80,21 @@ class HostileCuda(CudaAccelerator):
         if self._streams.delays is not None:
             time.sleep(self._streams.delays.draw_s("host"))
         return super().host(op, function, args, kwargs)
+
+    def host_ahead(
+        self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Promise:
+        """The worker's after a pause of the worker."""
+        delays = self._streams.delays
+        if delays is None:
+            return super().host_ahead(op, function, args, kwargs)
+        pause_s = delays.draw_s("worker")
+
+        def late(*arguments: Any, **options: Any) -> Any:
+            time.sleep(pause_s)
+            return function(*arguments, **options)
+
+        return super().host_ahead(op, late, args, kwargs)
 
     def release(self, op: Op, transfer: CudaTransfer) -> CudaToken:
         """Poison behind the readers, before the event that lets the next copy overwrite it."""

@@ -14,18 +14,26 @@ from benchmarks.gpu.models import Watched, compile_small, generate, require_like
 from benchmarks.gpu.settings import Checks, Settings, require
 
 
+CONFIGURATIONS = (
+    ("static", False, False), (None, True, False), ("static", True, True), (None, False, True), ("static", False, True),
+)  # fmt: skip
+"""Cache, whether nothing can be pinned in place, and whether host parts are the worker's."""
+
+
 def racecheck(settings: Settings, notebook: Notebook) -> None:
     """Each configuration under many seeds; raises ChecksFailedError at the end if one failed."""
     seeds = 12 if settings.cuda else 3
     checks = Checks(notebook)
-    for cache in ("static", None):
-        for refuse_pins in (False, True):
-            name = f"{cache or 'dynamic'} cache, {'through the pinned ring' if refuse_pins else 'pinned in place'}"
-            checks.check(name, partial(under_delays, settings, cache, seeds, refuse_pins=refuse_pins))
+    for cache, refuse_pins, ahead in CONFIGURATIONS:
+        pins = "through the pinned ring" if refuse_pins else "pinned in place"
+        name = f"{cache or 'dynamic'} cache, {pins}{', issued ahead' if ahead else ''}"
+        checks.check(name, partial(under_delays, settings, cache, seeds, refuse_pins=refuse_pins, ahead=ahead))
     checks.finish()
 
 
-def under_delays(settings: Settings, cache: str | None, seeds: int, *, refuse_pins: bool) -> dict[str, Any]:
+def under_delays(
+    settings: Settings, cache: str | None, seeds: int, *, refuse_pins: bool, ahead: bool
+) -> dict[str, Any]:
     """Tokens and logits of every seed equal those without delays, bit by bit, and eager's tokens.
 
     The first generation compiles on its way; from the second on every step is of the graph that Dynamo takes for good.
@@ -33,7 +41,7 @@ def under_delays(settings: Settings, cache: str | None, seeds: int, *, refuse_pi
     model = small_model("llama")
     expected = generate(model, 1, cache)
     with hostile(refuse_pins=refuse_pins) as opened, Watched() as watched:
-        compile_small(model, settings, share=0.3, split=0.25)
+        compile_small(model, settings, share=0.3, split=0.25, issue_ahead=ahead)
         require_like(expected, generate(model, 1, cache))
         without = generate(model, 1, cache)
         require_like(expected, without)

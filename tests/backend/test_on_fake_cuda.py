@@ -46,14 +46,14 @@ def budget(accelerator_bytes: int) -> int:
     return accelerator_bytes + overhead
 
 
-@pytest.mark.parametrize("refuse_pins", [False, True])
-def test_a_model_runs_with_every_kind_of_operation(tmp_path: Path, *, refuse_pins: bool) -> None:
+@pytest.mark.parametrize(("refuse_pins", "ahead"), [(False, False), (True, False), (False, True), (True, True)])
+def test_a_model_runs_with_every_kind_of_operation(tmp_path: Path, *, refuse_pins: bool, ahead: bool) -> None:
     model, x = Mlp().eval(), random(2, 64)
     with torch.no_grad():
         expected = model(x)
         with hostile(refuse_pins=refuse_pins) as opened:
             backend = RecordingBackend()
-            model.compile(backend=backend, options={**OPTIONS, "gpu_memory": budget(40 << 10)})
+            model.compile(backend=backend, options={**OPTIONS, "gpu_memory": budget(40 << 10), "issue_ahead": ahead})
             for seed in range(4):
                 torch.testing.assert_close(model(x), expected)
                 (accelerator,) = opened
@@ -68,20 +68,24 @@ def test_a_model_runs_with_every_kind_of_operation(tmp_path: Path, *, refuse_pin
     (plan,) = backend.graphs[0].plans
     plan.schedule.save_trace(tmp_path / "trace.json")
     traced = {span.resource for span in plan.schedule.spans}
-    assert {"up", "down", "accelerator", "host"} <= traced
+    assert {"up", "down", "accelerator", "worker" if ahead else "host"} <= traced
+    closed = sum(entry.startswith("gate") for entry in LOG)
+    assert closed == (3 * 4 if ahead else 0), "one for each Linear of the steps after the first"
     assert ("pin" in traced) == refuse_pins
 
 
-def test_a_language_model_generates_as_in_eager() -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_language_model_generates_as_in_eager(*, ahead: bool) -> None:
     model = tiny_model("llama")
     inputs = prompts(1)
     expected = generate(model, inputs, "static")
     known = hetegen_compile.schedules()
     with hostile():
         backend = RecordingBackend()
-        model.compile(backend=backend, options={**OPTIONS, "gpu_memory": budget(200 << 10)})
+        model.compile(backend=backend, options={**OPTIONS, "gpu_memory": budget(200 << 10), "issue_ahead": ahead})
         found = generate(model, inputs, "static")
     assert torch.equal(found["sequences"], expected["sequences"])
     made = new_schedules(known)
     assert made
+    assert any(entry.startswith("gate") for entry in LOG) == ahead
     assert all(schedule.host_bytes > 0 and schedule.streamed_bytes > 0 for schedule in made)

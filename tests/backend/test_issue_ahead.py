@@ -1,0 +1,171 @@
+"""Compiled models whose host parts are the worker's: same results, under delays, errors and interrupts too."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hetegen_compile
+from hetegen_compile.accelerators import EmulatedAccelerator
+from hetegen_compile.accelerators.emulated import ahead
+from hetegen_compile.cost_model import load_profile, profile_to_json
+from tests.backend.modules import BUDGET, Mlp, around, plain, random
+from tests.models.architectures import generate, prompts, tiny_model
+from tests.models.harness import RecordingBackend, assert_offloaded, emulated, half_the_weights, new_schedules
+
+SEEDS = 4
+TOKENS = 4
+
+
+def compiled(model: nn.Module, **options: Any) -> RecordingBackend:
+    """Half of all rows on the host, computed by the worker."""
+    backend = RecordingBackend()
+    model.compile(backend=backend, options=emulated(**{"gpu_memory": BUDGET, "issue_ahead": True, **options}))
+    return backend
+
+
+def like_eager(model: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), model.forward(x), rtol=1e-4, atol=1e-5)
+
+
+def sources(backend: RecordingBackend) -> list[str]:
+    return [plan.bound.source for graph in backend.graphs for plan in graph.plans]
+
+
+@pytest.mark.parametrize(("name", "cache"), [("llama", None), ("llama", "static"), ("gpt2", "static")])
+def test_generation_is_the_same_for_every_seed_and_as_in_turn(name: str, cache: str | None) -> None:
+    model, inputs = tiny_model(name), prompts(1)
+    options = emulated(gpu_memory=half_the_weights(model), seed=0)
+    expected = generate(model, inputs, cache, tokens=TOKENS)
+    found, known = [], hetegen_compile.schedules()
+    for ahead in (False, True):
+        torch._dynamo.reset()
+        backend = RecordingBackend()
+        model.compile(backend=backend, options={**options, "issue_ahead": ahead})
+        found.append(generate(model, inputs, cache, tokens=TOKENS))
+        assert any("deliver(" in source for source in sources(backend)) == ahead
+    accelerator = backend.accelerator
+    assert isinstance(accelerator, EmulatedAccelerator)
+    for seed in range(1, SEEDS):
+        accelerator.reseed(seed)
+        found.append(generate(model, inputs, cache, tokens=TOKENS))
+    assert torch.equal(found[0]["sequences"], expected["sequences"])
+    for one in found[1:]:
+        assert torch.equal(one["sequences"], found[0]["sequences"])
+        torch.testing.assert_close(one["logits"], found[1]["logits"], rtol=0, atol=0)
+    torch.testing.assert_close(found[1]["logits"], found[0]["logits"], rtol=1e-4, atol=1e-5)
+    assert_offloaded(backend, new_schedules(known), options, weights_change=True)
+
+
+def test_host_parts_are_traced_as_the_workers_and_stand_in_the_table() -> None:
+    model = Mlp().eval()
+    backend = compiled(model)
+    for _ in range(3):
+        like_eager(model, random(3, 64))
+    (schedule,) = [plan.schedule for graph in backend.graphs for plan in graph.plans]
+    assert "worker" in {span.resource for span in schedule.spans}
+    linears = [row for row in schedule.rows if row.op == "linear"]
+    assert all(row.host_s > 0 and row.measured_s is not None for row in linears)
+    assert backend.accelerator.counters.trips_up == 3 * len(linears)
+
+
+def test_a_profile_that_knows_gates_asks_for_it(tmp_path: Path) -> None:
+    profile = load_profile("h100-server")
+    for gate_s, there in ((0.0, False), (4e-6, True)):
+        sources_ = {**profile.sources, **({"accelerator.gate_s": "of this test"} if there else {})}
+        accelerator = replace(profile.accelerator, gate_s=gate_s)
+        path = tmp_path / f"{there}.json"
+        path.write_text(json.dumps(profile_to_json(replace(profile, accelerator=accelerator, sources=sources_))))
+        torch._dynamo.reset()
+        model = Mlp().eval()
+        backend = compiled(model, hardware=str(path), issue_ahead="auto")
+        like_eager(model, random(3, 64))
+        assert ("deliver(" in sources(backend)[0]) == there
+
+
+def test_what_cannot_be_done_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EmulatedAccelerator, "cannot_issue_ahead", "it has no worker")
+    model = Mlp().eval()
+    backend = compiled(model)
+    like_eager(model, random(3, 64))
+    (schedule,) = [plan.schedule for graph in backend.graphs for plan in graph.plans]
+    assert "deliver(" not in sources(backend)[0]
+    assert "left as it is: issuing ahead of the host's parts: it has no worker" in schedule.explain()
+
+
+def test_a_split_without_room_for_it_is_scheduled_without_it() -> None:
+    """Residency has kept room for a schedule that sends nothing down; another split needs more, ahead most."""
+    model, x = Mlp(5, 128).eval(), random(2, 128)
+    backend = compiled(model, gpu_memory=4 * 128 * 128 * 4, split=0.0)
+    like_eager(model, x)
+    with hetegen_compile.override_split(0.5):
+        like_eager(model, x)
+    streamed, half = (plan.schedule for graph in backend.graphs for plan in graph.plans)
+    assert (streamed.split, half.split) == (0.0, 0.5)
+    assert half.host_bytes > 0
+    assert "there is no room for the activations" in half.explain()
+    assert "deliver(" not in sources(backend)[1]
+    assert backend.accelerator.counters.peak_bytes <= 4 * 128 * 128 * 4
+
+
+def test_an_error_of_a_host_part_names_its_node_and_the_next_call_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = around(plain)
+    compiled(model)
+    like_eager(model, random(3, 64))
+    real, failed = ahead.call_on_host, []
+
+    def failing(op: Any, function: Any, args: Any, kwargs: Any) -> Any:
+        if "host_linear" in op.name and not failed:
+            failed.append(op.name)
+            return real(op, lambda *_: 1 / 0, (), {})
+        return real(op, function, args, kwargs)
+
+    monkeypatch.setattr(ahead, "call_on_host", failing)
+    with torch.no_grad(), pytest.raises(ZeroDivisionError) as raised:
+        model(random(3, 64))
+    assert any(failed[0] in note for note in raised.value.__notes__)
+    like_eager(model, random(3, 64))
+
+
+@pytest.mark.parametrize("method", ["receive", "host_ahead", "deliver", "caught_up", "wait"])
+def test_an_interrupt_anywhere_in_a_step(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, interval = around(plain), sys.getswitchinterval()
+    compiled(model)
+    real, calls = getattr(EmulatedAccelerator, method), list[int]()
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(EmulatedAccelerator, method, interrupted)
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        model(random(3, 64))
+    assert sys.getswitchinterval() == interval
+    like_eager(model, random(3, 64))
+    like_eager(model, random(3, 64, seed=2))
+
+
+def test_threads_level_off_when_models_come_and_go() -> None:
+    counts = []
+    for _ in range(4):
+        model = Mlp(2).eval()
+        backend = compiled(model)
+        like_eager(model, random(3, 64))
+        assert "deliver(" in sources(backend)[0]
+        del model, backend
+        torch._dynamo.reset()
+        gc.collect()
+        counts.append(threading.active_count())
+    assert counts[-1] == counts[0]
