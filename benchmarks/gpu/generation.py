@@ -31,11 +31,13 @@ class Case:
     share: float = 0.5
     split: float = 0.5
     batch: int = 1
+    ahead: bool = False
 
     @property
     def name(self) -> str:
         """For people."""
-        return f"{self.model}, {self.cache or 'dynamic'} cache, budget {self.share:.0%}, batch {self.batch}"
+        how = ", issued ahead" if self.ahead else ""
+        return f"{self.model}, {self.cache or 'dynamic'} cache, budget {self.share:.0%}, batch {self.batch}{how}"
 
 
 CASES = (
@@ -46,6 +48,9 @@ CASES = (
     Case("gpt2", None, batch=2),
     Case("gemma2", "static"),
     Case("qwen2", None, share=0.7, split=0.25),
+    Case("llama", "static", ahead=True),
+    Case("opt", None, share=0.3, ahead=True),
+    Case("gemma2", "static", batch=2, ahead=True),
 )
 """In order of importance; sliding windows are those of mistral (every layer) and gemma2 (every other)."""
 
@@ -67,7 +72,7 @@ def like_eager(case: Case, settings: Settings) -> dict[str, Any]:
     model = small_model(case.model)
     expected = generate(model, case.batch, case.cache)
     with Watched() as watched:
-        compile_small(model, settings, share=case.share, split=case.split)
+        compile_small(model, settings, share=case.share, split=case.split, issue_ahead=case.ahead)
         difference = require_like(expected, generate(model, case.batch, case.cache))
         require_like(expected, generate(model, case.batch, case.cache))
     return {**watched.require_offloaded(), "largest_difference": difference}

@@ -4,6 +4,8 @@ Between two host parts a step issues a dozen launches from a thread whose caches
 threads wait for their next work: spinning (the default) or asleep (``OMP_WAIT_POLICY=passive``, read when a process
 starts, hence a child for each way). Asleep they leave the issuing thread its core's twin, and wake up later.
 
+Before that a small step of split layers, issued in turn and ahead of a worker.
+
     python -m benchmarks.gpu.issuing ARGUMENT NOTES     one child
 """
 
@@ -21,6 +23,8 @@ import torch.nn.functional as F
 from benchmarks.children import Notebook, child_main, run_child
 from benchmarks.gpu.contact import best_kernel
 from benchmarks.gpu.settings import Settings, device_of
+from hetegen_compile.accelerators import CudaAccelerator
+from hetegen_compile.calibration.gating import Schedule, both_ways
 from hetegen_compile.calibration.host import rotation_bytes
 from hetegen_compile.calibration.kernels import cut_weights, in_place, make_arena
 from hetegen_compile.calibration.timing import Effort
@@ -39,6 +43,9 @@ POLICIES = ("", "passive")
 def issuing(settings: Settings, notebook: Notebook) -> None:
     """Note the figures of each way."""
     device_of(settings)
+    accelerator = CudaAccelerator()
+    notebook.note("small step in turn and ahead", both_ways(accelerator, Schedule(accelerator.device))._asdict())
+    accelerator.close()
     most = torch.get_num_threads()
     for policy in POLICIES:
         for threads in dict.fromkeys((most, most - 1, most // 2)):

@@ -13,7 +13,6 @@ from benchmarks.gpu.instrumented import hostile
 from benchmarks.gpu.models import Watched, compile_small, generate, require_like, small_model
 from benchmarks.gpu.settings import Checks, Settings, require
 
-
 CONFIGURATIONS = (
     ("static", False, False), (None, True, False), ("static", True, True), (None, False, True), ("static", False, True),
 )  # fmt: skip

@@ -42,7 +42,7 @@ def no_new_memory(settings: Settings) -> dict[str, Any]:
     """Decode steps of one length: held bytes are level and, on CUDA, the driver is asked for nothing."""
     model = small_model("llama")
     with Watched() as watched:
-        compile_small(model, settings, share=0.5, split=0.25)
+        compile_small(model, settings, share=0.5, split=0.25, issue_ahead=True)
         token = prompts(1)[:, :1]
         with torch.no_grad():
             for _ in range(5):
@@ -95,7 +95,7 @@ def torn_down(settings: Settings, times: int) -> dict[str, Any]:
     after: list[dict[str, int]] = []
     for _ in range(times):
         model = small_model("llama")
-        compile_small(model, settings, share=0.5)
+        compile_small(model, settings, share=0.5, issue_ahead=True)
         with torch.no_grad():
             model(prompts(1), use_cache=False)
         torch._dynamo.reset()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import hetegen_compile
 from hetegen_compile.accelerators import EmulatedAccelerator
+from hetegen_compile.accelerators.base import call_on_host
 from hetegen_compile.accelerators.emulated import ahead
 from hetegen_compile.cost_model import load_profile, profile_to_json
 from tests.backend.modules import BUDGET, Mlp, around, plain, random
@@ -48,12 +49,12 @@ def test_generation_is_the_same_for_every_seed_and_as_in_turn(name: str, cache: 
     options = emulated(gpu_memory=half_the_weights(model), seed=0)
     expected = generate(model, inputs, cache, tokens=TOKENS)
     found, known = [], hetegen_compile.schedules()
-    for ahead in (False, True):
+    for it_is in (False, True):
         torch._dynamo.reset()
         backend = RecordingBackend()
-        model.compile(backend=backend, options={**options, "issue_ahead": ahead})
+        model.compile(backend=backend, options={**options, "issue_ahead": it_is})
         found.append(generate(model, inputs, cache, tokens=TOKENS))
-        assert any("deliver(" in source for source in sources(backend)) == ahead
+        assert any("deliver(" in source for source in sources(backend)) == it_is
     accelerator = backend.accelerator
     assert isinstance(accelerator, EmulatedAccelerator)
     for seed in range(1, SEEDS):
@@ -122,7 +123,7 @@ def test_an_error_of_a_host_part_names_its_node_and_the_next_call_works(monkeypa
     model = around(plain)
     compiled(model)
     like_eager(model, random(3, 64))
-    real, failed = ahead.call_on_host, []
+    real, failed = call_on_host, list[str]()
 
     def failing(op: Any, function: Any, args: Any, kwargs: Any) -> Any:
         if "host_linear" in op.name and not failed:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from benchmarks.gpu.floor import thread_counts
 from benchmarks.gpu.models import budgets_kept
 from benchmarks.gpu.settings import Checks, ChecksFailedError, Settings, SkipError, require
 from benchmarks.gpu.stages import Stage, run_stages, stages_for
+from hetegen_compile.calibration.gating import BothWays
 from hetegen_compile.host_kernels import KERNELS
 
 SETTINGS = Settings("cuda", "/nowhere", "h100-server", minutes=1.0, dtype="bfloat16")
@@ -250,9 +252,13 @@ def test_each_way_of_waiting_gets_a_child_of_its_own(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(issuing, "run_child", child_of)
     monkeypatch.setattr(issuing, "device_of", lambda settings: torch.device("cpu"))
+    opened = SimpleNamespace(device=torch.device("cpu"), close=lambda: asked.append((0, {})))
+    monkeypatch.setattr(issuing, "CudaAccelerator", lambda: opened)
+    monkeypatch.setattr(issuing, "both_ways", lambda accelerator, schedule: BothWays(2.0, 1.0, same=True))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     notebook = Notebook(tmp_path / "notes.json")
     issuing.issuing(SETTINGS, notebook)
-    assert asked == [(n, e) for e in ({}, {"OMP_WAIT_POLICY": "passive"}) for n in (4, 3, 2)]
+    assert notebook.entries["small step in turn and ahead"] == {"in_turn_s": 2.0, "ahead_s": 1.0, "same": True}
+    assert asked == [(0, {}), *((n, e) for e in ({}, {"OMP_WAIT_POLICY": "passive"}) for n in (4, 3, 2))]
     assert notebook.entries["4 threads, passive"] == {"host_s": 1.0}
     assert notebook.entries["2 threads, default"] == {"reason": "exit status 1"}
