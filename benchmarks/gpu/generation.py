@@ -75,6 +75,8 @@ def like_eager(case: Case, settings: Settings) -> dict[str, Any]:
         compile_small(model, settings, share=case.share, split=case.split, issue_ahead=case.ahead)
         difference = require_like(expected, generate(model, case.batch, case.cache))
         require_like(expected, generate(model, case.batch, case.cache))
+    traced = {span.resource for schedule in watched.schedules for span in schedule.spans}
+    require(("worker" in traced) == case.ahead, f"issued ahead: {not case.ahead}, asked for {case.ahead}")
     return {**watched.require_offloaded(), "largest_difference": difference}
 
 
