@@ -135,5 +135,8 @@ class NullAccelerator(Accelerator):
         """Nothing is recorded."""
         return []
 
+    def rest(self) -> None:
+        """Nothing to stop."""
+
     def close(self) -> None:
         """Nothing to close."""
