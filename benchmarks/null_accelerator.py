@@ -156,5 +156,8 @@ class NullAccelerator(Accelerator):
         """Nothing is recorded."""
         return []
 
+    def rest(self) -> None:
+        """Nothing to stop."""
+
     def close(self) -> None:
         """Nothing to close."""

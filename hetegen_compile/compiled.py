@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -49,12 +49,10 @@ class CompiledGraph:
         self._host_only: Schedule | None = None
         self._opened: StepPlans | None = None
         steps = self._open()
-        with steps.runtime.lock:
-            steps.runtime.mirrors.check()
-            try:
-                with_remedies(steps, lambda: steps.find(inputs))
-            except HostOnlyGraphError as reason:
-                self._stay_on_host(str(reason))
+        try:
+            steps.runtime.lives.exclusively(lambda: self._plan_first(steps, inputs))
+        except HostOnlyGraphError as reason:
+            self._stay_on_host(str(reason))
 
     def __call__(self, *inputs: Any) -> Any:
         """One forward: the outputs that eager would give, inputs written as eager would have.
@@ -66,20 +64,38 @@ class CompiledGraph:
         """
         if self._host_only is None:
             steps = self._open()
-            with steps.runtime.lock:
-                try:
-                    return with_remedies(steps, lambda: self._step(steps, inputs))
-                except HostOnlyGraphError as reason:
-                    self._stay_on_host(str(reason))
+            try:
+                return steps.runtime.lives.exclusively(lambda: self._step(steps, inputs))
+            except HostOnlyGraphError as reason:
+                self._stay_on_host(str(reason))
         return self._graph.module(*inputs)
 
     def release(self) -> None:
         """Let go of the accelerator and of what lies there for this graph, as if it were gone.
 
-        For ``torch._dynamo.reset()``: Dynamo does not let go of all graphs then. Whoever calls one nevertheless (a
-        thread that was about to) finds it working, with new plans.
+        Dynamo does not let go of all graphs when it is reset or their model is gone. Whoever calls one nevertheless
+        (a thread that was about to, another model of the class) finds it working, with new plans.
         """
         self._opened = None
+
+    @property
+    def serves_models(self) -> bool:
+        """Whether it has plans for a model that is there."""
+        return self._opened is not None and self._opened.serves_models
+
+    def lose(self, storages: Iterable[int]) -> bool:
+        """Storages are gone: forget the models that are gone with them; whether there was one."""
+        return self._opened is not None and self._opened.lose(storages)
+
+    def storages_moved(self, places: Mapping[int, int]) -> None:
+        """Weights lie in other storages from now on (old identity to new)."""
+        if self._opened is not None:
+            self._opened.storages_moved(places)
+
+    def outdate(self) -> None:
+        """Memory is to be shared out anew."""
+        if self._opened is not None:
+            self._opened.outdate()
 
     @property
     def runtime(self) -> Runtime:
@@ -100,10 +116,17 @@ class CompiledGraph:
         opened = self._opened
         if opened is None:
             opened = self._opened = StepPlans(self._graph, self._open_runtime())
+            opened.runtime.lives.use(self)
         return opened
 
+    def _plan_first(self, steps: StepPlans, inputs: Sequence[Any]) -> None:
+        steps.runtime.mirrors.check()
+        with_remedies(steps, lambda: steps.find(inputs))
+
     def _step(self, steps: StepPlans, inputs: Sequence[Any]) -> Any:
-        return run_step(steps.runtime, steps.find_ready(inputs), inputs, self._graph.writes)
+        return with_remedies(
+            steps, lambda: run_step(steps.runtime, steps.find_ready(inputs), inputs, self._graph.writes)
+        )
 
     def _stay_on_host(self, reason: str) -> None:
         """Run as it is from now on, and say so."""
@@ -116,6 +139,7 @@ class CompiledGraph:
             whole_graph=False,
         )  # fmt: skip
         register(self._host_only)
+        self.release()
 
 
 __all__ = ["CompiledGraph"]

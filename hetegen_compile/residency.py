@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,6 +63,11 @@ class ResidencyLedger:
         for key in dead:
             del self._entries[key]
         return [part for _, part in dead]
+
+    def leave(self, owner: object, parts: Iterable[Hashable]) -> None:
+        """Forget these parts of ``owner``: their model is gone."""
+        for part in parts:
+            self._entries.pop((id(owner), part), None)
 
     def enter(
         self, owner: object, part: Hashable, residency: Residency, budget_bytes: int, anchor: StorageWeakRef | None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import threading
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -15,6 +17,7 @@ from hetegen_compile.carried import CarriedPrefetches
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.host_memory import HostMemory
 from hetegen_compile.mirrors import Mirrors
+from hetegen_compile.model_lives import ModelLives
 from hetegen_compile.options import Options
 from hetegen_compile.residency import ResidencyLedger
 
@@ -27,7 +30,7 @@ def _after_fork() -> None:
     global _opening
     _opening = threading.Lock()
     for runtime in list(_open.values()):
-        runtime.lock = threading.RLock()
+        runtime.lives.lock = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -41,11 +44,16 @@ class Runtime:
         self.mirrors = Mirrors(accelerator)
         self.carried = CarriedPrefetches(accelerator)
         self.ledger = ResidencyLedger(self.mirrors)
-        self.host_memory = HostMemory(accelerator.pin, moved=self.ledger.storages_moved)
-        self.lock = threading.RLock()
+        self.lives = ModelLives(self.mirrors, self.rest)
+        self.host_memory = HostMemory(accelerator.pin, moved=functools.partial(_note_moves, self.ledger, self.lives))
         self.limit_bytes = accelerator.memory_bytes
         self._ring_bytes = 0
         weakref.finalize(self, accelerator.close)
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Held during a step."""
+        return self.lives.lock
 
     def reserve(self, ring_bytes: int) -> None:
         """Make the staging ring that all graphs share as long as the ledger says."""
@@ -53,6 +61,13 @@ class Runtime:
             self.carried.drop("the staging ring is made anew")  # they would keep the old one
         self.accelerator.reserve_ring(ring_bytes)
         self._ring_bytes = ring_bytes
+
+    def rest(self) -> None:
+        """No model needs the accelerator for now: it keeps no mirrors, slots and threads until one does."""
+        self.carried.drop("no model is left")
+        self.mirrors.forget()
+        self.accelerator.rest()
+        self._ring_bytes = self.ledger.ring_bytes = 0
 
     def lower_limit(self, budget_bytes: int) -> int:
         """The accelerator ran out of memory within a budget: count on less from now on; the new limit.
@@ -62,6 +77,12 @@ class Runtime:
         self.limit_bytes = min(self.accelerator.available_bytes(), budget_bytes * 7 // 8)
         self.ledger.epoch += 1
         return self.limit_bytes
+
+
+def _note_moves(ledger: ResidencyLedger, lives: ModelLives, places: Mapping[int, int]) -> None:
+    """Storages were adopted; this is no method of the runtime, which must not hold itself."""
+    ledger.storages_moved(places)
+    lives.storages_moved(places)
 
 
 def runtime_for(options: Options, profile: HardwareProfile) -> Runtime:
@@ -99,6 +120,9 @@ def refresh(model: nn.Module) -> None:
     ``p.data = other`` or ``copy_`` under ``no_grad`` is noticed.
     """
     for runtime in live_runtimes():
-        with runtime.lock:
-            runtime.carried.drop("refresh")
-            runtime.mirrors.forget(itertools.chain(model.parameters(), model.buffers()))
+        runtime.lives.exclusively(functools.partial(_refresh, runtime, model))
+
+
+def _refresh(runtime: Runtime, model: nn.Module) -> None:
+    runtime.carried.drop("refresh")
+    runtime.mirrors.forget(itertools.chain(model.parameters(), model.buffers()))

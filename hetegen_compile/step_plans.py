@@ -15,6 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from hetegen_compile.captured_graph import CapturedGraph, Part
 from hetegen_compile.graph_inputs import as_int
 from hetegen_compile.heap import large_heap
+from hetegen_compile.model_lives import ModelWeights
 from hetegen_compile.passes.claims import weight_key
 from hetegen_compile.passes.context import Refusal, require
 from hetegen_compile.passes.plans import UNFORESEEN
@@ -51,6 +52,7 @@ class StepPlans:
         self._outdated: dict[Part, BucketPlan] = {}
         self._plans: dict[tuple[Part, Split], StepPlan] = {}
         self._recent: tuple[tuple[Any, ...], StepPlan] | None = None
+        self._models: dict[int, ModelWeights] = {}
 
     @property
     def all(self) -> tuple[StepPlan, ...]:
@@ -93,6 +95,7 @@ class StepPlans:
             streamed = [inputs[i] for i in plan.bound.streamed]
             if host_memory.hold(streamed, lambda: list(graph.weight_tensors(inputs).values())):
                 if not plan.schedule.host_memory:
+                    self._watch(inputs)  # what was adopted lies in other storages
                     plan.schedule.note_host_memory(host_memory.holdings(streamed), plan.bound.pinned_ring_bytes)
                 if model == graph.model_of(inputs):
                     return plan
@@ -105,6 +108,26 @@ class StepPlans:
             self._outdated[part] = self._buckets.pop(part)
         withdraw(plan.schedule for key, plan in self._plans.items() if key[0] not in self._buckets)
         self._plans = {key: plan for key, plan in self._plans.items() if key[0] in self._buckets}
+
+    @property
+    def serves_models(self) -> bool:
+        """Whether there are plans for a model that is there."""
+        return bool(self._models)
+
+    def lose(self, storages: Iterable[int]) -> bool:
+        """Storages are gone: forget the models that are gone with them; whether there was one."""
+        gone = {model for model, weights in self._models.items() if weights.lose(storages)}
+        for model in gone:
+            del self._models[model]
+        parts = [part for part in (*self._buckets, *self._outdated) if part[1] in gone]
+        self.runtime.ledger.leave(self, parts)
+        self._forget(parts)
+        return bool(gone)
+
+    def storages_moved(self, places: Mapping[int, int]) -> None:
+        """Weights lie in other storages from now on (old identity to new)."""
+        for weights in self._models.values():
+            weights.move(places)
 
     def _find(self, inputs: Sequence[Any], split: Split) -> StepPlan:
         sizes = self.graph.sizes(inputs)
@@ -152,9 +175,11 @@ class StepPlans:
 
     def _forget_dead(self) -> None:
         """Forget the plans of models that are gone."""
-        dead = self.runtime.ledger.take_dead_parts(self)
-        self.outdate(dead)
-        for part in dead:
+        self._forget(self.runtime.ledger.take_dead_parts(self))
+
+    def _forget(self, parts: Sequence[Part]) -> None:
+        self.outdate(parts)
+        for part in parts:
             self._outdated.pop(part, None)
 
     def _decide(self, part: Part, sizes: Sizes, inputs: Sequence[Any]) -> None:
@@ -196,6 +221,15 @@ class StepPlans:
         runtime.accelerator.limit_memory(context.usable_bytes)
         runtime.ledger.enter(self, part, residency, self._own_bytes, reference)
         runtime.reserve(runtime.ledger.ring_bytes)
+        if part[1] not in self._models:
+            self._watch(inputs)
+
+    def _watch(self, inputs: Sequence[Any]) -> None:
+        """Notice when the model that these weights belong to is gone."""
+        weights = list(self.graph.weight_tensors(inputs).values())
+        if weights:
+            self._models[self.graph.model_of(inputs)] = ModelWeights(weights)
+            self.runtime.lives.watch(weights)
 
     def _tell(self, schedule: Schedule) -> None:
         register(schedule)

@@ -319,5 +319,12 @@ class Accelerator(ABC):
         """Switch recording of spans on or off; returns what was recorded so far and forgets it."""
 
     @abstractmethod
+    def rest(self) -> None:
+        """Stop threads and free slots for the time that nobody needs them: the next work starts and makes them again.
+
+        Between steps only. What is pinned in place stays so as long as its owner lives.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Stop threads, free slots, unpin memory. The accelerator cannot be used afterwards."""

@@ -39,7 +39,7 @@ class Mirrors:
     def begin_step(self) -> None:
         """Forget the mirrors of storages that no longer exist; what is fetched from now on is in use."""
         self._step += 1
-        self._records.purge()
+        self.purge()
 
     def fetch(self, requests: Sequence[Request], limit_bytes: int) -> list[Value]:
         """Device values with the contents and geometry of host tensors; uploads only what is not current.
@@ -161,6 +161,15 @@ class Mirrors:
     def forget(self, tensors: Iterable[Tensor] | None = None) -> None:
         """Drop mirrors (all by default), so that the next step that needs them uploads afresh."""
         keys = [key for key, _ in self._records] if tensors is None else [storage_key(tensor) for tensor in tensors]
+        for key in keys:
+            self._records.drop(key)
+
+    def purge(self) -> None:
+        """Drop the mirrors of storages that no longer exist."""
+        self._records.purge()
+
+    def forget_storages(self, keys: Iterable[int]) -> None:
+        """Drop the mirrors of storages that are about to be gone."""
         for key in keys:
             self._records.drop(key)
 

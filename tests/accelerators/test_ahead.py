@@ -304,6 +304,18 @@ def test_the_worker_leaves_a_processor_to_the_issuing_thread(threads: int, worke
     thread.close()
 
 
+def test_a_worker_that_was_ended_is_started_again() -> None:
+    found: list[int] = []
+    thread = Worker(lambda: None)
+    torch.set_num_threads(3)
+    for _ in range(2):
+        thread.begin()
+        thread.submit(lambda: found.append(torch.get_num_threads()))
+        thread.drain()
+        thread.close()
+    assert found == [2, 2]
+
+
 def test_a_worker_ends_when_its_owner_is_gone() -> None:
     owner = Worker(lambda: None)
     owner.begin()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hetegen_compile import schedules
 from hetegen_compile.accelerators import EmulatedAccelerator, Op
 from hetegen_compile.accelerators.emulated.streams import Stream, Task
+from hetegen_compile.accelerators.emulated.work import DeviceWork
 from hetegen_compile.errors import AcceleratorError
 from tests.backend.modules import BUDGET, Mlp, around, plain, random
 from tests.models.harness import RecordingBackend, emulated
@@ -87,6 +88,39 @@ def test_work_of_a_stream_that_raises_names_its_node_and_the_next_call_works() -
     assert len(backend.graphs) == 1
 
 
+def _call_twice(model: nn.Module) -> None:
+    with torch.no_grad():
+        for _ in range(2):
+            model(random(3, 64))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_copy_that_fails_names_its_node_and_the_next_call_works(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step's own copy, or one that it has started for the next, whose wait then tells."""
+    model = around(plain)
+    backend = _compiled(model)
+    for _ in range(steps):
+        _assert_like_eager(model, random(3, 64))
+    failed, copy = [], DeviceWork.fill_slot
+
+    def fail(self: DeviceWork, op: Op, *args: Any) -> None:
+        if not failed:
+            failed.append(op.name)
+            raise ValueError("a link that is down")
+        copy(self, op, *args)
+
+    monkeypatch.setattr(DeviceWork, "fill_slot", fail)
+    with pytest.raises(AcceleratorError, match="a link that is down") as caught:
+        _call_twice(model)
+    nodes = {part for row in backend.graphs[0].plans[0].schedule.rows for part in row.parts}
+    assert failed[0] in nodes
+    assert failed[0] in str(caught.value)
+    _assert_like_eager(model, random(3, 64))
+    assert len(backend.graphs) == 1
+
+
 # ---- a worker thread dies ----------------------------------------------------------------------------------------
 
 
@@ -149,6 +183,28 @@ def test_ctrl_c_while_the_host_waits() -> None:
         threading.Timer(0.4, go_on.set).start()
         accelerator.end_step()
     _assert_like_eager(model, random(3, 64))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_ctrl_c_while_the_step_waits_for_a_prefetch(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy takes long, the accelerator waits for it and the host for the accelerator: of the step's own copies, or
+    (after some steps) with copies that the step before has started."""
+    model = around(plain)
+    _compiled(model)
+    for _ in range(steps):
+        _assert_like_eager(model, random(3, 64))
+    go_on, copy = threading.Event(), DeviceWork.fill_slot
+
+    def slow(self: DeviceWork, *args: Any) -> None:
+        go_on.wait(60)
+        copy(self, *args)
+
+    monkeypatch.setattr(DeviceWork, "fill_slot", slow)
+    with _interrupted_after(0.2), torch.no_grad():
+        threading.Timer(0.4, go_on.set).start()
+        model(random(3, 64))
+    for _ in range(2):
+        _assert_like_eager(model, random(3, 64))
 
 
 @pytest.mark.parametrize("method", ["begin_step", "upload", "prefetch", "wait_host", "host", "to_host", "end_step"])

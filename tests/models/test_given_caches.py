@@ -100,15 +100,37 @@ def test_a_quantized_cache_and_beams() -> None:
     compiled_like_eager(model, run, options=emulated(gpu_memory=2 * half_the_weights(model)))
 
 
-@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static", "offloaded_hybrid"])
-def test_an_offloaded_cache_is_refused_as_in_eager(cache: str) -> None:
-    """transformers has it for models on a GPU only; Dynamo, where it meets the refusal, quotes it."""
+def _named(name: str, **config: str) -> Callable[[PreTrainedModel], dict[str, Any]]:
+    return lambda model: {"cache_implementation": name, **({"cache_config": config} if config else {})}
+
+
+REFUSED: list[Callable[[PreTrainedModel], dict[str, Any]]] = [
+    _named("offloaded"),
+    _named("offloaded_static"),
+    _named("offloaded_hybrid"),
+    _named("quantized", backend="quanto"),
+    _named("quantized", backend="hqq"),
+    lambda model: {"past_key_values": DynamicCache(config=model.config, offloading=True)},
+    lambda model: {"past_key_values": StaticCache(config=model.config, max_cache_len=LONGEST, offloading=True)},
+]
+ERRORS = (RuntimeError, AssertionError, ValueError, ImportError)
+
+
+def test_caches_that_eager_refuses() -> None:
+    """transformers offloads caches of models on a GPU only, and quantizes with packages that are not here.
+
+    Dynamo, where it meets the refusal, quotes it.
+    """
     model, backend, tokens = tiny_model("llama", layers=1), RecordingBackend(), prompts(1)["input_ids"]
-    with pytest.raises((RuntimeError, AssertionError, ValueError)) as eager:
-        _answer(model, tokens, cache_implementation=cache)
+    reasons = []
+    for options in REFUSED:
+        with pytest.raises(ERRORS) as eager:
+            _answer(model, tokens, **options(model))
+        reasons.append(str(eager.value))
     expected = _answer(model, tokens)
     model.compile(backend=backend, options=emulated(gpu_memory=_budget(model)))
-    with pytest.raises((RuntimeError, AssertionError, ValueError), match=re.escape(str(eager.value))):
-        _answer(model, tokens, cache_implementation=cache)
+    for options, reason in zip(REFUSED, reasons, strict=True):
+        with pytest.raises(ERRORS, match=re.escape(reason)):
+            _answer(model, tokens, **options(model))
     assert torch.equal(_answer(model, tokens), expected), "generation with another cache goes on"
     assert backend.graphs

@@ -299,16 +299,19 @@ class CudaAccelerator(Accelerator):
         self._check_open()
         return self._streams.tracer.collect(enabled)
 
+    def rest(self) -> None:
+        if not self._closed:
+            self._ahead.close()
+            self._prefetches.end_thread()
+            torch.cuda.synchronize(self.device)
+            self._activations.close()
+            self._prefetches.close()
+
     def close(self) -> None:
-        if self._closed:
-            return
-        self._ahead.close()
-        self._prefetches.end_thread()
-        torch.cuda.synchronize(self.device)
-        self._activations.close()
-        self._prefetches.close()
-        self._pins.close()
-        self._closed = True
+        self.rest()
+        if not self._closed:
+            self._pins.close()
+            self._closed = True
 
     def _check_open(self) -> None:
         if self._closed:

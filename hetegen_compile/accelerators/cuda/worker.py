@@ -93,11 +93,12 @@ class Worker:
             self._shared.failure = None
 
     def close(self) -> None:
-        """End the thread after what is queued."""
+        """End the thread after what is queued; another is started with the next step."""
         if self._thread is not None:
             self._shared.jobs.put(None)
             self._thread.join()
             self._thread = None
+            self._threads = 0
 
     def _do(self, work: Callable[[], None]) -> None:
         self.submit(work)

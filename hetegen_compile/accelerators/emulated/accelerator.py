@@ -313,11 +313,21 @@ class EmulatedAccelerator(Accelerator):
         self._engine.check_usable()
         return self._engine.trace(enabled)
 
+    def rest(self) -> None:
+        if self.usable:
+            self.abandon_step()
+            self._engine.rest()
+            self._free_ring("rest")
+            self._free_rings()
+
     def close(self) -> None:
         if self._engine.close():
             self._pins.close()
-            self._prefetches.ring.resize(0)
-            self._prefetches.pinned.resize(0)
+            self._free_rings()
+
+    def _free_rings(self) -> None:
+        self._prefetches.ring.resize(0)
+        self._prefetches.pinned.resize(0)
 
 
 def _uploaded_before(op: Op, into: Value, source: torch.Tensor) -> DeviceTensor:

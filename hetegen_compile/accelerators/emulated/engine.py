@@ -39,11 +39,17 @@ class Engine:
         self._switching = QuickSwitching()
         self.in_step = False
         self._host_delays = None if seed is None else Delays(seed, HOST)
+        self._closed = False
+        self._streams: dict[int, Stream] = {}
+        self._start()
+
+    def _start(self) -> None:
         threads = torch.get_num_threads()
-        self._streams = {lane: Stream(lane, self._shared) for lane in (COMPUTE, UP, DOWN, PIN)}
-        self._streams[WORKER] = Stream(WORKER, self._shared, threads)
+        streams = {lane: Stream(lane, self._shared) for lane in (COMPUTE, UP, DOWN, PIN)}
+        streams[WORKER] = Stream(WORKER, self._shared, threads)
         torch.set_num_threads(threads)  # see the docstring of ``streams``
-        self._stop = weakref.finalize(self, _stop_streams, self._shared, list(self._streams.values()))
+        self._stop = weakref.finalize(self, _stop_streams, self._shared, list(streams.values()))
+        self._streams = streams
 
     def check_usable(self) -> None:
         """Raise AcceleratorError after close, in a forked child (which has no threads), and if a thread has died."""
@@ -53,7 +59,7 @@ class Engine:
 
     def why_unusable(self) -> str | None:
         """Why nothing can run on it any more, with the remedy, or None."""
-        if not self._stop.alive:
+        if self._closed:
             return "the accelerator is closed"
         if os.getpid() != self._pid:
             return (
@@ -73,6 +79,8 @@ class Engine:
         """Enqueue a task on a stream; ``carried``: the end of the step does not wait for it."""
         if lane == UP and not carried and task.done is not None:
             self._last_upload = task.done
+        if not self._streams:
+            self._start()
         if self._host_delays is not None:
             self._host_delays.sleep()
         if task.work is not None:
@@ -81,6 +89,7 @@ class Engine:
 
     def reseed(self, seed: int | None) -> None:
         """Other random delays from here on (None: none); all streams have to be idle."""
+        self._shared.seed = seed
         self._host_delays = None if seed is None else Delays(seed, HOST)
         for lane, stream in self._streams.items():
             stream.delays = None if seed is None else Delays(seed, lane)
@@ -150,10 +159,18 @@ class Engine:
         error.__cause__ = cause
         return error
 
+    def rest(self) -> None:
+        """End the threads, which pass over what is still queued; the next task starts them again."""
+        self._stop()
+        self._streams = {}
+        self._shared.failure = None
+        self._shared.aborting = False
+
     def close(self) -> bool:
-        """Stop the threads; False if they were stopped already."""
-        if not self._stop.alive:
+        """Stop the threads; False if it was closed already."""
+        if self._closed:
             return False
+        self._closed = True
         self._stop()
         self.leave_step()
         return True

@@ -57,6 +57,11 @@ def test_split_layers_run_through_every_operation() -> None:
     torch.testing.assert_close(layers.step(x), run_eager(weights, x))
     assert accelerator.counters.uploaded_bytes["weights"] == 4 * 48 * WIDTH * 4
     assert accelerator.counters.peak_bytes == 123_456
+    length = accelerator.counters.held_bytes["slots"]
+    accelerator.rest()
+    assert length > accelerator.counters.held_bytes["slots"] == 0
+    accelerator.reserve_ring(length)
+    torch.testing.assert_close(layers.step(x), run_eager(weights, x))
     accelerator.close()
     with pytest.raises(AcceleratorError, match="closed"):
         accelerator.begin_step()

@@ -178,6 +178,31 @@ def test_close_ends_the_threads_and_forbids_use() -> None:
             use()
 
 
+def test_resting_ends_the_threads_until_there_is_work() -> None:
+    """What was in flight is passed over; counters go on; rings are made again by whoever needs them."""
+    before, weights, x = workers(), make_weights(3), torch.randn(2, WIDTH)
+    accelerator = EmulatedAccelerator(seed=3)
+    layers = SplitLayers(accelerator, weights)
+    moved = 0
+    for _ in range(3):
+        torch.testing.assert_close(layers.step(x), run_eager(weights, x))
+        assert sum(accelerator.counters.uploaded_bytes.values()) > moved
+        moved = sum(accelerator.counters.uploaded_bytes.values())
+        assert len(workers() - before) == 4
+        length = accelerator.counters.held_bytes["slots"]
+        assert length > 0
+        accelerator.launch(Op("queued"), fail, (accelerator.upload(Op("y"), torch.ones(1)),))
+        accelerator.rest()
+        accelerator.rest()
+        assert not workers() - before
+        assert accelerator.usable
+        assert accelerator.counters.held_bytes["slots"] == 0
+        accelerator.reserve_ring(length)
+    accelerator.close()
+    accelerator.rest()
+    assert not accelerator.usable
+
+
 def test_a_forgotten_accelerator_ends_its_threads() -> None:
     before = workers()
     accelerator = EmulatedAccelerator()
