@@ -103,7 +103,8 @@ class CompiledGraph:
         return opened
 
     def _step(self, steps: StepPlans, inputs: Sequence[Any]) -> Any:
-        return run_step(steps.runtime, steps.find_ready(inputs), inputs, self._graph.writes)
+        outputs = run_step(steps.runtime, steps.find_ready(inputs), inputs, self._graph.writes)
+        return self._graph.results.as_eager(outputs)
 
     def _stay_on_host(self, reason: str) -> None:
         """Run as it is from now on, and say so."""
