@@ -10,11 +10,12 @@ import sympy
 from torch import Tensor, fx
 
 from hetegen_compile.cost_model import HardwareProfile
-from hetegen_compile.graph_inputs import aliased_inputs, as_int, is_weight, symbol_inputs
+from hetegen_compile.graph_inputs import aliased_inputs, as_int, is_weight, sequence_shape, symbol_inputs
 from hetegen_compile.options import Options
 from hetegen_compile.passes.context import Bucket, SegmentCache
 from hetegen_compile.passes.sources import source_name
 from hetegen_compile.planned import Sizes
+from hetegen_compile.results import Results
 from hetegen_compile.step_values import InputFacts
 from hetegen_compile.undo import HostWrites, host_writes
 
@@ -31,6 +32,7 @@ class CapturedGraph:
         weights: positions of parameters and buffers among the inputs, by name of the placeholder.
         symbols: position of the input that tells each symbol.
         writes: inputs that need care before a step may run twice.
+        results: what the caller's compiler reads of what is returned.
     """
 
     module: fx.GraphModule
@@ -41,6 +43,7 @@ class CapturedGraph:
     facts: InputFacts
     symbols: Mapping[sympy.Symbol, int]
     writes: HostWrites
+    results: Results
 
     @classmethod
     def of(
@@ -57,6 +60,9 @@ class CapturedGraph:
         names = [source_name(node) or node.name for node in placeholders]
         weights = {node.name: i for i, node in enumerate(placeholders) if is_weight(node, inputs[i])}
         facts = InputFacts.of(placeholders, names, aliased_inputs(module.graph), frozenset(weights.values()))
+        symbols = symbol_inputs(placeholders)
+        sizes = {symbol: sympy.Integer(as_int(inputs[i])) for symbol, i in symbols.items()}
+        _, tokens = sequence_shape(placeholders, weights, sizes)
         return cls(
             module=module,
             options=options,
@@ -64,8 +70,9 @@ class CapturedGraph:
             segments=segments,
             weights=weights,
             facts=facts,
-            symbols=symbol_inputs(placeholders),
+            symbols=symbols,
             writes=host_writes(module.graph),
+            results=Results.of(module, tokens),
         )
 
     def sizes(self, inputs: Sequence[Any]) -> Sizes:

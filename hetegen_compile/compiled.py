@@ -124,9 +124,10 @@ class CompiledGraph:
         with_remedies(steps, lambda: steps.find(inputs))
 
     def _step(self, steps: StepPlans, inputs: Sequence[Any]) -> Any:
-        return with_remedies(
+        outputs = with_remedies(
             steps, lambda: run_step(steps.runtime, steps.find_ready(inputs), inputs, self._graph.writes)
         )
+        return self._graph.results.as_eager(outputs)
 
     def _stay_on_host(self, reason: str) -> None:
         """Run as it is from now on, and say so."""

@@ -115,15 +115,17 @@ def with_declared_strides(function: Callable[..., Any], outputs: Sequence[Tensor
 
 
 def _memory_order(tensor: Tensor) -> tuple[int, ...] | None:
-    """Dimensions from the slowest to the fastest of a dense tensor; None for one with gaps or overlaps."""
-    sizes = [_hint(size) for size in tensor.shape]
-    strides = [_hint(stride) for stride in tensor.stride()]
-    order = sorted(range(tensor.dim()), key=lambda d: (-strides[d], d))
-    expected = 1
+    """Dimensions from the slowest to the fastest of a dense tensor; None for one with gaps or overlaps.
+
+    Dense at every size: what is cut from something longer has gaps except where the graph was captured, perhaps.
+    """
+    order = sorted(range(tensor.dim()), key=lambda d: (-_hint(tensor.stride(d)), d))
+    expected = sympy.Integer(1)
     for d in reversed(order):
-        if sizes[d] != 1 and strides[d] != expected:
+        size = to_expr(tensor.shape[d])
+        if size != 1 and sympy.expand(to_expr(tensor.stride(d)) - expected) != 0:
             return None
-        expected *= sizes[d]
+        expected *= size
     return tuple(order)
 
 

@@ -124,7 +124,7 @@ def _caches(module: fx.GraphModule, context: Context) -> list[tuple[Tensor, int]
     wide = [tensor.shape for tensor in tensors if tensor.dim() >= _CACHE_DIMS and not _symbolic(tensor)]
     found = []
     for cache in returned:
-        if _is_new_cache(cache, context):
+        if is_new_cache(cache, context.tokens_per_sequence):
             sequences, heads, *rest = cache.shape
             queries = max(shape[1] for shape in wide if [shape[0], *shape[2:]] == [sequences, *rest])
             found.append((cache, int(queries // max(1, heads))))
@@ -135,18 +135,18 @@ def caches_grow(module: fx.GraphModule, context: Context) -> bool:
     """Whether later forwards may bring longer caches than this one does."""
     ends = [node for node in module.graph.nodes if node.op in ("placeholder", "output")]
     tensors = [tensor for node in ends for tensor in tensors_in(info(node).value) if tensor.dim() >= _CACHE_DIMS]
-    return any(_symbolic(tensor) or _is_new_cache(tensor, context) for tensor in tensors)
+    return any(_symbolic(tensor) or is_new_cache(tensor, context.tokens_per_sequence) for tensor in tensors)
 
 
 def _symbolic(tensor: Tensor) -> bool:
     return any(to_expr(size).free_symbols for size in tensor.shape)
 
 
-def _is_new_cache(tensor: Tensor, context: Context) -> bool:
-    """Whether a fixed-length graph returns this as the cache of the tokens that it was given."""
-    if tensor.dim() < _CACHE_DIMS or _symbolic(tensor) or not context.tokens_per_sequence:
+def is_new_cache(tensor: Tensor, tokens: int) -> bool:
+    """Whether a graph that is given ``tokens`` of each sequence (0: no fixed number) returns this as their cache."""
+    if tensor.dim() < _CACHE_DIMS or _symbolic(tensor) or not tokens:
         return False
-    return int(tensor.shape[-2]) == context.tokens_per_sequence
+    return int(tensor.shape[-2]) == tokens
 
 
 def _estimated_activations(module: fx.GraphModule, context: Context) -> int:

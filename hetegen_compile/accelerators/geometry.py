@@ -6,6 +6,9 @@ copy on every device, also for transposed, gapped and expanded tensors; gaps are
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 import torch
 
 
@@ -42,6 +45,34 @@ def empty_twin(tensor: torch.Tensor, device: torch.device, *, pinned: bool = Fal
     """An uninitialised tensor of the same geometry on ``device``, as small as that geometry allows."""
     flat = torch.empty(span_length(tensor), dtype=tensor.dtype, device=device, pin_memory=pinned)
     return flat.as_strided(tensor.shape, tensor.stride())
+
+
+def empty_result(value: torch.Tensor, *, pinned: bool = False) -> torch.Tensor:
+    """An uninitialised host tensor of the value's geometry, for the caller of a compiled graph.
+
+    Dynamo guards more than size and stride: a view has a ``_base``, of which it guards as much. So this is a tensor by
+    itself, and where the strides have gaps a slice of a dense tensor of as many dimensions, as eager's is (the window
+    that is cut from a longer cache). Only if the dense one is larger than twice the span it is left out.
+    """
+    host = torch.device("cpu")
+    dense = _dense_shape(value)
+    if dense is None:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=host, pin_memory=pinned)
+    whole = torch.empty(dense, dtype=value.dtype, device=host, pin_memory=pinned)
+    offset = value.storage_offset() if value.storage_offset() + span_length(value) <= whole.numel() else 0
+    return whole.as_strided(value.shape, value.stride(), offset)
+
+
+def _dense_shape(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Sizes of the dense tensor with these strides that the tensor is a slice of; None if it has no gaps or no such."""
+    strides = tensor.stride()
+    if tensor.is_contiguous() or strides[-1] != 1 or 0 in strides:
+        return None
+    inner = [outer // stride for outer, stride in pairwise(strides) if outer % stride == 0]
+    shape = (tensor.shape[0], *inner)
+    if len(shape) < tensor.dim() or any(whole < part for whole, part in zip(shape, tensor.shape, strict=True)):
+        return None
+    return shape if math.prod(shape) <= 2 * span_length(tensor) else None
 
 
 def copy_span(target: torch.Tensor, source: torch.Tensor, *, non_blocking: bool = False) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hetegen_compile.accelerators.cuda import accelerator, activations, copies, gates, lending, pinning, prefetches
-from hetegen_compile.accelerators.geometry import empty_twin
+from hetegen_compile.accelerators.geometry import empty_result, empty_twin
 
 LOG: list[str] = []
 PENDING: set[str] = set()
@@ -158,6 +158,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     monkeypatch.setattr(accelerator, "why_no_gates", lambda: "")
     for module in (accelerator, activations, gates, lending, prefetches):
         monkeypatch.setattr(module, "empty_twin", lambda tensor, device, pinned=False: empty_twin(tensor, device))
+    for module in (accelerator, activations):
+        monkeypatch.setattr(module, "empty_result", lambda value, pinned=False: empty_result(value))
     monkeypatch.setattr(copies, "_copy_function", lambda: memcpy_2d)
     for module in (activations, lending):
         monkeypatch.setattr(module, "cuda_view", lambda buffer, device: buffer)

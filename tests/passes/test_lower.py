@@ -361,3 +361,12 @@ def test_symbolic_strides_count_at_their_hints() -> None:
     (node,) = [n for n in found.module.graph.nodes if "add" in info(n).aten]
     result = with_declared_strides(lambda: [torch.randn(4, 5)], [info(node).value])()[0]
     assert result.stride() == (1, 4)
+
+
+def test_what_is_dense_only_where_it_was_captured_keeps_its_gaps() -> None:
+    """A window as long as the prompt at capture; a longer prompt's is cut with gaps, as eager's is."""
+    found: Case = case(lambda x: x[:, -4:], torch.randn(3, 4), dynamic=True)
+    (node,) = found.module.graph.output_node().all_input_nodes
+    window = torch.randn(3, 9)[:, -4:]
+    for _ in range(2):
+        assert with_declared_strides(lambda: [window], [info(node).value])()[0] is window

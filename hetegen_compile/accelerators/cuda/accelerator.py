@@ -21,7 +21,7 @@ from hetegen_compile.accelerators.cuda.pinning import SUCCESS, CudaHostMemory, p
 from hetegen_compile.accelerators.cuda.prefetches import Prefetches
 from hetegen_compile.accelerators.cuda.streams import CudaStreams, copying
 from hetegen_compile.accelerators.cuda.transfers import CudaToken, CudaTransfer, started
-from hetegen_compile.accelerators.geometry import copy_span, empty_twin, same_geometry, span_bytes
+from hetegen_compile.accelerators.geometry import copy_span, empty_result, empty_twin, same_geometry, span_bytes
 from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
 from hetegen_compile.accelerators.promises import Promise
 from hetegen_compile.accelerators.ring import Slot
@@ -92,7 +92,7 @@ class CudaAccelerator(Accelerator):
         self._check_open()
         streams = self._streams
         with streams.work(op), streams.tracer.stream_span(op.name, "down", streams.compute), copying():
-            result = empty_twin(value, torch.device("cpu"))
+            result = empty_result(value)
             copy_span(result, value)
         self._ledger.downloaded(op.category, span_bytes(value))
         return result

@@ -12,7 +12,7 @@ from hetegen_compile.accelerators.cuda.lending import Lending
 from hetegen_compile.accelerators.cuda.pinning import cuda_view
 from hetegen_compile.accelerators.cuda.streams import CudaStreams, copying
 from hetegen_compile.accelerators.cuda.transfers import CudaTransfer, started
-from hetegen_compile.accelerators.geometry import copy_span, empty_twin, span, span_bytes
+from hetegen_compile.accelerators.geometry import copy_span, empty_result, empty_twin, span, span_bytes
 from hetegen_compile.accelerators.ledger import MemoryLedger
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import SMALL_UPLOAD_BYTES, VIEWED_UPLOAD_BYTES
@@ -56,7 +56,7 @@ class Activations:
     def _start_down(self, op: Op, value: torch.Tensor) -> torch.Tensor:
         """The transfer keeps ``value`` until its wait, so nothing is recorded for the allocator, which would keep the
         block from the next step's tensors. After an aborted step the copy may read what was reused: nobody reads it."""
-        result = empty_twin(value, _HOST, pinned=True)
+        result = empty_result(value, pinned=True)
         copy_span(result, value, non_blocking=True)
         self._ledger.downloaded(op.category, span_bytes(value))
         return result

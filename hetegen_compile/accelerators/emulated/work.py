@@ -11,7 +11,7 @@ from hetegen_compile.accelerators.base import Op
 from hetegen_compile.accelerators.emulated.aliases import AliasChecks
 from hetegen_compile.accelerators.emulated.clocks import Access, Clock
 from hetegen_compile.accelerators.emulated.values import UNFINISHED, DeviceTensor, Transfer, deferred_in
-from hetegen_compile.accelerators.geometry import copy_span, empty_twin, span_bytes
+from hetegen_compile.accelerators.geometry import copy_span, empty_result, empty_twin, span_bytes
 from hetegen_compile.accelerators.ledger import MemoryLedger
 
 HOST_DEVICE = torch.device("cpu")
@@ -70,15 +70,15 @@ class DeviceWork:
 
     def copy_down(self, op: Op, values: Sequence[DeviceTensor], transfer: Transfer) -> None:
         """Allocate host tensors and fill them from device tensors."""
-        twins = []
+        results = []
         for value in values:
             source = value.tensor()
             self.aliases.read(source, transfer.access, transfer.clock)
-            twin = empty_twin(source, HOST_DEVICE)
-            copy_span(twin, source)
-            twins.append(twin)
+            result = empty_result(source)
+            copy_span(result, source)
+            results.append(result)
             self._ledger.downloaded(op.category, span_bytes(source))
-        transfer.host_tensors = twins
+        transfer.host_tensors = results
 
     def call(self, op: Op, call: Call, issued: Issued) -> None:
         """Run a launch's function on the finished arguments and finish its results.
