@@ -35,6 +35,7 @@ from hetegen_compile.errors import ScheduleError
 from hetegen_compile.host_functions import host_function, in_place
 from hetegen_compile.host_kernels import bind_kernels
 from hetegen_compile.ir import info
+from hetegen_compile.linear_parts import join_parts, linear_rows, pad_parts
 from hetegen_compile.passes.context import Refusal
 from hetegen_compile.passes.findings import Work
 from hetegen_compile.passes.lower import CompiledSegment
@@ -242,7 +243,7 @@ class _Binder:
 
     def _partial(self, node: fx.Node) -> str:
         x, rows, bias, lo, hi, dim, axis = ir.linear_part(node)
-        cut = functools.partial(ir.linear_rows, lo=lo, hi=hi, dim=dim, axis=axis)
+        cut = functools.partial(linear_rows, lo=lo, hi=hi, dim=dim, axis=axis)
         function = self._constant("linear", cut)
         op = self._op(node, arguments=(x, rows, bias))
         return f"{node.name} = launch({op}, {function}, {self._text((x, rows, bias))})"
@@ -266,12 +267,12 @@ class _Binder:
             return f"{node.name} = {parts[0]}"
         if len(parts) == 1:  # an upload may be a view of the host's tensor, which nothing may write
             return f"{node.name} = launch({self._op(node)}, {self._constant('clone', torch.clone)}, ({parts[0]},))"
-        function = self._constant("join", functools.partial(ir.join_parts, dim=dim))
+        function = self._constant("join", functools.partial(join_parts, dim=dim))
         return f"{node.name} = launch({self._op(node)}, {function}, ({self._text(list(parts))},))"
 
     def _pad(self, node: fx.Node) -> str:
         x, parts, starts, columns = _arguments(node)
-        function = self._constant("pad", functools.partial(ir.pad_parts, starts=starts, columns=columns))
+        function = self._constant("pad", functools.partial(pad_parts, starts=starts, columns=columns))
         return f"{node.name} = launch({self._op(node)}, {function}, ({x}, {self._text(list(parts))}))"
 
     def _write_back(self, node: fx.Node) -> str:

@@ -35,8 +35,8 @@ from hetegen_compile.ir import (
     info,
     is_tensor,
     lazy_module,
-    whole_linear,
 )
+from hetegen_compile.linear_parts import whole_linear
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.levels import Levels

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hetegen_compile import ir
 from hetegen_compile.cost_model import KernelChoice
 from hetegen_compile.host_kernels.kernels import KERNELS, LINEAR, HostKernel
+from hetegen_compile.linear_parts import narrowed_operands
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class HostLinear:
             kernel = LINEAR  # autocast decides the dtype; the rest are cases that only torch defines
         if self.axis == 0:
             return kernel.run(x, rows, bias, self.lo, self.hi, self.dim)
-        x, bias = ir.narrowed_operands(x, bias, self.lo, self.hi, sums=self.dim == 0)
+        x, bias = narrowed_operands(x, bias, self.lo, self.hi, sums=self.dim == 0)
         return kernel.run(x, rows, bias, 0, rows.shape[0], self.dim)  # a whole Linear with fewer columns
 
     def kernel(self, tokens: int) -> HostKernel:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hetegen_compile import ir
 from hetegen_compile.errors import HostKernelUnavailableError
 from hetegen_compile.host_kernels.vectorised import DTYPES, library, vectorised_rows
+from hetegen_compile.linear_parts import linear_rows
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class HostKernel:
     Attributes:
         name: in profiles and reports.
         dtypes: of the weights that it takes.
-        run: (x, rows, bias, lo, hi, dim) -> result, as ``ir.linear_rows``.
+        run: (x, rows, bias, lo, hi, dim) -> result, as ``linear_rows``.
         prepare: makes it ready on this machine, once a process; raises HostKernelUnavailableError.
         multiple: what the columns of the rows must be a multiple of.
     """
@@ -55,7 +55,7 @@ INT8_COLUMNS = 16
 
 
 def int8_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int) -> Tensor:
-    """``ir.linear_rows`` for int8 weights as they are; a scale per row is the multiplication that follows.
+    """``linear_rows`` for int8 weights as they are; a scale per row is the multiplication that follows.
 
     Raises:
         HostKernelUnavailableError: weights [in, out], which torch has no kernel for, or columns that it reads beyond.
@@ -75,7 +75,7 @@ def _nothing() -> None:
     """Nothing to prepare."""
 
 
-LINEAR = HostKernel("F.linear", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ir.linear_rows, _nothing)
+LINEAR = HostKernel("F.linear", (torch.float32, torch.bfloat16, torch.float16, torch.float64), linear_rows, _nothing)
 VECTORISED = HostKernel("vectorised", DTYPES, vectorised_rows, library)
 INT8PACK = HostKernel("int8pack", (torch.int8,), int8_rows, _nothing, INT8_COLUMNS)
 
