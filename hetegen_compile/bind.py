@@ -35,6 +35,7 @@ from hetegen_compile.errors import ScheduleError
 from hetegen_compile.host_functions import host_function, in_place
 from hetegen_compile.host_kernels import bind_kernels
 from hetegen_compile.ir import info
+from hetegen_compile.last_uses import last_uses
 from hetegen_compile.linear_parts import join_parts, linear_rows, pad_parts
 from hetegen_compile.passes.context import Refusal
 from hetegen_compile.passes.findings import Work
@@ -101,7 +102,7 @@ class _Binder:
 
     def bind(self) -> BoundStep:
         self._accelerator.reserve_pinned(self._pinned_ring_bytes)
-        dying = _last_uses(self._module.graph)
+        dying = last_uses(self._module.graph)
         for node in self._module.graph.nodes:
             line = self._line(node)
             if line:
@@ -339,21 +340,3 @@ def _geometry(tensor: Tensor) -> Tensor:
 
 def _attribute(module: fx.GraphModule, target: str) -> Any:
     return functools.reduce(getattr, target.split("."), module)
-
-
-def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """For each node the values (itself, if nothing reads it) that nothing reads after it."""
-    order = {node: position for position, node in enumerate(graph.nodes)}
-    nodes = list(graph.nodes)
-    dying: dict[fx.Node, list[fx.Node]] = {}
-    for node in nodes:
-        if node.op == "output" or _makes_nothing(node):
-            continue
-        last = max(node.users, key=order.__getitem__, default=node)
-        dying.setdefault(last, []).append(node)
-    return dying
-
-
-def _makes_nothing(node: fx.Node) -> bool:
-    nothing = (ir.TWIN, ir.WRITE_BACK, ir.PREFETCH_AHEAD, ir.CAUGHT_UP)
-    return node.target in nothing or (node.op == "placeholder" and not node.users)
