@@ -14,6 +14,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
 from hetegen_compile.accelerators.cuda import beside_allocator_bytes
+from hetegen_compile.accelerators.cuda.gates import why_no_gates
 from hetegen_compile.calibration import cache_path, read_profile, this_machine
 from hetegen_compile.calibration.machine import (
     cpu_model,
@@ -23,6 +24,7 @@ from hetegen_compile.calibration.machine import (
     physical_memory_bytes,
     usable_cpus,
 )
+from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.options import format_bytes
 from hetegen_compile.registration import ENTRY_POINT, GROUP, NAME, Checkout
 
@@ -152,12 +154,21 @@ def _profile() -> Check:
     cuda = torch.cuda.is_available()
     machine = this_machine(cuda=cuda)
     path = cache_path(machine)
-    if path is not None and read_profile(path, machine) is not None:
-        return Check("ok", "measured profile", str(path))
+    profile = None if path is None else read_profile(path, machine)
+    if profile is not None:
+        return Check("ok", "measured profile", f"{path}{_issuing(profile) if cuda else ''}")
     if not cuda:
         return Check("ok", "measured profile", "none; not needed without a GPU: preset cpu-emulated")
     remedy = "hetegen calibrate measures now, else the first call does (less than a minute)"
     return Check("warn", "measured profile", "none for this machine and version of torch", remedy)
+
+
+def _issuing(profile: HardwareProfile) -> str:
+    """What the profile means for decode steps on a GPU."""
+    gate_us = profile.accelerator.gate_s * 1e6
+    if gate_us:
+        return f"; decode steps are issued ahead of the host's parts (a gate costs {gate_us:.1f} us)"
+    return f"; nothing is issued ahead of the host's parts: {why_no_gates() or 'it was no faster, or not measured'}"
 
 
 def _dotted(version: tuple[int, ...]) -> str:

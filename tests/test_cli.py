@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import OPTConfig
 
 from hetegen_compile import calibration, cli, doctor
 from hetegen_compile.calibration import Effort, calibrate
-from hetegen_compile.cost_model import HardwareProfile, preset_names, profile_from_json
+from hetegen_compile.cost_model import HardwareProfile, load_profile, preset_names, profile_from_json
 from hetegen_compile.doctor import Check, package
 from hetegen_compile.dry_run.models import DTYPES
 from hetegen_compile.errors import AcceleratorUnavailableError
@@ -147,6 +148,23 @@ def test_the_measured_profile_is_found_once_it_is_kept(tmp_path: Path) -> None:
     assert doctor._profile().finding.startswith("none")
     cli.main(["calibrate"])
     assert doctor._profile() == Check("ok", "measured profile", str(kept(tmp_path)[0]))
+
+
+@pytest.mark.parametrize(
+    ("gate_s", "why", "told"),
+    [
+        (4e-6, "", "issued ahead of the host's parts (a gate costs 4.0 us)"),
+        (0.0, "no driver", "nothing is issued ahead of the host's parts: no driver"),
+        (0.0, "", "nothing is issued ahead of the host's parts: it was no faster, or not measured"),
+    ],
+)
+def test_with_a_gpu_the_profile_says_whether_steps_are_issued_ahead(
+    monkeypatch: pytest.MonkeyPatch, gate_s: float, why: str, told: str
+) -> None:
+    profile = load_profile("h100-server")
+    profile = replace(profile, accelerator=replace(profile.accelerator, gate_s=gate_s))
+    monkeypatch.setattr(doctor, "why_no_gates", lambda: why)
+    assert doctor._issuing(profile).endswith(told)
 
 
 def test_a_gpu_without_a_profile_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
