@@ -49,13 +49,13 @@ class ModelWeights:
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._bytes = {storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
-        self._enough = sum(self._bytes.values()) / 2
+        self._left_bytes = sum(self._bytes.values())
+        self._enough_bytes = self._left_bytes / 2
 
     def lose(self, storages: Iterable[int]) -> bool:
         """Storages are gone; whether the model is."""
-        for key in storages:
-            self._bytes.pop(key, None)
-        return not self._bytes or sum(self._bytes.values()) < self._enough
+        self._left_bytes -= sum(self._bytes.pop(key, 0) for key in storages)
+        return not self._bytes or self._left_bytes < self._enough_bytes
 
     def move(self, places: Mapping[int, int]) -> None:
         """The contents of storages lie in others from now on (old identity to new)."""

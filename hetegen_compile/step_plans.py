@@ -95,7 +95,8 @@ class StepPlans:
             streamed = [inputs[i] for i in plan.bound.streamed]
             if host_memory.hold(streamed, lambda: list(graph.weight_tensors(inputs).values())):
                 if not plan.schedule.host_memory:
-                    self._watch(inputs)  # what was adopted lies in other storages
+                    if streamed:  # what was adopted lies in other storages
+                        self._watch(inputs)
                     plan.schedule.note_host_memory(host_memory.holdings(streamed), plan.bound.pinned_ring_bytes)
                 if model == graph.model_of(inputs):
                     return plan
@@ -117,12 +118,13 @@ class StepPlans:
     def lose(self, storages: Iterable[int]) -> bool:
         """Storages are gone: forget the models that are gone with them; whether there was one."""
         gone = {model for model, weights in self._models.items() if weights.lose(storages)}
-        for model in gone:
-            del self._models[model]
+        if not gone:
+            return False
+        self._models = {model: weights for model, weights in self._models.items() if model not in gone}
         parts = [part for part in (*self._buckets, *self._outdated) if part[1] in gone]
         self.runtime.ledger.leave(self, parts)
         self._forget(parts)
-        return bool(gone)
+        return True
 
     def storages_moved(self, places: Mapping[int, int]) -> None:
         """Weights lie in other storages from now on (old identity to new)."""

@@ -76,11 +76,13 @@ def _breaks_in_a_helper() -> nn.Module:
 
 
 MODELS: list[tuple[Callable[[], nn.Module], int]] = [
+    (Mlp, OTHER_REPEATS),
     (BreaksInForward, OTHER_REPEATS),
     (_breaks_in_a_helper, REPEATS),
     (BreaksInASubmodule, OTHER_REPEATS),
     (CompiledInside, OTHER_REPEATS),
 ]
+"""The first has no break: its steps start prefetches for the next one, which does not come."""
 
 
 class Watched:
@@ -138,7 +140,7 @@ def test_nothing_is_left_of_a_deleted_model(make: Callable[[], nn.Module], repea
         gc.collect()
         assert watched.all_gone
         assert _threads() == 0
-    assert len(backend.graphs) > 1
+    assert len(backend.graphs) > (0 if make is Mlp else 1)
 
 
 @pytest.mark.parametrize("make", [_breaks_in_a_helper, BreaksInASubmodule])

@@ -192,6 +192,7 @@ def test_resting_ends_the_threads_until_there_is_work() -> None:
         length = accelerator.counters.held_bytes["slots"]
         assert length > 0
         accelerator.launch(Op("queued"), fail, (accelerator.upload(Op("y"), torch.ones(1)),))
+        accelerator.prefetch_ahead(Op("ahead"), weights[0], accelerator.slot(0, weights[0].shape, torch.float32), ())
         accelerator.rest()
         accelerator.rest()
         assert not workers() - before
