@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -38,10 +39,12 @@ from hetegen_compile.ir import info
 from hetegen_compile.last_uses import last_uses
 from hetegen_compile.linear_parts import join_parts, linear_rows, pad_parts
 from hetegen_compile.passes.context import Refusal
+from hetegen_compile.passes.expressions import evaluate
 from hetegen_compile.passes.findings import Work
 from hetegen_compile.passes.lower import CompiledSegment
+from hetegen_compile.passes.resolve_sizes import size_inputs
 from hetegen_compile.passes.schedule import pinned_ring_bytes
-from hetegen_compile.passes.tensors import tensors_in
+from hetegen_compile.passes.tensors import symbols_of, tensors_in, to_expr
 
 logger = logging.getLogger("hetegen_compile")
 
@@ -232,8 +235,12 @@ class _Binder:
     def _to_accelerator(self, node: fx.Node) -> str:
         if not info(node).ahead:
             return self._plain(node)
-        sent = self._constant("like", [_geometry(tensor) for tensor in tensors_in(info(node).value)])
-        return f"{node.name} = deliver({self._op(node)}, {self._text(node.args[0])}, {sent})"
+        tensors = tensors_in(info(node).value)
+        symbols = sorted(set[sympy.Symbol]().union(*map(symbols_of, tensors)), key=str)
+        like = self._constant("like", functools.lru_cache(maxsize=4)(functools.partial(_like, tensors, symbols)))
+        sizes = size_inputs(self._module.graph)
+        given = ", ".join(f"inputs[{self._position[sizes[symbol]]}]" for symbol in symbols)
+        return f"{node.name} = deliver({self._op(node)}, {self._text(node.args[0])}, {like}({given}))"
 
     def _caught_up(self, node: fx.Node) -> str:
         return f"caught_up({self._op(node)}, {self._text(node.args[0])})"
@@ -334,8 +341,15 @@ def _narrowed(weight: fx.Node, ranges: Sequence[int], dim: int) -> str:
     return f"{weight}[:, {lo}:{hi}]" if dim else f"{weight}[{lo}:{hi}]"
 
 
-def _geometry(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+def _like(tensors: Sequence[Tensor], symbols: Sequence[sympy.Symbol], *sizes: int) -> list[Tensor]:
+    """Meta tensors of this geometry, where the symbols in it have these sizes."""
+    known = dict(zip(symbols, map(sympy.Integer, sizes), strict=True))
+    geometries = [(_sizes(tensor.shape, known), _sizes(tensor.stride(), known), tensor.dtype) for tensor in tensors]
+    return [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in geometries]
+
+
+def _sizes(sizes: Sequence[Any], known: Mapping[sympy.Symbol, sympy.Integer]) -> tuple[int, ...]:
+    return tuple(int(evaluate(to_expr(size), known)) for size in sizes)
 
 
 def _attribute(module: fx.GraphModule, target: str) -> Any:

@@ -17,8 +17,8 @@ Before:                                          After (``|`` marks what the wor
     y = join([a[0], s], 0)                           a = wait_accelerator(u)
     ...                                              y = join([a[0], s], 0)
 
-A trip is left to the issuing thread if it is larger than what the accelerator reads in place, if its sizes are not
-numbers (a decode step's are), or if anything in it is written in place or needed by the host otherwise.
+A trip is left to the issuing thread if it is larger than what the accelerator reads in place (a prefill's is), if its
+sizes depend on data, or if anything in it is written in place or needed by the host otherwise.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from torch import Tensor, fx
+import sympy
+from torch import fx
 
 from hetegen_compile import ir
 from hetegen_compile.ir import annotate, info
 from hetegen_compile.passes.context import Context, Refusal
-from hetegen_compile.passes.tensors import tensors_in
+from hetegen_compile.passes.resolve_sizes import size_inputs
+from hetegen_compile.passes.tensors import symbols_of, tensor_bytes, tensors_in
 
 WINDOW = 2
 """Trips that the issuing thread is ahead of the worker at most: one that is computed and one that waits for it."""
@@ -48,7 +50,7 @@ def issue_ahead(module: fx.GraphModule, context: Context) -> None:
     if not issues_ahead(context):
         context.refuse(Refusal("issuing ahead of the host's parts", context.cannot_issue_ahead or _LEAN))
         return
-    _give_to_worker(module.graph, _trips(module.graph, _worker_nodes(module.graph)))
+    _give_to_worker(module.graph, _trips(module.graph, _worker_nodes(module.graph, context)))
 
 
 def issues_ahead(context: Context) -> bool:
@@ -62,12 +64,13 @@ def _is_wanted(context: Context) -> bool:
     return bool(context.profile.accelerator.gate_s) if wanted == "auto" else wanted
 
 
-def _worker_nodes(graph: fx.Graph) -> dict[fx.Node, None]:
+def _worker_nodes(graph: fx.Graph, context: Context) -> dict[fx.Node, None]:
     """Host parts, what the host computes between them, and the transfers up of their results, in issue order."""
+    sizes = frozenset(size_inputs(graph))
     written = ir.written_storages(graph.nodes)
     found: dict[fx.Node, None] = {}
     for node in graph.nodes:
-        if _may_compute(node, found) or _may_send(node, found):
+        if _may_compute(node, found) or _may_send(node, found, sizes, context):
             operands = _values_behind(node)
             if not any(info(one).storages & written for one in (node, *operands)):
                 found[node] = None
@@ -84,16 +87,13 @@ def _may_compute(node: fx.Node, found: dict[fx.Node, None]) -> bool:
     return pure and own and any(operand in found for operand in node.all_input_nodes)
 
 
-def _may_send(node: fx.Node, found: dict[fx.Node, None]) -> bool:
-    """A transfer up of nothing but the worker's results, of sizes that are numbers, read in place."""
+def _may_send(node: fx.Node, found: dict[fx.Node, None], sizes: frozenset[sympy.Expr], context: Context) -> bool:
+    """A transfer up of nothing but the worker's results, of sizes that the graph is called with, read in place."""
     if node.target != ir.TO_ACCELERATOR or not all(operand in found for operand in node.all_input_nodes):
         return False
     tensors = tensors_in([info(operand).value for operand in node.all_input_nodes])
-    return all(map(_is_fixed, tensors)) and 0 < sum(t.nbytes for t in tensors) <= ir.VIEWED_UPLOAD_BYTES
-
-
-def _is_fixed(tensor: Tensor) -> bool:
-    return all(type(size) is int for size in (*tensor.shape, *tensor.stride()))
+    known = all(symbols_of(tensor) <= sizes for tensor in tensors)
+    return known and 0 < sum(context.room(tensor_bytes(tensor)) for tensor in tensors) <= ir.VIEWED_UPLOAD_BYTES
 
 
 def _values_behind(node: fx.Node) -> Iterator[fx.Node]:

@@ -27,9 +27,14 @@ def tensor_bytes(tensor: Tensor) -> sympy.Expr:
     return to_expr(tensor.numel()) * tensor.element_size()
 
 
+def symbols_of(tensor: Tensor) -> set[sympy.Symbol]:
+    """The symbols in the tensor's sizes and strides."""
+    return set[sympy.Symbol]().union(*(to_expr(size).free_symbols for size in (*tensor.shape, *tensor.stride())))
+
+
 def storage_id(tensor: Tensor) -> int:
     """Identity of the tensor's storage while that is alive."""
     return int(tensor.untyped_storage()._cdata)
 
 
-__all__ = ["storage_id", "tensor_bytes", "tensors_in", "to_expr"]
+__all__ = ["storage_id", "symbols_of", "tensor_bytes", "tensors_in", "to_expr"]

@@ -68,6 +68,15 @@ def test_generation_is_the_same_for_every_seed_and_as_in_turn(name: str, cache: 
     assert_offloaded(backend, new_schedules(known), options, weights_change=True)
 
 
+def test_sizes_may_vary() -> None:
+    """Sequences that come and go: the graph has a symbol, of which the worker's results have their sizes."""
+    model = Mlp().eval()
+    backend = compiled(model)
+    for sequences in (2, 3, 5, 4, 2, 5):
+        like_eager(model, random(sequences, 64))
+    assert any("deliver(" in source and "(inputs[" in source for source in sources(backend))
+
+
 def test_host_parts_are_traced_as_the_workers_and_stand_in_the_table() -> None:
     model = Mlp().eval()
     backend = compiled(model)

@@ -122,10 +122,15 @@ def large(x: Tensor) -> Any:
     return LAYERS[1](LAYERS[0](x).relu())
 
 
+def picked(x: Tensor) -> Any:
+    return LAYERS[1](LAYERS[0](x[x[:, 0].nonzero().flatten()]).relu())
+
+
+DATA_DEPENDENT = {"capture_dynamic_output_shape_ops": True}
 LEFT_ALONE: dict[str, tuple[Callable[..., Any], Tensor, dict[str, Any]]] = {
     "what comes down is written in place": (written, X, {}),
     "more than the accelerator reads in place": (large, torch.randn(4096, WIDTH), {}),
-    "sizes that are symbols": (large, torch.randn(3, WIDTH), {"dynamic": True}),
+    "sizes that depend on data": (picked, torch.randn(6, WIDTH), {"dynamo": DATA_DEPENDENT}),
 }
 
 
@@ -135,7 +140,7 @@ def test_left_to_the_issuing_thread(what: str) -> None:
     found = ahead(function, x, **options)
     mine = [node for node in found.nodes(ir.HOST_LINEAR) if not info(node).ahead]
     assert mine
-    if function is large:
+    if function is not written:
         assert not workers(found)
         assert not found.nodes(ir.CAUGHT_UP)
     found.apply(verify)
@@ -159,6 +164,12 @@ def test_where_nothing_is_issued_ahead(changes: dict[str, Any], told: list[str])
 
 def test_the_option_asks_for_it_where_no_gate_was_measured() -> None:
     assert workers(ahead(profile=PROFILE, issue_ahead=True))
+
+
+def test_sizes_that_the_graph_is_called_with() -> None:
+    found = ahead(large, torch.randn(3, WIDTH), dynamic=True)
+    assert len(of(found, ir.TO_ACCELERATOR)) == 2
+    found.apply(verify)
 
 
 def test_a_graph_without_host_parts() -> None:
