@@ -156,6 +156,22 @@ def test_nothing_is_left_of_models_with_backends_of_their_own(make: Callable[[],
     assert any(graph() is not None for graph in kept), "Dynamo lets go of them now: this test asks for nothing any more"
 
 
+def test_a_model_that_is_compiled_again_and_again() -> None:
+    """It lives on and Dynamo keeps all of its graphs: they share what they have."""
+    model, held = _breaks_in_a_helper().eval(), []
+    for _ in range(1 + OTHER_REPEATS):
+        model._compiled_call_impl = None
+        watched = _used(model, RecordingBackend())
+        gc.collect()
+        held.append(watched.held_bytes)
+        assert watched.counters.peak_bytes <= BUDGET
+        assert _threads() == 4
+    assert max(held) == held[0]
+    del model
+    gc.collect()
+    assert watched.all_gone
+
+
 class _BreakingMlp(nn.Module):
     """In the place of a transformers model's MLP."""
 
