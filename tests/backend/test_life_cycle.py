@@ -49,7 +49,8 @@ def _same(model: nn.Module) -> nn.Module:
 def test_memory_and_threads_level_off(between: Callable[[nn.Module], nn.Module]) -> None:
     """Dynamo reset, the model compiled again: 20 times each. (Deleted models: ``test_deleted_models``.)"""
     torch.manual_seed(0)
-    model, x = Mlp(2, 256).eval(), random(3, 256)
+    model: nn.Module = Mlp(2, 256).eval()
+    x = random(3, 256)
     held, threads, resident = [], [], []
     accelerators: list[weakref.ref[Any]] = []
     for _ in range(REPEATS):
