@@ -103,7 +103,8 @@ def test_a_copy_that_fails_names_its_node_and_the_next_call_works(
     backend = _compiled(model)
     for _ in range(steps):
         _assert_like_eager(model, random(3, 64))
-    failed, copy = list[str](), DeviceWork.fill_slot
+    failed: list[str] = []
+    copy = DeviceWork.fill_slot
 
     def fail(self: DeviceWork, op: Op, *args: Any) -> None:
         if not failed:

@@ -242,7 +242,6 @@ def test_a_deleted_model_leaves_nothing_pinned(limited: Any, tmp_path: Path) -> 
         _call(model)
         assert open_runtime.accelerator.pinned_bytes >= before + 3 * WEIGHT_BYTES
         del model
-        torch._dynamo.reset()
         gc.collect()
         assert open_runtime.accelerator.pinned_bytes == before
     assert len(open_runtime.host_memory._held) <= 4 + 4

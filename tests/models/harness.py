@@ -97,12 +97,16 @@ class RecordingBackend:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a compared run leaves for further assertions."""
+    """What a compared run leaves for further assertions.
+
+    ``model`` is there so that it is alive: a model that is gone has nothing on the accelerator any more.
+    """
 
     eager: Any
     compiled: Any
     backend: RecordingBackend
     schedules: tuple[Schedule, ...]
+    model: nn.Module
 
 
 def compiled_like_eager(
@@ -143,7 +147,7 @@ def compiled_like_eager(
     (compare or assert_like_eager)(result, expected)
     if offloads:
         assert_offloaded(backend, schedules, options, weights_change=weights_change)
-    return Comparison(expected, result, backend, schedules)
+    return Comparison(expected, result, backend, schedules, model)
 
 
 @contextmanager

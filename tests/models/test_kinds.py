@@ -12,6 +12,8 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertModel,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
     MixtralConfig,
@@ -19,6 +21,8 @@ from transformers import (
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 from tests.models.architectures import prompts
@@ -55,6 +59,22 @@ def _mixtral() -> PreTrainedModel:
     return MixtralForCausalLM(MixtralConfig(num_hidden_layers=1, **experts, **WIDTHS))
 
 
+def _falcon_h1() -> PreTrainedModel:
+    """A state space and attention beside each other in a layer."""
+    space: dict[str, Any] = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16}
+    return FalconH1ForCausalLM(FalconH1Config(num_hidden_layers=1, mamba_chunk_size=8, **space, **WIDTHS))
+
+
+def _whisper() -> PreTrainedModel:
+    heads: dict[str, Any] = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_start_token_id": 1}
+    sizes: dict[str, Any] = {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "num_mel_bins": 8}
+    layers: dict[str, Any] = {"encoder_layers": 1, "decoder_layers": 1, "max_source_positions": 16}
+    tokens: dict[str, Any] = {"suppress_tokens": None, "begin_suppress_tokens": None}
+    return WhisperForConditionalGeneration(
+        WhisperConfig(max_target_positions=32, **layers, **heads, **sizes, **tokens, **SIZES)
+    )
+
+
 def _scaled(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     torch.manual_seed(0)
     model: PreTrainedModel = make().eval()
@@ -82,6 +102,34 @@ def test_generates_what_eager_generates(make: Callable[[], PreTrainedModel], bud
     gpu_memory = round(2 * half_the_weights(model) * budget)
     found = compiled_like_eager(model, run, options=emulated(gpu_memory=gpu_memory))
     assert found.eager[1].std(0).max() > 0.01, "each step has other logits"
+
+
+def test_states_of_other_batches_from_call_to_call() -> None:
+    """One prompt, then two with padding on the left: states and caches begin anew."""
+    model = _scaled(_falcon_h1)
+    lengths: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+
+    def run() -> list[Any]:
+        return [model.generate(**prompts(batch), **lengths) for batch in (1, 2)]  # type: ignore[operator]
+
+    found = compiled_like_eager(model, run, options=emulated(gpu_memory=2 * half_the_weights(model)))
+    assert len(found.eager[1][:, -3:].unique()) >= 3
+
+
+def test_what_hears() -> None:
+    """Whisper generates through a method of its own; its decoder's cross attention is cached."""
+    model = _scaled(_whisper)
+    features = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(1))
+
+    def run() -> Any:
+        found = model.generate(  # type: ignore[operator]
+            features, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, return_dict_in_generate=True,
+            output_logits=True,
+        )  # fmt: skip
+        return [found.sequences, torch.stack(found.logits)]
+
+    found = compiled_like_eager(model, run, options=emulated(gpu_memory=half_the_weights(model) * 3 // 4))
+    assert found.eager[1].std(0).max() > 0.01
 
 
 def test_an_encoder_with_sentences_of_different_length() -> None:

@@ -68,11 +68,15 @@ class PinThread:
             self.submit("synchronize", _nothing).done.wait()
 
     def close(self) -> None:
-        """End the thread after what is queued."""
+        """End the thread after what is queued; the next job starts another one.
+
+        The thread itself may call this (it let go of a model's last tensor): it ends afterwards.
+        """
         if self._thread is not None:
             self._queue.put(None)
-            self._thread.join()
-            self._thread = None
+            if self._thread is not threading.current_thread():
+                self._thread.join()
+            self._thread, self._queue = None, queue.SimpleQueue()
 
 
 def copy_rows(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -315,9 +315,9 @@ class EmulatedAccelerator(Accelerator):
 
     def rest(self) -> None:
         if self.usable:
-            self._engine.abort()
-            self._free_ring("rest")
             self._engine.rest()
+            self._hazards.clocks.join()
+            self._hazards.restart("rest")
             self._free_rings()
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 import weakref
+from dataclasses import replace
 
 import torch
 
@@ -160,11 +161,14 @@ class Engine:
         return error
 
     def rest(self) -> None:
-        """End the threads, which pass over what is still queued; the next task starts them again."""
+        """End the threads, which pass over what is still queued; the next task starts others.
+
+        One of them may call this (it let go of a model's last tensor): it ends later, and what it shares is its own.
+        """
         self._stop()
         self._streams = {}
-        self._shared.failure = None
-        self._shared.aborting = False
+        self._shared = replace(self._shared, failure=None, aborting=False)
+        self.leave_step()
 
     def close(self) -> bool:
         """Stop the threads; False if it was closed already."""

@@ -13,6 +13,7 @@ import torch
 
 from hetegen_compile.accelerators import CudaAccelerator, Op
 from hetegen_compile.accelerators.cuda import prefetches
+from hetegen_compile.accelerators.cuda.staging import PinThread
 from hetegen_compile.errors import AcceleratorError, ScheduleError, SlotInUseError
 from tests.accelerators import fake_cuda
 from tests.accelerators.fake_cuda import LOG
@@ -144,3 +145,14 @@ def test_spans_of_the_pin_thread(accelerator: CudaAccelerator) -> None:
     fetched = accelerator.prefetch(Op("w"), accelerator.stage(Op("s"), torch.ones(4), pinned, ()), slot, ())
     accelerator.wait(Op("a"), fetched)
     assert {span.name: span.resource for span in accelerator.trace(False)} == {"s": "pin", "w": "up"}
+
+
+def test_the_pin_thread_may_end_itself_and_is_started_again() -> None:
+    """A finalizer runs where the last reference goes, which may be a job of the thread."""
+    ran: list[str] = []
+    thread = PinThread(lambda: ran.append("prepared"))
+    thread.submit("first", thread.close).result()
+    thread.submit("second", lambda: ran.append("second")).result()
+    thread.close()
+    thread.close()
+    assert ran == ["prepared", "prepared", "second"]

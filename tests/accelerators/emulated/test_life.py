@@ -204,6 +204,27 @@ def test_resting_ends_the_threads_until_there_is_work() -> None:
     assert not accelerator.usable
 
 
+def test_a_worker_may_send_it_to_rest() -> None:
+    """A finalizer runs in the thread that lets go of the last reference, which may be a worker's."""
+    before, weights, x, done = workers(), make_weights(3), torch.randn(2, WIDTH), threading.Event()
+    accelerator = EmulatedAccelerator(seed=3)
+    layers = SplitLayers(accelerator, weights)
+    length = accelerator.counters.held_bytes["slots"]
+
+    def rest() -> torch.Tensor:
+        accelerator.rest()
+        done.set()
+        return torch.ones(1)
+
+    accelerator.launch(Op("rest"), rest, ())
+    assert done.wait(60)
+    for worker in workers() - before:
+        worker.join(60)
+    accelerator.reserve_ring(length)
+    torch.testing.assert_close(layers.step(x), run_eager(weights, x))
+    accelerator.close()
+
+
 def test_a_forgotten_accelerator_ends_its_threads() -> None:
     before = workers()
     accelerator = EmulatedAccelerator()
