@@ -316,6 +316,22 @@ def test_a_worker_that_was_ended_is_started_again() -> None:
     assert found == [2, 2]
 
 
+def test_a_worker_may_end_itself() -> None:
+    thread = Worker(lambda: None)
+    thread.begin()
+    first = thread._thread
+    assert first is not None
+    thread.submit(thread.close)
+    first.join(10)
+    assert not first.is_alive()
+    found: list[str] = []
+    thread.begin()
+    thread.submit(lambda: found.append(threading.current_thread().name))
+    thread.drain()
+    assert found == ["hetegen-worker"]
+    thread.close()
+
+
 def test_a_worker_ends_when_its_owner_is_gone() -> None:
     owner = Worker(lambda: None)
     owner.begin()

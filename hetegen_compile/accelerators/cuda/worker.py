@@ -46,6 +46,7 @@ class Worker:
     def __init__(self, prepare: Callable[[], None]) -> None:
         self._shared = _Shared(prepare)
         self._thread: threading.Thread | None = None
+        self._end: weakref.finalize[..., Worker] | None = None
         self._threads = 0
 
     def begin(self) -> None:
@@ -53,7 +54,7 @@ class Worker:
         if self._thread is None:
             self._thread = threading.Thread(target=_run, args=(self._shared,), name="hetegen-worker", daemon=True)
             self._thread.start()
-            weakref.finalize(self, self._shared.jobs.put, None)
+            self._end = weakref.finalize(self, self._shared.jobs.put, None)
         self._shared.modes = Modes.current()
         threads = torch.get_num_threads()
         if threads != self._threads:
@@ -93,11 +94,16 @@ class Worker:
             self._shared.failure = None
 
     def close(self) -> None:
-        """End the thread after what is queued; another is started with the next step."""
+        """End the thread after what is queued; another is started with the next step.
+
+        The worker itself may come here: whoever drops the last of a model's tensors sends its accelerator to rest.
+        """
         if self._thread is not None:
-            self._shared.jobs.put(None)
-            self._thread.join()
-            self._thread = None
+            assert self._end is not None, "it came with the thread"
+            self._end()
+            if self._thread is not threading.current_thread():
+                self._thread.join()
+            self._thread, self._shared = None, _Shared(self._shared.prepare)
             self._threads = 0
 
     def _do(self, work: Callable[[], None]) -> None:
