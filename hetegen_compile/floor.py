@@ -168,15 +168,15 @@ def _threads_s(
 ) -> float:
     """What the host's thread does at least: its operations, issuing segments and Linears, and its parts.
 
-    Beside a worker, which may do its operations, too, there are two such threads.
+    Beside a worker, which may do its operations, too, there are two such threads: the busier one has half of it all.
     """
     segments = module.graph.find_nodes(op="call_module")
     own_s = sum(_seconds(node, "host", context) for node in module.graph.nodes if node not in linears)
     issuing_s = sum(issue_s(segment, context) for segment in segments if segment not in blocks.segments)
     linear_s = context.profile.accelerator.issuing_s(segment=False)
     if issues_ahead(context):
-        alone = _host_trips(linears, blocks, context, 0.0)
-        return max(relax(Chain(tuple(alone), 0.0)).bound_s, own_s + issuing_s)
+        alone_s = relax(Chain(tuple(_host_trips(linears, blocks, context, 0.0)), 0.0)).bound_s
+        return max(alone_s, issuing_s, (alone_s + own_s + issuing_s) / 2)
     return relax(Chain(tuple(_host_trips(linears, blocks, context, linear_s)), own_s + issuing_s)).bound_s
 
 

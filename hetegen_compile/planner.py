@@ -19,7 +19,7 @@ from hetegen_compile.graph_inputs import number, sequence_shape, token_count
 from hetegen_compile.options import Options, format_bytes
 from hetegen_compile.passes import choose_splits
 from hetegen_compile.passes.context import Bucket, Context, Refusal, SegmentCache, require
-from hetegen_compile.passes.issue_ahead import issues_ahead
+from hetegen_compile.passes.issue_ahead import NO_ROOM_AHEAD, issues_ahead
 from hetegen_compile.passes.plans import ACTIVATIONS, Splits
 from hetegen_compile.pipeline import ONCE_PER_SPLIT, Stage
 from hetegen_compile.plan_report import blocks_apart, linear_sites, report_on
@@ -28,8 +28,6 @@ from hetegen_compile.trials import Trials
 from hetegen_compile.within_budget import ResidencySearch
 
 logger = logging.getLogger("hetegen_compile")
-
-_NO_ROOM = "there is no room for the activations that downloads on their way to the worker keep"
 
 
 class Planner:
@@ -85,6 +83,7 @@ class Planner:
             base.context, sizes=sizes, budget_bytes=target.budget_bytes, resident=target.resident, weights=weights,
             overhead_bytes=target.overhead_bytes, host_memory=target.host_memory,
             activation_bytes=None, lean=False, options=self._options, residency=None,
+            cannot_issue_ahead=target.cannot_issue_ahead,
         )  # fmt: skip
         return self._decided(context, target.kind, base)
 
@@ -107,7 +106,7 @@ class Planner:
         context = replace(base.context, options=replace(self._options, split=split))
         module, done = _finished(base.module, context, stages, trials)
         if _excess_bytes(done) > 0 and issues_ahead(context):
-            module, done = _finished(base.module, replace(context, cannot_issue_ahead=_NO_ROOM), stages, trials)
+            module, done = _finished(base.module, replace(context, cannot_issue_ahead=NO_ROOM_AHEAD), stages, trials)
         done = done.refusing("blocks apart", blocks_apart(done))
         if _excess_bytes(done) > 0:
             raise BudgetError(

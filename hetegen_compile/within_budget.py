@@ -18,6 +18,7 @@ from hetegen_compile.ir import copy_module
 from hetegen_compile.passes import choose_splits
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import MemoryNeed
+from hetegen_compile.passes.issue_ahead import NO_ROOM_AHEAD, issues_ahead
 from hetegen_compile.passes.plans import ACTIVATIONS, Splits
 from hetegen_compile.pipeline import DECISIONS, GROUPING, NORMALISATION, UNTIL_MEASURED, run_pipeline
 from hetegen_compile.planned import BucketPlan, Graphs
@@ -47,6 +48,9 @@ class ResidencySearch:
         found = None
         with contextlib.suppress(BudgetError):  # an estimate may ask for too much
             found = self._settled(replace(context, activation_bytes=self._needed.get(made_for)), base)
+        if found is None and issues_ahead(context):
+            with contextlib.suppress(BudgetError):
+                found = self._settled(replace(context, cannot_issue_ahead=NO_ROOM_AHEAD, activation_bytes=None), base)
         graphs, done = found if found is not None else self._within_tight_budget(context, base)
         self._needed[made_for] = require(done.memory, "measure_memory").peak_bytes(done.room)
         return graphs, done

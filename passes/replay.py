@@ -139,6 +139,8 @@ class Replay:
         elif operation.gives is Gives.NEW:
             self.held.make(node, side_of(lane), access, ())
         elif node.target == ir.CAUGHT_UP:
+            if waited[0].access.lane != WORKER:
+                raise fault(node, f"waits for {name_of(waited[0].node)}, which the worker does not send", "none")
             self._worker_has_read(waited[0].access)
 
     def _worker_has_read(self, sent: Access | None) -> None:

@@ -36,11 +36,13 @@ class Promise:
 
 
 def kept_in(argument: Any) -> Any:
-    """An argument with the values of all promises in it, also in lists, tuples and dicts."""
+    """An argument with the values of all promises in it, also in lists, tuples, dicts and slices."""
     if isinstance(argument, Promise):
         return argument.kept()
     if isinstance(argument, list) or type(argument) is tuple:
         return type(argument)(map(kept_in, argument))
+    if isinstance(argument, slice):
+        return slice(kept_in(argument.start), kept_in(argument.stop), kept_in(argument.step))
     if isinstance(argument, dict):
         return {key: kept_in(value) for key, value in argument.items()}
     return argument

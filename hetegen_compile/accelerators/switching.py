@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import sys
+import threading
 
 INTERVAL_S = 1e-5
 """While a step's threads wait for each other: at Python's default a hand-off to a busy thread takes milliseconds."""
 
+_lock = threading.Lock()
+_inside: dict[int, float] = {}
+"""The steps under way, by the identity of their ``QuickSwitching``, with the interval before the first of them."""
+
 
 class QuickSwitching:
-    """Lets threads of the interpreter take turns quickly between ``enter`` and ``leave``; process-wide."""
+    """Lets threads of the interpreter take turns quickly between ``enter`` and ``leave``; process-wide.
 
-    def __init__(self) -> None:
-        self._before: float | None = None
+    With steps on several accelerators the last one that leaves gives the interpreter its own interval back.
+    """
 
     def enter(self) -> None:
         """Switch quickly from here on."""
-        if self._before is None:
-            self._before = sys.getswitchinterval()
-        sys.setswitchinterval(INTERVAL_S)
+        with _lock:
+            _inside.setdefault(id(self), next(iter(_inside.values()), sys.getswitchinterval()))
+            sys.setswitchinterval(INTERVAL_S)
 
     def leave(self) -> None:
-        """Give the interpreter its own interval back."""
-        if self._before is not None:
-            sys.setswitchinterval(self._before)
-            self._before = None
+        """This step is over."""
+        with _lock:
+            before = _inside.pop(id(self), None)
+            if before is not None and not _inside:
+                sys.setswitchinterval(before)
 
 
 __all__ = ["INTERVAL_S", "QuickSwitching"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,8 +17,9 @@ from hetegen_compile.ir import annotate, info
 from hetegen_compile.passes import carry_prefetches, issue_ahead, measure_memory, predict_step, verify
 from hetegen_compile.passes.happens_before import LANES
 from hetegen_compile.passes.issue_ahead import WINDOW
+from hetegen_compile.passes.plans import LinearPlan
 from hetegen_compile.passes.predict_step import WORKER
-from tests.passes.graphs import PROFILE, Case, halves, on_host, quarters, scheduled, streamed
+from tests.passes.graphs import PROFILE, Case, halves, on_host, quarters, resident, scheduled, streamed
 
 WIDTH = 64
 LAYERS = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(5)])
@@ -75,6 +77,32 @@ def test_the_issuing_thread_is_two_trips_ahead_at_most() -> None:
     assert [node.args[0] for node in caught] == sent[:-WINDOW]
     for node, later in zip(caught, sent[WINDOW:], strict=True):
         assert place[sent[sent.index(later) - 1]] < place[node] < place[later]
+
+
+def test_a_run_of_launches_behind_a_gate_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two split Linears, then many that are resident: nothing else would let the issuing thread catch up."""
+    many = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(20)])
+
+    def long(x: Tensor) -> Tensor:
+        for layer in many:
+            x = layer(x).relu()
+        return x
+
+    def split_first(rows: int) -> LinearPlan:
+        made.append(rows)
+        return halves(rows) if len(made) <= 2 else resident(rows)
+
+    made: list[int] = []
+    assert not ahead(long, X, plan=split_first).nodes(ir.CAUGHT_UP)
+    made.clear()
+    monkeypatch.setattr(importlib.import_module("hetegen_compile.passes.issue_ahead"), "LAUNCHES", 12)
+    found = ahead(long, X, plan=split_first)
+    (caught,) = found.nodes(ir.CAUGHT_UP)
+    assert caught.args[0] is of(found, ir.TO_ACCELERATOR)[-1]
+    (wait,) = [user for user in caught.args[0].users if user.target == ir.WAIT_ACCELERATOR]
+    between = list(found.module.graph.nodes)[places(found)[wait] + 1 : places(found)[caught]]
+    assert 6 <= sum(node.op == "call_module" or node.target == ir.PARTIAL_LINEAR for node in between) <= 12
+    found.apply(verify)
 
 
 def test_it_computes_what_it_did() -> None:

@@ -3,6 +3,8 @@
 Until a step has run once the issuing thread itself waits where gates would be: what runs for the first time loads code,
 for which the driver may wait for all that was issued, with a lock of the interpreter that the worker needs.
 
+Device tensors die on the issuing thread only: torch's allocator may be waiting for the device then, with its lock held.
+
 A result goes up as any small upload does, through a pinned buffer that kernels read where it lies. The buffer is lent
 when the transfer is issued; the worker fills it and opens the gate that the compute stream waits at.
 """
@@ -10,7 +12,9 @@ when the transfer is issued; the worker fills it and opens the gate that the com
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -39,6 +43,7 @@ class Ahead:
         self._switching = QuickSwitching()
         self._worker = Worker(partial(torch.cuda.set_device, streams.device))
         self._gates: Gates | None = None
+        self._given: deque[CudaTransfer] = deque()
         self._begun = False
         self._gated = False
 
@@ -71,7 +76,17 @@ class Ahead:
 
     def _leave(self) -> None:
         self._begun = False
+        self._let_go()
         self._switching.leave()
+
+    def _let_go(self, sent: CudaTransfer | None = None) -> None:
+        """The worker is through with all that was given to it, or up to what it has sent: downloads keep their source
+        until then."""
+        while self._given:
+            transfer = self._given.popleft()
+            transfer.source = None
+            if transfer is sent:
+                break
 
     def raise_failure(self) -> None:
         """Raise what the worker has raised in this step."""
@@ -84,16 +99,16 @@ class Ahead:
         transfer = started(op, transfer, ("to_host",))
         if not self._begun:
             self._begin()
+        assert transfer.event is not None, "every download records its event"
         promise = Promise(op.name)
-        self._worker.submit(partial(self._receive, op, transfer, promise))
+        self._given.append(transfer)
+        self._worker.submit(partial(self._receive, op, transfer.event, transfer.value, promise))
         return promise
 
-    def _receive(self, op: Op, transfer: CudaTransfer, promise: Promise) -> None:
-        assert transfer.event is not None, "every download records its event"
+    def _receive(self, op: Op, event: torch.cuda.Event, value: Any, promise: Promise) -> None:
         with self._streams.work(op):
-            transfer.event.synchronize()
-        transfer.source = None
-        promise.keep(transfer.value)
+            event.synchronize()
+        promise.keep(value)
 
     def host_ahead(
         self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -118,10 +133,12 @@ class Ahead:
         if self._gates is None:
             self._gates = Gates()
         buffers, values = self._lending.lend_empty(like)
-        number = self._gates.number()
-        send, sent = partial(_send, op, promises, buffers), threading.Event()
-        self._worker.submit(send, finally_=partial(self._gates.open, number), done=sent)
-        return CudaTransfer(op.name, "to_accelerator", values, None, gate=number, sent=sent)
+        number, sent = self._gates.number(), threading.Event()
+        sending = _Sending(op, promises, buffers, partial(self._gates.open, number))
+        self._worker.submit(sending.send, finally_=sending.end, done=sent)
+        transfer = CudaTransfer(op.name, "to_accelerator", values, None, gate=number, sent=sent)
+        self._given.append(transfer)
+        return transfer
 
     def wait(self, op: Op, transfer: CudaTransfer) -> None:
         """The compute stream waits for what the worker sends."""
@@ -137,11 +154,33 @@ class Ahead:
             raise ScheduleError(f"{op.name} waits for {transfer.node}, which the worker does not send")
         transfer.sent.wait()
         self._worker.raise_failure()
+        if transfer in self._given:
+            self._let_go(transfer)
 
 
-def _send(op: Op, promises: Sequence[Promise], buffers: Sequence[torch.Tensor]) -> None:
-    for promise, buffer in zip(promises, buffers, strict=True):
-        buffer.copy_(as_promised(op.name, promise.kept(), buffer))
+@dataclass
+class _Sending:
+    """Results on their way into lent buffers, and the gate behind which they are read: it opens in any case."""
+
+    op: Op
+    promises: Sequence[Promise]
+    buffers: Sequence[torch.Tensor]
+    open_gate: Callable[[], None]
+    complete: bool = False
+
+    def send(self) -> None:
+        """Fill the buffers."""
+        for promise, buffer in zip(self.promises, self.buffers, strict=True):
+            buffer.copy_(as_promised(self.op.name, promise.kept(), buffer))
+        self.complete = True
+
+    def end(self) -> None:
+        """What waits goes on; after a failure with zeros, since indices of an earlier step may be out of range."""
+        try:
+            for buffer in () if self.complete else self.buffers:
+                buffer.zero_()
+        finally:
+            self.open_gate()
 
 
 __all__ = ["Ahead"]

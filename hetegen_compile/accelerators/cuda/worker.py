@@ -33,7 +33,6 @@ class Job:
 class _Shared:
     """What the thread and its owner both see. ``modes`` are torch's of the step under way."""
 
-    prepare: Callable[[], None]
     jobs: queue.SimpleQueue[Job | None] = field(default_factory=queue.SimpleQueue)
     modes: Modes | None = None
     failure: BaseException | None = None
@@ -44,7 +43,8 @@ class Worker:
     """The thread, started with the first step that gives it something; ``prepare`` is what it does first."""
 
     def __init__(self, prepare: Callable[[], None]) -> None:
-        self._shared = _Shared(prepare)
+        self._prepare = prepare
+        self._shared = _Shared()
         self._thread: threading.Thread | None = None
         self._end: weakref.finalize[..., Worker] | None = None
         self._threads = 0
@@ -54,6 +54,7 @@ class Worker:
         if self._thread is None:
             self._thread = threading.Thread(target=_run, args=(self._shared,), name="hetegen-worker", daemon=True)
             self._thread.start()
+            self.submit(self._prepare)
             self._end = weakref.finalize(self, self._shared.jobs.put, None)
         self._shared.modes = Modes.current()
         threads = torch.get_num_threads()
@@ -103,7 +104,7 @@ class Worker:
             self._end()
             if self._thread is not threading.current_thread():
                 self._thread.join()
-            self._thread, self._shared = None, _Shared(self._shared.prepare)
+            self._thread, self._shared = None, _Shared()
             self._threads = 0
 
     def _do(self, work: Callable[[], None]) -> None:
@@ -114,7 +115,6 @@ class Worker:
 def _run(shared: _Shared) -> None:
     modes = EnteredModes()
     torch.get_num_threads()  # a thread's first query takes the process's count: before our own is set
-    shared.prepare()
     try:
         while (job := shared.jobs.get()) is not None:
             _finish(job, shared, modes)
