@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sympy
 import torch
 from torch import Tensor
@@ -60,4 +62,5 @@ def test_only_the_end_of_all_heads_is_a_window() -> None:
         return cache[:, :, -3:, :], cache[:, :, -3:-1, :], cache[:, :1, -3:, :], cache[:, :, 3:, :], cache[:, :, ::2, :]
 
     found = case(cuts, torch.randn(1, 2, 7, 16))
-    assert [window_of(node) for node in found.module.graph.output_node().args[0]] == [3, None, None, None, None]
+    results: Any = found.module.graph.output_node().args[0]
+    assert [window_of(node) for node in results] == [3, None, None, None, None]

@@ -423,8 +423,8 @@ def test_a_cache_of_a_window_keeps_room_for_what_it_is_cut_from(window: int, tok
     """A longer context takes no more; prompts longer than the window, as long, shorter."""
 
     def prefill(ids: Tensor) -> Tensor:
-        keys = GROWN(torch.nn.functional.one_hot(ids, 64).float()).view(1, 7, 4, 16).transpose(1, 2).contiguous()
-        return keys[:, :, -window:, :]
+        keys: Tensor = GROWN(torch.nn.functional.one_hot(ids, 64).float()).view(1, 7, 4, 16)
+        return keys.transpose(1, 2).contiguous()[:, :, -window:, :]
 
     options = Options(print_schedule=False, context=70)
     found = case(prefill, torch.arange(7)[None], options=options, sequences=1, tokens_per_sequence=7)
