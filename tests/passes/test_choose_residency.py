@@ -388,7 +388,7 @@ def test_room_for_a_growing_cache_follows_context_and_max_batch(
     torch._dynamo.mark_dynamic(past, 0)
     options = Options(print_schedule=False, **limits)  # type: ignore[arg-type]
     found = case(lambda x, past: torch.cat([past, GROWN(x)]), torch.randn(1, 64), past, options=options)
-    largest = largest_sizes(sympy.Integer(1), found.context, spare=True)
+    largest = largest_sizes(sympy.Integer(1), found.context, {}, spare=True)
     found.context = replace(found.context, largest=largest)
     budget = found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
     row = 64 * 4
@@ -410,10 +410,28 @@ def test_a_prefill_of_fixed_length_keeps_room_for_the_caches_of_the_steps_after_
     found = case(prefill, torch.arange(7)[None], options=options, sequences=1, tokens_per_sequence=7)
     budget = found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
     token, ids, made = 64 * 4, 7 * 8, budget[ACTIVATIONS]
-    step = 3 * length * token + 2 * (made - 7 * token) // 7  # as it comes, as it goes, keys scaled, and two tokens
+    scores = 4 * 4  # of four heads
+    step = length * (3 * token + 3 * scores)  # as it comes, as it goes, keys scaled; scores, masked ones and weights
+    step += 3 * (made - 7 * token) // 7  # and three tokens
     assert budget[GROWTH] == max(0, step - made)
     more = limits.get("max_batch", 1) - 1
     assert budget[BATCHES] == more * (ids + budget[ACTIVATIONS] + budget[GROWTH])
+
+
+@pytest.mark.parametrize(("window", "tokens"), [(4, 5), (7, 8), (30, 31), (200, 70)])
+def test_a_cache_of_a_window_keeps_room_for_what_it_is_cut_from(window: int, tokens: int) -> None:
+    """A longer context takes no more; prompts longer than the window, as long, shorter."""
+
+    def prefill(ids: Tensor) -> Tensor:
+        keys: Tensor = GROWN(torch.nn.functional.one_hot(ids, 64).float()).view(1, 7, 4, 16)
+        return keys.transpose(1, 2).contiguous()[:, :, -window:, :]
+
+    options = Options(print_schedule=False, context=70)
+    found = case(prefill, torch.arange(7)[None], options=options, sequences=1, tokens_per_sequence=7)
+    budget = found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
+    token, scores, made = 64 * 4, 4 * 4, budget[ACTIVATIONS]
+    step = tokens * 3 * (token + scores) + 3 * max(0, made - 7 * token) // 7
+    assert budget[GROWTH] == max(0, step - made)
 
 
 def test_sizes_of_caches_are_compared_without_new_guards() -> None:
@@ -466,5 +484,8 @@ def test_largest_sizes(
     tokens, length = sympy.symbols("tokens length", integer=True)
     options = replace(chain.context.options, context=context)
     sizes = {tokens: sympy.Integer(7), length: sympy.Integer(30)}
-    found = largest_sizes(tokens, replace(chain.context, options=options, sizes=sizes, bucket=bucket), spare=spare)
+    there = replace(chain.context, options=options, sizes=sizes, bucket=bucket)
+    found = largest_sizes(tokens, there, {}, spare=spare)
     assert (found.get(tokens), found[length]) == largest
+    limited = largest_sizes(tokens, there, {length: sympy.Integer(31)}, spare=spare)
+    assert (limited.get(tokens), limited[length]) == (largest[0], min(31, largest[1]))
