@@ -70,7 +70,7 @@ class NullAccelerator(Accelerator):
         """None."""
         return 0
 
-    def begin_step(self, carried: Sequence[Transfer] = (), *, again: bool = False) -> None:
+    def begin_step(self, carried: Sequence[Transfer] = (), *, again: bool = False, needs_bytes: int = 0) -> None:
         """Nothing."""
 
     def end_step(self) -> None:

@@ -121,6 +121,7 @@ class _Binder:
             residents=tuple(self._residents),
             settled=self._settled(),
             streamed=self._streamed(),
+            sizes=tuple(self._position[node] for node in size_inputs(self._module.graph).values()),
             carried=tuple(self._position[node.args[0]] for node in self._carried),
             pinned_ring_bytes=self._pinned_ring_bytes,
             source=source,

@@ -23,6 +23,7 @@ class BoundStep:
         residents: (position of a weight, first row, end row) in the order of ``residents``.
         settled: positions of the inputs that host and accelerator write alike.
         streamed: positions of the weights that are prefetched from where they lie (not through the pinned ring).
+        sizes: positions of the inputs that are numbers.
         carried: position of the weight of each carried prefetch, in the order of ``carried``.
         pinned_ring_bytes: length of the pinned ring that the step uses.
         source: the generated code, for people.
@@ -34,6 +35,7 @@ class BoundStep:
     residents: tuple[tuple[int, int, int], ...]
     settled: tuple[int, ...]
     streamed: tuple[int, ...]
+    sizes: tuple[int, ...]
     carried: tuple[int, ...]
     pinned_ring_bytes: int
     source: str

@@ -64,7 +64,8 @@ class CarriedPrefetches:
         self._plan: weakref.ref[BoundStep] | None = None
         self._started: dict[int, _Started] = {}
         self._repeats = False
-        self._ran: weakref.WeakSet[BoundStep] = weakref.WeakSet()
+        self._ran: weakref.WeakKeyDictionary[BoundStep, set[tuple[int, ...]]] = weakref.WeakKeyDictionary()
+        self._sizes: tuple[int, ...] = ()
         self.wasted_bytes = 0
 
     @property
@@ -72,15 +73,21 @@ class CarriedPrefetches:
         """Bytes that have been started for a step that has not begun."""
         return sum(started.nbytes for started in self._started.values())
 
-    def begin_step(self, plan: BoundStep, inputs: Sequence[Any]) -> list[Transfer | None]:
-        """Begin a step of ``plan`` on the accelerator; for each of its carried prefetches the transfer, if valid."""
+    def begin_step(self, plan: BoundStep, inputs: Sequence[Any], needs_bytes: int = 0) -> list[Transfer | None]:
+        """Begin a step of ``plan`` on the accelerator; for each of its carried prefetches the transfer, if valid.
+
+        ``needs_bytes``: the most that it may allocate.
+        """
         self._repeats = self._plan is not None and self._plan() is plan
         if not self._repeats:
             self.drop("another plan runs")
         self._plan = None  # until this step has ended well
         found = [self._take(i, inputs[position]) for i, position in enumerate(plan.carried)]
         self._started.clear()
-        self._accelerator.begin_step([transfer for transfer in found if transfer is not None], again=plan in self._ran)
+        self._sizes = tuple(inputs[position] for position in plan.sizes)
+        again = self._sizes in self._ran.get(plan, ())
+        started = [transfer for transfer in found if transfer is not None]
+        self._accelerator.begin_step(started, again=again, needs_bytes=needs_bytes)
         return found
 
     def _take(self, index: int, weight: Tensor) -> Transfer | None:
@@ -109,7 +116,7 @@ class CarriedPrefetches:
         """End the step on the accelerator; what it has started is good for the next step of ``plan``."""
         self._accelerator.end_step()
         self._plan = weakref.ref(plan)
-        self._ran.add(plan)
+        self._ran.setdefault(plan, set()).add(self._sizes)
 
     def drop(self, reason: str) -> None:
         """Give up what has been started; the next step starts it again."""

@@ -44,9 +44,14 @@ class _Gate:
         self._gates.open(self._number)
 
 
-def gates(device: torch.device) -> dict[str, float]:
+def gates(device: torch.device) -> dict[str, dict[str, float]]:
+    """The figures on a stream of one's own and on the current one, which steps use: as a rule the default stream."""
+    streams = {"own stream": torch.cuda.Stream(device), "current stream": torch.cuda.current_stream(device)}
+    return {name: _on(stream, device) for name, stream in streams.items()}
+
+
+def _on(stream: torch.cuda.Stream, device: torch.device) -> dict[str, float]:
     """Seconds of issuing a gate, and from its opening, or from the first launch, until a layer's launches are done."""
-    stream = torch.cuda.Stream(device)
     gate = _Gate(stream)
     x = torch.ones((1, 4096), dtype=torch.bfloat16, device=device)
     weight = torch.ones((4096, 4096), dtype=torch.bfloat16, device=device)
@@ -64,6 +69,7 @@ def gates(device: torch.device) -> dict[str, float]:
             "launches issued behind a gate": _median(lambda: _from_opening(gate, layer, stream)),
             "cudaMalloc behind a closed gate": _while_closed(gate, _malloc),
             "pinned allocation behind a closed gate": _while_closed(gate, _pinned),
+            "cudaFree behind a closed gate": _while_closed(gate, _free),
         }
 
 
@@ -117,6 +123,12 @@ def _malloc() -> None:
     code = cuda.cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(64 << 20))
     require(code == 0, f"cuMemAlloc failed with error {code}")
     _kept.append(pointer)
+
+
+def _free() -> None:
+    """Waits for the device, so it takes as long as the gate is closed; it must not take longer."""
+    if _kept and isinstance(_kept[0], ctypes.c_void_p):
+        ctypes.CDLL("libcuda.so.1").cuMemFree_v2(ctypes.c_uint64(_kept.pop(0).value or 0))
 
 
 def _pinned() -> None:

@@ -189,12 +189,13 @@ class Accelerator(ABC):
 
     # ---- operations of a schedule --------------------------------------------------------------------
     @abstractmethod
-    def begin_step(self, carried: Sequence[Transfer] = (), *, again: bool = False) -> None:
+    def begin_step(self, carried: Sequence[Transfer] = (), *, again: bool = False, needs_bytes: int = 0) -> None:
         """Order everything of this step after everything of the step before (the ring is free again).
 
         ``carried`` are results of ``prefetch_ahead`` that are still held (see ``holds``): from here on they are
         waited for and released like prefetches of this step. Those not among them are given up; their bytes of
-        the ring may be overwritten. ``again``: this step has ended well before, so what it runs has been loaded.
+        the ring may be overwritten. ``again``: this step has ended well before at the same sizes, so what it
+        runs has been loaded. ``needs_bytes``: the most that it may allocate.
         """
 
     @abstractmethod

@@ -264,7 +264,7 @@ def measure_cuda(meter: CudaMeter, step: Callable[[str], None]) -> AcceleratorFi
         memory_bytes=torch.cuda.get_device_properties(meter.device).total_memory,
         issue_s=meter.issue_s(),
         segment_issue_s=meter.segment_issue_s(),
-        gate_s=gate_s(meter.device, meter.accelerator),
+        gate_s=gate_s(meter.device),
     )
     step("waits, views and pinning")
     return AcceleratorFigures(

@@ -2,12 +2,19 @@
 
 A small split schedule runs both ways on a real accelerator, with the worker and its gates and without. Only if the two
 results are the same bits and the step is shorter, a profile states what closing a gate costs, and only then do
-schedules issue ahead by default.
+schedules issue ahead by default. That is asked of a process of its own: should it hang, it is ended, and the answer is
+no.
+
+    python -m hetegen_compile.calibration.gating DEVICE     # prints the answer as JSON
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from statistics import median
@@ -17,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetegen_compile.accelerators import Accelerator, Op
-from hetegen_compile.accelerators.cuda.gates import Gates
+from hetegen_compile.accelerators import Accelerator, CudaAccelerator, Op
+from hetegen_compile.accelerators.cuda.gates import Gates, why_no_gates
 from hetegen_compile.errors import HetegenError
 
 logger = logging.getLogger("hetegen_compile")
@@ -27,6 +34,10 @@ LAYERS = 16
 WIDTH = 1024
 """Of the square weights: one is 2 MiB, so the host takes about as long for a part as issuing a layer does."""
 
+LIMIT_S = 120.0
+"""For the other process, most of which is spent on importing torch and making a context."""
+
+_SHOWN_CHARACTERS = 300
 _LAUNCHES = 6
 _ROUNDS = 12
 _WINDOW = 2
@@ -81,18 +92,48 @@ def _mix(value: Tensor, square: Tensor) -> Tensor:
     return torch.cat([F.linear(value[:, :64], square), value[:, 64:]], dim=-1)
 
 
-def gate_s(device: torch.device, make: Callable[[], Accelerator]) -> float:
+class Answer(NamedTuple):
+    """Seconds of closing a gate, or 0 and why nothing is issued ahead."""
+
+    gate_s: float
+    reason: str = ""
+
+
+def gate_s(device: torch.device) -> float:
     """Seconds of the issuing thread for closing a gate; 0 where issuing ahead is impossible, wrong or no faster."""
+    answer = _asked(device)
+    if answer.reason:
+        logger.warning("nothing will be issued ahead of the host's parts: %s", answer.reason)
+    return answer.gate_s
+
+
+def _asked(device: torch.device) -> Answer:
+    """What another process finds on the same device."""
+    reason = why_no_gates()
+    if reason:
+        return Answer(0.0, reason)
+    command = [sys.executable, "-m", __name__, str(device.index or 0)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=LIMIT_S, check=False, env=environment,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return Answer(0.0, f"trying it took more than {LIMIT_S:.0f} s")
+    if done.returncode:
+        return Answer(0.0, f"trying it failed: {done.stderr.strip()[-_SHOWN_CHARACTERS:]}")
+    return Answer(**json.loads(done.stdout))
+
+
+def answer(device: torch.device, make: Callable[[], Accelerator]) -> Answer:
+    """What this process finds on an accelerator of its own."""
     accelerator = make()
     try:
         reason = accelerator.cannot_issue_ahead or _why_not(accelerator, Schedule(device))
-        if reason:
-            logger.info("nothing will be issued ahead of the host's parts: %s", reason)
-            return 0.0
-        return _closing_s(device)
+        return Answer(0.0, reason) if reason else Answer(_closing_s(device))
     except HetegenError as error:
-        logger.warning("nothing will be issued ahead of the host's parts: %s", error)
-        return 0.0
+        return Answer(0.0, str(error))
     finally:
         accelerator.close()
 
@@ -119,7 +160,6 @@ def _why_not(accelerator: Accelerator, schedule: Schedule) -> str:
     if not found.same:
         return "a step on the worker gave another result"
     times = f"a small step takes {found.ahead_s * 1e3:.2f} ms with it, {found.in_turn_s * 1e3:.2f} ms without"
-    logger.debug("issuing ahead: %s", times)
     return times if found.ahead_s >= found.in_turn_s else ""
 
 
@@ -150,4 +190,8 @@ def _closing_s(device: torch.device) -> float:
     return median(seconds)
 
 
-__all__ = ["BothWays", "Schedule", "both_ways", "gate_s", "step_ahead", "step_in_turn"]
+__all__ = ["Answer", "BothWays", "Schedule", "answer", "both_ways", "gate_s", "step_ahead", "step_in_turn"]
+
+if __name__ == "__main__":
+    torch.cuda.set_device(int(sys.argv[1]))
+    print(json.dumps(answer(torch.device("cuda", int(sys.argv[1])), CudaAccelerator)._asdict()))

@@ -138,6 +138,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
         is_available=lambda: True,
         mem_get_info=lambda device: (1 << 30, 1 << 31),
         memory_reserved=lambda device: 0,
+        get_per_process_memory_fraction=lambda device: 1.0,
         memory_stats_as_nested_dict=lambda device: {"reserved_bytes": {"all": RESERVED}},
         get_device_capability=lambda device: (9, 0),
         empty_cache=lambda: LOG.append("empty cache"),

@@ -49,8 +49,6 @@ class FakeEvent:
 class Issuing:
     """An accelerator of which only launches are asked."""
 
-    cannot_issue_ahead = "it has no worker"
-
     def begin_step(self) -> None:
         LOG.append("begin step")
 
@@ -89,6 +87,7 @@ def meter(monkeypatch: pytest.MonkeyPatch) -> CudaMeter:
     monkeypatch.setattr(cuda, "cuda_view", lambda buffer, device: buffer)
     monkeypatch.setattr(cuda, "last_level_cache_bytes", lambda: 30_000)
     monkeypatch.setattr(CudaMeter, "accelerator", Issuing)
+    monkeypatch.setattr(cuda, "gate_s", lambda device: 4e-6)
     monkeypatch.setattr(cuda, "small_segment", lambda device: (torch.add, (torch.ones(1), torch.ones(1))))
     return CudaMeter(torch.device("cpu"), TINY, SIZES)
 
@@ -137,10 +136,10 @@ def test_all_figures(meter: CudaMeter) -> None:
     assert figures.accelerator.name == "a fake GPU"
     assert figures.accelerator.memory_bytes == 123
     assert figures.link.view_s == pytest.approx(2e-3 / 8)
-    assert figures.accelerator.gate_s == 0
+    assert figures.accelerator.gate_s == 4e-6
     issued = [one for one in LOG if one in ("begin step", "host", "calibration", "end step", "close")]
     a_round = ["host", *["calibration"] * cuda._ISSUES]
-    assert issued == ["begin step", *a_round * cuda._ROUNDS, "end step", "close"] * 2 + ["close"]
+    assert issued == ["begin step", *a_round * cuda._ROUNDS, "end step", "close"] * 2
     assert figures.accelerator.issue_s > 0
     assert figures.accelerator.segment_issue_s > 0
 

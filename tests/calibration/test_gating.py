@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from hetegen_compile.accelerators import Accelerator, CudaAccelerator
 from hetegen_compile.accelerators.cuda import gates
 from hetegen_compile.calibration import gating
-from hetegen_compile.calibration.gating import Schedule, gate_s, step_ahead, step_in_turn
+from hetegen_compile.calibration.gating import Answer, Schedule, answer, gate_s, step_ahead, step_in_turn
 from tests.accelerators import fake_cuda
 from tests.accelerators.fake_cuda import LOG
 
@@ -68,7 +70,9 @@ def test_what_a_gate_costs_is_stated_where_it_pays(monkeypatch: pytest.MonkeyPat
     opened: list[int] = []
     timed_as(monkeypatch, {step_in_turn: 2e-3, step_ahead: 1e-3})
     monkeypatch.setattr(gating, "Gates", lambda: closing(opened))
-    assert 0 < gate_s(HOST, CudaAccelerator) < 1
+    found = answer(HOST, CudaAccelerator)
+    assert 0 < found.gate_s < 1
+    assert not found.reason
     assert opened == [*range(1, gating._ROUNDS + 1)]
 
 
@@ -97,16 +101,57 @@ def test_another_result_rules_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator.close()
 
 
-def test_a_driver_that_refuses_rules_it_out(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_driver_that_refuses_rules_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gates, "_wait_function", lambda: lambda *arguments: 801)
-    assert gate_s(HOST, CudaAccelerator) == 0
-    assert "error 801" in caplog.text
+    found = answer(HOST, CudaAccelerator)
+    assert found.gate_s == 0
+    assert "error 801" in found.reason
 
 
-def test_a_machine_without_gates(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", logger="hetegen_compile")
+def test_an_accelerator_without_gates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CudaAccelerator, "cannot_issue_ahead", "no such driver")
-    assert gate_s(HOST, CudaAccelerator) == 0
+    assert answer(HOST, CudaAccelerator) == Answer(0.0, "no such driver")
+
+
+# ---- the other process -------------------------------------------------------------------------------------
+
+SCRIPTS = {
+    'print(\'{"gate_s": 4e-06, "reason": ""}\')': (4e-6, ""),
+    'print(\'{"gate_s": 0.0, "reason": "no faster"}\')': (0.0, "no faster"),
+    'import sys; sys.exit("CUDA error: unspecified launch failure")': (0.0, "trying it failed: CUDA error"),
+    "import time; time.sleep(60)": (0.0, "trying it took more than 1 s"),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_answer_of_another_process(
+    script: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, asked = subprocess.run, list[list[str]]()
+
+    def instead(command: list[str], **options: Any) -> Any:
+        asked.append(command)
+        return run([sys.executable, "-c", script], **options)
+
+    monkeypatch.setattr(subprocess, "run", instead)
+    monkeypatch.setattr(gating, "why_no_gates", lambda: "")
+    monkeypatch.setattr(gating, "LIMIT_S", 1.0 if "sleep" in script else 60.0)
+    seconds, told = SCRIPTS[script]
+    assert gate_s(torch.device("cuda", 1)) == seconds
+    assert asked == [[sys.executable, "-m", "hetegen_compile.calibration.gating", "1"]]
+    assert told in caplog.text
+
+
+def test_without_gates_nobody_is_asked(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(gating, "why_no_gates", lambda: "no such driver")
+    monkeypatch.setattr(subprocess, "run", None)
+    assert gate_s(torch.device("cuda", 0)) == 0
     assert "no such driver" in caplog.text
+
+
+def test_the_program_ends_with_an_error_without_a_gpu() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "hetegen_compile.calibration.gating", "0"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "Error" in done.stderr

@@ -14,7 +14,12 @@ import torch
 from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value, call_on_host
 from hetegen_compile.accelerators.cuda.activations import Activations
 from hetegen_compile.accelerators.cuda.ahead import Ahead
-from hetegen_compile.accelerators.cuda.allocator import beside_allocator_bytes, overhead_bytes, reserved_now_bytes
+from hetegen_compile.accelerators.cuda.allocator import (
+    beside_allocator_bytes,
+    overhead_bytes,
+    reserved_now_bytes,
+    unclaimed_bytes,
+)
 from hetegen_compile.accelerators.cuda.gates import why_no_gates
 from hetegen_compile.accelerators.cuda.lending import Lending
 from hetegen_compile.accelerators.cuda.pinning import SUCCESS, CudaHostMemory, pinned_by_others
@@ -147,7 +152,7 @@ class CudaAccelerator(Accelerator):
         return self._prefetches.pinned.slot(offset, shape, dtype)
 
     # ---- steps -------------------------------------------------------------------------------------
-    def begin_step(self, carried: Sequence[CudaTransfer] = (), *, again: bool = False) -> None:
+    def begin_step(self, carried: Sequence[CudaTransfer] = (), *, again: bool = False, needs_bytes: int = 0) -> None:
         self._check_open()
         for transfer in carried:
             if not self.holds(transfer):
@@ -156,7 +161,7 @@ class CudaAccelerator(Accelerator):
         self._prefetches.take_over(carried)
         self._ledger.begin_step()
         self._streams.begin_step()
-        self._ahead.begin_step(again=again)
+        self._ahead.begin_step(gated=again and needs_bytes <= unclaimed_bytes(self.device))
         self._in_step = True
 
     def end_step(self) -> None:

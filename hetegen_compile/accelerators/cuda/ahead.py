@@ -1,7 +1,8 @@
 """What is issued ahead of the host's parts: downloads that the worker waits for, what it computes and what it sends up.
 
-Until a step has run once the issuing thread itself waits where gates would be: what runs for the first time loads code,
-for which the driver may wait for all that was issued, with a lock of the interpreter that the worker needs.
+Until a step has run once at its sizes the issuing thread itself waits where gates would be: what runs for the first
+time loads code, for which the driver may wait for all that was issued, with locks held that the worker needs. So does
+torch's allocator where memory is short.
 
 Device tensors die on the issuing thread only: torch's allocator may be waiting for the device then, with its lock held.
 
@@ -48,9 +49,9 @@ class Ahead:
         self._gated = False
 
     # ---- steps -------------------------------------------------------------------------------------
-    def begin_step(self, *, again: bool) -> None:
-        """Gates are closed in a step that has run before."""
-        self._gated = again
+    def begin_step(self, *, gated: bool) -> None:
+        """Gates are closed in a step that loads nothing and finds memory without waiting for the device."""
+        self._gated = gated
 
     def finish_step(self) -> None:
         """Wait for the worker and raise what it has raised."""

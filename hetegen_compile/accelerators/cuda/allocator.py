@@ -26,6 +26,13 @@ def reserved_now_bytes(device: torch.device) -> int:
     return int(torch.cuda.memory_stats_as_nested_dict(device)["reserved_bytes"]["all"]["current"])
 
 
+def unclaimed_bytes(device: torch.device) -> int:
+    """What the allocator can get from the driver without giving anything back first, its rounding taken off."""
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total_bytes) - reserved_now_bytes(device)
+    return max(0, min(int(free_bytes), allowed) - 2 * BLOCK_BYTES)
+
+
 def overhead_bytes(device: torch.device) -> dict[str, int]:
     """What libraries and the allocator's rounding take of a budget, item by item."""
     return {

@@ -162,8 +162,8 @@ class EmulatedAccelerator(Accelerator):
         return self._prefetches.pinned.slot(offset, shape, dtype)
 
     # ---- steps -------------------------------------------------------------------------------------
-    def begin_step(self, carried: Sequence[Transfer] = (), *, again: bool = False) -> None:
-        del again  # nothing is loaded
+    def begin_step(self, carried: Sequence[Transfer] = (), *, again: bool = False, needs_bytes: int = 0) -> None:
+        del again, needs_bytes  # nothing is loaded, and nobody waits for memory
         self._engine.check_usable()
         self.abandon_step()
         self._finish_step()
