@@ -16,6 +16,9 @@ from hetegen_compile.passes.tensors import storage_id, tensor_bytes, tensors_in,
 FREE_ATEN = frozenset({"view", "_unsafe_view", "expand", "permute", "transpose", "t", "slice", "select"})
 FREE_ATEN |= frozenset({"unsqueeze", "squeeze", "detach", "alias", "as_strided", "empty", "split", "unbind"})
 """ATen operations that move no bytes."""
+SHAPE_ONLY_ATEN = frozenset({f"{made}_like" for made in ("empty", "zeros", "ones", "full", "rand", "randn", "randint")})
+SHAPE_ONLY_ATEN |= frozenset({f"new_{made}" for made in ("empty", "empty_strided", "zeros", "ones", "full")})
+"""ATen operations that read no contents of what they are given, only its geometry."""
 _LOOKUPS = frozenset({"embedding", "index", "index_select", "gather"})
 _GROUPED = frozenset({"_grouped_mm", "grouped_mm_fallback"})  # the latter is transformers' operation
 _UPDATES = frozenset({"index_copy_", "index_put_", "scatter_", "index_add_"})

@@ -15,6 +15,7 @@ from torch import fx
 from hetegen_compile import ir
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import info
+from hetegen_compile.passes.aten_listener import SHAPE_ONLY_ATEN
 from hetegen_compile.passes.faults import elsewhere, fault
 from hetegen_compile.passes.findings import Effects
 from hetegen_compile.passes.happens_before import (
@@ -85,7 +86,8 @@ class Replay:
 
     def _host(self, node: fx.Node) -> None:
         access, notes = self._clocks.issue(lane_of(node, HOST), node), info(node)
-        self.held.read(node, node.all_input_nodes, "host", access, _position(node))
+        position = None if notes.aten and SHAPE_ONLY_ATEN.issuperset(notes.aten) else _position(node)
+        self.held.read(node, node.all_input_nodes, "host", access, position)
         for key in notes.writes:
             found = [memory for operand in node.all_input_nodes for own, memory in self.held.of(operand) if own == key]
             for memory in {id(memory): memory for memory in found}.values():

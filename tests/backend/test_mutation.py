@@ -38,6 +38,22 @@ def test_a_cache_written_by_index() -> None:
     assert found.compiled[1][1][:, 2 : 2 + STEPS].abs().min() > 0
 
 
+def test_random_numbers_as_many_as_something_that_is_written_has() -> None:
+    """``rand_like`` reads a shape and no contents: which writes its copy on the host shows is all the same."""
+
+    def body(before: Linear, after: Linear, x: Tensor) -> Tensor:
+        y = before(x)
+        noisy = y + torch.rand_like(y)
+        y[:, :8].mul_(1.5)
+        return after(y + noisy + torch.rand_like(y))
+
+    def seeded() -> tuple[Tensor]:
+        torch.manual_seed(0)
+        return (random(2, 64),)
+
+    _like_eager(body, seeded)
+
+
 def test_a_counter_and_a_mask() -> None:
     def body(before: Linear, after: Linear, x: Tensor, counter: Tensor, mask: Tensor) -> Tensor:
         counter.add_(2)
