@@ -148,26 +148,35 @@ class _Trip(NamedTuple):
 def _trips(graph: fx.Graph, nodes: dict[fx.Node, None]) -> list[_Trip]:
     """The worker's trips, in the order in which they can be given to it.
 
-    Two nodes belong to one if one reads the other or both read one download.
+    One that sends up what it itself waits for in between cannot be given to it as a whole, and is left alone.
     """
     place = {node: position for position, node in enumerate(graph.nodes)}
     inputs = [node for node in graph.nodes if node.op in _INPUTS]
-    groups: dict[fx.Node, list[fx.Node]] = {}
-    for node in nodes:
-        near = [one if one in nodes else download_of(one) for one in node.all_input_nodes]
-        parts = {id(groups[one]): groups[one] for one in near if one is not None and one in groups}
-        group = sorted({member for part in parts.values() for member in part} | {node}, key=place.__getitem__)
-        keys = [*group, *(one for member in group for one in map(download_of, member.all_input_nodes) if one)]
-        groups.update(dict.fromkeys(keys, group))
     found = []
-    for group in {id(group): group for group in groups.values()}.values():
-        downloads = dict.fromkeys(one for node in group for one in map(download_of, node.all_input_nodes) if one)
+    for group in _groups(nodes):
+        downloads = _downloads(group)
         own = {one for node in group for one in node.all_input_nodes if download_of(one) is None} - set(group)
         behind = max((*inputs[-1:], *downloads, *own), key=place.__getitem__)
         readers = [user for node in group if node.target == ir.TO_ACCELERATOR for user in node.users]
         if all(place[behind] < place[reader] for reader in readers):
-            found.append(_Trip(group, list(downloads), behind))
+            found.append(_Trip(sorted(group, key=place.__getitem__), downloads, behind))
     return sorted(found, key=lambda trip: place[trip.behind])
+
+
+def _groups(nodes: dict[fx.Node, None]) -> list[list[fx.Node]]:
+    """Nodes that belong together: one reads the other, or both read one download."""
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for node in nodes:
+        near = [one if one in nodes else download_of(one) for one in node.all_input_nodes]
+        parts = {id(groups[one]): groups[one] for one in near if one is not None and one in groups}
+        group = [*dict.fromkeys([*(member for part in parts.values() for member in part), node])]
+        groups.update(dict.fromkeys([*group, *_downloads(group)], group))
+    return list({id(group): group for group in groups.values()}.values())
+
+
+def _downloads(group: list[fx.Node]) -> list[fx.Node]:
+    found = (download_of(one) for node in group for one in node.all_input_nodes)
+    return [*dict.fromkeys(one for one in found if one is not None)]
 
 
 def _give_to_worker(graph: fx.Graph, trips: list[_Trip]) -> None:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from hetegen_compile import ir
-from hetegen_compile.errors import MissingWaitError, ScheduleError
+from hetegen_compile.errors import BudgetError, MissingWaitError, ScheduleError
 from hetegen_compile.ir import annotate, info
 from hetegen_compile.passes import carry_prefetches, issue_ahead, measure_memory, predict_step, verify
-from hetegen_compile.passes.happens_before import LANES
 from hetegen_compile.passes.issue_ahead import WINDOW
 from hetegen_compile.passes.plans import LinearPlan
 from hetegen_compile.passes.predict_step import WORKER
@@ -217,13 +216,25 @@ def test_what_the_workers_downloads_read_is_counted_until_the_host_has_caught_up
     assert before < after <= before + (WINDOW + 1) * wide.nbytes
 
 
-def test_the_verifier_counts_no_less_than_the_plan_does() -> None:
+def test_the_verifier_counts_what_the_plan_does() -> None:
     found = ahead(chain, torch.randn(64, WIDTH))
     needed = measure_memory(found.module, found.context).peak_bytes(found.context.number)
     ring = found.context.residency.ring_bytes  # type: ignore[union-attr]
     mirrored = len(LAYERS) * WIDTH * 4  # biases
     found.context = replace(found.context, budget_bytes=ring + needed + mirrored)
     found.apply(verify)
+    found.context = replace(found.context, budget_bytes=ring + needed + mirrored - 1)
+    with pytest.raises(BudgetError, match="are alive on the accelerator"):
+        found.apply(verify)
+
+
+def test_only_what_the_worker_sends_is_caught_up_with() -> None:
+    found = scheduled(chain, X, plan=halves)
+    sent = found.nodes(ir.TO_ACCELERATOR)[0]
+    with found.module.graph.inserting_after(sent):
+        annotate(ir.call(found.module.graph, ir.CAUGHT_UP, (sent,)), side="host")
+    with pytest.raises(ScheduleError, match="which the worker does not send"):
+        found.apply(verify)
 
 
 def test_prefetches_for_the_next_step_are_still_started() -> None:
@@ -253,12 +264,6 @@ def test_issuing_is_hidden_behind_the_hosts_parts(*, carried: bool) -> None:
 
 
 # ---- the verifier ------------------------------------------------------------------------------------------
-
-
-def test_the_worker_is_a_lane_of_its_own() -> None:
-    found = ahead()
-    found.apply(verify)
-    assert LANES[-1] == "worker"
 
 
 def test_what_the_host_takes_from_the_worker_without_waiting_is_found() -> None:
