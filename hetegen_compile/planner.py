@@ -21,6 +21,7 @@ from hetegen_compile.passes import choose_splits
 from hetegen_compile.passes.context import Bucket, Context, Refusal, SegmentCache, require
 from hetegen_compile.passes.issue_ahead import NO_ROOM_AHEAD, issues_ahead
 from hetegen_compile.passes.plans import ACTIVATIONS, Splits
+from hetegen_compile.passes.step_memory import caches_grow
 from hetegen_compile.pipeline import ONCE_PER_SPLIT, Stage
 from hetegen_compile.plan_report import blocks_apart, linear_sites, report_on
 from hetegen_compile.planned import BucketPlan, ScheduledStep, Sizes, Split, Target
@@ -29,6 +30,8 @@ from hetegen_compile.trials import Trials
 from hetegen_compile.within_budget import ResidencySearch
 
 logger = logging.getLogger("hetegen_compile")
+
+_GROWS = "a cache grows, and a step of new sizes may load code, for which no gate may be closed (a static cache does not)"
 
 
 class Planner:
@@ -122,7 +125,10 @@ class Planner:
         sequences, tokens = sequence_shape(placeholders, context.weights, context.sizes)
         limits = size_limits(self._module, context.sizes)
         largest = largest_sizes(self._tokens, context, limits, spare=spare)
-        return replace(context, largest=largest, sequences=sequences, tokens_per_sequence=tokens, spare=spare)
+        context = replace(context, largest=largest, sequences=sequences, tokens_per_sequence=tokens, spare=spare)
+        if self._options.issue_ahead == "auto" and caches_grow(self._module, context):
+            return replace(context, cannot_issue_ahead=context.cannot_issue_ahead or _GROWS)
+        return context
 
 
 def _finished(

@@ -89,18 +89,37 @@ def test_host_parts_are_traced_as_the_workers_and_stand_in_the_table() -> None:
     assert backend.accelerator.counters.trips_up == 3 * len(linears)
 
 
-def test_a_profile_that_knows_gates_asks_for_it(tmp_path: Path) -> None:
+def with_gates(folder: Path, gate_s: float) -> str:
+    """The path of a profile that knows gates, if they cost something."""
     profile = load_profile("h100-server")
-    for gate_s, there in ((0.0, False), (4e-6, True)):
-        sources_ = {**profile.sources, **({"accelerator.gate_s": "of this test"} if there else {})}
-        accelerator = replace(profile.accelerator, gate_s=gate_s)
-        path = tmp_path / f"{there}.json"
-        path.write_text(json.dumps(profile_to_json(replace(profile, accelerator=accelerator, sources=sources_))))
+    told = {"accelerator.gate_s": "of this test"} if gate_s else {}
+    changed = replace(
+        profile, accelerator=replace(profile.accelerator, gate_s=gate_s), sources={**profile.sources, **told}
+    )
+    path = folder / f"gates {gate_s}.json"
+    path.write_text(json.dumps(profile_to_json(changed)))
+    return str(path)
+
+
+def test_a_profile_that_knows_gates_asks_for_it(tmp_path: Path) -> None:
+    for gate_s in (0.0, 4e-6):
         torch._dynamo.reset()
         model = Mlp().eval()
-        backend = compiled(model, hardware=str(path), issue_ahead="auto")
+        backend = compiled(model, hardware=with_gates(tmp_path, gate_s), issue_ahead="auto")
         like_eager(model, random(3, 64))
-        assert ("deliver(" in sources(backend)[0]) == there
+        assert ("deliver(" in sources(backend)[0]) == bool(gate_s)
+
+
+def test_left_to_itself_it_leaves_growing_caches_alone(tmp_path: Path) -> None:
+    for cache in (None, "static"):
+        torch._dynamo.reset()
+        model, backend = tiny_model("llama"), RecordingBackend()
+        options = emulated(gpu_memory=half_the_weights(model), hardware=with_gates(tmp_path, 4e-6))
+        model.compile(backend=backend, options=options)
+        generate(model, prompts(1), cache, tokens=TOKENS)
+        assert any("deliver(" in source for source in sources(backend)) == (cache == "static")
+        if cache is None:
+            assert all("a cache grows" in plan.schedule.explain() for graph in backend.graphs for plan in graph.plans)
 
 
 def test_what_cannot_be_done_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
