@@ -31,7 +31,7 @@ from hetegen_compile.within_budget import ResidencySearch
 
 logger = logging.getLogger("hetegen_compile")
 
-_GROWS = "a cache grows, and a step of new sizes may load code, for which no gate may be closed (a static cache does not)"
+_GROWS = "a cache grows, and a step of new sizes may load code, so no gate may be closed (a static cache does not)"
 
 
 class Planner:
