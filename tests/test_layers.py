@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEAVES = {f"hetegen_compile.{name}" for name in ("errors", "geometry", "ir", "options", "rows")}
+LEAVES = {f"hetegen_compile.{name}" for name in ("errors", "geometry", "ir", "linear_parts", "options", "rows")}
 BELOW = {
     "cost_model": {"hetegen_compile.cost_model"},
     "passes": {"hetegen_compile.cost_model", "hetegen_compile.passes"},
