@@ -41,16 +41,20 @@ def _reset(model: nn.Module) -> nn.Module:
     return model
 
 
+def _another(model: nn.Module) -> nn.Module:
+    del model
+    torch.manual_seed(0)
+    return Mlp(2, 256).eval()
+
+
 def _same(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("between", [_reset, _same])
+@pytest.mark.parametrize("between", [_reset, _another, _same])
 def test_memory_and_threads_level_off(between: Callable[[nn.Module], nn.Module]) -> None:
-    """Dynamo reset, the model compiled again: 20 times each. (Deleted models: ``test_deleted_models``.)"""
-    torch.manual_seed(0)
-    model: nn.Module = Mlp(2, 256).eval()
-    x = random(3, 256)
+    """Dynamo reset, the model deleted, the model compiled again: 20 times each."""
+    model, x = _another(nn.Identity()), random(3, 256)
     held, threads, resident = [], [], []
     accelerators: list[weakref.ref[Any]] = []
     for _ in range(REPEATS):
