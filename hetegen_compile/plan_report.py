@@ -9,7 +9,7 @@ from torch import fx
 
 from hetegen_compile.baselines import baselines
 from hetegen_compile.floor import floor_s
-from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.ir import LINEAR, TO_ACCELERATOR, info
 from hetegen_compile.passes.context import Context, Refusal, require
 from hetegen_compile.passes.plans import RESIDENT
 from hetegen_compile.passes.stacked_weights import stacks_on_host
@@ -27,6 +27,7 @@ def report_on(base: BucketPlan, module: fx.GraphModule, context: Context, trials
     low, high = context.bucket.low, context.bucket.high
     tokens = f"{low} token{'s' if low > 1 else ''}" if high == low else f"{low} to {high} tokens"
     tokens = f"{low} tokens or more" if high is None else tokens
+    sendings = module.graph.find_nodes(op="call_function", target=TO_ACCELERATOR)
     whole = residency.budget[RESIDENT] if residency.whole_graph else 0
     where = DRY_RUN if base.kind == DRY_RUN else f"on {base.kind}"
     return Schedule(
@@ -45,6 +46,7 @@ def report_on(base: BucketPlan, module: fx.GraphModule, context: Context, trials
         refusals=(*context.refusals, *stacks_on_host(base.module, context), *context.segments.refused.values()),
         whole_graph=residency.whole_graph,
         accelerator=base.kind,
+        trips_ahead=sum(info(sent).ahead for sent in sendings),
     )
 
 

@@ -49,6 +49,7 @@ class Schedule:
         beside_bytes: of the device, in use beside the process's allocator when the plan was made; not in the budget.
         pinned_ring_bytes: length of the pinned ring that staged weights go through.
         accelerator: "cuda" or "emulated"; "dry run" where nothing runs; "" where all of it runs on the host.
+        trips_ahead: how many trips of host parts are a worker's, ahead of which the rest of a step is issued.
         others: in a dry run, the schedules of the same forward's other graphs.
     """
 
@@ -74,6 +75,7 @@ class Schedule:
     spans: list[Span] = field(default_factory=list)
     step_times_s: list[float] = field(default_factory=list)
     accelerator: str = ""
+    trips_ahead: int = 0
     others: tuple[Schedule, ...] = ()
 
     @property
@@ -105,6 +107,8 @@ class Schedule:
             lines.append(FITS)
         linears = [row for row in self.rows if row.op == "linear"]
         lines += [f"{row.module or row.node}: {_why(row, self.split)}{_shared(row, linears)}" for row in linears]
+        if self.trips_ahead:
+            lines.append(f"host parts of {self.trips_ahead} trips are a worker's: what needs them is issued meanwhile")
         lines += self._host_memory_lines()
         lines += [f"left as it is: {refusal.where}: {refusal.reason}" for refusal in self.refusals]
         return "\n".join(lines)

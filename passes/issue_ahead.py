@@ -44,6 +44,10 @@ LAUNCHES = 256
 """Operations behind a gate that may still be closed; a segment counts as if nothing in it were fused."""
 
 NO_ROOM_AHEAD = "there is no room for the activations that downloads on their way to the worker keep"
+_LEFT = (
+    f"what they send up is more than {ir.VIEWED_UPLOAD_BYTES >> 10} KiB or of sizes that depend on data, or something "
+    "in their trip is written in place or needed on the host otherwise"
+)
 _LEAN = "the budget holds no more than the leanest schedule"
 _ISSUED = (ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.TO_HOST, ir.RELEASE, ir.WAIT, ir.WAIT_ACCELERATOR)
 _NOT_ISSUED = (ir.MIRROR, ir.RESIDENT, operator.getitem)
@@ -59,6 +63,11 @@ def issue_ahead(module: fx.GraphModule, context: Context) -> None:
         return
     _give_to_worker(module.graph, _trips(module.graph, _worker_nodes(module.graph, context)))
     _bound_launches(module)
+    parts = module.graph.find_nodes(op="call_function", target=ir.HOST_LINEAR)
+    left = sum(not info(part).ahead for part in parts)
+    if left and context.options.issue_ahead is True:
+        reason = f"{left} of {len(parts)} are computed by the issuing thread: {_LEFT}"
+        context.refuse(Refusal("issuing ahead of the host's parts", reason))
 
 
 def issues_ahead(context: Context) -> bool:

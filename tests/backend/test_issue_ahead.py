@@ -87,6 +87,8 @@ def test_host_parts_are_traced_as_the_workers_and_stand_in_the_table() -> None:
     linears = [row for row in schedule.rows if row.op == "linear"]
     assert all(row.host_s > 0 and row.measured_s is not None for row in linears)
     assert backend.accelerator.counters.trips_up == 3 * len(linears)
+    assert schedule.trips_ahead == len(linears)
+    assert f"host parts of {len(linears)} trips are a worker's" in schedule.explain()
 
 
 def with_gates(folder: Path, gate_s: float) -> str:
@@ -130,6 +132,15 @@ def test_what_cannot_be_done_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     (schedule,) = [plan.schedule for graph in backend.graphs for plan in graph.plans]
     assert "deliver(" not in sources(backend)[0]
     assert "left as it is: issuing ahead of the host's parts: it has no worker" in schedule.explain()
+
+
+def test_what_is_too_large_is_told() -> None:
+    model = Mlp(2, 128).eval()
+    backend = compiled(model, gpu_memory=8 << 20)
+    like_eager(model, random(2048, 128))
+    (schedule,) = [plan.schedule for graph in backend.graphs for plan in graph.plans]
+    assert (schedule.trips_ahead, schedule.host_bytes > 0) == (0, True)
+    assert "2 of 2 are computed by the issuing thread: what they send up is more than 256 KiB" in schedule.explain()
 
 
 def test_a_split_without_room_for_it_is_scheduled_without_it() -> None:

@@ -165,8 +165,12 @@ LEFT_ALONE: dict[str, tuple[Callable[..., Any], Tensor, dict[str, Any]]] = {
 def test_left_to_the_issuing_thread(what: str) -> None:
     function, x, options = LEFT_ALONE[what]
     found = ahead(function, x, **options)
-    mine = [node for node in found.nodes(ir.HOST_LINEAR) if not info(node).ahead]
+    parts = found.nodes(ir.HOST_LINEAR)
+    mine = [node for node in parts if not info(node).ahead]
     assert mine
+    assert not found.refusals, "it was left to the pass what to do"
+    (told,) = ahead(function, x, issue_ahead=True, **options).reasons()
+    assert told.startswith(f"{len(mine)} of {len(parts)} are computed by the issuing thread: what they send up is more")
     if function is not written:
         assert not workers(found)
         assert not found.nodes(ir.CAUGHT_UP)
