@@ -64,7 +64,7 @@ class CarriedPrefetches:
         self._plan: weakref.ref[BoundStep] | None = None
         self._started: dict[int, _Started] = {}
         self._repeats = False
-        self._ran: weakref.WeakKeyDictionary[BoundStep, set[tuple[int, ...]]] = weakref.WeakKeyDictionary()
+        self._ran: weakref.WeakKeyDictionary[BoundStep, tuple[int, ...]] = weakref.WeakKeyDictionary()
         self._sizes: tuple[int, ...] = ()
         self.wasted_bytes = 0
 
@@ -85,7 +85,7 @@ class CarriedPrefetches:
         found = [self._take(i, inputs[position]) for i, position in enumerate(plan.carried)]
         self._started.clear()
         self._sizes = tuple(inputs[position] for position in plan.sizes)
-        again = self._sizes in self._ran.get(plan, ())
+        again = self._sizes == self._ran.get(plan)
         started = [transfer for transfer in found if transfer is not None]
         self._accelerator.begin_step(started, again=again, needs_bytes=needs_bytes)
         return found
@@ -116,7 +116,7 @@ class CarriedPrefetches:
         """End the step on the accelerator; what it has started is good for the next step of ``plan``."""
         self._accelerator.end_step()
         self._plan = weakref.ref(plan)
-        self._ran.setdefault(plan, set()).add(self._sizes)
+        self._ran[plan] = self._sizes
 
     def drop(self, reason: str) -> None:
         """Give up what has been started; the next step starts it again."""

@@ -29,6 +29,7 @@ from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
 from hetegen_compile.errors import UnsupportedModelError
 from hetegen_compile.ir import annotate, erase_dead_nodes, info, is_tensor
 from hetegen_compile.passes.context import Context
+from hetegen_compile.passes.tensors import symbols_in
 
 _BINARY: dict[Any, Callable[..., Any]] = {
     FloorDiv: operator.floordiv,
@@ -49,7 +50,8 @@ def resolve_sizes(module: fx.GraphModule, context: Context) -> None:
         if node.op in ("placeholder", "output") or info(node).data_dependent:
             continue
         value = info(node).value
-        known = _is_size(value) and _symbols_of(value) <= symbols.keys()
+        # a symbol that no input tells depends on data and stays where it is computed
+        known = _is_size(value) and symbols_in(value if isinstance(value, (tuple, list)) else (value,)) <= symbols.keys()
         if known and any(map(is_tensor, node.all_input_nodes)):
             with graph.inserting_before(node):
                 _replace(node, _emit_value(graph, info(node).value, symbols))
@@ -69,12 +71,6 @@ def _is_size(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return bool(value) and all(isinstance(v, (int, *py_sym_types)) for v in value)
     return isinstance(value, py_sym_types)
-
-
-def _symbols_of(value: Any) -> set[sympy.Symbol]:
-    """Symbols in sizes; one that no input tells depends on data and stays where it is computed."""
-    values = value if isinstance(value, (tuple, list)) else (value,)
-    return set().union(*(v.node.expr.free_symbols for v in values if isinstance(v, py_sym_types)))
 
 
 def _replace(node: fx.Node, new: Any) -> None:

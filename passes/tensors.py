@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import sympy
@@ -27,9 +28,14 @@ def tensor_bytes(tensor: Tensor) -> sympy.Expr:
     return to_expr(tensor.numel()) * tensor.element_size()
 
 
+def symbols_in(sizes: Iterable[Any]) -> set[sympy.Symbol]:
+    """The symbols in numbers and SymInts."""
+    return set[sympy.Symbol]().union(*(to_expr(size).free_symbols for size in sizes))
+
+
 def symbols_of(tensor: Tensor) -> set[sympy.Symbol]:
     """The symbols in the tensor's sizes and strides."""
-    return set[sympy.Symbol]().union(*(to_expr(size).free_symbols for size in (*tensor.shape, *tensor.stride())))
+    return symbols_in((*tensor.shape, *tensor.stride()))
 
 
 def storage_id(tensor: Tensor) -> int:
@@ -37,4 +43,4 @@ def storage_id(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-__all__ = ["storage_id", "symbols_of", "tensor_bytes", "tensors_in", "to_expr"]
+__all__ = ["storage_id", "symbols_in", "symbols_of", "tensor_bytes", "tensors_in", "to_expr"]

@@ -407,7 +407,7 @@ def test_a_worker_that_was_ended_is_started_again() -> None:
 def test_a_worker_may_end_itself() -> None:
     thread = Worker(lambda: None)
     thread.begin()
-    first = thread._thread
+    first = thread._thread._thread
     assert first is not None
     thread.submit(thread.close)
     first.join(10)
@@ -423,7 +423,7 @@ def test_a_worker_may_end_itself() -> None:
 def test_a_worker_ends_when_its_owner_is_gone() -> None:
     owner = Worker(lambda: None)
     owner.begin()
-    thread = owner._thread
+    thread = owner._thread._thread
     assert thread is not None
     del owner
     gc.collect()

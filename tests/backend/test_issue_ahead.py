@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -175,26 +174,6 @@ def test_an_error_of_a_host_part_names_its_node_and_the_next_call_works(monkeypa
         model(random(3, 64))
     assert any(failed[0] in note for note in raised.value.__notes__)
     like_eager(model, random(3, 64))
-
-
-@pytest.mark.parametrize("method", ["receive", "host_ahead", "deliver", "caught_up", "wait"])
-def test_an_interrupt_anywhere_in_a_step(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, interval = around(plain), sys.getswitchinterval()
-    compiled(model)
-    real, calls = getattr(EmulatedAccelerator, method), list[int]()
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(EmulatedAccelerator, method, interrupted)
-    with pytest.raises(KeyboardInterrupt), torch.no_grad():
-        model(random(3, 64))
-    assert sys.getswitchinterval() == interval
-    like_eager(model, random(3, 64))
-    like_eager(model, random(3, 64, seed=2))
 
 
 def test_threads_level_off_when_models_come_and_go() -> None:

@@ -208,11 +208,17 @@ def test_ctrl_c_while_the_step_waits_for_a_prefetch(steps: int, monkeypatch: pyt
         _assert_like_eager(model, random(3, 64))
 
 
-@pytest.mark.parametrize("method", ["begin_step", "upload", "prefetch", "wait_host", "host", "to_host", "end_step"])
-def test_an_interrupt_anywhere_in_a_step(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+IN_TURN = ("begin_step", "upload", "prefetch", "wait_host", "host", "to_host", "end_step")
+AHEAD = ("receive", "host_ahead", "deliver", "caught_up", "wait")
+
+
+@pytest.mark.parametrize(
+    ("method", "ahead"), [*((method, False) for method in IN_TURN), *((method, True) for method in AHEAD)]
+)
+def test_an_interrupt_anywhere_in_a_step(method: str, monkeypatch: pytest.MonkeyPatch, *, ahead: bool) -> None:
     """Before any operation; what the step had begun is passed over by the next."""
     model, interval = around(plain), sys.getswitchinterval()
-    _compiled(model)
+    _compiled(model, issue_ahead=ahead)
     real = getattr(EmulatedAccelerator, method)
     calls: list[int] = []
 

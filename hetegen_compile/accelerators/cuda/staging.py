@@ -9,15 +9,15 @@ through ctypes, which lets go of the interpreter lock (of columns numpy's copy, 
 from __future__ import annotations
 
 import ctypes
-import queue
 import threading
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy
 import torch
 
+from hetegen_compile.accelerators.cuda.job_thread import JobThread
 from hetegen_compile.errors import AcceleratorError
 
 
@@ -40,43 +40,25 @@ class Job:
 
 
 class PinThread:
-    """A worker for jobs in issue order; started with the first one.
-
-    ``prepare`` runs in front of each job (a thread chooses its device).
-    """
+    """A thread for jobs in issue order; ``prepare`` runs in front of each (a thread chooses its device)."""
 
     def __init__(self, prepare: Callable[[], None]) -> None:
         self._prepare = prepare
-        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._thread = JobThread("hetegen-pin")
 
     def submit(self, node: str, work: Callable[[], None]) -> Job:
         """Enqueue work; returns at once."""
-        if self._thread is None:
-            self._thread = threading.Thread(
-                target=_run, args=(self._queue, self._prepare), name="hetegen-pin", daemon=True
-            )
-            self._thread.start()
-            weakref.finalize(self, self._queue.put, None)
         job = Job(node, work)
-        self._queue.put(job)
+        self._thread.submit(partial(_do, job, self._prepare))
         return job
 
     def drain(self) -> None:
         """Block until everything that was submitted is over."""
-        if self._thread is not None:
-            self.submit("synchronize", _nothing).done.wait()
+        self._thread.drain()
 
     def close(self) -> None:
-        """End the thread after what is queued; the next job starts another one.
-
-        The thread itself may call this (it let go of a model's last tensor): it ends afterwards.
-        """
-        if self._thread is not None:
-            self._queue.put(None)
-            if self._thread is not threading.current_thread():
-                self._thread.join()
-            self._thread, self._queue = None, queue.SimpleQueue()
+        """End the thread after what is queued; the next job starts another one."""
+        self._thread.close()
 
 
 def copy_rows(target: torch.Tensor, source: torch.Tensor) -> None:
@@ -91,14 +73,12 @@ def _nothing() -> None:
     pass
 
 
-def _run(jobs: queue.SimpleQueue[Job | None], prepare: Callable[[], None]) -> None:
-    while (job := jobs.get()) is not None:
-        try:
-            prepare()
-            job.work()
-        except BaseException as error:
-            job.error = error
-        finally:
-            job.work = _nothing
-            job.done.set()
-        del job  # the next get() may block for long, and a job holds tensors
+def _do(job: Job, prepare: Callable[[], None]) -> None:
+    try:
+        prepare()
+        job.work()
+    except BaseException as error:
+        job.error = error
+    finally:
+        job.work = _nothing
+        job.done.set()

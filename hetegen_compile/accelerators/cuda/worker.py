@@ -6,14 +6,15 @@ so one that shares its processor holds up all of them.
 
 from __future__ import annotations
 
-import queue
 import threading
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
+from hetegen_compile.accelerators.cuda.job_thread import JobThread
 from hetegen_compile.accelerators.modes import EnteredModes, Modes
 
 _FEW = 2
@@ -21,7 +22,7 @@ _FEW = 2
 
 
 @dataclass(eq=False)
-class Job:
+class _Job:
     """One operation; ``finally_`` is done whatever becomes of ``work``, and ``done`` is set behind both."""
 
     work: Callable[[], None] | None
@@ -30,13 +31,38 @@ class Job:
 
 
 @dataclass
-class _Shared:
-    """What the thread and its owner both see. ``modes`` are torch's of the step under way."""
+class _Step:
+    """What the thread knows of the step under way. ``modes`` are torch's, which it enters."""
 
-    jobs: queue.SimpleQueue[Job | None] = field(default_factory=queue.SimpleQueue)
+    entered: EnteredModes = field(default_factory=EnteredModes)
     modes: Modes | None = None
     failure: BaseException | None = None
     skipping: bool = False
+
+    @contextmanager
+    def on_thread(self) -> Iterator[None]:
+        """The thread's own settings begin and end."""
+        torch.get_num_threads()  # a thread's first query takes the process's count: before our own is set
+        try:
+            yield
+        finally:
+            self.entered.leave()
+
+    def do(self, job: _Job) -> None:
+        """Do a job, and whatever happens what is done finally: nobody may wait for ever."""
+        try:
+            if job.work is not None and not self.skipping and self.failure is None:
+                if self.modes is not None:
+                    self.entered.enter(self.modes)
+                job.work()
+        except BaseException as error:
+            self.failure = error
+        finally:
+            job.work = None
+            if job.finally_ is not None:
+                job.finally_()
+            if job.done is not None:
+                job.done.set()
 
 
 class Worker:
@@ -44,26 +70,24 @@ class Worker:
 
     def __init__(self, prepare: Callable[[], None]) -> None:
         self._prepare = prepare
-        self._shared = _Shared()
-        self._thread: threading.Thread | None = None
-        self._end: weakref.finalize[..., Worker] | None = None
+        self._step = _Step()
+        self._thread = JobThread("hetegen-worker", self._step.on_thread)
         self._threads = 0
 
     def begin(self) -> None:
         """Take over the caller's modes of torch and number of threads, for a step."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=_run, args=(self._shared,), name="hetegen-worker", daemon=True)
-            self._thread.start()
+        if not self._thread.started:
+            self._threads = 0
             self.submit(self._prepare)
-            self._end = weakref.finalize(self, self._shared.jobs.put, None)
-        self._shared.modes = Modes.current()
+        self._step.modes = Modes.current()
         threads = torch.get_num_threads()
         if threads != self._threads:
             self._set_threads(threads)
 
     def _set_threads(self, threads: int) -> None:
         """``torch.set_num_threads`` sets the calling thread's own and the default of threads to come: set that back."""
-        self._do(lambda: torch.set_num_threads(threads if threads <= _FEW else threads - 1))
+        self.submit(lambda: torch.set_num_threads(threads if threads <= _FEW else threads - 1))
+        self.drain()
         torch.set_num_threads(threads)
         self._threads = threads
 
@@ -71,73 +95,29 @@ class Worker:
         self, work: Callable[[], None], finally_: Callable[[], None] | None = None, done: threading.Event | None = None
     ) -> None:
         """Enqueue work; returns at once."""
-        self._shared.jobs.put(Job(work, finally_, done))
+        self._thread.submit(partial(self._step.do, _Job(work, finally_, done)))
 
     def raise_failure(self) -> None:
         """Raise what the work of this step has raised."""
-        if self._shared.failure is not None:
-            raise self._shared.failure
+        if self._step.failure is not None:
+            raise self._step.failure
 
     def drain(self) -> None:
         """Block until everything submitted is over."""
-        if self._thread is not None:
-            done = threading.Event()
-            self._shared.jobs.put(Job(None, done=done))
-            done.wait()
+        self._thread.drain()
 
     def abandon(self) -> None:
         """Pass over what is queued (what is done finally is done), and forget what failed."""
-        self._shared.skipping = True
+        self._step.skipping = True
         try:
             self.drain()
         finally:
-            self._shared.skipping = False
-            self._shared.failure = None
+            self._step.skipping = False
+            self._step.failure = None
 
     def close(self) -> None:
-        """End the thread after what is queued; another is started with the next step.
-
-        The worker itself may come here: whoever drops the last of a model's tensors sends its accelerator to rest.
-        """
-        if self._thread is not None:
-            assert self._end is not None, "it came with the thread"
-            self._end()
-            if self._thread is not threading.current_thread():
-                self._thread.join()
-            self._thread, self._shared = None, _Shared()
-            self._threads = 0
-
-    def _do(self, work: Callable[[], None]) -> None:
-        self.submit(work)
-        self.drain()
-
-
-def _run(shared: _Shared) -> None:
-    modes = EnteredModes()
-    torch.get_num_threads()  # a thread's first query takes the process's count: before our own is set
-    try:
-        while (job := shared.jobs.get()) is not None:
-            _finish(job, shared, modes)
-            del job  # the next get() may block for long, and a job holds tensors
-    finally:
-        modes.leave()
-
-
-def _finish(job: Job, shared: _Shared, modes: EnteredModes) -> None:
-    """Do a job, and whatever happens what is done finally: nobody may wait for ever."""
-    try:
-        if job.work is not None and not shared.skipping and shared.failure is None:
-            if shared.modes is not None:
-                modes.enter(shared.modes)
-            job.work()
-    except BaseException as error:
-        shared.failure = error
-    finally:
-        job.work = None
-        if job.finally_ is not None:
-            job.finally_()
-        if job.done is not None:
-            job.done.set()
+        """End the thread after what is queued; another is started with the next step."""
+        self._thread.close()
 
 
 __all__ = ["Worker"]
