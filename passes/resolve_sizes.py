@@ -51,7 +51,8 @@ def resolve_sizes(module: fx.GraphModule, context: Context) -> None:
             continue
         value = info(node).value
         # a symbol that no input tells depends on data and stays where it is computed
-        known = _is_size(value) and symbols_in(value if isinstance(value, (tuple, list)) else (value,)) <= symbols.keys()
+        sizes = value if isinstance(value, (tuple, list)) else (value,)
+        known = _is_size(value) and symbols_in(sizes) <= symbols.keys()
         if known and any(map(is_tensor, node.all_input_nodes)):
             with graph.inserting_before(node):
                 _replace(node, _emit_value(graph, info(node).value, symbols))

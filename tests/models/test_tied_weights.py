@@ -50,6 +50,7 @@ class Weighed:
 
 def _moved(runtime: Runtime, kind: str) -> int:
     """Uploaded bytes of the weights, without those of steps that did not come."""
+    runtime.accelerator.synchronize()  # what was started for a next step may still be on its way
     wasted = runtime.carried.held_bytes + runtime.carried.wasted_bytes
     return runtime.accelerator.counters.uploaded_bytes[kind] - (wasted if kind == "weights" else 0)
 
