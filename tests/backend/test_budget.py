@@ -269,8 +269,9 @@ def test_a_longer_staging_ring_takes_the_place_of_mirrors() -> None:
     """Mirrors of what the caller keeps fill the budget when a model of wider Linears comes."""
     budget = 700 << 10
     narrow, wide, backend = around(_with_a_table), Mlp(3, 256).eval(), RecordingBackend()
+    options = emulated(gpu_memory=budget)
     for model in (narrow, wide):
-        model.compile(backend=backend, options=emulated(gpu_memory=budget))
+        model.compile(backend=backend, options=options)
     tables, x, y = [random(128, 64, seed=i) for i in range(budget // (128 * 64 * 4))], random(2, 64), random(2, 256)
     with torch.no_grad():
         for table in tables:
