@@ -115,7 +115,8 @@ def _undeclared_writes(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 
 def _given(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     """Arguments by name."""
-    return dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    names: list[str] = [argument.name for argument in func._schema.arguments]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _is_data_dependent(func: Any, args: Any) -> bool:

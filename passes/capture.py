@@ -51,7 +51,8 @@ class _Propagator(fx.Interpreter):
         self._listener.take()
         result = super().run_node(n)
         found = self._listener.take()
-        writes = frozenset(storage_id(t) for t in reads if t._version != before[storage_id(t)]) | found.pop("writes")
+        writes = frozenset(storage_id(t) for t in reads if t._version != before[storage_id(t)])
+        writes |= found.pop("writes") & before.keys()  # others were made and are gone within the node
         generator = frozenset({GENERATOR} if found["random"] else ())
         annotate(
             n, NodeInfo(), value=result, position=self._position, module=module_path(n), writes=writes | generator,
