@@ -15,7 +15,6 @@ that blocks may win, and the shorter simulated step decides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -29,8 +28,9 @@ from hetegen_compile.passes.plans import Splits
 from hetegen_compile.trials import Trials
 from hetegen_compile.trips import Trips, step_chain, trips_of, with_shares
 
-_ROUNDS = 3
+_ROUNDS = 2
 _CLOSE = 0.01
+_NEARLY = 1.03  # a chain with blocks that is not longer than this may still win: what it saves in joins is not in it
 
 
 def balanced_splits(module: fx.GraphModule, context: Context, trials: Trials) -> Splits:
@@ -58,7 +58,7 @@ def _promising(module: fx.GraphModule, context: Context, chain: Chain) -> tuple[
         return None
     paired = trips_of(module, blocks)
     shorter = step_chain(module, paired, context)
-    wins = context.options.pair_mlp is True or relax(shorter).bound_s < relax(chain).bound_s
+    wins = context.options.pair_mlp is True or relax(shorter).bound_s < _NEARLY * relax(chain).bound_s
     return (paired, shorter) if wins else None
 
 
@@ -71,27 +71,11 @@ def promising_blocks(module: fx.GraphModule, context: Context) -> Splits | None:
     return with_shares(paired, balance_along(chain, relax(chain).opened), context)
 
 
-_Opening = Callable[[Chain], Collection[int]]
-"""Which trips of a chain are made."""
-
-
-def _fewest(chain: Chain) -> Collection[int]:
-    return relax(chain).fewest
-
-
-def _worth_it(chain: Chain) -> Collection[int]:
-    return relax(chain).opened
-
-
-def _all(chain: Chain) -> Collection[int]:
-    return frozenset(range(len(chain.trips)))
-
-
 @dataclass(frozen=True)
 class _Attempt:
     """Shares as a chain balances them, and the simulated step."""
 
-    opening: _Opening
+    opened: frozenset[int]
     chain: Chain
     shares: tuple[float, ...]
     prediction: Prediction
@@ -135,12 +119,13 @@ class _Search:
 
         Nothing is simulated that the chain, which leaves out much, does not say to be shorter than what was found.
         """
-        openings = {opening(chain): opening for opening in (_all, _worth_it, _fewest)}
-        tried = [self._attempt(trips, chain, opening) for opening in reversed(openings.values())]
+        relaxation, every = relax(chain), frozenset(range(len(chain.trips)))
+        openings = dict.fromkeys(opened for opened in (relaxation.fewest, relaxation.opened, every) if opened)
+        tried = [self._attempt(trips, chain, opened) for opened in openings]
         last = min(filter(None, tried), key=lambda attempt: attempt.step_s, default=None)
         chain = last.corrected() if last else chain
         for _ in range(_ROUNDS):
-            attempt = self._attempt(trips, chain, last.opening) if last else None
+            attempt = self._attempt(trips, chain, last.opened) if last else None
             if last is None or attempt is None:
                 return
             if attempt.step_s < last.step_s:
@@ -148,9 +133,9 @@ class _Search:
             else:
                 chain = chain.between(last.chain)
 
-    def _attempt(self, trips: Trips, chain: Chain, opening: _Opening) -> _Attempt | None:
-        shares = balance_along(chain, opening(chain))
+    def _attempt(self, trips: Trips, chain: Chain, opened: frozenset[int]) -> _Attempt | None:
+        shares = balance_along(chain, opened)
         if chain.step_s(shares) >= (1 - _CLOSE) * self._step_s:
             return None
         splits = fit_ring(self._trials.module, with_shares(trips, shares, self._context), self._context)
-        return _Attempt(opening, chain, shares, self.simulate(splits))
+        return _Attempt(opened, chain, shares, self.simulate(splits))
