@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from hetegen_compile.dry_run.forwards import trace_generation
-from hetegen_compile.dry_run.models import named_model
+from hetegen_compile.dry_run.models import NamedModel, named_config, named_model
 from hetegen_compile.dry_run.planning import sizes_at, weight_bytes
 from hetegen_compile.dry_run.trace import TracedGraph
 from hetegen_compile.errors import UnsupportedModelError
@@ -56,18 +57,19 @@ SHAPES: dict[str, dict[str, Any]] = {
 """What the models' config.json say of their shapes."""
 
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_DTYPE = "float16"
+_PER_LAYER = ("layer_types", "mlp_layer_types")  # one entry a layer: made anew by the config
 _PROMPT = 8  # sizes are set afterwards
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's config, cut to ``layers`` of its ``full_layers`` equal ones."""
+    """A model's config, cut to ``layers`` of its ``full_layers`` equal ones, with weights of ``dtype``."""
 
     name: str
     config: Any
     layers: int
     full_layers: int
+    dtype: str = "float16"
 
     def full_weights(self) -> list[int]:
         """Bytes of each two-dimensional weight of the model at its own depth."""
@@ -80,38 +82,68 @@ class Shape:
 
     def decode(self, batch: int, context: int) -> tuple[TracedGraph, Sizes]:
         """The forward of one token of each sequence with a cache of ``context`` tokens."""
-        traced = trace_generation(named_model(_at_depth(self.config, self.layers), _DTYPE), _PROMPT, batch)
+        fixed = not _grows(self.config)
+        traced = trace_generation(self._named(self.layers), context if fixed else _PROMPT, batch, fixed=fixed)
         if traced.decode is None:
             raise UnsupportedModelError(f"{self.name} generates nothing, so it has no decode steps")
         graph = _only(traced.decode.graphs, self.name)
-        return graph, sizes_at(graph, traced.hint, context)
+        return graph, graph.sizes if fixed else sizes_at(graph, traced.hint, context)
 
     def prefill(self, tokens: int) -> tuple[TracedGraph, Sizes]:
         """The forward of a prompt."""
-        named = named_model(_at_depth(self.config, self.layers), _DTYPE)
-        graph = _only(trace_generation(named, tokens, 1, steps=False).prefill.graphs, self.name)
+        graph = _only(trace_generation(self._named(self.layers), tokens, 1, steps=False).prefill.graphs, self.name)
         return graph, graph.sizes
 
     def _module(self, layers: int) -> nn.Module:
-        return named_model(_at_depth(self.config, layers), _DTYPE).module
+        return self._named(layers).module
+
+    def _named(self, layers: int) -> NamedModel:
+        return named_model(_at_depth(self.config, layers), self.dtype)
 
 
-def shape_of(source: str, depth: Depth) -> Shape:
-    """The shape that a name in ``SHAPES`` or the path of a config.json means."""
-    config = AutoConfig.for_model(**SHAPES[source]) if source in SHAPES else AutoConfig.from_pretrained(source)
-    full = int(getattr(config, _depth_key(config)))
-    name = source if source in SHAPES else Path(source).stem
-    return Shape(name, config, full if depth == "full" else min(depth, full), full)
+def shape_of(source: str, depth: Depth, dtype: str = "float16") -> Shape:
+    """The shape that a name in ``SHAPES`` means, or a config.json, its folder or its model's id.
+
+    Raises:
+        UnsupportedModelError: there is no such shape or config, or one without a number of equal layers.
+    """
+    config = AutoConfig.for_model(**SHAPES[source]) if source in SHAPES else _config_of(source)
+    key = _depth_key(config)
+    if key is None:
+        raise UnsupportedModelError(
+            f"{source}: a config of type {config.model_type!r} states no number of layers ({', '.join(_DEPTH_KEYS)}); "
+            "of a model for text and images give the part for text"
+        )
+    full = int(getattr(config, key))
+    return Shape(_name_of(source), config, full if depth == "full" else min(depth, full), full, dtype)
+
+
+def _config_of(source: str) -> Any:
+    try:
+        return named_config(source)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{error}. Shapes that are known here: {', '.join(SHAPES)}") from error
+
+
+def _name_of(source: str) -> str:
+    path = Path(source)
+    return path.resolve().parent.name if path.name == "config.json" else path.name.removesuffix(".json")
 
 
 def _at_depth(config: Any, layers: int) -> Any:
     values = {**config.to_dict(), _depth_key(config): layers}
-    values.pop("layer_types", None)  # one entry a layer: made anew by the config
+    for key in _PER_LAYER:
+        values.pop(key, None)
     return type(config)(**values)
 
 
-def _depth_key(config: Any) -> str:
-    return next(key for key in _DEPTH_KEYS if hasattr(config, key))
+def _depth_key(config: Any) -> str | None:
+    return next((key for key in _DEPTH_KEYS if hasattr(config, key)), None)
+
+
+def _grows(config: Any) -> bool:
+    """Whether every layer's cache keeps all tokens, so that its length can be a symbol."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
 
 
 def _only(graphs: list[TracedGraph], name: str) -> TracedGraph:

@@ -1,10 +1,13 @@
 """The simulated step over its floor: how good the scheduler is, model by model and machine by machine.
 
-    python -m benchmarks.schedule_quality [--models NAME ...] [--hardware NAME ...] [--json OUT]
-    python -m benchmarks.schedule_quality --models --config path/to/config.json --hardware my_profile.json
+    python -m benchmarks.schedule_quality [--model NAME ...] [--hardware NAME ...] [--json OUT]
+    python -m benchmarks.schedule_quality --model path/to/config.json --hardware my_profile.json --dtype bfloat16
 
-Each setting is planned from shapes alone (float16, random weights on meta), with a budget that holds the stated share
-of the weights beside the staging ring and what else a step needs. Decode has a cache of 512 tokens. The floor is the
+A model is a shape known here, the path of a config.json or of its folder; hardware is a preset or the path of a
+profile (``hetegen calibrate --json`` prints one; ``cost_model/presets`` has others to start from).
+
+Each setting is planned from shapes alone (weights on meta), with a budget that holds the stated share of the weights
+beside the staging ring and what else a step needs. Decode has a cache of 512 tokens. The floor is the
 largest of the bounds of ``hetegen_compile.floor``: offloaded bytes over link and host, the accelerator's own work, the
 critical path, the host's thread; ``S/(V+V)`` is the first with the same share of every Linear on the host. Nothing is
 measured and nothing is random, so the figures are the same on every machine.
@@ -30,7 +33,9 @@ from tabulate import tabulate
 
 from benchmarks.model_shapes import SHAPES, Depth, Shape, shape_of
 from hetegen_compile.cost_model import HardwareProfile, load_profile, preset_names
+from hetegen_compile.dry_run.models import DTYPES
 from hetegen_compile.dry_run.planning import Machine
+from hetegen_compile.errors import HetegenError
 from hetegen_compile.floor import Floor, floor, offloaded_together_s
 from hetegen_compile.options import Options
 from hetegen_compile.passes.choose_residency import staging_ring_bytes
@@ -137,10 +142,9 @@ class Work:
 
 
 def results(
-    shapes: Sequence[Shape], hardware: Sequence[str], cases: Sequence[str], shares: Sequence[float]
+    shapes: Sequence[Shape], profiles: Sequence[HardwareProfile], cases: Sequence[str], shares: Sequence[float]
 ) -> Iterator[Result]:
     """Every combination, in order; each forward is captured once."""
-    profiles = [load_profile(name) for name in hardware]
     for shape in shapes:
         for case in cases:
             work = Work(shape, case)
@@ -158,18 +162,29 @@ def _never(*_: Any) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Plan every setting, print; 1 if decode at batch 1 is beyond the limits."""
+    """Plan every setting, print; 1 if decode at batch 1 is beyond the limits, 2 if something given is wrong."""
     arguments = _arguments(argv)
     torch.set_num_threads(1)
-    shapes = [shape_of(source, arguments.layers) for source in (*arguments.models, *arguments.config)]
-    found = []
-    for one in results(shapes, arguments.hardware, arguments.cases, arguments.shares):
-        found.append(one)
-        print(f"{one.name}: {one.ratio:.3f}", file=sys.stderr, flush=True)
+    try:
+        found = _planned(arguments)
+    except HetegenError as error:
+        print(f"schedule_quality: {error}", file=sys.stderr)
+        return 2
     print(f"{_table(found)}\n\n{_summary(found)}\n\n{_depths(found)}")
     if arguments.json:
         arguments.json.write_text(json.dumps([_as_json(one) for one in found], indent=1) + "\n")
     return int(any(not _within(_of(found, case)) for case in arguments.cases if case in LIMITS))
+
+
+def _planned(arguments: argparse.Namespace) -> list[Result]:
+    """All settings, each told as it is planned. What is given is read before the first is."""
+    shapes = [shape_of(source, arguments.layers, arguments.dtype) for source in arguments.models]
+    profiles = [load_profile(name) for name in arguments.hardware]
+    found = []
+    for one in results(shapes, profiles, arguments.cases, arguments.shares):
+        found.append(one)
+        print(f"{one.name}: {one.ratio:.3f}", file=sys.stderr, flush=True)
+    return found
 
 
 def _within(found: Sequence[Result]) -> bool:
@@ -225,9 +240,12 @@ def _as_json(one: Result) -> dict[str, object]:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.schedule_quality", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--models", nargs="*", choices=SHAPES, default=list(SHAPES), help="known shapes")
-    parser.add_argument("--config", nargs="*", default=[], metavar="FILE", help="config.json files of other shapes")
-    parser.add_argument("--hardware", nargs="+", default=list(preset_names()), help="presets or paths of profiles")
+    shapes, presets, given = list(SHAPES), list(preset_names()), {"nargs": "+", "metavar": "NAME|PATH"}
+    models = f"config.json files, their folders, or shapes known here (default): {', '.join(shapes)}"
+    parser.add_argument("--models", "--model", default=shapes, help=models, **given)
+    hardware = f"profile files, or presets (default): {', '.join(presets)}"
+    parser.add_argument("--hardware", default=presets, help=hardware, **given)
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights (default: %(default)s)")
     parser.add_argument("--shares", nargs="+", type=_share, default=list(SHARES), help="of the weights resident")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="forwards to plan")
     parser.add_argument("--layers", type=_depth, default=8, help="layers of each model to plan, or full")

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _SAME_SLOPE_DIGITS = 6
 _SWEEPS = 3
@@ -72,36 +72,57 @@ class Chain:
 
     def step_s(self, shares: Sequence[float]) -> float:
         """Seconds of the step with these shares on the host."""
-        pairs = list(zip(self.trips, shares, strict=True))
-        chain_s = self.serial_s + sum(trip.seconds(share) for trip, share in pairs)
-        return max(chain_s, sum(trip.link_s * (1.0 - share) for trip, share in pairs))
+        return max(self.path_s(shares), self.link_s(shares))
+
+    def between(self, other: Chain) -> Chain:
+        """Half way to a chain of the same trips with other seconds of the link and beside them."""
+        trips = (replace(a, link_s=(a.link_s + b.link_s) / 2) for a, b in zip(self.trips, other.trips, strict=True))
+        return Chain(tuple(trips), (self.serial_s + other.serial_s) / 2)
+
+    def path_s(self, shares: Sequence[float]) -> float:
+        """Seconds of the trips and what is beside them, with these shares on the host."""
+        return self.serial_s + sum(trip.seconds(share) for trip, share in zip(self.trips, shares, strict=True))
+
+    def link_s(self, shares: Sequence[float]) -> float:
+        """Seconds of the link, with these shares on the host."""
+        return sum(trip.link_s * (1.0 - share) for trip, share in zip(self.trips, shares, strict=True))
 
 
 @dataclass(frozen=True)
 class Relaxation:
-    """What the relaxed balance says: the trips that it makes, and the seconds below which no shares come."""
+    """What the relaxed balance says.
+
+    Attributes:
+        opened: the trips that it makes; trips that are alike are opened together.
+        bound_s: the seconds below which no shares come.
+        fewest: of the last that are alike only as many as are needed, spread over the step. The others cost the chain
+            nothing, and the link all of their rows, which it has to bring ahead of time.
+    """
 
     opened: frozenset[int]
     bound_s: float
+    fewest: frozenset[int]
 
 
 def relax(chain: Chain) -> Relaxation:
-    """Which trips are worth it, and the bound. Trips that are alike (equal layers) are opened together."""
+    """Which trips are worth it, and the bound."""
     pieces = [piece for index, trip in enumerate(chain.trips) for piece in _envelope(index, trip)]
     chain_s = chain.serial_s + sum(trip.seconds(0.0) for trip in chain.trips)
     link_s = sum(trip.link_s for trip in chain.trips)
     opened: set[int] = set()
+    fewest: set[int] = set()
     for alike in _classes(pieces):
-        taken = 0.0
+        taken = 0
         for piece in alike:
             fraction = _fraction(piece, chain_s, link_s)
             chain_s += fraction * piece.chain_s
             link_s -= fraction * piece.saved_s
-            taken += fraction
+            taken += fraction > 0
         if taken == 0:
             break
         opened |= {piece.trip for piece in alike}
-    return Relaxation(frozenset(opened), max(chain_s, link_s))
+        fewest |= {alike[index].trip for index in spread_order(len(alike))[:taken]}
+    return Relaxation(frozenset(opened), max(chain_s, link_s), frozenset(fewest))
 
 
 def balance_along(chain: Chain, opened: Collection[int]) -> tuple[float, ...]:

@@ -11,8 +11,9 @@ It is the largest of four bounds. The simulation charges the same rates, so no s
   compute for this chain, and each trip that the host takes part in costs the chain its transfers and waits. Where a
   block may be cut as one, what that could save is not in it: the last trip, and the segment before that.
 - **thread**: what the host's thread does one after the other, at the best shares: its parts of Linears, its other
-  operations (appending to a cache that the caller gets back), waits, and issuing segments and Linears. Where a worker
-  computes the host's parts (``issue_ahead``) the larger of the two threads' work counts.
+  operations (appending to a cache that the caller gets back), waits, and issuing segments, Linears and one prefetch of
+  each that is streamed. Where a worker computes the host's parts (``issue_ahead``) the larger of the two threads' work
+  counts.
 """
 
 from __future__ import annotations
@@ -173,25 +174,34 @@ def _threads_s(
     segments = module.graph.find_nodes(op="call_module")
     own_s = sum(_seconds(node, "host", context) for node in module.graph.nodes if node not in linears)
     issuing_s = sum(issue_s(segment, context) for segment in segments if segment not in blocks.segments)
-    linear_s = context.profile.accelerator.issuing_s(segment=False)
+    trips = _host_trips(linears, blocks, context)
     if issues_ahead(context):
-        alone_s = relax(Chain(tuple(_host_trips(linears, blocks, context, 0.0)), 0.0)).bound_s
+        alone_s = relax(Chain(tuple(trips), 0.0)).bound_s
         return max(alone_s, issuing_s, (alone_s + own_s + issuing_s) / 2)
-    return relax(Chain(tuple(_host_trips(linears, blocks, context, linear_s)), own_s + issuing_s)).bound_s
+    issued = [_issued_s(group, context) for group in _by_activation(linears).values()]
+    pairs = zip(trips, issued, strict=True)
+    less = tuple(replace(trip, host_s=max(0.0, trip.host_s - saved_s)) for trip, (_, saved_s) in pairs)
+    return relax(Chain(less, own_s + issuing_s + sum(streamed_s for streamed_s, _ in issued))).bound_s
 
 
-def _host_trips(
-    linears: Mapping[fx.Node, Trip], blocks: _Blocks, context: Context, linear_s: float
-) -> list[Trip]:
-    """The host's parts by the activation that they read; issuing a Linear costs ``linear_s``."""
+def _host_trips(linears: Mapping[fx.Node, Trip], blocks: _Blocks, context: Context) -> list[Trip]:
+    """The host's parts by the activation that they read."""
     trips = []
     for group in _by_activation(linears).values():
-        plans = [require(context.splits, "choose_splits")[info(node).position] for node in group]
-        saved_s = linear_s * sum(plan.resident_rows == 0 for plan in plans)
         fixed_s = 0.0 if blocks.consumers.intersection(group) else least_thread_s(group[0], context)
         together = _together([linears[node] for node in group], fixed_s)
-        trips.append(replace(together, accelerator_s=linear_s * len(group), accelerator_saved_s=saved_s))
+        trips.append(replace(together, accelerator_s=0.0, accelerator_saved_s=0.0))
     return trips
+
+
+def _issued_s(group: Iterable[fx.Node], context: Context) -> tuple[float, float]:
+    """Issuing some Linears, with a prefetch for each that is offloaded; and what falls away of that with the last of
+    these rows on the host."""
+    linear_s, prefetch_s = context.profile.accelerator.issuing_s(segment=False), context.profile.accelerator.launch_s
+    plans = [require(context.splits, "choose_splits")[info(node).position] for node in group]
+    prefetches_s = prefetch_s * sum(plan.resident_rows < plan.rows for plan in plans)
+    saved_s = prefetches_s + linear_s * sum(plan.resident_rows == 0 for plan in plans)
+    return linear_s * len(plans) + prefetches_s, saved_s
 
 
 # ---- the longest path --------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from hetegen_compile.locks import if_free
 from hetegen_compile.mirrors import Mirrors
 from hetegen_compile.mirrors.identity import storage_key
 from hetegen_compile.watched_storages import WatchedStorages
@@ -109,17 +110,15 @@ class ModelLives:
 
         Called by finalizers as well: while somebody uses the accelerator, this thread perhaps, its end does it.
         """
-        while self._watched.some_died and self.lock.acquire(blocking=False):
-            try:
-                if self._busy:
-                    return
-                self._busy = True
-                try:
-                    self._bury(self._watched.take_dead())
-                finally:
-                    self._busy = False
-            finally:
-                self.lock.release()
+        while self._watched.some_died and not self._busy and if_free(self.lock, self._settle):
+            pass
+
+    def _settle(self) -> None:
+        self._busy = True
+        try:
+            self._bury(self._watched.take_dead())
+        finally:
+            self._busy = False
 
     def _bury(self, storages: frozenset[int]) -> None:
         self._mirrors.forget_storages(storages)

@@ -49,11 +49,13 @@ def _run_noted(runtime: Runtime, plan: StepPlan, inputs: Sequence[Any]) -> Any:
             outputs = _run(runtime, plan, inputs)
             seconds = time.perf_counter() - started
     except BaseException as error:
-        clear_frames(error)  # whoever keeps the error (a debugger, a shell) would keep device memory
-        accelerator.abandon_step()
-        if not isinstance(error, NoRoomError):  # the step may have written some of them
-            mirrors.forget_all_but_weights()
-            mirrors.forget(inputs[i] for i in plan.bound.settled)
+        try:
+            clear_frames(error)  # whoever keeps the error (a debugger, a shell) would keep device memory
+            accelerator.abandon_step()
+        finally:  # a second interrupt ends the wait for the streams; the next step waits for them
+            if not isinstance(error, NoRoomError):  # the step may have written some of them
+                mirrors.forget_all_but_weights()
+                mirrors.forget(inputs[i] for i in plan.bound.settled)
         raise
     plan.schedule.note_step(seconds, accelerator.trace(False) if tracing else [])
     peak = max(plan.schedule.accelerator_peak_bytes, accelerator.counters.step_peak_bytes)

@@ -55,10 +55,14 @@ class Runtime:
         """Held during a step."""
         return self.lives.lock
 
-    def reserve(self, ring_bytes: int) -> None:
-        """Make the staging ring that all graphs share as long as the ledger says."""
+    def reserve(self, ring_bytes: int, limit_bytes: int) -> None:
+        """Make the staging ring that all graphs share as long as the ledger says.
+
+        Mirrors that no plan keeps leave for it: both have to fit ``limit_bytes``.
+        """
         if ring_bytes != self._ring_bytes:
             self.carried.drop("the staging ring is made anew")  # they would keep the old one
+            self.mirrors.make_room(limit_bytes - ring_bytes)
         self.accelerator.reserve_ring(ring_bytes)
         self._ring_bytes = ring_bytes
 

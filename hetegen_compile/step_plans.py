@@ -222,7 +222,7 @@ class StepPlans:
         residency = require(context.residency, "choose_residency")
         runtime.accelerator.limit_memory(context.usable_bytes)
         runtime.ledger.enter(self, part, residency, self._own_bytes, reference)
-        runtime.reserve(runtime.ledger.ring_bytes)
+        runtime.reserve(runtime.ledger.ring_bytes, context.usable_bytes)
         if part[1] not in self._models:
             self._watch(inputs)
 

@@ -15,6 +15,7 @@ from torch import fx
 from hetegen_compile.ir import copy_module
 from hetegen_compile.passes import predict_step
 from hetegen_compile.passes.context import Context, require
+from hetegen_compile.passes.findings import Prediction
 from hetegen_compile.passes.plans import Splits
 from hetegen_compile.pipeline import SIMULATED, Stage, run_pipeline
 
@@ -27,9 +28,9 @@ class Trial:
     context: Context
 
     @property
-    def step_s(self) -> float:
+    def prediction(self) -> Prediction:
         """The simulated step at the sizes that it was made for."""
-        return require(self.context.prediction, "predict_step").step_s
+        return require(self.context.prediction, "predict_step")
 
 
 class Trials:
@@ -45,14 +46,18 @@ class Trials:
 
     def step_s(self, context: Context, splits: Splits, *, keep: bool = False) -> float:
         """Seconds of a step with these rows at the context's sizes; ``keep`` if it will be asked for again."""
+        return self.prediction(context, splits, keep=keep).step_s
+
+    def prediction(self, context: Context, splits: Splits, *, keep: bool = False) -> Prediction:
+        """The simulated step with these rows at the context's sizes; ``keep`` if it will be asked for again."""
         trial = self._trial(context, splits)
         if keep and all(trial is not other for other in self._kept):
             self._kept.append(trial)
-        if self._best is None or trial.step_s < self._best.step_s:
+        if self._best is None or trial.prediction.step_s < self._best.prediction.step_s:
             self._best = trial
         if trial.context.sizes == context.sizes:
-            return trial.step_s
-        return predict_step(trial.module, replace(trial.context, sizes=context.sizes)).step_s
+            return trial.prediction
+        return predict_step(trial.module, replace(trial.context, sizes=context.sizes))
 
     def finish(self, context: Context, splits: Splits, stages: Sequence[Stage]) -> tuple[fx.GraphModule, Context]:
         """The schedule with these rows, through those of ``stages`` that a simulation has no need of, too.

@@ -1,4 +1,7 @@
-"""The ATen operations that a node is made of: their names, FLOPs, bytes, and whether they draw or depend on data."""
+"""The ATen operations that a node is made of: their names, FLOPs, bytes, and whether they draw or depend on data.
+
+``writes`` are storages that they write without a new version, which whoever compares versions does not see.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ SHAPE_ONLY_ATEN |= frozenset({f"new_{made}" for made in ("empty", "empty_strided
 """ATen operations that read no contents of what they are given, only its geometry."""
 _LOOKUPS = frozenset({"embedding", "index", "index_select", "gather"})
 _GROUPED = frozenset({"_grouped_mm", "grouped_mm_fallback"})  # the latter is transformers' operation
+_STATISTICS = ("running_mean", "running_var")
 _UPDATES = frozenset({"index_copy_", "index_put_", "scatter_", "index_add_"})
 
 
@@ -39,7 +43,7 @@ class AtenListener(TorchDispatchMode):
     def take(self) -> dict[str, Any]:
         found = dict(getattr(self, "_found", {}))
         self._found: dict[str, Any] = {
-            "aten": (), "random": False, "data_dependent": False,
+            "aten": (), "random": False, "data_dependent": False, "writes": frozenset(),
             "flops": sympy.Integer(0), "traffic_bytes": sympy.Integer(0), "made_bytes": sympy.Integer(0),
         }
         return found
@@ -53,6 +57,7 @@ class AtenListener(TorchDispatchMode):
             name = func.overloadpacket.__name__
             self._found["random"] |= _is_random(func, args, kwargs)
             self._found["data_dependent"] |= _is_data_dependent(func, args)
+            self._found["writes"] |= frozenset(map(storage_id, _undeclared_writes(func, args, kwargs)))
             self._add(name, _flops(func, args, kwargs, out), _traffic(name, args, out), out, (args, kwargs))
         return out
 
@@ -97,9 +102,21 @@ def _is_random(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether the call draws random numbers; attention is tagged so even when its dropout is 0."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
-    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    given = _given(func, args, kwargs)
     defaults = {argument.name: argument.default_value for argument in func._schema.arguments}
     return "dropout_p" not in defaults or given.get("dropout_p", defaults["dropout_p"]) != 0.0
+
+
+def _undeclared_writes(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """Statistics that a batch norm in training writes, of which neither its schema nor their versions tell."""
+    given = _given(func, args, kwargs)
+    return tensors_in([given.get(name) for name in _STATISTICS]) if given.get("training") else []
+
+
+def _given(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Arguments by name."""
+    names: list[str] = [argument.name for argument in func._schema.arguments]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _is_data_dependent(func: Any, args: Any) -> bool:

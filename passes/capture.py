@@ -50,8 +50,9 @@ class _Propagator(fx.Interpreter):
         before = {storage_id(t): t._version for t in reads}
         self._listener.take()
         result = super().run_node(n)
-        writes = frozenset(storage_id(t) for t in reads if t._version != before[storage_id(t)])
         found = self._listener.take()
+        writes = frozenset(storage_id(t) for t in reads if t._version != before[storage_id(t)])
+        writes |= found.pop("writes") & before.keys()  # others were made and are gone within the node
         generator = frozenset({GENERATOR} if found["random"] else ())
         annotate(
             n, NodeInfo(), value=result, position=self._position, module=module_path(n), writes=writes | generator,

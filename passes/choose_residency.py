@@ -16,7 +16,7 @@ from itertools import accumulate
 
 from torch import fx
 
-from hetegen_compile.cost_model import row_granularity
+from hetegen_compile.cost_model import HardwareProfile, row_granularity, upload_s
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.options import format_bytes
@@ -33,6 +33,7 @@ SLOT_ALIGNMENT = 256
 _WINDOW = 2  # slots the ring holds at least: one being read while the next one is being filled
 _CHUNK_BYTES = 8 << 20  # of a chunk where a third of the ring allows: smaller ones cost rate and issue
 _CHUNKS = 4  # slots of the largest size that the ring holds: each costs its issue, and the link seldom waits for one
+_ISSUE = 0.05  # of a chunk's transfer: where its prefetch and its product take longer to issue, chunks are longer
 _STAGED = 4096  # staged chunks that a step has at most: each is five operations, and four lie in the pinned ring
 
 
@@ -112,7 +113,7 @@ class _Sharing:
     ) -> Residency:  # fmt: skip
         own = {claim.key for claim in claims}
         weights = {w.name: first_rows[key] for w, key in self._keys.items() if key in own and key in first_rows}
-        chunk = 0 if whole else max(self._smallest // _WINDOW, ring // _CHUNKS, min(ring // 3, _CHUNK_BYTES))
+        chunk = 0 if whole else max(self._smallest // _WINDOW, _chunk_bytes(ring, self._context.profile))
         on_host = frozenset(node.name for node in self._stacks if node.name not in weights)
         stack_bytes = sum(value_bytes(node, self._context) for node in self._stacks if node.name in weights)
         staged = max(STAGED_CHUNK_BYTES, sum(value_bytes(weight, self._context) for weight in self._weights) // _STAGED)
@@ -157,6 +158,14 @@ def staging_ring_bytes(weight_bytes: Sequence[int], free: int, smallest: int = 0
     """
     typical = _WINDOW * _typical([aligned(nbytes) for nbytes in weight_bytes])
     return max(smallest, min(typical, free // 4 // SLOT_ALIGNMENT * SLOT_ALIGNMENT))
+
+
+def _chunk_bytes(ring: int, profile: HardwareProfile) -> int:
+    """Most bytes of a chunk: half of the ring where issuing shorter ones takes the host's thread too long."""
+    chunk = max(ring // _CHUNKS, min(ring // 3, _CHUNK_BYTES))
+    issue_s = profile.accelerator.launch_s + profile.accelerator.issuing_s(segment=False)
+    longest = ring // _WINDOW // SLOT_ALIGNMENT * SLOT_ALIGNMENT
+    return longest if issue_s > _ISSUE * upload_s(profile, chunk) else chunk
 
 
 def _typical(sizes: Sequence[int]) -> int:

@@ -4,7 +4,9 @@ Why: a cache that grows is returned to the caller, so the host appends the new k
 on the accelerator needs that. At the end of the step it would come on top of everything; but the host waits for the
 accelerator after each Linear that it took part in, and there the appending of a layer costs little or nothing. So
 ``insert_transfers`` lets such values come down with the next activation, and ``reorder`` issues their readers after
-the host parts that the same transfer is for and before the host waits for a later one.
+the host parts that the same transfer is for and before the host waits for a later one. A transfer that is for no host
+part comes behind the parts of the one before it: its source may be far from ready (attention beside an MLP that reads
+the same input), and the host would wait for it with work at hand.
 """
 
 from __future__ import annotations
@@ -78,6 +80,8 @@ def _is_work(node: fx.Node) -> bool:
 class _Wait:
     """What the host has to wait after the host parts that a download is for, until the next download can begin.
 
+    ``parts`` are those of the last download before it, if it is for none.
+
     ``behind`` is accelerator work that comes after the last download before which the host must be done.
     """
 
@@ -94,11 +98,14 @@ class _Waits:
         self.place = {node: position for position, node in enumerate(graph.nodes)}
         downloads = graph.find_nodes(op="call_function", target=ir.TO_HOST)
         busy = [node for node in graph.nodes if node.op == "call_module" or node.target == ir.PARTIAL_LINEAR]
+        parts: list[list[fx.Node]] = []
+        for download in downloads:
+            parts.append(_host_parts(download) or (parts[-1] if parts else []))
         self._begins = [self.place[download] for download in downloads]
         self._waits = [
             _Wait(
                 begins=self.place[download],
-                parts=_host_parts(download),
+                parts=parts[i],
                 seconds=sum(node_work(node, context).seconds for node in self._between(busy, download, following)),
                 behind=self._first_after(busy, downloads[i + RUN_AHEAD :]),
             )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 from hetegen_compile.accelerators.base import Counters
 from hetegen_compile.errors import AcceleratorMemoryError
+from hetegen_compile.locks import if_free
+
+_Result = TypeVar("_Result")
 
 
 class MemoryLedger:
@@ -36,13 +38,11 @@ class MemoryLedger:
     @property
     def held_bytes(self) -> int:
         """Sum over all categories."""
-        with self._books():
-            return sum(self.counters.held_bytes.values())
+        return self._on_books(lambda: sum(self.counters.held_bytes.values()))
 
     def begin_step(self) -> None:
         """Start a step's peak with what is held."""
-        with self._books():
-            self.counters.step_peak_bytes = sum(self.counters.held_bytes.values())
+        self.counters.step_peak_bytes = self.held_bytes
 
     def require(self, name: str, nbytes: int) -> None:
         """Raise AcceleratorMemoryError unless ``nbytes`` more fit."""
@@ -56,22 +56,23 @@ class MemoryLedger:
     def hold(self, tensor: torch.Tensor, category: str, nbytes: int | None = None) -> None:
         """Count the tensor's storage under ``category`` unless it is counted (``nbytes``: as so many)."""
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        with self._books():
-            if key in self._storages:
-                return
-            size = storage.nbytes() if nbytes is None else nbytes
-            self._storages[key] = (category, size)
-            held = self.counters.held_bytes
-            held[category] = held.get(category, 0) + size
-            self._note_peak(0)
+        size = storage.nbytes() if nbytes is None else nbytes
+        self._on_books(lambda: self._enter(storage, category, size))
+
+    def _enter(self, storage: torch.UntypedStorage, category: str, nbytes: int) -> None:
+        key, held = storage._cdata, self.counters.held_bytes
+        if key in self._storages:
+            return
         finalizer = weakref.finalize(storage, self._drop, key)
         finalizer.atexit = False
+        held.setdefault(category, 0)
+        held[category] += nbytes  # no call until both books have it: an interrupt comes behind calls only
+        self._storages[key] = (category, nbytes)
+        self._note_peak(0)
 
     def note_workspace(self, name: str, nbytes: int) -> None:
         """Count ``nbytes`` that an operation occupied until now; AcceleratorMemoryError if they did not fit."""
-        with self._books():
-            self._note_peak(nbytes)
+        self._on_books(lambda: self._note_peak(nbytes))
         self.require(name, nbytes)
 
     def _note_peak(self, workspace_bytes: int) -> None:
@@ -82,28 +83,26 @@ class MemoryLedger:
 
     def uploaded(self, category: str, nbytes: int) -> None:
         """Count bytes that went up."""
-        with self._books():
-            moved = self.counters.uploaded_bytes
-            moved[category] = moved.get(category, 0) + nbytes
+        self._count(self.counters.uploaded_bytes, category, nbytes)
 
     def staged(self, category: str, nbytes: int) -> None:
         """Count bytes that were copied into the pinned ring."""
-        with self._books():
-            moved = self.counters.staged_bytes
-            moved[category] = moved.get(category, 0) + nbytes
+        self._count(self.counters.staged_bytes, category, nbytes)
 
     def downloaded(self, category: str, nbytes: int) -> None:
         """Count bytes that came down."""
-        with self._books():
-            moved = self.counters.downloaded_bytes
-            moved[category] = moved.get(category, 0) + nbytes
+        self._count(self.counters.downloaded_bytes, category, nbytes)
 
-    @contextmanager
-    def _books(self) -> Iterator[None]:
+    def _count(self, moved: dict[str, int], category: str, nbytes: int) -> None:
+        self._on_books(lambda: moved.update({category: moved.get(category, 0) + nbytes}))
+
+    def _on_books(self, work: Callable[[], _Result]) -> _Result:
+        """``work()`` with the books to itself, and no dead storage on them before and afterwards."""
         with self._lock:
             self._bury()
-            yield
+            result = work()
         self._settle()
+        return result
 
     def _drop(self, key: int) -> None:
         self._dead.append(key)
@@ -111,16 +110,16 @@ class MemoryLedger:
 
     def _settle(self) -> None:
         """Take dead storages off the books, unless a holder of the lock is about to."""
-        while self._dead and self._lock.acquire(blocking=False):
-            try:
-                self._bury()
-            finally:
-                self._lock.release()
+        while self._dead and if_free(self._lock, self._bury):
+            pass
 
     def _bury(self) -> None:
         while self._dead:
-            category, nbytes = self._storages.pop(self._dead.popleft())
-            self.counters.held_bytes[category] -= nbytes
+            if (key := self._dead[0]) in self._storages:
+                category, nbytes = self._storages[key]
+                self.counters.held_bytes[category] -= nbytes  # no call until both books have it
+                del self._storages[key]
+            self._dead.popleft()
 
 
 class PinTable:

@@ -23,10 +23,13 @@ class TracedGeneration:
     hint: int
 
 
-def trace_generation(named: NamedModel, prompt: int, batch: int, *, steps: bool = True) -> TracedGeneration:
+def trace_generation(
+    named: NamedModel, prompt: int, batch: int, *, steps: bool = True, fixed: bool = False
+) -> TracedGeneration:
     """Capture the forward of the prompt and that of one token, with the length of the cache as a symbol.
 
-    An encoder has the first only, and so has a generation without decode ``steps`` (of one token).
+    An encoder has the first only, and so has a generation without decode ``steps`` (of one token). With ``fixed`` the
+    cache is as the prompt leaves it, whatever its layers are (windows, say), and its length is a number.
 
     Raises:
         UnsupportedModelError: a forward cannot be captured without running, or its cache is not one that grows.
@@ -45,7 +48,7 @@ def trace_generation(named: NamedModel, prompt: int, batch: int, *, steps: bool 
     cache = getattr(prefill.result, "past_key_values", None)
     if cache is None:
         raise UnsupportedModelError(f"{named.name} returns no cache, so its decode steps cannot be planned")
-    hint = _make_dynamic(cache, prompt, fakes, named)
+    hint = prompt if fixed else _make_dynamic(cache, prompt, fakes, named)
     decode = trace(module, fakes, (), {**kwargs, "input_ids": _tokens(fakes, batch, 1), "past_key_values": cache})
     return TracedGeneration(prefill, decode, hint)
 

@@ -144,6 +144,16 @@ class Mirrors:
         standing.used = self._step
         return True
 
+    # ---- between steps ---------------------------------------------------------------------------------------
+
+    def make_room(self, limit_bytes: int) -> None:
+        """Drop mirrors that are not resident by plan until all fit ``limit_bytes``; no step is under way.
+
+        Raises:
+            NoRoomError: what is resident by plan does not fit.
+        """
+        self._most_bytes = self._records.make_room(limit_bytes, self._step + 1, self.keep)
+
     # ---- what is out of date ---------------------------------------------------------------------------------
 
     def check(self) -> None:

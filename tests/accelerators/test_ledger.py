@@ -2,10 +2,12 @@
 
 import threading
 
+import pytest
 import torch
 
 from hetegen_compile.accelerators.base import Counters
 from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
+from tests.test_locks import INTERRUPTS, interrupts
 
 REFUSED = 712
 
@@ -87,9 +89,14 @@ def test_storages_that_die_while_the_books_are_open_are_settled_afterwards() -> 
     first, second = torch.ones(4), torch.ones(8)
     ledger.hold(first, "weights")
     ledger.hold(second, "weights")
-    with ledger._books():
-        del first  # as the garbage collector may do at any point inside
+    kept = [first]
+    del first
+
+    def collect() -> None:
+        kept.clear()  # as the garbage collector may do at any point inside
         assert counters.held_bytes == {"weights": 48}
+
+    ledger._on_books(collect)
     assert counters.held_bytes == {"weights": 32}
 
 
@@ -110,3 +117,25 @@ def test_threads_that_hold_and_drop_keep_the_books_exact() -> None:
     assert counters.held_bytes == {"activations": 0}
     assert counters.uploaded_bytes == {"activations": 1200}
     assert 16 <= counters.peak_bytes <= 64 * 16
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_no_interrupt_leaves_the_books_locked_or_wrong() -> None:
+    counters = Counters()
+    ledger = MemoryLedger(counters, 1 << 20)
+    held, interrupted = torch.ones(4), 0
+    ledger.hold(held, "weights")
+    with interrupts() as interrupt_soon:
+        for _ in range(INTERRUPTS):
+            try:
+                interrupt_soon()
+                while ledger.held_bytes >= 16:
+                    ledger._settle()
+                    ledger._drop(0)  # of a storage that is not on the books
+            except KeyboardInterrupt:
+                interrupted += 1
+            assert not ledger._lock.locked()
+    assert interrupted == INTERRUPTS
+    assert ledger.held_bytes == 16
+    del held
+    assert counters.held_bytes == {"weights": 0}

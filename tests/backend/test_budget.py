@@ -30,7 +30,7 @@ from hetegen_compile.planned import BucketPlan
 from hetegen_compile.planner import Planner
 from hetegen_compile.schedule import Schedule
 from hetegen_compile.segments import inductor_compiler, plain_compiler
-from tests.backend.modules import WIDTH, Mlp, random
+from tests.backend.modules import WIDTH, Linear, Mlp, around, random
 from tests.models.architectures import ARCHITECTURES, PROMPT, generate, prompts, tiny_model
 from tests.models.harness import (
     RecordingBackend,
@@ -263,6 +263,29 @@ def test_two_models_share_a_budget_and_do_not_thrash(layers: int, graphs: int) -
     steps = [after - before for before, after in zip(uploaded[3:], uploaded[4:], strict=False)]
     assert set(steps) == {schedule.streamed_bytes for schedule in schedules}, "resident weights stay where they are"
     assert backend.accelerator.counters.peak_bytes <= weights
+
+
+def test_a_longer_staging_ring_takes_the_place_of_mirrors() -> None:
+    """Mirrors of what the caller keeps fill the budget when a model of wider Linears comes."""
+    budget = 700 << 10
+    narrow, wide, backend = around(_with_a_table), Mlp(3, 256).eval(), RecordingBackend()
+    options = emulated(gpu_memory=budget)
+    for model in (narrow, wide):
+        model.compile(backend=backend, options=options)
+    tables, x, y = [random(128, 64, seed=i) for i in range(budget // (128 * 64 * 4))], random(2, 64), random(2, 256)
+    with torch.no_grad():
+        for table in tables:
+            torch.testing.assert_close(narrow(x, table), narrow.forward(x, table), rtol=1e-4, atol=1e-5)
+        held, ring = dict(backend.accelerator.counters.held_bytes), backend.graphs[0].runtime.ledger.ring_bytes
+        torch.testing.assert_close(wide(y), wide.forward(y), rtol=1e-4, atol=1e-5)
+    longer = backend.graphs[0].runtime.ledger.ring_bytes - ring
+    assert sum(held.values()) + longer > budget, "they leave room enough"
+    assert backend.accelerator.counters.held_bytes["mirrors"] < held["mirrors"]
+    assert backend.accelerator.counters.peak_bytes <= budget
+
+
+def _with_a_table(before: Linear, after: Linear, x: Tensor, table: Tensor) -> Tensor:
+    return after(before(x) + table.sum(0))
 
 
 def test_forwards_by_turns_do_not_thrash_beside_a_devices_libraries(monkeypatch: pytest.MonkeyPatch) -> None:

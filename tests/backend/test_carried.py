@@ -308,7 +308,7 @@ def test_a_ring_of_another_length_keeps_nothing_of_the_old_one(steady: Compiled)
     others = runtime.accelerator.counters.held_bytes["slots"] - runtime.ledger.ring_bytes
     longer = runtime.ledger.ring_bytes + (4 << 10)
     with runtime.lock:
-        runtime.reserve(longer)
+        runtime.reserve(longer, runtime.limit_bytes)
     assert runtime.accelerator.counters.held_bytes["slots"] == longer + others
     assert steady.carried.held_bytes == 0
     steady.check(seed=5)

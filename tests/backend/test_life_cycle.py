@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import resource
 import threading
@@ -228,6 +229,33 @@ def test_an_interrupted_step_leaves_the_next_one_working(where: str, call: int) 
         assert interrupted == 1
         assert interrupts.left < 0
         assert accelerator.counters.peak_bytes <= BUDGET
+
+
+def test_a_second_interrupt_leaves_no_mirror_of_what_the_first_step_wrote() -> None:
+    """The accelerator has written its copy of a cache, the host has not, and the wait for the streams is cut short."""
+
+    def body(before: Linear, after: Linear, x: Tensor, cache: Tensor, position: Tensor) -> Tensor:
+        cache.index_copy_(1, position, before(x)[:, None])
+        position.add_(1)
+        return after(cache.sum(1))
+
+    model, backend, apart = around(body), RecordingBackend(), 0
+    inputs = random(2, WIDTH), torch.zeros(2, 64, WIDTH), torch.tensor([2])
+    model.compile(backend=backend, options=emulated(gpu_memory=3 * BUDGET, seed=None))
+    with torch.no_grad():
+        model(*inputs)
+        engine = backend.accelerator._engine  # type: ignore[attr-defined]
+        submit, drain = engine.submit, engine.drain
+        for call in range(1, 40, 3):
+            first = Interrupts(engine, "submit", call, KeyboardInterrupt())
+            second = Interrupts(engine, "drain", 1, KeyboardInterrupt())
+            with contextlib.suppress(KeyboardInterrupt):
+                model(*inputs)
+            engine.submit, engine.drain = submit, drain
+            apart += first.left <= 0 and second.left <= 0
+            expected = model.forward(*[one.clone() for one in inputs])
+            torch.testing.assert_close(model(*inputs), expected, rtol=1e-4, atol=1e-5)
+    assert apart > 3
 
 
 def test_an_interrupted_generation_can_be_started_again() -> None:

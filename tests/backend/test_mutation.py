@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from hetegen_compile.segments import inductor_compiler, plain_compiler
 from tests.backend.modules import BUDGET, Linear, around, random
-from tests.models.harness import compiled_like_eager, emulated
+from tests.models.harness import compiled_like_eager, emulated, through_inductor
 
 STEPS = 3
 
@@ -133,6 +137,38 @@ def test_a_buffer(mode: Any) -> None:
         return results, model.seen.clone(), model.mean.clone()
 
     compiled_like_eager(model, run, options=emulated(gpu_memory=16 << 10))
+
+
+class Normed(nn.Module):
+    """A norm with statistics of its own between two Linears."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(64, 64), norm, nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[sequences, tokens, width], in and out."""
+        result: Tensor = self.down(self.norm(self.up(x).mT).mT)
+        return result
+
+
+@through_inductor
+@pytest.mark.parametrize("compiler", [plain_compiler, inductor_compiler])
+@pytest.mark.parametrize("make", [nn.BatchNorm1d, functools.partial(nn.InstanceNorm1d, track_running_stats=True)])
+def test_statistics_of_a_norm_in_training(make: Callable[[int], nn.Module], compiler: Any) -> None:
+    """torch writes them without a new version."""
+    torch.manual_seed(0)
+    model = Normed(make(64))
+    before = copy.deepcopy(model.norm.state_dict())
+
+    def run() -> Any:
+        model.norm.load_state_dict(before)
+        with torch.no_grad():
+            results = [model.train()(random(2, 3, 64, seed=i)) for i in range(STEPS)] + [model.eval()(random(2, 3, 64))]
+        return results, [buffer.clone() for buffer in model.norm.buffers()]
+
+    found = compiled_like_eager(model, run, options=emulated(gpu_memory=23 << 10), compiler=compiler)
+    assert not torch.equal(found.compiled[1][0], before["running_mean"])
 
 
 def test_a_tensor_made_in_inference_mode_is_written() -> None:

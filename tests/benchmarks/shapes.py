@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import AutoConfig
 
 from benchmarks.model_shapes import Shape
@@ -18,7 +20,10 @@ _WIDTHS = {
 }  # fmt: skip
 
 
-def config(model_type: str, layers: int = 4, full_layers: int = 32) -> Shape:
-    """Some layers of a model that the benchmark does not name."""
-    found = AutoConfig.for_model(model_type, num_hidden_layers=full_layers, **_WIDTHS[model_type])
+_WIDTHS["mistral"] = _WIDTHS["llama"]
+
+
+def config(model_type: str, layers: int = 4, full_layers: int = 32, **changes: Any) -> Shape:
+    """Some layers of a model that the benchmark does not name; ``changes`` are the config's."""
+    found = AutoConfig.for_model(model_type, num_hidden_layers=full_layers, **_WIDTHS[model_type], **changes)
     return Shape(model_type, found, layers, full_layers)

@@ -75,6 +75,32 @@ def test_small_linears_are_not_worth_their_trip() -> None:
     assert chain.step_s(shares) < chain.step_s([0.0] * 4)
 
 
+def test_only_as_many_equal_trips_are_made_as_are_needed() -> None:
+    dear = Trip(host_s=1.0, link_s=1.0, accelerator_s=0.0, accelerator_saved_s=0.0, fixed_s=0.5)
+    chain = Chain((dear,) * 8, 0.0)
+    relaxation = relax(chain)  # what a whole trip adds to the chain is 1.5 times what it takes from the link
+    assert relaxation.bound_s == pytest.approx(8 * 1.5 / 2.5)
+    assert relaxation.opened == frozenset(range(8))
+    assert relaxation.fewest == {0, 2, 4, 6}, "spread over the step"
+    few, every = (chain.step_s(balance_along(chain, some)) for some in (relaxation.fewest, relaxation.opened))
+    assert relaxation.bound_s < few == pytest.approx(5.0)
+    assert few < every == pytest.approx(6.0)
+
+
+@settings(derandomize=True)
+@given(chains)
+def test_the_fewest_are_some_of_the_opened_ones(chain: Chain) -> None:
+    relaxation = relax(chain)
+    assert relaxation.fewest <= relaxation.opened
+    assert bool(relaxation.fewest) == bool(relaxation.opened)
+
+
+def test_half_way_between_two_chains() -> None:
+    slow = Chain((Trip(1.0, 4.0, 0.0, 0.0),), 3.0)
+    fast = Chain((Trip(1.0, 2.0, 0.0, 0.0),), 1.0)
+    assert slow.between(fast) == fast.between(slow) == Chain((Trip(1.0, 3.0, 0.0, 0.0),), 2.0)
+
+
 def test_nothing_is_opened_where_the_link_is_no_bottleneck() -> None:
     fast = Trip(host_s=9.0, link_s=0.1, accelerator_s=0.5, accelerator_saved_s=0.5, fixed_s=0.6)
     assert relax(Chain((fast,) * 3, 5.0)).opened == frozenset()

@@ -116,6 +116,16 @@ def test_every_chunk_has_room_for_another_one_beside_it(chain: Case, more_bytes:
             assert 2 * -(-(hi - lo) * row_bytes // 256) * 256 <= decided.ring_bytes
 
 
+def test_chunks_are_longer_where_issuing_them_takes_long(chain: Case) -> None:
+    budget = named_budget(chain) + TOTAL // 2
+    profile = chain.context.profile
+    free = replace(profile, accelerator=replace(profile.accelerator, launch_s=0.0, issue_s=0.0))
+    dear = replace(profile, accelerator=replace(profile.accelerator, issue_s=1.0))
+    short, long = (decide(chain, budget, split=0.0, profile=one) for one in (free, dear))
+    assert short.ring_bytes == long.ring_bytes
+    assert short.chunk_bytes < long.chunk_bytes == long.ring_bytes // 2 // 256 * 256
+
+
 def test_everything_fits() -> None:
     found = case(Chain(), torch.randn(1, 64)).run(annotate_costs)
     decided = decide(found, GIB)

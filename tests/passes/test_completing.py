@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from hetegen_compile.ir import HOST_LINEAR, TO_HOST, TWIN, WAIT_HOST, info
 from hetegen_compile.passes.plans import LinearPlan
 from hetegen_compile.passes.predict_step import predict_step
-from tests.passes.graphs import Case, assert_equal_to_eager, halves, quarters, scheduled, streamed
+from tests.passes.graphs import Case, assert_equal_to_eager, halves, quarters, resident, scheduled, streamed
 
 LAYERS = nn.ModuleList([nn.Linear(64, 64) for _ in range(18)])
 X = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
@@ -61,6 +61,26 @@ def test_host_parts_of_the_same_download_come_first() -> None:
         for wait in downloads:
             parts = [user for item in wait.users for user in item.users if user.target == HOST_LINEAR]
             assert all(place[part] < place[node] for part in parts)
+
+
+def test_no_host_part_waits_for_a_later_download() -> None:
+    """Attention beside an MLP that reads the same input: the MLP's host part needs that only, the cache much more."""
+    layers = [(nn.Linear(64, 32), nn.Linear(64, 128), nn.Linear(32, 64), nn.Linear(128, 64)) for _ in range(4)]
+    pasts = [past[:, :32].contiguous() for past in PASTS[:4]]
+
+    def beside(x: Tensor, *pasts: Tensor) -> tuple[Tensor, ...]:
+        grown = []
+        for (key, wide, out, down), past in zip(layers, pasts, strict=True):
+            cache = torch.cat([past, key(x).relu()])
+            x = out(cache.mean(0)) + down(wide(x).relu())
+            grown.append(cache)
+        return (x, *grown)
+
+    found = scheduled(beside, X, *pasts, plan=lambda rows: halves(rows) if rows == 128 else resident(rows))
+    place, parts = places(found), found.nodes(HOST_LINEAR)
+    work = sorted(appending(found), key=place.__getitem__)
+    assert len(parts) == len(work) == 4
+    assert all(place[part] < place[node] for part, node in zip(parts, work, strict=True))
 
 
 def test_the_step_is_shorter_than_with_all_of_it_at_the_end() -> None:

@@ -136,8 +136,8 @@ class Engine:
 
     def enter_step(self) -> None:
         """Hand the interpreter over quickly from here on."""
-        self._switching.enter()
         self.in_step = True
+        self._switching.enter()
 
     def leave_step(self) -> None:
         """Give the interpreter its own switch interval back."""

@@ -1,0 +1,84 @@
+"""The trips of a grouped graph to the host and back: as a chain for the balance, and as rows of its Linears."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from hetegen_compile.cost_model import Chain, Trip, row_granularity
+from hetegen_compile.ir import info
+from hetegen_compile.passes.choose_splits import block_splits, feed_s, linears_of, lines_s, nearest_rows, with_host_rows
+from hetegen_compile.passes.context import Context, require
+from hetegen_compile.passes.findings import Block
+from hetegen_compile.passes.plans import LinearPlan, Splits
+from hetegen_compile.passes.predict_step import node_work, trip_s
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that share a trip: those that read one activation, or those of a block that is cut as one."""
+
+    linears: tuple[fx.Node, ...]
+    block: Block | None = None
+
+
+Trips = list[Group]
+
+
+def trips_of(module: fx.GraphModule, blocks: Sequence[Block] = ()) -> Trips:
+    """Linears that read the same activation, in program order; those of ``blocks`` at the place of their first one."""
+    linears = linears_of(module)
+    block_of = {position: block for block in blocks for position in block.linears}
+    groups: dict[object, Group] = {}
+    for position, node in linears.items():
+        block = block_of.get(position)
+        key = block or node.args[0]
+        others = groups[key].linears if key in groups else ()
+        groups[key] = Group((*others, node), block)
+    return list(groups.values())
+
+
+def step_chain(module: fx.GraphModule, trips: Trips, context: Context) -> Chain:
+    """A grouped graph as a chain of trips and the accelerator's segments between them."""
+    serial_s = sum(node_work(node, context).seconds for node in module.graph.find_nodes(op="call_module"))
+    return Chain(tuple(_trip(group, context) for group in trips), serial_s)
+
+
+def _trip(group: Group, context: Context) -> Trip:
+    costs = require(context.costs, "annotate_costs")
+    host_s = link_s = accelerator_s = saved_s = 0.0
+    for node in group.linears:
+        cost = costs[info(node).position]
+        plan = with_host_rows(node, 0, context)
+        offloaded = 1.0 - plan.resident_rows / plan.rows
+        host_s += offloaded * cost.host_s
+        link_s += offloaded * feed_s(node, cost, context)
+        accelerator_s += cost.accelerator_s
+        saved_s += offloaded * cost.accelerator_s
+    fixed_s = trip_s(group.linears[0], context)
+    if group.block is not None:
+        link_s += lines_s(group.block, {info(node).position: node for node in group.linears}, context)
+        fixed_s += sum(costs[position].host_s for position in group.block.region)
+    return Trip(host_s, link_s, accelerator_s, saved_s, fixed_s=fixed_s)
+
+
+def with_shares(trips: Trips, shares: Sequence[float], context: Context) -> Splits:
+    """The rows of every Linear with a share of each trip's offloaded rows on the host, to the nearest granule."""
+    splits: dict[int, LinearPlan] = {}
+    for group, share in zip(trips, shares, strict=True):
+        linears = {info(node).position: node for node in group.linears}
+        if group.block is not None:
+            columns = nearest_rows(share, group.block.columns, row_granularity(group.block.columns))
+            splits |= block_splits(group.block, linears, columns, context)
+        else:
+            rows = {position: _host_rows(node, share, context) for position, node in linears.items()}
+            splits |= {position: with_host_rows(linears[position], host, context) for position, host in rows.items()}
+    return splits
+
+
+def _host_rows(node: fx.Node, share: float, context: Context) -> int:
+    plan = with_host_rows(node, 0, context)
+    movable = plan.rows - plan.resident_rows
+    return nearest_rows(share, movable, row_granularity(plan.rows))

@@ -1,0 +1,61 @@
+"""The split of all Linears together, on machines whose trips or launches are dear."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from benchmarks.schedule_quality import Work
+from hetegen_compile.balance import balanced_splits
+from hetegen_compile.baselines import baselines
+from hetegen_compile.cost_model import HardwareProfile, RateCurve, load_profile
+from hetegen_compile.cost_model.hardware import LinkDirection
+from hetegen_compile.trials import Trials
+from tests.benchmarks.shapes import config
+
+
+@cache
+def work() -> Work:
+    return Work(config("opt", layers=3), "decode-1")
+
+
+def slow_link() -> HardwareProfile:
+    """A tenth of the link's rate at every size, so a trip's small copies take ten times as long, too."""
+    profile = load_profile("h100-server")
+
+    def slower(direction: LinkDirection) -> LinkDirection:
+        return replace(direction, pinned=RateCurve(tuple((x, rate / 10) for x, rate in direction.pinned.points)))
+
+    return replace(profile, link=replace(profile.link, up=slower(profile.link.up), down=slower(profile.link.down)))
+
+
+def dear_issue() -> HardwareProfile:
+    """Python and torch take 40 us for each launch."""
+    profile = load_profile("h200-server")
+    return replace(profile, accelerator=replace(profile.accelerator, issue_s=4e-5, segment_issue_s=4e-5))
+
+
+@pytest.mark.parametrize(("profile", "limit"), [(slow_link(), 1.10), (dear_issue(), 1.20)], ids=["link", "issue"])
+def test_steps_are_close_to_their_floors(profile: HardwareProfile, limit: float) -> None:
+    found = work().result(profile, 0.1)
+    assert found.host_bytes > 0
+    assert found.streamed_bytes > 0
+    assert 1.0 <= found.ratio <= limit
+
+
+def test_a_few_linears_are_streamed_whole_where_trips_are_dear() -> None:
+    base, step = work().plan(slow_link(), 0.1)
+    plans = [plan for plan in (step.context.splits or {}).values() if plan.resident_rows < plan.rows]
+    on_host = [plan for plan in plans if plan.host == plan.rows - plan.resident_rows]
+    assert 0 < len(on_host) < len(plans), "equal shares of all would stream a little of each, with a trip for each"
+
+
+def test_no_plan_is_longer_than_what_it_is_compared_with() -> None:
+    for profile in (slow_link(), dear_issue()):
+        base = work().base(profile, 0.4)
+        trials = Trials(base.module)
+        step_s = trials.step_s(base.context, balanced_splits(base.module, base.context, trials))
+        others = baselines(base.module, base.context, trials)
+        assert step_s <= min(seconds for seconds in (others["streamed"], others["per_linear"]) if seconds is not None)
