@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from hetegen_compile.errors import MissingWaitError
 def test_a_download_and_a_write_of_the_same_memory_need_an_order(write_first: bool) -> None:
     checks, clocks, memory = AliasChecks(), Clocks(), torch.zeros(8)
     read, write = clocks.issue(DOWN, "a download"), clocks.issue(COMPUTE, "a write")
-    accesses = [
+    accesses: list[Callable[[], None]] = [
         lambda: checks.read(memory[2:4], read, clocks.now(DOWN)),
         lambda: checks.write(memory[3:], write, clocks.now(COMPUTE)),
     ]
