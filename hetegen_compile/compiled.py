@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from hetegen_compile.memory_remedies import with_remedies
 from hetegen_compile.options import Options
 from hetegen_compile.passes.context import HostOnlyGraphError, Refusal, SegmentCache, SegmentCompiler
 from hetegen_compile.run_step import run_step
-from hetegen_compile.runtime import Runtime
+from hetegen_compile.runtime import Runtime, live_runtimes
 from hetegen_compile.schedule import Schedule, register
 from hetegen_compile.step_plan import StepPlan
 from hetegen_compile.step_plans import StepPlans
@@ -48,6 +49,9 @@ class CompiledGraph:
         self._open_runtime = open_runtime
         self._host_only: Schedule | None = None
         self._opened: StepPlans | None = None
+        weights = list(self._graph.weight_tensors(inputs).values())
+        for runtime in live_runtimes():
+            runtime.lives.exclusively(functools.partial(runtime.lives.compiled, options, weights))
         steps = self._open()
         try:
             steps.runtime.lives.exclusively(lambda: self._plan_first(steps, inputs))
@@ -96,6 +100,13 @@ class CompiledGraph:
         """Memory is to be shared out anew."""
         if self._opened is not None:
             self._opened.outdate()
+
+    def give_way(self, options: Options, storages: frozenset[int]) -> bool:
+        """The model with these weights is compiled with ``options``: let go if it was with others; whether it did."""
+        if self._opened is None or options == self._graph.options or not self._opened.serves(storages):
+            return False
+        self.release()
+        return True
 
     @property
     def runtime(self) -> Runtime:

@@ -19,6 +19,7 @@ from torch import Tensor
 from hetegen_compile.locks import if_free
 from hetegen_compile.mirrors import Mirrors
 from hetegen_compile.mirrors.identity import storage_key
+from hetegen_compile.options import Options
 from hetegen_compile.watched_storages import WatchedStorages
 
 _Result = TypeVar("_Result")
@@ -40,6 +41,9 @@ class User(Protocol):
     def outdate(self) -> None:
         """Memory is to be shared out anew."""
 
+    def give_way(self, options: Options, storages: frozenset[int]) -> bool:
+        """The model with these weights is compiled with ``options``: let go if it was with others; whether it did."""
+
 
 class ModelWeights:
     """The storages that a graph's weights of one model lie in.
@@ -57,6 +61,11 @@ class ModelWeights:
         """Storages are gone; whether the model is."""
         self._left_bytes -= sum(self._bytes.pop(key, 0) for key in storages)
         return not self._bytes or self._left_bytes < self._enough_bytes
+
+    def lie_in(self, storages: frozenset[int]) -> bool:
+        """Whether these are the model's: more than half of its bytes lie there."""
+        within = self._bytes.keys() & storages
+        return bool(within) and sum(self._bytes[key] for key in within) > self._left_bytes / 2
 
     def move(self, places: Mapping[int, int]) -> None:
         """The contents of storages lie in others from now on (old identity to new)."""
@@ -104,6 +113,17 @@ class ModelLives:
         self._watched.stop(places)
         for user in list(self._users):
             user.storages_moved(places)
+
+    def compiled(self, options: Options, weights: Iterable[Tensor]) -> None:
+        """A model is compiled: graphs that it was compiled to before with other options are not called any more.
+
+        Dynamo keeps them until it is reset. What they hold, and a smaller budget that they state, is for the new ones.
+        """
+        storages = frozenset(map(storage_key, weights))
+        users = list(self._users)
+        if any([user.give_way(options, storages) for user in users]):
+            for user in users:
+                user.outdate()
 
     def settle(self) -> None:
         """Let go of what belonged to storages that have died.

@@ -115,6 +115,10 @@ class StepPlans:
         """Whether there are plans for a model that is there."""
         return bool(self._models)
 
+    def serves(self, storages: frozenset[int]) -> bool:
+        """Whether there are plans for the model whose weights lie in these."""
+        return any(weights.lie_in(storages) for weights in self._models.values())
+
     def lose(self, storages: Iterable[int]) -> bool:
         """Storages are gone: forget the models that are gone with them; whether there was one."""
         gone = {model for model, weights in self._models.items() if weights.lose(storages)}

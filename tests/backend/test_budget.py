@@ -340,6 +340,32 @@ def test_a_model_that_is_gone_leaves_its_room() -> None:
     assert backend.accelerator.counters.peak_bytes <= weights
 
 
+def test_a_model_that_is_compiled_again_has_its_new_budget() -> None:
+    """Dynamo keeps the graphs of the compilation before; whoever calls them has the smaller budget hold again."""
+    model, x, weights = Mlp(6, 128).eval(), random(2, 128), 6 * 128 * 128 * 4
+    expected, backend, resident = model(x).detach(), RecordingBackend(), []
+    compiled = []
+
+    def run(step: Any, graph: int, budget: int) -> None:
+        with torch.no_grad():
+            torch.testing.assert_close(step(x), expected, rtol=1e-4, atol=1e-5)
+        (plan,) = backend.graphs[graph].plans
+        assert plan.schedule.budget_bytes == budget
+        assert plan.schedule.accelerator_peak_bytes <= budget
+        resident.append(plan.schedule.resident_bytes)
+
+    budgets = [weights // 2, weights * 9 // 10, weights * 4 // 10]
+    for graph, budget in enumerate(budgets):
+        options = emulated(gpu_memory=budget, split=0.0, seed=2)
+        compiled.append(torch.compile(model, backend=backend, options=options))
+        run(compiled[graph], graph, budget)
+    assert resident[2] < resident[0] < resident[1]
+    run(compiled[1], 1, budgets[2])
+    run(compiled[2], 2, budgets[2])
+    assert len(backend.graphs) == 3
+    assert backend.accelerator.counters.uploaded_bytes["weights"] > weights
+
+
 def test_the_smaller_of_two_budgets_holds_for_both() -> None:
     weights = 4 * 128 * 128 * 4
     models, backend = [Mlp(4, 128).eval(), Mlp(5, 128).eval()], RecordingBackend()

@@ -1,7 +1,8 @@
 """Races between downloads and writes that reach the same memory through different values.
 
 Which values alias is known only when a launch has run. So these two kinds of access are entered when they
-run, with the clocks they were issued with: whichever comes second finds the race, in either order.
+run, with the clocks they were issued with: whichever comes second finds the race, in either order. Whatever they access
+is alive meanwhile: memory that has died may be anybody's, and its accesses are over.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import threading
 from dataclasses import dataclass
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from hetegen_compile.accelerators.emulated.clocks import Access, Clock, covers
 from hetegen_compile.accelerators.geometry import span_bytes
@@ -22,17 +24,18 @@ class _Span:
     clock: Clock
     start: int
     end: int
+    storage: StorageWeakRef
 
     @classmethod
     def of(cls, tensor: torch.Tensor, access: Access, clock: Clock) -> _Span:
         start = tensor.data_ptr()
-        return cls(access, clock, start, start + span_bytes(tensor))
+        return cls(access, clock, start, start + span_bytes(tensor), StorageWeakRef(tensor.untyped_storage()))
 
 
 class AliasChecks:
     """Downloads' reads and compute's in-place writes that are not known to be ordered yet.
 
-    Both streams run in issue order, so an entry is dropped once the other stream's clock covers it.
+    Both streams run in issue order, so an entry is dropped once the other stream's clock covers it, or with its memory.
     """
 
     def __init__(self) -> None:
@@ -65,7 +68,7 @@ class AliasChecks:
 
 
 def _unordered(spans: list[_Span], clock: Clock) -> list[_Span]:
-    return [span for span in spans if not covers(clock, span.access)]
+    return [span for span in spans if not covers(clock, span.access) and not span.storage.expired()]
 
 
 def _check(read: _Span, write: _Span) -> None:
