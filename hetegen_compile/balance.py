@@ -33,13 +33,16 @@ _CLOSE = 0.01
 _NEARLY = 1.03  # a chain with blocks that is not longer than this may still win: what it saves in joins is not in it
 
 
-def balanced_splits(module: fx.GraphModule, context: Context, trials: Trials) -> Splits:
-    """The rows of every Linear; with ``split="auto"`` those of the shortest simulated step (one of ``trials``)."""
+def balanced_splits(module: fx.GraphModule, context: Context, trials: Trials) -> list[Splits]:
+    """The rows of every Linear, in several ways with ``split="auto"``: that of the shortest simulated step first.
+
+    Among them are all-streamed and the closed form of each Linear by itself, which residency has left room for.
+    """
     splits = choose_splits(module, context)
     trips = trips_of(module)
     chain = step_chain(module, trips, context)
     if context.options.split != "auto" or not any(trip.link_s for trip in chain.trips):
-        return splits
+        return [splits]
     search = _Search(trials, context, with_shares(trips, [0.0] * len(trips), context))
     paired = _promising(module, context, chain)
     if paired is not None:
@@ -48,7 +51,7 @@ def balanced_splits(module: fx.GraphModule, context: Context, trials: Trials) ->
         if any(plan.host for plan in splits.values()):
             search.simulate(splits)
         search.balance(trips, chain)
-    return search.splits
+    return search.by_step()
 
 
 def _promising(module: fx.GraphModule, context: Context, chain: Chain) -> tuple[Trips, Chain] | None:
@@ -99,19 +102,26 @@ class _Attempt:
 
 
 class _Search:
-    """The shortest simulated step among the splits that are tried, of which ``splits`` are the first."""
+    """What has been simulated; ``splits`` are the first."""
 
     def __init__(self, trials: Trials, context: Context, splits: Splits) -> None:
         self._trials = trials
         self._context = context
-        self.splits = splits
-        self._step_s = trials.step_s(context, splits, keep=True)
+        self._found = [(trials.step_s(context, splits, keep=True), splits)]
+
+    @property
+    def _step_s(self) -> float:
+        """The shortest step."""
+        return min(step_s for step_s, _ in self._found)
+
+    def by_step(self) -> list[Splits]:
+        """All splits, those of shorter steps first."""
+        return [splits for _, splits in sorted(self._found, key=lambda found: found[0])]
 
     def simulate(self, splits: Splits) -> Prediction:
         """The step with these splits."""
         prediction = self._trials.prediction(self._context, splits)
-        if prediction.step_s < self._step_s:
-            self.splits, self._step_s = splits, prediction.step_s
+        self._found.append((prediction.step_s, splits))
         return prediction
 
     def balance(self, trips: Trips, chain: Chain) -> None:

@@ -6,7 +6,7 @@ A compiled graph (``compiled.py``) binds the schedules that it makes to an accel
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor, fx
@@ -17,10 +17,9 @@ from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.graph_inputs import number, sequence_shape, token_count
 from hetegen_compile.options import Options, format_bytes
-from hetegen_compile.passes import choose_splits
 from hetegen_compile.passes.context import Bucket, Context, Refusal, SegmentCache, require
 from hetegen_compile.passes.issue_ahead import NO_ROOM_AHEAD, issues_ahead
-from hetegen_compile.passes.plans import ACTIVATIONS, Splits
+from hetegen_compile.passes.plans import ACTIVATIONS
 from hetegen_compile.passes.step_memory import caches_grow
 from hetegen_compile.pipeline import ONCE_PER_SPLIT, Stage
 from hetegen_compile.plan_report import blocks_apart, linear_sites, report_on
@@ -134,25 +133,18 @@ class Planner:
 def _finished(
     module: fx.GraphModule, context: Context, stages: tuple[Stage, ...], trials: Trials
 ) -> tuple[fx.GraphModule, Context]:
-    """The schedule of the context's split; with ``split="auto"`` leaner ones are tried until one has room."""
-    scheduled, done = trials.finish(context, balanced_splits(module, context, trials), stages)
-    tried, excess = [done.splits], _excess_bytes(done)
-    for leaner in _leaner(module, context, trials) if context.options.split == "auto" else ():
-        if _excess_bytes(done) > 0 and (splits := leaner()) not in tried:
+    """The schedule of the context's split; with ``split="auto"`` the shortest of those tried that has room."""
+    best, *others = balanced_splits(module, context, trials)
+    scheduled, done = trials.finish(context, best, stages)
+    tried, excess = [best], _excess_bytes(done)
+    for splits in others:
+        if _excess_bytes(done) > 0 and splits not in tried:
             scheduled, done = trials.finish(context, splits, stages)
             tried.append(splits)
     if len(tried) > 1:
         reason = f"it needs {excess} bytes more for activations than are left; a leaner split is taken"
         done = done.refusing("leaner split", [Refusal("the balance of the whole step", reason)])
     return scheduled, done
-
-
-def _leaner(module: fx.GraphModule, context: Context, trials: Trials) -> Iterator[Callable[[], Splits]]:
-    """Splits that may take less memory: without blocks, then those that residency was decided with."""
-    if context.options.pair_mlp == "auto" and context.blocks:
-        alone = replace(context, blocks=())
-        yield lambda: balanced_splits(module, alone, trials)
-    yield lambda: choose_splits(module, context)
 
 
 def budget_bytes(gpu_memory: int | None, available_bytes: int, accelerator: str) -> int:

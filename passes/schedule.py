@@ -35,6 +35,7 @@ from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.fit_ring import LEAST_USED
 from hetegen_compile.passes.insert_transfers import operand_side
 from hetegen_compile.passes.precedence import Precedence
+from hetegen_compile.passes.predict_step import node_work
 from hetegen_compile.passes.tensors import tensors_in
 
 _RANK: dict[Any, int] = {
@@ -137,6 +138,7 @@ def reorder(graph: fx.Graph, context: Context) -> None:
     tasks = task_graph(nodes)
     output = graph.output_node()
     _slots_in_program_order(graph, tasks)
+    _inputs_before_prefetches(graph, tasks, context)
     completing = complete_early(graph, tasks, context)
     late = _late_nodes(nodes, tasks)
     key = {node: (_rank(node, completing), position) for position, node in enumerate(nodes)}
@@ -203,6 +205,31 @@ def _slots_in_program_order(graph: fx.Graph, tasks: Precedence) -> None:
     for target in (ir.PREFETCH, ir.STAGE):
         for before, after in pairwise(graph.find_nodes(op="call_function", target=target)):
             tasks.add(before, after)
+
+
+def _inputs_before_prefetches(graph: fx.Graph, tasks: Precedence, context: Context) -> None:
+    """What the accelerator begins with goes up first if it is so large that it queues with the prefetches.
+
+    A prompt's embeddings would come behind as many of those as the ring holds. Only what the host looks up from the
+    call's inputs: the link does not wait for parts of Linears.
+    """
+    fills = [graph.find_nodes(op="call_function", target=target)[:1] for target in (ir.STAGE, ir.PREFETCH)]
+    for upload in graph.find_nodes(op="call_function", target=ir.TO_ACCELERATOR):
+        if node_work(upload, context).resource == "up" and _is_of_inputs(upload, tasks):
+            for first in (*fills[0], *fills[1]):
+                tasks.add(upload, first)
+
+
+def _is_of_inputs(node: fx.Node, tasks: Precedence) -> bool:
+    """Whether everything that comes before a node is done by the host and no part of a Linear."""
+    found, pending = {node}, [node]
+    while pending:
+        earlier = tasks.before[pending.pop()] - found
+        if any(info(one).side != "host" or one.target in (ir.HOST_LINEAR, ir.WAIT_HOST) for one in earlier):
+            return False
+        found |= earlier
+        pending += earlier
+    return True
 
 
 def task_graph(nodes: list[fx.Node]) -> Precedence:

@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 
 from benchmarks.schedule_quality import Work
+from hetegen_compile import planner
 from hetegen_compile.balance import balanced_splits
 from hetegen_compile.baselines import baselines
 from hetegen_compile.cost_model import HardwareProfile, RateCurve, load_profile
@@ -56,6 +57,24 @@ def test_no_plan_is_longer_than_what_it_is_compared_with() -> None:
     for profile in (slow_link(), dear_issue()):
         base = work().base(profile, 0.4)
         trials = Trials(base.module)
-        step_s = trials.step_s(base.context, balanced_splits(base.module, base.context, trials))
+        step_s = trials.step_s(base.context, balanced_splits(base.module, base.context, trials)[0])
         others = baselines(base.module, base.context, trials)
         assert step_s <= min(seconds for seconds in (others["streamed"], others["per_linear"]) if seconds is not None)
+
+
+def test_splits_are_told_by_the_length_of_their_steps() -> None:
+    base = work().base(slow_link(), 0.4)
+    trials = Trials(base.module)
+    found = balanced_splits(base.module, base.context, trials)
+    steps = [trials.step_s(base.context, splits) for splits in found]
+    assert steps == sorted(steps)
+    assert any(not any(plan.host for plan in splits.values()) for splits in found), "all streamed"
+
+
+def test_where_the_shortest_step_has_no_room_the_next_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = work().base(slow_link(), 0.4)
+    best, *others = balanced_splits(base.module, base.context, Trials(base.module))
+    monkeypatch.setattr(planner, "_excess_bytes", lambda context: 64 * (context.splits == best))
+    _, step = work().plan(slow_link(), 0.4)
+    assert step.context.splits == next(splits for splits in others if splits != best)
+    assert "needs 64 bytes more for activations" in step.schedule.explain()

@@ -79,6 +79,19 @@ def test_prefetches_of_a_large_ring_come_before_everything_that_computes() -> No
     assert max(order(found)[node] for node in found.nodes(PREFETCH)) < min(computing)
 
 
+@pytest.mark.parametrize("tokens", [4, 20_000])
+def test_a_prompt_goes_up_before_prefetches_that_it_would_queue_behind(tokens: int) -> None:
+    table = nn.Embedding(30_000, 64)
+    found = scheduled(lambda ids: chain(table(ids)), torch.arange(tokens), plan=halves)
+    place = order(found)
+    first, *later = (place[node] for node in found.nodes(ir.TO_ACCELERATOR))
+    prefetches = [place[node] for node in found.nodes(PREFETCH)]
+    queues = tokens * 64 * 4 > ir.SMALL_UPLOAD_BYTES
+    assert (first < min(prefetches)) == queues
+    assert later
+    assert min(later) > min(prefetches), "what host parts make does not hold up the link"
+
+
 def test_a_prefetch_follows_the_release_that_it_waits_for_before_the_host_computes() -> None:
     found = scheduled(chain, X, plan=halves, ring_bytes=32 * ROW)
     place = order(found)
