@@ -146,11 +146,13 @@ class OtherForwards:
         written = written_storages(self._nodes)
         for node in module.graph.output_node().all_input_nodes:
             window = window_of(node)
-            for tensor in tensors_in(info(node if window is None else node.all_input_nodes[0]).value):
+            whole = node if window is None else node.all_input_nodes[0]
+            longer = any(tensor.dim() >= CACHE_DIMS for one in whole.all_input_nodes for tensor in _given(one))
+            for tensor in tensors_in(info(whole).value):
                 key = storage_id(tensor)
                 if tensor.dim() >= CACHE_DIMS and key not in self._given:
                     tokens, nbytes = max(1, self._shape(tensor)[TOKENS]), self._context.room(tensor_bytes(tensor))
-                    grows = key not in written and tokens == self._tokens
+                    grows = key not in written and tokens == self._tokens and not longer
                     yield key, Cache(nbytes, tokens, grows, window, key in written)
 
     def _kind(self, node: fx.Node) -> _Kind:
