@@ -45,6 +45,7 @@ from hetegen_compile.passes.lower import CompiledSegment
 from hetegen_compile.passes.resolve_sizes import size_inputs
 from hetegen_compile.passes.schedule import pinned_ring_bytes
 from hetegen_compile.passes.tensors import symbols_of, tensors_in, to_expr
+from hetegen_compile.step_source import StepSource
 
 logger = logging.getLogger("hetegen_compile")
 
@@ -89,11 +90,8 @@ class _Binder:
         self._accelerator = accelerator
         self._inputs = module.graph.find_nodes(op="placeholder")
         self._position = {node: position for position, node in enumerate(self._inputs)}
-        self._lines: list[str] = []
-        self._env: dict[str, Any] = {
-            name: getattr(accelerator, name)
-            for name in _METHODS
-        }
+        self._source = StepSource({name: getattr(accelerator, name) for name in _METHODS})
+        self._text, self._constant = self._source.text, self._source.constant
         self._written = frozenset[int]().union(
             *(info(node).writes for node in module.graph.nodes if info(node).side == "accelerator")
         )
@@ -107,16 +105,12 @@ class _Binder:
         self._accelerator.reserve_pinned(self._pinned_ring_bytes)
         dying = last_uses(self._module.graph)
         for node in self._module.graph.nodes:
-            line = self._line(node)
-            if line:
-                self._lines.append(line)
+            self._source.add(self._line(node))
             if node.op != "output" and dying.get(node):
-                self._lines.append(f"del {', '.join(n.name for n in dying[node])}")
-        body = "\n    ".join(["twins = []", *self._lines])
-        source = f"def step(inputs, mirrors, residents, carried=(), ahead=None):\n    {body}\n"
-        exec(compile(source, "<hetegen step>", "exec"), self._env)
+                self._source.add(f"del {', '.join(n.name for n in dying[node])}")
+        run, source = self._source.function()
         return BoundStep(
-            run=self._env["step"],
+            run=run,
             mirrors=tuple(self._position[node] for node in self._mirrors),
             residents=tuple(self._residents),
             settled=self._settled(),
@@ -138,33 +132,11 @@ class _Binder:
         prefetches = self._module.graph.find_nodes(op="call_function", target=ir.PREFETCH) + self._carried
         return tuple(sorted({self._position[node.args[0]] for node in prefetches if node.args[0].target != ir.STAGE}))
 
-    # ---- names and arguments -------------------------------------------------------------------------------
-
-    def _constant(self, hint: str, value: Any) -> str:
-        name = f"_{hint}_{len(self._env)}"
-        self._env[name] = value
-        return name
-
     def _op(self, node: fx.Node, category: str = "activations", arguments: tuple[Any, ...] = ()) -> str:
         work = self._work.get(node, _NO_WORK)
         tensors = tuple(i for i, one in enumerate(arguments) if isinstance(one, fx.Node) and ir.is_tensor(one))
         workspace_bytes = self._workspace_bytes.get(node, 0)
         return self._constant("op", Op(node.name, work.seconds, category, workspace_bytes, tensors, work.issue_s))
-
-    def _text(self, argument: Any) -> str:
-        """Python text for an argument: names of values, literals, and constants from the environment."""
-        if isinstance(argument, fx.Node):
-            return argument.name
-        if isinstance(argument, list) or type(argument) is tuple:
-            items = ", ".join(map(self._text, argument))
-            return f"[{items}]" if isinstance(argument, list) else f"({items}{',' if len(argument) == 1 else ''})"
-        if isinstance(argument, dict):
-            return "{" + ", ".join(f"{key!r}: {self._text(value)}" for key, value in argument.items()) + "}"
-        if isinstance(argument, slice):
-            return f"slice({self._text(argument.start)}, {self._text(argument.stop)}, {self._text(argument.step)})"
-        if argument is None or isinstance(argument, (bool, int, str)):
-            return repr(argument)
-        return self._constant("constant", argument)
 
     # ---- one line a node -------------------------------------------------------------------------------------
 

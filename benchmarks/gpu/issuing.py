@@ -24,7 +24,7 @@ from benchmarks.children import Notebook, child_main, run_child
 from benchmarks.gpu.contact import best_kernel
 from benchmarks.gpu.settings import Settings, device_of
 from hetegen_compile.accelerators import CudaAccelerator
-from hetegen_compile.calibration.gating import Schedule, both_ways
+from hetegen_compile.calibration.gating import SmallModel, both_ways
 from hetegen_compile.calibration.host import rotation_bytes
 from hetegen_compile.calibration.kernels import cut_weights, in_place, make_arena
 from hetegen_compile.calibration.timing import Effort
@@ -44,7 +44,7 @@ def issuing(settings: Settings, notebook: Notebook) -> None:
     """Note the figures of each way."""
     device_of(settings)
     accelerator = CudaAccelerator()
-    notebook.note("small step in turn and ahead", both_ways(accelerator, Schedule(accelerator.device))._asdict())
+    notebook.note("small step in turn and ahead", both_ways(accelerator, SmallModel(accelerator.device))._asdict())
     accelerator.close()
     most = torch.get_num_threads()
     for policy in POLICIES:

@@ -1,6 +1,6 @@
 """What issuing ahead of the host's parts costs and whether it is right and faster here: a profile's ``gate_s``.
 
-A small split schedule runs both ways on a real accelerator, with the worker and its gates and without. Only if the two
+A small split model runs both ways on a real accelerator, with the worker and its gates and without. Only if the two
 results are the same bits and the step is shorter, a profile states what closing a gate costs, and only then do
 schedules issue ahead by default. That is asked of a process of its own: should it hang, it is ended, and the answer is
 no.
@@ -42,10 +42,10 @@ _LAUNCHES = 6
 _ROUNDS = 12
 _WINDOW = 2
 
-Step = Callable[[Accelerator, "Schedule"], Tensor]
+Step = Callable[[Accelerator, "SmallModel"], Tensor]
 
 
-class Schedule:
+class SmallModel:
     """The weights of the host's parts and of the device's, and the activation that a step begins with."""
 
     def __init__(self, device: torch.device) -> None:
@@ -58,33 +58,33 @@ class Schedule:
         self.like = [torch.empty((1, WIDTH), dtype=torch.bfloat16, device="meta")]
 
 
-def step_in_turn(acc: Accelerator, schedule: Schedule) -> Tensor:
+def step_in_turn(acc: Accelerator, model: SmallModel) -> Tensor:
     """The issuing thread computes each layer's host part and issues what needs it behind it."""
-    value = acc.upload(Op("x"), schedule.x)
-    for weight in schedule.host:
+    value = acc.upload(Op("x"), model.x)
+    for weight in model.host:
         (x,) = acc.wait_host(Op("received"), acc.to_host(Op("down"), [value]))
         sent = acc.to_accelerator(Op("up"), [acc.host(Op("part"), F.linear, (x, weight), {})])
-        value = _layer(acc, schedule, acc.wait(Op("arrived"), sent)[0])
+        value = _layer(acc, model, acc.wait(Op("arrived"), sent)[0])
     return acc.download(Op("result"), value)
 
 
-def step_ahead(acc: Accelerator, schedule: Schedule) -> Tensor:
+def step_ahead(acc: Accelerator, model: SmallModel) -> Tensor:
     """The worker computes it, ahead of which the next layer is issued."""
-    value = acc.upload(Op("x"), schedule.x)
+    value = acc.upload(Op("x"), model.x)
     sent: list[Any] = []
-    for weight in schedule.host:
+    for weight in model.host:
         down = acc.to_host(Op("down"), [value])
         if len(sent) >= _WINDOW:
             acc.caught_up(Op("caught up"), sent[-_WINDOW])
         part = acc.host_ahead(Op("part"), F.linear, (acc.receive(Op("received"), down)[0], weight), {})
-        sent.append(acc.deliver(Op("up"), [part], schedule.like))
-        value = _layer(acc, schedule, acc.wait(Op("arrived"), sent[-1])[0])
+        sent.append(acc.deliver(Op("up"), [part], model.like))
+        value = _layer(acc, model, acc.wait(Op("arrived"), sent[-1])[0])
     return acc.download(Op("result"), value)
 
 
-def _layer(acc: Accelerator, schedule: Schedule, value: Any) -> Any:
+def _layer(acc: Accelerator, model: SmallModel, value: Any) -> Any:
     for _ in range(_LAUNCHES):
-        value = acc.launch(Op("launch"), _mix, (value, schedule.square))
+        value = acc.launch(Op("launch"), _mix, (value, model.square))
     return value
 
 
@@ -123,14 +123,22 @@ def _asked(device: torch.device) -> Answer:
         return Answer(0.0, f"trying it took more than {LIMIT_S:.0f} s")
     if done.returncode:
         return Answer(0.0, f"trying it failed: {done.stderr.strip()[-_SHOWN_CHARACTERS:]}")
-    return Answer(**json.loads(done.stdout))
+    return _read(done.stdout)
+
+
+def _read(printed: str) -> Answer:
+    """The last line that the other process printed; before it a driver or a site's own start-up may have."""
+    try:
+        return Answer(**json.loads(printed.splitlines()[-1]))
+    except (IndexError, TypeError, ValueError):
+        return Answer(0.0, f"trying it printed no answer: {printed.strip()[-_SHOWN_CHARACTERS:]!r}")
 
 
 def answer(device: torch.device, make: Callable[[], Accelerator]) -> Answer:
     """What this process finds on an accelerator of its own."""
     accelerator = make()
     try:
-        reason = accelerator.cannot_issue_ahead or _why_not(accelerator, Schedule(device))
+        reason = accelerator.cannot_issue_ahead or _why_not(accelerator, SmallModel(device))
         return Answer(0.0, reason) if reason else Answer(_closing_s(device))
     except HetegenError as error:
         return Answer(0.0, str(error))
@@ -146,30 +154,30 @@ class BothWays(NamedTuple):
     same: bool
 
 
-def both_ways(accelerator: Accelerator, schedule: Schedule) -> BothWays:
+def both_ways(accelerator: Accelerator, model: SmallModel) -> BothWays:
     """The same steps in turn and ahead."""
     with torch.no_grad():
-        expected, in_turn_s = _timed(accelerator, schedule, step_in_turn)
-        found, ahead_s = _timed(accelerator, schedule, step_ahead)
+        expected, in_turn_s = _timed(accelerator, model, step_in_turn)
+        found, ahead_s = _timed(accelerator, model, step_ahead)
     return BothWays(in_turn_s, ahead_s, all(torch.equal(result, expected[0]) for result in (*expected, *found)))
 
 
-def _why_not(accelerator: Accelerator, schedule: Schedule) -> str:
+def _why_not(accelerator: Accelerator, model: SmallModel) -> str:
     """What is wrong with issuing ahead, or ""."""
-    found = both_ways(accelerator, schedule)
+    found = both_ways(accelerator, model)
     if not found.same:
         return "a step on the worker gave another result"
     times = f"a small step takes {found.ahead_s * 1e3:.2f} ms with it, {found.in_turn_s * 1e3:.2f} ms without"
     return times if found.ahead_s >= found.in_turn_s else ""
 
 
-def _timed(accelerator: Accelerator, schedule: Schedule, step: Step) -> tuple[list[Tensor], float]:
+def _timed(accelerator: Accelerator, model: SmallModel, step: Step) -> tuple[list[Tensor], float]:
     """The results of some steps, and the median seconds of those after the first two."""
     results, seconds = [], []
     for number in range(_ROUNDS):
         started = time.perf_counter()
         accelerator.begin_step(again=number > 0)
-        results.append(step(accelerator, schedule))
+        results.append(step(accelerator, model))
         accelerator.end_step()
         seconds.append(time.perf_counter() - started)
     return results, median(seconds[2:])
@@ -190,7 +198,7 @@ def _closing_s(device: torch.device) -> float:
     return median(seconds)
 
 
-__all__ = ["Answer", "BothWays", "Schedule", "answer", "both_ways", "gate_s", "step_ahead", "step_in_turn"]
+__all__ = ["Answer", "BothWays", "SmallModel", "answer", "both_ways", "gate_s", "step_ahead", "step_in_turn"]
 
 if __name__ == "__main__":
     torch.cuda.set_device(int(sys.argv[1]))

@@ -13,7 +13,7 @@ import torch
 from hetegen_compile.accelerators import Accelerator, CudaAccelerator
 from hetegen_compile.accelerators.cuda import gates
 from hetegen_compile.calibration import gating
-from hetegen_compile.calibration.gating import Answer, Schedule, answer, gate_s, step_ahead, step_in_turn
+from hetegen_compile.calibration.gating import Answer, SmallModel, answer, gate_s, step_ahead, step_in_turn
 from tests.accelerators import fake_cuda
 from tests.accelerators.fake_cuda import LOG
 
@@ -22,7 +22,7 @@ HOST = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The fake, a small schedule, and one thread."""
+    """The fake, a small model, and one thread."""
     fake_cuda.install(monkeypatch)
     monkeypatch.setattr(gating, "WIDTH", 128)
     monkeypatch.setattr(gating, "LAYERS", 4)
@@ -36,8 +36,8 @@ def timed_as(monkeypatch: pytest.MonkeyPatch, seconds: dict[Callable[..., Any], 
     """Steps run as they do and are said to take this long."""
     real = gating._timed
 
-    def timed(accelerator: Accelerator, schedule: Schedule, step: gating.Step) -> tuple[list[torch.Tensor], float]:
-        return real(accelerator, schedule, step)[0], seconds[step]
+    def timed(accelerator: Accelerator, model: SmallModel, step: gating.Step) -> tuple[list[torch.Tensor], float]:
+        return real(accelerator, model, step)[0], seconds[step]
 
     monkeypatch.setattr(gating, "_timed", timed)
 
@@ -56,10 +56,10 @@ def closing(opened: list[int]) -> gates.Gates:
 
 
 def test_both_ways_give_the_same_bits_and_the_second_closes_gates() -> None:
-    accelerator, schedule = CudaAccelerator(), Schedule(HOST)
-    (first, *others), _ = gating._timed(accelerator, schedule, step_in_turn)
+    accelerator, model = CudaAccelerator(), SmallModel(HOST)
+    (first, *others), _ = gating._timed(accelerator, model, step_in_turn)
     assert not any(entry.startswith("gate") for entry in LOG)
-    ahead, _ = gating._timed(accelerator, schedule, step_ahead)
+    ahead, _ = gating._timed(accelerator, model, step_ahead)
     assert sum(entry.startswith("gate") for entry in LOG) == 4 * (gating._ROUNDS - 1)
     assert all(torch.equal(first, other) for other in (*others, *ahead))
     assert first.abs().sum() > 0
@@ -84,20 +84,20 @@ def test_it_has_to_be_faster(
 ) -> None:
     timed_as(monkeypatch, {step_in_turn: 1e-3, step_ahead: ahead_s})
     accelerator = CudaAccelerator()
-    assert gating._why_not(accelerator, Schedule(HOST)) == told
+    assert gating._why_not(accelerator, SmallModel(HOST)) == told
     accelerator.close()
 
 
 def test_another_result_rules_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
     timed_as(monkeypatch, {step_in_turn: 2e-3, step_ahead: 1e-3})
-    accelerator, schedule = CudaAccelerator(), Schedule(HOST)
+    accelerator, model = CudaAccelerator(), SmallModel(HOST)
     host_ahead = accelerator.host_ahead
 
     def wrong(op: Any, function: Any, args: Any, kwargs: Any) -> Any:
         return host_ahead(op, lambda *one: function(*one) + 1, args, kwargs)
 
     monkeypatch.setattr(accelerator, "host_ahead", wrong)
-    assert gating._why_not(accelerator, schedule) == "a step on the worker gave another result"
+    assert gating._why_not(accelerator, model) == "a step on the worker gave another result"
     accelerator.close()
 
 
@@ -118,6 +118,10 @@ def test_an_accelerator_without_gates(monkeypatch: pytest.MonkeyPatch) -> None:
 SCRIPTS = {
     'print(\'{"gate_s": 4e-06, "reason": ""}\')': (4e-6, ""),
     'print(\'{"gate_s": 0.0, "reason": "no faster"}\')': (0.0, "no faster"),
+    'print("welcome"); print(\'{"gate_s": 4e-06, "reason": ""}\')': (4e-6, ""),
+    'print("welcome")': (0.0, "trying it printed no answer: 'welcome'"),
+    'print("[]")': (0.0, "trying it printed no answer: '[]'"),
+    "pass": (0.0, "trying it printed no answer: ''"),
     'import sys; sys.exit("CUDA error: unspecified launch failure")': (0.0, "trying it failed: CUDA error"),
     "import time; time.sleep(60)": (0.0, "trying it took more than 1 s"),
 }
