@@ -18,7 +18,6 @@ that share them, as transformers does then.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, prod
 from typing import Literal, NamedTuple
@@ -26,8 +25,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from hetegen_compile.ir import LINEAR, info, written_storages
+from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes.annotate_costs import value_size
+from hetegen_compile.passes.caches import Cache, Forward, given_tensors, returned_caches, shape_of
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import most_at_once
 from hetegen_compile.passes.fused_attention import (
@@ -37,59 +37,8 @@ from hetegen_compile.passes.fused_attention import (
     is_fused_attention,
     scratch_bytes,
 )
-from hetegen_compile.passes.tensors import held_bytes, storage_id, tensor_bytes, tensors_in, to_expr
-from hetegen_compile.passes.windows import CACHE_DIMS, TOKENS, window_of
-
-
-@dataclass(frozen=True)
-class Forward:
-    """Sizes of a forward.
-
-    Attributes:
-        tokens: new ones of each sequence.
-        length: tokens in a cache that grows when it is over.
-        padded: whether attention gets a mask because some sequences are shorter.
-        follows: whether it comes after the captured one, whose caches it gets.
-    """
-
-    tokens: int
-    length: int
-    padded: bool = False
-    follows: bool = True
-
-
-@dataclass(frozen=True)
-class Cache:
-    """A cache that the captured graph makes and returns.
-
-    Attributes:
-        nbytes: of all of it; of a window what that is cut from.
-        tokens: that it has room for.
-        grows: whether a next step returns a longer one.
-        window: tokens that it keeps at most; None: all.
-        written: it is written in place (a static cache).
-    """
-
-    nbytes: int
-    tokens: int
-    grows: bool
-    window: int | None
-    written: bool
-
-    def length(self, forward: Forward) -> int:
-        """Tokens of it that attention sees at most."""
-        if not (self.grows and forward.follows):
-            return self.tokens
-        return forward.length if self.window is None else min(forward.length, self.window + 1)
-
-    def bytes_after(self, forward: Forward) -> int:
-        """Bytes of it when a forward is over."""
-        return -(-self.nbytes * self.length(forward) // self.tokens)
-
-    def masked(self, forward: Forward) -> bool:
-        """Whether attention to it gets a mask, whatever it got in the captured forward."""
-        full = self.window is not None and forward.length > self.window
-        return forward.padded or (forward.follows and (self.written or full))
+from hetegen_compile.passes.tensors import held_bytes, storage_id, tensors_in
+from hetegen_compile.passes.windows import TOKENS
 
 
 class _Kind(NamedTuple):
@@ -112,13 +61,15 @@ class OtherForwards:
     def __init__(self, module: fx.GraphModule, context: Context) -> None:
         self._context = context
         self._nodes: list[fx.Node] = list(module.graph.nodes)
-        self._given = frozenset(storage_id(tensor) for node in self._nodes for tensor in _given(node))
-        self._by_storage = dict(self._returned(module))
+        self._by_storage = dict(returned_caches(module, context))
         self.captured = Forward(self._tokens, self._tokens, follows=False)
         self._of_call: set[fx.Node] = set()
         self._kinds: dict[fx.Node, _Kind] = {}
         for node in self._nodes:
             self._kinds[node] = self._kind(node)
+        self._held = {node: self._held_bytes(node) for node in self._nodes}
+        self._scratch = {node: context.room(info(node).made_bytes - value_size(node)) for node in self._nodes
+                         if info(node).made_bytes != 0}  # fmt: skip
 
     @property
     def caches(self) -> Collection[Cache]:
@@ -141,19 +92,6 @@ class OtherForwards:
         return max((self._bytes(n, forward) + self._bytes(n.all_input_nodes[0], forward) for n in linears), default=0)
 
     # ---- what the graph is made of -----------------------------------------------------------------------------
-
-    def _returned(self, module: fx.GraphModule) -> Iterator[tuple[int, Cache]]:
-        written = written_storages(self._nodes)
-        for node in module.graph.output_node().all_input_nodes:
-            window = window_of(node)
-            whole = node if window is None else node.all_input_nodes[0]
-            longer = any(tensor.dim() >= CACHE_DIMS for one in whole.all_input_nodes for tensor in _given(one))
-            for tensor in tensors_in(info(whole).value):
-                key = storage_id(tensor)
-                if tensor.dim() >= CACHE_DIMS and key not in self._given:
-                    tokens, nbytes = max(1, self._shape(tensor)[TOKENS]), self._context.room(tensor_bytes(tensor))
-                    grows = key not in written and tokens == self._tokens and not longer
-                    yield key, Cache(nbytes, tokens, grows, window, key in written)
 
     def _kind(self, node: fx.Node) -> _Kind:
         operands = [one for one in node.all_input_nodes if one in self._of_call]
@@ -182,8 +120,14 @@ class OtherForwards:
         sizes = [n for place, n in enumerate(shape[:-1]) if place or n != self._context.sequences]
         return any(n % self._tokens == 0 for n in sizes)
 
+    def _held_bytes(self, node: fx.Node) -> list[tuple[int, int]]:
+        """(storage, bytes) of each tensor that the graph makes, where it is made."""
+        if node.op in ("placeholder", "get_attr", "output"):
+            return []
+        return [(storage_id(one), self._context.room(held_bytes(one))) for one in tensors_in(info(node).value)]
+
     def _shape(self, tensor: Tensor) -> Shape:
-        return tuple(n if isinstance(n, int) else int(self._context.number(to_expr(n))) for n in tensor.shape)
+        return shape_of(tensor, self._context)
 
     # ---- what it takes -----------------------------------------------------------------------------------------
 
@@ -204,15 +148,15 @@ class OtherForwards:
         lives: dict[int, Life] = {}
         for place, node in enumerate(self._nodes):
             share = self._share(node, forward)
-            for tensor in tensors_in(info(node).value) if node.op != "output" else ():
-                key = storage_id(tensor)
+            for key, own in self._held[node]:
                 born, _, nbytes = lives.get(key, (place, place, 0))
-                lives[key] = born, place, max(nbytes, ceil(self._context.room(held_bytes(tensor)) * share))
+                lives[key] = born, place, max(nbytes, ceil(own * share))
             for key in (info(node).storages | info(node).reads) & lives.keys():
                 lives[key] = lives[key][0], place, lives[key][2]
         end = len(self._nodes)
         lives.update((key, (0, end, cache.bytes_after(forward))) for key, cache in self._by_storage.items())
-        return [life for key, life in lives.items() if key not in self._given]
+        given = frozenset(storage_id(tensor) for node in self._nodes for tensor in given_tensors(node))
+        return [life for key, life in lives.items() if key not in given]
 
     def _operations(self, forward: Forward) -> Iterator[Life]:
         """What operations of several kernels make beside their results."""
@@ -221,10 +165,9 @@ class OtherForwards:
                 call, padded = self._attention(node, forward)
                 yield from ((place, place, nbytes) for nbytes in (call.repeated_bytes() if padded else ()))
                 yield place, place, scratch_bytes(call)
-            elif info(node).made_bytes != 0:
-                scratch = self._context.room(info(node).made_bytes - value_size(node))
+            elif self._scratch.get(node):
                 share = max(self._share(one, forward) for one in (node, *node.all_input_nodes))
-                yield place, place, ceil(scratch * share)
+                yield place, place, ceil(self._scratch[node] * share)
 
     def _masks(self, forward: Forward) -> Iterator[Life]:
         """The largest mask that the captured graph does not have, and what it is made of: an integer for each token."""
@@ -254,12 +197,8 @@ class OtherForwards:
         )  # fmt: skip
 
 
-def _given(node: fx.Node) -> list[Tensor]:
-    return tensors_in(info(node).value) if node.op in ("placeholder", "get_attr") else []
-
-
 def _longer(cache: Cache, forward: Forward) -> Fraction:
     return Fraction(cache.length(forward), cache.tokens)
 
 
-__all__ = ["Cache", "Forward", "OtherForwards"]
+__all__ = ["OtherForwards"]

@@ -15,10 +15,11 @@ from torch import Tensor, fx
 from hetegen_compile.geometry import mirrored_bytes
 from hetegen_compile.ir import LINEAR, info, is_tensor, written_storages
 from hetegen_compile.passes.annotate_costs import value_size
+from hetegen_compile.passes.caches import Forward, returned_caches
 from hetegen_compile.passes.choose_splits import table_only
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.liveness import activation_peak_bytes
-from hetegen_compile.passes.other_forwards import Forward, OtherForwards
+from hetegen_compile.passes.other_forwards import OtherForwards
 from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH, MIRRORED
 from hetegen_compile.passes.tensors import storage_id, tensors_in, to_expr
 from hetegen_compile.passes.windows import CACHE_DIMS, TOKENS
@@ -100,6 +101,8 @@ def _other_forwards(module: fx.GraphModule, context: Context, activations: int) 
 
     What its schedule takes beyond the values of the captured graph it takes for one token, too.
     """
+    if not any(cache.grows or cache.written for _, cache in returned_caches(module, context)):
+        return 0, activations
     forwards = OtherForwards(module, context)
     tokens, captured = context.tokens_per_sequence, forwards.peak_bytes(forwards.captured)
     scheduled = -(-max(0, activations - captured) // tokens)
@@ -111,8 +114,11 @@ def _other_forwards(module: fx.GraphModule, context: Context, activations: int) 
         comes = sum(cache.bytes_after(forward) for cache in forwards.caches if cache.grows)
         return comes + forwards.peak_bytes(forward) + scheduled + forwards.linear_bytes(forward)
 
+    alone = max(0, later(False) - activations)
+    if context.options.max_batch <= context.sequences:
+        return alone, activations
     masked = forwards.peak_bytes(replace(forwards.captured, padded=True))
-    return max(0, later(False) - activations), max(activations + max(0, masked - captured), later(True))
+    return alone, max(activations + max(0, masked - captured), later(True))
 
 
 def _next(forwards: OtherForwards, context: Context, padded: bool) -> Forward | None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hetegen_compile.passes.caches import Forward
 from hetegen_compile.passes.context import Context
-from hetegen_compile.passes.other_forwards import Forward, OtherForwards
+from hetegen_compile.passes.other_forwards import OtherForwards
 from tests.passes.graphs import case
 
 HEADS, WIDTH, PROMPT, LENGTH = 4, 16, 8, 40
