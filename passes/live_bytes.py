@@ -81,9 +81,11 @@ class _Sizes:
         return min(whole, sum(map(self._bytes, tensors)))
 
     def _bytes(self, tensor: Tensor) -> int:
-        if all(type(size) is int for size in tensor.shape):
-            return prod(tensor.shape) * tensor.element_size()
-        elements = prod(map(to_expr, tensor.shape))
+        along = zip(tensor.shape, tensor.stride(), strict=True)
+        sizes = [size for size, step in along if type(step) is not int or step]  # what is expanded is there once
+        if all(type(size) is int for size in sizes):
+            return prod(sizes) * tensor.element_size()
+        elements = prod(map(to_expr, sizes))
         if elements not in self._known:
             self._known[elements] = int(self._context.number(elements))
         return self._known[elements] * tensor.element_size()

@@ -10,7 +10,7 @@ from torch import fx
 from hetegen_compile.ir import info
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import Life, most_at_once
-from hetegen_compile.passes.tensors import storage_id, tensor_bytes, tensors_in
+from hetegen_compile.passes.tensors import held_bytes, storage_id, tensors_in
 
 
 def activation_peak_bytes(module: fx.GraphModule, context: Context) -> int:
@@ -32,7 +32,7 @@ def storage_lives(nodes: Iterable[fx.Node]) -> dict[int, Life]:
         for tensor in tensors_in(info(node).value):
             key = storage_id(tensor)
             born, _, size = lives.get(key, (place, place, sympy.Integer(0)))
-            lives[key] = born, place, larger(size, tensor_bytes(tensor))
+            lives[key] = born, place, larger(size, held_bytes(tensor))
         for key in (info(node).storages | info(node).reads) & lives.keys():
             born, _, size = lives[key]
             lives[key] = born, place, size

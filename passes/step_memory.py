@@ -7,7 +7,7 @@ sequence more another set of inputs, caches and activations.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 import sympy
 from torch import Tensor, fx
@@ -15,12 +15,14 @@ from torch import Tensor, fx
 from hetegen_compile.geometry import mirrored_bytes
 from hetegen_compile.ir import LINEAR, info, is_tensor, written_storages
 from hetegen_compile.passes.annotate_costs import value_size
+from hetegen_compile.passes.caches import Forward, returned_caches
 from hetegen_compile.passes.choose_splits import table_only
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.liveness import activation_peak_bytes
+from hetegen_compile.passes.other_forwards import OtherForwards
 from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH, MIRRORED
-from hetegen_compile.passes.tensors import storage_id, tensor_bytes, tensors_in, to_expr
-from hetegen_compile.passes.windows import CACHE_DIMS, TOKENS, window_of
+from hetegen_compile.passes.tensors import storage_id, tensors_in, to_expr
+from hetegen_compile.passes.windows import CACHE_DIMS, TOKENS
 
 
 def step_memory(
@@ -29,12 +31,12 @@ def step_memory(
     """Bytes item by item. ``weights`` are the placeholders of the Linears' weights, ``size`` is ``mirrored_size``."""
     known = context.activation_bytes
     activations = _estimated_activations(module, context) if known is None else known
-    later = _later_steps(module, context, activations)
+    later, more = _other_forwards(module, context, activations) if context.tokens_per_sequence else (0, activations)
     return {
         MIRRORED: int(context.number(size)),
         ACTIVATIONS: activations,
         GROWTH: context.room(size) - int(context.number(size)) + later,
-        BATCHES: _more_sequences(module, weights, context, activations + later),
+        BATCHES: _more_sequences(module, weights, context, activations + later, more),
     }
 
 
@@ -79,88 +81,53 @@ def _by_itself(node: fx.Node, context: Context) -> bool:
     return own == storage_bytes or mirrored_bytes(shape, stride, value.element_size(), storage_bytes) == own
 
 
-def _more_sequences(module: fx.GraphModule, weights: Iterable[fx.Node], context: Context, made: int) -> int:
-    """Bytes that ``max_batch`` sequences take beyond those of this call, each what one of these does.
+def _more_sequences(
+    module: fx.GraphModule, weights: Iterable[fx.Node], context: Context, alone: int, padded: int
+) -> int:
+    """Bytes that ``max_batch`` sequences take beyond those of this call.
 
-    ``made`` are the bytes of activations and of caches in later graphs. Several sequences may be padded: under a mask
-    attention repeats keys and values for the heads of queries that share them.
+    ``alone`` are the bytes of activations and of caches of these, ``padded`` those under a mask.
     """
     now = max(1, context.sequences)
-    more = context.options.max_batch - now
-    if more <= 0:
+    if context.options.max_batch <= now:
         return 0
     models = {node for node in module.graph.nodes if node.op == "get_attr" or node.name in context.weights}
     given = context.room(mirrored_size(module, weights, context, models))
+    return -(-context.options.max_batch * (given + padded) // now) - given - alone
+
+
+def _other_forwards(module: fx.GraphModule, context: Context, activations: int) -> tuple[int, int]:
+    """Bytes that a step after one of fixed length (a prefill) takes beyond its activations; all bytes if padded.
+
+    What its schedule takes beyond the values of the captured graph it takes for one token, too.
+    """
+    if not any(cache.grows or cache.written for _, cache in returned_caches(module, context)):
+        return 0, activations
+    forwards = OtherForwards(module, context)
+    tokens, captured = context.tokens_per_sequence, forwards.peak_bytes(forwards.captured)
+    scheduled = -(-max(0, activations - captured) // tokens)
+
+    def later(padded: bool) -> int:
+        forward = _next(forwards, context, padded)
+        if forward is None:
+            return 0
+        comes = sum(cache.bytes_after(forward) for cache in forwards.caches if cache.grows)
+        return comes + forwards.peak_bytes(forward) + scheduled + forwards.linear_bytes(forward)
+
+    alone = max(0, later(False) - activations)
+    if context.options.max_batch <= context.sequences:
+        return alone, activations
+    masked = forwards.peak_bytes(replace(forwards.captured, padded=True))
+    return alone, max(activations + max(0, masked - captured), later(True))
+
+
+def _next(forwards: OtherForwards, context: Context, padded: bool) -> Forward | None:
+    """The longest step after the captured one that is counted, None: none is."""
     tokens = context.tokens_per_sequence
-    caches = [cache for cache in _caches(module, context) if cache.shared > 1]
-    repeated = max((2 * cache.token_bytes * tokens * cache.shared for cache in caches), default=0)
-    return -(-(more * (given + made + repeated) + now * repeated) // now)
-
-
-def _later_steps(module: fx.GraphModule, context: Context, activations: int) -> int:
-    """Bytes that a step after one of fixed length (a prefill) takes beyond the activations of that.
-
-    It holds a growing cache twice, as it comes and as it goes, what attention makes of a layer's, and activations of
-    a token; of three, since some of them do not get fewer with the tokens.
-    """
-    tokens = max(1, context.tokens_per_sequence)
     length = context.options.context or (2 * tokens if context.spare else 0)
-    caches = _caches(module, context)
-    if not caches or not length:
-        return 0
-    whole = sum(cache.token_bytes for cache in caches) * tokens
-    held = sum(cache.held_bytes(length) for cache in caches)
-    attended = max(cache.attended_bytes(length) for cache in caches)
-    return max(0, held + attended + 3 * max(0, activations - whole) // tokens - activations)
-
-
-@dataclass(frozen=True)
-class _Cache:
-    """A cache that a graph of fixed length makes.
-
-    Attributes:
-        token_bytes: of one token.
-        scores: of attention for one token: of all sequences and heads of queries.
-        shared: how many heads of queries share a head of it.
-        window: tokens that it keeps at most; None: all.
-    """
-
-    token_bytes: int
-    scores: int
-    shared: int
-    window: int | None
-
-    def held_bytes(self, length: int) -> int:
-        """As a step of ``length`` tokens gets it and as it leaves it; of windows what they are cut from."""
-        return 2 * self.token_bytes * self._tokens(length)
-
-    def attended_bytes(self, length: int) -> int:
-        """What attention makes of it: keys scaled; where heads of queries share them keys and values repeated for
-        each, and once more inside; scores in float32 as they are, under a mask and as weights."""
-        repeated = self.token_bytes * (4 * self.shared if self.shared > 1 else 1)
-        return (repeated + 3 * 4 * self.scores) * self._tokens(length)
-
-    def _tokens(self, length: int) -> int:
-        return length if self.window is None else min(length, self.window + 1)
-
-
-def _caches(module: fx.GraphModule, context: Context) -> list[_Cache]:
-    """The caches that a graph of fixed length makes. Of a window what it is cut from is looked at.
-
-    What has symbols is no query of such a cache, and comparing those with numbers would make guards of them.
-    """
-    tensors = [tensor for node in module.graph.nodes for tensor in tensors_in(info(node).value)]
-    wide = [tensor.shape for tensor in tensors if tensor.dim() >= CACHE_DIMS and not _symbolic(tensor)]
-    found = []
-    for node in module.graph.output_node().all_input_nodes:
-        window = window_of(node)
-        for cache in tensors_in(info(node if window is None else node.all_input_nodes[0]).value):
-            if is_new_cache(cache, context.tokens_per_sequence):
-                sequences, heads, *rest = cache.shape
-                queries = max(shape[1] for shape in wide if [shape[0], *shape[2:]] == [sequences, *rest])
-                nbytes = context.room(tensor_bytes(cache)) // int(cache.shape[TOKENS])
-                found.append(_Cache(nbytes, int(sequences * queries), int(queries // max(1, heads)), window))
-    return found
+    if not forwards.caches or (not length and any(cache.grows for cache in forwards.caches)):
+        return None
+    return Forward(1, max(length + 1, tokens), padded)
 
 
 def caches_grow(module: fx.GraphModule, context: Context) -> bool:

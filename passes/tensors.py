@@ -28,6 +28,12 @@ def tensor_bytes(tensor: Tensor) -> sympy.Expr:
     return to_expr(tensor.numel()) * tensor.element_size()
 
 
+def held_bytes(tensor: Tensor) -> sympy.Expr:
+    """Bytes of different elements: along a dimension of stride 0 (``expand``) all are one."""
+    sizes = (size for size, step in zip(tensor.shape, tensor.stride(), strict=True) if type(step) is not int or step)
+    return sympy.Mul(*map(to_expr, sizes)) * tensor.element_size()
+
+
 def symbols_in(sizes: Iterable[Any]) -> set[sympy.Symbol]:
     """The symbols in numbers and SymInts."""
     return set[sympy.Symbol]().union(*(to_expr(size).free_symbols for size in sizes))
@@ -43,4 +49,4 @@ def storage_id(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-__all__ = ["storage_id", "symbols_in", "symbols_of", "tensor_bytes", "tensors_in", "to_expr"]
+__all__ = ["held_bytes", "storage_id", "symbols_in", "symbols_of", "tensor_bytes", "tensors_in", "to_expr"]

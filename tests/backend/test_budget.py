@@ -82,17 +82,28 @@ def test_the_smallest_budget_is_enough_and_one_byte_less_is_not(architecture: st
 
 
 @pytest.mark.parametrize(
-    ("architecture", "cache", "batches"),
-    [("llama", None, (1, 2)), ("opt", None, (2,)), ("gpt2", "static", (1,)), ("mistral", None, (1,))],
+    ("architecture", "cache", "batches", "tokens"),
+    [
+        ("llama", None, (1, 2), TOKENS),
+        ("llama", None, (1,), 40),
+        ("llama", "static", (1,), 40),
+        ("qwen2", "static", (1, 3), TOKENS),
+        ("opt", None, (2,), TOKENS),
+        ("gpt2", "static", (1,), TOKENS),
+        ("mistral", None, (1,), TOKENS),
+    ],
 )
 def test_the_smallest_budget_is_enough_for_all_that_is_stated(
-    architecture: str, cache: str | None, batches: tuple[int, ...]
+    architecture: str, cache: str | None, batches: tuple[int, ...], tokens: int
 ) -> None:
-    """The first forward's error, a prefill's, counts the steps after it, up to ``context`` and ``max_batch``."""
-    model, stated = tiny_model(architecture, layers=1), {"context": PROMPT + TOKENS, "max_batch": max(batches)}
+    """The first forward's error, a prefill's, counts the steps after it, up to ``context`` and ``max_batch``.
+
+    Four fifths of it are not enough, even where nothing is stated and each step is planned as it comes.
+    """
+    model, stated = tiny_model(architecture, layers=1), {"context": PROMPT + tokens, "max_batch": max(batches)}
 
     def run() -> list[Tensor]:
-        return [generate(model, prompts(batch), cache, TOKENS)["sequences"] for batch in batches]
+        return [generate(model, prompts(batch), cache, tokens)["sequences"] for batch in batches]
 
     expected = run()
     needed = needed_bytes(model, run, split="auto", **stated)
@@ -102,8 +113,8 @@ def test_the_smallest_budget_is_enough_for_all_that_is_stated(
     assert all(map(torch.equal, run(), expected))
     assert 0 < backend.accelerator.counters.peak_bytes <= needed
     torch._dynamo.reset()
-    model.compile(backend=RecordingBackend(), options=emulated(gpu_memory=needed * 9 // 10, split="auto", **stated))
-    with pytest.raises(BudgetError, match=str(needed)):
+    model.compile(backend=RecordingBackend(), options=emulated(gpu_memory=needed * 4 // 5, split="auto"))
+    with pytest.raises(BudgetError):
         run()
 
 

@@ -420,15 +420,14 @@ def test_a_prefill_of_fixed_length_keeps_room_for_the_caches_of_the_steps_after_
     found = case(prefill, torch.arange(7)[None], options=options, sequences=1, tokens_per_sequence=7)
     budget = found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
     token, ids, made = 64 * 4, 7 * 8, budget[ACTIVATIONS]
-    scores = 4 * 4  # of four heads
-    step = length * (3 * token + 3 * scores)  # as it comes, as it goes, keys scaled; scores, masked ones and weights
-    step += 3 * (made - 7 * token) // 7  # and three tokens
-    assert budget[GROWTH] == max(0, step - made)
+    step = 3 * (length + 1) * token  # as it comes, as it goes, once more the largest value
+    assert budget[GROWTH] == 0 or step < made + budget[GROWTH] <= step + 8 * token  # beside it values of a token
+    assert made + budget[GROWTH] > step
     more = limits.get("max_batch", 1) - 1
     assert budget[BATCHES] == more * (ids + budget[ACTIVATIONS] + budget[GROWTH])
 
 
-@pytest.mark.parametrize(("window", "tokens"), [(4, 5), (7, 8), (30, 31), (200, 70)])
+@pytest.mark.parametrize(("window", "tokens"), [(4, 5), (7, 8), (30, 31), (200, 71)])
 def test_a_cache_of_a_window_keeps_room_for_what_it_is_cut_from(window: int, tokens: int) -> None:
     """A longer context takes no more; prompts longer than the window, as long, shorter."""
 
@@ -439,9 +438,10 @@ def test_a_cache_of_a_window_keeps_room_for_what_it_is_cut_from(window: int, tok
     options = Options(print_schedule=False, context=70)
     found = case(prefill, torch.arange(7)[None], options=options, sequences=1, tokens_per_sequence=7)
     budget = found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
-    token, scores, made = 64 * 4, 4 * 4, budget[ACTIVATIONS]
-    step = tokens * 3 * (token + scores) + 3 * max(0, made - 7 * token) // 7
-    assert budget[GROWTH] == max(0, step - made)
+    token, made = 64 * 4, budget[ACTIVATIONS]
+    step = 3 * tokens * token
+    assert budget[GROWTH] == 0 or step < made + budget[GROWTH] <= step + 8 * token
+    assert made + budget[GROWTH] > step
 
 
 def test_sizes_of_caches_are_compared_without_new_guards() -> None:

@@ -1,0 +1,93 @@
+"""The caches that a captured graph makes for the steps after it, and how long they get in those."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from hetegen_compile.ir import info, written_storages
+from hetegen_compile.passes.context import Context
+from hetegen_compile.passes.tensors import storage_id, tensor_bytes, tensors_in, to_expr
+from hetegen_compile.passes.windows import CACHE_DIMS, TOKENS, window_of
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Sizes of a forward.
+
+    Attributes:
+        tokens: new ones of each sequence.
+        length: tokens in a cache that grows when it is over.
+        padded: whether attention gets a mask because some sequences are shorter.
+        follows: whether it comes after the captured one, whose caches it gets.
+    """
+
+    tokens: int
+    length: int
+    padded: bool = False
+    follows: bool = True
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A cache that the captured graph makes and returns.
+
+    Attributes:
+        nbytes: of all of it; of a window what that is cut from.
+        tokens: that it has room for.
+        grows: whether a next step returns a longer one.
+        window: tokens that it keeps at most; None: all.
+        written: it is written in place (a static cache).
+    """
+
+    nbytes: int
+    tokens: int
+    grows: bool
+    window: int | None
+    written: bool
+
+    def length(self, forward: Forward) -> int:
+        """Tokens of it that attention sees at most."""
+        if not (self.grows and forward.follows):
+            return self.tokens
+        return forward.length if self.window is None else min(forward.length, self.window + 1)
+
+    def bytes_after(self, forward: Forward) -> int:
+        """Bytes of it when a forward is over."""
+        return -(-self.nbytes * self.length(forward) // self.tokens)
+
+    def masked(self, forward: Forward) -> bool:
+        """Whether attention to it gets a mask, whatever it got in the captured forward."""
+        full = self.window is not None and forward.length > self.window
+        return forward.padded or (forward.follows and (self.written or full))
+
+
+def returned_caches(module: fx.GraphModule, context: Context) -> Iterator[tuple[int, Cache]]:
+    """Each that the graph makes and returns, with its storage."""
+    written = written_storages(module.graph.nodes)
+    inputs = frozenset(storage_id(tensor) for node in module.graph.nodes for tensor in given_tensors(node))
+    for node in module.graph.output_node().all_input_nodes:
+        window = window_of(node)
+        whole = node if window is None else node.all_input_nodes[0]
+        longer = any(tensor.dim() >= CACHE_DIMS for one in whole.all_input_nodes for tensor in given_tensors(one))
+        for tensor in tensors_in(info(whole).value):
+            key = storage_id(tensor)
+            if tensor.dim() >= CACHE_DIMS and key not in inputs:
+                tokens, nbytes = max(1, shape_of(tensor, context)[TOKENS]), context.room(tensor_bytes(tensor))
+                grows = key not in written and tokens == context.tokens_per_sequence and not longer
+                yield key, Cache(nbytes, tokens, grows, window, key in written)
+
+
+def given_tensors(node: fx.Node) -> list[Tensor]:
+    """Those of an input of the graph; none of another node."""
+    return tensors_in(info(node).value) if node.op in ("placeholder", "get_attr") else []
+
+
+def shape_of(tensor: Tensor, context: Context) -> tuple[int, ...]:
+    """Its sizes in the context's call, as numbers; nothing is guarded."""
+    return tuple(n if isinstance(n, int) else int(context.number(to_expr(n))) for n in tensor.shape)
+
+
+__all__ = ["Cache", "Forward", "given_tensors", "returned_caches", "shape_of"]

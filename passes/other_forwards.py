@@ -1,0 +1,204 @@
+"""What the values of a captured graph take in forwards of other sizes, of which no graph has been captured yet.
+
+Why: the budget holds for a generation, and prefill, whose numbers of tokens are fixed, is compiled before the steps
+after it are seen. Those run the same operations on one token and a longer cache, so each value of the captured graph
+says what its like takes then, by what it is made of:
+
+    cache    what is returned for the next step
+    keys     of this call made of nothing but a cache: as long as that (repeated for the heads that share it, say)
+    pairs    [..., tokens, keys]: scores of attention, masks, biases of positions
+    tokens   anything else that has a part for each token
+    fixed    the rest
+
+Fused attention is called with fakes of those sizes. Where it gets a mask that it did not get here (several sequences
+are padded, a static cache is longer than what it holds, a window is full), keys and values are repeated for the heads
+that share them, as transformers does then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from fractions import Fraction
+from math import ceil, prod
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.passes.annotate_costs import value_size
+from hetegen_compile.passes.caches import Cache, Forward, given_tensors, returned_caches, shape_of
+from hetegen_compile.passes.context import Context
+from hetegen_compile.passes.findings import most_at_once
+from hetegen_compile.passes.fused_attention import (
+    Attention,
+    Shape,
+    attention_arguments,
+    is_fused_attention,
+    scratch_bytes,
+)
+from hetegen_compile.passes.tensors import held_bytes, storage_id, tensors_in
+from hetegen_compile.passes.windows import TOKENS
+
+
+class _Kind(NamedTuple):
+    """What a value is made of; ``cache``: the storage of the cache that it comes from."""
+
+    name: Literal["cache", "keys", "pairs", "tokens", "fixed"]
+    cache: int | None = None
+
+
+_ID_BYTES = 8
+"""Of one element of a mask that is given with a call."""
+
+Life = tuple[int, int, int]
+"""First and last place of a value in program order, and its bytes."""
+
+
+class OtherForwards:
+    """Forwards of the model that a graph was captured of, which got ``context.tokens_per_sequence`` tokens."""
+
+    def __init__(self, module: fx.GraphModule, context: Context) -> None:
+        self._context = context
+        self._nodes: list[fx.Node] = list(module.graph.nodes)
+        self._by_storage = dict(returned_caches(module, context))
+        self.captured = Forward(self._tokens, self._tokens, follows=False)
+        self._of_call: set[fx.Node] = set()
+        self._kinds: dict[fx.Node, _Kind] = {}
+        for node in self._nodes:
+            self._kinds[node] = self._kind(node)
+        self._held = {node: self._held_bytes(node) for node in self._nodes}
+        self._scratch = {node: context.room(info(node).made_bytes - value_size(node)) for node in self._nodes
+                         if info(node).made_bytes != 0}  # fmt: skip
+
+    @property
+    def caches(self) -> Collection[Cache]:
+        """Those that the graph makes and returns; none if it only lengthens those that it was given."""
+        found = self._by_storage.values()
+        return found if any(cache.grows or cache.written for cache in found) else ()
+
+    @property
+    def _tokens(self) -> int:
+        return self._context.tokens_per_sequence
+
+    def peak_bytes(self, forward: Forward) -> int:
+        """Most bytes of values at one time, the largest counted once more; caches are there all the time."""
+        lives = [*self._values(forward), *self._operations(forward), *self._masks(forward)]
+        return most_at_once(lives) + max((nbytes for _, _, nbytes in lives), default=0)
+
+    def linear_bytes(self, forward: Forward) -> int:
+        """Most bytes of a Linear's input and output."""
+        linears = [node for node in self._nodes if node.target == LINEAR]
+        return max((self._bytes(n, forward) + self._bytes(n.all_input_nodes[0], forward) for n in linears), default=0)
+
+    # ---- what the graph is made of -----------------------------------------------------------------------------
+
+    def _kind(self, node: fx.Node) -> _Kind:
+        operands = [one for one in node.all_input_nodes if one in self._of_call]
+        if operands or (node.op == "placeholder" and node.name not in self._context.weights):
+            self._of_call.add(node)
+        held = info(node).storages & self._by_storage.keys()
+        if held:
+            return _Kind("cache", min(held))
+        kinds = [self._kinds[one] for one in operands]
+        source = min((kind.cache for kind in kinds if kind.cache is not None), default=None)
+        if source is not None and all(kind.name in ("cache", "keys") for kind in kinds):
+            return _Kind("keys", source)
+        if node not in self._of_call:
+            return _Kind("fixed")
+        return self._kind_by_shape([self._shape(tensor) for tensor in tensors_in(info(node).value)], source)
+
+    def _kind_by_shape(self, shapes: list[Shape], source: int | None) -> _Kind:
+        """That of a value of the call; attention's result is none of pairs, whatever its width."""
+        keys = {self._tokens, self._tokens if source is None else self._by_storage[source].tokens}
+        if any(shape[-2:] == (self._tokens, length) for shape in shapes for length in keys):
+            return _Kind("pairs", source)
+        return _Kind("tokens" if any(map(self._has_tokens, shapes)) else "fixed")
+
+    def _has_tokens(self, shape: Shape) -> bool:
+        """Whether one of the sizes is one of tokens; the last, and that of sequences, may be equal by chance."""
+        sizes = [n for place, n in enumerate(shape[:-1]) if place or n != self._context.sequences]
+        return any(n % self._tokens == 0 for n in sizes)
+
+    def _held_bytes(self, node: fx.Node) -> list[tuple[int, int]]:
+        """(storage, bytes) of each tensor that the graph makes, where it is made."""
+        if node.op in ("placeholder", "get_attr", "output"):
+            return []
+        return [(storage_id(one), self._context.room(held_bytes(one))) for one in tensors_in(info(node).value)]
+
+    def _shape(self, tensor: Tensor) -> Shape:
+        return shape_of(tensor, self._context)
+
+    # ---- what it takes -----------------------------------------------------------------------------------------
+
+    def _share(self, node: fx.Node, forward: Forward) -> Fraction:
+        """How much of what it takes in the captured forward a value takes in another."""
+        kind, tokens = self._kinds[node], Fraction(forward.tokens, self._tokens)
+        if kind.name in ("tokens", "fixed"):
+            return tokens if kind.name == "tokens" else Fraction(1)
+        cache = self._by_storage.get(kind.cache) if kind.cache is not None else None
+        longer = Fraction(forward.length, self._tokens) if cache is None else _longer(cache, forward)
+        return tokens * longer if kind.name == "pairs" else longer
+
+    def _bytes(self, node: fx.Node, forward: Forward) -> int:
+        return ceil(self._context.room(value_size(node)) * self._share(node, forward))
+
+    def _values(self, forward: Forward) -> list[Life]:
+        """Each storage that the graph makes."""
+        lives: dict[int, Life] = {}
+        for place, node in enumerate(self._nodes):
+            share = self._share(node, forward)
+            for key, own in self._held[node]:
+                born, _, nbytes = lives.get(key, (place, place, 0))
+                lives[key] = born, place, max(nbytes, ceil(own * share))
+            for key in (info(node).storages | info(node).reads) & lives.keys():
+                lives[key] = lives[key][0], place, lives[key][2]
+        end = len(self._nodes)
+        lives.update((key, (0, end, cache.bytes_after(forward))) for key, cache in self._by_storage.items())
+        given = frozenset(storage_id(tensor) for node in self._nodes for tensor in given_tensors(node))
+        return [life for key, life in lives.items() if key not in given]
+
+    def _operations(self, forward: Forward) -> Iterator[Life]:
+        """What operations of several kernels make beside their results."""
+        for place, node in enumerate(self._nodes):
+            if is_fused_attention(node):
+                call, padded = self._attention(node, forward)
+                yield from ((place, place, nbytes) for nbytes in (call.repeated_bytes() if padded else ()))
+                yield place, place, scratch_bytes(call)
+            elif self._scratch.get(node):
+                share = max(self._share(one, forward) for one in (node, *node.all_input_nodes))
+                yield place, place, ceil(self._scratch[node] * share)
+
+    def _masks(self, forward: Forward) -> Iterator[Life]:
+        """The largest mask that the captured graph does not have, and what it is made of: an integer for each token."""
+        calls = [self._attention(node, forward) for node in self._nodes if is_fused_attention(node)]
+        masks = [call.mask for call, padded in calls if padded and call.mask is not None]
+        sequences, _, tokens, length = max(masks, key=prod, default=(0, 0, 0, 0))
+        yield 0, len(self._nodes), sequences * (tokens + _ID_BYTES * forward.padded) * length
+
+    def _attention(self, node: fx.Node, forward: Forward) -> tuple[Attention, bool]:
+        """A call of fused attention as it is in a forward, and whether it has a mask there and none here."""
+        call, source = self._captured_attention(node), self._kinds[attention_arguments(node)["key"]].cache
+        cache = None if source is None else self._by_storage[source]
+        padded = call.mask is None and cache is not None and cache.masked(forward)
+        whole = cache is not None and (forward.follows or padded)  # a prefill may look at the written part only
+        length = cache.length(forward) if cache is not None and whole else call.key[TOKENS]
+        call = call.resized(max(1, call.query[TOKENS] * forward.tokens // self._tokens), length)
+        return (call.padded() if padded else call), padded
+
+    def _captured_attention(self, node: fx.Node) -> Attention:
+        given = attention_arguments(node)
+        query, key, value = (info(given[name]).value for name in ("query", "key", "value"))
+        mask = None if given["attn_mask"] is None else info(given["attn_mask"]).value
+        return Attention(
+            self._shape(query), self._shape(key), self._shape(value), query.dtype,
+            None if mask is None else self._shape(mask), torch.bool if mask is None else mask.dtype,
+            given["dropout_p"], bool(given["is_causal"]), given["scale"], bool(given["enable_gqa"]),
+        )  # fmt: skip
+
+
+def _longer(cache: Cache, forward: Forward) -> Fraction:
+    return Fraction(cache.length(forward), cache.tokens)
+
+
+__all__ = ["OtherForwards"]
