@@ -240,11 +240,11 @@ def _as_json(one: Result) -> dict[str, object]:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.schedule_quality", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    shapes, presets, given = list(SHAPES), list(preset_names()), {"nargs": "+", "metavar": "NAME|PATH"}
+    shapes, presets, given = list(SHAPES), list(preset_names()), "NAME|PATH"
     models = f"config.json files, their folders, or shapes known here (default): {', '.join(shapes)}"
-    parser.add_argument("--models", "--model", default=shapes, help=models, **given)
+    parser.add_argument("--models", "--model", default=shapes, help=models, nargs="+", metavar=given)
     hardware = f"profile files, or presets (default): {', '.join(presets)}"
-    parser.add_argument("--hardware", default=presets, help=hardware, **given)
+    parser.add_argument("--hardware", default=presets, help=hardware, nargs="+", metavar=given)
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights (default: %(default)s)")
     parser.add_argument("--shares", nargs="+", type=_share, default=list(SHARES), help="of the weights resident")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="forwards to plan")
