@@ -95,9 +95,9 @@ class OtherForwards:
 
     def _kind(self, node: fx.Node) -> _Kind:
         operands = [one for one in node.all_input_nodes if one in self._of_call]
-        if operands or (node.op == "placeholder" and node.name not in self._context.weights):
-            self._of_call.add(node)
         held = info(node).storages & self._by_storage.keys()
+        if operands or held or (node.op == "placeholder" and node.name not in self._context.weights):
+            self._of_call.add(node)
         if held:
             return _Kind("cache", min(held))
         kinds = [self._kinds[one] for one in operands]
@@ -168,6 +168,9 @@ class OtherForwards:
             elif self._scratch.get(node):
                 share = max(self._share(one, forward) for one in (node, *node.all_input_nodes))
                 yield place, place, ceil(self._scratch[node] * share)
+            if forward.padded and self._kinds[node].name == "pairs" and "bmm" in info(node).aten:
+                queries = (one for one in node.all_input_nodes if self._kinds[one].name == "tokens")
+                yield place, place, sum(self._bytes(one, forward) for one in queries)  # several sequences' are copied
 
     def _masks(self, forward: Forward) -> Iterator[Life]:
         """The largest mask that the captured graph does not have, and what it is made of: an integer for each token."""
