@@ -131,12 +131,14 @@ class _Search:
         """
         relaxation, every = relax(chain), frozenset(range(len(chain.trips)))
         openings = dict.fromkeys(opened for opened in (relaxation.fewest, relaxation.opened, every) if opened)
-        tried = [self._attempt(trips, chain, opened) for opened in openings]
-        last = min(filter(None, tried), key=lambda attempt: attempt.step_s, default=None)
-        chain = last.corrected() if last else chain
+        tried = [attempt for opened in openings if (attempt := self._attempt(trips, chain, opened))]
+        if not tried:
+            return
+        last = min(tried, key=lambda attempt: attempt.step_s)
+        chain = last.corrected()
         for _ in range(_ROUNDS):
-            attempt = self._attempt(trips, chain, last.opened) if last else None
-            if last is None or attempt is None:
+            attempt = self._attempt(trips, chain, last.opened)
+            if attempt is None:
                 return
             if attempt.step_s < last.step_s:
                 last, chain = attempt, attempt.corrected()

@@ -17,10 +17,10 @@ from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.graph_inputs import number, sequence_shape, token_count
 from hetegen_compile.options import Options, format_bytes
+from hetegen_compile.passes.caches import caches_grow
 from hetegen_compile.passes.context import Bucket, Context, Refusal, SegmentCache, require
 from hetegen_compile.passes.issue_ahead import NO_ROOM_AHEAD, issues_ahead
 from hetegen_compile.passes.plans import ACTIVATIONS
-from hetegen_compile.passes.step_memory import caches_grow
 from hetegen_compile.pipeline import ONCE_PER_SPLIT, Stage
 from hetegen_compile.plan_report import blocks_apart, linear_sites, report_on
 from hetegen_compile.planned import BucketPlan, ScheduledStep, Sizes, Split, Target

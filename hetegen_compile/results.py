@@ -20,7 +20,7 @@ from torch import fx
 from torch.torch_version import TorchVersion
 
 from hetegen_compile.ir import info, is_tensor
-from hetegen_compile.passes.step_memory import is_new_cache
+from hetegen_compile.passes.caches import is_new_cache
 from hetegen_compile.passes.windows import TOKENS
 
 NOTE = (

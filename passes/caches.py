@@ -64,8 +64,12 @@ class Cache:
         return forward.padded or (forward.follows and (self.written or full))
 
 
-def returned_caches(module: fx.GraphModule, context: Context) -> Iterator[tuple[int, Cache]]:
-    """Each that the graph makes and returns, with its storage."""
+def returned_caches(module: fx.GraphModule, context: Context) -> dict[int, Cache]:
+    """Each that the graph makes and returns, by storage; of one that it only lengthens neither grows nor is written."""
+    return dict(_returned(module, context))
+
+
+def _returned(module: fx.GraphModule, context: Context) -> Iterator[tuple[int, Cache]]:
     written = written_storages(module.graph.nodes)
     inputs = frozenset(storage_id(tensor) for node in module.graph.nodes for tensor in given_tensors(node))
     for node in module.graph.output_node().all_input_nodes:
@@ -80,6 +84,24 @@ def returned_caches(module: fx.GraphModule, context: Context) -> Iterator[tuple[
                 yield key, Cache(nbytes, tokens, grows, window, key in written)
 
 
+def caches_grow(module: fx.GraphModule, context: Context) -> bool:
+    """Whether later forwards may bring longer caches than this one does."""
+    ends = [node for node in module.graph.nodes if node.op in ("placeholder", "output")]
+    tensors = [tensor for node in ends for tensor in tensors_in(info(node).value) if tensor.dim() >= CACHE_DIMS]
+    return any(_symbolic(tensor) or is_new_cache(tensor, context.tokens_per_sequence) for tensor in tensors)
+
+
+def _symbolic(tensor: Tensor) -> bool:
+    return any(to_expr(size).free_symbols for size in tensor.shape)
+
+
+def is_new_cache(tensor: Tensor, tokens: int) -> bool:
+    """Whether a graph that is given ``tokens`` of each sequence (0: no fixed number) returns this as their cache."""
+    if tensor.dim() < CACHE_DIMS or _symbolic(tensor) or not tokens:
+        return False
+    return int(tensor.shape[TOKENS]) == tokens
+
+
 def given_tensors(node: fx.Node) -> list[Tensor]:
     """Those of an input of the graph; none of another node."""
     return tensors_in(info(node).value) if node.op in ("placeholder", "get_attr") else []
@@ -90,4 +112,4 @@ def shape_of(tensor: Tensor, context: Context) -> tuple[int, ...]:
     return tuple(n if isinstance(n, int) else int(context.number(to_expr(n))) for n in tensor.shape)
 
 
-__all__ = ["Cache", "Forward", "given_tensors", "returned_caches", "shape_of"]
+__all__ = ["Cache", "Forward", "caches_grow", "given_tensors", "is_new_cache", "returned_caches", "shape_of"]

@@ -21,13 +21,14 @@ from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.annotate_costs import linear_cost, value_bytes
+from hetegen_compile.passes.caches import caches_grow
 from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, forced_split, table_only
 from hetegen_compile.passes.claims import Claim
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.plans import MIRRORED, OTHERS, RESIDENT, RING, STAGED_CHUNK_BYTES, Residency, step_bytes
 from hetegen_compile.passes.residency_shares import residency_shares
 from hetegen_compile.passes.stacked_weights import stacked_weights
-from hetegen_compile.passes.step_memory import caches_grow, mirrored_size, step_memory
+from hetegen_compile.passes.step_memory import mirrored_size, step_memory
 
 SLOT_ALIGNMENT = 256
 _WINDOW = 2  # slots the ring holds at least: one being read while the next one is being filled

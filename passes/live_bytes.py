@@ -23,7 +23,7 @@ from hetegen_compile.ir import info
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.memory import END, Memory
 from hetegen_compile.passes.replay import Replay
-from hetegen_compile.passes.tensors import to_expr
+from hetegen_compile.passes.tensors import held_sizes, to_expr
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,9 @@ class _Sizes:
         return min(whole, sum(map(self._bytes, tensors)))
 
     def _bytes(self, tensor: Tensor) -> int:
-        along = zip(tensor.shape, tensor.stride(), strict=True)
-        sizes = [size for size, step in along if type(step) is not int or step]  # what is expanded is there once
+        sizes = held_sizes(tensor)
         if all(type(size) is int for size in sizes):
-            return prod(sizes) * tensor.element_size()
+            return int(prod(sizes)) * tensor.element_size()
         elements = prod(map(to_expr, sizes))
         if elements not in self._known:
             self._known[elements] = int(self._context.number(elements))

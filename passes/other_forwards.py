@@ -17,7 +17,7 @@ that share them, as transformers does then.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from math import ceil, prod
 from typing import Literal, NamedTuple
@@ -27,7 +27,7 @@ from torch import Tensor, fx
 
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes.annotate_costs import value_size
-from hetegen_compile.passes.caches import Cache, Forward, given_tensors, returned_caches, shape_of
+from hetegen_compile.passes.caches import Cache, Forward, given_tensors, shape_of
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import most_at_once
 from hetegen_compile.passes.fused_attention import (
@@ -56,12 +56,15 @@ Life = tuple[int, int, int]
 
 
 class OtherForwards:
-    """Forwards of the model that a graph was captured of, which got ``context.tokens_per_sequence`` tokens."""
+    """Forwards of the model that a graph was captured of, which got ``context.tokens_per_sequence`` tokens.
 
-    def __init__(self, module: fx.GraphModule, context: Context) -> None:
+    ``caches`` are those that it returns (``returned_caches``).
+    """
+
+    def __init__(self, module: fx.GraphModule, context: Context, caches: Mapping[int, Cache]) -> None:
         self._context = context
         self._nodes: list[fx.Node] = list(module.graph.nodes)
-        self._by_storage = dict(returned_caches(module, context))
+        self._by_storage = caches
         self.captured = Forward(self._tokens, self._tokens, follows=False)
         self._of_call: set[fx.Node] = set()
         self._kinds: dict[fx.Node, _Kind] = {}
@@ -70,12 +73,6 @@ class OtherForwards:
         self._held = {node: self._held_bytes(node) for node in self._nodes}
         self._scratch = {node: context.room(info(node).made_bytes - value_size(node)) for node in self._nodes
                          if info(node).made_bytes != 0}  # fmt: skip
-
-    @property
-    def caches(self) -> Collection[Cache]:
-        """Those that the graph makes and returns; none if it only lengthens those that it was given."""
-        found = self._by_storage.values()
-        return found if any(cache.grows or cache.written for cache in found) else ()
 
     @property
     def _tokens(self) -> int:

@@ -15,14 +15,13 @@ from torch import Tensor, fx
 from hetegen_compile.geometry import mirrored_bytes
 from hetegen_compile.ir import LINEAR, info, is_tensor, written_storages
 from hetegen_compile.passes.annotate_costs import value_size
-from hetegen_compile.passes.caches import Forward, returned_caches
+from hetegen_compile.passes.caches import Cache, Forward, returned_caches
 from hetegen_compile.passes.choose_splits import table_only
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.liveness import activation_peak_bytes
 from hetegen_compile.passes.other_forwards import OtherForwards
 from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH, MIRRORED
-from hetegen_compile.passes.tensors import storage_id, tensors_in, to_expr
-from hetegen_compile.passes.windows import CACHE_DIMS, TOKENS
+from hetegen_compile.passes.tensors import storage_id, to_expr
 
 
 def step_memory(
@@ -101,17 +100,18 @@ def _other_forwards(module: fx.GraphModule, context: Context, activations: int) 
 
     What its schedule takes beyond the values of the captured graph it takes for one token, too.
     """
-    if not any(cache.grows or cache.written for _, cache in returned_caches(module, context)):
+    caches = returned_caches(module, context)
+    if not any(cache.grows or cache.written for cache in caches.values()):
         return 0, activations
-    forwards = OtherForwards(module, context)
+    forwards = OtherForwards(module, context, caches)
     tokens, captured = context.tokens_per_sequence, forwards.peak_bytes(forwards.captured)
     scheduled = -(-max(0, activations - captured) // tokens)
 
     def later(padded: bool) -> int:
-        forward = _next(forwards, context, padded)
+        forward = _next(caches.values(), context, padded)
         if forward is None:
             return 0
-        comes = sum(cache.bytes_after(forward) for cache in forwards.caches if cache.grows)
+        comes = sum(cache.bytes_after(forward) for cache in caches.values() if cache.grows)
         return comes + forwards.peak_bytes(forward) + scheduled + forwards.linear_bytes(forward)
 
     alone = max(0, later(False) - activations)
@@ -121,31 +121,13 @@ def _other_forwards(module: fx.GraphModule, context: Context, activations: int) 
     return alone, max(activations + max(0, masked - captured), later(True))
 
 
-def _next(forwards: OtherForwards, context: Context, padded: bool) -> Forward | None:
+def _next(caches: Iterable[Cache], context: Context, padded: bool) -> Forward | None:
     """The longest step after the captured one that is counted, None: none is."""
     tokens = context.tokens_per_sequence
     length = context.options.context or (2 * tokens if context.spare else 0)
-    if not forwards.caches or (not length and any(cache.grows for cache in forwards.caches)):
+    if not length and any(cache.grows for cache in caches):
         return None
     return Forward(1, max(length + 1, tokens), padded)
-
-
-def caches_grow(module: fx.GraphModule, context: Context) -> bool:
-    """Whether later forwards may bring longer caches than this one does."""
-    ends = [node for node in module.graph.nodes if node.op in ("placeholder", "output")]
-    tensors = [tensor for node in ends for tensor in tensors_in(info(node).value) if tensor.dim() >= CACHE_DIMS]
-    return any(_symbolic(tensor) or is_new_cache(tensor, context.tokens_per_sequence) for tensor in tensors)
-
-
-def _symbolic(tensor: Tensor) -> bool:
-    return any(to_expr(size).free_symbols for size in tensor.shape)
-
-
-def is_new_cache(tensor: Tensor, tokens: int) -> bool:
-    """Whether a graph that is given ``tokens`` of each sequence (0: no fixed number) returns this as their cache."""
-    if tensor.dim() < CACHE_DIMS or _symbolic(tensor) or not tokens:
-        return False
-    return int(tensor.shape[TOKENS]) == tokens
 
 
 def _estimated_activations(module: fx.GraphModule, context: Context) -> int:

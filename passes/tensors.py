@@ -28,10 +28,14 @@ def tensor_bytes(tensor: Tensor) -> sympy.Expr:
     return to_expr(tensor.numel()) * tensor.element_size()
 
 
+def held_sizes(tensor: Tensor) -> list[Any]:
+    """Sizes of the dimensions along which elements differ: along one of stride 0 (``expand``) all are one."""
+    return [size for size, step in zip(tensor.shape, tensor.stride(), strict=True) if type(step) is not int or step]
+
+
 def held_bytes(tensor: Tensor) -> sympy.Expr:
-    """Bytes of different elements: along a dimension of stride 0 (``expand``) all are one."""
-    sizes = (size for size, step in zip(tensor.shape, tensor.stride(), strict=True) if type(step) is not int or step)
-    return sympy.Mul(*map(to_expr, sizes)) * tensor.element_size()
+    """Bytes of the tensor's different elements, a sympy expression."""
+    return sympy.Mul(*map(to_expr, held_sizes(tensor))) * tensor.element_size()
 
 
 def symbols_in(sizes: Iterable[Any]) -> set[sympy.Symbol]:
@@ -49,4 +53,6 @@ def storage_id(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-__all__ = ["held_bytes", "storage_id", "symbols_in", "symbols_of", "tensor_bytes", "tensors_in", "to_expr"]
+__all__ = [
+    "held_bytes", "held_sizes", "storage_id", "symbols_in", "symbols_of", "tensor_bytes", "tensors_in", "to_expr",
+]  # fmt: skip

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hetegen_compile.passes.caches import Forward
+from hetegen_compile.passes.caches import Cache, Forward, returned_caches
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.other_forwards import OtherForwards
-from tests.passes.graphs import case
+from tests.passes.graphs import Case, case
 
 HEADS, WIDTH, PROMPT, LENGTH = 4, 16, 8, 40
 PROJECT = nn.Linear(HEADS * WIDTH, HEADS * WIDTH)
@@ -57,7 +57,13 @@ def _prefill(x: Tensor, heads: int, attend: Attend, masked: bool) -> tuple[Tenso
 
 def _forwards(attend: Attend, heads: int, tokens: int, masked: bool) -> OtherForwards:
     found = case(lambda x: _prefill(x, heads, attend, masked), torch.randn(2, tokens, HEADS * WIDTH))
-    return OtherForwards(found.module, _of(found.context, tokens))
+    return _other(found, tokens)[0]
+
+
+def _other(found: Case, tokens: int) -> tuple[OtherForwards, list[Cache]]:
+    context = _of(found.context, tokens)
+    caches = returned_caches(found.module, context)
+    return OtherForwards(found.module, context, caches), list(caches.values())
 
 
 def _of(context: Context, tokens: int) -> Context:
@@ -75,7 +81,7 @@ def test_a_step_takes_what_its_prefill_says(attend: Attend, heads: int, masked: 
     """
     before = [torch.randn(2, heads, LENGTH - 1, WIDTH) for _ in range(2)]
     step = case(lambda x, k, v: _layer(x, [k, v], heads, attend, masked), torch.randn(2, 1, HEADS * WIDTH), *before)
-    step_itself = OtherForwards(step.module, _of(step.context, 1))
+    step_itself, _ = _other(step, 1)
     exact = step_itself.peak_bytes(step_itself.captured)
     found = _forwards(attend, heads, PROMPT, masked).peak_bytes(Forward(1, LENGTH))
     copied = HEADS * 2 * LENGTH * WIDTH * 4 if attend is step_by_step else 0
@@ -97,8 +103,8 @@ def test_a_full_window_is_masked_and_grows_no_more() -> None:
         return keys[:, :, -11:, :], values[:, :, -11:, :], out
 
     found = case(prefill, torch.randn(2, PROMPT, HEADS * WIDTH))
-    forwards = OtherForwards(found.module, _of(found.context, PROMPT))
-    assert {cache.window for cache in forwards.caches} == {11}
+    forwards, caches = _other(found, PROMPT)
+    assert {cache.window for cache in caches} == {11}
     full, longer, before = (forwards.peak_bytes(Forward(1, length)) for length in (12, 100, 11))
     assert full == longer
     repeated = 2 * HEADS * 12 * WIDTH * 4
@@ -114,8 +120,8 @@ def test_a_static_cache_is_masked_in_the_steps_after_it() -> None:
         return cache, fused(out.view(2, PROMPT, HEADS, WIDTH).transpose(1, 2), seen, seen, False).flatten(2)
 
     found = case(prefill, torch.randn(2, PROMPT, HEADS * WIDTH))
-    forwards = OtherForwards(found.module, _of(found.context, PROMPT))
-    (cache,) = [cache for cache in forwards.caches if cache.written]
+    forwards, caches = _other(found, PROMPT)
+    (cache,) = [cache for cache in caches if cache.written]
     assert (cache.grows, cache.tokens) == (False, LENGTH)
     repeated = 2 * HEADS * LENGTH * WIDTH * 4
     step = forwards.peak_bytes(Forward(1, PROMPT))
@@ -126,4 +132,6 @@ def test_a_static_cache_is_masked_in_the_steps_after_it() -> None:
 def test_what_only_lengthens_a_cache_says_nothing_of_later_steps() -> None:
     before = torch.randn(2, 2, PROMPT - 1, WIDTH)
     step = case(lambda x, k: _layer(x, [k, k], 2, fused, False), torch.randn(2, 1, HEADS * WIDTH), before)
-    assert not OtherForwards(step.module, _of(step.context, PROMPT)).caches
+    _, caches = _other(step, PROMPT)
+    assert caches
+    assert not any(cache.grows or cache.written for cache in caches)
