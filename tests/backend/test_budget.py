@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
@@ -23,15 +22,16 @@ from hetegen_compile.passes.context import SegmentCompiler, require
 from hetegen_compile.passes.findings import MemoryNeed
 from hetegen_compile.passes.lower import lower
 from hetegen_compile.passes.measure_memory import inner_lives
-from hetegen_compile.passes.plans import OTHERS, UNFORESEEN
+from hetegen_compile.passes.plans import UNFORESEEN
 from hetegen_compile.passes.tensors import tensor_bytes, tensors_in
 from hetegen_compile.pipeline import ONCE_PER_SPLIT
 from hetegen_compile.planned import BucketPlan
 from hetegen_compile.planner import Planner
 from hetegen_compile.schedule import Schedule
 from hetegen_compile.segments import inductor_compiler, plain_compiler
-from tests.backend.modules import WIDTH, Linear, Mlp, around, random
-from tests.models.architectures import ARCHITECTURES, PROMPT, generate, prompts, tiny_model
+from tests.backend.budgets import forward, needed_bytes
+from tests.backend.modules import WIDTH, Mlp, random
+from tests.models.architectures import ARCHITECTURES, generate, prompts, tiny_model
 from tests.models.harness import (
     RecordingBackend,
     changing_seed,
@@ -40,116 +40,6 @@ from tests.models.harness import (
     new_schedules,
     through_inductor,
 )
-
-TOKENS = 5
-"""That a generation adds to its prompt."""
-
-
-def forward(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
-    with torch.no_grad():
-        return model(**inputs, use_cache=False).logits
-
-
-def needed_bytes(model: nn.Module, run: Callable[[], Any], **options: Any) -> int:
-    """The budget that the error for one of a byte names."""
-    torch._dynamo.reset()
-    model.compile(backend=RecordingBackend(), options=emulated(gpu_memory=1, **options))
-    with pytest.raises(BudgetError, match=r"mirrors of inputs.*activations.*staging ring") as error:
-        run()
-    match = re.search(r"'gpu_memory': (\d+)", str(error.value))
-    assert match is not None
-    return int(match[1])
-
-
-@pytest.mark.parametrize(("architecture", "split"), [("gpt2", "auto"), ("llama", 0.5)])
-def test_the_smallest_budget_is_enough_and_one_byte_less_is_not(architecture: str, split: Any) -> None:
-    model, inputs = tiny_model(architecture, layers=1), prompts(2)
-    expected = forward(model, inputs)
-    needed = needed_bytes(model, lambda: forward(model, inputs), split=split)
-    torch._dynamo.reset()
-    model.compile(backend=RecordingBackend(), options=emulated(gpu_memory=needed - 1, split=split))
-    with pytest.raises(BudgetError, match=str(needed)):
-        forward(model, inputs)
-    torch._dynamo.reset()
-    backend, known = RecordingBackend(), hetegen_compile.schedules()
-    model.compile(backend=backend, options=emulated(gpu_memory=needed, split=split))
-    for _ in range(2):
-        torch.testing.assert_close(forward(model, inputs), expected, rtol=1e-4, atol=1e-5)
-    (schedule,) = new_schedules(known)
-    assert schedule.resident_bytes == 0
-    assert sum(schedule.budget.values()) <= needed
-    assert 0 < backend.accelerator.counters.peak_bytes <= needed
-
-
-@pytest.mark.parametrize(
-    ("architecture", "cache", "batches", "tokens"),
-    [
-        ("llama", None, (1, 2), TOKENS),
-        ("llama", None, (1,), 40),
-        ("llama", "static", (1,), 40),
-        ("qwen2", "static", (1, 3), TOKENS),
-        ("opt", None, (2,), TOKENS),
-        ("gpt2", "static", (1,), TOKENS),
-        ("mistral", None, (1,), TOKENS),
-    ],
-)
-def test_the_smallest_budget_is_enough_for_all_that_is_stated(
-    architecture: str, cache: str | None, batches: tuple[int, ...], tokens: int
-) -> None:
-    """The first forward's error, a prefill's, counts the steps after it, up to ``context`` and ``max_batch``.
-
-    Four fifths of it are not enough, even where nothing is stated and each step is planned as it comes.
-    """
-    model, stated = tiny_model(architecture, layers=1), {"context": PROMPT + tokens, "max_batch": max(batches)}
-
-    def run() -> list[Tensor]:
-        return [generate(model, prompts(batch), cache, tokens)["sequences"] for batch in batches]
-
-    expected = run()
-    needed = needed_bytes(model, run, split="auto", **stated)
-    torch._dynamo.reset()
-    backend = RecordingBackend()
-    model.compile(backend=backend, options=emulated(gpu_memory=needed, split="auto", **stated))
-    assert all(map(torch.equal, run(), expected))
-    assert 0 < backend.accelerator.counters.peak_bytes <= needed
-    torch._dynamo.reset()
-    model.compile(backend=RecordingBackend(), options=emulated(gpu_memory=needed * 4 // 5, split="auto"))
-    with pytest.raises(BudgetError):
-        run()
-
-
-LONG = 80
-"""Tokens of a context that is many windows long."""
-
-
-@pytest.mark.parametrize(("architecture", "layers"), [("mistral", 1), ("gemma2", 2)])
-def test_a_window_needs_no_more_for_a_longer_context(architecture: str, layers: int) -> None:
-    """The first forward, a short prompt's, names a budget that is enough for all steps, and not for a cache of all."""
-    model = tiny_model(architecture, layers)
-    tokens = LONG - PROMPT
-
-    def needed(context: int) -> int:
-        return needed_bytes(model, lambda: generate(model, prompts(1), None, tokens), split="auto", context=context)
-
-    short, long = needed(LONG // 2), needed(LONG)
-    per_token = 8 * 2 * 16 * 4  # of a layer that keeps all: as it comes and goes, and what attention makes of it
-    assert long - short <= (LONG // 2) * (layers - 1) * 2 * per_token
-    torch._dynamo.reset()
-    backend = RecordingBackend()
-    model.compile(backend=backend, options=emulated(gpu_memory=long, split="auto", context=LONG))
-    both = model, tiny_model(architecture, layers)
-    found, expected = [generate(one, prompts(1), None, tokens)["sequences"] for one in both]
-    assert torch.equal(found, expected)
-    assert 0.7 * long <= backend.accelerator.counters.peak_bytes <= long
-
-
-@pytest.mark.parametrize(("stated", "told"), [({}, True), ({"context": 12}, False)])
-def test_the_error_says_where_a_cache_is_not_counted(stated: dict[str, int], told: bool) -> None:
-    model = tiny_model("llama", layers=1)
-    model.compile(backend=RecordingBackend(), options=emulated(gpu_memory=1, **stated))
-    with pytest.raises(BudgetError) as error:
-        generate(model, prompts(1), None, 1)
-    assert ("'context': tokens" in str(error.value)) == told
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
@@ -241,160 +131,6 @@ def test_a_static_cache_counts_as_large_as_it_is() -> None:
     # transformers repeats keys and values for the heads in decode only, which no prefill can tell
     assert 0.9 * prefill.resident_bytes < decode.resident_bytes <= prefill.resident_bytes
     assert backend.accelerator.counters.peak_bytes <= budget
-
-
-# ---- several models on one accelerator -------------------------------------------------------------------------
-
-
-def _two_models(budget: int, layers: int = 4) -> tuple[list[Mlp], RecordingBackend]:
-    """Of one class: Dynamo lets them share one compiled graph if they have as many layers."""
-    torch.manual_seed(0)
-    models, backend = [Mlp(4, 128).eval(), Mlp(layers, 128).eval()], RecordingBackend()
-    options = emulated(gpu_memory=budget, split=0.0, seed=1)
-    for model in models:
-        model.compile(backend=backend, options=options)
-    return models, backend
-
-
-@pytest.mark.parametrize(("layers", "graphs"), [(4, 1), (5, 2)])
-def test_two_models_share_a_budget_and_do_not_thrash(layers: int, graphs: int) -> None:
-    weights = 4 * 128 * 128 * 4
-    models, backend = _two_models(weights, layers)
-    x, known = random(2, 128), hetegen_compile.schedules()
-    uploaded = []
-    with torch.no_grad():
-        expected = [model.forward(x) for model in models]
-        for _ in range(4):
-            for model, right in zip(models, expected, strict=True):
-                torch.testing.assert_close(model(x), right, rtol=1e-4, atol=1e-5)
-                uploaded.append(backend.accelerator.counters.uploaded_bytes["weights"])
-    assert len(backend.graphs) == graphs
-    schedules = new_schedules(known)[-2:]
-    assert all(schedule.resident_bytes > weights // 5 for schedule in schedules)
-    steps = [after - before for before, after in zip(uploaded[3:], uploaded[4:], strict=False)]
-    assert set(steps) == {schedule.streamed_bytes for schedule in schedules}, "resident weights stay where they are"
-    assert backend.accelerator.counters.peak_bytes <= weights
-
-
-def test_a_longer_staging_ring_takes_the_place_of_mirrors() -> None:
-    """Mirrors of what the caller keeps fill the budget when a model of wider Linears comes."""
-    budget = 700 << 10
-    narrow, wide, backend = around(_with_a_table), Mlp(3, 256).eval(), RecordingBackend()
-    options = emulated(gpu_memory=budget)
-    for model in (narrow, wide):
-        model.compile(backend=backend, options=options)
-    tables, x, y = [random(128, 64, seed=i) for i in range(budget // (128 * 64 * 4))], random(2, 64), random(2, 256)
-    with torch.no_grad():
-        for table in tables:
-            torch.testing.assert_close(narrow(x, table), narrow.forward(x, table), rtol=1e-4, atol=1e-5)
-        held, ring = dict(backend.accelerator.counters.held_bytes), backend.graphs[0].runtime.ledger.ring_bytes
-        torch.testing.assert_close(wide(y), wide.forward(y), rtol=1e-4, atol=1e-5)
-    longer = backend.graphs[0].runtime.ledger.ring_bytes - ring
-    assert sum(held.values()) + longer > budget, "they leave room enough"
-    assert backend.accelerator.counters.held_bytes["mirrors"] < held["mirrors"]
-    assert backend.accelerator.counters.peak_bytes <= budget
-
-
-def _with_a_table(before: Linear, after: Linear, x: Tensor, table: Tensor) -> Tensor:
-    return after(before(x) + table.sum(0))
-
-
-def test_forwards_by_turns_do_not_thrash_beside_a_devices_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a device's libraries take of the budget is no room for the larger of two steps."""
-    overhead, weights = 1 << 20, 4 * 128 * 128 * 4
-    monkeypatch.setattr(EmulatedAccelerator, "overhead_bytes", lambda self: {"workspace of a library": overhead})
-    model, backend, known = Mlp(4, 128).eval(), RecordingBackend(), hetegen_compile.schedules()
-    model.compile(backend=backend, options=emulated(gpu_memory=overhead + weights, split=0.0), dynamic=True)
-    with torch.no_grad():
-        for x in 3 * [random(48, 128), random(2, 128)]:
-            torch.testing.assert_close(model(x), model.forward(x), rtol=1e-4, atol=1e-5)
-    many, few = new_schedules(known)  # and none was made again
-    assert many.resident_bytes == few.resident_bytes > 0
-    assert few.budget[OTHERS] > weights // 10
-    assert backend.accelerator.counters.peak_bytes <= weights
-
-
-def test_another_split_is_planned_with_what_is_resident_now() -> None:
-    """What was decided for the first model holds no longer when the second has come."""
-    models, backend = _two_models(4 * 128 * 128 * 4, layers=5)
-    x, known = random(2, 128), hetegen_compile.schedules()
-    with torch.no_grad():
-        expected = models[0].forward(x)
-        for model in models:
-            model(x)
-        alone, shared = (schedule.resident_bytes for schedule in new_schedules(known))
-        with hetegen_compile.override_split(0.5):
-            found = models[0](x)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    half = new_schedules(known)[-1]
-    assert half.split == 0.5
-    assert half.host_bytes > 0
-    assert 0 < half.resident_bytes < alone, "the two share what one had"
-    assert shared > 0
-    assert backend.accelerator.counters.peak_bytes <= 4 * 128 * 128 * 4
-
-
-def test_a_model_that_is_gone_leaves_its_room() -> None:
-    weights = 4 * 128 * 128 * 4
-    models, backend = _two_models(weights)
-    x, known = random(2, 128), hetegen_compile.schedules()
-    with torch.no_grad():
-        for _ in range(2):
-            for model in models:
-                model(x)
-        shared = new_schedules(known)[-1].resident_bytes
-        del models[1], model
-        gc.collect()
-        models[0](random(1, 128))
-    assert new_schedules(known)[-1].tokens == (1, 1)
-    assert new_schedules(known)[-1].resident_bytes > 1.5 * shared
-    assert backend.accelerator.counters.peak_bytes <= weights
-
-
-def test_a_model_that_is_compiled_again_has_its_new_budget() -> None:
-    """Dynamo keeps the graphs of the compilation before; whoever calls them has the smaller budget hold again."""
-    model, x, weights = Mlp(6, 128).eval(), random(2, 128), 6 * 128 * 128 * 4
-    expected, backend, resident = model(x).detach(), RecordingBackend(), []
-    compiled = []
-
-    def run(step: Any, graph: int, budget: int) -> None:
-        with torch.no_grad():
-            torch.testing.assert_close(step(x), expected, rtol=1e-4, atol=1e-5)
-        (plan,) = backend.graphs[graph].plans
-        assert plan.schedule.budget_bytes == budget
-        assert plan.schedule.accelerator_peak_bytes <= budget
-        resident.append(plan.schedule.resident_bytes)
-
-    budgets = [weights // 2, weights * 9 // 10, weights * 4 // 10]
-    for graph, budget in enumerate(budgets):
-        options = emulated(gpu_memory=budget, split=0.0, seed=2)
-        compiled.append(torch.compile(model, backend=backend, options=options))
-        run(compiled[graph], graph, budget)
-    assert resident[2] < resident[0] < resident[1]
-    run(compiled[1], 1, budgets[2])
-    run(compiled[2], 2, budgets[2])
-    assert len(backend.graphs) == 3
-    assert backend.accelerator.counters.uploaded_bytes["weights"] > weights
-
-
-def test_the_smaller_of_two_budgets_holds_for_both() -> None:
-    weights = 4 * 128 * 128 * 4
-    models, backend = [Mlp(4, 128).eval(), Mlp(5, 128).eval()], RecordingBackend()
-    for model, budget in zip(models, (4 * weights, weights), strict=True):
-        model.compile(backend=backend, options=emulated(gpu_memory=budget, split=0.0, seed=1))
-    x, known = random(2, 128), hetegen_compile.schedules()
-    with torch.no_grad():
-        models[0](x)
-        (first,) = new_schedules(known)
-        for model in reversed(models):
-            model(x)
-        held = backend.accelerator.counters.held_bytes
-        second, again = new_schedules((*known, first))
-        assert first.whole_graph
-        assert first.accelerator_peak_bytes > weights
-        assert max(second.accelerator_peak_bytes, again.accelerator_peak_bytes) <= weights
-        assert sum(held.values()) <= weights
-        assert again.budget_bytes == weights
 
 
 # ---- workspace -------------------------------------------------------------------------------------------------

@@ -1,0 +1,167 @@
+"""Several models, or one compiled again, share a budget: nobody thrashes, and who is gone leaves its room."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hetegen_compile
+from hetegen_compile.accelerators.emulated import EmulatedAccelerator
+from hetegen_compile.passes.plans import OTHERS
+from tests.backend.modules import Linear, Mlp, around, random
+from tests.models.harness import RecordingBackend, emulated, new_schedules
+
+
+def _two_models(budget: int, layers: int = 4) -> tuple[list[Mlp], RecordingBackend]:
+    """Of one class: Dynamo lets them share one compiled graph if they have as many layers."""
+    torch.manual_seed(0)
+    models, backend = [Mlp(4, 128).eval(), Mlp(layers, 128).eval()], RecordingBackend()
+    options = emulated(gpu_memory=budget, split=0.0, seed=1)
+    for model in models:
+        model.compile(backend=backend, options=options)
+    return models, backend
+
+
+@pytest.mark.parametrize(("layers", "graphs"), [(4, 1), (5, 2)])
+def test_two_models_share_a_budget_and_do_not_thrash(layers: int, graphs: int) -> None:
+    weights = 4 * 128 * 128 * 4
+    models, backend = _two_models(weights, layers)
+    x, known = random(2, 128), hetegen_compile.schedules()
+    uploaded = []
+    with torch.no_grad():
+        expected = [model.forward(x) for model in models]
+        for _ in range(4):
+            for model, right in zip(models, expected, strict=True):
+                torch.testing.assert_close(model(x), right, rtol=1e-4, atol=1e-5)
+                uploaded.append(backend.accelerator.counters.uploaded_bytes["weights"])
+    assert len(backend.graphs) == graphs
+    schedules = new_schedules(known)[-2:]
+    assert all(schedule.resident_bytes > weights // 5 for schedule in schedules)
+    steps = [after - before for before, after in zip(uploaded[3:], uploaded[4:], strict=False)]
+    assert set(steps) == {schedule.streamed_bytes for schedule in schedules}, "resident weights stay where they are"
+    assert backend.accelerator.counters.peak_bytes <= weights
+
+
+def test_a_longer_staging_ring_takes_the_place_of_mirrors() -> None:
+    """Mirrors of what the caller keeps fill the budget when a model of wider Linears comes."""
+    budget = 700 << 10
+    narrow, wide, backend = around(_with_a_table), Mlp(3, 256).eval(), RecordingBackend()
+    options = emulated(gpu_memory=budget)
+    for model in (narrow, wide):
+        model.compile(backend=backend, options=options)
+    tables, x, y = [random(128, 64, seed=i) for i in range(budget // (128 * 64 * 4))], random(2, 64), random(2, 256)
+    with torch.no_grad():
+        for table in tables:
+            torch.testing.assert_close(narrow(x, table), narrow.forward(x, table), rtol=1e-4, atol=1e-5)
+        held, ring = dict(backend.accelerator.counters.held_bytes), backend.graphs[0].runtime.ledger.ring_bytes
+        torch.testing.assert_close(wide(y), wide.forward(y), rtol=1e-4, atol=1e-5)
+    longer = backend.graphs[0].runtime.ledger.ring_bytes - ring
+    assert sum(held.values()) + longer > budget, "they leave room enough"
+    assert backend.accelerator.counters.held_bytes["mirrors"] < held["mirrors"]
+    assert backend.accelerator.counters.peak_bytes <= budget
+
+
+def _with_a_table(before: Linear, after: Linear, x: Tensor, table: Tensor) -> Tensor:
+    return after(before(x) + table.sum(0))
+
+
+def test_forwards_by_turns_do_not_thrash_beside_a_devices_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a device's libraries take of the budget is no room for the larger of two steps."""
+    overhead, weights = 1 << 20, 4 * 128 * 128 * 4
+    monkeypatch.setattr(EmulatedAccelerator, "overhead_bytes", lambda self: {"workspace of a library": overhead})
+    model, backend, known = Mlp(4, 128).eval(), RecordingBackend(), hetegen_compile.schedules()
+    model.compile(backend=backend, options=emulated(gpu_memory=overhead + weights, split=0.0), dynamic=True)
+    with torch.no_grad():
+        for x in 3 * [random(48, 128), random(2, 128)]:
+            torch.testing.assert_close(model(x), model.forward(x), rtol=1e-4, atol=1e-5)
+    many, few = new_schedules(known)  # and none was made again
+    assert many.resident_bytes == few.resident_bytes > 0
+    assert few.budget[OTHERS] > weights // 10
+    assert backend.accelerator.counters.peak_bytes <= weights
+
+
+def test_another_split_is_planned_with_what_is_resident_now() -> None:
+    """What was decided for the first model holds no longer when the second has come."""
+    models, backend = _two_models(4 * 128 * 128 * 4, layers=5)
+    x, known = random(2, 128), hetegen_compile.schedules()
+    with torch.no_grad():
+        expected = models[0].forward(x)
+        for model in models:
+            model(x)
+        alone, shared = (schedule.resident_bytes for schedule in new_schedules(known))
+        with hetegen_compile.override_split(0.5):
+            found = models[0](x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    half = new_schedules(known)[-1]
+    assert half.split == 0.5
+    assert half.host_bytes > 0
+    assert 0 < half.resident_bytes < alone, "the two share what one had"
+    assert shared > 0
+    assert backend.accelerator.counters.peak_bytes <= 4 * 128 * 128 * 4
+
+
+def test_a_model_that_is_gone_leaves_its_room() -> None:
+    weights = 4 * 128 * 128 * 4
+    models, backend = _two_models(weights)
+    x, known = random(2, 128), hetegen_compile.schedules()
+    with torch.no_grad():
+        for _ in range(2):
+            for model in models:
+                model(x)
+        shared = new_schedules(known)[-1].resident_bytes
+        del models[1], model
+        gc.collect()
+        models[0](random(1, 128))
+    assert new_schedules(known)[-1].tokens == (1, 1)
+    assert new_schedules(known)[-1].resident_bytes > 1.5 * shared
+    assert backend.accelerator.counters.peak_bytes <= weights
+
+
+def test_a_model_that_is_compiled_again_has_its_new_budget() -> None:
+    """Dynamo keeps the graphs of the compilation before; whoever calls them has the smaller budget hold again."""
+    model, x, weights = Mlp(6, 128).eval(), random(2, 128), 6 * 128 * 128 * 4
+    expected, backend, resident = model(x).detach(), RecordingBackend(), []
+    compiled = []
+
+    def run(step: Any, graph: int, budget: int) -> None:
+        with torch.no_grad():
+            torch.testing.assert_close(step(x), expected, rtol=1e-4, atol=1e-5)
+        (plan,) = backend.graphs[graph].plans
+        assert plan.schedule.budget_bytes == budget
+        assert plan.schedule.accelerator_peak_bytes <= budget
+        resident.append(plan.schedule.resident_bytes)
+
+    budgets = [weights // 2, weights * 9 // 10, weights * 4 // 10]
+    for graph, budget in enumerate(budgets):
+        options = emulated(gpu_memory=budget, split=0.0, seed=2)
+        compiled.append(torch.compile(model, backend=backend, options=options))
+        run(compiled[graph], graph, budget)
+    assert resident[2] < resident[0] < resident[1]
+    run(compiled[1], 1, budgets[2])
+    run(compiled[2], 2, budgets[2])
+    assert len(backend.graphs) == 3
+    assert backend.accelerator.counters.uploaded_bytes["weights"] > weights
+
+
+def test_the_smaller_of_two_budgets_holds_for_both() -> None:
+    weights = 4 * 128 * 128 * 4
+    models, backend = [Mlp(4, 128).eval(), Mlp(5, 128).eval()], RecordingBackend()
+    for model, budget in zip(models, (4 * weights, weights), strict=True):
+        model.compile(backend=backend, options=emulated(gpu_memory=budget, split=0.0, seed=1))
+    x, known = random(2, 128), hetegen_compile.schedules()
+    with torch.no_grad():
+        models[0](x)
+        (first,) = new_schedules(known)
+        for model in reversed(models):
+            model(x)
+        held = backend.accelerator.counters.held_bytes
+        second, again = new_schedules((*known, first))
+        assert first.whole_graph
+        assert first.accelerator_peak_bytes > weights
+        assert max(second.accelerator_peak_bytes, again.accelerator_peak_bytes) <= weights
+        assert sum(held.values()) <= weights
+        assert again.budget_bytes == weights
