@@ -18,7 +18,14 @@ from hetegen_compile.compiled import CompiledGraph
 from hetegen_compile.errors import AcceleratorError
 from tests.backend.modules import WIDTH, Mlp, random
 from tests.models.architectures import tiny_model
-from tests.models.harness import RecordingBackend, assert_like_eager, assert_offloaded, emulated, half_the_weights
+from tests.models.harness import (
+    RecordingBackend,
+    assert_like_eager,
+    assert_offloaded,
+    emulated,
+    half_the_weights,
+    live_threads,
+)
 
 BUDGET = 40 << 10
 """Bytes: a ring of two half weights or so, activations, and some weights resident."""
@@ -247,13 +254,9 @@ def test_a_copy_that_fails_is_raised_by_the_next_call_and_the_one_after_works(
         steady.check(seed)
 
 
-def _threads() -> set[threading.Thread]:
-    return {thread for thread in threading.enumerate() if thread.name.startswith("hetegen-")}
-
-
 @pytest.mark.parametrize("weights_first", [True, False])
 def test_the_end_with_copies_under_way(monkeypatch: pytest.MonkeyPatch, weights_first: bool) -> None:
-    before = _threads()
+    before = live_threads()
     compiled = Compiled()
     for seed in range(2):
         compiled.check(seed)
@@ -280,7 +283,7 @@ def test_the_end_with_copies_under_way(monkeypatch: pytest.MonkeyPatch, weights_
     del compiled, accelerator
     torch._dynamo.reset()
     gc.collect()
-    assert _threads() == before
+    assert live_threads() == before
 
 
 def test_generation_carries_in_decode() -> None:

@@ -19,7 +19,7 @@ from hetegen_compile.accelerators import EmulatedAccelerator
 from hetegen_compile.accelerators.base import Counters
 from tests.backend.modules import BUDGET, WIDTH, Linear, Mlp, around, plain, random
 from tests.models.architectures import prompts, tiny_model
-from tests.models.harness import RecordingBackend, emulated, half_the_weights
+from tests.models.harness import RecordingBackend, emulated, half_the_weights, live_threads
 
 REPEATS = 20
 OTHER_REPEATS = 2
@@ -93,7 +93,7 @@ class Watched:
         assert isinstance(accelerator, EmulatedAccelerator)
         self.counters: Counters = accelerator.counters
         self._pins = accelerator._pins
-        self._threads = [stream.thread for stream in accelerator._engine._streams.values()]
+        self.threads = [stream.thread for stream in accelerator._engine._streams.values()]
 
     @property
     def held_bytes(self) -> int:
@@ -103,7 +103,7 @@ class Watched:
     @property
     def all_gone(self) -> bool:
         """Whether nothing is held and no thread is left."""
-        return self.held_bytes == 0 and not any(thread.is_alive() for thread in self._threads)
+        return self.held_bytes == 0 and not any(thread.is_alive() for thread in self.threads)
 
 
 def _compile(model: nn.Module, backend: RecordingBackend, budget: int = BUDGET) -> None:
@@ -125,21 +125,17 @@ def _used(model: nn.Module, backend: RecordingBackend) -> Watched:
     return watched
 
 
-def _threads() -> int:
-    return sum(thread.name.startswith("hetegen") for thread in threading.enumerate())
-
-
 @pytest.mark.parametrize(("make", "repeats"), MODELS)
 def test_nothing_is_left_of_a_deleted_model(make: Callable[[], nn.Module], repeats: int) -> None:
     """Again and again through one backend: Dynamo may give a model the graphs of the one before."""
-    backend = RecordingBackend()
+    backend, before = RecordingBackend(), live_threads()
     for _ in range(repeats):
         model = make().eval()
         watched = _used(model, backend)
         del model
         gc.collect()
         assert watched.all_gone
-        assert _threads() == 0
+        assert live_threads() == before
     assert len(backend.graphs) > (0 if make is Mlp else 1)
 
 
@@ -157,14 +153,14 @@ def test_nothing_is_left_of_models_with_backends_of_their_own() -> None:
 
 def test_a_model_that_is_compiled_again_and_again() -> None:
     """It lives on and Dynamo keeps all of its graphs: they share what they have."""
-    model, held = _breaks_in_a_helper().eval(), []
+    model, held, before = _breaks_in_a_helper().eval(), [], live_threads()
     for _ in range(1 + OTHER_REPEATS):
         model._compiled_call_impl = None
         watched = _used(model, RecordingBackend())
         gc.collect()
         held.append(watched.held_bytes)
         assert watched.counters.peak_bytes <= BUDGET
-        assert _threads() == 5
+        assert len(live_threads() - before) == len(watched.threads)
     assert max(held) == held[0]
     del model
     gc.collect()
@@ -192,7 +188,7 @@ def _generated(model: PreTrainedModel) -> Tensor:
 
 def test_nothing_is_left_of_a_model_that_generated() -> None:
     """A break in a layer of a transformers model: its decoder's forward cannot be captured past it."""
-    model, backend = tiny_model("llama", layers=1), RecordingBackend()
+    model, backend, before = tiny_model("llama", layers=1), RecordingBackend(), live_threads()
     (layer,) = model.model.layers
     layer.mlp = _BreakingMlp(layer.mlp)
     expected = _generated(model)
@@ -204,7 +200,7 @@ def test_nothing_is_left_of_a_model_that_generated() -> None:
     del model, layer
     gc.collect()
     assert watched.all_gone
-    assert _threads() == 0
+    assert live_threads() == before
 
 
 def _resident_bytes(backend: RecordingBackend) -> int:

@@ -21,7 +21,7 @@ from hetegen_compile.errors import AcceleratorError
 from hetegen_compile.runtime import live_runtimes
 from tests.backend.modules import BUDGET, WIDTH, Linear, Mlp, around, plain, random
 from tests.models.architectures import prompts, tiny_model
-from tests.models.harness import RecordingBackend, emulated
+from tests.models.harness import RecordingBackend, emulated, live_threads
 
 REPEATS = 20
 TIMES = 4
@@ -31,10 +31,6 @@ def _resident_bytes() -> int:
     """Of this process, from the kernel."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
-
-
-def _threads() -> int:
-    return sum(thread.name.startswith("hetegen") for thread in threading.enumerate())
 
 
 def _reset(model: nn.Module) -> nn.Module:
@@ -69,7 +65,7 @@ def test_memory_and_threads_level_off(between: Callable[[nn.Module], nn.Module])
         del backend
         model = between(model)
         gc.collect()
-        threads.append(_threads())
+        threads.append(len(live_threads()))
         resident.append(_resident_bytes())
     assert max(held) <= 400 << 10
     assert held[-1] <= held[1]
@@ -137,7 +133,7 @@ def test_a_reset_frees_what_dynamo_keeps() -> None:
         gc.collect()
         assert kept() is not None, "Dynamo lets go of it now: this test asks for nothing any more"
         held.append(sum(counters.held_bytes.values()) + pins.pinned_bytes)
-        threads.append(_threads())
+        threads.append(len(live_threads()))
     assert held == [0] * TIMES
     assert threads == [threads[0]] * TIMES
 
@@ -192,18 +188,24 @@ def test_two_threads_call_the_same_model() -> None:
             torch.testing.assert_close(result, expected[number], rtol=1e-4, atol=1e-5)
 
 
-class Interrupts:
-    """Raises in the place of the n-th call of a method of the accelerator."""
+class Interrupt:
+    """Ctrl-C in the place of the n-th call of a method of the accelerator; the method is back behind the ``with``."""
 
-    def __init__(self, owner: Any, name: str, call: int, error: BaseException) -> None:
-        self.left, self.error = call, error
-        self._method = getattr(owner, name)
-        setattr(owner, name, self)
+    def __init__(self, owner: Any, name: str, call: int) -> None:
+        self.left = call
+        self._owner, self._name, self._method = owner, name, getattr(owner, name)
+
+    def __enter__(self) -> Interrupt:
+        setattr(self._owner, self._name, self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        setattr(self._owner, self._name, self._method)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.left -= 1
         if self.left == 0:
-            raise self.error
+            raise KeyboardInterrupt
         return self._method(*args, **kwargs)
 
 
@@ -219,15 +221,15 @@ def test_an_interrupted_step_leaves_the_next_one_working(where: str, call: int) 
             model(x)
         accelerator = backend.accelerator
         assert isinstance(accelerator, EmulatedAccelerator)
-        interrupts = Interrupts(accelerator._engine, where, call, KeyboardInterrupt())
         interrupted = 0
-        for _ in range(12):
-            try:
-                torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
-            except KeyboardInterrupt:
-                interrupted += 1
+        with Interrupt(accelerator._engine, where, call) as interrupt:
+            for _ in range(12):
+                try:
+                    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+                except KeyboardInterrupt:
+                    interrupted += 1
         assert interrupted == 1
-        assert interrupts.left < 0
+        assert interrupt.left < 0
         assert accelerator.counters.peak_bytes <= BUDGET
 
 
@@ -245,13 +247,10 @@ def test_a_second_interrupt_leaves_no_mirror_of_what_the_first_step_wrote() -> N
     with torch.no_grad():
         model(*inputs)
         engine = backend.accelerator._engine  # type: ignore[attr-defined]
-        submit, drain = engine.submit, engine.drain
         for call in range(1, 40, 3):
-            first = Interrupts(engine, "submit", call, KeyboardInterrupt())
-            second = Interrupts(engine, "drain", 1, KeyboardInterrupt())
-            with contextlib.suppress(KeyboardInterrupt):
+            first, second = Interrupt(engine, "submit", call), Interrupt(engine, "drain", 1)
+            with first, second, contextlib.suppress(KeyboardInterrupt):
                 model(*inputs)
-            engine.submit, engine.drain = submit, drain
             apart += first.left <= 0 and second.left <= 0
             expected = model.forward(*[one.clone() for one in inputs])
             torch.testing.assert_close(model(*inputs), expected, rtol=1e-4, atol=1e-5)
@@ -264,8 +263,8 @@ def test_an_interrupted_generation_can_be_started_again() -> None:
     expected = model.generate(**inputs, **config)  # type: ignore[operator]
     model.compile(backend=backend, options=emulated(gpu_memory=200 << 10))
     torch.testing.assert_close(model.generate(**inputs, **config), expected)  # type: ignore[operator]
-    Interrupts(backend.accelerator._engine, "submit", 150, KeyboardInterrupt())  # type: ignore[attr-defined]
-    with pytest.raises(KeyboardInterrupt):
+    engine = backend.accelerator._engine  # type: ignore[attr-defined]
+    with Interrupt(engine, "submit", 150), pytest.raises(KeyboardInterrupt):
         model.generate(**inputs, **config)  # type: ignore[operator]
     torch.testing.assert_close(model.generate(**inputs, **config), expected)  # type: ignore[operator]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import secrets
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,11 +39,19 @@ through_inductor = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` 
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
-    """Every test starts without compiled graphs, and leaves none (and no accelerator's threads) behind."""
+    """Every test starts without compiled graphs and leaves none behind, and none of an accelerator's threads."""
     torch._dynamo.reset()
+    before = live_threads()
     yield
     torch._dynamo.reset()
     gc.collect()
+    left = live_threads() - before
+    assert not left, f"{len(left)} threads are left; what a test puts in an accelerator must not refer to its runtime"
+
+
+def live_threads() -> set[threading.Thread]:
+    """The accelerators' threads of this process."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("hetegen")}
 
 
 def changing_seed() -> int:
