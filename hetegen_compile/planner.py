@@ -15,7 +15,7 @@ from hetegen_compile.balance import balanced_splits
 from hetegen_compile.buckets import bucket_of, largest_sizes
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.errors import BudgetError
-from hetegen_compile.graph_inputs import number, sequence_shape, token_count
+from hetegen_compile.graph_inputs import number, sequence_shape, sequence_symbols, token_count
 from hetegen_compile.options import Options, format_bytes
 from hetegen_compile.passes.caches import caches_grow
 from hetegen_compile.passes.context import Bucket, Context, Refusal, SegmentCache, require
@@ -123,7 +123,8 @@ class Planner:
         placeholders = self._module.graph.find_nodes(op="placeholder")
         sequences, tokens = sequence_shape(placeholders, context.weights, context.sizes)
         limits = size_limits(self._module, context.sizes)
-        largest = largest_sizes(self._tokens, context, limits, spare=spare)
+        numbers = sequence_symbols(placeholders, context.weights)
+        largest = largest_sizes(self._tokens, context, limits, numbers, spare=spare)
         context = replace(context, largest=largest, sequences=sequences, tokens_per_sequence=tokens, spare=spare)
         if self._options.issue_ahead == "auto" and caches_grow(self._module, context):
             return replace(context, cannot_issue_ahead=context.cannot_issue_ahead or _GROWS)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from hetegen_compile.buckets import largest_sizes
 from hetegen_compile.cost_model import row_granularity
 from hetegen_compile.errors import BudgetError
+from hetegen_compile.graph_inputs import sequence_symbols
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.options import Options
 from hetegen_compile.passes import annotate_costs, choose_residency, choose_splits
@@ -499,3 +500,17 @@ def test_largest_sizes(
     assert (found.get(tokens), found[length]) == largest
     limited = largest_sizes(tokens, there, {length: sympy.Integer(31)}, spare=spare)
     assert (limited.get(tokens), limited[length]) == (largest[0], min(31, largest[1]))
+
+
+def test_a_number_of_sequences_is_no_length() -> None:
+    """A mask has a number of sequences of its own until it meets the tokens; the context is none of its size."""
+    ids, mask = torch.zeros(2, 7, dtype=torch.long), torch.ones(2, 7, dtype=torch.long)
+    for tensor in (ids, mask):
+        torch._dynamo.mark_dynamic(tensor, 0)
+    torch._dynamo.mark_dynamic(mask, 1)
+    found = case(lambda ids, mask: (ids + 1, mask.sum()), ids, mask, options=Options(context=4096))
+    placeholders = found.module.graph.find_nodes(op="placeholder")
+    sequences = sequence_symbols(placeholders, {})
+    assert len(sequences) == 2
+    largest = largest_sizes(sympy.Integer(1), found.context, {}, sequences, spare=True)
+    assert sorted(map(int, largest.values())) == [2, 2, 4096]
