@@ -100,6 +100,7 @@ def test_an_error_on_the_worker_is_raised_as_it_is_with_the_nodes_name(
             raise KeyError("lost")
         return F.linear(x, rows)
 
+    run(accelerator, again=False)
     with pytest.raises(KeyError, match="lost") as raised:
         run(accelerator, again=again, linear=linear)
     assert any("host operation yh1" in note for note in raised.value.__notes__)
@@ -129,7 +130,7 @@ def test_a_step_that_is_left_in_the_middle_leaves_the_next_one_working(accelerat
     accelerator.abandon_step()
     assert not never, "what was queued is passed over"
     del sent, received, first, value
-    torch.testing.assert_close(run(accelerator), expected())
+    torch.testing.assert_close(run(accelerator, again=False), expected())
 
 
 def test_a_result_of_another_shape_is_refused(accelerator: Accelerator) -> None:
@@ -173,6 +174,7 @@ def test_steps_leave_the_interpreters_interval_and_the_number_of_threads_as_they
 ) -> None:
     torch.set_num_threads(3)
     threads, interval = torch.get_num_threads(), sys.getswitchinterval()
+    run(accelerator, again=False)
     run(accelerator)
     seen: list[int] = []
     threading.Thread(target=lambda: seen.append(torch.get_num_threads())).start()
@@ -228,6 +230,29 @@ def test_what_a_download_reads_is_not_written_before_the_worker_has_it() -> None
     acc.wait(Op("w"), sent)
     acc.launch(Op("add"), torch.Tensor.add_, (value, 1), mutates=(0,))
     acc.end_step()
+    acc.close()
+
+
+@pytest.mark.parametrize("caught_up", [False, True])
+def test_nothing_runs_for_the_first_time_at_its_sizes_behind_a_gate(*, caught_up: bool) -> None:
+    """The emulated accelerator refuses what would load code where a GPU's driver waits for the gate."""
+    acc = EmulatedAccelerator()
+    for tokens, again in ((3, False), (3, True), (4, True)):
+        acc.begin_step(again=again)
+        value = acc.upload(Op("x"), torch.ones(2, WIDTH))
+        received = acc.receive(Op("r"), acc.to_host(Op("d"), [value]))
+        made = acc.host_ahead(Op("h"), F.linear, (received[0], torch.ones(HOST_ROWS, WIDTH)), {})
+        sent = acc.deliver(Op("u"), [made], LIKE)
+        keys = acc.upload(Op("k"), torch.ones(tokens, HOST_ROWS))
+        (query,) = acc.wait(Op("w"), sent)
+        if caught_up:
+            acc.caught_up(Op("c"), sent)
+        acc.launch(Op("attention"), F.linear, (query, keys))
+        if tokens == 3 or caught_up:
+            acc.end_step()
+        else:
+            with pytest.raises(ScheduleError, match="attention runs for the first time at sizes .*4, 16.* gate"):
+                acc.end_step()
     acc.close()
 
 

@@ -399,7 +399,7 @@ def test_room_for_a_growing_cache_follows_context_and_max_batch(
     torch._dynamo.mark_dynamic(past, 0)
     options = Options(print_schedule=False, **limits)  # type: ignore[arg-type]
     found = case(lambda x, past: torch.cat([past, GROWN(x)]), torch.randn(1, 64), past, options=options)
-    largest = largest_sizes(sympy.Integer(1), found.context, {}, spare=True)
+    largest = largest_sizes(sympy.Integer(1), found.context, {}, found.context.sizes, spare=True)
     found.context = replace(found.context, largest=largest)
     budget = found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
     row = 64 * 4
@@ -496,9 +496,9 @@ def test_largest_sizes(
     options = replace(chain.context.options, context=context)
     sizes = {tokens: sympy.Integer(7), length: sympy.Integer(30)}
     there = replace(chain.context, options=options, sizes=sizes, bucket=bucket)
-    found = largest_sizes(tokens, there, {}, spare=spare)
+    found = largest_sizes(tokens, there, {}, {length}, spare=spare)
     assert (found.get(tokens), found[length]) == largest
-    limited = largest_sizes(tokens, there, {length: sympy.Integer(31)}, spare=spare)
+    limited = largest_sizes(tokens, there, {length: sympy.Integer(31)}, {length}, spare=spare)
     assert (limited.get(tokens), limited[length]) == (largest[0], min(31, largest[1]))
 
 
@@ -512,5 +512,6 @@ def test_a_number_of_sequences_is_no_length() -> None:
     placeholders = found.module.graph.find_nodes(op="placeholder")
     sequences = sequence_symbols(placeholders, {})
     assert len(sequences) == 2
-    largest = largest_sizes(sympy.Integer(1), found.context, {}, sequences, spare=True)
-    assert sorted(map(int, largest.values())) == [2, 2, 4096]
+    lengths = found.context.sizes.keys() - sequences
+    assert len(lengths) == 1
+    assert set(largest_sizes(sympy.Integer(1), found.context, {}, lengths, spare=True).values()) == {4096}
