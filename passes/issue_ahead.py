@@ -45,6 +45,7 @@ _LEFT = (
     f"what they send up is more than {ir.VIEWED_UPLOAD_BYTES >> 10} KiB or of sizes that depend on data, or something "
     "in their trip is written in place or needed on the host otherwise"
 )
+_NONE = "no Linear has rows on the host"
 _LEAN = "the budget holds no more than the leanest schedule"
 _INPUTS = ("placeholder", "get_attr")
 
@@ -60,8 +61,8 @@ def issue_ahead(module: fx.GraphModule, context: Context) -> None:
     bound_launches(module, context)
     parts = module.graph.find_nodes(op="call_function", target=ir.HOST_LINEAR)
     left = sum(not info(part).ahead for part in parts)
-    if left and context.options.issue_ahead is True:
-        reason = f"{left} of {len(parts)} are computed by the issuing thread: {_LEFT}"
+    if (left or not parts) and context.options.issue_ahead is True:
+        reason = f"{left} of {len(parts)} are computed by the issuing thread: {_LEFT}" if parts else _NONE
         context.refuse(Refusal("issuing ahead of the host's parts", reason))
 
 

@@ -159,6 +159,14 @@ def test_what_is_too_large_is_told() -> None:
     assert "2 of 2 are computed by the issuing thread: what they send up is more than 256 KiB" in schedule.explain()
 
 
+def test_that_there_is_nothing_to_give_to_the_worker_is_told() -> None:
+    model = Mlp(2, 128).eval()
+    backend = compiled(model, gpu_memory=8 << 20, split=0.0)
+    like_eager(model, random(2, 128))
+    (schedule,) = [plan.schedule for graph in backend.graphs for plan in graph.plans]
+    assert "issuing ahead of the host's parts: no Linear has rows on the host" in schedule.explain()
+
+
 def test_a_split_without_room_for_it_is_scheduled_without_it() -> None:
     """Residency has kept room for a schedule that sends nothing down; another split needs more, ahead most."""
     model, x = Mlp(5, 128).eval(), random(2, 128)
