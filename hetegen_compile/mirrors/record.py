@@ -19,8 +19,8 @@ _MOST_VERSIONS = 256
 class Held:
     """One device value, what it is counted under and the bytes that it holds by itself.
 
-    ``fingerprint`` is of the host's bytes when they were uploaded; None for what steps write. ``used`` is the step
-    that last asked for it.
+    ``fingerprint`` is of the host's bytes when they were uploaded, or of the first of them when a step wrote them.
+    ``used`` is the step that last asked for it.
     """
 
     value: Value
