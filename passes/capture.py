@@ -48,11 +48,11 @@ class _Propagator(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         operands = [self.env[arg] for arg in n.all_input_nodes]
         reads = tensors_in(operands)
-        lay_in, versions = [storage_id(t) for t in reads], [t._version for t in reads]
+        lay_in, versions = [storage_id(t) for t in reads], [_version(t) for t in reads]
         self._listener.take()
         result = super().run_node(n)
         found = self._listener.take()
-        writes = frozenset(key for key, t, v in zip(lay_in, reads, versions, strict=True) if t._version != v)
+        writes = frozenset(key for key, t, v in zip(lay_in, reads, versions, strict=True) if _version(t) != v)
         writes |= found.pop("writes") & frozenset(lay_in)  # others were made and are gone within the node
         generator = frozenset({GENERATOR} if found["random"] else ())
         annotate(
@@ -62,6 +62,11 @@ class _Propagator(fx.Interpreter):
         )
         self._position += 1
         return result
+
+
+def _version(tensor: Tensor) -> int | None:
+    """None of one that was made in inference mode: schemas alone tell of its writes."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def capture(module: fx.GraphModule, inputs: Sequence[Any]) -> FakeTensorMode:

@@ -84,8 +84,7 @@ class _Placer:
 
     def _takes_item_on_host(self, node: fx.Node) -> bool:
         """Whether the node takes an item of a list of tensors that the host has: lists cross no border."""
-        lists = [arg for arg in node.all_input_nodes if arg in self._host_only and not is_tensor(arg)]
-        return any(tensors_in(info(source).value) for source in lists)
+        return any(source in self._host_only for source in _lists_read(node))
 
     def _views_returned(self) -> set[fx.Node]:
         """Views of inputs that nothing is computed with: they are only returned."""
@@ -177,7 +176,7 @@ class _Placer:
             return True
         if node.target == LINEAR or node.op not in ("call_function", "call_method"):
             return False
-        if not moves_data(node):
+        if not moves_data(node) or not all(self._repeatable(one, seen | {node}) for one in _lists_read(node)):
             return False
         writers = self._writers_touching(node)
         written = {self._makers[key] for writer in writers for key in info(writer).writes if key in self._makers}
@@ -261,6 +260,11 @@ class _Placer:
         readers = [node for node in self._nodes if node in self._host or node.op == "output"]
         inputs = [node for reader in readers for node in reader.all_input_nodes]
         return [n for n in inputs if n not in self._host and n.op not in _INPUTS and tensors_in(info(n).value)]
+
+
+def _lists_read(node: fx.Node) -> list[fx.Node]:
+    """Operands that are lists of tensors: they cross no border, only their items do."""
+    return [arg for arg in node.all_input_nodes if not is_tensor(arg) and tensors_in(info(arg).value)]
 
 
 def _is_scalar(node: fx.Node) -> bool:

@@ -133,6 +133,18 @@ def _a_list_that_is_written(before: Linear, after: Linear, x: Tensor) -> tuple[T
     return x, y, after(y)
 
 
+def _an_item_of_a_list_of_one(before: Linear, after: Linear, x: Tensor) -> tuple[Tensor, ...]:
+    y = before(x)
+    return torch.cond(y.sum() > 0, lambda y: y + 1, lambda y: y.sin(), (y,)), after(x)
+
+
+def _written_in_inference_mode(before: Linear, after: Linear, x: Tensor) -> tuple[Tensor, ...]:
+    with torch.inference_mode():
+        y = before(x)
+        y[0].add_(y[1])
+    return after(y), y * 1
+
+
 Body = Callable[[Linear, Linear, Tensor], tuple[Tensor, ...]]
 
 
@@ -140,7 +152,7 @@ Body = Callable[[Linear, Linear, Tensor], tuple[Tensor, ...]]
     "body",
     [
         _residual_stream, _written_through_a_view, _computed_then_set, _moved_after_it_was_computed, _views_of_views,
-        _a_list_that_is_written,
+        _a_list_that_is_written, _an_item_of_a_list_of_one, _written_in_inference_mode,
     ],
 )  # fmt: skip
 def test_what_shares_memory_that_is_computed_into(body: Body) -> None:
