@@ -15,6 +15,8 @@ that blocks may win, and the shorter simulated step decides.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -30,6 +32,9 @@ from hetegen_compile.trips import Trips, step_chain, trips_of, with_shares
 
 _ROUNDS = 2
 _CLOSE = 0.01
+_FAR = 1.04  # times the chain's bound: a step that is longer is worth more simulations
+_VARIATIONS = 3
+_STEP = 0.06
 _NEARLY = 1.03  # a chain with blocks that is not longer than this may still win: what it saves in joins is not in it
 
 
@@ -51,6 +56,7 @@ def balanced_splits(module: fx.GraphModule, context: Context, trials: Trials) ->
         if any(plan.host for plan in splits.values()):
             search.simulate(splits)
         search.balance(trips, chain)
+    search.vary()
     return search.by_step()
 
 
@@ -76,11 +82,13 @@ def promising_blocks(module: fx.GraphModule, context: Context) -> Splits | None:
 
 @dataclass(frozen=True)
 class _Attempt:
-    """Shares as a chain balances them, and the simulated step."""
+    """Shares as a chain balances them, how chunks are cut, and the simulated step."""
 
-    opened: frozenset[int]
+    trips: Trips
     chain: Chain
+    opened: frozenset[int]
     shares: tuple[float, ...]
+    chunks: int | None
     prediction: Prediction
 
     @property
@@ -108,6 +116,8 @@ class _Search:
         self._trials = trials
         self._context = context
         self._found = [(trials.step_s(context, splits, keep=True), splits)]
+        self._best: _Attempt | None = None
+        self._bound_s = math.inf
 
     @property
     def _step_s(self) -> float:
@@ -130,6 +140,7 @@ class _Search:
         Nothing is simulated that the chain, which leaves out much, does not say to be shorter than what was found.
         """
         relaxation, every = relax(chain), frozenset(range(len(chain.trips)))
+        self._bound_s = min(self._bound_s, relaxation.bound_s)
         openings = dict.fromkeys(opened for opened in (relaxation.fewest, relaxation.opened, every) if opened)
         tried = [attempt for opened in openings if (attempt := self._attempt(trips, chain, opened))]
         if not tried:
@@ -145,9 +156,55 @@ class _Search:
             else:
                 chain = chain.between(last.chain)
 
+    def vary(self) -> None:
+        """Try what no chain tells, around the shortest step, if that is far from what the chain says to be possible.
+
+        How slots follow each other around a short ring decides how long the link waits for one: with chunks of another
+        size, or somewhat more or less on the link, they do otherwise.
+        """
+        if self._best is None:
+            return
+        for vary in (_other_chunks, _less_on_link, _more_on_link):
+            for _ in range(_VARIATIONS):
+                best = self._best
+                if best.step_s < _FAR * self._bound_s:
+                    return
+                self._attempt_again(best, vary)
+                if self._best is best:
+                    break
+
+    def _attempt_again(self, best: _Attempt, vary: Callable[[_Attempt], tuple[Chain, int | None]]) -> None:
+        chain, chunks = vary(best)
+        self._simulated(best.trips, chain, best.opened, chunks)
+
     def _attempt(self, trips: Trips, chain: Chain, opened: frozenset[int]) -> _Attempt | None:
-        shares = balance_along(chain, opened)
-        if chain.step_s(shares) >= (1 - _CLOSE) * self._step_s:
+        if chain.step_s(balance_along(chain, opened)) >= (1 - _CLOSE) * self._step_s:
             return None
-        splits = fit_ring(self._trials.module, with_shares(trips, shares, self._context), self._context)
-        return _Attempt(opened, chain, shares, self.simulate(splits))
+        return self._simulated(trips, chain, opened, None)
+
+    def _simulated(self, trips: Trips, chain: Chain, opened: frozenset[int], chunks: int | None) -> _Attempt:
+        shares = balance_along(chain, opened)
+        rows = with_shares(trips, shares, self._context)
+        splits = fit_ring(self._trials.module, rows, self._context, chunks)
+        attempt = _Attempt(trips, chain, opened, shares, chunks, self.simulate(splits))
+        if self._best is None or attempt.step_s < self._best.step_s:
+            self._best = attempt
+        return attempt
+
+
+def _other_chunks(attempt: _Attempt) -> tuple[Chain, int | None]:
+    """Chunks of another part of the ring."""
+    return attempt.chain, {None: 4, 4: 3, 3: 6}.get(attempt.chunks, 2)
+
+
+def _less_on_link(attempt: _Attempt) -> tuple[Chain, int | None]:
+    return _with_link(attempt.chain, 1 + _STEP), attempt.chunks
+
+
+def _more_on_link(attempt: _Attempt) -> tuple[Chain, int | None]:
+    return _with_link(attempt.chain, 1 - _STEP), attempt.chunks
+
+
+def _with_link(chain: Chain, factor: float) -> Chain:
+    """A chain whose link takes that many times as long."""
+    return replace(chain, trips=tuple(replace(trip, link_s=trip.link_s * factor) for trip in chain.trips))

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
 from hetegen_compile.cost_model import Chain, Trip, row_granularity
 from hetegen_compile.ir import info
-from hetegen_compile.passes.choose_splits import block_splits, feed_s, linears_of, lines_s, nearest_rows, with_host_rows
+from hetegen_compile.passes.choose_splits import (
+    block_splits,
+    feed_s,
+    linears_of,
+    lines_s,
+    nearest_rows,
+    slice_bytes,
+    with_host_rows,
+)
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import Block
 from hetegen_compile.passes.plans import LinearPlan, Splits
@@ -73,12 +81,24 @@ def with_shares(trips: Trips, shares: Sequence[float], context: Context) -> Spli
             columns = nearest_rows(share, group.block.columns, row_granularity(group.block.columns))
             splits |= block_splits(group.block, linears, columns, context)
         else:
-            rows = {position: _host_rows(node, share, context) for position, node in linears.items()}
-            splits |= {position: with_host_rows(linears[position], host, context) for position, host in rows.items()}
+            splits |= _one_after_the_other(linears, share, context)
     return splits
 
 
-def _host_rows(node: fx.Node, share: float, context: Context) -> int:
-    plan = with_host_rows(node, 0, context)
-    movable = plan.rows - plan.resident_rows
-    return nearest_rows(share, movable, row_granularity(plan.rows))
+def _one_after_the_other(linears: Mapping[int, fx.Node], share: float, context: Context) -> Splits:
+    """A share of the offloaded bytes of Linears that share a trip on the host: of the first ones all of their rows.
+
+    At most one of them is in two places then. The same share of each would cost a prefetch, a product and a join more
+    for each of them.
+    """
+    plans = {position: with_host_rows(node, 0, context) for position, node in linears.items()}
+    row_bytes = {position: slice_bytes(node.args[1], 0) for position, node in linears.items()}
+    left = share * sum((plan.rows - plan.resident_rows) * row_bytes[position] for position, plan in plans.items())
+    splits: dict[int, LinearPlan] = {}
+    for position, plan in plans.items():
+        movable = plan.rows - plan.resident_rows
+        part = left / (movable * row_bytes[position]) if movable else 0.0
+        host = nearest_rows(min(1.0, max(0.0, part)), movable, row_granularity(plan.rows))
+        left -= host * row_bytes[position]
+        splits[position] = with_host_rows(linears[position], host, context)
+    return splits
