@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import fx
 
@@ -85,20 +86,35 @@ def with_shares(trips: Trips, shares: Sequence[float], context: Context) -> Spli
     return splits
 
 
+def whole_shares(trips: Trips, context: Context) -> list[tuple[float, ...]]:
+    """For each trip the shares at which none of its Linears, which go to the host in order, is in two places."""
+    return [_whole_shares(group, context) for group in trips]
+
+
+def _whole_shares(group: Group, context: Context) -> tuple[float, ...]:
+    if group.block is not None:
+        return 0.0, 1.0
+    ends = [0, *accumulate(_offloaded_bytes(node, context) for node in group.linears)]
+    return tuple(end / ends[-1] for end in ends) if ends[-1] else (0.0,)
+
+
+def _offloaded_bytes(node: fx.Node, context: Context) -> int:
+    plan = with_host_rows(node, 0, context)
+    return (plan.rows - plan.resident_rows) * slice_bytes(node.args[1], 0)  # type: ignore[arg-type]
+
+
 def _one_after_the_other(linears: Mapping[int, fx.Node], share: float, context: Context) -> Splits:
     """A share of the offloaded bytes of Linears that share a trip on the host: of the first ones all of their rows.
 
     At most one of them is in two places then. The same share of each would cost a prefetch, a product and a join more
     for each of them.
     """
-    plans = {position: with_host_rows(node, 0, context) for position, node in linears.items()}
-    row_bytes = {position: slice_bytes(node.args[1], 0) for position, node in linears.items()}
-    left = share * sum((plan.rows - plan.resident_rows) * row_bytes[position] for position, plan in plans.items())
+    left = share * sum(_offloaded_bytes(node, context) for node in linears.values())
     splits: dict[int, LinearPlan] = {}
-    for position, plan in plans.items():
-        movable = plan.rows - plan.resident_rows
-        part = left / (movable * row_bytes[position]) if movable else 0.0
-        host = nearest_rows(min(1.0, max(0.0, part)), movable, row_granularity(plan.rows))
-        left -= host * row_bytes[position]
-        splits[position] = with_host_rows(linears[position], host, context)
+    for position, node in linears.items():
+        nbytes, plan = _offloaded_bytes(node, context), with_host_rows(node, 0, context)
+        part = min(1.0, max(0.0, left / nbytes)) if nbytes else 0.0
+        host = nearest_rows(part, plan.rows - plan.resident_rows, row_granularity(plan.rows))
+        left -= host * slice_bytes(node.args[1], 0)  # type: ignore[arg-type]
+        splits[position] = with_host_rows(node, host, context)
     return splits
