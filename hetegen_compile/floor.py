@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from hetegen_compile.cost_model import Chain, Trip, host_linear_s, item_bytes, relax, upload_s
-from hetegen_compile.floor_path import Blocks, Order, by_activation, longest_path, together
+from hetegen_compile.floor_path import Blocks, Ends, Order, by_activation, longest_path, step_ends, together
 from hetegen_compile.ir import info
 from hetegen_compile.passes.annotate_costs import dtype_name
 from hetegen_compile.passes.choose_splits import linears_of, pairable_blocks
@@ -65,11 +65,13 @@ def floor(module: fx.GraphModule, context: Context) -> Floor:
     blocks = _blocks(module, order, context)
     others = {node: _seconds(node, "accelerator", context) for node in module.graph.nodes if node not in linears}
     beside = {node: seconds for node, seconds in others.items() if seconds > 0 and node not in blocks.segments}
+    ends = step_ends(module.graph, linears, beside, order, context)
+    path = longest_path(linears, beside, blocks, order, context)
     return Floor(
         bytes_s=relax(Chain(tuple(_bytes_only(trip) for trip in linears.values()), 0.0)).bound_s,
         accelerator_s=sum(beside.values()) + sum(t.accelerator_s - t.accelerator_saved_s for t in linears.values()),
-        path_s=relax(longest_path(linears, beside, blocks, order, context)).bound_s,
-        thread_s=_threads_s(module, linears, blocks, context),
+        path_s=relax(replace(path, serial_s=path.serial_s + ends.first_s + ends.last_s)).bound_s,
+        thread_s=_threads_s(module, linears, blocks, ends, context),
     )
 
 
@@ -146,7 +148,7 @@ def _up_to(sizes: Iterable[float], cost: NodeCost) -> set[float]:
 
 
 def _threads_s(
-    module: fx.GraphModule, linears: Mapping[fx.Node, Trip], blocks: Blocks, context: Context
+    module: fx.GraphModule, linears: Mapping[fx.Node, Trip], blocks: Blocks, ends: Ends, context: Context
 ) -> float:
     """What the host's thread does at least: its operations, issuing segments and Linears, and its parts.
 
@@ -154,7 +156,7 @@ def _threads_s(
     """
     segments = module.graph.find_nodes(op="call_module")
     own_s = sum(_seconds(node, "host", context) for node in module.graph.nodes if node not in linears)
-    issuing_s = sum(issue_s(segment, context) for segment in segments if segment not in blocks.segments)
+    issuing_s = ends.issue_s + sum(issue_s(one, context) for one in segments if one not in blocks.segments)
     trips = _host_trips(linears, blocks, context)
     if issues_ahead(context):
         alone_s = relax(Chain(tuple(trips), 0.0)).bound_s

@@ -20,9 +20,11 @@ from typing import NamedTuple
 import networkx as nx
 from torch import fx
 
-from hetegen_compile.cost_model import Chain, Trip
+from hetegen_compile.cost_model import Chain, Trip, download_s
+from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.context import Context
-from hetegen_compile.passes.predict_step import least_trip_s
+from hetegen_compile.passes.predict_step import least_trip_s, node_work, up_s
 
 _START = "the step begins"  # in the graph of trips, before those that need no other
 
@@ -32,6 +34,21 @@ class Blocks(NamedTuple):
 
     consumers: frozenset[fx.Node]
     segments: frozenset[fx.Node]
+
+
+class Ends(NamedTuple):
+    """What a step begins and ends with, whatever its shares are; in seconds.
+
+    Attributes:
+        first_s: the host making what the accelerator begins with (a look-up in a table), and its way up, less what the
+            accelerator can do meanwhile.
+        last_s: the way down of what is made last, until the host has it.
+        issue_s: what issuing those two takes the host's thread, the wait for the latter included.
+    """
+
+    first_s: float = 0.0
+    last_s: float = 0.0
+    issue_s: float = 0.0
 
 
 class Order:
@@ -49,6 +66,56 @@ class Order:
     def needs(self, node: fx.Node, earlier: fx.Node) -> bool:
         """Whether ``node`` cannot start (or, being ``earlier`` itself, end) before ``earlier`` has ended."""
         return bool(self._needed[node] & self._bit[earlier])
+
+
+def step_ends(
+    graph: fx.Graph, linears: Mapping[fx.Node, Trip], beside: Mapping[fx.Node, float], order: Order, context: Context
+) -> Ends:
+    """What comes before the first activation that a Linear reads, and behind the last Linear.
+
+    Where the host may compute all rows of the last Linear, which the caller gets, nothing need come down.
+    """
+    reads = by_activation(linears)
+    first = next((read for read in reads if all(read is one or order.needs(one, read) for one in reads)), None)
+    first_s = _first_s(graph, first, beside, order, context) if first is not None else 0.0
+    last_s = _last_s(graph, linears, beside, order, context)
+    launch_s, wait_s = context.profile.accelerator.launch_s, context.profile.synchronise_s
+    return Ends(first_s, last_s, (launch_s if first_s else 0.0) + (launch_s + wait_s if last_s else 0.0))
+
+
+def _first_s(
+    graph: fx.Graph, read: fx.Node, beside: Mapping[fx.Node, float], order: Order, context: Context
+) -> float:
+    if info(read).side != "accelerator":
+        return 0.0
+    made = {
+        node: node_work(node, context).seconds + up_s(value_bytes(node, context), context)
+        for node in graph.nodes
+        if _goes_up(node) and order.needs(read, node)
+    }
+    if not made:
+        return 0.0
+    last = max(made, key=made.__getitem__)
+    meanwhile_s = sum(s for node, s in beside.items() if order.needs(read, node) and not order.needs(node, last))
+    return max(0.0, made[last] - meanwhile_s)
+
+
+def _goes_up(node: fx.Node) -> bool:
+    """Whether the host computes what the accelerator reads."""
+    made = node.op in ("call_function", "call_method") and node.target != LINEAR and info(node).side == "host"
+    return made and any(info(user).side == "accelerator" for user in node.users)
+
+
+def _last_s(
+    graph: fx.Graph, linears: Mapping[fx.Node, Trip], beside: Mapping[fx.Node, float], order: Order, context: Context
+) -> float:
+    work = [*linears, *beside]
+    for value in graph.output_node().all_input_nodes:
+        alone = value in linears and linears[value].accelerator_s == linears[value].accelerator_saved_s
+        on_accelerator = value in linears or info(value).side == "accelerator"
+        if on_accelerator and not alone and all(order.needs(value, node) for node in work):
+            return download_s(context.profile, value_bytes(value, context)) + context.profile.synchronise_s
+    return 0.0
 
 
 def by_activation(linears: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
@@ -174,4 +241,4 @@ class _Path:
         return linears_s + sum(seconds for node, seconds in self.beside.items() if lies_between(node))
 
 
-__all__ = ["Blocks", "Order", "by_activation", "longest_path", "together"]
+__all__ = ["Blocks", "Ends", "Order", "by_activation", "longest_path", "step_ends", "together"]

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from benchmarks.schedule_quality import Work
 from hetegen_compile.cost_model import RateCurve, RateTable, load_profile
-from hetegen_compile.floor import Floor, floor, floor_s, offloaded_together_s
+from hetegen_compile.floor import Floor, _linear_alone, floor, floor_s, offloaded_together_s
+from hetegen_compile.floor_path import Order, step_ends
 from hetegen_compile.ir import LINEAR, info
-from hetegen_compile.passes.choose_splits import with_host_rows
+from hetegen_compile.passes.choose_splits import linears_of, with_host_rows
 from hetegen_compile.passes.plans import Splits
 from hetegen_compile.planned import BucketPlan
 from hetegen_compile.trials import Trials
@@ -44,7 +45,7 @@ hardware = st.sampled_from(["a10-xeon", "cpu-emulated", "h100-server", "h200-ser
 
 
 @settings(deadline=None, max_examples=16, derandomize=True)
-@given(st.sampled_from(["llama", "opt"]), hardware, shares)
+@given(st.sampled_from(["llama", "opt", "gptj"]), hardware, shares)
 def test_no_simulated_step_is_below_it(model_type: str, hardware: str, pattern: list[float]) -> None:
     base = plan(model_type, hardware)
     found: Splits = {}
@@ -68,8 +69,16 @@ def chain(x: Tensor) -> Tensor:
     return x
 
 
+def not_pairable(x: Tensor) -> Tensor:
+    """Each Linear needs all of the one before."""
+    for layer in LAYERS:
+        x = layer(x).softmax(-1)
+    return x
+
+
 def beside(x: Tensor) -> Tensor:
-    return sum((layer(x) for layer in LAYERS), torch.zeros(()))
+    first, *others = (layer(x) for layer in LAYERS)
+    return sum(others, first)
 
 
 def bounds(function: object, case: Case | None = None) -> Floor:
@@ -89,13 +98,37 @@ def test_resident_weights_leave_the_accelerators_own_work() -> None:
     found = planned(chain, torch.zeros(1, 1024), plan=resident)
     bound = bounds(chain, found)
     assert bound.bytes_s == 0.0
-    assert bound.seconds == bound.path_s == pytest.approx(bound.accelerator_s)
-    assert bound.bound == "accelerator"
+    down_s = PROFILE.link.down.latency_s + PROFILE.synchronise_s
+    assert bound.seconds == bound.path_s == pytest.approx(bound.accelerator_s + down_s)
 
 
 def test_linears_one_after_the_other_take_longer_than_beside_each_other() -> None:
-    assert bounds(chain).bytes_s == bounds(beside).bytes_s
-    assert bounds(chain).path_s > bounds(beside).path_s
+    assert bounds(not_pairable).bytes_s == bounds(beside).bytes_s
+    assert bounds(not_pairable).path_s > bounds(beside).path_s
+
+
+def attention_beside_mlp(x: Tensor) -> Tensor:
+    """Two ways from one activation to the next: the second Linear is not needed by the first or the third."""
+    first, second, third, last = LAYERS
+    return last((second(x).softmax(-1) + third(first(x).softmax(-1))).softmax(-1))
+
+
+def test_what_the_accelerator_does_beside_the_path_counts() -> None:
+    """Of two ways the path takes the longer one; the accelerator works on both."""
+    found = planned(attention_beside_mlp, torch.zeros(1, 1024), plan=resident)
+    bound = bounds(attention_beside_mlp, found)
+    down_s = PROFILE.link.down.latency_s + PROFILE.synchronise_s
+    assert bound.path_s == pytest.approx(bound.accelerator_s + down_s)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_a_step_begins_with_a_look_up_and_ends_with_the_way_down(model_type: str) -> None:
+    base = plan(model_type, "h100-server")
+    linears = {node: _linear_alone(node, base.context) for node in linears_of(base.module).values()}
+    ends = step_ends(base.module.graph, linears, {}, Order(base.module.graph), base.context)
+    profile = base.context.profile
+    assert ends.first_s >= profile.host.launch_s + profile.link.view_s
+    assert ends.issue_s > 0
 
 
 def test_small_parts_that_are_read_faster_lower_it() -> None:
