@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from hetegen_compile.cost_model import Chain, Trip, host_linear_s, item_bytes, relax, upload_s
-from hetegen_compile.floor_path import Blocks, Ends, Order, by_activation, longest_path, step_ends, together
+from hetegen_compile.floor_path import Blocks, Order, by_activation, longest_path, together
 from hetegen_compile.ir import info
 from hetegen_compile.passes.annotate_costs import dtype_name
 from hetegen_compile.passes.choose_splits import linears_of, pairable_blocks
@@ -65,13 +65,13 @@ def floor(module: fx.GraphModule, context: Context) -> Floor:
     blocks = _blocks(module, order, context)
     others = {node: _seconds(node, "accelerator", context) for node in module.graph.nodes if node not in linears}
     beside = {node: seconds for node, seconds in others.items() if seconds > 0 and node not in blocks.segments}
-    ends = step_ends(module.graph, linears, beside, order, context)
-    path = longest_path(linears, beside, blocks, order, context)
+    on_host = {node: _seconds(node, "host", context) for node in module.graph.nodes if node not in linears}
+    on_host = {node: seconds for node, seconds in on_host.items() if seconds > 0}
     return Floor(
         bytes_s=relax(Chain(tuple(_bytes_only(trip) for trip in linears.values()), 0.0)).bound_s,
         accelerator_s=sum(beside.values()) + sum(t.accelerator_s - t.accelerator_saved_s for t in linears.values()),
-        path_s=relax(replace(path, serial_s=path.serial_s + ends.first_s + ends.last_s)).bound_s,
-        thread_s=_threads_s(module, linears, blocks, ends, context),
+        path_s=relax(longest_path(linears, beside, on_host, blocks, order, context)).bound_s,
+        thread_s=_threads_s(module, linears, on_host, blocks, context),
     )
 
 
@@ -148,15 +148,17 @@ def _up_to(sizes: Iterable[float], cost: NodeCost) -> set[float]:
 
 
 def _threads_s(
-    module: fx.GraphModule, linears: Mapping[fx.Node, Trip], blocks: Blocks, ends: Ends, context: Context
-) -> float:
+    module: fx.GraphModule, linears: Mapping[fx.Node, Trip], on_host: Mapping[fx.Node, float], blocks: Blocks,
+    context: Context,
+) -> float:  # fmt: skip
     """What the host's thread does at least: its operations, issuing segments and Linears, and its parts.
 
     Beside a worker, which may do its operations, too, there are two such threads: the busier one has half of it all.
     """
     segments = module.graph.find_nodes(op="call_module")
-    own_s = sum(_seconds(node, "host", context) for node in module.graph.nodes if node not in linears)
-    issuing_s = ends.issue_s + sum(issue_s(one, context) for one in segments if one not in blocks.segments)
+    own_s = sum(on_host.values())
+    issuing_s = _ends_s(module, linears, context)
+    issuing_s += sum(issue_s(segment, context) for segment in segments if segment not in blocks.segments)
     trips = _host_trips(linears, blocks, context)
     if issues_ahead(context):
         alone_s = relax(Chain(tuple(trips), 0.0)).bound_s
@@ -165,6 +167,17 @@ def _threads_s(
     pairs = zip(trips, issued, strict=True)
     less = tuple(replace(trip, host_s=max(0.0, trip.host_s - saved_s)) for trip, (_, saved_s) in pairs)
     return relax(Chain(less, own_s + issuing_s + sum(streamed_s for streamed_s, _ in issued))).bound_s
+
+
+def _ends_s(module: fx.GraphModule, linears: Mapping[fx.Node, Trip], context: Context) -> float:
+    """Issuing the way up of what the host makes, once, and the way down of what the caller gets, with its wait."""
+    nodes = [node for node in module.graph.nodes if node.op in ("call_function", "call_method")]
+    made = [node for node in nodes if node not in linears and info(node).side == "host"]
+    up = any(info(user).side == "accelerator" for node in made for user in node.users)
+    values = module.graph.output_node().all_input_nodes
+    down = any(info(value).side == "accelerator" and value not in linears for value in values)
+    launch_s, wait_s = context.profile.accelerator.launch_s, context.profile.synchronise_s
+    return up * launch_s + down * (launch_s + wait_s)
 
 
 def _host_trips(linears: Mapping[fx.Node, Trip], blocks: Blocks, context: Context) -> list[Trip]:

@@ -2,7 +2,8 @@
 
 While a segment runs the host has nothing to compute for this chain, and each trip that the host takes part in costs the
 chain its transfers and waits. Where a block may be cut as one, what that could save is not in it: the last trip, and
-the segment before that.
+the segment before that. What the host computes between two trips (a look-up in a table, experts that stay with it) is
+on the path as the accelerator's work is, with the ways between the two sides.
 
 Where two ways lead from one activation to a later one (attention beside an MLP that reads the same input), the path
 takes one of them, and the accelerator works on both, one after the other: between two activations that everything
@@ -21,10 +22,10 @@ import networkx as nx
 from torch import fx
 
 from hetegen_compile.cost_model import Chain, Trip, download_s
-from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.ir import MIRROR, info
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.context import Context
-from hetegen_compile.passes.predict_step import least_trip_s, node_work, up_s
+from hetegen_compile.passes.predict_step import least_trip_s, up_s
 
 _START = "the step begins"  # in the graph of trips, before those that need no other
 
@@ -36,28 +37,15 @@ class Blocks(NamedTuple):
     segments: frozenset[fx.Node]
 
 
-class Ends(NamedTuple):
-    """What a step begins and ends with, whatever its shares are; in seconds.
-
-    Attributes:
-        first_s: the host making what the accelerator begins with (a look-up in a table), and its way up, less what the
-            accelerator can do meanwhile.
-        last_s: the way down of what is made last, until the host has it.
-        issue_s: what issuing those two takes the host's thread, the wait for the latter included.
-    """
-
-    first_s: float = 0.0
-    last_s: float = 0.0
-    issue_s: float = 0.0
-
-
 class Order:
     """Which nodes need which, through any number of nodes between them; a node needs itself."""
 
     def __init__(self, graph: fx.Graph) -> None:
+        self.nodes = list(graph.nodes)
+        self.place = {node: position for position, node in enumerate(self.nodes)}
         self._bit: dict[fx.Node, int] = {}
         self._needed: dict[fx.Node, int] = {}
-        for position, node in enumerate(graph.nodes):
+        for position, node in enumerate(self.nodes):
             self._bit[node] = 1 << position
             self._needed[node] = self._bit[node]
             for operand in node.all_input_nodes:
@@ -66,56 +54,6 @@ class Order:
     def needs(self, node: fx.Node, earlier: fx.Node) -> bool:
         """Whether ``node`` cannot start (or, being ``earlier`` itself, end) before ``earlier`` has ended."""
         return bool(self._needed[node] & self._bit[earlier])
-
-
-def step_ends(
-    graph: fx.Graph, linears: Mapping[fx.Node, Trip], beside: Mapping[fx.Node, float], order: Order, context: Context
-) -> Ends:
-    """What comes before the first activation that a Linear reads, and behind the last Linear.
-
-    Where the host may compute all rows of the last Linear, which the caller gets, nothing need come down.
-    """
-    reads = by_activation(linears)
-    first = next((read for read in reads if all(read is one or order.needs(one, read) for one in reads)), None)
-    first_s = _first_s(graph, first, beside, order, context) if first is not None else 0.0
-    last_s = _last_s(graph, linears, beside, order, context)
-    launch_s, wait_s = context.profile.accelerator.launch_s, context.profile.synchronise_s
-    return Ends(first_s, last_s, (launch_s if first_s else 0.0) + (launch_s + wait_s if last_s else 0.0))
-
-
-def _first_s(
-    graph: fx.Graph, read: fx.Node, beside: Mapping[fx.Node, float], order: Order, context: Context
-) -> float:
-    if info(read).side != "accelerator":
-        return 0.0
-    made = {
-        node: node_work(node, context).seconds + up_s(value_bytes(node, context), context)
-        for node in graph.nodes
-        if _goes_up(node) and order.needs(read, node)
-    }
-    if not made:
-        return 0.0
-    last = max(made, key=made.__getitem__)
-    meanwhile_s = sum(s for node, s in beside.items() if order.needs(read, node) and not order.needs(node, last))
-    return max(0.0, made[last] - meanwhile_s)
-
-
-def _goes_up(node: fx.Node) -> bool:
-    """Whether the host computes what the accelerator reads."""
-    made = node.op in ("call_function", "call_method") and node.target != LINEAR and info(node).side == "host"
-    return made and any(info(user).side == "accelerator" for user in node.users)
-
-
-def _last_s(
-    graph: fx.Graph, linears: Mapping[fx.Node, Trip], beside: Mapping[fx.Node, float], order: Order, context: Context
-) -> float:
-    work = [*linears, *beside]
-    for value in graph.output_node().all_input_nodes:
-        alone = value in linears and linears[value].accelerator_s == linears[value].accelerator_saved_s
-        on_accelerator = value in linears or info(value).side == "accelerator"
-        if on_accelerator and not alone and all(order.needs(value, node) for node in work):
-            return download_s(context.profile, value_bytes(value, context)) + context.profile.synchronise_s
-    return 0.0
 
 
 def by_activation(linears: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
@@ -139,12 +77,13 @@ def together(parts: Iterable[Trip], fixed_s: float) -> Trip:
 
 
 def longest_path(
-    linears: Mapping[fx.Node, Trip], beside: Mapping[fx.Node, float], blocks: Blocks, order: Order, context: Context
-) -> Chain:
+    linears: Mapping[fx.Node, Trip], beside: Mapping[fx.Node, float], on_host: Mapping[fx.Node, float],
+    blocks: Blocks, order: Order, context: Context,
+) -> Chain:  # fmt: skip
     """The chain of trips, each reading what needs the one before, that takes the accelerator and the trips longest.
 
-    Of a trip only the Linears count that the next activation needs; of the accelerator's other work what lies between
-    all of those and that activation.
+    Of a trip only the Linears count that the next activation needs; of other work (``beside`` the Linears the
+    accelerator's, ``on_host`` the host's) what lies between all of those and that activation.
     """
     groups = by_activation(linears)
     trips: nx.DiGraph = nx.DiGraph()
@@ -155,7 +94,7 @@ def longest_path(
             if earlier is not read and any(order.needs(read, member) for member in groups[earlier]):
                 trips.add_edge(earlier, read, seconds=own_s)
     reads = nx.dag_longest_path(trips, weight="seconds")[1:]
-    return _Path(linears, beside, blocks, order, context).chain(reads, groups)
+    return _Path(linears, beside, on_host, blocks, order, context).chain(reads, groups)
 
 
 @dataclass
@@ -165,6 +104,7 @@ class _Link:
     read: fx.Node | None
     members: list[fx.Node]
     between: list[fx.Node]
+    following: fx.Node | None
 
 
 @dataclass
@@ -173,6 +113,7 @@ class _Path:
 
     linears: Mapping[fx.Node, Trip]
     beside: Mapping[fx.Node, float]
+    on_host: Mapping[fx.Node, float]
     blocks: Blocks
     order: Order
     context: Context
@@ -187,14 +128,15 @@ class _Path:
         serial_s = 0.0
         for stretch, end in self._stretches(links):
             own = [self._trip(link) for link in stretch if link.read is not None]
-            off_s = self._off_path_s(stretch, end)
+            accelerator_s = sum(self.beside[node] for link in stretch for node in link.between)
+            between_s = sum(self._between_s(link) for link in stretch)
+            off_s = max(0.0, self._off_path_s(stretch, end) - (between_s - accelerator_s))
             shared = [i for i, trip in enumerate(own) if trip.host_s > 0]
             if len(shared) == 1:
                 trip = own[shared[0]]
                 own[shared[0]] = replace(trip, accelerator_s=trip.accelerator_s + off_s)
             trips += own
-            serial_s += sum(self.beside[node] for link in stretch for node in link.between)
-            serial_s += off_s if not shared else 0.0
+            serial_s += between_s + (off_s if not shared else 0.0)
         return Chain(tuple(trips), serial_s)
 
     def _link(self, read: fx.Node | None, group: list[fx.Node], following: fx.Node | None) -> _Link:
@@ -203,7 +145,37 @@ class _Path:
             node for node in self.beside
             if self._is_needed(node, following) and all(self.order.needs(node, member) for member in members)
         ]  # fmt: skip
-        return _Link(read, members, between)
+        return _Link(read, members, between, following)
+
+    def _between_s(self, link: _Link) -> float:
+        """From a trip to the next activation: the accelerator's work, or the longest way through both sides' work."""
+        accelerator_s = sum(self.beside[node] for node in link.between)
+        first = max((self.order.place[node] for node in link.members), default=-1) + 1
+        last = len(self.order.nodes) - 1 if link.following is None else self.order.place[link.following]
+        nodes = self.order.nodes[first : last + 1]
+        if link.following is not None and not any(node in self.on_host for node in nodes):
+            return accelerator_s
+        return max(accelerator_s, self._longest_way_s(link, nodes))
+
+    def _longest_way_s(self, link: _Link, nodes: list[fx.Node]) -> float:
+        """The longest way to the last of ``nodes`` of those that need all of a trip."""
+        end_s: dict[fx.Node, float] = {}
+        for node in nodes:
+            if all(self.order.needs(node, member) for member in link.members):
+                ready = (end_s.get(operand, 0.0) + self._crossing_s(operand, node) for operand in node.all_input_nodes)
+                own_s = self.beside.get(node, 0.0) + self.on_host.get(node, 0.0)
+                end_s[node] = own_s + max(ready, default=0.0)
+        return end_s.get(nodes[-1], 0.0) if nodes else 0.0
+
+    def _crossing_s(self, operand: fx.Node, node: fx.Node) -> float:
+        """From one side to the other. A Linear's result may be on either, and inputs are on both."""
+        if operand in self.linears or operand.op in ("placeholder", "get_attr") or operand.target == MIRROR:
+            return 0.0
+        sides = info(operand).side, "host" if node.op == "output" else info(node).side
+        if sides == ("accelerator", "host"):
+            down_s = download_s(self.context.profile, value_bytes(operand, self.context))
+            return down_s + self.context.profile.synchronise_s
+        return up_s(value_bytes(operand, self.context), self.context) if sides == ("host", "accelerator") else 0.0
 
     def _is_needed(self, node: fx.Node, following: fx.Node | None) -> bool:
         return following is None or self.order.needs(following, node)
@@ -241,4 +213,4 @@ class _Path:
         return linears_s + sum(seconds for node, seconds in self.beside.items() if lies_between(node))
 
 
-__all__ = ["Blocks", "Ends", "Order", "by_activation", "longest_path", "step_ends", "together"]
+__all__ = ["Blocks", "Order", "by_activation", "longest_path", "together"]
