@@ -23,7 +23,8 @@ from hetegen_compile.trials import Trials
 from hetegen_compile.trips import Trips, whole_shares, with_shares
 
 _ROUNDS = 2
-_CLOSE = 0.01
+_CLOSE = 0.01  # of the step: a lane that idles for less works all the time
+_WORTH = 0.004  # of the step: what the chain has to promise for a simulation
 _FAR = 1.04  # times the chain's bound: a step that is longer is worth more simulations
 _SHIFT = 0.06  # of the link's time, to try whether more or less of it shortens the step
 
@@ -130,7 +131,7 @@ class Search:
 
     def _promising(self, way: _Way) -> _Attempt | None:
         shares = self._shares(way)
-        return self._attempt(way) if way.chain.step_s(shares) < (1 - _CLOSE) * self._step_s else None
+        return self._attempt(way) if way.chain.step_s(shares) < (1 - _WORTH) * self._step_s else None
 
     def _attempt(self, way: _Way) -> _Attempt:
         shares = self._shares(way)
