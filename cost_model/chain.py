@@ -125,11 +125,16 @@ def relax(chain: Chain) -> Relaxation:
     return Relaxation(frozenset(opened), max(chain_s, link_s), frozenset(fewest))
 
 
-def balance_along(chain: Chain, opened: Collection[int]) -> tuple[float, ...]:
+def balance_along(
+    chain: Chain, opened: Collection[int], whole: Sequence[Sequence[float]] = (), slack_s: float = 0.0
+) -> tuple[float, ...]:
     """Shares of the opened trips (0 elsewhere) so that after each of them the link is where the chain is.
 
     A step follows the other, so what the link is behind at the end is what it is behind at the start: the chain is
     walked several times.
+
+    ``whole`` are the shares of each trip at which none of its Linears is in two places. They are taken where that puts
+    the link no more than ``slack_s`` ahead or behind; the trips after it make up for it, at the latest the last one.
     """
     between_s = chain.serial_s / max(1, len(chain.trips))
     shares = [0.0] * len(chain.trips)
@@ -138,8 +143,16 @@ def balance_along(chain: Chain, opened: Collection[int]) -> tuple[float, ...]:
         for index, trip in enumerate(chain.trips):
             if index in opened:
                 shares[index] = trip.share_for(behind_s - between_s)
+                if slack_s and index != max(opened):
+                    shares[index] = _nearest_whole(trip, shares[index], whole[index], slack_s)
             behind_s += trip.link_s * (1.0 - shares[index]) - trip.seconds(shares[index]) - between_s
     return tuple(shares)
+
+
+def _nearest_whole(trip: Trip, share: float, whole: Sequence[float], slack_s: float) -> float:
+    """The nearest of these shares, if it puts the link at most ``slack_s`` elsewhere."""
+    nearest = min(whole, key=lambda other: abs(other - share))
+    return nearest if abs(nearest - share) * (trip.host_s + trip.link_s) <= slack_s else share
 
 
 @dataclass(frozen=True)

@@ -6,30 +6,22 @@ passes then schedule the shares and the timeline simulates the step; what the si
 chain (issue, slots, granularity, the rates of short transfers) is fed back. All-streamed and the closed form of each
 Linear by itself are among the candidates: a plan is never worse than those in the simulation.
 
-Of equal trips either all are made, with equal shares, or as few as are needed, the others streamed whole: that saves
-their fixed costs, and works where the staging ring lets the link run so far ahead.
-
 Blocks (``find_blocks``) that are cut as one make one trip instead of two. Both ways are balanced where the chain says
 that blocks may win, and the shorter simulated step decides.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 from torch import fx
 
 from hetegen_compile.cost_model import Chain, balance_along, relax
 from hetegen_compile.passes.choose_splits import choose_splits, linears_of, pairable_blocks
 from hetegen_compile.passes.context import Context
-from hetegen_compile.passes.findings import Prediction
-from hetegen_compile.passes.fit_ring import fit_ring
 from hetegen_compile.passes.plans import Splits
+from hetegen_compile.share_search import Search
 from hetegen_compile.trials import Trials
 from hetegen_compile.trips import Trips, step_chain, trips_of, with_shares
 
-_ROUNDS = 2
-_CLOSE = 0.01
 _NEARLY = 1.03  # a chain with blocks that is not longer than this may still win: what it saves in joins is not in it
 
 
@@ -43,7 +35,7 @@ def balanced_splits(module: fx.GraphModule, context: Context, trials: Trials) ->
     chain = step_chain(module, trips, context)
     if context.options.split != "auto" or not any(trip.link_s for trip in chain.trips):
         return [splits]
-    search = _Search(trials, context, with_shares(trips, [0.0] * len(trips), context))
+    search = Search(trials, context, with_shares(trips, [0.0] * len(trips), context))
     paired = _promising(module, context, chain)
     if paired is not None:
         search.balance(*paired)
@@ -51,6 +43,7 @@ def balanced_splits(module: fx.GraphModule, context: Context, trials: Trials) ->
         if any(plan.host for plan in splits.values()):
             search.simulate(splits)
         search.balance(trips, chain)
+    search.vary()
     return search.by_step()
 
 
@@ -72,82 +65,3 @@ def promising_blocks(module: fx.GraphModule, context: Context) -> Splits | None:
         return None
     paired, chain = found
     return with_shares(paired, balance_along(chain, relax(chain).opened), context)
-
-
-@dataclass(frozen=True)
-class _Attempt:
-    """Shares as a chain balances them, and the simulated step."""
-
-    opened: frozenset[int]
-    chain: Chain
-    shares: tuple[float, ...]
-    prediction: Prediction
-
-    @property
-    def step_s(self) -> float:
-        return self.prediction.step_s
-
-    def corrected(self) -> Chain:
-        """The chain with what the simulation took longer: the link in proportion, the rest beside the trips.
-
-        Where the link worked all the time, nothing is known of the rest.
-        """
-        link_s = self.chain.link_s(self.shares)
-        busy_s = max(self.prediction.busy_s.get(lane, 0.0) for lane in ("up", "pin"))
-        longer = busy_s / link_s if link_s > 0 else 1.0
-        trips = tuple(replace(trip, link_s=trip.link_s * longer) for trip in self.chain.trips)
-        if busy_s > (1 - _CLOSE) * self.step_s:
-            return Chain(trips, self.chain.serial_s)
-        return Chain(trips, max(0.0, self.chain.serial_s + self.step_s - self.chain.path_s(self.shares)))
-
-
-class _Search:
-    """What has been simulated; ``splits`` are the first."""
-
-    def __init__(self, trials: Trials, context: Context, splits: Splits) -> None:
-        self._trials = trials
-        self._context = context
-        self._found = [(trials.step_s(context, splits, keep=True), splits)]
-
-    @property
-    def _step_s(self) -> float:
-        """The shortest step."""
-        return min(step_s for step_s, _ in self._found)
-
-    def by_step(self) -> list[Splits]:
-        """All splits, those of shorter steps first."""
-        return [splits for _, splits in sorted(self._found, key=lambda found: found[0])]
-
-    def simulate(self, splits: Splits) -> Prediction:
-        """The step with these splits."""
-        prediction = self._trials.prediction(self._context, splits)
-        self._found.append((prediction.step_s, splits))
-        return prediction
-
-    def balance(self, trips: Trips, chain: Chain) -> None:
-        """Try several ways of choosing the trips that are made, and the best of them with corrected chains.
-
-        Nothing is simulated that the chain, which leaves out much, does not say to be shorter than what was found.
-        """
-        relaxation, every = relax(chain), frozenset(range(len(chain.trips)))
-        openings = dict.fromkeys(opened for opened in (relaxation.fewest, relaxation.opened, every) if opened)
-        tried = [attempt for opened in openings if (attempt := self._attempt(trips, chain, opened))]
-        if not tried:
-            return
-        last = min(tried, key=lambda attempt: attempt.step_s)
-        chain = last.corrected()
-        for _ in range(_ROUNDS):
-            attempt = self._attempt(trips, chain, last.opened)
-            if attempt is None:
-                return
-            if attempt.step_s < last.step_s:
-                last, chain = attempt, attempt.corrected()
-            else:
-                chain = chain.between(last.chain)
-
-    def _attempt(self, trips: Trips, chain: Chain, opened: frozenset[int]) -> _Attempt | None:
-        shares = balance_along(chain, opened)
-        if chain.step_s(shares) >= (1 - _CLOSE) * self._step_s:
-            return None
-        splits = fit_ring(self._trials.module, with_shares(trips, shares, self._context), self._context)
-        return _Attempt(opened, chain, shares, self.simulate(splits))

@@ -6,10 +6,8 @@ It is the largest of four bounds. The simulation charges the same rates, so no s
   profile's tables for these tokens and sizes, the host beside a working link. For one rate each this is
   S / (V_link + V_cpu) for S offloaded bytes.
 - **accelerator**: its segments, and its part of the Linears with as few rows as residency allows.
-- **path**: the longest chain of trips and segments of which each needs the results of the one before, at the best
-  shares that the link's own work allows (``cost_model.relax``). While a segment runs the host has nothing to
-  compute for this chain, and each trip that the host takes part in costs the chain its transfers and waits. Where a
-  block may be cut as one, what that could save is not in it: the last trip, and the segment before that.
+- **path** (``floor_path``): the longest chain of trips and segments of which each needs the results of the one before,
+  at the best shares that the link's own work allows (``cost_model.relax``), with what the accelerator does beside it.
 - **thread**: what the host's thread does one after the other, at the best shares: its parts of Linears, its other
   operations (appending to a cache that the caller gets back), waits, and issuing segments, Linears and one prefetch of
   each that is streamed. Where a worker computes the host's parts (``issue_ahead``) the larger of the two threads' work
@@ -20,21 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
-import networkx as nx
 from torch import fx
 
 from hetegen_compile.cost_model import Chain, Trip, host_linear_s, item_bytes, relax, upload_s
+from hetegen_compile.floor_path import Blocks, Order, by_activation, longest_path, together
 from hetegen_compile.ir import info
 from hetegen_compile.passes.annotate_costs import dtype_name
 from hetegen_compile.passes.choose_splits import linears_of, pairable_blocks
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import NodeCost
 from hetegen_compile.passes.issue_ahead import issues_ahead
-from hetegen_compile.passes.predict_step import issue_s, least_thread_s, least_trip_s, node_work
-
-_START = "the step begins"  # in the graph of trips, before those that need no other
+from hetegen_compile.passes.predict_step import issue_s, least_thread_s, node_work
 
 
 @dataclass(frozen=True)
@@ -66,15 +61,17 @@ def floor_s(module: fx.GraphModule, context: Context) -> float:
 def floor(module: fx.GraphModule, context: Context) -> Floor:
     """The bounds of a step of a grouped graph at the context's residency and sizes."""
     linears = {node: _linear_alone(node, context) for node in linears_of(module).values()}
-    order = _Order(module.graph)
+    order = Order(module.graph)
     blocks = _blocks(module, order, context)
     others = {node: _seconds(node, "accelerator", context) for node in module.graph.nodes if node not in linears}
     beside = {node: seconds for node, seconds in others.items() if seconds > 0 and node not in blocks.segments}
+    on_host = {node: _seconds(node, "host", context) for node in module.graph.nodes if node not in linears}
+    on_host = {node: seconds for node, seconds in on_host.items() if seconds > 0}
     return Floor(
         bytes_s=relax(Chain(tuple(_bytes_only(trip) for trip in linears.values()), 0.0)).bound_s,
         accelerator_s=sum(beside.values()) + sum(t.accelerator_s - t.accelerator_saved_s for t in linears.values()),
-        path_s=relax(_longest_path(linears, beside, blocks, order, context)).bound_s,
-        thread_s=_threads_s(module, linears, blocks, context),
+        path_s=relax(longest_path(linears, beside, on_host, blocks, order, context)).bound_s,
+        thread_s=_threads_s(module, linears, on_host, blocks, context),
     )
 
 
@@ -85,21 +82,7 @@ def offloaded_together_s(module: fx.GraphModule, context: Context) -> float:
     return host_s * link_s / (host_s + link_s) if link_s else 0.0
 
 
-def _by_activation(linears: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    groups: dict[fx.Node, list[fx.Node]] = {}
-    for node in linears:
-        groups.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
-    return groups
-
-
-class _Blocks(NamedTuple):
-    """What blocks that are cut as one may save: the consumers' trips, and segments that the host may take over."""
-
-    consumers: frozenset[fx.Node]
-    segments: frozenset[fx.Node]
-
-
-def _blocks(module: fx.GraphModule, order: _Order, context: Context) -> _Blocks:
+def _blocks(module: fx.GraphModule, order: Order, context: Context) -> Blocks:
     linears = linears_of(module)
     found = pairable_blocks(linears, context) if context.options.pair_mlp is not False else []
     segments = frozenset(
@@ -109,7 +92,7 @@ def _blocks(module: fx.GraphModule, order: _Order, context: Context) -> _Blocks:
         if order.needs(linears[block.consumer], segment)
         and any(order.needs(segment, linears[sibling]) for sibling in block.siblings)
     )
-    return _Blocks(frozenset(linears[block.consumer] for block in found), segments)
+    return Blocks(frozenset(linears[block.consumer] for block in found), segments)
 
 
 def _bytes_only(trip: Trip) -> Trip:
@@ -165,32 +148,45 @@ def _up_to(sizes: Iterable[float], cost: NodeCost) -> set[float]:
 
 
 def _threads_s(
-    module: fx.GraphModule, linears: Mapping[fx.Node, Trip], blocks: _Blocks, context: Context
-) -> float:
+    module: fx.GraphModule, linears: Mapping[fx.Node, Trip], on_host: Mapping[fx.Node, float], blocks: Blocks,
+    context: Context,
+) -> float:  # fmt: skip
     """What the host's thread does at least: its operations, issuing segments and Linears, and its parts.
 
     Beside a worker, which may do its operations, too, there are two such threads: the busier one has half of it all.
     """
     segments = module.graph.find_nodes(op="call_module")
-    own_s = sum(_seconds(node, "host", context) for node in module.graph.nodes if node not in linears)
-    issuing_s = sum(issue_s(segment, context) for segment in segments if segment not in blocks.segments)
+    own_s = sum(on_host.values())
+    issuing_s = _ends_s(module, linears, context)
+    issuing_s += sum(issue_s(segment, context) for segment in segments if segment not in blocks.segments)
     trips = _host_trips(linears, blocks, context)
     if issues_ahead(context):
         alone_s = relax(Chain(tuple(trips), 0.0)).bound_s
         return max(alone_s, issuing_s, (alone_s + own_s + issuing_s) / 2)
-    issued = [_issued_s(group, context) for group in _by_activation(linears).values()]
+    issued = [_issued_s(group, context) for group in by_activation(linears).values()]
     pairs = zip(trips, issued, strict=True)
     less = tuple(replace(trip, host_s=max(0.0, trip.host_s - saved_s)) for trip, (_, saved_s) in pairs)
     return relax(Chain(less, own_s + issuing_s + sum(streamed_s for streamed_s, _ in issued))).bound_s
 
 
-def _host_trips(linears: Mapping[fx.Node, Trip], blocks: _Blocks, context: Context) -> list[Trip]:
+def _ends_s(module: fx.GraphModule, linears: Mapping[fx.Node, Trip], context: Context) -> float:
+    """Issuing the way up of what the host makes, once, and the way down of what the caller gets, with its wait."""
+    nodes = [node for node in module.graph.nodes if node.op in ("call_function", "call_method")]
+    made = [node for node in nodes if node not in linears and info(node).side == "host"]
+    up = any(info(user).side == "accelerator" for node in made for user in node.users)
+    values = module.graph.output_node().all_input_nodes
+    down = any(info(value).side == "accelerator" and value not in linears for value in values)
+    launch_s, wait_s = context.profile.accelerator.launch_s, context.profile.synchronise_s
+    return up * launch_s + down * (launch_s + wait_s)
+
+
+def _host_trips(linears: Mapping[fx.Node, Trip], blocks: Blocks, context: Context) -> list[Trip]:
     """The host's parts by the activation that they read."""
     trips = []
-    for group in _by_activation(linears).values():
+    for group in by_activation(linears).values():
         fixed_s = 0.0 if blocks.consumers.intersection(group) else least_thread_s(group[0], context)
-        together = _together([linears[node] for node in group], fixed_s)
-        trips.append(replace(together, accelerator_s=0.0, accelerator_saved_s=0.0))
+        trip = together((linears[node] for node in group), fixed_s)
+        trips.append(replace(trip, accelerator_s=0.0, accelerator_saved_s=0.0))
     return trips
 
 
@@ -202,77 +198,6 @@ def _issued_s(group: Iterable[fx.Node], context: Context) -> tuple[float, float]
     prefetches_s = prefetch_s * sum(plan.resident_rows < plan.rows for plan in plans)
     saved_s = prefetches_s + linear_s * sum(plan.resident_rows == 0 for plan in plans)
     return linear_s * len(plans) + prefetches_s, saved_s
-
-
-# ---- the longest path --------------------------------------------------------------------------------------------
-
-
-def _longest_path(
-    linears: Mapping[fx.Node, Trip], beside: Mapping[fx.Node, float], blocks: _Blocks, order: _Order, context: Context
-) -> Chain:
-    """The chain of trips, each reading what needs the one before, that takes the accelerator and the trips longest.
-
-    Of a trip only the Linears count that the next activation needs; of the accelerator's other work what lies between
-    all of those and that activation.
-    """
-    groups = _by_activation(linears)
-    trips: nx.DiGraph = nx.DiGraph()
-    for read, group in groups.items():
-        own_s = sum(linears[node].host_s + linears[node].accelerator_s for node in group) + beside.get(read, 0.0)
-        trips.add_edge(_START, read, seconds=own_s)
-        for earlier in groups:
-            if earlier is not read and any(order.needs(read, member) for member in groups[earlier]):
-                trips.add_edge(earlier, read, seconds=own_s)
-    path = tuple(nx.dag_longest_path(trips, weight="seconds")[1:])
-    return _chain(path, groups, linears, beside, blocks, order, context)
-
-
-def _chain(
-    path: tuple[fx.Node, ...], groups: Mapping[fx.Node, list[fx.Node]], linears: Mapping[fx.Node, Trip],
-    beside: Mapping[fx.Node, float], blocks: _Blocks, order: _Order, context: Context,
-) -> Chain:  # fmt: skip
-    trips: list[Trip] = []
-    serial_s = 0.0
-    members: list[fx.Node] = []
-    for read, following in zip((None, *path), (*path, None), strict=True):
-        if read is not None:
-            members = [node for node in groups[read] if following is None or order.needs(following, node)]
-            fixed_s = 0.0 if blocks.consumers.intersection(members) else least_trip_s(members[0], context)
-            trips.append(_together([linears[node] for node in members], fixed_s))
-        serial_s += sum(
-            seconds
-            for node, seconds in beside.items()
-            if (following is None or order.needs(following, node))
-            and all(order.needs(node, member) for member in members)
-        )  # fmt: skip
-    return Chain(tuple(trips), serial_s)
-
-
-def _together(parts: list[Trip], fixed_s: float) -> Trip:
-    return Trip(
-        host_s=sum(part.host_s for part in parts),
-        link_s=sum(part.link_s for part in parts),
-        accelerator_s=sum(part.accelerator_s for part in parts),
-        accelerator_saved_s=sum(part.accelerator_saved_s for part in parts),
-        fixed_s=fixed_s,
-    )
-
-
-class _Order:
-    """Which nodes need which, through any number of nodes between them; a node needs itself."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self._bit: dict[fx.Node, int] = {}
-        self._needed: dict[fx.Node, int] = {}
-        for position, node in enumerate(graph.nodes):
-            self._bit[node] = 1 << position
-            self._needed[node] = self._bit[node]
-            for operand in node.all_input_nodes:
-                self._needed[node] |= self._needed[operand]
-
-    def needs(self, node: fx.Node, earlier: fx.Node) -> bool:
-        """Whether ``node`` cannot start (or, being ``earlier`` itself, end) before ``earlier`` has ended."""
-        return bool(self._needed[node] & self._bit[earlier])
 
 
 __all__ = ["Floor", "floor", "floor_s", "offloaded_together_s"]

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import fx
 
 from hetegen_compile.cost_model import Chain, Trip, row_granularity
 from hetegen_compile.ir import info
-from hetegen_compile.passes.choose_splits import block_splits, feed_s, linears_of, lines_s, nearest_rows, with_host_rows
+from hetegen_compile.passes.choose_splits import (
+    block_splits,
+    feed_s,
+    linears_of,
+    lines_s,
+    nearest_rows,
+    slice_bytes,
+    with_host_rows,
+)
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import Block
 from hetegen_compile.passes.plans import LinearPlan, Splits
@@ -73,12 +82,39 @@ def with_shares(trips: Trips, shares: Sequence[float], context: Context) -> Spli
             columns = nearest_rows(share, group.block.columns, row_granularity(group.block.columns))
             splits |= block_splits(group.block, linears, columns, context)
         else:
-            rows = {position: _host_rows(node, share, context) for position, node in linears.items()}
-            splits |= {position: with_host_rows(linears[position], host, context) for position, host in rows.items()}
+            splits |= _one_after_the_other(linears, share, context)
     return splits
 
 
-def _host_rows(node: fx.Node, share: float, context: Context) -> int:
+def whole_shares(trips: Trips, context: Context) -> list[tuple[float, ...]]:
+    """For each trip the shares at which none of its Linears, which go to the host in order, is in two places."""
+    return [_whole_shares(group, context) for group in trips]
+
+
+def _whole_shares(group: Group, context: Context) -> tuple[float, ...]:
+    if group.block is not None:
+        return 0.0, 1.0
+    ends = [0, *accumulate(_offloaded_bytes(node, context) for node in group.linears)]
+    return tuple(end / ends[-1] for end in ends) if ends[-1] else (0.0,)
+
+
+def _offloaded_bytes(node: fx.Node, context: Context) -> int:
     plan = with_host_rows(node, 0, context)
-    movable = plan.rows - plan.resident_rows
-    return nearest_rows(share, movable, row_granularity(plan.rows))
+    return (plan.rows - plan.resident_rows) * slice_bytes(node.args[1], 0)  # type: ignore[arg-type]
+
+
+def _one_after_the_other(linears: Mapping[int, fx.Node], share: float, context: Context) -> Splits:
+    """A share of the offloaded bytes of Linears that share a trip on the host: of the first ones all of their rows.
+
+    At most one of them is in two places then. The same share of each would cost a prefetch, a product and a join more
+    for each of them.
+    """
+    left = share * sum(_offloaded_bytes(node, context) for node in linears.values())
+    splits: dict[int, LinearPlan] = {}
+    for position, node in linears.items():
+        nbytes, plan = _offloaded_bytes(node, context), with_host_rows(node, 0, context)
+        part = min(1.0, max(0.0, left / nbytes)) if nbytes else 0.0
+        host = nearest_rows(part, plan.rows - plan.resident_rows, row_granularity(plan.rows))
+        left -= host * slice_bytes(node.args[1], 0)  # type: ignore[arg-type]
+        splits[position] = with_host_rows(node, host, context)
+    return splits

@@ -16,7 +16,7 @@ from torch import fx
 
 from hetegen_compile.cost_model import row_granularity
 from hetegen_compile.ir import LINEAR, info
-from hetegen_compile.passes.choose_residency import aligned
+from hetegen_compile.passes.choose_residency import SLOT_ALIGNMENT, aligned
 from hetegen_compile.passes.choose_splits import chunk_bytes, slice_bytes
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.plans import LinearPlan, Splits
@@ -26,15 +26,22 @@ LEAST_USED = 0.75
 _LEAST_SLOT = 0.125  # of a chunk: a smaller slot costs more issue than its bytes are worth
 
 
-def fit_ring(module: fx.GraphModule, splits: Splits, context: Context) -> Splits:
-    """The same rows, those that are streamed cut anew into chunks that tile the ring."""
+def fit_ring(module: fx.GraphModule, splits: Splits, context: Context, chunks: int | None = None) -> Splits:
+    """The same rows, those that are streamed cut anew into chunks that tile the ring.
+
+    ``chunks``: how many of the longest the ring holds, if another number than residency has chosen.
+    """
     linears = [node for node in module.graph.find_nodes(op="call_function", target=LINEAR)]
     plans = [(node, splits[info(node).position]) for node in linears]
     total = sum(plan.streamed_rows * slice_bytes(_weight(node), plan.axis) for node, plan in plans)
     if not total:
         return splits
     granule = max(row_granularity(plan.rows) * slice_bytes(_weight(node), plan.axis) for node, plan in plans)
-    cutter = _Cutter(_used_bytes(total, require(context.residency, "choose_residency").ring_bytes, granule))
+    residency = require(context.residency, "choose_residency")
+    cutter = _Cutter(_used_bytes(total, residency.ring_bytes, granule))
+    if chunks is not None:
+        chunk = residency.ring_bytes // chunks // SLOT_ALIGNMENT * SLOT_ALIGNMENT
+        context = replace(context, residency=replace(residency, chunk_bytes=chunk))
     return {info(node).position: _fitted(node, plan, cutter, context) for node, plan in plans}
 
 

@@ -139,7 +139,7 @@ class _Inserter:
         What is made between two segments goes with the next transfer, or in one of its own if none follows before
         more is made.
         """
-        groups = self._of_one_level(self._completing(together, late))
+        groups = self._of_near_levels(self._completing(together, late))
         made = [max(key[0] for key in group) for group in groups]
         for i, (group, last) in enumerate(zip(groups, made, strict=True)):
             more = made[i + 1 : i + 2]
@@ -158,13 +158,29 @@ class _Inserter:
             if written.isdisjoint(info(key[0]).storages) and completing_s([key[0]], late, self._context) > 0
         ]  # fmt: skip
 
-    def _of_one_level(self, keys: list[_Version]) -> list[list[_Version]]:
-        """Keys in groups: those between the same two segments."""
+    def _of_near_levels(self, keys: list[_Version]) -> list[list[_Version]]:
+        """Keys in groups: those between the same two segments, small ones with those behind the next segment.
+
+        Keys and values of one token are made before and behind a layer's attention; each transfer costs its issue and a
+        wait. Large ones go down as soon as they can.
+        """
         segments = list(self._graph.find_nodes(op="call_module"))
-        found: dict[int, list[_Version]] = {}
+        levels: dict[int, list[_Version]] = {}
         for key in sorted(keys, key=lambda key: key[0]):
-            found.setdefault(bisect(segments, key[0]), []).append(key)
-        return list(found.values())
+            levels.setdefault(bisect(segments, key[0]), []).append(key)
+        groups: list[list[_Version]] = []
+        last = None
+        for level, own in levels.items():
+            if last == level - 1 and self._is_small([*groups[-1], *own]):
+                groups[-1] += own
+                last = None  # two levels at most: what completes the results is not put off to the end
+            else:
+                groups.append(own)
+                last = level
+        return groups
+
+    def _is_small(self, keys: list[_Version]) -> bool:
+        return sum(value_bytes(key[0], self._context) for key in keys) < LARGE_DOWNLOAD_BYTES
 
     def _late_transfers(self, keys: list[_Version]) -> list[list[_Version]]:
         """Small values in one transfer; each large one by itself, so that it need not be kept to the end."""

@@ -175,6 +175,11 @@ def _up(nbytes: float, context: Context) -> Work:
     return Work("up", upload_s(context.profile, nbytes))
 
 
+def up_s(nbytes: float, context: Context) -> float:
+    """Seconds of one transfer up of a value that the host has made."""
+    return _up(nbytes, context).seconds
+
+
 def _linear_work(node: fx.Node, context: Context) -> Work:
     part = ir.linear_part(node)
     value, rows = info(part.x).value, info(part.weight).value

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import sympy
@@ -41,6 +42,8 @@ from torch import Tensor, fx
 
 from hetegen_compile import ir
 from hetegen_compile.ir import NodeInfo, annotate, erase_dead_nodes, info
+from hetegen_compile.passes.choose_residency import aligned
+from hetegen_compile.passes.choose_splits import slice_bytes
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.cut_blocks import cut_block
 from hetegen_compile.passes.findings import Block
@@ -53,6 +56,7 @@ UNASSIGNED = -1
 def split_linears(module: fx.GraphModule, context: Context) -> None:
     """Rewrite every ``hetegen.linear`` as its plan says."""
     splits = require(context.splits, "choose_splits")
+    ring_bytes = require(context.residency, "choose_residency").ring_bytes
     blocks = {block.consumer: block for block in context.blocks}
     shapes: dict[object, Tensor] = {}
     parts: dict[int, list[fx.Node]] = {}
@@ -60,7 +64,7 @@ def split_linears(module: fx.GraphModule, context: Context) -> None:
         if node.target == ir.LINEAR:
             plan = splits[info(node).position]
             with module.graph.inserting_before(node):
-                splitter = _Splitter(module, node, plan, shapes, context.staged, parts)
+                splitter = _Splitter(module, node, plan, shapes, context.staged, ring_bytes, parts)
                 splitter.split(blocks.get(info(node).position) if plan.block is not None else None)
     if any(plan.block is not None and plan.host == plan.rows for plan in splits.values()):
         erase_dead_nodes(module.graph)  # nothing is left of such a block on the accelerator
@@ -75,6 +79,7 @@ class _Splitter:
     plan: LinearPlan
     shapes: dict[object, Tensor]
     staged: Mapping[str, str]
+    ring_bytes: int
     parts: dict[int, list[fx.Node]]
 
     def split(self, block: Block | None) -> None:
@@ -82,11 +87,7 @@ class _Splitter:
         self.graph = self.module.graph
         self.x, self.weight, self.bias, self.dim = self.node.args
         self.sums = self.dim != self.plan.axis
-        accelerator = [self._rectangles(*self.plan.streamed[0])] if self.plan.lines else [
-            self._streamed(lo, hi) for lo, hi in self.plan.streamed
-        ]
-        if self.plan.resident is not None:
-            accelerator.append(self._resident(*self.plan.resident))
+        accelerator = [self._rectangles(*self.plan.streamed[0])] if self.plan.lines else self._rows()
         with_bias = not self.sums or not accelerator or bool(self.plan.lines)
         host_x = self.x if block is None else self._through(block)
         host = [self._host(host_x, lo, hi, with_bias=with_bias) for lo, hi in self.plan.host_ranges]
@@ -97,6 +98,22 @@ class _Splitter:
             whole = self._padded(accelerator)
         self.node.replace_all_uses_with(whole)
         self.graph.erase_node(self.node)
+
+    def _rows(self) -> list[fx.Node]:
+        """The accelerator's parts in the order of their rows.
+
+        The resident rows come behind the chunks that the ring holds at once: the others are still on their way.
+        """
+        there = self._chunks_there()
+        parts = [self._streamed(lo, hi) for lo, hi in self.plan.streamed[:there]]
+        resident = [] if self.plan.resident is None else [self._resident(*self.plan.resident)]
+        return [*parts, *(self._streamed(lo, hi) for lo, hi in self.plan.streamed[there:]), *resident]
+
+    def _chunks_there(self) -> int:
+        """How many of the chunks, the first ones, fit into the ring."""
+        width = slice_bytes(self.weight, self.plan.axis)
+        filled = accumulate(aligned((hi - lo) * width) for lo, hi in self.plan.streamed)
+        return sum(nbytes <= self.ring_bytes for nbytes in filled)
 
     def _through(self, block: Block) -> fx.Node:
         """The host's columns of what a block's last Linear reads."""

@@ -44,7 +44,7 @@ hardware = st.sampled_from(["a10-xeon", "cpu-emulated", "h100-server", "h200-ser
 
 
 @settings(deadline=None, max_examples=16, derandomize=True)
-@given(st.sampled_from(["llama", "opt"]), hardware, shares)
+@given(st.sampled_from(["llama", "opt", "gptj"]), hardware, shares)
 def test_no_simulated_step_is_below_it(model_type: str, hardware: str, pattern: list[float]) -> None:
     base = plan(model_type, hardware)
     found: Splits = {}
@@ -68,8 +68,16 @@ def chain(x: Tensor) -> Tensor:
     return x
 
 
+def not_pairable(x: Tensor) -> Tensor:
+    """Each Linear needs all of the one before."""
+    for layer in LAYERS:
+        x = layer(x).softmax(-1)
+    return x
+
+
 def beside(x: Tensor) -> Tensor:
-    return sum((layer(x) for layer in LAYERS), torch.zeros(()))
+    first, *others = (layer(x) for layer in LAYERS)
+    return sum(others, first)
 
 
 def bounds(function: object, case: Case | None = None) -> Floor:
@@ -89,13 +97,37 @@ def test_resident_weights_leave_the_accelerators_own_work() -> None:
     found = planned(chain, torch.zeros(1, 1024), plan=resident)
     bound = bounds(chain, found)
     assert bound.bytes_s == 0.0
-    assert bound.seconds == bound.path_s == pytest.approx(bound.accelerator_s)
-    assert bound.bound == "accelerator"
+    down_s = PROFILE.link.down.latency_s + PROFILE.synchronise_s
+    assert bound.seconds == bound.path_s == pytest.approx(bound.accelerator_s + down_s)
 
 
 def test_linears_one_after_the_other_take_longer_than_beside_each_other() -> None:
-    assert bounds(chain).bytes_s == bounds(beside).bytes_s
-    assert bounds(chain).path_s > bounds(beside).path_s
+    assert bounds(not_pairable).bytes_s == bounds(beside).bytes_s
+    assert bounds(not_pairable).path_s > bounds(beside).path_s
+
+
+def attention_beside_mlp(x: Tensor) -> Tensor:
+    """Two ways from one activation to the next: the second Linear is not needed by the first or the third."""
+    first, second, third, last = LAYERS
+    return last((second(x).softmax(-1) + third(first(x).softmax(-1))).softmax(-1))
+
+
+def test_what_the_accelerator_does_beside_the_path_counts() -> None:
+    """Of two ways the path takes the longer one; the accelerator works on both."""
+    found = planned(attention_beside_mlp, torch.zeros(1, 1024), plan=resident)
+    bound = bounds(attention_beside_mlp, found)
+    assert bound.path_s == pytest.approx(bound.accelerator_s)
+
+
+def test_a_step_begins_with_a_look_up_and_its_way_up() -> None:
+    table = nn.Embedding(64, 1024)
+
+    def looked_up(ids: Tensor) -> Tensor:
+        return LAYERS[0](table(ids).softmax(-1))
+
+    found = planned(looked_up, torch.zeros(1, dtype=torch.int64), plan=resident)
+    bound = floor(found.module, found.context)
+    assert bound.path_s >= bound.accelerator_s + PROFILE.host.launch_s + PROFILE.link.view_s
 
 
 def test_small_parts_that_are_read_faster_lower_it() -> None:

@@ -20,6 +20,7 @@ _WIDTHS = {
 }  # fmt: skip
 
 
+_WIDTHS["gptj"] = {"n_embd": 3072, "n_head": 12, "rotary_dim": 64, "vocab_size": 4096}
 _WIDTHS["mistral"] = _WIDTHS["llama"]
 
 

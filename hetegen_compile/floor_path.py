@@ -1,0 +1,216 @@
+"""The longest path of a step, for its floor: trips and segments of which each needs the results of the one before.
+
+While a segment runs the host has nothing to compute for this chain, and each trip that the host takes part in costs the
+chain its transfers and waits. Where a block may be cut as one, what that could save is not in it: the last trip, and
+the segment before that. What the host computes between two trips (a look-up in a table, experts that stay with it) is
+on the path as the accelerator's work is, with the ways between the two sides.
+
+Where two ways lead from one activation to a later one (attention beside an MLP that reads the same input), the path
+takes one of them, and the accelerator works on both, one after the other: between two activations that everything
+passes through (*gates* of the path) there is no less time than all of that. So the work that is not on the path counts
+as the accelerator's own of the only trip in between that the host could take part in, with which it may run at the same
+time, or as work by itself where there is none. Where there are several it does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import networkx as nx
+from torch import fx
+
+from hetegen_compile.cost_model import Chain, Trip, download_s
+from hetegen_compile.ir import MIRROR, info
+from hetegen_compile.passes.annotate_costs import value_bytes
+from hetegen_compile.passes.context import Context
+from hetegen_compile.passes.predict_step import least_trip_s, up_s
+
+_START = "the step begins"  # in the graph of trips, before those that need no other
+
+
+class Blocks(NamedTuple):
+    """What blocks that are cut as one may save: the consumers' trips, and segments that the host may take over."""
+
+    consumers: frozenset[fx.Node]
+    segments: frozenset[fx.Node]
+
+
+class Order:
+    """Which nodes need which, through any number of nodes between them; a node needs itself."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.nodes = list(graph.nodes)
+        self.place = {node: position for position, node in enumerate(self.nodes)}
+        self._bit: dict[fx.Node, int] = {}
+        self._needed: dict[fx.Node, int] = {}
+        for position, node in enumerate(self.nodes):
+            self._bit[node] = 1 << position
+            self._needed[node] = self._bit[node]
+            for operand in node.all_input_nodes:
+                self._needed[node] |= self._needed[operand]
+
+    def needs(self, node: fx.Node, earlier: fx.Node) -> bool:
+        """Whether ``node`` cannot start (or, being ``earlier`` itself, end) before ``earlier`` has ended."""
+        return bool(self._needed[node] & self._bit[earlier])
+
+
+def by_activation(linears: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """Linears by what they read."""
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for node in linears:
+        groups.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
+    return groups
+
+
+def together(parts: Iterable[Trip], fixed_s: float) -> Trip:
+    """Linears as one trip."""
+    parts = list(parts)
+    return Trip(
+        host_s=sum(part.host_s for part in parts),
+        link_s=sum(part.link_s for part in parts),
+        accelerator_s=sum(part.accelerator_s for part in parts),
+        accelerator_saved_s=sum(part.accelerator_saved_s for part in parts),
+        fixed_s=fixed_s,
+    )
+
+
+def longest_path(
+    linears: Mapping[fx.Node, Trip], beside: Mapping[fx.Node, float], on_host: Mapping[fx.Node, float],
+    blocks: Blocks, order: Order, context: Context,
+) -> Chain:  # fmt: skip
+    """The chain of trips, each reading what needs the one before, that takes the accelerator and the trips longest.
+
+    Of a trip only the Linears count that the next activation needs; of other work (``beside`` the Linears the
+    accelerator's, ``on_host`` the host's) what lies between all of those and that activation.
+    """
+    groups = by_activation(linears)
+    trips: nx.DiGraph = nx.DiGraph()
+    for read, group in groups.items():
+        own_s = sum(linears[node].host_s + linears[node].accelerator_s for node in group) + beside.get(read, 0.0)
+        trips.add_edge(_START, read, seconds=own_s)
+        for earlier in groups:
+            if earlier is not read and any(order.needs(read, member) for member in groups[earlier]):
+                trips.add_edge(earlier, read, seconds=own_s)
+    reads = nx.dag_longest_path(trips, weight="seconds")[1:]
+    return _Path(linears, beside, on_host, blocks, order, context).chain(reads, groups)
+
+
+@dataclass
+class _Link:
+    """One trip of the path and the work up to what the next one reads; ``read`` is None for what comes before."""
+
+    read: fx.Node | None
+    members: list[fx.Node]
+    between: list[fx.Node]
+    following: fx.Node | None
+
+
+@dataclass
+class _Path:
+    """The path of a graph with these Linears and, ``beside`` them, seconds of the accelerator's other work."""
+
+    linears: Mapping[fx.Node, Trip]
+    beside: Mapping[fx.Node, float]
+    on_host: Mapping[fx.Node, float]
+    blocks: Blocks
+    order: Order
+    context: Context
+
+    def chain(self, reads: list[fx.Node], groups: Mapping[fx.Node, list[fx.Node]]) -> Chain:
+        """The path through these activations."""
+        links = [
+            self._link(read, groups.get(read, []) if read is not None else [], following)
+            for read, following in zip([None, *reads], [*reads, None], strict=True)
+        ]
+        trips: list[Trip] = []
+        serial_s = 0.0
+        for stretch, end in self._stretches(links):
+            own = [self._trip(link) for link in stretch if link.read is not None]
+            accelerator_s = sum(self.beside[node] for link in stretch for node in link.between)
+            between_s = sum(self._between_s(link) for link in stretch)
+            off_s = max(0.0, self._off_path_s(stretch, end) - (between_s - accelerator_s))
+            shared = [i for i, trip in enumerate(own) if trip.host_s > 0]
+            if len(shared) == 1:
+                trip = own[shared[0]]
+                own[shared[0]] = replace(trip, accelerator_s=trip.accelerator_s + off_s)
+            trips += own
+            serial_s += between_s + (off_s if not shared else 0.0)
+        return Chain(tuple(trips), serial_s)
+
+    def _link(self, read: fx.Node | None, group: list[fx.Node], following: fx.Node | None) -> _Link:
+        members = [node for node in group if self._is_needed(node, following)]
+        between = [
+            node for node in self.beside
+            if self._is_needed(node, following) and all(self.order.needs(node, member) for member in members)
+        ]  # fmt: skip
+        return _Link(read, members, between, following)
+
+    def _between_s(self, link: _Link) -> float:
+        """From a trip to the next activation: the accelerator's work, or the longest way through both sides' work."""
+        accelerator_s = sum(self.beside[node] for node in link.between)
+        first = max((self.order.place[node] for node in link.members), default=-1) + 1
+        last = len(self.order.nodes) - 1 if link.following is None else self.order.place[link.following]
+        nodes = self.order.nodes[first : last + 1]
+        if link.following is not None and not any(node in self.on_host for node in nodes):
+            return accelerator_s
+        return max(accelerator_s, self._longest_way_s(link, nodes))
+
+    def _longest_way_s(self, link: _Link, nodes: list[fx.Node]) -> float:
+        """The longest way to the last of ``nodes`` of those that need all of a trip."""
+        end_s: dict[fx.Node, float] = {}
+        for node in nodes:
+            if all(self.order.needs(node, member) for member in link.members):
+                ready = (end_s.get(operand, 0.0) + self._crossing_s(operand, node) for operand in node.all_input_nodes)
+                own_s = self.beside.get(node, 0.0) + self.on_host.get(node, 0.0)
+                end_s[node] = own_s + max(ready, default=0.0)
+        return end_s.get(nodes[-1], 0.0) if nodes else 0.0
+
+    def _crossing_s(self, operand: fx.Node, node: fx.Node) -> float:
+        """From one side to the other. A Linear's result may be on either, and inputs are on both."""
+        if operand in self.linears or operand.op in ("placeholder", "get_attr") or operand.target == MIRROR:
+            return 0.0
+        sides = info(operand).side, "host" if node.op == "output" else info(node).side
+        if sides == ("accelerator", "host"):
+            down_s = download_s(self.context.profile, value_bytes(operand, self.context))
+            return down_s + self.context.profile.synchronise_s
+        return up_s(value_bytes(operand, self.context), self.context) if sides == ("host", "accelerator") else 0.0
+
+    def _is_needed(self, node: fx.Node, following: fx.Node | None) -> bool:
+        return following is None or self.order.needs(following, node)
+
+    def _trip(self, link: _Link) -> Trip:
+        fixed_s = 0.0
+        if not self.blocks.consumers.intersection(link.members):
+            fixed_s = least_trip_s(link.members[0], self.context)
+        return together((self.linears[node] for node in link.members), fixed_s)
+
+    def _stretches(self, links: list[_Link]) -> Iterator[tuple[list[_Link], fx.Node | None]]:
+        """Links from one gate of the path to the next, with the latter; None behind the last one."""
+        stretch: list[_Link] = []
+        for link in links:
+            if stretch and link.read is not None and self._is_gate(link.read):
+                yield stretch, link.read
+                stretch = []
+            stretch.append(link)
+        yield stretch, None
+
+    def _is_gate(self, read: fx.Node) -> bool:
+        """Whether each Linear either needs an activation or is needed for it."""
+        return all(self.order.needs(node, read) or self.order.needs(read, node) for node in self.linears)
+
+    def _off_path_s(self, stretch: list[_Link], end: fx.Node | None) -> float:
+        """What the accelerator does at least between two gates beside the path."""
+        begin = stretch[0].read
+        counted = {node for link in stretch for node in (*link.members, *link.between)}
+
+        def lies_between(node: fx.Node) -> bool:
+            behind = begin is None or (node is not begin and self.order.needs(node, begin))
+            return behind and node is not end and self._is_needed(node, end) and node not in counted
+
+        linears_s = sum(t.accelerator_s - t.accelerator_saved_s for n, t in self.linears.items() if lies_between(n))
+        return linears_s + sum(seconds for node, seconds in self.beside.items() if lies_between(node))
+
+
+__all__ = ["Blocks", "Order", "by_activation", "longest_path", "together"]
