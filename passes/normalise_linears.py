@@ -34,6 +34,11 @@ _LINEAR = {torch._C._nn.linear, torch.nn.functional.linear, torch.ops.aten.linea
 _ADDMM = {torch.addmm, "addmm"}
 _MATMUL = {torch.matmul, torch.mm, operator.matmul, "matmul", "mm", "__matmul__"}
 _TRANSPOSES = {torch.t, torch.transpose, torch.permute, torch.swapaxes, "t", "transpose", "permute", "swapaxes"}
+_FUSED = {torch._transformer_encoder_layer_fwd, torch._native_multi_head_attention}
+_FUSED_REASON = (
+    "its Linears are inside torch's fused path, which is not cut: torch.backends.mha.set_fastpath_enabled(False) "
+    "before the model is called leaves them apart"
+)
 _STORED = ("placeholder", "get_attr")
 
 
@@ -56,6 +61,8 @@ def normalise_linears(module: fx.GraphModule, context: Context) -> None:
     for node in list(module.graph.nodes):
         if isinstance(node.target, Folded) and any(_match(inner) for inner in node.target.module.graph.nodes):
             context.refuse(Refusal(info(node).module or node.name, "it has products inside a vmap, which is not cut"))
+        if node.target in _FUSED:
+            context.refuse(Refusal(info(node).module or node.name, _FUSED_REASON))
         match = _match(node)
         if match is None:
             continue

@@ -263,3 +263,19 @@ def test_a_product_with_a_cache_is_no_linear_and_needs_no_reason() -> None:
     found = case(lambda x, cache: x @ cache, torch.randn(3, IN), torch.randn(IN, OUT)).run(normalise_linears)
     assert found.nodes(LINEAR) == []
     assert found.refusals == []
+
+
+ENCODER = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_torchs_fused_encoder_layer_says_how_to_have_its_linears_apart(fused: bool) -> None:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(fused)
+    try:
+        found = case(lambda x: ENCODER(x), torch.randn(2, 3, 8)).run(normalise_linears)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    told = [refusal for refusal in found.refusals if "set_fastpath_enabled(False)" in refusal.reason]
+    assert bool(told) == fused
+    assert bool(found.nodes(LINEAR)) != fused
