@@ -20,6 +20,7 @@ from hetegen_compile.errors import (
     CompilationError,
     GradientsNotSupportedError,
     HetegenError,
+    OptionError,
     chain_of,
     drop_frames,
 )
@@ -44,7 +45,12 @@ class Backend(Protocol):
     reset: Callable[[], None]
 
     def __call__(
-        self, module: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, object] | None = None
+        self,
+        module: fx.GraphModule,
+        inputs: Sequence[Any],
+        *,
+        options: Mapping[str, object] | None = None,
+        mode: str | None = None,
     ) -> Callable[..., Any]:
         """A callable with the graph's inputs and outputs."""
 
@@ -57,7 +63,11 @@ def make_backend(compiler: Callable[[FakeTensorMode], SegmentCompiler]) -> Backe
     graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
 
     def backend(
-        module: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, object] | None = None
+        module: fx.GraphModule,
+        inputs: Sequence[Any],
+        *,
+        options: Mapping[str, object] | None = None,
+        mode: str | None = None,
     ) -> Callable[..., Any]:
         """A callable with the graph's inputs and outputs.
 
@@ -66,6 +76,8 @@ def make_backend(compiler: Callable[[FakeTensorMode], SegmentCompiler]) -> Backe
         """
         _raise_recompile_limit()
         try:
+            if mode is not None:  # torch hands over any but "default"
+                raise OptionError(f"mode={mode!r} is Inductor's: leave it out; hetegen is tuned by options={{...}}")
             graph = _compile(module, inputs, parse_options(options), compiler)
         except TensorifyScalarRestartAnalysis:
             raise

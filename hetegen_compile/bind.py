@@ -38,6 +38,7 @@ from hetegen_compile.host_kernels import bind_kernels
 from hetegen_compile.ir import info
 from hetegen_compile.last_uses import last_uses
 from hetegen_compile.linear_parts import join_parts, linear_rows, pad_parts
+from hetegen_compile.passes.closed_gates import sizes_behind_gates
 from hetegen_compile.passes.context import Refusal
 from hetegen_compile.passes.expressions import evaluate
 from hetegen_compile.passes.findings import Work
@@ -115,12 +116,16 @@ class _Binder:
             residents=tuple(self._residents),
             settled=self._settled(),
             streamed=self._streamed(),
-            sizes=tuple(self._position[node] for node in size_inputs(self._module.graph).values()),
+            sizes=self._sizes_behind_gates(),
             carried=tuple(self._position[node.args[0]] for node in self._carried),
             pinned_ring_bytes=self._pinned_ring_bytes,
             source=source,
             refusals=tuple(self._refusals),
         )
+
+    def _sizes_behind_gates(self) -> tuple[int, ...]:
+        found = sizes_behind_gates(self._module)
+        return tuple(self._position[node] for size, node in size_inputs(self._module.graph).items() if size in found)
 
     def _settled(self) -> tuple[int, ...]:
         written = {

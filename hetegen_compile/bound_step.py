@@ -23,7 +23,7 @@ class BoundStep:
         residents: (position of a weight, first row, end row) in the order of ``residents``.
         settled: positions of the inputs that host and accelerator write alike.
         streamed: positions of the weights that are prefetched from where they lie (not through the pinned ring).
-        sizes: positions of the inputs that are numbers.
+        sizes: positions of the inputs that are numbers which what is issued behind gates depends on.
         carried: position of the weight of each carried prefetch, in the order of ``carried``.
         pinned_ring_bytes: length of the pinned ring that the step uses.
         source: the generated code, for people.

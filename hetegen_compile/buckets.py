@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import sympy
 
@@ -23,20 +23,25 @@ def bucket_of(tokens: int) -> Bucket:
 
 
 def largest_sizes(
-    tokens: sympy.Expr, context: Context, limits: Mapping[sympy.Symbol, sympy.Integer], *, spare: bool
+    tokens: sympy.Expr,
+    context: Context,
+    limits: Mapping[sympy.Symbol, sympy.Integer],
+    lengths: Collection[sympy.Symbol],
+    *,
+    spare: bool,
 ) -> Sizes:
     """The sizes up to which a plan's memory is reserved.
 
-    Lengths of caches reach the stated context. With ``spare`` they reach twice what they are where none is stated,
-    and the number of tokens (if one size tells it) the end of the bucket. None exceeds its limit, beyond which another
-    graph is called: while the window of a cache is not full, say.
+    ``lengths`` (of caches) reach the stated context. With ``spare`` they reach twice what they are where none is
+    stated, and the number of tokens (if one size tells it) the end of the bucket. None exceeds its limit, beyond which
+    another graph is called: while the window of a cache is not full, say.
     """
     counted = tokens.free_symbols & context.sizes.keys()
     found: dict[sympy.Symbol, sympy.Integer] = {}
     for symbol, size in context.sizes.items():
-        if symbol not in counted:
+        if symbol in lengths:
             found[symbol] = max(size, sympy.Integer(context.options.context or (2 * size if spare else size)))
-        elif spare and len(counted) == 1:
+        elif spare and counted == {symbol}:
             now = number(tokens, context.sizes)
             high = context.bucket.high or 2 * now
             found[symbol] = max(size, size * high // max(1, now))

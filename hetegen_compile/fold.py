@@ -13,6 +13,10 @@ from math import isclose
 
 from hetegen_compile.rows import Row
 
+SOME_OF = " of "
+"""In the place of a set of layers that is too long to write out: ``{18 of 0..29}``."""
+
+_SET_WIDTH = 13
 _TIME_TOLERANCE = 0.01
 
 
@@ -87,7 +91,7 @@ def _merge(group: list[Line], position: int) -> Line:
 
 
 def _number_set(numbers: list[int]) -> str:
-    """Sorted numbers as ``7``, ``{0..29}``, ``{0..2,5..9}`` or, with a step, ``{0,2..28}``."""
+    """Sorted numbers as ``7``, ``{0..29}``, ``{0..2,5..9}`` or, with a step, ``{0,2..28}``; else ``{18 of 0..29}``."""
     if len(numbers) == 1:
         return str(numbers[0])
     step = numbers[1] - numbers[0]
@@ -99,4 +103,5 @@ def _number_set(numbers: list[int]) -> str:
             runs[-1].append(number)
         else:
             runs.append([number])
-    return "{" + ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs) + "}"
+    text = "{" + ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs) + "}"
+    return text if len(text) <= _SET_WIDTH else f"{{{len(numbers)}{SOME_OF}{numbers[0]}..{numbers[-1]}}}"

@@ -54,14 +54,34 @@ def sequence_shape(
     Without such inputs the first of several dimensions counts as sequences. 0 for what is unknown: the tokens where
     their number is not fixed.
     """
-    given = [info(node).value for node in placeholders if node.name not in weights]
-    several = [tensor for tensor in given if isinstance(tensor, Tensor) and tensor.dim() >= 2]
-    ids = [tensor for tensor in several if tensor.dim() == 2 and not tensor.dtype.is_floating_point]
+    several = _of_several_dimensions(placeholders, weights)
+    ids = [tensor for tensor in several if _is_ids(tensor)]
     fixed = [tensor for tensor in ids if all(isinstance(size, int) for size in tensor.shape)]
     if not several:
         return 0, 0
     first = (fixed or ids or several)[0]
     return number(to_expr(first.shape[0]), sizes), int(first.shape[1]) if fixed else 0
+
+
+def sequence_symbols(placeholders: Sequence[fx.Node], weights: Container[str]) -> frozenset[sympy.Symbol]:
+    """Symbols that are a number of sequences, and of nothing else: the first size of inputs like [sequences, tokens].
+
+    There may be several: Dynamo has one for ``input_ids`` and one for ``attention_mask`` until they meet.
+    """
+    several = _of_several_dimensions(placeholders, weights)
+    first = {to_expr(tensor.shape[0]) for tensor in several if _is_ids(tensor)}
+    others = [to_expr(size).free_symbols for tensor in several for size in tensor.shape[1:]]
+    return frozenset(size for size in first if size.is_Symbol).difference(*others)
+
+
+def _of_several_dimensions(placeholders: Sequence[fx.Node], weights: Container[str]) -> list[Tensor]:
+    """The tensors of two dimensions and more that come with each call."""
+    given = [info(node).value for node in placeholders if node.name not in weights]
+    return [tensor for tensor in given if isinstance(tensor, Tensor) and tensor.dim() >= 2]
+
+
+def _is_ids(tensor: Tensor) -> bool:
+    return tensor.dim() == 2 and not tensor.dtype.is_floating_point
 
 
 def token_count(module: fx.GraphModule) -> sympy.Expr:

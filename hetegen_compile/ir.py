@@ -60,6 +60,7 @@ class NodeInfo:
         aten: names of the ATen operations it runs.
         random: draws random numbers.
         data_dependent: its result's shape or value (``item``) depends on data.
+        rebinds: it lets a tensor that is there lie in another storage (``x.data = y``).
         flops: floating-point operations (torch.utils.flop_counter's formulas), a sympy expression.
         traffic_bytes: bytes read and written by compute operations, a sympy expression.
         made_bytes: bytes of all tensors that its ATen operations make, results included, a sympy expression.
@@ -76,6 +77,7 @@ class NodeInfo:
     aten: tuple[str, ...] = ()
     random: bool = False
     data_dependent: bool = False
+    rebinds: bool = False
     flops: sympy.Expr = sympy.Integer(0)
     traffic_bytes: sympy.Expr = sympy.Integer(0)
     made_bytes: sympy.Expr = sympy.Integer(0)
@@ -117,6 +119,15 @@ def writers_of(nodes: Iterable[fx.Node]) -> dict[int, list[fx.Node]]:
     for node in nodes:
         for key in info(node).writes:
             found.setdefault(key, []).append(node)
+    return found
+
+
+def makers_of(nodes: Iterable[fx.Node]) -> dict[int, fx.Node]:
+    """The first node of each storage: the input that brings it, or what made it."""
+    found: dict[int, fx.Node] = {}
+    for node in nodes:
+        for key in info(node).storages:
+            found.setdefault(key, node)
     return found
 
 

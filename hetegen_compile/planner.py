@@ -15,9 +15,8 @@ from hetegen_compile.balance import balanced_splits
 from hetegen_compile.buckets import bucket_of, largest_sizes
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.errors import BudgetError
-from hetegen_compile.graph_inputs import number, sequence_shape, token_count
+from hetegen_compile.graph_inputs import number, sequence_shape, sequence_symbols, token_count
 from hetegen_compile.options import Options, format_bytes
-from hetegen_compile.passes.caches import caches_grow
 from hetegen_compile.passes.context import Bucket, Context, Refusal, SegmentCache, require
 from hetegen_compile.passes.issue_ahead import NO_ROOM_AHEAD, issues_ahead
 from hetegen_compile.passes.plans import ACTIVATIONS
@@ -29,8 +28,6 @@ from hetegen_compile.trials import Trials
 from hetegen_compile.within_budget import ResidencySearch
 
 logger = logging.getLogger("hetegen_compile")
-
-_GROWS = "a cache grows, and a step of new sizes may load code, so no gate may be closed (a static cache does not)"
 
 
 class Planner:
@@ -123,11 +120,11 @@ class Planner:
         placeholders = self._module.graph.find_nodes(op="placeholder")
         sequences, tokens = sequence_shape(placeholders, context.weights, context.sizes)
         limits = size_limits(self._module, context.sizes)
-        largest = largest_sizes(self._tokens, context, limits, spare=spare)
-        context = replace(context, largest=largest, sequences=sequences, tokens_per_sequence=tokens, spare=spare)
-        if self._options.issue_ahead == "auto" and caches_grow(self._module, context):
-            return replace(context, cannot_issue_ahead=context.cannot_issue_ahead or _GROWS)
-        return context
+        lengths = context.sizes.keys() - self._tokens.free_symbols - sequence_symbols(placeholders, context.weights)
+        largest = largest_sizes(self._tokens, context, limits, lengths, spare=spare)
+        return replace(
+            context, largest=largest, lengths=lengths, sequences=sequences, tokens_per_sequence=tokens, spare=spare
+        )
 
 
 def _finished(

@@ -17,13 +17,15 @@ from statistics import fmean
 from tabulate import SEPARATING_LINE, DataRow, TableFormat, tabulate
 from tabulate import Line as Rule
 
-from hetegen_compile.fold import Line, fold, unfolded
+from hetegen_compile.fold import SOME_OF, Line, fold, unfolded
 from hetegen_compile.options import format_bytes
 from hetegen_compile.rows import Row, Totals
 from hetegen_compile.verdict import BASELINE_NAMES, verdict
 
 WIDTH = 120
 """Columns of text that the table keeps to; long module paths wrap."""
+
+_SOME_OF_NOTE = "{n of a..b}: n of the layers from a to b; the option unfold, or table(unfold=True), shows each"
 
 _LEAST_NAME_WIDTH = 20
 _OP_WIDTH = 11
@@ -52,7 +54,9 @@ def schedule_table(rows: Sequence[Row], totals: Totals, *, title: str, unfold: b
         unfold: show every row instead of folding equal ones.
     """
     lines = unfolded(rows) if unfold else fold(rows)
-    return "\n".join([title, "", _render(lines), "", _render_totals(totals)])
+    some = any(SOME_OF in part for line in lines for part in line.path)
+    notes = ["", _SOME_OF_NOTE] if some else []
+    return "\n".join([title, "", _render(lines), *notes, "", _render_totals(totals)])
 
 
 # ---- cells ---------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The ATen operations that a node is made of: their names, FLOPs, bytes, and whether they draw or depend on data.
 
-``writes`` are storages that they write without a new version, which whoever compares versions does not see.
+``writes`` are storages that they write by their schemas or without saying so: not all of it shows in the versions of
+fake tensors (lists of tensors, statistics of a norm).
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class AtenListener(TorchDispatchMode):
             name = func.overloadpacket.__name__
             self._found["random"] |= _is_random(func, args, kwargs)
             self._found["data_dependent"] |= _is_data_dependent(func, args)
-            self._found["writes"] |= frozenset(map(storage_id, _undeclared_writes(func, args, kwargs)))
+            self._found["writes"] |= frozenset(map(storage_id, _written(func, args, kwargs)))
             self._add(name, _flops(func, args, kwargs, out), _traffic(name, args, out), out, (args, kwargs))
         return out
 
@@ -107,10 +108,11 @@ def _is_random(func: Any, args: Any, kwargs: Any) -> bool:
     return "dropout_p" not in defaults or given.get("dropout_p", defaults["dropout_p"]) != 0.0
 
 
-def _undeclared_writes(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """Statistics that a batch norm in training writes, of which neither its schema nor their versions tell."""
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """What the schema says is written, and statistics that a batch norm in training writes without saying so."""
     given = _given(func, args, kwargs)
-    return tensors_in([given.get(name) for name in _STATISTICS]) if given.get("training") else []
+    declared = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return tensors_in([given.get(name) for name in (*declared, *(_STATISTICS if given.get("training") else ()))])
 
 
 def _given(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from hetegen_compile.passes.aten_listener import AtenListener
 from hetegen_compile.passes.copy_before_writes import copy_before_writes
 from hetegen_compile.passes.fake_inputs import check_devices, fake_inputs, fake_mode
 from hetegen_compile.passes.fold_transforms import fold_transforms
+from hetegen_compile.passes.return_views import return_views
 from hetegen_compile.passes.sources import module_path
 from hetegen_compile.passes.tensors import storage_id, tensors_in
 
@@ -47,19 +48,25 @@ class _Propagator(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         operands = [self.env[arg] for arg in n.all_input_nodes]
         reads = tensors_in(operands)
-        before = {storage_id(t): t._version for t in reads}
+        lay_in, versions = [storage_id(t) for t in reads], [_version(t) for t in reads]
         self._listener.take()
         result = super().run_node(n)
         found = self._listener.take()
-        writes = frozenset(storage_id(t) for t in reads if t._version != before[storage_id(t)])
-        writes |= found.pop("writes") & before.keys()  # others were made and are gone within the node
+        writes = frozenset(key for key, t, v in zip(lay_in, reads, versions, strict=True) if _version(t) != v)
+        writes |= found.pop("writes") & frozenset(lay_in)  # others were made and are gone within the node
         generator = frozenset({GENERATOR} if found["random"] else ())
         annotate(
             n, NodeInfo(), value=result, position=self._position, module=module_path(n), writes=writes | generator,
-            storages=frozenset(map(storage_id, tensors_in(result))), reads=frozenset(before) | generator, **found,
+            storages=frozenset(map(storage_id, tensors_in(result))), reads=frozenset(lay_in) | generator,
+            rebinds=lay_in != [storage_id(t) for t in reads], **found,
         )
         self._position += 1
         return result
+
+
+def _version(tensor: Tensor) -> int | None:
+    """None of one that was made in inference mode: schemas alone tell of its writes."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def capture(module: fx.GraphModule, inputs: Sequence[Any]) -> FakeTensorMode:
@@ -82,8 +89,10 @@ def capture(module: fx.GraphModule, inputs: Sequence[Any]) -> FakeTensorMode:
     mode = fake_mode(module)
     check_devices(module, inputs)
     _propagate(module, inputs, mode)
-    if copy_before_writes(module.graph):
-        _propagate(module, inputs, mode)
+    for rewrite in (copy_before_writes, return_views):
+        if rewrite(module.graph):
+            module.recompile()
+            _propagate(module, inputs, mode)
     _unify_symbols(module.graph, mode)
     return mode
 

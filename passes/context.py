@@ -69,7 +69,8 @@ class Context:
     """Everything a pass may know. Fields from ``effects`` on are filled in as the pipeline runs.
 
     ``largest`` are the sizes that the budget has room for, ``spare`` says whether beyond what the options state;
-    ``sequences`` are those of this call, ``tokens_per_sequence`` those of a graph of fixed sizes (0: unknown).
+    ``lengths`` are the sizes that grow from step to step (of caches and masks); ``sequences`` are those of this call,
+    ``tokens_per_sequence`` those of a graph of fixed sizes (0: unknown).
     ``activation_bytes`` is what a schedule of the same graph is known to need for activations (None: an estimate is
     made); ``lean`` asks for the smallest ring and no resident weights; without ``share_trips`` each Linear has a
     trip of its own. ``overhead_bytes`` is what the device's libraries take of the budget, item by item; ``device`` is
@@ -95,6 +96,7 @@ class Context:
     lean: bool = False
     share_trips: bool = True
     largest: Mapping[sympy.Symbol, sympy.Integer] = field(default_factory=dict)
+    lengths: frozenset[sympy.Symbol] = frozenset()
     spare: bool = True
     tokens_per_sequence: int = 0
     sequences: int = 0

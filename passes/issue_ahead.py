@@ -4,8 +4,7 @@ Why: where the host's thread computes its parts itself, the accelerator's next w
 operations a layer that the accelerator then waits for. A worker computes instead: its part of a trip is queued as
 soon as its download has been started, and the accelerator's stream is closed (a gate) where it waits for what comes
 up, until the worker opens it. The issuing thread goes on meanwhile: at most ``WINDOW`` trips ahead, since each keeps
-what its download reads, and at most ``LAUNCHES`` operations, since a stream takes about a thousand. Then whoever issues
-waits for the device, perhaps with the interpreter's lock, which the worker needs to open the gate.
+what its download reads, and no further than may lie behind a closed gate (``closed_gates.py``).
 
 Before:                                          After (``|`` marks what the worker does):
 
@@ -33,6 +32,7 @@ from torch import fx
 
 from hetegen_compile import ir
 from hetegen_compile.ir import annotate, info
+from hetegen_compile.passes.closed_gates import bound_launches
 from hetegen_compile.passes.context import Context, Refusal
 from hetegen_compile.passes.resolve_sizes import size_inputs
 from hetegen_compile.passes.tensors import symbols_of, tensor_bytes, tensors_in
@@ -40,17 +40,13 @@ from hetegen_compile.passes.tensors import symbols_of, tensor_bytes, tensors_in
 WINDOW = 2
 """Trips that the issuing thread is ahead of the worker at most: one that is computed and one that waits for it."""
 
-LAUNCHES = 256
-"""Operations behind a gate that may still be closed; a segment counts as if nothing in it were fused."""
-
 NO_ROOM_AHEAD = "there is no room for the activations that downloads on their way to the worker keep"
 _LEFT = (
     f"what they send up is more than {ir.VIEWED_UPLOAD_BYTES >> 10} KiB or of sizes that depend on data, or something "
     "in their trip is written in place or needed on the host otherwise"
 )
+_NONE = "no Linear has rows on the host"
 _LEAN = "the budget holds no more than the leanest schedule"
-_ISSUED = (ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.TO_HOST, ir.RELEASE, ir.WAIT, ir.WAIT_ACCELERATOR)
-_NOT_ISSUED = (ir.MIRROR, ir.RESIDENT, operator.getitem)
 _INPUTS = ("placeholder", "get_attr")
 
 
@@ -62,11 +58,11 @@ def issue_ahead(module: fx.GraphModule, context: Context) -> None:
         context.refuse(Refusal("issuing ahead of the host's parts", context.cannot_issue_ahead or _LEAN))
         return
     _give_to_worker(module.graph, _trips(module.graph, _worker_nodes(module.graph, context)))
-    _bound_launches(module)
+    bound_launches(module, context)
     parts = module.graph.find_nodes(op="call_function", target=ir.HOST_LINEAR)
     left = sum(not info(part).ahead for part in parts)
-    if left and context.options.issue_ahead is True:
-        reason = f"{left} of {len(parts)} are computed by the issuing thread: {_LEFT}"
+    if (left or not parts) and context.options.issue_ahead is True:
+        reason = f"{left} of {len(parts)} are computed by the issuing thread: {_LEFT}" if parts else _NONE
         context.refuse(Refusal("issuing ahead of the host's parts", reason))
 
 
@@ -208,33 +204,6 @@ def _give_to_worker(graph: fx.Graph, trips: list[_Trip]) -> None:
             annotate(ir.call(graph, ir.CAUGHT_UP, (earlier.nodes[-1],)), side="host")
 
 
-def _bound_launches(module: fx.GraphModule) -> None:
-    """Let the issuing thread catch up wherever too much would lie behind a gate."""
-    behind: dict[fx.Node, int] = {}
-    for node in module.graph.nodes:
-        launches = _launches(node, module)
-        if behind and max(behind.values()) + launches > LAUNCHES:
-            with module.graph.inserting_before(node):
-                annotate(ir.call(module.graph, ir.CAUGHT_UP, (list(behind)[-1],)), side="host")
-            behind.clear()
-        behind = {gate: count + launches for gate, count in behind.items()}
-        if node.target == ir.WAIT_ACCELERATOR and info(node.all_input_nodes[0]).ahead:
-            behind[node.all_input_nodes[0]] = 0
-        elif node.target == ir.CAUGHT_UP:
-            (sent,) = node.all_input_nodes
-            over = list(behind)[: list(behind).index(sent) + 1] if sent in behind else []
-            behind = {gate: count for gate, count in behind.items() if gate not in over}
-
-
-def _launches(node: fx.Node, module: fx.GraphModule) -> int:
-    """Operations that a node issues to a stream, at most."""
-    if node.op == "call_module":
-        inner = module.get_submodule(str(node.target))
-        return sum(one.op.startswith("call") for one in inner.graph.nodes) if isinstance(inner, fx.GraphModule) else 1
-    issues = info(node).side == "accelerator" or node.target in _ISSUED
-    return int(issues and not info(node).ahead and node.target not in _NOT_ISSUED)
-
-
 class _Place:
     """Where the nodes of a trip go, one behind the other."""
 
@@ -281,4 +250,4 @@ def _erase_unread(graph: fx.Graph, item: fx.Node) -> None:
             graph.erase_node(wait)
 
 
-__all__ = ["LAUNCHES", "NO_ROOM_AHEAD", "WINDOW", "issue_ahead", "issues_ahead"]
+__all__ = ["NO_ROOM_AHEAD", "WINDOW", "issue_ahead", "issues_ahead"]

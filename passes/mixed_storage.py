@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from torch import fx
 
 from hetegen_compile.ir import LINEAR, info, writers_of
+from hetegen_compile.passes.movement import is_view
 from hetegen_compile.passes.plans import Placement
+
+_INPUTS = ("placeholder", "get_attr")
 
 
 def mixed_storage(nodes: Sequence[fx.Node], placement: Placement) -> str | None:
@@ -29,6 +33,29 @@ def mixed_storage(nodes: Sequence[fx.Node], placement: Placement) -> str | None:
     return None
 
 
+def rebound_tensor(nodes: Sequence[fx.Node]) -> str | None:
+    """Which of ``nodes`` lets a tensor that is there lie in other memory, which no transfer of values follows."""
+    odd = next((node for node in nodes if info(node).rebinds), None)
+    if odd is None:
+        return None
+    return f"{odd.name} gives a tensor that is there other memory ({', '.join(info(odd).aten)})"
+
+
+def copied_result(results: Sequence[fx.Node], placement: Placement, makers: Mapping[int, fx.Node]) -> str | None:
+    """Which result shares memory in eager and would come down as a copy.
+
+    Those that do have to be inputs, or made on the host of inputs or of one download.
+    """
+    lies_in = Counter(key for node in results for key in info(node).storages)
+    for node in results:
+        if node in placement.host or node.op in _INPUTS:
+            continue
+        for key in info(node).storages:
+            if makers[key].op in _INPUTS or (lies_in[key] > 1 and makers[key] is not node):
+                return f"{node.name} is computed in memory that it shares with another result or an input"
+    return None
+
+
 def _touched_on_accelerator(key: int, nodes: Sequence[fx.Node], placement: Placement) -> bool:
     """Whether an accelerator node or a Linear reads, writes or makes the storage."""
     return any(
@@ -45,7 +72,9 @@ def _touched_on_host(key: int, writer: fx.Node, is_input: bool, placement: Place
     for node in placement.host:
         if key in info(node).storages - info(node).reads:
             return True
-        own = [arg for arg in node.all_input_nodes if arg in placement.host or arg.op in ("placeholder", "get_attr")]
+        if is_view(info(node)):
+            continue
+        own = [arg for arg in node.all_input_nodes if arg in placement.host or arg.op in _INPUTS]
         reads = any(key in info(arg).storages for arg in own)
         if reads and (not is_input or info(node).position > info(writer).position):
             return True

@@ -161,6 +161,8 @@ def _why_not(match: _Match, weight: fx.Node, written: frozenset[int], context: C
         return f"{name} is not a parameter or buffer of the model"
     if value.dim() != 2:
         return f"{name} has {value.dim()} dimensions; a Linear's weight has two"
+    if value.numel() == 0:
+        return f"{name} is empty"
     if not value.is_contiguous():
         return f"{name} is not contiguous (strides {tuple(value.stride())})"
     if not value.dtype.is_floating_point:

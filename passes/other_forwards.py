@@ -48,7 +48,7 @@ class _Kind(NamedTuple):
     cache: int | None = None
 
 
-_ID_BYTES = 8
+MASK_BYTES = 8
 """Of one element of a mask that is given with a call."""
 
 Life = tuple[int, int, int]
@@ -174,7 +174,7 @@ class OtherForwards:
         calls = [self._attention(node, forward) for node in self._nodes if is_fused_attention(node)]
         masks = [call.mask for call, padded in calls if padded and call.mask is not None]
         sequences, _, tokens, length = max(masks, key=prod, default=(0, 0, 0, 0))
-        yield 0, len(self._nodes), sequences * (tokens + _ID_BYTES * forward.padded) * length
+        yield 0, len(self._nodes), sequences * (tokens + MASK_BYTES * forward.padded) * length
 
     def _attention(self, node: fx.Node, forward: Forward) -> tuple[Attention, bool]:
         """A call of fused attention as it is in a forward, and whether it has a mask there and none here."""
@@ -201,4 +201,4 @@ def _longer(cache: Cache, forward: Forward) -> Fraction:
     return Fraction(cache.length(forward), cache.tokens)
 
 
-__all__ = ["OtherForwards"]
+__all__ = ["MASK_BYTES", "OtherForwards"]

@@ -17,25 +17,19 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from hetegen_compile.ir import LINEAR, info, is_tensor, writers_of
+from hetegen_compile.ir import LINEAR, info, is_tensor, makers_of, writers_of
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.autocast import autocast_regions, mixed_region
 from hetegen_compile.passes.choose_splits import table_only
 from hetegen_compile.passes.context import Context, HostOnlyGraphError, Refusal
-from hetegen_compile.passes.mixed_storage import mixed_storage
+from hetegen_compile.passes.mixed_storage import copied_result, mixed_storage, rebound_tensor
+from hetegen_compile.passes.movement import is_integer, is_view, moves_data
 from hetegen_compile.passes.plans import Placement
 from hetegen_compile.passes.sources import source_name
 from hetegen_compile.passes.stacked_weights import computed_on_host
 from hetegen_compile.passes.tensors import tensors_in
 
-_MOVEMENT_NAMES = """_to_copy _unsafe_view alias arange as_strided cat clone constant_pad_nd copy_ copy detach empty
-    empty_like empty_strided expand eye fill fill_ flip full full_like gather index index_copy index_copy_
-    index_put index_put_ index_select lift_fresh lift_fresh_copy masked_fill masked_fill_ narrow new_empty
-    new_full new_ones new_zeros ones ones_like permute repeat roll scalar_tensor scatter scatter_ select
-    select_scatter slice slice_scatter split split_with_sizes squeeze stack t transpose tril tril_ triu triu_
-    unbind unfold unsqueeze view where zero_ zeros zeros_like _local_scalar_dense"""
-_MOVEMENT = frozenset(_MOVEMENT_NAMES.split())
-"""ATen operations that only move data: run twice, they give the same bits twice."""
+_INPUTS = ("placeholder", "get_attr")
 
 
 def place_nodes(module: fx.GraphModule, context: Context) -> Placement:
@@ -51,12 +45,14 @@ class _Placer:
     def __init__(self, module: fx.GraphModule, context: Context) -> None:
         self._context = context
         self._nodes = list(module.graph.nodes)
-        self._computing = [n for n in self._nodes if n.op not in ("placeholder", "get_attr", "output")]
+        self._computing = [n for n in self._nodes if n.op not in (*_INPUTS, "output")]
         self._writers = writers_of(self._computing)
+        self._makers = makers_of(self._nodes)
         self._regions = autocast_regions(self._computing)
         self._in_region = {node for region in self._regions for node in region}
         self._host_only = {node for node in self._computing if self._must_be_host(node)} | self._with_host_weights()
         self._host_only |= {node for node in self._computing if self._takes_item_on_host(node)}
+        self._host_only |= self._views_returned()
         self._host: set[fx.Node] = set()
         self._cost: dict[fx.Node, int] = {}
 
@@ -65,8 +61,11 @@ class _Placer:
         accelerator = self._needed_on_accelerator(written_back)
         accelerator |= self._returned_to_accelerator(accelerator)
         placement = Placement(frozenset(self._host), frozenset(accelerator), written_back)
-        reason = mixed_region(self._regions) or mixed_storage(self._computing, placement)
-        if reason is not None:
+        reasons = (
+            rebound_tensor(self._computing), mixed_region(self._regions), mixed_storage(self._computing, placement),
+            copied_result(self._nodes[-1].all_input_nodes, placement, self._makers),
+        )  # fmt: skip
+        for reason in filter(None, reasons):
             raise HostOnlyGraphError(reason)
         return placement
 
@@ -85,8 +84,20 @@ class _Placer:
 
     def _takes_item_on_host(self, node: fx.Node) -> bool:
         """Whether the node takes an item of a list of tensors that the host has: lists cross no border."""
-        lists = [arg for arg in node.all_input_nodes if arg in self._host_only and not is_tensor(arg)]
-        return any(tensors_in(info(source).value) for source in lists)
+        return any(source in self._host_only for source in _lists_read(node))
+
+    def _views_returned(self) -> set[fx.Node]:
+        """Views of inputs that nothing is computed with: they are only returned."""
+        found: set[fx.Node] = set()
+        for node in reversed(self._computing):
+            returned = all(user.op == "output" or user in found for user in node.users)
+            if node.users and returned and is_view(info(node)) and all(map(self._is_input, info(node).storages)):
+                found.add(node)
+        return found
+
+    def _is_input(self, key: int) -> bool:
+        """Whether a storage came in."""
+        return self._makers[key].op in _INPUTS
 
     def _with_host_weights(self) -> set[fx.Node]:
         """What is computed with stacked weights that residency left on the host."""
@@ -105,7 +116,7 @@ class _Placer:
     def _place_writes_to_inputs(self) -> dict[fx.Node, str]:
         written_back: dict[fx.Node, str] = {}
         for node in self._nodes:
-            keys = info(node).storages if node.op in ("placeholder", "get_attr") else frozenset()
+            keys = info(node).storages if node.op in _INPUTS else frozenset()
             writers = [writer for key in keys for writer in self._writers.get(key, ())]
             if not writers:
                 continue
@@ -129,10 +140,20 @@ class _Placer:
         """As any other values, but what shares memory in eager shares it here too: views are made on the host."""
         lies_in = Counter(key for node in outputs for key in info(node).storages)
         for node in outputs:
-            shared = any(lies_in[key] > 1 for key in info(node).storages)
-            if shared and node.op not in ("placeholder", "get_attr") and self._repeatable(node):
-                self._repeat([node])
+            shared = {key for key in info(node).storages if lies_in[key] > 1}
+            if shared and node.op not in _INPUTS and self._repeatable(node):
+                self._repeat(self._down_to_maker(node, shared))
         self._bring_to_host(outputs)
+
+    def _down_to_maker(self, node: fx.Node, shared: set[int]) -> list[fx.Node]:
+        """A view and the views that it is made of; what made the memory comes down, not a part of that."""
+        found = [node]
+        for one in found:
+            found += [
+                arg for arg in one.all_input_nodes
+                if arg.op not in _INPUTS and any(self._makers[key] is not arg for key in info(arg).storages & shared)
+            ]  # fmt: skip
+        return found
 
     def _repeat(self, nodes: Iterable[fx.Node]) -> None:
         """Run ``nodes`` on the host, with all writers of the storages that they touch."""
@@ -149,19 +170,20 @@ class _Placer:
 
     def _repeatable(self, node: fx.Node, seen: frozenset[fx.Node] = frozenset()) -> bool:
         """Whether the host may run the node too: moved data or integer arithmetic, and so its writers."""
-        if node in seen or node.op in ("placeholder", "get_attr"):
+        if node in seen or node.op in _INPUTS:
             return True
         if node in self._host_only:
             return True
         if node.target == LINEAR or node.op not in ("call_function", "call_method"):
             return False
-        moves = all(name in _MOVEMENT for name in info(node).aten)
-        if not moves and not _is_integer(node):
+        if not moves_data(node) or not all(self._repeatable(one, seen | {node}) for one in _lists_read(node)):
             return False
-        return all(self._repeatable(writer, seen | {node}) for writer in self._writers_touching(node))
+        writers = self._writers_touching(node)
+        written = {self._makers[key] for writer in writers for key in info(writer).writes if key in self._makers}
+        return all(self._repeatable(one, seen | {node}) for one in (*writers, *written))
 
     def _repeating_is_cheaper(self, node: fx.Node) -> bool:
-        if node.op in ("placeholder", "get_attr"):
+        if node.op in _INPUTS:
             return False
         if _is_scalar(node):
             return True
@@ -173,7 +195,7 @@ class _Placer:
 
     def _leaf_bytes(self, node: fx.Node, seen: set[fx.Node]) -> int:
         """Bytes that have to be downloaded so that the host has the node's value."""
-        if node in seen or node in self._host or node.op in ("placeholder", "get_attr"):
+        if node in seen or node in self._host or node.op in _INPUTS:
             return 0
         seen.add(node)
         if not self._repeatable(node):
@@ -193,7 +215,7 @@ class _Placer:
         pending = roots
         while pending:
             node = pending.pop()
-            if node in needed or node.op in ("placeholder", "get_attr", "output"):
+            if node in needed or node.op in (*_INPUTS, "output"):
                 continue
             if node in self._host_only or (_is_scalar(node) and node not in self._in_region):
                 continue
@@ -211,7 +233,7 @@ class _Placer:
         """
         found: set[fx.Node] = set()
         for node in self._nodes[-1].all_input_nodes:
-            if node in self._host and not _is_integer(node):
+            if node in self._host and not is_integer(node):
                 chain = self._chain_from(node, accelerator)
                 found |= chain or set()
         return found
@@ -220,7 +242,7 @@ class _Placer:
         """The nodes beyond ``accelerator`` that make ``node`` of its values; None if anything else is needed."""
         if node in accelerator or _is_scalar(node):
             return set()
-        if node.op in ("placeholder", "get_attr"):
+        if node.op in _INPUTS:
             return set() if any(user in accelerator for user in node.users) else None
         movable = node not in self._host_only and node.target != LINEAR and self._repeatable(node)
         if not movable or not accelerator.issuperset(self._writers_touching(node)):
@@ -237,19 +259,17 @@ class _Placer:
         """Values that a host node or the caller needs and the host does not make itself."""
         readers = [node for node in self._nodes if node in self._host or node.op == "output"]
         inputs = [node for reader in readers for node in reader.all_input_nodes]
-        made = ("placeholder", "get_attr")
-        return [n for n in inputs if n not in self._host and n.op not in made and tensors_in(info(n).value)]
+        return [n for n in inputs if n not in self._host and n.op not in _INPUTS and tensors_in(info(n).value)]
+
+
+def _lists_read(node: fx.Node) -> list[fx.Node]:
+    """Operands that are lists of tensors: they cross no border, only their items do."""
+    return [arg for arg in node.all_input_nodes if not is_tensor(arg) and tensors_in(info(arg).value)]
 
 
 def _is_scalar(node: fx.Node) -> bool:
     """Whether the node makes no tensor and writes none: sizes and arithmetic on them."""
     return not tensors_in(info(node).value) and not info(node).writes
-
-
-def _is_integer(node: fx.Node) -> bool:
-    """Whether all tensors that the node reads and makes hold integers or booleans."""
-    tensors = tensors_in([info(node).value, *(info(arg).value for arg in node.all_input_nodes)])
-    return all(not t.dtype.is_floating_point and not t.dtype.is_complex for t in tensors)
 
 
 __all__ = ["place_nodes"]

@@ -34,6 +34,7 @@ from hetegen_compile.passes.happens_before import (
 )
 from hetegen_compile.passes.held_values import HeldValues
 from hetegen_compile.passes.memory import END, Accesses, Event, Memory
+from hetegen_compile.passes.movement import is_view
 from hetegen_compile.passes.replay_segments import SegmentMembers
 from hetegen_compile.passes.replay_slots import Slots
 
@@ -86,7 +87,8 @@ class Replay:
 
     def _host(self, node: fx.Node) -> None:
         access, notes = self._clocks.issue(lane_of(node, HOST), node), info(node)
-        position = None if notes.aten and SHAPE_ONLY_ATEN.issuperset(notes.aten) else _position(node)
+        contents = not is_view(notes) and not (notes.aten and SHAPE_ONLY_ATEN.issuperset(notes.aten))
+        position = _position(node) if contents else None
         self.held.read(node, node.all_input_nodes, "host", access, position)
         for key in notes.writes:
             found = [memory for operand in node.all_input_nodes for own, memory in self.held.of(operand) if own == key]

@@ -19,7 +19,7 @@ from hetegen_compile.passes.caches import Cache, Forward, returned_caches
 from hetegen_compile.passes.choose_splits import table_only
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.liveness import activation_peak_bytes
-from hetegen_compile.passes.other_forwards import OtherForwards
+from hetegen_compile.passes.other_forwards import MASK_BYTES, OtherForwards
 from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH, MIRRORED
 from hetegen_compile.passes.tensors import storage_id, to_expr
 
@@ -117,17 +117,27 @@ def _other_forwards(module: fx.GraphModule, context: Context, activations: int) 
     alone = max(0, later(False) - activations)
     if context.options.max_batch <= context.sequences:
         return alone, activations
-    masked = forwards.peak_bytes(replace(forwards.captured, padded=True))
-    return alone, max(activations + max(0, masked - captured), later(True))
+    masked = forwards.peak_bytes(replace(forwards.captured, padded=True)) - captured + _longest_mask_bytes(context)
+    return alone, max(activations + max(0, masked), later(True))
 
 
 def _next(caches: Iterable[Cache], context: Context, padded: bool) -> Forward | None:
     """The longest step after the captured one that is counted, None: none is."""
-    tokens = context.tokens_per_sequence
-    length = context.options.context or (2 * tokens if context.spare else 0)
+    length = _longest(context)
     if not length and any(cache.grows for cache in caches):
         return None
-    return Forward(1, max(length + 1, tokens), padded)
+    return Forward(1, max(length + 1, context.tokens_per_sequence), padded)
+
+
+def _longest(context: Context) -> int:
+    """Tokens of a cache that room is kept for; 0: none beyond those that are there."""
+    return context.options.context or (2 * context.tokens_per_sequence if context.spare else 0)
+
+
+def _longest_mask_bytes(context: Context) -> int:
+    """What a mask that is given with a prefill may take beyond its tokens: its length is a size of its own."""
+    longer = max(0, _longest(context) - context.tokens_per_sequence)
+    return MASK_BYTES * context.sequences * longer
 
 
 def _estimated_activations(module: fx.GraphModule, context: Context) -> int:

@@ -118,11 +118,19 @@ def test_layers_that_differ_are_groups_of_their_own() -> None:
     ("numbers", "shown"),
     [([7], "layers.7.q"), ([3, 4], "layers.{3..4}.q"), ([0, 2, 4, 6], "layers.{0,2..6}.q"),
      ([0, 1, 2, 6, 8, 9], "layers.{0..2,6,8..9}.q"), ([5, 9], "layers.{5,9}.q"),
-     ([1, 0, 2], "layers.{0..2}.q")],
+     ([1, 0, 2], "layers.{0..2}.q"), ([2, 4, 5, 9, 12, 20, 23], "layers.{7 of 2..23}.q")],
 )  # fmt: skip
 def test_numbers_of_folded_layers(numbers: list[int], shown: str) -> None:
     (line,) = body([replace(LINEAR, module=f"layers.{number}.q") for number in numbers])
-    assert line.split()[0] == shown
+    assert line.startswith(f"{shown} ")
+
+
+def test_a_set_of_layers_that_is_not_written_out_is_explained() -> None:
+    few, many = (
+        schedule_table([replace(LINEAR, module=f"layers.{n}.q") for n in numbers], TOTALS, title="")
+        for numbers in ([1, 2, 3], [2, 4, 5, 9, 12, 20, 23])
+    )
+    assert ("n of the layers" in few, "n of the layers from a to b" in many) == (False, True)
 
 
 @pytest.mark.parametrize(

@@ -194,8 +194,8 @@ class Accelerator(ABC):
 
         ``carried`` are results of ``prefetch_ahead`` that are still held (see ``holds``): from here on they are
         waited for and released like prefetches of this step. Those not among them are given up; their bytes of
-        the ring may be overwritten. ``again``: this step has ended well at the same sizes when it last
-        ran, so what it runs has been loaded. ``needs_bytes``: the most that it may allocate.
+        the ring may be overwritten. ``again``: this step has ended well when it last ran, and what it issues
+        behind gates had the same sizes, so that has been loaded. ``needs_bytes``: the most that it may allocate.
         """
 
     @abstractmethod

@@ -16,20 +16,25 @@ from hetegen_compile.errors import UnsupportedModelError
 
 @dataclass(frozen=True)
 class TracedGeneration:
-    """Both forwards of a model; ``hint`` is the length of the cache that decode was captured with."""
+    """Both forwards of a model; ``hint`` is the length of the cache that decode was captured with.
+
+    ``windows`` are the tokens in the caches of layers with a sliding window, which are fixed: 0, there are none.
+    """
 
     prefill: TracedForward
     decode: TracedForward | None
     hint: int
+    windows: int = 0
 
 
 def trace_generation(
-    named: NamedModel, prompt: int, batch: int, *, steps: bool = True, fixed: bool = False
+    named: NamedModel, prompt: int, batch: int, *, longest: int = 0, steps: bool = True, fixed: bool = False
 ) -> TracedGeneration:
     """Capture the forward of the prompt and that of one token, with the length of the cache as a symbol.
 
-    An encoder has the first only, and so has a generation without decode ``steps`` (of one token). With ``fixed`` the
-    cache is as the prompt leaves it, whatever its layers are (windows, say), and its length is a number.
+    Layers with a sliding window have as many tokens as of a ``longest`` cache (default: the prompt), a number. An
+    encoder has the first forward only, and so has a generation without decode ``steps`` (of one token). With ``fixed``
+    the cache is as the prompt leaves it, whatever its layers are, and its length is a number.
 
     Raises:
         UnsupportedModelError: a forward cannot be captured without running, or its cache is not one that grows.
@@ -48,35 +53,45 @@ def trace_generation(
     cache = getattr(prefill.result, "past_key_values", None)
     if cache is None:
         raise UnsupportedModelError(f"{named.name} returns no cache, so its decode steps cannot be planned")
-    hint = prompt if fixed else _make_dynamic(cache, prompt, fakes, named)
+    hint, windows = (prompt, 0) if fixed else _lengthen(cache, prompt, max(longest, prompt), fakes, named)
     decode = trace(module, fakes, (), {**kwargs, "input_ids": _tokens(fakes, batch, 1), "past_key_values": cache})
-    return TracedGeneration(prefill, decode, hint)
+    return TracedGeneration(prefill, decode, hint, windows)
 
 
 def _tokens(fakes: Fakes, batch: int, tokens: int) -> Tensor:
     return fakes.of(torch.empty(batch, tokens, dtype=torch.long, device="meta"))
 
 
-def _make_dynamic(cache: Any, prompt: int, fakes: Fakes, named: NamedModel) -> int:
-    """Let the cache's length be a symbol; returns its value in the capture.
+def _lengthen(cache: Any, prompt: int, longest: int, fakes: Fakes, named: NamedModel) -> tuple[int, int]:
+    """Let the cache's length be a symbol, with windows as they are when it is longest.
 
-    That is at least 2: Dynamo takes 0 and 1 as they are.
+    Returns its value in the capture, which is at least 2 (Dynamo takes 0 and 1 as they are), and the most tokens in a
+    window, 0: there is none.
     """
-    from transformers.cache_utils import DynamicLayer
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    hint = max(2, prompt)
+    hint, windows = max(2, prompt), 0
     for layer in cache.layers:
-        if type(layer) is not DynamicLayer or layer.keys is None or layer.values is None:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None or layer.values is None:
             raise UnsupportedModelError(
                 f"{named.name} has a cache of {type(layer).__name__}; decode steps are planned for caches that grow "
-                "with each token (DynamicLayer) only: use hetegen_compile.plan(model, input_ids=..., "
-                "past_key_values=...) for one step of it"
+                "with each token (DynamicLayer) and their windows (DynamicSlidingWindowLayer) only: use "
+                "hetegen_compile.plan(model, input_ids=..., past_key_values=...) for one step of it"
             )
-        with fakes.mode:
-            layer.keys, layer.values = _of_length(layer.keys, hint), _of_length(layer.values, hint)
-        for past in (layer.keys, layer.values):
-            torch._dynamo.maybe_mark_dynamic(past, past.dim() - 2)
-    return hint
+        if type(layer) is DynamicSlidingWindowLayer:
+            tokens = min(longest, layer.sliding_window - 1)
+            layer.cumulative_length, windows = longest, max(windows, tokens)
+            _resize(layer, tokens, fakes)
+        else:
+            _resize(layer, hint, fakes)
+            for past in (layer.keys, layer.values):
+                torch._dynamo.maybe_mark_dynamic(past, past.dim() - 2)
+    return hint, windows
+
+
+def _resize(layer: Any, tokens: int, fakes: Fakes) -> None:
+    with fakes.mode:
+        layer.keys, layer.values = _of_length(layer.keys, tokens), _of_length(layer.values, tokens)
 
 
 def _of_length(past: Tensor, tokens: int) -> Tensor:

@@ -69,12 +69,15 @@ def plan_generation(
     machine = replace(machine, weight_bytes=weight_bytes(named.module))
     tell(f"{named.name}: tracing the forward of {prompt} tokens and that of one")
     with large_heap():
-        traced = trace_generation(named, prompt, batch, steps=new_tokens > 1)
-        tell(f"planning for {machine.profile.name}")
         context = machine.options.context
         assert context is not None, "stated by _machine"
-        contexts = contexts_of(prompt, new_tokens) if traced.decode is not None else []
-        prefill, decode = _plan_both(traced, machine, max([context - 1, *contexts]))
+        contexts = contexts_of(prompt, new_tokens)
+        longest = max([context - 1, *contexts])
+        traced = trace_generation(named, prompt, batch, longest=longest, steps=new_tokens > 1)
+        tell(f"planning for {machine.profile.name}")
+        if traced.decode is None:
+            contexts = []
+        prefill, decode = _plan_both(traced, machine, longest)
         times = {n: total([one.at(sizes_at(one.graph, traced.hint, n)) for one in decode]) for n in contexts}
         first = total([as_planned(one) for one in prefill])
     generated = batch * (new_tokens if named.generates else prompt)
@@ -97,7 +100,7 @@ def plan_generation(
         host_bytes=host_items(named.module, decode or prefill),
         pinned_bytes=pinned_bytes([*prefill, *decode]),
         host_memory_bytes=machine.profile.host.memory_bytes,
-        notes=_notes(named, machine, prompt + new_tokens),
+        notes=_notes(named, machine, prompt + new_tokens, traced.windows),
     )
 
 
@@ -164,8 +167,10 @@ def _dtype_of(model: nn.Module) -> str:
     return ", ".join(sorted(dtypes)) or "none"
 
 
-def _notes(named: NamedModel, machine: Machine, tokens: int) -> tuple[str, ...]:
+def _notes(named: NamedModel, machine: Machine, tokens: int, windows: int) -> tuple[str, ...]:
     notes = []
+    if windows > 0:
+        notes.append(f"windows that slide are planned as they are in the last decode step, {windows} tokens long")
     if named.positions is not None and tokens > named.positions:
         notes.append(f"{tokens} tokens are more than the {named.positions} positions that the model's config states")
     if named.quantised:

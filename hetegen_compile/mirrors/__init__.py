@@ -7,7 +7,7 @@ afresh above. A mirror dies with its host storage.
 
 Writes that no version shows (``p.data += d``, numpy) are found by fingerprints of the host's bytes: samples of up to
 128 tensors that a step uses are compared each step, every eighth a block of one tensor, everything at each compilation
-and once one change was found. Caches, which steps write themselves, have no fingerprint.
+and once one change was found. Of caches, which steps write themselves, the first bytes are compared at the next step.
 
     mirrors       what a step asks for, and gets; what it returned and wrote
     request       what is asked for

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,10 +17,12 @@ from hetegen_compile.mirrors.record import Held, Record
 from hetegen_compile.mirrors.records import Records
 from hetegen_compile.mirrors.request import MIRRORS, WEIGHTS, Request
 from hetegen_compile.mirrors.standing import Samples, Standing
-from hetegen_compile.mirrors.upload import Uploader, new_bytes
+from hetegen_compile.mirrors.upload import Uploader, first_bytes, new_bytes
 from hetegen_compile.passes.claims import WeightKey
 
 logger = logging.getLogger("hetegen_compile")
+
+_RETURNED = "a tensor that a step returned"
 
 
 class Mirrors:
@@ -89,10 +92,10 @@ class Mirrors:
         self._most_bytes += storage_bytes
         if covers_storage(tensor):
             record.base, record.base_bytes = value, tensor.nbytes
-            held = Held(value, category, 0, used=self._step)
+            held = Held(value, category, 0)
         else:  # the value keeps its storage, as the tensor does
-            alike = self._uploader.laid_out_as(tensor, value, category)
-            held = Held(alike, category, storage_bytes, used=self._step)
+            held = Held(self._uploader.laid_out_as(tensor, value, category), category, storage_bytes)
+        held = replace(held, name=_RETURNED, fingerprint=first_bytes(tensor), used=self._step)
         record.held[geometry_of(tensor)] = held
 
     def _returned(self, tensor: Tensor) -> Record:
@@ -112,10 +115,12 @@ class Mirrors:
             record.versions.clear()  # all other views show the step's write, too
         record.note(tensor)
         self._records.changed(record)
+        geometry = geometry_of(tensor)
         for held in record.held.values():
             held.fingerprint = None
+        if geometry in record.held:
+            record.held[geometry].fingerprint = first_bytes(tensor)
         if record.base is None:  # other views of the storage were uploaded by themselves and know nothing of it
-            geometry = geometry_of(tensor)
             record.held = {geometry: record.held[geometry]} if geometry in record.held else {}
 
     # ---- standing answers ------------------------------------------------------------------------------------

@@ -12,13 +12,15 @@ from hetegen_compile.accelerators.base import Value
 from hetegen_compile.mirrors.fingerprints import Fingerprint
 from hetegen_compile.mirrors.identity import Geometry, geometry_of, same_version, version_of, weak_storage
 
+_MOST_VERSIONS = 256
+
 
 @dataclass
 class Held:
     """One device value, what it is counted under and the bytes that it holds by itself.
 
-    ``fingerprint`` is of the host's bytes when they were uploaded; None for what steps write. ``used`` is the step
-    that last asked for it.
+    ``fingerprint`` is of the host's bytes when they were uploaded, or of the first of them when a step wrote them.
+    ``used`` is the step that last asked for it.
     """
 
     value: Value
@@ -34,15 +36,16 @@ class Record:
     """The mirrors of one host storage: ``base`` holds all of it, ``held`` views or parts by geometry.
 
     ``base`` lies in memory as the host's storage does. Tensors that share a storage may have version counters of their
-    own (parameters that were made parts of one flat tensor): ``versions`` are those that each geometry was last seen
-    with, ``version`` is the last of them and stands for those not seen yet. ``used`` and ``returned`` are the last step
-    that asked for the storage and the one that made it; ``stands`` says that a plan relies on it without asking.
+    own (parameters that were made parts of one flat tensor, or one of another's ``data``): ``versions`` are those that
+    each tensor and each geometry was last seen with, ``version`` is the last of them and stands for those not seen yet.
+    ``used`` and ``returned`` are the last step that asked for the storage and the one that made it; ``stands`` says
+    that a plan relies on it without asking.
     """
 
     storage: StorageWeakRef
     address: int
     version: Any = None
-    versions: dict[Geometry, Any] = field(default_factory=dict)
+    versions: dict[Geometry | tuple[Geometry, int], Any] = field(default_factory=dict)
     base: Value = None
     held: dict[Geometry, Held] = field(default_factory=dict)
     base_bytes: int = 0
@@ -71,9 +74,12 @@ class Record:
     def note(self, tensor: Tensor) -> bool:
         """From now on what is held has to show the tensor as it is now; whether it does already."""
         geometry, version = geometry_of(tensor), version_of(tensor)
-        same = same_version(self.versions.get(geometry, self.version), version)
-        self.version = self.versions[geometry] = version
-        return same
+        itself = geometry, int(tensor._cdata)
+        known = self.versions.get(itself, self.versions.get(geometry, self.version))
+        if len(self.versions) > _MOST_VERSIONS:  # views that are made anew for each step
+            self.versions.clear()
+        self.version = self.versions[geometry] = self.versions[itself] = version
+        return same_version(known, version)
 
     def empty(self) -> None:
         """Let go of everything held; what tensors were when they were noted stays known."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hetegen_compile.accelerators.base import Accelerator, Op, Value
 from hetegen_compile.accelerators.geometry import span_bytes
-from hetegen_compile.mirrors.fingerprints import Fingerprint
+from hetegen_compile.mirrors.fingerprints import SAMPLE_BYTES, Fingerprint
 from hetegen_compile.mirrors.identity import covers_storage, geometry_of, lies_in_little
 from hetegen_compile.mirrors.record import Held, Record
 from hetegen_compile.mirrors.request import MIRRORS, Request
@@ -103,12 +103,20 @@ def _laid_out(value: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) ->
     return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device).copy_(value)
 
 
-def _fingerprint(tensor: Tensor) -> Fingerprint | None:
+def _fingerprint(tensor: Tensor, most_bytes: int | None = None) -> Fingerprint | None:
     """Of all bytes between the tensor's first and last element; None where there are none or no version."""
     if tensor.numel() == 0 or tensor.is_inference():
         return None
-    start = int(tensor.storage_offset()) * tensor.element_size()
-    return Fingerprint(tensor.untyped_storage(), start, span_bytes(tensor))
+    start, nbytes = int(tensor.storage_offset()) * tensor.element_size(), span_bytes(tensor)
+    return Fingerprint(tensor.untyped_storage(), start, nbytes if most_bytes is None else min(nbytes, most_bytes))
 
 
-__all__ = ["Uploader", "new_bytes"]
+def first_bytes(tensor: Tensor) -> Fingerprint | None:
+    """Of what a step has just made or written on both sides: enough to see at the next step that all was changed.
+
+    The first token of a cache is there however much of it is filled.
+    """
+    return _fingerprint(tensor, SAMPLE_BYTES)
+
+
+__all__ = ["Uploader", "first_bytes", "new_bytes"]

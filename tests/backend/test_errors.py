@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from hetegen_compile import schedules
+from hetegen_compile.backend import make_backend
 from hetegen_compile.errors import (
     AcceleratorUnavailableError,
     BudgetError,
     GradientsNotSupportedError,
     OptionError,
 )
+from hetegen_compile.segments import plain_compiler
 from tests.backend.modules import BUDGET, Linear, around, plain, random
 from tests.models.harness import RecordingBackend, compiled_like_eager, emulated
 
@@ -80,6 +82,12 @@ def test_wrong_options_are_errors_of_the_call(options: dict[str, Any], message: 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_inductors_modes_are_refused() -> None:
+    compiled = torch.compile(around(plain), backend=make_backend(plain_compiler), mode="max-autotune")
+    with torch.no_grad(), pytest.raises(OptionError, match="mode='max-autotune' is Inductor's"):
+        compiled(random(3, 64))
+
+
 def test_cuda_without_a_device() -> None:
     with pytest.raises(AcceleratorUnavailableError, match="emulated"):
         _call({"accelerator": "cuda"})

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import hetegen_compile
 from hetegen_compile.accelerators import EmulatedAccelerator
-from hetegen_compile.accelerators.base import call_on_host
+from hetegen_compile.accelerators.base import Op, call_on_host
 from hetegen_compile.accelerators.emulated import ahead
 from hetegen_compile.cost_model import load_profile, profile_to_json
 from tests.backend.modules import BUDGET, Mlp, around, plain, random
@@ -111,16 +111,33 @@ def test_a_profile_that_knows_gates_asks_for_it(tmp_path: Path) -> None:
         assert ("deliver(" in sources(backend)[0]) == bool(gate_s)
 
 
-def test_left_to_itself_it_leaves_growing_caches_alone(tmp_path: Path) -> None:
-    for cache in (None, "static"):
-        torch._dynamo.reset()
-        model, backend = tiny_model("llama"), RecordingBackend()
-        options = emulated(gpu_memory=half_the_weights(model), hardware=with_gates(tmp_path, 4e-6))
-        model.compile(backend=backend, options=options)
-        generate(model, prompts(1), cache, tokens=TOKENS)
-        assert any("deliver(" in source for source in sources(backend)) == (cache == "static")
-        if cache is None:
-            assert all("a cache grows" in plan.schedule.explain() for graph in backend.graphs for plan in graph.plans)
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_gates_are_closed_in_decode_steps_of_any_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str | None
+) -> None:
+    """Attention to a growing cache, new in each step, is issued when they are open: the accelerator checks that."""
+    model, backend, gated = tiny_model("llama"), RecordingBackend(), dict[str, bool]()
+    expected = generate(model, prompts(1), cache, tokens=TOKENS)
+    begin_step, launch = EmulatedAccelerator.begin_step, EmulatedAccelerator.launch
+
+    def begun(self: EmulatedAccelerator, *args: Any, **options: Any) -> None:
+        gated.clear()
+        begin_step(self, *args, **options)
+
+    def launched(self: EmulatedAccelerator, op: Op, *args: Any, **options: Any) -> Any:
+        gated[op.name] = self._ahead.behind_gates
+        return launch(self, op, *args, **options)
+
+    monkeypatch.setattr(EmulatedAccelerator, "begin_step", begun)
+    monkeypatch.setattr(EmulatedAccelerator, "launch", launched)
+    options = emulated(gpu_memory=half_the_weights(model), hardware=with_gates(tmp_path, 4e-6))
+    model.compile(backend=backend, options=options)
+    assert torch.equal(generate(model, prompts(1), cache, tokens=TOKENS)["sequences"], expected["sequences"])
+    assert "deliver(" in sources(backend)[-1]
+    segments = {name: behind for name, behind in gated.items() if name.startswith("segment")}
+    attention = len(model.model.layers) if cache is None else 0
+    assert len(segments) - sum(segments.values()) == 1 + attention  # the first lies before all gates
+    assert sum(gated.values()) > len(segments)
 
 
 def test_what_cannot_be_done_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,6 +157,14 @@ def test_what_is_too_large_is_told() -> None:
     (schedule,) = [plan.schedule for graph in backend.graphs for plan in graph.plans]
     assert (schedule.trips_ahead, schedule.host_bytes > 0) == (0, True)
     assert "2 of 2 are computed by the issuing thread: what they send up is more than 256 KiB" in schedule.explain()
+
+
+def test_that_there_is_nothing_to_give_to_the_worker_is_told() -> None:
+    model = Mlp(2, 128).eval()
+    backend = compiled(model, gpu_memory=8 << 20, split=0.0)
+    like_eager(model, random(2, 128))
+    (schedule,) = [plan.schedule for graph in backend.graphs for plan in graph.plans]
+    assert "issuing ahead of the host's parts: no Linear has rows on the host" in schedule.explain()
 
 
 def test_a_split_without_room_for_it_is_scheduled_without_it() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import hetegen_compile
 from hetegen_compile.accelerators.base import Accelerator
-from tests.backend.modules import BUDGET, Mlp, random
+from tests.backend.modules import BUDGET, Linear, Mlp, around, random
 from tests.models.architectures import tiny_model
 from tests.models.harness import (
     RecordingBackend,
@@ -205,6 +205,35 @@ def test_writes_that_torch_does_not_see_are_noticed(
     assert any(schedule.resident_bytes > 0 for schedule in found.schedules), "some weights are held"
     assert not torch.allclose(found.compiled[1], found.compiled[2])
     assert "written in a way that torch does not see" in caplog.text
+
+
+def _growing(before: Linear, after: Linear, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+    cache = torch.cat([cache, before(x)])
+    return after(cache), cache
+
+
+def _filled(before: Linear, after: Linear, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+    cache[:2].copy_(before(x))
+    return after(cache), cache
+
+
+@pytest.mark.parametrize("body", [_growing, _filled])
+def test_a_cache_edited_in_a_way_that_torch_does_not_see(body: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """``data`` and numpy between two steps: the first bytes of what a step left are compared at the next."""
+    model = around(body)
+
+    def run() -> list[Any]:
+        found, cache = [], random(5, 64, seed=2)
+        for step in range(4):
+            with torch.no_grad():
+                result, cache = model(random(2, 64, seed=step), cache)
+            found += [result.clone(), cache.clone()]
+            cache.data.mul_(0.5)
+            cache.numpy()[:] += 1.0
+        return found
+
+    compiled_like_eager(model, run, options=emulated(gpu_memory=2 * BUDGET))
+    assert "was written in a way that torch does not see" in caplog.text
 
 
 def test_one_element_written_through_numpy_is_noticed_in_time() -> None:

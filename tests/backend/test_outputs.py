@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -93,3 +95,92 @@ def test_an_activation_of_the_middle_is_a_result_too() -> None:
         return y, after(y), y.mean(-1)
 
     _like_eager(body, (2, 3, 64))
+
+
+def _residual_stream(before: Linear, after: Linear, x: Tensor) -> tuple[Tensor, ...]:
+    x += before(x)
+    x += after(x)
+    return x, x[1:]
+
+
+def _written_through_a_view(before: Linear, after: Linear, x: Tensor) -> tuple[Tensor, ...]:
+    y = before(x)
+    gate, value = y.chunk(2, -1)
+    gate.mul_(torch.tanh(value))
+    return gate, value, y, after(y)
+
+
+def _computed_then_set(before: Linear, after: Linear, x: Tensor) -> tuple[Tensor, ...]:
+    y = before(x)
+    y[0] = y[1] * 2
+    return y.t(), y, after(y)
+
+
+def _moved_after_it_was_computed(before: Linear, after: Linear, x: Tensor) -> tuple[Tensor, ...]:
+    y = before(x)
+    y[0] = 0
+    return torch.cat([y.t(), y.t()]), after(y)
+
+
+def _views_of_views(before: Linear, after: Linear, x: Tensor) -> tuple[Tensor, ...]:
+    y = before(x)
+    return y, y[:, :3].t(), after(y)
+
+
+def _a_list_that_is_written(before: Linear, after: Linear, x: Tensor) -> tuple[Tensor, ...]:
+    y = before(x)
+    torch._foreach_mul_([x, y], 2.0)
+    return x, y, after(y)
+
+
+def _an_item_of_a_list_of_one(before: Linear, after: Linear, x: Tensor) -> tuple[Tensor, ...]:
+    y = before(x)
+    return torch.cond(y.sum() > 0, lambda y: y + 1, lambda y: y.sin(), (y,)), after(x)
+
+
+def _written_in_inference_mode(before: Linear, after: Linear, x: Tensor) -> tuple[Tensor, ...]:
+    with torch.inference_mode():
+        y = before(x)
+        y[0].add_(y[1])
+    return after(y), y * 1
+
+
+Body = Callable[[Linear, Linear, Tensor], tuple[Tensor, ...]]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        _residual_stream, _written_through_a_view, _computed_then_set, _moved_after_it_was_computed, _views_of_views,
+        _a_list_that_is_written, _an_item_of_a_list_of_one, _written_in_inference_mode,
+    ],
+)  # fmt: skip
+def test_what_shares_memory_that_is_computed_into(body: Body) -> None:
+    """Two calls: results and the input afterwards, and who shares memory, as in eager."""
+    _in_two_calls(body)
+
+
+def _in_two_calls(body: Body, *, offloads: bool = True) -> Any:
+    model = around(body)
+
+    def run() -> list[Any]:
+        found = []
+        for seed in range(2):
+            x = random(3, 64, seed=seed)
+            with torch.no_grad():
+                results = model(x)
+            found.append((results, x, _shared([x, *results])))
+        return found
+
+    return compiled_like_eager(model, run, options=emulated(gpu_memory=BUDGET), calls=1, offloads=offloads)
+
+
+def test_an_input_that_is_given_other_memory() -> None:
+    """No transfer of values follows that, so the graph runs on the host and says so."""
+
+    def body(before: Linear, after: Linear, x: Tensor) -> tuple[Tensor, ...]:
+        x.data = before(x)
+        return x, after(x)
+
+    (schedule,) = _in_two_calls(body, offloads=False).schedules
+    assert "gives a tensor that is there other memory" in schedule.explain()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, T5Config, ViTConfig
+from transformers import BambaConfig, Gemma2Config, LlamaConfig, MistralConfig, T5Config, ViTConfig
 
 from hetegen_compile import plan_generation
 from hetegen_compile.cost_model import load_profile, profile_to_json
@@ -190,12 +190,32 @@ def test_what_is_no_model_of_text_is_an_error(source: Any, message: str) -> None
         plan_generation(source, options={"hardware": A10})
 
 
-def test_a_cache_that_does_not_grow_is_an_error_that_names_plan() -> None:
-    config = MistralConfig(
+WINDOWED: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 512, "sliding_window": 32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("prompt", "new_tokens", "tokens"), [(16, 8, 23), (16, 32, 31), (40, 32, 31)])
+def test_windows_are_as_long_as_in_the_last_step(prompt: int, new_tokens: int, tokens: int) -> None:
+    """All layers of Mistral have one, so each step takes the same time; every other one of Gemma 2."""
+    mistral, gemma = MistralConfig(**WINDOWED), Gemma2Config(**WINDOWED, head_dim=16)
+    plans = [
+        plan_generation(config, prompt=prompt, new_tokens=new_tokens, options={"hardware": A10, "gpu_memory": "64MiB"})
+        for config in (mistral, gemma)
+    ]
+    for plan in plans:
+        assert any(note.endswith(f"{tokens} tokens long") for note in plan.notes)
+        assert list(plan.decode_step_s) == contexts_of(prompt, new_tokens)
+    assert len(set(plans[0].decode_step_s.values())) == 1 < len(set(plans[1].decode_step_s.values()))
+
+
+def test_a_cache_of_another_kind_is_an_error_that_names_plan() -> None:
+    config = BambaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=512, sliding_window=32,
+        vocab_size=512, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16,
     )
-    with pytest.raises(UnsupportedModelError, match=r"DynamicSlidingWindowLayer.*hetegen_compile\.plan"):
+    with pytest.raises(UnsupportedModelError, match=r"cache of \w+; decode .*hetegen_compile\.plan"):
         plan_generation(config, prompt=16, new_tokens=4, options={"hardware": A10})
 
 

@@ -61,3 +61,21 @@ def test_views_that_are_written_in_turn_are_not_uploaded_again(accelerator: Emul
         accelerator.synchronize()
         moved.append(sum(accelerator.counters.uploaded_bytes.values()))
     assert moved == [storage.nbytes] * 6
+
+
+def test_two_parameters_with_counters_of_their_own_stay_in_one_mirror(accelerator: EmulatedAccelerator) -> None:
+    """One is made of the other's ``data``: nothing is uploaded until one of them is written."""
+    mirrors, weight = Mirrors(accelerator), torch.zeros(8, 32)
+    weight.add_(1.0)
+    pair = [weight, weight.data]
+    moved = []
+    for turn in range(4):
+        mirrors.begin_step()
+        requests = [Request(one, "w", WEIGHTS) for one in pair]
+        assert len(mirrors.fetch(requests, PLENTY)) == 2
+        assert mirrors.stand(pair, requests) is not None
+        accelerator.synchronize()
+        moved.append(sum(accelerator.counters.uploaded_bytes.values()) // weight.nbytes)
+        if turn == 1:
+            pair[1].add_(1.0)
+    assert moved == [1, 1, 2, 2]

@@ -8,22 +8,18 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import sympy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hetegen_compile.buckets import largest_sizes
 from hetegen_compile.cost_model import row_granularity
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import LINEAR, info
-from hetegen_compile.options import Options
 from hetegen_compile.passes import annotate_costs, choose_residency, choose_splits
 from hetegen_compile.passes.claims import Claim, NothingResident
-from hetegen_compile.passes.context import Bucket
-from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH, OTHERS, RESIDENT, UNFORESEEN, Residency
+from hetegen_compile.passes.plans import ACTIVATIONS, OTHERS, RESIDENT, UNFORESEEN, Residency
 from tests.passes.graphs import GIB, Case, again, case, property_test
 
 SIZES = ((64, 512), (512, 512), (512, 128), (128, 1000))
@@ -374,128 +370,3 @@ def test_the_ring_is_as_long_as_others_made_it_where_that_leaves_half(
     assert sum(decided.budget.values()) <= budget_bytes
     free = budget_bytes - decided.step_bytes
     assert decided.ring_bytes >= ring_bytes or ring_bytes > free // 2
-
-
-# ---- room for what grows ---------------------------------------------------------------------------------------
-
-GROWN = nn.Linear(64, 64)
-
-
-@pytest.mark.parametrize(
-    ("limits", "length", "batches"),
-    [
-        ({}, 14, 1),  # twice what comes in
-        ({"max_batch": 3}, 14, 3),
-        ({"context": 28}, 28, 1),
-        ({"context": 28, "max_batch": 2}, 28, 2),
-        ({"context": 7}, 7, 1),
-    ],
-)
-def test_room_for_a_growing_cache_follows_context_and_max_batch(
-    limits: dict[str, int], length: int, batches: int
-) -> None:
-    past = torch.randn(7, 64)
-    torch._dynamo.mark_dynamic(past, 0)
-    options = Options(print_schedule=False, **limits)  # type: ignore[arg-type]
-    found = case(lambda x, past: torch.cat([past, GROWN(x)]), torch.randn(1, 64), past, options=options)
-    largest = largest_sizes(sympy.Integer(1), found.context, {}, spare=True)
-    found.context = replace(found.context, largest=largest)
-    budget = found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
-    row = 64 * 4
-    comes, goes = length * row, (length + 1) * row
-    assert budget[GROWTH] == comes - 7 * row
-    assert budget[ACTIVATIONS] >= goes
-    assert budget[BATCHES] == (batches - 1) * (row + comes + budget[ACTIVATIONS])  # x, the cache, what is made of them
-
-
-@pytest.mark.parametrize(("limits", "length"), [({}, 14), ({"context": 70}, 70), ({"context": 7, "max_batch": 3}, 7)])
-def test_a_prefill_of_fixed_length_keeps_room_for_the_caches_of_the_steps_after_it(
-    limits: dict[str, int], length: int
-) -> None:
-    def prefill(ids: Tensor) -> tuple[Tensor, Tensor]:
-        keys = GROWN(torch.nn.functional.one_hot(ids, 64).float())
-        return keys.view(1, 7, 4, 16).transpose(1, 2).contiguous(), keys
-
-    options = Options(print_schedule=False, **limits)  # type: ignore[arg-type]
-    found = case(prefill, torch.arange(7)[None], options=options, sequences=1, tokens_per_sequence=7)
-    budget = found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
-    token, ids, made = 64 * 4, 7 * 8, budget[ACTIVATIONS]
-    step = 3 * (length + 1) * token  # as it comes, as it goes, once more the largest value
-    assert budget[GROWTH] == 0 or step < made + budget[GROWTH] <= step + 8 * token  # beside it values of a token
-    assert made + budget[GROWTH] > step
-    more = limits.get("max_batch", 1) - 1
-    assert budget[BATCHES] == more * (ids + budget[ACTIVATIONS] + budget[GROWTH])
-
-
-@pytest.mark.parametrize(("window", "tokens"), [(4, 5), (7, 8), (30, 31), (200, 71)])
-def test_a_cache_of_a_window_keeps_room_for_what_it_is_cut_from(window: int, tokens: int) -> None:
-    """A longer context takes no more; prompts longer than the window, as long, shorter."""
-
-    def prefill(ids: Tensor) -> Tensor:
-        keys: Tensor = GROWN(torch.nn.functional.one_hot(ids, 64).float()).view(1, 7, 4, 16)
-        return keys.transpose(1, 2).contiguous()[:, :, -window:, :]
-
-    options = Options(print_schedule=False, context=70)
-    found = case(prefill, torch.arange(7)[None], options=options, sequences=1, tokens_per_sequence=7)
-    budget = found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
-    token, made = 64 * 4, budget[ACTIVATIONS]
-    step = 3 * tokens * token
-    assert budget[GROWTH] == 0 or step < made + budget[GROWTH] <= step + 8 * token
-    assert made + budget[GROWTH] > step
-
-
-def test_sizes_of_caches_are_compared_without_new_guards() -> None:
-    """What a cache is compared with may have a symbol where that has a number."""
-
-    def step(ids: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        made = GROWN(torch.nn.functional.one_hot(ids, 64).float()).view(1, 7, 4, 16).transpose(1, 2).contiguous()
-        return made, torch.relu(past)
-
-    past = torch.randn(1, 4, 9, 16)
-    torch._dynamo.mark_dynamic(past, 2)
-    found = case(step, torch.arange(7)[None], past, sequences=1, tokens_per_sequence=7).run(annotate_costs)
-    values = [info(node).value for node in found.module.graph.find_nodes(op="placeholder")]
-    (environment,) = {v.node.shape_env for v in values if isinstance(v, torch.SymInt)}
-    before = len(environment.guards)
-    assert found.apply(choose_residency).budget[GROWTH] > 0
-    assert len(environment.guards) == before
-
-
-def test_caches_of_all_layers_may_come_in_one_tensor() -> None:
-    def prefill(ids: Tensor) -> Tensor:
-        keys = GROWN(torch.nn.functional.one_hot(ids, 64).float()).view(1, 7, 4, 16).transpose(1, 2)
-        return torch.stack([keys, keys.relu()])
-
-    found = case(prefill, torch.arange(7)[None], sequences=1, tokens_per_sequence=7).run(annotate_costs)
-    assert found.apply(choose_residency).budget[GROWTH] > 0
-
-
-def test_without_spare_room_only_what_is_stated_is_kept() -> None:
-    def prefill(ids: Tensor) -> Any:
-        return GROWN(torch.nn.functional.one_hot(ids, 64).float()).view(1, 7, 4, 16).transpose(1, 2).contiguous()
-
-    found = case(prefill, torch.arange(7)[None], sequences=1, tokens_per_sequence=7, spare=False)
-    assert found.run(choose_residency).context.residency.budget[GROWTH] == 0  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize(
-    ("bucket", "context", "spare", "largest"),
-    [
-        (Bucket(5, 16), None, True, (16, 60)),
-        (Bucket(5, 16), 100, True, (16, 100)),
-        (Bucket(5, 16), 100, False, (None, 100)),
-        (Bucket(257, None), None, True, (14, 60)),
-        (Bucket(5, 16), None, False, (None, 30)),
-    ],
-)
-def test_largest_sizes(
-    chain: Case, bucket: Bucket, context: int | None, spare: bool, largest: tuple[int | None, int]
-) -> None:
-    tokens, length = sympy.symbols("tokens length", integer=True)
-    options = replace(chain.context.options, context=context)
-    sizes = {tokens: sympy.Integer(7), length: sympy.Integer(30)}
-    there = replace(chain.context, options=options, sizes=sizes, bucket=bucket)
-    found = largest_sizes(tokens, there, {}, spare=spare)
-    assert (found.get(tokens), found[length]) == largest
-    limited = largest_sizes(tokens, there, {length: sympy.Integer(31)}, spare=spare)
-    assert (limited.get(tokens), limited[length]) == (largest[0], min(31, largest[1]))

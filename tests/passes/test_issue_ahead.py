@@ -15,6 +15,7 @@ from hetegen_compile import ir
 from hetegen_compile.errors import BudgetError, MissingWaitError, ScheduleError
 from hetegen_compile.ir import annotate, info
 from hetegen_compile.passes import carry_prefetches, issue_ahead, measure_memory, predict_step, verify
+from hetegen_compile.passes.closed_gates import sizes_behind_gates
 from hetegen_compile.passes.issue_ahead import WINDOW
 from hetegen_compile.passes.plans import LinearPlan
 from hetegen_compile.passes.predict_step import WORKER
@@ -94,7 +95,7 @@ def test_a_run_of_launches_behind_a_gate_is_bounded(monkeypatch: pytest.MonkeyPa
     made: list[int] = []
     assert not ahead(long, X, plan=split_first).nodes(ir.CAUGHT_UP)
     made.clear()
-    monkeypatch.setattr(importlib.import_module("hetegen_compile.passes.issue_ahead"), "LAUNCHES", 12)
+    monkeypatch.setattr(importlib.import_module("hetegen_compile.passes.closed_gates"), "LAUNCHES", 12)
     found = ahead(long, X, plan=split_first)
     (caught,) = found.nodes(ir.CAUGHT_UP)
     assert caught.args[0] is of(found, ir.TO_ACCELERATOR)[-1]
@@ -102,6 +103,39 @@ def test_a_run_of_launches_behind_a_gate_is_bounded(monkeypatch: pytest.MonkeyPa
     between = list(found.module.graph.nodes)[places(found)[wait] + 1 : places(found)[caught]]
     assert 3 <= sum(node.op == "call_module" or node.target == ir.PARTIAL_LINEAR for node in between) <= 12
     found.apply(verify)
+
+
+def test_what_is_new_in_each_step_is_issued_when_gates_are_open() -> None:
+    """Attention to a cache: between a trip's wait and it the issuing thread catches up, and nowhere else."""
+
+    def attends(x: Tensor, keys: Tensor) -> Tensor:
+        for layer in LAYERS[:2]:
+            x = layer(x).relu()
+        scores = (x @ keys.T).softmax(-1)
+        attended: Tensor = LAYERS[2](scores @ keys).relu()
+        return attended
+
+    keys = torch.randn(7, WIDTH)
+    torch._dynamo.mark_dynamic(keys, 0)
+    found = scheduled(attends, X, keys, plan=halves, profile=gated())
+    (length,) = found.context.sizes
+    assert [node.args[0] for node in ahead_of(found, frozenset()).nodes(ir.CAUGHT_UP)] == trips(found)[:1]  # window
+    assert sizes_behind_gates(found.module) == {length}
+    found = scheduled(attends, X, keys, plan=halves, profile=gated())
+    caught = ahead_of(found, frozenset(found.context.sizes)).nodes(ir.CAUGHT_UP)
+    assert [node.args[0] for node in caught] == [trips(found)[1], trips(found)[0]]
+    assert not sizes_behind_gates(found.module)
+    found.apply(verify)
+
+
+def trips(found: Case) -> list[fx.Node]:
+    return of(found, ir.TO_ACCELERATOR)
+
+
+def ahead_of(found: Case, lengths: frozenset[Any]) -> Case:
+    found.context = replace(found.context, lengths=lengths)
+    found.apply(issue_ahead)
+    return found
 
 
 def test_it_computes_what_it_did() -> None:

@@ -160,6 +160,7 @@ STRIDED = nn.Parameter(torch.randn(IN, OUT).t())
 GAPPED = nn.Parameter(torch.randn(OUT, 2 * IN)[:, :IN])
 CUBE = nn.Parameter(torch.randn(3, IN, OUT))
 INTEGER = nn.Parameter(torch.ones(OUT, IN, dtype=torch.int64), requires_grad=False)
+EMPTY = nn.Parameter(torch.empty(0, IN))
 WIDE_BIAS = nn.Parameter(torch.randn(1, OUT))
 
 
@@ -173,6 +174,7 @@ def with_written_weight(x: Tensor) -> Tensor:
     [
         (lambda x: F.linear(x, STRIDED), r"STRIDED is not contiguous \(strides \(1, 16\)\)"),
         (lambda x: F.linear(x, GAPPED), r"GAPPED is not contiguous \(strides \(16, 1\)\)"),
+        (lambda x: F.linear(x, EMPTY), "EMPTY is empty"),
         (lambda x: x @ CUBE, "CUBE has 3 dimensions; a Linear's weight has two"),
         (lambda x: F.linear(x.long(), INTEGER), r"INTEGER is torch\.int64"),
         (with_written_weight, "W is written by the graph itself"),

@@ -339,6 +339,11 @@ def test_a_linear_under_autocast_is_not_split_and_keeps_its_dtype() -> None:
     assert_equal_to_eager(linear_under_autocast, x)
 
 
+def noise_in_a_result(x: Tensor) -> Any:
+    y = F.dropout(A(x), 0.5, True, True)
+    return y, y[0]
+
+
 HOST_ONLY: dict[str, tuple[Any, tuple[Tensor, ...], str]] = {
     "noise in a new tensor": (
         noise_in_a_new_tensor, (torch.randn(1, 64),), "normal_ writes on the host what the accelerator computes with",
@@ -354,6 +359,9 @@ HOST_ONLY: dict[str, tuple[Any, tuple[Tensor, ...], str]] = {
     "item() of a written input": (
         item_of_a_written_input, (torch.randn(1, 64), torch.tensor(3.0)),
         "add_ writes on the accelerator what item reads on the host",
+    ),
+    "noise written into a result": (
+        noise_in_a_result, (torch.randn(2, 64),), "y writes on the host what the accelerator computes with",
     ),
     "noise under autocast": (
         noise_under_autocast, (torch.randn(1, 64),),

@@ -163,7 +163,7 @@ class EmulatedAccelerator(Accelerator):
 
     # ---- steps -------------------------------------------------------------------------------------
     def begin_step(self, carried: Sequence[Transfer] = (), *, again: bool = False, needs_bytes: int = 0) -> None:
-        del again, needs_bytes  # nothing is loaded, and nobody waits for memory
+        del needs_bytes  # nobody waits for memory
         self._engine.check_usable()
         self.abandon_step()
         self._finish_step()
@@ -171,6 +171,7 @@ class EmulatedAccelerator(Accelerator):
         kept = [self._hazards.take_over(transfer) for transfer in carried]
         self._prefetches.give_up(*self._hazards.restart("begin_step", kept))
         self._ledger.begin_step()
+        self._ahead.begin_step(gated=again)
         self._engine.enter_step()
 
     def end_step(self) -> None:
@@ -233,6 +234,7 @@ class EmulatedAccelerator(Accelerator):
         access = self._hazards.clocks.issue(COMPUTE, op.name)
         for value in values:
             self._hazards.use(value, access)
+        self._ahead.waits(transfer)
         if transfer.done is not None:
             name, work = (Op(transfer.node), transfer.check) if transfer.carried else (op, None)
             self._engine.submit(COMPUTE, Task(name, work, waits=(transfer.done,)))
@@ -273,7 +275,8 @@ class EmulatedAccelerator(Accelerator):
         for position in mutates:
             self._hazards.mutate(args[position], access)
         results = [DeviceTensor(access) for _ in range(1 if outputs is None else outputs)]
-        call = Call(function, args, tuple(args[i] for i in mutates), results, outputs is None)
+        written = tuple(args[i] for i in mutates)
+        call = Call(function, args, written, results, outputs is None, self._ahead.behind_gates)
         work = partial(self._work.call, op, call, self._issued(access))
         self._engine.submit(COMPUTE, Task(op, work, Modes.current()))
         return results[0] if outputs is None else results

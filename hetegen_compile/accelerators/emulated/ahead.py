@@ -29,6 +29,23 @@ class Ahead:
         self._engine = engine
         self._hazards = hazards
         self._ledger = ledger
+        self._gated = False
+        self._closed: list[Transfer] = []
+
+    def begin_step(self, *, gated: bool) -> None:
+        """A GPU closes gates in this step, or (not ``gated``) whoever issues waits for the worker there."""
+        self._gated = gated
+        self._closed.clear()
+
+    @property
+    def behind_gates(self) -> bool:
+        """Whether what is issued now may lie behind a closed gate."""
+        return self._gated and bool(self._closed)
+
+    def waits(self, transfer: Transfer) -> None:
+        """The compute stream waits for what the worker sends: a gate."""
+        if transfer.access.lane == WORKER:
+            self._closed.append(transfer)
 
     def receive(self, op: Op, transfer: Transfer) -> HostPromise:
         """``Accelerator.receive``."""
@@ -78,6 +95,7 @@ class Ahead:
         if transfer.access.lane != WORKER or transfer.done is None:
             raise ScheduleError(f"{op.name} waits for {transfer.node}, which the worker does not send")
         transfer.done.wait()
+        self._closed = [one for one in self._closed if one.access.tick > transfer.access.tick]
         self._hazards.clocks.merge(HOST, transfer.clock)
 
 

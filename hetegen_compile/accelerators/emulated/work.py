@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from hetegen_compile.accelerators.base import Op
 from hetegen_compile.accelerators.emulated.aliases import AliasChecks
 from hetegen_compile.accelerators.emulated.clocks import Access, Clock
+from hetegen_compile.accelerators.emulated.loaded import LoadedCode
 from hetegen_compile.accelerators.emulated.values import UNFINISHED, DeviceTensor, Transfer, deferred_in
 from hetegen_compile.accelerators.geometry import copy_span, empty_result, empty_twin, span_bytes
 from hetegen_compile.accelerators.ledger import MemoryLedger
@@ -21,13 +22,17 @@ Issued = tuple[Access, Clock]
 
 
 class Call(NamedTuple):
-    """One launch: a function, its arguments, those of them it writes, and the futures of its results."""
+    """One launch: a function, its arguments, those of them it writes, and the futures of its results.
+
+    ``gated``: it is issued while a gate may be closed.
+    """
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     written: tuple[Any, ...]
     results: list[DeviceTensor]
     single: bool
+    gated: bool = False
 
 
 class DeviceWork:
@@ -36,6 +41,7 @@ class DeviceWork:
     def __init__(self, ledger: MemoryLedger) -> None:
         self._ledger = ledger
         self.aliases = AliasChecks()
+        self._loaded = LoadedCode()
 
     def copy_up(self, op: Op, value: DeviceTensor, source: torch.Tensor) -> None:
         """Allocate a device tensor and fill it from a host tensor."""
@@ -89,12 +95,22 @@ class DeviceWork:
         for value in deferred_in(call.written):
             if isinstance(value, DeviceTensor):
                 self.aliases.write(value.tensor(), *issued)
-        returned = call.function(*[_resolve(argument) for argument in call.args])
+        arguments = [_resolve(argument) for argument in call.args]
+        self._loaded.launch(op, call.function, _tensors_in(arguments), gated=call.gated)
+        returned = call.function(*arguments)
         for value, data in zip(call.results, [returned] if call.single else returned, strict=True):
             value.data = data
             if isinstance(data, torch.Tensor):
                 self._ledger.hold(data, "activations")
         self._ledger.note_workspace(op.name, op.workspace_bytes)
+
+
+def _tensors_in(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from _tensors_in(argument)
 
 
 def _resolve(argument: Any) -> Any:

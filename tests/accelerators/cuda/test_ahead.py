@@ -1,0 +1,172 @@
+"""Gates of steps that are issued ahead, over the fake of torch.cuda."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hetegen_compile.accelerators import CudaAccelerator, Op
+from hetegen_compile.accelerators.cuda import ahead, gates
+from hetegen_compile.accelerators.cuda.allocator import BLOCK_BYTES, unclaimed_bytes
+from hetegen_compile.accelerators.cuda.gates import Gates
+from hetegen_compile.accelerators.cuda.worker import Worker
+from hetegen_compile.accelerators.switching import INTERVAL_S, QuickSwitching
+from hetegen_compile.errors import AcceleratorError
+from tests.accelerators import fake_cuda
+from tests.accelerators.ahead_steps import LIKE, expected, run, step
+from tests.accelerators.fake_cuda import LOG
+from tests.accelerators.schedules import HOST_ROWS, WIDTH, make_weights
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaAccelerator]:
+    """CUDA over the fake, closed afterwards."""
+    fake_cuda.install(monkeypatch)
+    opened = CudaAccelerator()
+    yield opened
+    opened.close()
+
+
+def gates_in_log() -> list[str]:
+    return [entry for entry in LOG if entry.startswith("gate")]
+
+
+def test_gates_are_closed_only_in_a_step_that_has_run(cuda: CudaAccelerator) -> None:
+    run(cuda, again=False)
+    assert not gates_in_log()
+    run(cuda, again=True)
+    assert [int(entry.split()[1]) for entry in gates_in_log()] == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(("needs_bytes", "closed"), [(0, 4), (1 << 29, 4), (1 << 30, 0)])
+def test_no_gate_is_closed_where_the_allocator_may_have_to_wait(
+    cuda: CudaAccelerator, needs_bytes: int, closed: int
+) -> None:
+    cuda.begin_step(again=True, needs_bytes=needs_bytes)
+    torch.testing.assert_close(step(cuda, make_weights(4), torch.ones(2, WIDTH)), expected())
+    cuda.end_step()
+    assert len(gates_in_log()) == closed
+
+
+def test_a_limit_of_the_allocators_own_counts(cuda: CudaAccelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert unclaimed_bytes(cuda.device) == (1 << 30) - 2 * BLOCK_BYTES
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.25)
+    assert unclaimed_bytes(cuda.device) == (1 << 29) - fake_cuda.RESERVED["current"] - 2 * BLOCK_BYTES
+
+
+def test_device_tensors_die_on_the_issuing_thread(cuda: CudaAccelerator) -> None:
+    """The worker may hold the last reference to nothing of the device: torch's allocator could be waiting."""
+    died: list[str] = []
+    cuda.begin_step(again=True)
+    value = cuda.upload(Op("x"), torch.ones(2, WIDTH))
+    weakref.finalize(value.untyped_storage(), lambda: died.append(threading.current_thread().name))
+    received = cuda.receive(Op("r"), cuda.to_host(Op("d"), [value]))
+    del value
+    made = cuda.host_ahead(Op("h"), F.linear, (received[0], torch.ones(HOST_ROWS, WIDTH)), {})
+    sent = cuda.deliver(Op("u"), [made], LIKE)
+    cuda.wait(Op("w"), sent)
+    assert not died
+    cuda.caught_up(Op("c"), sent)
+    assert died == [threading.current_thread().name]
+    cuda.end_step()
+
+
+def test_what_was_not_sent_is_read_as_zeros(cuda: CudaAccelerator) -> None:
+    run(cuda, layers=1)  # the buffer has something in it now
+
+    def fails(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        raise ValueError("no")
+
+    cuda.begin_step(again=True)
+    received = cuda.receive(Op("r"), cuda.to_host(Op("d"), [cuda.upload(Op("x"), torch.ones(2, WIDTH))]))
+    made = cuda.host_ahead(Op("h"), fails, (received[0], torch.ones(HOST_ROWS, WIDTH)), {})
+    (up,) = cuda.wait(Op("w"), cuda.deliver(Op("u"), [made], LIKE))
+    assert torch.equal(up, torch.zeros(2, HOST_ROWS))
+    with pytest.raises(ValueError, match="no"):
+        cuda.end_step()
+    cuda.abandon_step()
+
+
+def test_every_gate_of_an_abandoned_step_opens(cuda: CudaAccelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    monkeypatch.setattr(Gates, "open", lambda self, number: opened.append(number))
+    go_on = threading.Event()
+    cuda.begin_step(again=False)
+    received = cuda.receive(Op("r"), cuda.to_host(Op("d"), [cuda.upload(Op("x"), torch.ones(2, WIDTH))]))
+    made = cuda.host_ahead(Op("h"), lambda x: go_on.wait(10), (received[0],), {})
+    for name in ("u1", "u2"):
+        cuda.deliver(Op(name), [made], LIKE)
+    threading.Timer(0.05, go_on.set).start()
+    cuda.abandon_step()
+    assert opened == [1, 2]
+
+
+def test_two_accelerators_with_steps_that_overlap_leave_the_interval_as_it_was() -> None:
+    before, (first, second) = sys.getswitchinterval(), (QuickSwitching(), QuickSwitching())
+    for one in (first, second):
+        one.enter()
+    first.leave()
+    assert sys.getswitchinterval() == pytest.approx(INTERVAL_S)
+    second.leave()
+    assert sys.getswitchinterval() == before
+
+
+def test_a_worker_that_cannot_begin_says_so(cuda: CudaAccelerator) -> None:
+    def fails() -> None:
+        raise OSError("no such device")
+
+    thread = Worker(fails)
+    thread.begin()
+    with pytest.raises(OSError, match="no such device"):
+        thread.raise_failure()
+    thread.close()
+
+
+def test_numbers_of_gates_wrap_around(cuda: CudaAccelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late() -> Gates:
+        made = Gates()
+        made._last = 2**32 - 3
+        made.open(made._last)
+        return made
+
+    monkeypatch.setattr(ahead, "Gates", late)
+    torch.testing.assert_close(run(cuda), expected())
+    assert [int(entry.split()[1]) for entry in gates_in_log()] == [2**32 - 2, 2**32 - 1, 0, 1]
+
+
+def test_every_gate_opens_though_the_work_before_it_failed(cuda: CudaAccelerator) -> None:
+    def fails(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        run(cuda, layers=2, linear=fails)  # two gates are closed before anybody looks
+    assert len(gates_in_log()) == 2
+    cuda.abandon_step()
+
+
+def test_a_refusal_of_the_driver_names_the_option(cuda: CudaAccelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gates, "_wait_function", lambda: lambda *arguments: 801)
+    with pytest.raises(AcceleratorError, match=r"error 801.*'issue_ahead': False"):
+        run(cuda)
+    cuda.abandon_step()
+
+
+def test_why_there_are_no_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> Any:
+        raise OSError("libcuda.so.1: no such file")
+
+    monkeypatch.setattr(gates, "_wait_function", missing)
+    gates.why_no_gates.cache_clear()
+    assert "no such file" in gates.why_no_gates()
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    gates.why_no_gates.cache_clear()
+    assert "aarch64" in gates.why_no_gates()
+    gates.why_no_gates.cache_clear()
