@@ -22,6 +22,7 @@ from hetegen_compile.share_search import Search
 from hetegen_compile.trials import Trials
 from hetegen_compile.trips import Trips, step_chain, trips_of, with_shares
 
+_VARIED_TOKENS = 16  # a prompt is one step of many: it is not worth as much planning
 _NEARLY = 1.03  # a chain with blocks that is not longer than this may still win: what it saves in joins is not in it
 
 
@@ -43,7 +44,8 @@ def balanced_splits(module: fx.GraphModule, context: Context, trials: Trials) ->
         if any(plan.host for plan in splits.values()):
             search.simulate(splits)
         search.balance(trips, chain)
-    search.vary()
+    if context.bucket.high is not None and context.bucket.high <= _VARIED_TOKENS:
+        search.vary()
     return search.by_step()
 
 

@@ -111,7 +111,7 @@ class _Splitter:
 
     def _chunks_there(self) -> int:
         """How many of the chunks, the first ones, fit into the ring."""
-        width = slice_bytes(self.weight, self.plan.axis)
+        width = slice_bytes(self.weight, self.plan.axis)  # type: ignore[arg-type]
         filled = accumulate(aligned((hi - lo) * width) for lo, hi in self.plan.streamed)
         return sum(nbytes <= self.ring_bytes for nbytes in filled)
 

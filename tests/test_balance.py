@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 
 from benchmarks.schedule_quality import Work
-from hetegen_compile import planner
+from hetegen_compile import planner, share_search
 from hetegen_compile.balance import balanced_splits
 from hetegen_compile.baselines import baselines
 from hetegen_compile.cost_model import HardwareProfile, RateCurve, load_profile
@@ -51,6 +51,12 @@ def test_a_few_linears_are_streamed_whole_where_trips_are_dear() -> None:
     plans = [plan for plan in (step.context.splits or {}).values() if plan.resident_rows < plan.rows]
     on_host = [plan for plan in plans if plan.host == plan.rows - plan.resident_rows]
     assert 0 < len(on_host) < len(plans), "equal shares of all would stream a little of each, with a trip for each"
+
+
+def test_a_step_far_from_its_bound_is_varied(monkeypatch: pytest.MonkeyPatch) -> None:
+    varied = work().result(slow_link(), 0.4)
+    monkeypatch.setattr(share_search, "_FAR", 2.0)
+    assert varied.step_s < 0.995 * work().result(slow_link(), 0.4).step_s
 
 
 def test_no_plan_is_longer_than_what_it_is_compared_with() -> None:

@@ -68,14 +68,14 @@ def chain(x: Tensor) -> Tensor:
     return x
 
 
-def not_pairable(x: Tensor) -> Tensor:
+def not_pairable(x: Tensor) -> Any:
     """Each Linear needs all of the one before."""
     for layer in LAYERS:
         x = layer(x).softmax(-1)
     return x
 
 
-def beside(x: Tensor) -> Tensor:
+def beside(x: Tensor) -> Any:
     first, *others = (layer(x) for layer in LAYERS)
     return sum(others, first)
 
@@ -106,7 +106,7 @@ def test_linears_one_after_the_other_take_longer_than_beside_each_other() -> Non
     assert bounds(not_pairable).path_s > bounds(beside).path_s
 
 
-def attention_beside_mlp(x: Tensor) -> Tensor:
+def attention_beside_mlp(x: Tensor) -> Any:
     """Two ways from one activation to the next: the second Linear is not needed by the first or the third."""
     first, second, third, last = LAYERS
     return last((second(x).softmax(-1) + third(first(x).softmax(-1))).softmax(-1))
@@ -122,7 +122,7 @@ def test_what_the_accelerator_does_beside_the_path_counts() -> None:
 def test_a_step_begins_with_a_look_up_and_its_way_up() -> None:
     table = nn.Embedding(64, 1024)
 
-    def looked_up(ids: Tensor) -> Tensor:
+    def looked_up(ids: Tensor) -> Any:
         return LAYERS[0](table(ids).softmax(-1))
 
     found = planned(looked_up, torch.zeros(1, dtype=torch.int64), plan=resident)

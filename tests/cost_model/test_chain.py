@@ -57,6 +57,17 @@ def test_equal_layers_are_balanced_alike_to_the_closed_form() -> None:
     assert chain.step_s(shares) == pytest.approx(relaxation.bound_s) == pytest.approx(10 * 2 / 3)
 
 
+def test_whole_linears_are_preferred_within_the_slack() -> None:
+    """A trip of two equal Linears; the ideal shares are two thirds each."""
+    layer = Trip(host_s=1.0, link_s=2.0, accelerator_s=0.0, accelerator_saved_s=0.0)
+    chain, opened, whole = Chain((layer,) * 9, 0.0), range(9), [(0.0, 0.5, 1.0)] * 9
+    shares = balance_along(chain, opened, whole, 1.0)
+    assert sum(share not in whole[0] for share in shares) <= 1, "the last trip makes up for the others"
+    assert len(set(shares)) > 1
+    assert chain.step_s(shares) < 1.2 * relax(chain).bound_s
+    assert balance_along(chain, opened, whole, 0.1) == pytest.approx([2 / 3] * 9), "the nearest is too far"
+
+
 def test_the_link_gains_what_the_segments_take() -> None:
     layer = Trip(host_s=1.0, link_s=2.0, accelerator_s=0.0, accelerator_saved_s=0.0)
     idle = Chain((layer,) * 4, serial_s=1.0)

@@ -53,6 +53,24 @@ def test_what_they_need_comes_down_with_the_next_activation() -> None:
     assert len(scheduled(growing, X, *PASTS, plan=streamed).nodes(TO_HOST)) == len(PASTS) + 1
 
 
+def attending(x: Tensor, *pasts: Tensor) -> tuple[Tensor, ...]:
+    """Values are made in front of a segment, keys behind it."""
+    grown = []
+    for first, key, last, past in zip(LAYERS[:6:3], LAYERS[1:6:3], LAYERS[2:6:3], pasts, strict=True):
+        value = first(x)
+        keys = key(x).softmax(-1)
+        x = last(keys + value).softmax(-1)
+        grown += [torch.cat([past, value]), torch.cat([past, keys])]
+    return (x, *grown)
+
+
+def test_small_values_from_before_and_behind_a_segment_come_down_together() -> None:
+    pasts = PASTS[:2]
+    found = scheduled(attending, X, *pasts, plan=streamed)
+    downloads = [node.args[0] for node in found.nodes(TO_HOST)]
+    assert [len(values) for values in downloads] == [2, 2, 1]
+
+
 def test_host_parts_of_the_same_download_come_first() -> None:
     found = scheduled(growing, X, *PASTS, plan=halves)
     place = places(found)

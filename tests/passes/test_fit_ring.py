@@ -44,6 +44,19 @@ def fitted(base: Case, shares: list[int], ring_bytes: int, chunk_bytes: int) -> 
     return [(splits[position], after[position]) for position in positions]
 
 
+def test_chunks_may_be_of_another_part_of_the_ring(base: Case) -> None:
+    ring_bytes = 16 * GRANULE
+    assert base.context.residency is not None
+    residency = replace(base.context.residency, ring_bytes=ring_bytes, chunk_bytes=ring_bytes // 2)
+    found = again(base, residency=residency)
+    splits = {info(node).position: LinearPlan(1024, 0, ((0, 1024),), None) for node in found.nodes(LINEAR)}
+    counts = {
+        chunks: sum(len(plan.streamed) for plan in fit_ring(found.module, splits, found.context, chunks).values())
+        for chunks in (None, 2, 4)
+    }
+    assert counts[None] == counts[2] < counts[4]
+
+
 @property_test
 @given(st.lists(st.integers(0, 16), min_size=2, max_size=2), st.integers(4, 40), st.integers(1, 16))
 def test_the_same_rows_in_chunks_of_at_most_the_same_size(base: Case, shares: list[int], ring: int, chunk: int) -> None:

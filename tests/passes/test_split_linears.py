@@ -64,6 +64,18 @@ t13 = join([t12, t4, t8, t11], 0)
 return (t13,)"""
 
 
+def test_resident_rows_come_behind_the_chunks_that_the_ring_holds() -> None:
+    """The others are on their way still; the parts are joined in the order of their rows."""
+    found = planned(out_in, torch.randn(3, 8), plan=quarters)
+    assert found.context.residency is not None
+    found.context = replace(found.context, residency=replace(found.context.residency, ring_bytes=256))  # a chunk
+    found.apply(split_linears)
+    parts = found.nodes(PARTIAL_LINEAR)
+    assert [tuple(part.args[3:5]) for part in parts] == [(4, 8), (12, 16), (8, 12)]
+    (join,) = found.nodes(JOIN)
+    assert join.args[0] == [*found.nodes(HOST_LINEAR), parts[0], parts[2], parts[1]]
+
+
 def test_partial_sums_get_the_bias_once() -> None:
     assert split(in_out, torch.randn(3, 16), quarters).text == """\
 t1 = mirror(x)
