@@ -102,7 +102,7 @@ class _Cutter:
         room = (self._length - self._head) // row_bytes // step * step
         if rows <= room:
             return rows
-        if room * row_bytes < _LEAST_SLOT * chunk:
+        if room < step or room * row_bytes < _LEAST_SLOT * chunk:
             self._head = 0
             return rows
         return room

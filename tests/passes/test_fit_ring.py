@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes.choose_residency import SLOT_ALIGNMENT
-from hetegen_compile.passes.fit_ring import LEAST_USED, fit_ring
+from hetegen_compile.passes.fit_ring import LEAST_USED, _Cutter, fit_ring
 from hetegen_compile.passes.plans import LinearPlan
 from hetegen_compile.passes.schedule import shortest_ring
 from tests.passes.graphs import Case, again, planned, property_test
@@ -102,3 +103,11 @@ def _laps(sizes: list[int], ring: int) -> list[list[int]]:
             laps.append([])
         laps[-1].append(size)
     return laps
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 64, 512])
+def test_a_chunk_is_never_without_rows(chunk: int) -> None:
+    """Asked for more chunks than a short ring holds, of which each would be shorter than a granule of rows."""
+    cuts = list(islice(_Cutter(512).cut(0, 24, row_bytes=64, chunk=chunk, step=8), 100))
+    assert [hi - lo for lo, hi in cuts] == [8, 8, 8]
+    assert (cuts[0][0], cuts[-1][1]) == (0, 24)
