@@ -22,7 +22,7 @@ import networkx as nx
 from torch import fx
 
 from hetegen_compile.cost_model import Chain, Trip, download_s
-from hetegen_compile.ir import MIRROR, info
+from hetegen_compile.ir import INPUT_OPS, MIRROR, info
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.predict_step import least_trip_s, up_s
@@ -169,7 +169,7 @@ class _Path:
 
     def _crossing_s(self, operand: fx.Node, node: fx.Node) -> float:
         """From one side to the other. A Linear's result may be on either, and inputs are on both."""
-        if operand in self.linears or operand.op in ("placeholder", "get_attr") or operand.target == MIRROR:
+        if operand in self.linears or operand.op in INPUT_OPS or operand.target == MIRROR:
             return 0.0
         sides = info(operand).side, "host" if node.op == "output" else info(node).side
         if sides == ("accelerator", "host"):

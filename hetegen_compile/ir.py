@@ -48,6 +48,10 @@ GENERATOR = -1
 """The state of torch's random generator, as a storage: who draws reads and writes it, so draws keep their order."""
 
 
+INPUT_OPS = ("placeholder", "get_attr")
+"""``Node.op`` of what a graph is given and does not make."""
+
+
 @dataclass(frozen=True)
 class NodeInfo:
     """What the compiler knows about one node; survives copying of the graph.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from hetegen_compile.ir import info, written_storages
+from hetegen_compile.ir import INPUT_OPS, info, written_storages
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.tensors import storage_id, tensor_bytes, tensors_in, to_expr
 from hetegen_compile.passes.windows import CACHE_DIMS, TOKENS, window_of
@@ -104,7 +104,7 @@ def is_new_cache(tensor: Tensor, tokens: int) -> bool:
 
 def given_tensors(node: fx.Node) -> list[Tensor]:
     """Those of an input of the graph; none of another node."""
-    return tensors_in(info(node).value) if node.op in ("placeholder", "get_attr") else []
+    return tensors_in(info(node).value) if node.op in INPUT_OPS else []
 
 
 def shape_of(tensor: Tensor, context: Context) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import py_sym_types
 
 from hetegen_compile.ir import (
+    INPUT_OPS,
     LINEAR,
     MIRROR,
     TWIN,
@@ -43,8 +44,6 @@ from hetegen_compile.passes.levels import Levels
 from hetegen_compile.passes.plans import Placement
 from hetegen_compile.passes.resolve_sizes import size_inputs
 from hetegen_compile.passes.tensors import tensors_in, to_expr
-
-_INPUTS = ("placeholder", "get_attr")
 
 
 def group_segments(module: fx.GraphModule, context: Context) -> None:
@@ -70,7 +69,7 @@ class _Grouper:
         self._placement = placement
         self._context = context
         self._output = module.graph.output_node()
-        self._nodes = [node for node in module.graph.nodes if node.op not in (*_INPUTS, "output")]
+        self._nodes = [node for node in module.graph.nodes if node.op not in (*INPUT_OPS, "output")]
         self._levels = Levels(self._nodes, placement)
         self._sizes = size_inputs(module.graph)
         self._device: dict[fx.Node, fx.Node] = {}
@@ -98,7 +97,7 @@ class _Grouper:
 
     def _on_host(self, node: fx.Node) -> fx.Node:
         """The node that a host operation reads: the host's own value, else the accelerator's."""
-        if node in self._host or node.op in _INPUTS:
+        if node in self._host or node.op in INPUT_OPS:
             return self._host.get(node, node)
         return self._on_device(node)
 
@@ -108,7 +107,7 @@ class _Grouper:
             return self._device[node]
         if node.target == LINEAR or node.target == MIRROR:
             return node
-        if node.op in _INPUTS:
+        if node.op in INPUT_OPS:
             return self._mirror(node) if is_tensor(node) else node
         return self._host[node]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from hetegen_compile.ir import Side, info
+from hetegen_compile.ir import INPUT_OPS, Side, info
 from hetegen_compile.passes.faults import elsewhere, fault, not_waited_for
 from hetegen_compile.passes.happens_before import COMPUTE, HOST, Access, name_of
 from hetegen_compile.passes.memory import Accesses, Event, Held, Memory
@@ -65,7 +65,7 @@ class HeldValues:
     def mirror(self, node: fx.Node) -> None:
         """A mirror has the contents that its input has before the step, whatever its place in the graph is."""
         (host,) = node.all_input_nodes
-        if host.op not in ("placeholder", "get_attr"):
+        if host.op not in INPUT_OPS:
             raise fault(node, f"mirrors {name_of(host)}, which is no input", f"a transfer of {host} -> {node}")
         before, held = Access(node, COMPUTE, _BEFORE_THE_STEP), Held()
         keys: Iterable[int | None] = info(node).storages or (None,)

@@ -33,7 +33,7 @@ from bisect import bisect
 from torch import fx
 
 from hetegen_compile import ir
-from hetegen_compile.ir import NodeInfo, Side, annotate, info, is_tensor
+from hetegen_compile.ir import INPUT_OPS, NodeInfo, Side, annotate, info, is_tensor
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.completing import completing_s, late_readers
 from hetegen_compile.passes.context import Context
@@ -72,7 +72,7 @@ def value_side(node: fx.Node) -> Side | None:
     """On which side a node's tensor is; None for numbers, transfers under way and tokens."""
     if node.target in _STARTED or node.target == ir.RELEASE:
         return None
-    if node.op in ("placeholder", "get_attr"):
+    if node.op in INPUT_OPS:
         return "host" if is_tensor(node) else None
     return info(node).side if tensors_in(info(node).value) else None
 
@@ -90,13 +90,13 @@ class _Inserter:
         self._down: dict[_Version, fx.Node] = {}
         mirrors = graph.find_nodes(op="call_function", target=ir.MIRROR)
         self._mirrors: dict[fx.Node, fx.Node] = {node.all_input_nodes[0]: node for node in mirrors}
-        self._first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
+        self._first = next(node for node in graph.nodes if node.op not in INPUT_OPS)
 
     def accelerator_operands(self) -> None:
         """Host values that the accelerator reads: mirrors of inputs, uploads of what the host computes."""
         readers: dict[fx.Node, list[fx.Node]] = {}
         for user, operand in self._crossings("accelerator", "host"):
-            if operand.op in ("placeholder", "get_attr"):
+            if operand.op in INPUT_OPS:
                 user.replace_input_with(operand, self._mirror(operand))
             else:
                 readers.setdefault(operand, []).append(user)

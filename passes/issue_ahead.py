@@ -31,7 +31,7 @@ import sympy
 from torch import fx
 
 from hetegen_compile import ir
-from hetegen_compile.ir import annotate, info
+from hetegen_compile.ir import INPUT_OPS, annotate, info
 from hetegen_compile.passes.closed_gates import bound_launches
 from hetegen_compile.passes.context import Context, Refusal
 from hetegen_compile.passes.resolve_sizes import size_inputs
@@ -47,7 +47,6 @@ _LEFT = (
 )
 _NONE = "no Linear has rows on the host"
 _LEAN = "the budget holds no more than the leanest schedule"
-_INPUTS = ("placeholder", "get_attr")
 
 
 def issue_ahead(module: fx.GraphModule, context: Context) -> None:
@@ -156,7 +155,7 @@ def _trips(graph: fx.Graph, nodes: dict[fx.Node, None]) -> list[_Trip]:
     One that sends up what it itself waits for in between cannot be given to it as a whole, and is left alone.
     """
     place = {node: position for position, node in enumerate(graph.nodes)}
-    inputs = [node for node in graph.nodes if node.op in _INPUTS]
+    inputs = [node for node in graph.nodes if node.op in INPUT_OPS]
     found = []
     for group in _groups(nodes):
         downloads = _downloads(group)

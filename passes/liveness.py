@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import sympy
 from torch import fx
 
-from hetegen_compile.ir import info
+from hetegen_compile.ir import INPUT_OPS, info
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import Life, most_at_once
 from hetegen_compile.passes.tensors import held_bytes, storage_id, tensors_in
@@ -20,7 +20,7 @@ def activation_peak_bytes(module: fx.GraphModule, context: Context) -> int:
     Inputs are not counted.
     """
     nodes = list(module.graph.nodes)
-    inputs = frozenset[int]().union(*(info(n).storages for n in nodes if n.op in ("placeholder", "get_attr")))
+    inputs = frozenset[int]().union(*(info(n).storages for n in nodes if n.op in INPUT_OPS))
     lives = [life for key, life in storage_lives(nodes).items() if key not in inputs]
     return most_at_once((born, dies, context.room(size)) for born, dies, size in lives)
 

@@ -23,7 +23,7 @@ import sympy
 from torch import fx
 
 from hetegen_compile import ir
-from hetegen_compile.ir import info
+from hetegen_compile.ir import INPUT_OPS, info
 from hetegen_compile.passes.annotate_costs import value_size
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import Life, MemoryNeed
@@ -42,7 +42,7 @@ def measure_memory(module: fx.GraphModule, context: Context) -> MemoryNeed:
 
 def inner_lives(segment: fx.GraphModule) -> list[Life]:
     """Lives of the values that a segment makes and does not return, in places of its own order."""
-    inputs = [node for node in segment.graph.nodes if node.op in ("placeholder", "get_attr")]
+    inputs = [node for node in segment.graph.nodes if node.op in INPUT_OPS]
     returned = segment.graph.output_node().all_input_nodes
     outside = frozenset[int]().union(*(info(node).storages for node in (*inputs, *returned)))
     lives = [life for key, life in storage_lives(segment.graph.nodes).items() if key not in outside]

@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx
 
-from hetegen_compile.ir import LINEAR, info, writers_of
+from hetegen_compile.ir import INPUT_OPS, LINEAR, info, writers_of
 from hetegen_compile.passes.movement import is_view
 from hetegen_compile.passes.plans import Placement
-
-_INPUTS = ("placeholder", "get_attr")
 
 
 def mixed_storage(nodes: Sequence[fx.Node], placement: Placement) -> str | None:
@@ -48,10 +46,10 @@ def copied_result(results: Sequence[fx.Node], placement: Placement, makers: Mapp
     """
     lies_in = Counter(key for node in results for key in info(node).storages)
     for node in results:
-        if node in placement.host or node.op in _INPUTS:
+        if node in placement.host or node.op in INPUT_OPS:
             continue
         for key in info(node).storages:
-            if makers[key].op in _INPUTS or (lies_in[key] > 1 and makers[key] is not node):
+            if makers[key].op in INPUT_OPS or (lies_in[key] > 1 and makers[key] is not node):
                 return f"{node.name} is computed in memory that it shares with another result or an input"
     return None
 
@@ -74,7 +72,7 @@ def _touched_on_host(key: int, writer: fx.Node, is_input: bool, placement: Place
             return True
         if is_view(info(node)):
             continue
-        own = [arg for arg in node.all_input_nodes if arg in placement.host or arg.op in _INPUTS]
+        own = [arg for arg in node.all_input_nodes if arg in placement.host or arg.op in INPUT_OPS]
         reads = any(key in info(arg).storages for arg in own)
         if reads and (not is_input or info(node).position > info(writer).position):
             return True

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hetegen_compile.ir import LINEAR, annotate, erase_dead_nodes, info, is_tensor
+from hetegen_compile.ir import INPUT_OPS, LINEAR, annotate, erase_dead_nodes, info, is_tensor
 from hetegen_compile.passes.autocast import autocast_regions
 from hetegen_compile.passes.context import Context, Refusal
 from hetegen_compile.passes.fold_transforms import Folded
@@ -39,7 +39,6 @@ _FUSED_REASON = (
     "its Linears are inside torch's fused path, which is not cut: torch.backends.mha.set_fastpath_enabled(False) "
     "before the model is called leaves them apart"
 )
-_STORED = ("placeholder", "get_attr")
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def normalise_linears(module: fx.GraphModule, context: Context) -> None:
         if match is None:
             continue
         weight, dim = _stored_weight(match)
-        if (weight.op not in _STORED and weight not in stored) or _is_with_cache(node, weight, context):
+        if (weight.op not in INPUT_OPS and weight not in stored) or _is_with_cache(node, weight, context):
             continue  # a product of two activations
         reason = _why_not(match, weight, written, context)
         if node in under_autocast:
@@ -162,7 +161,7 @@ def _why_not(match: _Match, weight: fx.Node, written: frozenset[int], context: C
     name = source_name(weight) or weight.name
     if match.is_scaled:
         return "its alpha or beta is not 1"
-    if weight.op not in _STORED:
+    if weight.op not in INPUT_OPS:
         return f"its weight is computed from parameters ({name}), not a whole parameter"
     if weight.op != "placeholder" or weight.name not in context.weights:
         return f"{name} is not a parameter or buffer of the model"

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from hetegen_compile.ir import LINEAR, info, is_tensor, makers_of, writers_of
+from hetegen_compile.ir import INPUT_OPS, LINEAR, info, is_tensor, makers_of, writers_of
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.autocast import autocast_regions, mixed_region
 from hetegen_compile.passes.choose_splits import table_only
@@ -28,8 +28,6 @@ from hetegen_compile.passes.plans import Placement
 from hetegen_compile.passes.sources import source_name
 from hetegen_compile.passes.stacked_weights import computed_on_host
 from hetegen_compile.passes.tensors import tensors_in
-
-_INPUTS = ("placeholder", "get_attr")
 
 
 def place_nodes(module: fx.GraphModule, context: Context) -> Placement:
@@ -45,7 +43,7 @@ class _Placer:
     def __init__(self, module: fx.GraphModule, context: Context) -> None:
         self._context = context
         self._nodes = list(module.graph.nodes)
-        self._computing = [n for n in self._nodes if n.op not in (*_INPUTS, "output")]
+        self._computing = [n for n in self._nodes if n.op not in (*INPUT_OPS, "output")]
         self._writers = writers_of(self._computing)
         self._makers = makers_of(self._nodes)
         self._regions = autocast_regions(self._computing)
@@ -97,7 +95,7 @@ class _Placer:
 
     def _is_input(self, key: int) -> bool:
         """Whether a storage came in."""
-        return self._makers[key].op in _INPUTS
+        return self._makers[key].op in INPUT_OPS
 
     def _with_host_weights(self) -> set[fx.Node]:
         """What is computed with stacked weights that residency left on the host."""
@@ -116,7 +114,7 @@ class _Placer:
     def _place_writes_to_inputs(self) -> dict[fx.Node, str]:
         written_back: dict[fx.Node, str] = {}
         for node in self._nodes:
-            keys = info(node).storages if node.op in _INPUTS else frozenset()
+            keys = info(node).storages if node.op in INPUT_OPS else frozenset()
             writers = [writer for key in keys for writer in self._writers.get(key, ())]
             if not writers:
                 continue
@@ -141,7 +139,7 @@ class _Placer:
         lies_in = Counter(key for node in outputs for key in info(node).storages)
         for node in outputs:
             shared = {key for key in info(node).storages if lies_in[key] > 1}
-            if shared and node.op not in _INPUTS and self._repeatable(node):
+            if shared and node.op not in INPUT_OPS and self._repeatable(node):
                 self._repeat(self._down_to_maker(node, shared))
         self._bring_to_host(outputs)
 
@@ -151,7 +149,7 @@ class _Placer:
         for one in found:
             found += [
                 arg for arg in one.all_input_nodes
-                if arg.op not in _INPUTS and any(self._makers[key] is not arg for key in info(arg).storages & shared)
+                if arg.op not in INPUT_OPS and any(self._makers[key] is not arg for key in info(arg).storages & shared)
             ]  # fmt: skip
         return found
 
@@ -170,7 +168,7 @@ class _Placer:
 
     def _repeatable(self, node: fx.Node, seen: frozenset[fx.Node] = frozenset()) -> bool:
         """Whether the host may run the node too: moved data or integer arithmetic, and so its writers."""
-        if node in seen or node.op in _INPUTS:
+        if node in seen or node.op in INPUT_OPS:
             return True
         if node in self._host_only:
             return True
@@ -183,7 +181,7 @@ class _Placer:
         return all(self._repeatable(one, seen | {node}) for one in (*writers, *written))
 
     def _repeating_is_cheaper(self, node: fx.Node) -> bool:
-        if node.op in _INPUTS:
+        if node.op in INPUT_OPS:
             return False
         if _is_scalar(node):
             return True
@@ -195,7 +193,7 @@ class _Placer:
 
     def _leaf_bytes(self, node: fx.Node, seen: set[fx.Node]) -> int:
         """Bytes that have to be downloaded so that the host has the node's value."""
-        if node in seen or node in self._host or node.op in _INPUTS:
+        if node in seen or node in self._host or node.op in INPUT_OPS:
             return 0
         seen.add(node)
         if not self._repeatable(node):
@@ -215,7 +213,7 @@ class _Placer:
         pending = roots
         while pending:
             node = pending.pop()
-            if node in needed or node.op in (*_INPUTS, "output"):
+            if node in needed or node.op in (*INPUT_OPS, "output"):
                 continue
             if node in self._host_only or (_is_scalar(node) and node not in self._in_region):
                 continue
@@ -242,7 +240,7 @@ class _Placer:
         """The nodes beyond ``accelerator`` that make ``node`` of its values; None if anything else is needed."""
         if node in accelerator or _is_scalar(node):
             return set()
-        if node.op in _INPUTS:
+        if node.op in INPUT_OPS:
             return set() if any(user in accelerator for user in node.users) else None
         movable = node not in self._host_only and node.target != LINEAR and self._repeatable(node)
         if not movable or not accelerator.issuperset(self._writers_touching(node)):
@@ -259,7 +257,7 @@ class _Placer:
         """Values that a host node or the caller needs and the host does not make itself."""
         readers = [node for node in self._nodes if node in self._host or node.op == "output"]
         inputs = [node for reader in readers for node in reader.all_input_nodes]
-        return [n for n in inputs if n not in self._host and n.op not in _INPUTS and tensors_in(info(n).value)]
+        return [n for n in inputs if n not in self._host and n.op not in INPUT_OPS and tensors_in(info(n).value)]
 
 
 def _lists_read(node: fx.Node) -> list[fx.Node]:

@@ -14,7 +14,7 @@ from torch import fx
 
 from hetegen_compile import ir
 from hetegen_compile.errors import ScheduleError
-from hetegen_compile.ir import info
+from hetegen_compile.ir import INPUT_OPS, info
 from hetegen_compile.passes.aten_listener import SHAPE_ONLY_ATEN
 from hetegen_compile.passes.faults import elsewhere, fault
 from hetegen_compile.passes.findings import Effects
@@ -55,7 +55,7 @@ class Replay:
         """Replay every node in issue order."""
         for node in graph.nodes:
             self.held.advance()
-            if node.op in ("placeholder", "get_attr"):
+            if node.op in INPUT_OPS:
                 self.held.come_in(node)
             elif node.op == "output":
                 self.held.read(node, node.all_input_nodes, "host", self._clocks.issue(HOST, node), END)

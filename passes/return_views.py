@@ -27,23 +27,22 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-from hetegen_compile.ir import info, is_tensor, writers_of
+from hetegen_compile.ir import INPUT_OPS, info, is_tensor, makers_of, writers_of
 from hetegen_compile.passes.movement import is_view, moves_data
-
-_INPUTS = ("placeholder", "get_attr")
 
 
 def return_views(graph: fx.Graph) -> bool:
     """Rewrite what a captured graph returns; whether anything was, in which case new nodes have no notes yet."""
     output = graph.output_node()
-    outputs = [node for node in output.all_input_nodes if is_tensor(node) and node.op not in _INPUTS]
+    outputs = [node for node in output.all_input_nodes if is_tensor(node) and node.op not in INPUT_OPS]
     returned = Counter(key for node in outputs for key in info(node).storages)
     changed = False
+    makers = makers_of(graph.nodes)
     for key, writers in writers_of(graph.nodes).items():
-        first = next((node for node in graph.nodes if key in info(node).storages), None)
+        first = makers.get(key)
         if first is None or not is_tensor(first) or all(_is_repeated(node) for node in (first, *writers)):
             continue
-        if returned[key] > (first.op not in _INPUTS):
+        if returned[key] > (first.op not in INPUT_OPS):
             changed |= _return(output, first, key, [node for node in outputs if key in info(node).storages])
     return changed
 
@@ -61,12 +60,12 @@ def _return(output: fx.Node, first: fx.Node, key: int, results: Sequence[fx.Node
         return False
     with output.graph.inserting_before(output):
         made: dict[fx.Node, fx.Node] = {}
-        if first.op not in _INPUTS:
+        if first.op not in INPUT_OPS:
             made[first] = output.graph.call_function(torch.clone, (first,))
         for node, chain in chains.items():
             output.replace_input_with(node, _replayed(output.graph, chain or [], made))
     for node in sorted({node for chain in chains.values() for node in chain or ()}, reverse=True):
-        if not node.users and not info(node).writes and node.op not in _INPUTS:
+        if not node.users and not info(node).writes and node.op not in INPUT_OPS:
             output.graph.erase_node(node)
     return True
 

@@ -17,7 +17,7 @@ from collections.abc import Collection, Sequence
 
 from torch import Tensor, fx
 
-from hetegen_compile.ir import LINEAR, info, written_storages
+from hetegen_compile.ir import INPUT_OPS, LINEAR, info, written_storages
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.context import Context, Refusal, require
@@ -25,7 +25,6 @@ from hetegen_compile.passes.sources import source_name
 
 _LEAST = 8
 """Rows and columns of a stack's matrices: kernels of convolutions and windows have fewer."""
-_INPUTS = ("placeholder", "get_attr")
 
 
 def stacked_weights(module: fx.GraphModule, context: Context) -> list[fx.Node]:
@@ -42,14 +41,14 @@ def computed_on_host(nodes: Sequence[fx.Node], names: Collection[str]) -> set[fx
     """Nodes that read the stacks ``names``, and those that lie between two of them."""
     readers, moved = set[fx.Node](), {node for node in nodes if node.op == "placeholder" and node.name in names}
     for node in nodes:
-        if node.op in _INPUTS or moved.isdisjoint(node.all_input_nodes):
+        if node.op in INPUT_OPS or moved.isdisjoint(node.all_input_nodes):
             continue
         readers.add(node)
         if moved.issuperset(_floating(node.all_input_nodes)):  # a view, a cast or a choice of matrices
             moved.add(node)
     found = readers | _between(nodes, readers)
     written = written_storages(found)
-    return found | {node for node in nodes if node.op not in (*_INPUTS, "output") and _touches(node, written)}
+    return found | {node for node in nodes if node.op not in (*INPUT_OPS, "output") and _touches(node, written)}
 
 
 def _touches(node: fx.Node, storages: frozenset[int]) -> bool:
@@ -74,8 +73,8 @@ def _between(nodes: Sequence[fx.Node], readers: set[fx.Node]) -> set[fx.Node]:
     made = set(readers)
     for node in nodes:
         floating = _floating(node.all_input_nodes)
-        known = node.op not in (*_INPUTS, "output") and node.target != LINEAR and floating
-        if known and all(one in made or one.op in _INPUTS for one in floating):
+        known = node.op not in (*INPUT_OPS, "output") and node.target != LINEAR and floating
+        if known and all(one in made or one.op in INPUT_OPS for one in floating):
             made.add(node)
     found, pending = set[fx.Node](), [*readers]
     while pending:

@@ -13,7 +13,7 @@ import sympy
 from torch import Tensor, fx
 
 from hetegen_compile.geometry import mirrored_bytes
-from hetegen_compile.ir import LINEAR, info, is_tensor, written_storages
+from hetegen_compile.ir import INPUT_OPS, LINEAR, info, is_tensor, written_storages
 from hetegen_compile.passes.annotate_costs import value_size
 from hetegen_compile.passes.caches import Cache, Forward, returned_caches
 from hetegen_compile.passes.choose_splits import table_only
@@ -49,7 +49,7 @@ def mirrored_size(
     skipped = {weight for weight in weights if all(user.target == LINEAR for user in weight.users)} | set(on_host)
     mirrored = [
         node for node in module.graph.nodes
-        if node.op in ("placeholder", "get_attr") and is_tensor(node) and node not in skipped
+        if node.op in INPUT_OPS and is_tensor(node) and node not in skipped
         and not table_only(node, context)
     ]
     sharing: dict[int, list[fx.Node]] = {}

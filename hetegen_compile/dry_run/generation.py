@@ -65,18 +65,14 @@ def plan_generation(
         UnsupportedModelError: no such model, or one that cannot be planned; the message says what to do.
         BudgetError: ``gpu_memory`` is too small; the message has the number that works.
     """
-    machine, named = _machine(options, prompt, new_tokens, batch), named_model(model, dtype)
+    (machine, context), named = _machine(options, prompt, new_tokens, batch), named_model(model, dtype)
     machine = replace(machine, weight_bytes=weight_bytes(named.module))
     tell(f"{named.name}: tracing the forward of {prompt} tokens and that of one")
     with large_heap():
-        context = machine.options.context
-        assert context is not None, "stated by _machine"
-        contexts = contexts_of(prompt, new_tokens)
+        contexts = contexts_of(prompt, new_tokens) if named.generates else []
         longest = max([context - 1, *contexts])
         traced = trace_generation(named, prompt, batch, longest=longest, steps=new_tokens > 1)
         tell(f"planning for {machine.profile.name}")
-        if traced.decode is None:
-            contexts = []
         prefill, decode = _plan_both(traced, machine, longest)
         times = {n: total([one.at(sizes_at(one.graph, traced.hint, n)) for one in decode]) for n in contexts}
         first = total([as_planned(one) for one in prefill])
@@ -104,16 +100,16 @@ def plan_generation(
     )
 
 
-def _machine(options: Mapping[str, object] | None, prompt: int, new_tokens: int, batch: int) -> Machine:
-    """What the plan is for; its options state a context."""
+def _machine(options: Mapping[str, object] | None, prompt: int, new_tokens: int, batch: int) -> tuple[Machine, int]:
+    """What the plan is for, and the context that its options state."""
     for name, value in (("prompt", prompt), ("new_tokens", new_tokens), ("batch", batch)):
         if value < 1:
             raise OptionError(f"{name}={value!r}: expected a whole number of at least 1")
-    context = prompt + new_tokens
     parsed = parse_options(options)
-    if parsed.context is not None and parsed.context < context:
-        raise OptionError(f"context={parsed.context} is less than the {context} tokens of prompt and generation")
-    return Machine(replace(parsed, context=parsed.context or context), profile_for(parsed))
+    context = parsed.context or prompt + new_tokens
+    if context < prompt + new_tokens:
+        raise OptionError(f"context={context} is less than the {prompt + new_tokens} tokens of prompt and generation")
+    return Machine(replace(parsed, context=context), profile_for(parsed)), context
 
 
 # ---- plans ---------------------------------------------------------------------------------------------------
