@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 import hetegen_compile
 from examples.models import encode_chat, load_smollm2
+from hetegen_compile.errors import HetegenError
 
 COMPARED_TOKENS = 8
 WAYS: tuple[tuple[str, float | Literal["auto"]], ...] = (
@@ -29,8 +31,16 @@ WAYS: tuple[tuple[str, float | Literal["auto"]], ...] = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the demo; returns 0 if the tokens are eager's."""
+    """Run the demo; returns 0 if the tokens are eager's, 2 if an option is wrong."""
     args = _arguments(argv)
+    try:
+        return _demonstrate(args)
+    except HetegenError as error:
+        print(f"\nhetegen: {error}", file=sys.stderr)
+        return 2
+
+
+def _demonstrate(args: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with tqdm(total=3, desc="loading the model", bar_format="{desc:40} {bar:20} {n}/{total} steps") as progress:
         model, tokenizer = load_smollm2()

@@ -23,7 +23,9 @@ class Letters:
         return "".join(chr(97 + int(token) % 26) for token in tokens)
 
 
-def test_the_demo_shows_what_it_promises(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo with a tiny model, its segments as plain FX code."""
     model = tiny_model("llama")
     compile_in_place = type(model).compile
     plain = make_backend(plain_compiler)
@@ -33,6 +35,10 @@ def test_the_demo_shows_what_it_promises(monkeypatch: pytest.MonkeyPatch, capsys
         type(model), "compile", lambda self, backend, options: compile_in_place(self, backend=plain, options=options)
     )
     torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_demo_shows_what_it_promises(capsys: pytest.CaptureFixture[str]) -> None:
     assert generate.main(["--gpu-memory", "120KiB", "--max-new-tokens", "8", "--pace", "50"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"answer: [a-z]+", shown)
@@ -43,3 +49,21 @@ def test_the_demo_shows_what_it_promises(monkeypatch: pytest.MonkeyPatch, capsys
         (predicted, measured) = re.findall(rf"^{way} +([\d.]+) tokens/s +([\d.]+) tokens/s", shown, re.MULTILINE)[0]
         assert float(predicted) > 0
         assert float(measured) > 0
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--gpu-memory", "1KiB", r"hetegen: gpu_memory=1\.00 KiB cannot hold .*The smallest budget that works is"),
+        ("--gpu-memory", "much", "hetegen: option 'gpu_memory': 'much' is not a size"),
+        ("--hardware", "nope", "hetegen: hardware profile 'nope' is neither"),
+    ],
+)
+def test_a_wrong_option_is_told_in_one_line(
+    option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate.main([option, value, "--max-new-tokens", "2"]) == 2
+    shown = capsys.readouterr().err
+    assert re.search(message, shown)
+    assert "Traceback" not in shown
