@@ -68,6 +68,23 @@ def test_a_prefill_of_fixed_length_keeps_room_for_the_caches_of_the_steps_after_
     assert budget[BATCHES] == more * (ids + budget[ACTIVATIONS] + budget[GROWTH])
 
 
+def test_the_mask_of_another_sequence_is_counted_at_the_longest_context() -> None:
+    """Its length is a size of its own in the graph that comes with it, so that graph keeps room for all of it."""
+
+    def prefill(ids: Tensor) -> tuple[Tensor, Tensor]:
+        logits = torch.nn.functional.one_hot(ids, 4096).float()  # more than any step after it takes
+        keys = GROWN(torch.nn.functional.one_hot(ids, 64).float())
+        return keys.view(1, 7, 4, 16).transpose(1, 2).contiguous(), logits
+
+    room = {}
+    for context in (7, 17):
+        options = Options(print_schedule=False, context=context, max_batch=2)
+        found = case(prefill, torch.arange(7)[None], options=options, sequences=1, tokens_per_sequence=7)
+        room[context] = found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
+    assert room[7][GROWTH] == room[17][GROWTH] == 0
+    assert room[17][BATCHES] - room[7][BATCHES] == 2 * 10 * 8  # of both sequences, ten tokens longer
+
+
 @pytest.mark.parametrize(("window", "tokens"), [(4, 5), (7, 8), (30, 31), (200, 71)])
 def test_a_cache_of_a_window_keeps_room_for_what_it_is_cut_from(window: int, tokens: int) -> None:
     """A longer context takes no more; prompts longer than the window, as long, shorter."""
