@@ -12,7 +12,7 @@ from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import info
 from hetegen_compile.passes import annotate_costs, choose_residency, group_segments, place_nodes
 from hetegen_compile.passes.plans import MIRRORED, RESIDENT
-from hetegen_compile.passes.stacked_weights import computed_on_host, stacked_weights, stacks_on_host
+from hetegen_compile.passes.unsplit_weights import computed_on_host, stacked_weights, weights_on_host
 from tests.passes.graphs import Case, case
 
 STACK_BYTES = 4 * 16 * 32 * 4
@@ -69,7 +69,7 @@ def test_a_stack_takes_what_linears_leave() -> None:
     assert found is not None
     assert len(found.host_weights) == 1
     assert found.budget[MIRRORED] == lean.budget[MIRRORED]
-    assert found.stack_bytes == STACK_BYTES
+    assert found.unsplit_bytes == STACK_BYTES
     assert found.budget[RESIDENT] == 2 * 16 * 16 * 4 + STACK_BYTES, "all rows of both Linears, and the stack"
 
 
@@ -87,7 +87,7 @@ def test_what_lies_between_two_stacks_is_computed_on_the_host() -> None:
     nodes = list(found.module.graph.nodes)
     on_host = {str(name) for node in computed_on_host(nodes, residency.host_weights) for name in info(node).aten}
     assert on_host == {"bmm", "relu_", "transpose"}
-    (refusal,) = stacks_on_host(found.module, found.context)
+    (refusal,) = weights_on_host(found.module, found.context)
     assert "16.00 KiB of stacked weights" in refusal.reason
     assert "up" in refusal.where
     assert "1 more" in refusal.where
