@@ -51,7 +51,7 @@ def other_weights(module: fx.GraphModule, context: Context) -> list[fx.Node]:
     placeholders, least = module.graph.find_nodes(op="placeholder"), min(_LEAST_BYTES, context.budget_bytes // 64)
     candidates = [
         node for node in placeholders
-        if node.name in context.weights and value_bytes(node, context) >= max(1, least)
+        if node.name in context.weights and node.users and value_bytes(node, context) >= max(1, least)
         and not any(user.target == LINEAR for user in node.users) and not table_only(node, context)
     ]  # fmt: skip
     if not candidates:
