@@ -28,6 +28,7 @@ from hetegen_compile.passes.fold_transforms import fold_transforms
 from hetegen_compile.passes.return_views import return_views
 from hetegen_compile.passes.sources import module_path
 from hetegen_compile.passes.tensors import storage_id, tensors_in
+from hetegen_compile.passes.unfold_attention import unfold_attention
 
 _COSTS = ("flops", "traffic_bytes", "made_bytes")
 
@@ -89,7 +90,7 @@ def capture(module: fx.GraphModule, inputs: Sequence[Any]) -> FakeTensorMode:
     mode = fake_mode(module)
     check_devices(module, inputs)
     propagate(module, inputs, mode)
-    for rewrite in (copy_before_writes, return_views):
+    for rewrite in (unfold_attention, copy_before_writes, return_views):
         if rewrite(module.graph):
             module.recompile()
             propagate(module, inputs, mode)
