@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -142,7 +143,7 @@ def test_changed_weights_and_another_instance(layer: Callable[[], nn.Module]) ->
 @pytest.mark.parametrize("layer", KINDS)
 def test_a_dry_run_splits_the_same(layer: Callable[[], nn.Module]) -> None:
     model, x, budget = made(layer)
-    options = {"accelerator": "emulated", "print_schedule": False, "gpu_memory": budget, "split": 0.5}
+    options: dict[str, Any] = {"accelerator": "emulated", "print_schedule": False, "gpu_memory": budget, "split": 0.5}
     with torch.no_grad():
         planned = hetegen_compile.plan(model, x, options=options)
         compiled = torch.compile(model, backend=RecordingBackend(), options=options)
