@@ -69,6 +69,8 @@ def normalise_linears(module: fx.GraphModule, context: Context) -> None:
         if (weight.op not in INPUT_OPS and weight not in stored) or _is_with_cache(node, weight, context):
             continue  # a product of two activations
         reason = _why_not(match, weight, written, context)
+        if match.x in stored:
+            reason = "it is a product of parameters: nothing that the call is given is in it"
         if node in under_autocast:
             reason = "it is inside an autocast region of the forward, which is not cut"
         if reason is not None:
