@@ -1,7 +1,7 @@
 """Weights that cannot be split, and what is computed with them on the host where they do not fit.
 
-Why: only a Linear's whole, contiguous weight is split by rows and streamed. A convolution's kernel, a packed or
-column-major matrix, the parts that a weight is computed from (``weight_norm``, dequantisation) and stacks of experts
+Why: only a Linear's whole, contiguous weight is split by rows and streamed. A convolution's kernel, a range
+of a matrix's columns, the parts that a weight is computed from (``weight_norm``, dequantisation) and stacks of experts
 are read by other operations. Mirrored whole, a model in which these exceed the budget would not run at all. So they
 are claims on the budget as well, each all or nothing; those that do not fit stay where they lie, and their readers run
 on the host:
@@ -31,9 +31,9 @@ from hetegen_compile.passes.sources import source_name
 _LEAST = 8
 """Rows and columns of a stack's matrices: kernels of convolutions and windows have fewer."""
 
-_LEAST_BYTES = 64 << 10
-"""Of other weights that may stay on the host, where a budget is not very small: computing with those there takes a trip
-each. Of what is made of them, too: less is sent up instead of computing with it on the host (some rows of a table)."""
+_LEAST_BYTES, _LEAST_VECTOR_BYTES = 16 << 10, 1 << 20
+"""Of other weights that may stay on the host: computing with those there takes a trip each, so smaller ones (norms,
+biases) are mirrored. Of what is made of them, too: less is sent up instead of computing with it on the host."""
 
 
 def stacked_weights(module: fx.GraphModule, context: Context) -> list[fx.Node]:
@@ -48,10 +48,9 @@ def stacked_weights(module: fx.GraphModule, context: Context) -> list[fx.Node]:
 
 def other_weights(module: fx.GraphModule, context: Context) -> list[fx.Node]:
     """Placeholders of the model's other weights that no Linear reads and the host may compute with, in order."""
-    placeholders, least = module.graph.find_nodes(op="placeholder"), min(_LEAST_BYTES, context.budget_bytes // 64)
     candidates = [
-        node for node in placeholders
-        if node.name in context.weights and node.users and value_bytes(node, context) >= max(1, least)
+        node for node in module.graph.find_nodes(op="placeholder")
+        if node.name in context.weights and node.users and value_bytes(node, context) >= _least_bytes(node)
         and not any(user.target == LINEAR for user in node.users) and not table_only(node, context)
     ]  # fmt: skip
     if not candidates:
@@ -63,6 +62,11 @@ def other_weights(module: fx.GraphModule, context: Context) -> list[fx.Node]:
         node for node in candidates
         if node not in stacks and not info(node).storages & written and fixed.isdisjoint(_readers(node, context))
     ]  # fmt: skip
+
+
+def _least_bytes(node: fx.Node) -> int:
+    value = info(node).value
+    return _LEAST_BYTES if isinstance(value, Tensor) and value.dim() > 1 else _LEAST_VECTOR_BYTES
 
 
 def without_use(module: fx.GraphModule, context: Context, names: Collection[str], on_host: Collection[str]) -> set[str]:

@@ -1,7 +1,8 @@
-"""Stacks of matrices: which parameters are, how residency treats them, and what is computed on the host."""
+"""Weights that cannot be split: which are, how residency treats them, and what is computed on the host."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,14 @@ from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import info
 from hetegen_compile.passes import annotate_costs, choose_residency, group_segments, place_nodes
 from hetegen_compile.passes.plans import MIRRORED, RESIDENT
-from hetegen_compile.passes.unsplit_weights import computed_on_host, stacked_weights, weights_on_host
+from hetegen_compile.passes.sources import source_name
+from hetegen_compile.passes.unsplit_weights import (
+    computed_on_host,
+    other_weights,
+    stacked_weights,
+    weights_on_host,
+    without_use,
+)
 from tests.passes.graphs import Case, case
 
 STACK_BYTES = 4 * 16 * 32 * 4
@@ -43,9 +51,9 @@ def decided(budget_bytes: int) -> Case:
     return found
 
 
-def leanest() -> int:
+def leanest(decide: Callable[[int], Case] = decided) -> int:
     with pytest.raises(BudgetError) as error:
-        decided(1)
+        decide(1)
     return int(str(error.value).split("'gpu_memory': ")[1].split("}")[0])
 
 
@@ -106,3 +114,92 @@ def test_the_graph_with_stacks_on_the_host_computes_what_eager_does() -> None:
     found.apply(group_segments)
     with torch.no_grad():
         torch.testing.assert_close(found.outputs()[0], model(x))
+
+
+# ---- other weights -------------------------------------------------------------------------------------------
+
+
+class Odd(nn.Module):
+    """A Linear, one whose weight is corrected in each forward, a column-major one, a table, a norm and a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Linear(64, 64)
+        self.base = nn.Parameter(torch.randn(64, 64))
+        self.up, self.down = nn.Parameter(torch.randn(64, 2)), nn.Parameter(torch.randn(2, 64))
+        self.columns = nn.Parameter(torch.randn(64, 64).t())
+        self.table = nn.Parameter(torch.randn(256, 64))
+        self.norm = nn.LayerNorm(64)
+        self.vector = nn.Parameter(torch.randn(8192))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.plain(self.norm(x + self.table[: x.shape[0]]))
+        x = torch.nn.functional.linear(x, self.base + self.up @ self.down)
+        return torch.nn.functional.linear(x, self.columns) + self.vector[:64]
+
+
+def odd(budget_bytes: int) -> Case:
+    found = case(Odd(), torch.randn(3, 64)).run(annotate_costs)
+    found.context = replace(found.context, budget_bytes=budget_bytes)
+    found.context = replace(found.context, residency=choose_residency(found.module, found.context))
+    return found
+
+
+def sources(found: Case, names: Collection[str]) -> set[str]:
+    placeholders = found.module.graph.find_nodes(op="placeholder")
+    return {(source_name(node) or node.name).rpartition(".")[2] for node in placeholders if node.name in names}
+
+
+def test_large_weights_that_no_linear_reads_may_stay_on_the_host() -> None:
+    found = odd(1 << 20)
+    assert sources(found, [node.name for node in other_weights(found.module, found.context)]) == {
+        "base", "columns", "table",
+    }  # fmt: skip
+
+
+def test_those_that_save_most_stay_and_come_before_linears() -> None:
+    def resident(budget_bytes: int) -> set[str]:
+        found = odd(budget_bytes)
+        assert found.context.residency is not None
+        return sources(found, found.context.residency.weights)
+
+    lean = leanest(odd)
+    kept = [resident(lean + (more << 10)) for more in (0, 16, 40, 96, 104)]
+    assert kept[0] == set()
+    assert kept[1] == {"base"}, "before the Linear of as many bytes"
+    assert kept[2] == {"base", "columns", "weight"}, "what is left holds rows of the Linear, but not the table"
+    assert kept[3] == {"base", "columns", "table"}, "three rows of the table are read, so it comes after the matrices"
+    assert kept[4] == {"base", "columns", "table", "weight"}
+
+
+def test_what_is_made_of_weights_alone_is_computed_where_it_is_read() -> None:
+    found = odd(1 << 20)
+    nodes = list(found.module.graph.nodes)
+    base = next(node.name for node in nodes if source_name(node).endswith("base"))
+    on_host = computed_on_host(nodes, {base}, found.context.weights)
+    assert sorted(str(name) for node in on_host for name in info(node).aten) == ["add", "mm", "mm", "t"]
+
+
+def test_a_few_rows_of_a_table_are_sent_up() -> None:
+    found = odd(1 << 20)
+    nodes = list(found.module.graph.nodes)
+    table = next(node.name for node in nodes if source_name(node).endswith("table"))
+    on_host = computed_on_host(nodes, {table}, found.context.weights)
+    assert {str(name) for node in on_host for name in info(node).aten} == {"slice"}
+
+
+def test_a_weight_that_is_read_with_one_on_the_host_is_not_kept() -> None:
+    class Bilinear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Parameter(torch.randn(64, 64).t()), nn.Parameter(torch.randn(64, 256).t())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("bi,ij,kj->bk", x, self.left, self.right)
+
+    found = case(Bilinear(), torch.randn(3, 64)).run(annotate_costs)
+    names = [node.name for node in other_weights(found.module, found.context)]
+    assert len(names) == 2
+    left, right = names
+    assert without_use(found.module, found.context, {left}, {right}) == {left}
+    assert without_use(found.module, found.context, {left}, set()) == set()
