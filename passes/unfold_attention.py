@@ -1,8 +1,8 @@
 """torch's function for multi-head attention becomes the operations that it is made of.
 
 Why: Dynamo takes ``F.multi_head_attention_forward``, which ``nn.MultiheadAttention`` calls, as one node, and the
-Linears in it could not be split. So the function is run on fakes once more and the calls that it makes at torch's level take
-its place. Part of the capture: all stages after it see ordinary nodes.
+Linears in it could not be split. So the function is run on fakes once more and the calls that it makes at torch's
+level take its place. Part of the capture: all stages after it see ordinary nodes.
 
 Before:
 
