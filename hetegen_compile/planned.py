@@ -19,6 +19,14 @@ DRY_RUN = "dry run"
 
 Sizes = Mapping[sympy.Symbol, sympy.Integer]
 Split = float | Literal["auto"]
+Ahead = bool | Literal["auto"]
+
+
+class Variant(NamedTuple):
+    """One way to schedule what has been decided about memory: the values of the options of these names."""
+
+    split: Split
+    issue_ahead: Ahead = "auto"
 
 
 @dataclass(frozen=True)
@@ -74,4 +82,4 @@ class ScheduledStep:
     schedule: Schedule
 
 
-__all__ = ["DRY_RUN", "BucketPlan", "Graphs", "ScheduledStep", "Sizes", "Split", "Target"]
+__all__ = ["DRY_RUN", "Ahead", "BucketPlan", "Graphs", "ScheduledStep", "Sizes", "Split", "Target", "Variant"]

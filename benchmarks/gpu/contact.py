@@ -37,8 +37,16 @@ def contact(settings: Settings, notebook: Notebook) -> None:
     checks.check("small uploads by size", lambda: reads_by_size(device_of(settings)))
     checks.check("columns of a matrix", lambda: columns_by_width(device_of(settings)))
     checks.check("waits and launches", partial(waits, settings))
-    checks.check("host kernels let go of the interpreter lock", interpreter_lock)
     checks.finish()
+
+
+def kernel(settings: Settings, notebook: Notebook) -> None:
+    """Stage ``kernel``: build the host's kernel, most of a minute where nothing is cached, and look at it."""
+    del settings
+    started = time.perf_counter()
+    notebook.note("kernel", best_kernel(torch.ones((64, 64), dtype=torch.bfloat16)).name)
+    notebook.note("built_s", round(time.perf_counter() - started, 1))
+    notebook.note("host kernels let go of the interpreter lock", interpreter_lock())
 
 
 def registering(settings: Settings) -> dict[str, Any]:
