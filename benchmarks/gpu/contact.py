@@ -153,11 +153,18 @@ def waits(settings: Settings) -> dict[str, float]:
         with torch.cuda.stream(other):
             pass
 
+    def switch_known() -> None:
+        torch.cuda.set_stream(other)
+        torch.cuda.set_stream(stream)
+
     works: dict[str, Callable[[], object]] = {
         "record an event and wait for it": record_and_wait,
         "make and record an event": stream.record_event,
         "stream waits for an event": lambda: other.wait_event(event),
         "enter another stream": switch,
+        "set another stream and back": switch_known,
+        "free memory, asked of the driver": lambda: torch.cuda.mem_get_info(device),
+        "launch a Linear of one token with a bias": lambda: torch.nn.functional.linear(token, rows, rows[0]),
         "current stream": lambda: torch.cuda.current_stream(device),
         "launch a kernel": lambda: x.add_(1),
         "launch a Linear of one token": lambda: torch.nn.functional.linear(token, rows),
