@@ -43,8 +43,8 @@ _END_S, _LEAST_S = 5.0, 15.0
 OTHERS_S = 80.0
 """Of a child's life, after which it begins none of hetegen's other ways (its first row came after about 65 s)."""
 
-PEER_S = 75.0
-"""Left to the best-known peer, where there is so much."""
+PEER_S = 85.0
+"""Left to a peer at both limits, where there is so much."""
 
 
 def calibration(settings: Settings, notebook: Notebook) -> None:
