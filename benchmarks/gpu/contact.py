@@ -144,6 +144,7 @@ def waits(settings: Settings) -> dict[str, float]:
     other, event = torch.cuda.Stream(device), torch.cuda.Event()
     rows = torch.zeros((4096, 4096), dtype=torch.bfloat16, device=device)
     token = torch.zeros((1, 4096), dtype=torch.bfloat16, device=device)
+    bias = torch.zeros(4096, dtype=torch.bfloat16, device=device)
 
     def record_and_wait() -> None:
         event.record(stream)
@@ -164,7 +165,13 @@ def waits(settings: Settings) -> dict[str, float]:
         "enter another stream": switch,
         "set another stream and back": switch_known,
         "free memory, asked of the driver": lambda: torch.cuda.mem_get_info(device),
-        "launch a Linear of one token with a bias": lambda: torch.nn.functional.linear(token, rows, rows[0]),
+        "launch it with a bias (cublasLt, which torch asks for a kernel each time)": (
+            lambda: torch.nn.functional.linear(token, rows, bias)
+        ),
+        "launch it, then add the bias": lambda: torch.nn.functional.linear(token, rows).add_(bias),
+        "launch it with a bias of two dimensions (a copy, then cuBLAS)": (
+            lambda: torch.addmm(bias[None], token, rows.t())
+        ),
         "current stream": lambda: torch.cuda.current_stream(device),
         "launch a kernel": lambda: x.add_(1),
         "launch a Linear of one token": lambda: torch.nn.functional.linear(token, rows),

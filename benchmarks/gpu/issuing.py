@@ -73,16 +73,24 @@ def measure(device: torch.device, arena_bytes: int, weight_bytes: int, rounds: i
         for _ in range(LAUNCHES):
             F.linear(x, square)
 
-    host, behind, alone = [], [], []
-    for number in range(rounds):
+    def with_bias() -> None:
+        for _ in range(LAUNCHES):
+            F.linear(x, square, square[0])
+
+    host, behind, biased, alone = [], [], [], []
+    for number in range(2 * rounds):
         host.append(_seconds(lambda number=number: compute(token, weights[number % len(weights)])))  # type: ignore[misc]
-        behind.append(_seconds(launches))
+        if number % 2:
+            biased.append(_seconds(with_bias))
+        else:
+            behind.append(_seconds(launches))
     for _ in range(rounds):
         alone.append(_seconds(launches))
     seconds = statistics.median(host[1:])
     return {
         "host_s": seconds, "host_bytes_per_s": weights[0].nbytes / seconds,
         "launch_behind_it_s": statistics.median(behind[1:]) / LAUNCHES,
+        "launch_with_bias_behind_it_s": statistics.median(biased[1:]) / LAUNCHES,
         "launch_in_a_loop_s": statistics.median(alone) / LAUNCHES,
     }  # fmt: skip
 

@@ -28,7 +28,7 @@ SHAPES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Stages of the comparison: which model, and the ways in it. Those that matter less have a stage of their own.
 
-Of the peers that are there everywhere, Accelerate's device map has most to set against hetegen: it fills the limit, too.
+Of the peers that are there everywhere Accelerate's device map has most to set against hetegen: it fills the limit.
 """
 
 REHEARSED = "opt-tiny"

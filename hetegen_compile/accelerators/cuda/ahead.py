@@ -56,11 +56,14 @@ class Ahead:
         self._gated = gated
 
     def finish_step(self) -> None:
-        """Wait for the worker and raise what it has raised."""
+        """Wait for the worker and raise what it has raised. After a step without it, it ends, with its OpenMP threads:
+        beside them those of the issuing thread would sleep between any two kernels (``openmp.py``)."""
         if self._begun:
             self._worker.drain()
             self._worker.raise_failure()
             self._leave()
+        elif self._worker.started:
+            self._worker.close()
 
     def abandon_step(self) -> None:
         """Pass over what the worker still has to do; every gate opens."""

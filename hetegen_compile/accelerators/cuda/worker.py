@@ -76,9 +76,14 @@ class Worker:
         self._thread = JobThread("hetegen-worker", self._step.on_thread)
         self._threads = 0
 
+    @property
+    def started(self) -> bool:
+        """Whether the thread is there."""
+        return self._thread.started
+
     def begin(self) -> None:
         """Take over the caller's modes of torch and number of threads, for a step."""
-        if not self._thread.started:
+        if not self.started:
             self._threads = 0
             self.submit(self._prepare)
         self._step.modes = Modes.current()

@@ -139,6 +139,19 @@ def test_nothing_is_collected_on_the_worker(cuda: CudaAccelerator) -> None:
     assert gc.isenabled()
 
 
+def test_the_worker_ends_with_a_step_that_has_no_use_for_it(cuda: CudaAccelerator) -> None:
+    def workers() -> int:
+        return sum(thread.name == "hetegen-worker" for thread in threading.enumerate())
+
+    for _ in range(2):
+        torch.testing.assert_close(run(cuda), expected())
+        assert workers() == 1
+        cuda.begin_step()
+        assert workers() == 1
+        cuda.end_step()
+        assert workers() == 0
+
+
 def test_collection_stays_as_the_caller_has_it() -> None:
     first, second = NoCollection(), NoCollection()
     first.enter()
