@@ -107,7 +107,7 @@ def _calibrate_cuda(effort: Effort, step: Step) -> HardwareProfile:
     measured = "measured by hetegen calibrate with CUDA events and blocking copies, medians"
     sources = {field: measured for field in _ACCELERATOR_FIELDS}
     sources["host.contention"] = "measured while pinned uploads run"
-    sources["accelerator.gate_s"] = gates.source
+    sources["accelerator"] = f"{measured}; gates: {gates.source}"
     return _profile(this_machine(cuda=True), effort, host, figures, sources, ())
 
 

@@ -168,13 +168,16 @@ def test_without_views_the_link_is_used(
     assert "cannot be viewed" in caplog.text
 
 
-def test_a_profile_of_a_machine_with_cuda(meter: CudaMeter, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gates", [Answer(4e-6, times="faster"), Answer(0.0, "no faster")])
+def test_a_profile_of_a_machine_with_cuda(
+    meter: CudaMeter, monkeypatch: pytest.MonkeyPatch, gates: Answer
+) -> None:
     def same_meter(*_: object) -> CudaMeter:
         return meter
 
     def ask(device: torch.device) -> Answer:
         LOG.append("gates")
-        return Answer(4e-6, times="faster")
+        return gates
 
     monkeypatch.setattr(runner, "CudaMeter", same_meter)
     monkeypatch.setattr(gating, "ask", ask)
@@ -183,8 +186,8 @@ def test_a_profile_of_a_machine_with_cuda(meter: CudaMeter, monkeypatch: pytest.
     assert unsourced_fields(profile) == ()
     assert profile.inferred == ()
     assert "a fake GPU" in profile.description
-    assert profile.accelerator.gate_s == 4e-6
-    assert profile.sources["accelerator.gate_s"] == "measured; faster"
+    assert profile.accelerator.gate_s == gates.gate_s
+    assert profile.sources["accelerator"].endswith("measured; faster" if gates.gate_s else "ahead: no faster")
     assert LOG[-2:] == ["empty_cache", "gates"], "a trial that hangs costs no other figure's time"
 
 
