@@ -286,6 +286,7 @@ def test_what_issuing_costs_is_measured_behind_host_work(monkeypatch: pytest.Mon
     found = issuing.measure(torch.device("cpu"), arena_bytes=1 << 18, weight_bytes=1 << 16, rounds=3)
     assert set(found) == {
         "host_s", "host_bytes_per_s", "launch_behind_it_s", "launch_with_bias_behind_it_s", "launch_in_a_loop_s",
+        "host_on_a_worker_s", "host_on_a_worker_beside_idle_threads_s",
     }  # fmt: skip
     assert all(value > 0 for value in found.values())
     assert found["host_bytes_per_s"] == pytest.approx((1 << 16) / found["host_s"])
