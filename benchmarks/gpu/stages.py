@@ -61,7 +61,7 @@ STAGES = (
     Stage("mirrors", 120.0, correctness=True, together="correctness"),
     Stage("racecheck", 150.0, correctness=True, together="correctness"),
     Stage("steady", 120.0, correctness=True, together="correctness"),
-    Stage("calibration", 150.0),
+    Stage("calibration", 180.0),
     Stage("opt-6.7b", 300.0),
     Stage("opt-6.7b-peers", 200.0),
     Stage("floor", 45.0),
