@@ -41,6 +41,7 @@ class Target:
         overhead_bytes: what the device's libraries take of the budget, item by item.
         host_memory: what can be pinned; None says everything.
         cannot_issue_ahead: why nothing can be issued ahead of the host's parts; "" says that it can.
+        issue_ahead: whether it is, where that is not what the options say.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Target:
     overhead_bytes: Mapping[str, int] = field(default_factory=dict)
     host_memory: HostWeights | None = None
     cannot_issue_ahead: str = ""
+    issue_ahead: Ahead | None = None
 
 
 @dataclass(frozen=True)

@@ -47,19 +47,15 @@ class Planner:
         """The bucket that a forward of these sizes belongs to."""
         return bucket_of(number(self._tokens, sizes))
 
-    def plan_bucket(
-        self, sizes: Sizes, target: Target, weights: Mapping[str, Tensor], *, issue_ahead: Ahead | None = None
-    ) -> BucketPlan:
+    def plan_bucket(self, sizes: Sizes, target: Target, weights: Mapping[str, Tensor]) -> BucketPlan:
         """The plan of the bucket that these sizes belong to: what is the same for every split of the Linears.
-
-        ``issue_ahead`` is given where it is not that of the options.
 
         Raises:
             BudgetError: the target's budget cannot hold what a step needs.
             HostOnlyGraphError: the graph cannot be offloaded.
         """
         context = Context(
-            options=self._with(issue_ahead),
+            options=self._with(target.issue_ahead),
             profile=self._profile,
             sizes=sizes,
             bucket=self.bucket(sizes),
@@ -74,15 +70,7 @@ class Planner:
         )
         return self._decided(context, target.kind, None)
 
-    def decide_again(
-        self,
-        base: BucketPlan,
-        sizes: Sizes,
-        target: Target,
-        weights: Mapping[str, Tensor],
-        *,
-        issue_ahead: Ahead | None = None,
-    ) -> BucketPlan:
+    def decide_again(self, base: BucketPlan, sizes: Sizes, target: Target, weights: Mapping[str, Tensor]) -> BucketPlan:
         """The same plan with what stays on the accelerator decided again: the target or the sizes have changed.
 
         Segments and placement stay, so nothing is compiled. (Unless everything fitted and no longer does, or a stack
@@ -94,7 +82,7 @@ class Planner:
         context = replace(
             base.context, sizes=sizes, budget_bytes=target.budget_bytes, resident=target.resident, weights=weights,
             overhead_bytes=target.overhead_bytes, host_memory=target.host_memory,
-            activation_bytes=None, lean=False, options=self._with(issue_ahead), residency=None,
+            activation_bytes=None, lean=False, options=self._with(target.issue_ahead), residency=None,
             cannot_issue_ahead=target.cannot_issue_ahead,
         )  # fmt: skip
         return self._decided(context, target.kind, base)

@@ -205,14 +205,13 @@ class StepPlans:
         self._outdated.pop(part, None)
 
     def _decided(self, part: Part, sizes: Sizes, weights: Mapping[str, Tensor], variant: Variant) -> BucketPlan:
-        ahead = variant.issue_ahead
         known = self._outdated.get(part)
         if known is None:
-            return self._planner.plan_bucket(sizes, self._target(part), weights, issue_ahead=ahead)
+            return self._planner.plan_bucket(sizes, self._target(part, variant), weights)
         logger.info("%s: memory is shared out anew, and the step scheduled again", part[0])
-        return self._planner.decide_again(known, sizes, self._target(part), weights, issue_ahead=ahead)
+        return self._planner.decide_again(known, sizes, self._target(part, variant), weights)
 
-    def _target(self, part: Part) -> Target:
+    def _target(self, part: Part, variant: Variant) -> Target:
         runtime = self.runtime
         overhead = dict(runtime.accelerator.overhead_bytes())
         if self.unforeseen_bytes:
@@ -225,6 +224,7 @@ class StepPlans:
             overhead_bytes=overhead,
             host_memory=runtime.host_memory,
             cannot_issue_ahead=runtime.accelerator.cannot_issue_ahead,
+            issue_ahead=variant.issue_ahead,
         )
 
     def _enter(self, part: Part, base: BucketPlan, inputs: Sequence[Any]) -> None:
