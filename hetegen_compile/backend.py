@@ -24,11 +24,13 @@ from hetegen_compile.errors import (
     chain_of,
     drop_frames,
 )
+from hetegen_compile.graph_inputs import model_weights
 from hetegen_compile.hardware import profile_for
 from hetegen_compile.heap import large_heap
 from hetegen_compile.options import Options, parse_options
 from hetegen_compile.passes.capture import capture
 from hetegen_compile.passes.context import SegmentCompiler
+from hetegen_compile.passes.lift_parts import lift_parts
 from hetegen_compile.passes.tensors import tensors_in
 from hetegen_compile.runtime import runtime_for
 from hetegen_compile.segments import inductor_compiler
@@ -116,13 +118,15 @@ def _compile(
     profile = profile_for(options)
     with large_heap():
         mode = capture(module, inputs)
+        lifted, parts = lift_parts(module, inputs, model_weights(module, inputs), mode)
         return CompiledGraph(
-            module,
+            lifted,
             inputs,
             options=options,
             profile=profile,
             open_runtime=functools.partial(runtime_for, options, profile),
             compile_segment=compiler(mode),
+            parts=parts,
         )
 
 

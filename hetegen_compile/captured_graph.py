@@ -13,6 +13,7 @@ from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.graph_inputs import aliased_inputs, as_int, is_weight, sequence_shape, symbol_inputs
 from hetegen_compile.options import Options
 from hetegen_compile.passes.context import Bucket, SegmentCache
+from hetegen_compile.passes.lift_parts import WeightPart
 from hetegen_compile.passes.sources import source_name
 from hetegen_compile.planned import Sizes
 from hetegen_compile.results import Results
@@ -29,6 +30,7 @@ class CapturedGraph:
 
     Attributes:
         segments: those that have been compiled.
+        parts: of weights, which are inputs of the module behind those that the caller gives; "inputs" are all of them.
         weights: positions of parameters and buffers among the inputs, by name of the placeholder.
         symbols: position of the input that tells each symbol.
         writes: inputs that need care before a step may run twice.
@@ -39,6 +41,7 @@ class CapturedGraph:
     options: Options
     profile: HardwareProfile
     segments: SegmentCache
+    parts: Sequence[WeightPart]
     weights: Mapping[str, int]
     facts: InputFacts
     symbols: Mapping[sympy.Symbol, int]
@@ -54,6 +57,7 @@ class CapturedGraph:
         options: Options,
         profile: HardwareProfile,
         segments: SegmentCache,
+        parts: Sequence[WeightPart] = (),
     ) -> CapturedGraph:
         """From a module that ``capture`` has annotated, while Dynamo's notes on its inputs are there."""
         placeholders = module.graph.find_nodes(op="placeholder")
@@ -68,6 +72,7 @@ class CapturedGraph:
             options=options,
             profile=profile,
             segments=segments,
+            parts=parts,
             weights=weights,
             facts=facts,
             symbols=symbols,

@@ -14,6 +14,7 @@ from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.memory_remedies import with_remedies
 from hetegen_compile.options import Options
 from hetegen_compile.passes.context import HostOnlyGraphError, Refusal, SegmentCache, SegmentCompiler
+from hetegen_compile.passes.lift_parts import WeightPart, with_parts
 from hetegen_compile.run_step import run_step
 from hetegen_compile.runtime import Runtime, live_runtimes
 from hetegen_compile.schedule import Schedule, register
@@ -27,7 +28,8 @@ class CompiledGraph:
     """The callable that the backend returns to Dynamo.
 
     Args:
-        inputs: real ones; the first plan is made for them.
+        inputs: real ones, those that Dynamo gives; the first plan is made for them.
+        parts: of weights, which the module is given behind those.
         open_runtime: opens the accelerator that it runs on; asked again if it is called after ``release``.
     """
 
@@ -43,9 +45,12 @@ class CompiledGraph:
         profile: HardwareProfile,
         open_runtime: Callable[[], Runtime],
         compile_segment: SegmentCompiler,
+        parts: Sequence[WeightPart] = (),
     ) -> None:
-        segments = SegmentCache(compile_segment, {})
-        self._graph = CapturedGraph.of(module, inputs, options=options, profile=profile, segments=segments)
+        segments, inputs = SegmentCache(compile_segment, {}), with_parts(inputs, parts)
+        self._graph = CapturedGraph.of(
+            module, inputs, options=options, profile=profile, segments=segments, parts=parts
+        )
         self._open_runtime = open_runtime
         self._host_only: Schedule | None = None
         self._opened: StepPlans | None = None
@@ -58,7 +63,7 @@ class CompiledGraph:
         except HostOnlyGraphError as reason:
             self._stay_on_host(str(reason))
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *given: Any) -> Any:
         """One forward: the outputs that eager would give, inputs written as eager would have.
 
         Raises:
@@ -66,6 +71,7 @@ class CompiledGraph:
             AcceleratorMemoryError: the accelerator ran out of memory twice, or after a write that must not be
                 repeated.
         """
+        inputs = with_parts(given, self._graph.parts)
         if self._host_only is None:
             steps = self._open()
             try:

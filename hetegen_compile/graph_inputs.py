@@ -26,6 +26,12 @@ def is_weight(node: fx.Node, value: Any) -> bool:
     return isinstance(value, torch.nn.Parameter) or "_parameters[" in text or "_buffers[" in text
 
 
+def model_weights(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, Tensor]:
+    """The inputs that belong to the model, by the names of their placeholders."""
+    placeholders = module.graph.find_nodes(op="placeholder")
+    return {node.name: value for node, value in zip(placeholders, inputs, strict=True) if is_weight(node, value)}
+
+
 def aliased_inputs(graph: fx.Graph) -> frozenset[int]:
     """Positions of the inputs that share a storage, which the graph writes, with another input.
 

@@ -12,7 +12,7 @@ from hetegen_compile.floor import floor_s
 from hetegen_compile.ir import LINEAR, TO_ACCELERATOR, info
 from hetegen_compile.passes.context import Context, Refusal, require
 from hetegen_compile.passes.plans import RESIDENT
-from hetegen_compile.passes.stacked_weights import stacks_on_host
+from hetegen_compile.passes.unsplit_weights import weights_on_host
 from hetegen_compile.planned import DRY_RUN, BucketPlan
 from hetegen_compile.schedule import LinearSite, Schedule, schedule_rows
 from hetegen_compile.trials import Trials
@@ -35,7 +35,7 @@ def report_on(base: BucketPlan, module: fx.GraphModule, context: Context, trials
         tokens=(low, high),
         split=context.options.split,
         rows=schedule_rows(module.graph, prediction, sites, context.number),
-        resident_bytes=whole or _bytes_in(sites, "resident_rows") + residency.stack_bytes,
+        resident_bytes=whole or _bytes_in(sites, "resident_rows") + residency.unsplit_bytes,
         streamed_bytes=_bytes_in(sites, "streamed_rows"),
         host_bytes=_bytes_in(sites, "host"),
         predicted_step_s=prediction.step_s,
@@ -43,7 +43,7 @@ def report_on(base: BucketPlan, module: fx.GraphModule, context: Context, trials
         baselines=baselines(base.module, context, trials),
         budget_bytes=context.budget_bytes,
         budget=residency.budget,
-        refusals=(*context.refusals, *stacks_on_host(base.module, context), *context.segments.refused.values()),
+        refusals=(*context.refusals, *weights_on_host(base.module, context), *context.segments.refused.values()),
         whole_graph=residency.whole_graph,
         accelerator=base.kind,
         trips_ahead=sum(info(sent).ahead for sent in sendings),

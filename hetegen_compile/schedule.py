@@ -105,7 +105,7 @@ class Schedule:
             lines.append(f"beside gpu_memory: {used} of the device used by the CUDA context and other processes")
         if self.whole_graph:
             lines.append(FITS)
-        linears = [row for row in self.rows if row.op == "linear"]
+        linears = [row for row in self.rows if row.op == "linear" and row.host_share is not None]  # not left as it is
         lines += [f"{row.module or row.node}: {_why(row, self.split)}{_shared(row, linears)}" for row in linears]
         if self.trips_ahead:
             lines.append(f"host parts of {self.trips_ahead} trips are a worker's: what needs them is issued meanwhile")

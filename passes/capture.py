@@ -28,6 +28,7 @@ from hetegen_compile.passes.fold_transforms import fold_transforms
 from hetegen_compile.passes.return_views import return_views
 from hetegen_compile.passes.sources import module_path
 from hetegen_compile.passes.tensors import storage_id, tensors_in
+from hetegen_compile.passes.unfold_attention import unfold_attention
 
 _COSTS = ("flops", "traffic_bytes", "made_bytes")
 
@@ -88,16 +89,16 @@ def capture(module: fx.GraphModule, inputs: Sequence[Any]) -> FakeTensorMode:
     _bind_python_floats(module)
     mode = fake_mode(module)
     check_devices(module, inputs)
-    _propagate(module, inputs, mode)
-    for rewrite in (copy_before_writes, return_views):
+    propagate(module, inputs, mode)
+    for rewrite in (unfold_attention, copy_before_writes, return_views):
         if rewrite(module.graph):
             module.recompile()
-            _propagate(module, inputs, mode)
-    _unify_symbols(module.graph, mode)
+            propagate(module, inputs, mode)
     return mode
 
 
-def _propagate(module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> None:
+def propagate(module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> None:
+    """Annotate every node anew by running the graph on fakes of ``inputs``."""
     fakes = fake_inputs(module, inputs, mode)
     # the dispatcher in Python: in C++ some composite operations ask for numbers where sizes are symbols (torch 2.11)
     with (
@@ -105,6 +106,7 @@ def _propagate(module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMo
         AtenListener() as listener,
     ):  # fmt: skip
         _Propagator(module, mode, listener).run(*fakes, enable_io_processing=False)
+    _unify_symbols(module.graph, mode)
 
 
 def _unify_symbols(graph: fx.Graph, mode: FakeTensorMode) -> None:
@@ -167,4 +169,4 @@ def _restored_autocast() -> Iterator[None]:
         torch.set_autocast_dtype("cpu", autocast[1])
 
 
-__all__ = ["capture"]
+__all__ = ["capture", "propagate"]

@@ -4,8 +4,9 @@ Why: the budget is hard, so what must be there (mirrors of what the accelerator 
 staging ring) is counted first and weights fill what is left, in the order of the paper's
 g = T_cpu / M_gpu: seconds of a decode step saved per byte held. It is judged at one token whatever the
 graph, since prefill is compiled first and decode is what runs often. The rest is shared with the other graphs
-on the accelerator (``residency_shares``). If everything fits, nothing is offloaded. Stacked weights (experts) get what
-Linears leave: of those that stay on the host a token reads a few.
+on the accelerator (``residency_shares``). If everything fits, nothing is offloaded. Weights that cannot be split come
+before the Linears, which can be streamed; stacked ones (experts) get what Linears leave: of those that stay on the
+host a token reads a few.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from hetegen_compile.passes.claims import Claim
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.plans import MIRRORED, OTHERS, RESIDENT, RING, STAGED_CHUNK_BYTES, Residency, step_bytes
 from hetegen_compile.passes.residency_shares import residency_shares
-from hetegen_compile.passes.stacked_weights import stacked_weights
 from hetegen_compile.passes.step_memory import mirrored_size, step_memory
+from hetegen_compile.passes.unsplit_weights import other_weights, seconds_saved, stacked_weights, without_use
 
+BEFORE_LINEARS = -1
+"""Rank of the claims of weights that cannot be split, stacks aside."""
 SLOT_ALIGNMENT = 256
 _WINDOW = 2  # slots the ring holds at least: one being read while the next one is being filled
 _CHUNK_BYTES = 8 << 20  # of a chunk where a third of the ring allows: smaller ones cost rate and issue
@@ -55,12 +58,14 @@ class _Sharing:
         self._weights = weights
         self._context = context
         self._stacks = stacked_weights(module, context)
-        self._mirrored = mirrored_size(module, weights, context, self._stacks)
+        self._others = other_weights(module, context)
+        self._unsplit = [*self._others, *self._stacks]
+        self._mirrored = mirrored_size(module, weights, context, self._unsplit)
         self._fixed = {**step_memory(module, weights, context, self._mirrored), **context.overhead_bytes}
         self._smallest = _WINDOW * max((_smallest_chunk(weight) for weight in weights), default=0)
         tables = [node for node in module.graph.find_nodes(op="placeholder") if table_only(node, context)]
         self._tables = {node.name: 0 if node in weights else value_bytes(node, context) for node in tables}
-        claimed = [*weights, *self._stacks]
+        claimed = [*weights, *self._unsplit]
         self._keys = {weight: context.resident.identify(context.weights[weight.name]) for weight in claimed}
 
     @property
@@ -95,10 +100,25 @@ class _Sharing:
             first_rows = residency_shares([*others, claims], free - beyond)
             found = self._residency(claims, first_rows, shared_ring, budget, whole=True)
             return self._with_tables(found, left)
-        ring = self._ring_bytes(free - beyond)
+        ring = self._ring_bytes(self._left_for_linears(free - beyond))
         first_rows = residency_shares([*others, claims], free - ring - beyond)
+        while idle := self._without_use(first_rows):
+            claims = tuple(claim for claim in claims if claim.key not in idle)
+            first_rows = residency_shares([*others, claims], free - ring - beyond)
         held = sum((c.rows - first_rows.get(c.key, c.rows)) * c.row_bytes for c in claims)
         return self._residency(claims, first_rows, ring, {**fixed, RING: ring, RESIDENT: held})
+
+    def _without_use(self, first_rows: Mapping[Hashable, int]) -> set[Hashable]:
+        """Weights that would be resident and are read on the host only, together with one that is not."""
+        names = {node.name: self._keys[node] for node in self._unsplit}
+        there = {name for name, key in names.items() if key in first_rows}
+        found = without_use(self._module, self._context, there, names.keys() - there)
+        return {names[name] for name in found}
+
+    def _left_for_linears(self, free: int) -> int:
+        """What the weights that come before the Linears leave of ``free`` bytes, all if they do not fit."""
+        left = free - sum(value_bytes(node, self._context) for node in self._others)
+        return left if left >= self._smallest else free
 
     def _with_tables(self, whole: Residency, left: int) -> Residency:
         """Embedding tables on the accelerator as well, if ``left`` bytes hold them: the host then looks nothing up."""
@@ -115,18 +135,19 @@ class _Sharing:
         own = {claim.key for claim in claims}
         weights = {w.name: first_rows[key] for w, key in self._keys.items() if key in own and key in first_rows}
         chunk = 0 if whole else max(self._smallest // _WINDOW, _chunk_bytes(ring, self._context.profile))
-        on_host = frozenset(node.name for node in self._stacks if node.name not in weights)
-        stack_bytes = sum(value_bytes(node, self._context) for node in self._stacks if node.name in weights)
+        on_host = frozenset(node.name for node in self._unsplit if node.name not in weights)
+        unsplit_bytes = sum(value_bytes(node, self._context) for node in self._unsplit if node.name in weights)
         staged = max(STAGED_CHUNK_BYTES, sum(value_bytes(weight, self._context) for weight in self._weights) // _STAGED)
         return Residency(
             weights, ring, chunk, budget, whole, tuple(claims), first_rows, self._mirrored,
-            host_weights=on_host, stack_bytes=stack_bytes, staged_chunk_bytes=staged,
+            host_weights=on_host, unsplit_bytes=unsplit_bytes, staged_chunk_bytes=staged,
         )  # fmt: skip
 
     def _claims(self) -> tuple[Claim, ...]:
         """What each different weight asks for; the rows of a forced host share stay on the host.
 
-        A stack is all or nothing, and comes after the Linears, in the graph's order: those of a layer stay together.
+        What cannot be split is all or nothing. Stacks come after the Linears, in the graph's order: those of a layer
+        stay together.
         """
         found: dict[Hashable, Claim] = {}
         blocks = self._context.blocks if self._pairs else ()
@@ -139,6 +160,10 @@ class _Sharing:
             first = forced_host_rows(rows, self._context)
             claim = Claim(self._keys[weight], rows, first, row_bytes, _gain(linear, self._context))
             found.setdefault(claim.key, claim)
+        for other in self._others:
+            nbytes = value_bytes(other, self._context)
+            gain = seconds_saved(other, self._context) / nbytes
+            found.setdefault(self._keys[other], Claim(self._keys[other], 1, 0, nbytes, gain, BEFORE_LINEARS))
         for rank, stack in enumerate(self._stacks, 1):
             claim = Claim(self._keys[stack], 1, 0, value_bytes(stack, self._context), 0.0, rank)
             found.setdefault(claim.key, claim)

@@ -18,6 +18,7 @@ contiguous, two-dimensional parameter that the graph leaves alone stays as it is
 from __future__ import annotations
 
 import operator
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,7 +43,7 @@ _FUSED_REASON = (
 
 
 @dataclass(frozen=True)
-class _Match:
+class LinearMatch:
     """A node read as a Linear: its operands and whether the weight operand is [in, out]."""
 
     x: fx.Node
@@ -55,20 +56,22 @@ class _Match:
 def normalise_linears(module: fx.GraphModule, context: Context) -> None:
     """Replace every Linear that can be split by ``hetegen.linear``; keep a reason for each that cannot."""
     written = frozenset[int]().union(*(info(node).writes for node in module.graph.nodes))
-    stored = _made_of_weights(module.graph, context)
+    stored = made_of_weights(module.graph, context.weights)
     under_autocast = {node for region in autocast_regions(list(module.graph.nodes)) for node in region}
     for node in list(module.graph.nodes):
-        if isinstance(node.target, Folded) and any(_match(inner) for inner in node.target.module.graph.nodes):
+        if isinstance(node.target, Folded) and any(match_linear(inner) for inner in node.target.module.graph.nodes):
             context.refuse(Refusal(info(node).module or node.name, "it has products inside a vmap, which is not cut"))
         if node.target in _FUSED:
             context.refuse(Refusal(info(node).module or node.name, _FUSED_REASON))
-        match = _match(node)
+        match = match_linear(node)
         if match is None:
             continue
         weight, dim = _stored_weight(match)
         if (weight.op not in INPUT_OPS and weight not in stored) or _is_with_cache(node, weight, context):
             continue  # a product of two activations
         reason = _why_not(match, weight, written, context)
+        if match.x in stored:
+            reason = "it is a product of parameters: nothing that the call is given is in it"
         if node in under_autocast:
             reason = "it is inside an autocast region of the forward, which is not cut"
         if reason is not None:
@@ -83,16 +86,17 @@ def _is_with_cache(node: fx.Node, weight: fx.Node, context: Context) -> bool:
     return node.target in _MATMUL and weight.op == "placeholder" and weight.name not in context.weights
 
 
-def _made_of_weights(graph: fx.Graph, context: Context) -> set[fx.Node]:
+def made_of_weights(graph: fx.Graph, weights: Container[str]) -> set[fx.Node]:
     """Parameters and buffers of the model, and what is computed from nothing else."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.name in context.weights or (node.all_input_nodes and found.issuperset(node.all_input_nodes)):
+        if node.name in weights or (node.all_input_nodes and found.issuperset(node.all_input_nodes)):
             found.add(node)
     return found
 
 
-def _match(node: fx.Node) -> _Match | None:
+def match_linear(node: fx.Node) -> LinearMatch | None:
+    """``node`` as a Linear, None if it is none. Nothing is said of where its weight comes from."""
     if node.op not in ("call_function", "call_method"):
         return None
     if node.target in _LINEAR:
@@ -105,13 +109,13 @@ def _match(node: fx.Node) -> _Match | None:
     return None
 
 
-def _as_linear(node: fx.Node) -> _Match | None:
+def _as_linear(node: fx.Node) -> LinearMatch | None:
     names = ("input", "weight", "bias")
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     return _operands(given.get("input"), given.get("weight"), given.get("bias"), weight_is_in_out=False)
 
 
-def _as_addmm(node: fx.Node) -> _Match | None:
+def _as_addmm(node: fx.Node) -> LinearMatch | None:
     if len(node.args) != 3:
         return None
     bias, x, weight = node.args
@@ -120,15 +124,15 @@ def _as_addmm(node: fx.Node) -> _Match | None:
     return match and replace(match, is_scaled=scaled)
 
 
-def _operands(x: Any, weight: Any, bias: Any, *, weight_is_in_out: bool) -> _Match | None:
+def _operands(x: Any, weight: Any, bias: Any, *, weight_is_in_out: bool) -> LinearMatch | None:
     if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or not (is_tensor(x) and is_tensor(weight)):
         return None
     if bias is not None and not (isinstance(bias, fx.Node) and is_tensor(bias)):
         return None
-    return _Match(x, weight, bias, weight_is_in_out)
+    return LinearMatch(x, weight, bias, weight_is_in_out)
 
 
-def _root(weight: fx.Node) -> tuple[fx.Node, bool]:
+def untransposed(weight: fx.Node) -> tuple[fx.Node, bool]:
     """The node behind transposes of a matrix, and whether their number is odd."""
     flipped = False
     while (inner := _transposed(weight)) is not None:
@@ -149,13 +153,13 @@ def _transposed(node: fx.Node) -> fx.Node | None:
     return source if swaps and tuple(after.shape) == tuple(reversed(before.shape)) else None
 
 
-def _stored_weight(match: _Match) -> tuple[fx.Node, int]:
+def _stored_weight(match: LinearMatch) -> tuple[fx.Node, int]:
     """The parameter itself and the dimension kind: 0 for stored [out, in], 1 for stored [in, out]."""
-    root, flipped = _root(match.weight)
+    root, flipped = untransposed(match.weight)
     return root, int(match.weight_is_in_out != flipped)
 
 
-def _why_not(match: _Match, weight: fx.Node, written: frozenset[int], context: Context) -> str | None:
+def _why_not(match: LinearMatch, weight: fx.Node, written: frozenset[int], context: Context) -> str | None:
     """Why this Linear cannot be split, or None."""
     value, x = info(weight).value, info(match.x).value
     name = source_name(weight) or weight.name
@@ -180,7 +184,7 @@ def _why_not(match: _Match, weight: fx.Node, written: frozenset[int], context: C
     return _why_not_bias(match, written)
 
 
-def _why_not_bias(match: _Match, written: frozenset[int]) -> str | None:
+def _why_not_bias(match: LinearMatch, written: frozenset[int]) -> str | None:
     if match.bias is None:
         return None
     bias: Tensor = info(match.bias).value
@@ -191,7 +195,7 @@ def _why_not_bias(match: _Match, written: frozenset[int]) -> str | None:
     return None if bias.dim() == 1 and bias.is_contiguous() else f"its bias has shape {tuple(bias.shape)}"
 
 
-def _replace(graph: fx.Graph, node: fx.Node, match: _Match, weight: fx.Node, dim: int) -> None:
+def _replace(graph: fx.Graph, node: fx.Node, match: LinearMatch, weight: fx.Node, dim: int) -> None:
     with graph.inserting_before(node):
         new = graph.call_function(LINEAR, (match.x, weight, match.bias, dim))
     owner = source_name(weight).rpartition(".")[0]

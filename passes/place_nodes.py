@@ -26,8 +26,8 @@ from hetegen_compile.passes.mixed_storage import copied_result, mixed_storage, r
 from hetegen_compile.passes.movement import is_integer, is_view, moves_data
 from hetegen_compile.passes.plans import Placement
 from hetegen_compile.passes.sources import source_name
-from hetegen_compile.passes.stacked_weights import computed_on_host
 from hetegen_compile.passes.tensors import tensors_in
+from hetegen_compile.passes.unsplit_weights import computed_on_host
 
 
 def place_nodes(module: fx.GraphModule, context: Context) -> Placement:
@@ -98,9 +98,9 @@ class _Placer:
         return self._makers[key].op in INPUT_OPS
 
     def _with_host_weights(self) -> set[fx.Node]:
-        """What is computed with stacked weights that residency left on the host."""
+        """What is computed with weights that cannot be split and that residency left on the host."""
         names = self._context.residency.host_weights if self._context.residency else frozenset()
-        return computed_on_host(self._nodes, names) if names else set()
+        return computed_on_host(self._nodes, names, self._context.weights) if names else set()
 
     def _place_host(self) -> dict[fx.Node, str]:
         """Fill ``self._host``; returns the inputs that have to be copied back whole."""

@@ -85,7 +85,8 @@ STAGED_CHUNK_BYTES = 16 << 20
 class Residency:
     """Weights that stay on the accelerator, and how its memory is shared out, item by item in bytes.
 
-    ``weights`` maps the placeholder's name to the first row that is resident; the rows after it are, too (a stack: 0).
+    ``weights`` maps the placeholder's name to the first row that is resident; the rows after it are, too (0: all, as of
+    what cannot be split).
 
     Attributes:
         whole_graph: everything fits: nothing is offloaded and the graph is compiled in one piece.
@@ -93,8 +94,8 @@ class Residency:
         first_rows: first resident row of every claimed weight, those of other graphs included (a weight of no
             resident row is not in it).
         mirrored: bytes of the mirrors that the step reads, an expression over the graph's sizes.
-        host_weights: placeholders of stacked weights that stay on the host, with what is computed with them.
-        stack_bytes: of stacked weights that are resident.
+        host_weights: placeholders of weights that cannot be split and stay on the host, with what computes with them.
+        unsplit_bytes: of weights that cannot be split and are resident.
         tables: embedding tables that are mirrored, too, because everything fits: nothing is left to the host.
         staged_chunk_bytes: most bytes of a chunk of a weight that goes through the pinned ring.
     """
@@ -108,7 +109,7 @@ class Residency:
     first_rows: Mapping[Hashable, int] = field(default_factory=dict)
     mirrored: sympy.Expr = sympy.Integer(0)
     host_weights: frozenset[str] = frozenset()
-    stack_bytes: int = 0
+    unsplit_bytes: int = 0
     tables: frozenset[str] = frozenset()
     staged_chunk_bytes: int = STAGED_CHUNK_BYTES
 

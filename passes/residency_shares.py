@@ -39,6 +39,8 @@ def _fill(claims: Sequence[Claim], free_bytes: int) -> dict[Hashable, int]:
     for claim in _in_order(claims):
         if claim.nbytes <= free_bytes:
             first = claim.first
+        elif claim.rows == 1:  # all or nothing
+            first = claim.rows
         else:
             first, whole = _partial(claim, free_bytes) if whole else claim.rows, False
         if first < claim.rows:

@@ -55,7 +55,7 @@ def resolve_sizes(module: fx.GraphModule, context: Context) -> None:
         known = _is_size(value) and symbols_in(sizes) <= symbols.keys()
         if known and any(map(is_tensor, node.all_input_nodes)):
             with graph.inserting_before(node):
-                _replace(node, _emit_value(graph, info(node).value, symbols))
+                _replace(node, emit_value(graph, info(node).value, symbols))
     erase_dead_nodes(graph)
 
 
@@ -88,9 +88,10 @@ def _substitute(node: fx.Node, new: Any) -> None:
         user.kwargs = fx.map_arg(user.kwargs, lambda n: new if n is node else n)
 
 
-def _emit_value(graph: fx.Graph, value: Any, symbols: dict[sympy.Expr, fx.Node]) -> Any:
+def emit_value(graph: fx.Graph, value: Any, symbols: dict[sympy.Expr, fx.Node]) -> Any:
+    """Sizes as numbers and nodes that compute them, at the graph's place of insertion, from its ``size_inputs``."""
     if isinstance(value, (tuple, list)):
-        return tuple(_emit_value(graph, v, symbols) for v in value)
+        return tuple(emit_value(graph, v, symbols) for v in value)
     return value if isinstance(value, int) else _emit(graph, value.node.expr, symbols)
 
 

@@ -49,7 +49,7 @@ def mirrored_size(
     skipped = {weight for weight in weights if all(user.target == LINEAR for user in weight.users)} | set(on_host)
     mirrored = [
         node for node in module.graph.nodes
-        if node.op in INPUT_OPS and is_tensor(node) and node not in skipped
+        if node.op in INPUT_OPS and is_tensor(node) and node.users and node not in skipped
         and not table_only(node, context)
     ]
     sharing: dict[int, list[fx.Node]] = {}

@@ -22,8 +22,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from hetegen_compile.dry_run.fakes import Fakes
 from hetegen_compile.errors import UnsupportedModelError
-from hetegen_compile.graph_inputs import as_int, is_weight, symbol_inputs
+from hetegen_compile.graph_inputs import as_int, model_weights, symbol_inputs
 from hetegen_compile.passes.capture import capture
+from hetegen_compile.passes.lift_parts import lift_parts, with_parts
 from hetegen_compile.planned import Sizes
 
 logger = logging.getLogger("hetegen_compile")
@@ -97,11 +98,11 @@ def trace(model: nn.Module, fakes: Fakes, args: Sequence[Any], kwargs: Mapping[s
 
 
 def _captured(module: fx.GraphModule, inputs: Sequence[Any]) -> TracedGraph:
-    placeholders = module.graph.find_nodes(op="placeholder")
-    capture(module, inputs)
+    mode = capture(module, inputs)
+    lifted, parts = lift_parts(module, inputs, model_weights(module, inputs), mode)
+    inputs, placeholders = with_parts(inputs, parts), lifted.graph.find_nodes(op="placeholder")
     sizes = {symbol: sympy.Integer(as_int(inputs[i])) for symbol, i in symbol_inputs(placeholders).items()}
-    weights = {node.name: value for node, value in zip(placeholders, inputs, strict=True) if is_weight(node, value)}
-    return TracedGraph(module, weights, sizes)
+    return TracedGraph(lifted, model_weights(lifted, inputs), sizes)
 
 
 def _needs_values(error: Exception) -> UnsupportedModelError:

@@ -237,6 +237,8 @@ def test_more_budget_never_keeps_fewer_bytes(chain: Case) -> None:
 
 
 def test_biases_caches_and_inputs_count_as_mirrors_and_tables_on_the_host_do_not() -> None:
+    """A table of which all rows are looked up is a weight that stays resident, if it fits."""
+
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -250,7 +252,8 @@ def test_biases_caches_and_inputs_count_as_mirrors_and_tables_on_the_host_do_not
         ids, cache = torch.arange(tokens), torch.zeros(10, 20)
         found = case(Model(), ids, cache).run(annotate_costs)
         budget = decide(found, GIB, split=0.5).budget
-        assert budget["mirrors of inputs, buffers and caches"] == 128 * 4 + ids.nbytes + cache.nbytes + table_bytes
+        assert budget["mirrors of inputs, buffers and caches"] == 128 * 4 + ids.nbytes + cache.nbytes
+        assert budget["resident weights"] == 64 * 64 * 4 + table_bytes, "half of the Linear's rows"
 
 
 # ---- weights that are there already --------------------------------------------------------------------------
