@@ -26,6 +26,7 @@ from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, f
 from hetegen_compile.passes.claims import Claim
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.plans import MIRRORED, OTHERS, RESIDENT, RING, STAGED_CHUNK_BYTES, Residency, step_bytes
+from hetegen_compile.passes.residency_orders import LinearWork, ordered_claims
 from hetegen_compile.passes.residency_shares import residency_shares
 from hetegen_compile.passes.stacked_weights import stacked_weights
 from hetegen_compile.passes.step_memory import mirrored_size, step_memory
@@ -96,9 +97,23 @@ class _Sharing:
             found = self._residency(claims, first_rows, shared_ring, budget, whole=True)
             return self._with_tables(found, left)
         ring = self._ring_bytes(free - beyond)
+        claims = self._ordered(claims, free - ring - beyond, ring)
         first_rows = residency_shares([*others, claims], free - ring - beyond)
         held = sum((c.rows - first_rows.get(c.key, c.rows)) * c.row_bytes for c in claims)
         return self._residency(claims, first_rows, ring, {**fixed, RING: ring, RESIDENT: held})
+
+    def _ordered(self, claims: tuple[Claim, ...], free: int, ring: int) -> tuple[Claim, ...]:
+        """The claims, some rows before all others where the step is shorter with them."""
+        linears = [node for node in self._module.graph.nodes if node.target == LINEAR]
+        work = [
+            LinearWork(
+                node.args[0], self._keys[node.args[1]], int(info(node.args[1]).value.shape[0]),
+                linear_cost(node, self._context, tokens=1),
+            )
+            for node in linears
+        ]  # fmt: skip
+        typical = _typical([aligned(value_bytes(weight, self._context)) for weight in self._weights])
+        return tuple(ordered_claims(claims, work, free, ring, typical, self._context.profile))
 
     def _with_tables(self, whole: Residency, left: int) -> Residency:
         """Embedding tables on the accelerator as well, if ``left`` bytes hold them: the host then looks nothing up."""
