@@ -97,7 +97,8 @@ def _trip(group: Group, context: Context) -> Trip:
         link_s += offloaded * feed_s(node, cost, context)
         accelerator_s += cost.accelerator_s
         saved_s += offloaded * cost.accelerator_s
-    fixed_s = trip_s(group.linears[0], context)
+    launch_s = context.profile.accelerator.launch_s
+    fixed_s = trip_s(group.linears[0], context) + 2 * launch_s  # issuing the way up, and a join
     if group.block is not None:
         link_s += lines_s(group.block, {info(node).position: node for node in group.linears}, context)
         fixed_s += sum(costs[position].host_s for position in group.block.region)

@@ -33,7 +33,7 @@ from hetegen_compile.passes.claims import Claim
 from hetegen_compile.passes.findings import NodeCost
 from hetegen_compile.passes.residency_shares import residency_shares
 
-_SHORTER = 0.97  # of the step as gain has it: estimates are wrong by a few percent
+_SHORTER = 0.96  # of the step as gain has it: estimates are wrong by a few percent
 _LARGE, _SMALL = 1.5, 0.75  # of the typical weight, the one that most bytes lie in
 _SHARES_OF_LARGE = (0.25, 0.5, 0.75, 1.0)
 
