@@ -7,7 +7,8 @@ It is the largest of four bounds. The simulation charges the same rates, so no s
   S / (V_link + V_cpu) for S offloaded bytes.
 - **accelerator**: its segments, and its part of the Linears with as few rows as residency allows.
 - **path** (``floor_path``): the longest chain of trips and segments of which each needs the results of the one before,
-  at the best shares that the link's own work allows (``cost_model.relax``), with what the accelerator does beside it.
+  at the best shares that the link's own work allows (``cost_model.relax``), with what the accelerator does beside it,
+  and as little of the link's work ahead of a place as the staging ring holds (``floor_ring``).
 - **thread**: what the host's thread does one after the other, at the best shares: its parts of Linears, its other
   operations (appending to a cache that the caller gets back), waits, and issuing segments, Linears and one prefetch of
   each that is streamed. Where a worker computes the host's parts (``issue_ahead``) the larger of the two threads' work
@@ -16,23 +17,21 @@ It is the largest of four bounds. The simulation charges the same rates, so no s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import fx
 
 from hetegen_compile.cost_model import Chain, Trip, host_linear_s, item_bytes, relax, upload_s
-from hetegen_compile.floor_path import Blocks, Order, Stretch, by_activation, chain_of, longest_path, together
-from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.floor_path import Blocks, Order, by_activation, chain_of, longest_path, together
+from hetegen_compile.floor_ring import short_ring_s
+from hetegen_compile.ir import info
 from hetegen_compile.passes.annotate_costs import dtype_name
 from hetegen_compile.passes.choose_splits import linears_of, pairable_blocks
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import NodeCost
 from hetegen_compile.passes.issue_ahead import issues_ahead
 from hetegen_compile.passes.predict_step import issue_s, least_thread_s, node_work
-
-
-_GATES = 8  # of the path, at its end and spread over the rest: each is a balance more
 
 
 @dataclass(frozen=True)
@@ -74,49 +73,9 @@ def floor(module: fx.GraphModule, context: Context) -> Floor:
     return Floor(
         bytes_s=relax(Chain(tuple(_bytes_only(trip) for trip in linears.values()), 0.0)).bound_s,
         accelerator_s=sum(beside.values()) + sum(t.accelerator_s - t.accelerator_saved_s for t in linears.values()),
-        path_s=max(relax(chain_of(path)).bound_s, _short_ring_s(path, linears, blocks, order, context)),
+        path_s=max(relax(chain_of(path)).bound_s, short_ring_s(path, linears, blocks, order, context)),
         thread_s=_threads_s(module, linears, on_host, blocks, context),
     )
-
-
-def _short_ring_s(
-    path: Sequence[Stretch], linears: Mapping[fx.Node, Trip], blocks: Blocks, order: Order, context: Context
-) -> float:
-    """The longest that the path takes to a gate and, with one ring of rows ahead, from there to the end."""
-    ring_s = _ring_s(linears, context)
-    links_s = [sum(trip.link_s for trip in one.trips) for one in path]
-    gates = [i for i in range(1, len(path)) if sum(links_s[i:]) > ring_s > 0]
-    some = [*gates[:-_GATES:max(1, len(gates) // _GATES)], *gates[-_GATES:]]
-    issued_s = {node: _least_issue_s(node, blocks, context) for node in order.nodes}
-    issued_s = {node: seconds for node, seconds in issued_s.items() if seconds}
-
-    def until_s(i: int) -> float:
-        gate = path[i].begin
-        issuing_s = sum(seconds for node, seconds in issued_s.items() if gate is not None and order.needs(gate, node))
-        return max(issuing_s, sum(one.least_s for one in path[:i]))
-
-    return max((until_s(i) + relax(chain_of(path[i:]), ring_s).bound_s for i in some), default=0.0)
-
-
-def _ring_s(linears: Mapping[fx.Node, Trip], context: Context) -> float:
-    """The most seconds of the link that what the staging ring holds can have taken; 0 without one."""
-    ring_bytes = require(context.residency, "choose_residency").ring_bytes
-    plans, costs = require(context.splits, "choose_splits"), require(context.costs, "annotate_costs")
-    offloaded = [(node, plans[info(node).position]) for node in linears]
-    byte_s = [
-        linears[node].link_s / (costs[info(node).position].weight_bytes * (1.0 - plan.resident_rows / plan.rows))
-        for node, plan in offloaded
-        if plan.resident_rows < plan.rows
-    ]
-    return ring_bytes * max(byte_s, default=0.0)
-
-
-def _least_issue_s(node: fx.Node, blocks: Blocks, context: Context) -> float:
-    """What the host's thread issues of a node whatever the shares: segments, and Linears with resident rows."""
-    if node.target == LINEAR:
-        there = require(context.splits, "choose_splits")[info(node).position].resident_rows > 0
-        return context.profile.accelerator.issuing_s(segment=False) if there else 0.0
-    return issue_s(node, context) if node.op == "call_module" and node not in blocks.segments else 0.0
 
 
 def offloaded_together_s(module: fx.GraphModule, context: Context) -> float:

@@ -1,10 +1,10 @@
 """Rows that stay on the accelerator before those of more gain per byte, where the step is shorter with them.
 
-Why: gain per byte looks at each Linear by itself. It keeps the layers' Linears whole before any of the output layer, whose
-one trip is shared by the most bytes. With three quarters of the weights resident little but the output layer is
-offloaded then: while the layers run the ring is full and link and host idle, and the output layer waits for both. Some of
-its rows in place of some of the layers' keep the link at work. And where the accelerator is not much faster than the host,
-both work at the same time only on Linears of which each has some rows.
+Why: gain per byte looks at each Linear by itself. It keeps the layers' Linears whole before any of the output layer,
+whose one trip is shared by the most bytes. With three quarters of the weights resident little but the output layer is
+offloaded then: while the layers run the ring is full and link and host idle, and the output layer waits for both. Some
+of its rows in place of some of the layers' keep the link at work. And where the accelerator is not much faster than the
+host, both work at the same time only on Linears of which each has some rows.
 
 So a few ways of sharing out the memory are compared, in seconds of a decode step: as gain says; with some part of the
 large weights; with the small ones (attention's) whole and the same share of each of the others. What is compared is the
@@ -144,10 +144,11 @@ class _Estimate:
         both = sum(0.0 < offloaded[place] < 1.0 for place in group)
         pairs = [(self.work[place].cost, offloaded[place]) for place in group]
         launch_s, issue_s = self.profile.accelerator.launch_s, self.profile.accelerator.issuing_s(segment=False)
+        paced_s = max(launch_s, issue_s)  # the accelerator waits for what it takes longer to issue
         return Trip(
             host_s=sum(share * cost.host_s for cost, share in pairs),
             link_s=sum(share * cost.link_s for cost, share in pairs),
-            accelerator_s=sum(max(cost.accelerator_s, issue_s) for cost, _ in pairs) + 2 * both * max(launch_s, issue_s),
+            accelerator_s=sum(max(cost.accelerator_s, issue_s) for cost, _ in pairs) + 2 * both * paced_s,
             accelerator_saved_s=sum(share * cost.accelerator_s for cost, share in pairs),
             fixed_s=self.profile.fixed_s_per_split + launch_s,
         )
