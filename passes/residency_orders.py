@@ -122,7 +122,8 @@ class _Estimate:
         ring_s = upload_s(self.profile, self.ring_bytes)
         relaxation, issuing_s = relax(chain), self._issuing_s(offloaded, len(trips))
         found = []
-        for opened in dict.fromkeys((frozenset[int](), relaxation.fewest, relaxation.opened)):
+        every = frozenset(range(len(trips)))
+        for opened in dict.fromkeys((frozenset[int](), relaxation.fewest, relaxation.opened, every)):
             shares = balance_along(chain, opened, ring_s=ring_s)
             host_s = sum(
                 trip.host_s * share + 2 * launch_s + self.profile.synchronise_s
