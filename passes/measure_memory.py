@@ -17,7 +17,10 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import sympy
 from torch import fx
@@ -40,15 +43,39 @@ def measure_memory(module: fx.GraphModule, context: Context) -> MemoryNeed:
     return _Meter(module, context).measure()
 
 
-def inner_lives(segment: fx.GraphModule) -> list[Life]:
-    """Lives of the values that a segment makes and does not return, in places of its own order."""
+@dataclass(frozen=True)
+class SegmentLives:
+    """What a segment's values occupy.
+
+    Attributes:
+        storages: bytes of each storage that its nodes touch.
+        inner: lives of the values that it makes and does not return, in places of its own order.
+    """
+
+    storages: Mapping[int, sympy.Expr]
+    inner: Sequence[Life]
+
+
+_KNOWN = WeakKeyDictionary[fx.GraphModule, SegmentLives]()
+
+
+def segment_lives(segment: fx.GraphModule) -> SegmentLives:
+    """Storages and inner values of a segment, looked at once: all schedules of a graph share it and none changes it."""
+    if segment not in _KNOWN:
+        _KNOWN[segment] = _segment_lives(segment)
+    return _KNOWN[segment]
+
+
+def _segment_lives(segment: fx.GraphModule) -> SegmentLives:
     inputs = [node for node in segment.graph.nodes if node.op in INPUT_OPS]
     returned = segment.graph.output_node().all_input_nodes
     outside = frozenset[int]().union(*(info(node).storages for node in (*inputs, *returned)))
-    lives = [life for key, life in storage_lives(segment.graph.nodes).items() if key not in outside]
-    return lives + [
+    lives = storage_lives(segment.graph.nodes)
+    inner = [life for key, life in lives.items() if key not in outside]
+    inner += [
         (place, place, scratch) for place, node in enumerate(segment.graph.nodes) if (scratch := _scratch(node)) != 0
     ]
+    return SegmentLives({key: size for key, (_, _, size) in lives.items()}, inner)
 
 
 def _segments(module: fx.GraphModule) -> dict[fx.Node, fx.GraphModule]:
@@ -68,9 +95,9 @@ class _Meter:
         self._context = context
         self._nodes = list(module.graph.nodes)
         self._segments = _segments(module)
-        self._inner = {call: inner_lives(segment) for call, segment in self._segments.items()}
-        lives = [storage_lives(segment.graph.nodes) for segment in self._segments.values()]
-        self._bases = {key: size for found in lives for key, (_, _, size) in found.items()}
+        lives = {call: segment_lives(segment) for call, segment in self._segments.items()}
+        self._inner = {call: found.inner for call, found in lives.items()}
+        self._bases = {key: size for found in lives.values() for key, size in found.storages.items()}
         self._points = self._points_of_nodes()
         self._end = max(last for _, last in self._points.values())
         self._received = self._worker_has_received()
@@ -205,4 +232,4 @@ def _sum_size(join: fx.Node) -> sympy.Expr:
     return value_size(join) * 2 if half and len(join.all_input_nodes) > 1 else sympy.Integer(0)
 
 
-__all__ = ["inner_lives", "measure_memory"]
+__all__ = ["SegmentLives", "measure_memory", "segment_lives"]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from torch import fx
 
@@ -88,7 +87,7 @@ def _second_of_two(nodes: list[fx.Node], work: Mapping[fx.Node, Work], first: li
     over = Task("end of the step", HOST, 0.0, tuple(i for i in range(border) if i not in ahead))
     own = [i for i in range(border) if i not in carried]
     place = {**dict(zip(carried, ahead, strict=True)), **{i: border + 1 + k for k, i in enumerate(own)}}
-    second = [replace(first[i], after=tuple(place[earlier] for earlier in first[i].after)) for i in own]
+    second = [first[i].behind(tuple(place[earlier] for earlier in first[i].after)) for i in own]
     timeline = simulate([*first, over, *second])
     begin_s = timeline.end_s[border]
     start_s = {node: max(0.0, timeline.start_s[place[i]] - begin_s) for i, node in enumerate(nodes)}
@@ -114,9 +113,7 @@ def _path_s(nodes: list[fx.Node], tasks: list[Task]) -> float:
     """The bound of a step for which everything carried is there already, and which starts nothing for the next."""
     own = [i for i, node in enumerate(nodes) if node.target not in (ir.CARRIED, ir.PREFETCH_AHEAD)]
     place = {i: k for k, i in enumerate(own)}
-    return lower_bound_s(
-        [replace(tasks[i], after=tuple(place[e] for e in tasks[i].after if e in place)) for i in own]
-    )
+    return lower_bound_s([tasks[i].behind(tuple(place[e] for e in tasks[i].after if e in place)) for i in own])
 
 
 def node_work(node: fx.Node, context: Context) -> Work:

@@ -13,6 +13,8 @@ from torch.utils import _pytree as pytree
 
 def to_expr(value: Any) -> sympy.Expr:
     """A number or SymInt as a sympy expression over the graph's symbols."""
+    if type(value) is int:  # nearly all sizes; ``sympify`` looks at what else it might be first
+        return sympy.Integer(value)
     return value.node.expr if isinstance(value, py_sym_types) else sympy.sympify(value, strict=True)
 
 

@@ -21,7 +21,7 @@ from hetegen_compile.ir import info
 from hetegen_compile.passes.context import SegmentCompiler, require
 from hetegen_compile.passes.findings import MemoryNeed
 from hetegen_compile.passes.lower import lower
-from hetegen_compile.passes.measure_memory import inner_lives
+from hetegen_compile.passes.measure_memory import segment_lives
 from hetegen_compile.passes.plans import UNFORESEEN
 from hetegen_compile.passes.tensors import tensor_bytes, tensors_in
 from hetegen_compile.pipeline import ONCE_PER_SPLIT
@@ -167,7 +167,7 @@ class MeasuredSegments:
 def _planned_bytes(segment: fx.GraphModule) -> int:
     output = next(iter(reversed(segment.graph.nodes)))
     outputs = sum(int(tensor_bytes(t)) for node in output.all_input_nodes for t in tensors_in(info(node).value))
-    inner = MemoryNeed(tuple(inner_lives(segment)), {})
+    inner = MemoryNeed(tuple(segment_lives(segment).inner), {})
     return outputs + (inner.peak_bytes(float) if inner.lives else 0)
 
 

@@ -67,3 +67,14 @@ def test_a_wrong_option_is_told_in_one_line(
     shown = capsys.readouterr().err
     assert re.search(message, shown)
     assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize(("cuda", "hardware", "pace"), [(True, "auto", None), (False, "rtx3060-laptop", 20.0)])
+def test_a_gpu_is_calibrated_and_not_paced(
+    cuda: bool, hardware: str, pace: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    args = generate._arguments([])
+    assert (args.hardware, args.pace) == (hardware, pace)
+    stated = generate._arguments(["--hardware", "t4-xeon", "--pace", "5"])
+    assert (stated.hardware, stated.pace) == ("t4-xeon", 5.0)
