@@ -36,6 +36,7 @@ from hetegen_compile.passes.residency_shares import residency_shares
 _SHORTER = 0.96  # of the step as gain has it: estimates are wrong by a few percent
 _LARGE, _SMALL = 1.5, 0.75  # of the typical weight, the one that most bytes lie in
 _SHARES_OF_LARGE = (0.25, 0.5, 0.75, 1.0)
+_LEAST_EVEN = 0.5  # of each of the others: a smaller part saves less than its product and its join cost
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def _orders(claims: Sequence[Claim], free_bytes: int, typical_bytes: int) -> Ite
             yield _keeping(claims, {"large": share}, small, large)
     for share in (0.0, 0.5, 1.0) if large else (0.0,):
         left = free_bytes - nbytes["small"] - share * nbytes["large"]
-        if 0 < left < nbytes["middle"]:
+        if _LEAST_EVEN * nbytes["middle"] <= left < nbytes["middle"]:
             shares = {"small": 1.0, "middle": left / nbytes["middle"], "large": share}
             yield _keeping(claims, shares, small, large)
 
