@@ -23,6 +23,7 @@ from hetegen_compile.cost_model.profile_json import (
     profile_to_json,
     unsourced_fields,
 )
+from hetegen_compile.cost_model.ring import step_with_ring
 from hetegen_compile.cost_model.roofline import (
     accelerator_linear_s,
     accelerator_op_s,
@@ -83,6 +84,7 @@ __all__ = [
     "row_granularity",
     "simulate",
     "spread_order",
+    "step_with_ring",
     "solve_split",
     "unsourced_fields",
     "upload_s",

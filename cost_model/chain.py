@@ -47,10 +47,21 @@ class Trip:
     accelerator_saved_s: float
     fixed_s: float = 0.0
 
+    @property
+    def least_s(self) -> float:
+        """Seconds of the chain with the share that is best for it."""
+        return min(self.seconds(0.0), self.seconds(self.free_share))
+
     def seconds(self, share: float) -> float:
         """Seconds of the chain with this share of the offloaded rows on the host."""
         accelerator_s = self.accelerator_s - share * self.accelerator_saved_s
         return max(self.fixed_s + share * self.host_s, accelerator_s) if share > 0 else accelerator_s
+
+    @property
+    def free_share(self) -> float:
+        """The share that costs the chain nothing but ``fixed_s``: the host is done with it when the accelerator is."""
+        slope = self.host_s + self.accelerator_saved_s
+        return min(1.0, max(0.0, (self.accelerator_s - self.fixed_s) / slope)) if slope > 0 else 0.0
 
     def share_for(self, behind_s: float) -> float:
         """The share at which the link is neither behind nor ahead after the trip.
@@ -104,11 +115,11 @@ class Relaxation:
     fewest: frozenset[int]
 
 
-def relax(chain: Chain) -> Relaxation:
-    """Which trips are worth it, and the bound."""
+def relax(chain: Chain, ahead_s: float = 0.0) -> Relaxation:
+    """Which trips are worth it, and the bound. ``ahead_s`` of the link's work may be done when the chain begins."""
     pieces = [piece for index, trip in enumerate(chain.trips) for piece in _envelope(index, trip)]
     chain_s = chain.serial_s + sum(trip.seconds(0.0) for trip in chain.trips)
-    link_s = sum(trip.link_s for trip in chain.trips)
+    link_s = sum(trip.link_s for trip in chain.trips) - ahead_s
     opened: set[int] = set()
     fewest: set[int] = set()
     for alike in _classes(pieces):
@@ -126,8 +137,9 @@ def relax(chain: Chain) -> Relaxation:
 
 
 def balance_along(
-    chain: Chain, opened: Collection[int], whole: Sequence[Sequence[float]] = (), slack_s: float = 0.0
-) -> tuple[float, ...]:
+    chain: Chain, opened: Collection[int], whole: Sequence[Sequence[float]] = (), slack_s: float = 0.0,
+    ring_s: float = 0.0,
+) -> tuple[float, ...]:  # fmt: skip
     """Shares of the opened trips (0 elsewhere) so that after each of them the link is where the chain is.
 
     A step follows the other, so what the link is behind at the end is what it is behind at the start: the chain is
@@ -143,9 +155,13 @@ def balance_along(
         for index, trip in enumerate(chain.trips):
             if index in opened:
                 shares[index] = trip.share_for(behind_s - between_s)
+                if ring_s:
+                    shares[index] = max(shares[index], trip.free_share)
                 if slack_s and index != max(opened):
                     shares[index] = _nearest_whole(trip, shares[index], whole[index], slack_s)
             behind_s += trip.link_s * (1.0 - shares[index]) - trip.seconds(shares[index]) - between_s
+            if ring_s:
+                behind_s = max(behind_s, -ring_s)
     return tuple(shares)
 
 
@@ -193,9 +209,7 @@ def _envelope(index: int, trip: Trip) -> list[_Piece]:
 
 def _break_even(trip: Trip) -> Iterable[float]:
     """The share at which host and accelerator take equally long, if it lies between 0 and 1."""
-    slope = trip.host_s + trip.accelerator_saved_s
-    share = (trip.accelerator_s - trip.fixed_s) / slope if slope > 0 else 0.0
-    return (share,) if 0.0 < share < 1.0 else ()
+    return (trip.free_share,) if 0.0 < trip.free_share < 1.0 else ()
 
 
 def _is_above(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:

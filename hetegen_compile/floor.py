@@ -7,7 +7,8 @@ It is the largest of four bounds. The simulation charges the same rates, so no s
   S / (V_link + V_cpu) for S offloaded bytes.
 - **accelerator**: its segments, and its part of the Linears with as few rows as residency allows.
 - **path** (``floor_path``): the longest chain of trips and segments of which each needs the results of the one before,
-  at the best shares that the link's own work allows (``cost_model.relax``), with what the accelerator does beside it.
+  at the best shares that the link's own work allows (``cost_model.relax``), with what the accelerator does beside it,
+  and as little of the link's work ahead of a place as the staging ring holds (``floor_ring``).
 - **thread**: what the host's thread does one after the other, at the best shares: its parts of Linears, its other
   operations (appending to a cache that the caller gets back), waits, and issuing segments, Linears and one prefetch of
   each that is streamed. Where a worker computes the host's parts (``issue_ahead``) the larger of the two threads' work
@@ -22,7 +23,8 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from hetegen_compile.cost_model import Chain, Trip, host_linear_s, item_bytes, relax, upload_s
-from hetegen_compile.floor_path import Blocks, Order, by_activation, longest_path, together
+from hetegen_compile.floor_path import Blocks, Order, by_activation, chain_of, longest_path, together
+from hetegen_compile.floor_ring import short_ring_s
 from hetegen_compile.ir import info
 from hetegen_compile.passes.annotate_costs import dtype_name
 from hetegen_compile.passes.choose_splits import linears_of, pairable_blocks
@@ -67,10 +69,11 @@ def floor(module: fx.GraphModule, context: Context) -> Floor:
     beside = {node: seconds for node, seconds in others.items() if seconds > 0 and node not in blocks.segments}
     on_host = {node: _seconds(node, "host", context) for node in module.graph.nodes if node not in linears}
     on_host = {node: seconds for node, seconds in on_host.items() if seconds > 0}
+    path = longest_path(linears, beside, on_host, blocks, order, context)
     return Floor(
         bytes_s=relax(Chain(tuple(_bytes_only(trip) for trip in linears.values()), 0.0)).bound_s,
         accelerator_s=sum(beside.values()) + sum(t.accelerator_s - t.accelerator_saved_s for t in linears.values()),
-        path_s=relax(longest_path(linears, beside, on_host, blocks, order, context)).bound_s,
+        path_s=max(relax(chain_of(path)).bound_s, short_ring_s(path, linears, blocks, order, context)),
         thread_s=_threads_s(module, linears, on_host, blocks, context),
     )
 
@@ -111,11 +114,12 @@ def _linear_alone(node: fx.Node, context: Context) -> Trip:
     plan = require(context.splits, "choose_splits")[info(node).position]
     cost = require(context.costs, "annotate_costs")[info(node).position]
     offloaded = 1.0 - plan.resident_rows / plan.rows
+    launch_s = context.profile.accelerator.launch_s if 0.0 < offloaded < 1.0 else 0.0
     return Trip(
         host_s=offloaded * _least_host_s(node, cost, context),
         link_s=offloaded * _least_feed_s(node, cost, context),
-        accelerator_s=cost.accelerator_s,
-        accelerator_saved_s=offloaded * cost.accelerator_s,
+        accelerator_s=cost.accelerator_s + 2 * launch_s,  # a product more, if any rows are streamed, and the join
+        accelerator_saved_s=offloaded * cost.accelerator_s + launch_s,
     )
 
 
@@ -195,9 +199,9 @@ def _issued_s(group: Iterable[fx.Node], context: Context) -> tuple[float, float]
     these rows on the host."""
     linear_s, prefetch_s = context.profile.accelerator.issuing_s(segment=False), context.profile.accelerator.launch_s
     plans = [require(context.splits, "choose_splits")[info(node).position] for node in group]
-    prefetches_s = prefetch_s * sum(plan.resident_rows < plan.rows for plan in plans)
-    saved_s = prefetches_s + linear_s * sum(plan.resident_rows == 0 for plan in plans)
-    return linear_s * len(plans) + prefetches_s, saved_s
+    saved_s = (linear_s + prefetch_s) * sum(plan.resident_rows < plan.rows for plan in plans)
+    there = [plan.resident_rows < plan.rows for plan in plans if plan.resident_rows]
+    return saved_s + linear_s * (len(there) + sum(there)), saved_s
 
 
 __all__ = ["Floor", "floor", "floor_s", "offloaded_together_s"]

@@ -14,7 +14,7 @@ time, or as work by itself where there is none. Where there are several it does 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -76,10 +76,29 @@ def together(parts: Iterable[Trip], fixed_s: float) -> Trip:
     )
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """The path from one gate to the next; ``begin`` is the gate, None at the beginning of the step."""
+
+    begin: fx.Node | None
+    trips: tuple[Trip, ...]
+    serial_s: float
+
+    @property
+    def least_s(self) -> float:
+        """Seconds with the shares that are best for it alone."""
+        return self.serial_s + sum(trip.least_s for trip in self.trips)
+
+
+def chain_of(stretches: Sequence[Stretch]) -> Chain:
+    """Stretches that follow each other as one chain."""
+    return Chain(tuple(trip for one in stretches for trip in one.trips), sum(one.serial_s for one in stretches))
+
+
 def longest_path(
     linears: Mapping[fx.Node, Trip], beside: Mapping[fx.Node, float], on_host: Mapping[fx.Node, float],
     blocks: Blocks, order: Order, context: Context,
-) -> Chain:  # fmt: skip
+) -> list[Stretch]:  # fmt: skip
     """The chain of trips, each reading what needs the one before, that takes the accelerator and the trips longest.
 
     Of a trip only the Linears count that the next activation needs; of other work (``beside`` the Linears the
@@ -94,7 +113,7 @@ def longest_path(
             if earlier is not read and any(order.needs(read, member) for member in groups[earlier]):
                 trips.add_edge(earlier, read, seconds=own_s)
     reads = nx.dag_longest_path(trips, weight="seconds")[1:]
-    return _Path(linears, beside, on_host, blocks, order, context).chain(reads, groups)
+    return list(_Path(linears, beside, on_host, blocks, order, context).stretches(reads, groups))
 
 
 @dataclass
@@ -118,14 +137,12 @@ class _Path:
     order: Order
     context: Context
 
-    def chain(self, reads: list[fx.Node], groups: Mapping[fx.Node, list[fx.Node]]) -> Chain:
+    def stretches(self, reads: list[fx.Node], groups: Mapping[fx.Node, list[fx.Node]]) -> Iterator[Stretch]:
         """The path through these activations."""
         links = [
             self._link(read, groups.get(read, []) if read is not None else [], following)
             for read, following in zip([None, *reads], [*reads, None], strict=True)
         ]
-        trips: list[Trip] = []
-        serial_s = 0.0
         for stretch, end in self._stretches(links):
             own = [self._trip(link) for link in stretch if link.read is not None]
             accelerator_s = sum(self.beside[node] for link in stretch for node in link.between)
@@ -135,9 +152,7 @@ class _Path:
             if len(shared) == 1:
                 trip = own[shared[0]]
                 own[shared[0]] = replace(trip, accelerator_s=trip.accelerator_s + off_s)
-            trips += own
-            serial_s += between_s + (off_s if not shared else 0.0)
-        return Chain(tuple(trips), serial_s)
+            yield Stretch(stretch[0].read, tuple(own), between_s + (off_s if not shared else 0.0))
 
     def _link(self, read: fx.Node | None, group: list[fx.Node], following: fx.Node | None) -> _Link:
         members = [node for node in group if self._is_needed(node, following)]
@@ -183,7 +198,7 @@ class _Path:
     def _trip(self, link: _Link) -> Trip:
         fixed_s = 0.0
         if not self.blocks.consumers.intersection(link.members):
-            fixed_s = least_trip_s(link.members[0], self.context)
+            fixed_s = least_trip_s(link.members, self.context)
         return together((self.linears[node] for node in link.members), fixed_s)
 
     def _stretches(self, links: list[_Link]) -> Iterator[tuple[list[_Link], fx.Node | None]]:
@@ -213,4 +228,4 @@ class _Path:
         return linears_s + sum(seconds for node, seconds in self.beside.items() if lies_between(node))
 
 
-__all__ = ["Blocks", "Order", "by_activation", "longest_path", "together"]
+__all__ = ["Blocks", "Order", "Stretch", "by_activation", "chain_of", "longest_path", "together"]

@@ -150,9 +150,9 @@ class Search:
 
     def _shares(self, way: _Way) -> tuple[float, ...]:
         if not way.slack:
-            return balance_along(way.chain, way.opened)
+            return balance_along(way.chain, way.opened, ring_s=self._ring_s())
         whole = whole_shares(way.trips, self._context)
-        return balance_along(way.chain, way.opened, whole, way.slack * self._ring_s())
+        return balance_along(way.chain, way.opened, whole, way.slack * self._ring_s(), self._ring_s())
 
     def _ring_s(self) -> float:
         """What it takes to fill the staging ring."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from torch import fx
@@ -50,9 +50,40 @@ def trips_of(module: fx.GraphModule, blocks: Sequence[Block] = ()) -> Trips:
 
 
 def step_chain(module: fx.GraphModule, trips: Trips, context: Context) -> Chain:
-    """A grouped graph as a chain of trips and the accelerator's segments between them."""
-    serial_s = sum(node_work(node, context).seconds for node in module.graph.find_nodes(op="call_module"))
-    return Chain(tuple(_trip(group, context) for group in trips), serial_s)
+    """A grouped graph as a chain of trips and the accelerator's segments between them.
+
+    What the accelerator does before it needs the host's part of a trip (attention beside an MLP that reads the same
+    input) is its own work of that trip.
+    """
+    nodes = list(module.graph.nodes)
+    serial_s = {node: node_work(node, context).seconds for node in nodes if node.op == "call_module"}
+    own = [_trip(group, context) for group in trips]
+    place = {node: index for index, group in enumerate(trips) for node in group.linears}
+    for index, group in enumerate(trips):
+        if not own[index].link_s or group.block is not None:
+            continue
+        for node in _before_its_results(nodes, group, context):
+            if node in place and own[place[node]].link_s:
+                break  # the host has a part of that, too
+            beside_s = serial_s.pop(node, 0.0)
+            if node in place:
+                beside_s = require(context.costs, "annotate_costs")[info(node).position].accelerator_s
+                own[place[node]] = _with_beside(own[place[node]], -beside_s)
+            own[index] = _with_beside(own[index], beside_s)
+    return Chain(tuple(own), sum(serial_s.values()))
+
+
+def _before_its_results(nodes: Sequence[fx.Node], group: Group, context: Context) -> Iterator[fx.Node]:
+    """What follows a trip's Linears up to the first reader of one that is not all resident, in program order."""
+    offloaded = {node for node in group.linears if _offloaded_bytes(node, context)}
+    for node in nodes[nodes.index(group.linears[-1]) + 1 :]:
+        if not offloaded.isdisjoint(node.all_input_nodes):
+            return
+        yield node
+
+
+def _with_beside(trip: Trip, seconds: float) -> Trip:
+    return replace(trip, accelerator_s=trip.accelerator_s + seconds)
 
 
 def _trip(group: Group, context: Context) -> Trip:
@@ -66,7 +97,8 @@ def _trip(group: Group, context: Context) -> Trip:
         link_s += offloaded * feed_s(node, cost, context)
         accelerator_s += cost.accelerator_s
         saved_s += offloaded * cost.accelerator_s
-    fixed_s = trip_s(group.linears[0], context)
+    launch_s = context.profile.accelerator.launch_s
+    fixed_s = trip_s(group.linears[0], context) + 2 * launch_s  # issuing the way up, and a join
     if group.block is not None:
         link_s += lines_s(group.block, {info(node).position: node for node in group.linears}, context)
         fixed_s += sum(costs[position].host_s for position in group.block.region)

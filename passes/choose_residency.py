@@ -27,6 +27,7 @@ from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, f
 from hetegen_compile.passes.claims import Claim
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.plans import MIRRORED, OTHERS, RESIDENT, RING, STAGED_CHUNK_BYTES, Residency, step_bytes
+from hetegen_compile.passes.residency_orders import LinearWork, ordered_claims
 from hetegen_compile.passes.residency_shares import residency_shares
 from hetegen_compile.passes.step_memory import mirrored_size, step_memory
 from hetegen_compile.passes.unsplit_weights import other_weights, seconds_saved, stacked_weights, without_use
@@ -101,6 +102,7 @@ class _Sharing:
             found = self._residency(claims, first_rows, shared_ring, budget, whole=True)
             return self._with_tables(found, left)
         ring = self._ring_bytes(self._left_for_linears(free - beyond))
+        claims = self._ordered(claims, free - ring - beyond, ring)
         first_rows = residency_shares([*others, claims], free - ring - beyond)
         while idle := self._without_use(first_rows):
             claims = tuple(claim for claim in claims if claim.key not in idle)
@@ -119,6 +121,21 @@ class _Sharing:
         """What the weights that come before the Linears leave of ``free`` bytes, all if they do not fit."""
         left = free - sum(value_bytes(node, self._context) for node in self._others)
         return left if left >= self._smallest else free
+
+    def _ordered(self, claims: tuple[Claim, ...], free: int, ring: int) -> tuple[Claim, ...]:
+        """The claims, some rows of Linears before those of others where the step is shorter with them."""
+        before = tuple(claim for claim in claims if claim.rank == BEFORE_LINEARS)
+        linears = [node for node in self._module.graph.nodes if node.target == LINEAR]
+        work = [
+            LinearWork(
+                node.args[0], self._keys[node.args[1]], int(info(node.args[1]).value.shape[0]),
+                linear_cost(node, self._context, tokens=1),
+            )
+            for node in linears
+        ]  # fmt: skip
+        typical = _typical([aligned(value_bytes(weight, self._context)) for weight in self._weights])
+        rest = tuple(claim for claim in claims if claim.rank != BEFORE_LINEARS)
+        return *before, *ordered_claims(rest, work, free - _nbytes(before), ring, typical, self._context.profile)
 
     def _with_tables(self, whole: Residency, left: int) -> Residency:
         """Embedding tables on the accelerator as well, if ``left`` bytes hold them: the host then looks nothing up."""

@@ -22,6 +22,7 @@ class Claim:
         row_bytes: bytes of a row.
         gain_s_per_byte: seconds of a decode step that a resident byte saves.
         rank: a weight of higher rank gets what those of lower rank leave, whatever it gains.
+        kept_rows: the last rows, which come before any other weight's beyond its own ``kept_rows``.
     """
 
     key: Hashable
@@ -30,6 +31,7 @@ class Claim:
     row_bytes: int
     gain_s_per_byte: float
     rank: int = 0
+    kept_rows: int = 0
 
     @property
     def nbytes(self) -> int:

@@ -98,9 +98,10 @@ class _Waits:
         self.place = {node: position for position, node in enumerate(graph.nodes)}
         downloads = graph.find_nodes(op="call_function", target=ir.TO_HOST)
         busy = [node for node in graph.nodes if node.op == "call_module" or node.target == ir.PARTIAL_LINEAR]
+        parts_of = _host_parts(graph)
         parts: list[list[fx.Node]] = []
         for download in downloads:
-            parts.append(_host_parts(download) or (parts[-1] if parts else []))
+            parts.append(parts_of[download] or (parts[-1] if parts else []))
         self._begins = [self.place[download] for download in downloads]
         self._waits = [
             _Wait(
@@ -133,11 +134,21 @@ class _Waits:
         return busy[first : first + 1]
 
 
-def _host_parts(download: fx.Node) -> list[fx.Node]:
-    """The host's parts of Linears that read what a download brings."""
-    waits = [user for user in download.users if user.target == ir.WAIT_HOST]
-    items = [item for wait in waits for item in wait.users]
-    return [user for item in items for user in item.users if user.target == ir.HOST_LINEAR]
+def _host_parts(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """The host's parts of Linears by the last download that they need, directly or through other host work.
+
+    Those of a block follow each other: the last one reads what the host makes of the others' results.
+    """
+    found: dict[fx.Node, list[fx.Node]] = {node: [] for node in graph.find_nodes(op="call_function", target=ir.TO_HOST)}
+    last: dict[fx.Node, fx.Node] = {download: download for download in found}
+    place = {download: position for position, download in enumerate(found)}
+    for node in graph.nodes:
+        needed = [last[operand] for operand in node.all_input_nodes if operand in last]
+        if needed and node not in found and info(node).side == "host":
+            last[node] = max(needed, key=place.__getitem__)
+            if node.target == ir.HOST_LINEAR:
+                found[last[node]].append(node)
+    return found
 
 
 __all__ = ["RUN_AHEAD", "complete_early", "completing_s", "late_readers"]

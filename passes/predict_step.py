@@ -10,7 +10,7 @@ same seconds, so that a prediction and a measurement are about the same thing.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import fx
 
@@ -34,6 +34,7 @@ from hetegen_compile.passes.annotate_costs import dtype_name, value_bytes
 from hetegen_compile.passes.aten_listener import FREE_ATEN
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import Prediction, Work
+from hetegen_compile.passes.issue_ahead import issues_ahead
 from hetegen_compile.passes.tensors import to_expr
 
 WORKER = "worker"
@@ -219,13 +220,21 @@ def _down_s(linear: fx.Node, context: Context) -> float:
     return download_s(context.profile, value_bytes(linear.all_input_nodes[0], context)) + context.profile.synchronise_s
 
 
-def least_trip_s(linear: fx.Node, context: Context) -> float:
-    """The least that a trip costs: whichever way its result goes up, and no way down for what lies on the host."""
-    link = context.profile.link
-    untold_s, up_s = _untold_trip_s(context), min(link.view_s, link.up.latency_s)
-    if info(linear.all_input_nodes[0]).side != "accelerator":
+def least_trip_s(linears: Sequence[fx.Node], context: Context) -> float:
+    """The least that a trip of Linears that read one activation costs; no way down for what lies on the host.
+
+    What goes up is issued when the host has it, unless a worker computes, and is read in place where it is small. What
+    only the caller reads may go any way.
+    """
+    link, untold_s = context.profile.link, _untold_trip_s(context)
+    up_s = min(link.view_s, link.up.latency_s)
+    if all(any(user.op != "output" for user in linear.users) for linear in linears):
+        largest = sum(value_bytes(linear, context) for linear in linears)
+        up_s = link.view_s if largest <= ir.SMALL_UPLOAD_BYTES else up_s
+        up_s += 0.0 if issues_ahead(context) else context.profile.accelerator.launch_s
+    if info(linears[0].all_input_nodes[0]).side != "accelerator":
         return untold_s + up_s
-    return _down_s(linear, context) + untold_s + up_s
+    return _down_s(linears[0], context) + untold_s + up_s
 
 
 def least_thread_s(linear: fx.Node, context: Context) -> float:

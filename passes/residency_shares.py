@@ -9,6 +9,7 @@ as fit. The order does not depend on which graph asks, so graphs with the same m
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import replace
 
 from hetegen_compile.cost_model import row_granularity, spread_order
 from hetegen_compile.passes.claims import Claim
@@ -30,23 +31,26 @@ def residency_shares(graphs: Sequence[Sequence[Claim]], free_bytes: int) -> dict
 
 
 def _fill(claims: Sequence[Claim], free_bytes: int) -> dict[Hashable, int]:
-    """In falling order of gain per byte; the first weight that does not fit whole keeps the rows that do.
+    """First the rows that come before others, then in falling order of gain per byte.
 
-    Of those after it only whole ones are taken: every weight in two places costs a launch more.
+    The first weight that does not fit whole keeps the rows that do. Of those after it only whole ones are taken: every
+    weight in two places costs a launch more.
     """
     found: dict[Hashable, int] = {}
+    order = _in_order(claims)
+    for claim in order:
+        first = _partial(replace(claim, first=max(claim.first, claim.rows - claim.kept_rows)), free_bytes)
+        found[claim.key] = first
+        free_bytes -= (claim.rows - first) * claim.row_bytes
     whole = True
-    for claim in _in_order(claims):
-        if claim.nbytes <= free_bytes:
-            first = claim.first
-        elif claim.rows == 1:  # all or nothing
-            first = claim.rows
-        else:
-            first, whole = _partial(claim, free_bytes) if whole else claim.rows, False
-        if first < claim.rows:
-            found[claim.key] = first
-            free_bytes -= (claim.rows - first) * claim.row_bytes
-    return found
+    for claim in order:
+        first = found[claim.key]
+        if (first - claim.first) * claim.row_bytes <= free_bytes:
+            found[claim.key] = claim.first
+        elif whole and claim.rows > 1:  # one row: all or nothing
+            found[claim.key], whole = _partial(claim, free_bytes, first), False
+        free_bytes -= (first - found[claim.key]) * claim.row_bytes
+    return {claim.key: found[claim.key] for claim in claims if found[claim.key] < claim.rows}
 
 
 def _in_order(claims: Sequence[Claim]) -> list[Claim]:
@@ -60,10 +64,11 @@ def _in_order(claims: Sequence[Claim]) -> list[Claim]:
     return [alike[kind][i] for kind in sorted(alike) for i in spread_order(len(alike[kind]))]
 
 
-def _partial(claim: Claim, free_bytes: int) -> int:
-    step = row_granularity(claim.rows)
+def _partial(claim: Claim, free_bytes: int, behind: int | None = None) -> int:
+    """First row with as many as fit before ``behind`` (the end), to the granule."""
+    step, end = row_granularity(claim.rows), claim.rows if behind is None else behind
     rows = max(0, free_bytes) // claim.row_bytes
-    return max(claim.first, -(-(claim.rows - rows) // step) * step)
+    return min(end, max(claim.first, -(-(end - rows) // step) * step))
 
 
 def _models(graphs: Sequence[Sequence[Claim]]) -> list[list[Claim]]:
@@ -84,10 +89,13 @@ def _models(graphs: Sequence[Sequence[Claim]]) -> list[list[Claim]]:
 
 
 def _merge(model: dict[Hashable, Claim], claims: Iterable[Claim]) -> None:
-    """Add claims; of two on one weight the one for fewer rows counts, which serves both graphs."""
+    """Add claims; of two on one weight the one for fewer rows counts, which serves both graphs.
+
+    Of those for as many rows it does not matter which came first.
+    """
     for claim in claims:
-        if claim.first > model.setdefault(claim.key, claim).first:
-            model[claim.key] = claim
+        known = model.setdefault(claim.key, claim)
+        model[claim.key] = max(known, claim, key=lambda one: (one.first, one.kept_rows, one.gain_s_per_byte))
 
 
 __all__ = ["residency_shares"]

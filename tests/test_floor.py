@@ -16,8 +16,9 @@ from benchmarks.schedule_quality import Work
 from hetegen_compile.cost_model import RateCurve, RateTable, load_profile
 from hetegen_compile.floor import Floor, floor, floor_s, offloaded_together_s
 from hetegen_compile.ir import LINEAR, info
-from hetegen_compile.passes.choose_splits import with_host_rows
-from hetegen_compile.passes.plans import Splits
+from hetegen_compile.passes.choose_splits import choose_splits, with_host_rows
+from hetegen_compile.passes.context import require
+from hetegen_compile.passes.plans import LinearPlan, Splits
 from hetegen_compile.planned import BucketPlan
 from hetegen_compile.trials import Trials
 from tests.benchmarks.shapes import config
@@ -37,16 +38,33 @@ def plan(model_type: str, hardware: str) -> BucketPlan:
     return work(model_type).base(replace(profile, accelerator=replace(profile.accelerator, **issuing)), 0.4)
 
 
+def with_residency(base: BucketPlan, kept: list[float], ring_share: float) -> BucketPlan:
+    """The plan with these shares of the weights' last rows resident, and a part of its staging ring."""
+    residency = require(base.context.residency, "choose_residency")
+    weights: dict[str, int] = {}
+    for i, node in enumerate(base.module.graph.find_nodes(op="call_function", target=LINEAR)):
+        rows = int(info(node.args[1]).value.shape[0])
+        first = rows - int(kept[i % len(kept)] * rows) // 64 * 64
+        weights |= {node.args[1].name: first} if first < rows else {}
+    ring = int(residency.ring_bytes * ring_share) // 256 * 256
+    residency = replace(residency, weights=weights, ring_bytes=ring, chunk_bytes=ring // 2 // 256 * 256)
+    context = replace(base.context, residency=residency)
+    return replace(base, context=replace(context, splits=choose_splits(base.module, context)))
+
+
 shares = st.lists(st.sampled_from([0.0, 0.0, 0.3, 0.7, 1.0, 1.0]), min_size=9, max_size=9)
+kept = st.lists(st.sampled_from([0.0, 0.0, 0.4, 0.9, 1.0]), min_size=7, max_size=7)
 
 
 hardware = st.sampled_from(["a10-xeon", "cpu-emulated", "h100-server", "h200-server, issuing is dear"])
 
 
-@settings(deadline=None, max_examples=16, derandomize=True)
-@given(st.sampled_from(["llama", "opt", "gptj"]), hardware, shares)
-def test_no_simulated_step_is_below_it(model_type: str, hardware: str, pattern: list[float]) -> None:
-    base = plan(model_type, hardware)
+@settings(deadline=None, max_examples=20, derandomize=True)
+@given(st.sampled_from(["llama", "opt", "gptj"]), hardware, shares, kept, st.sampled_from([0.2, 0.5, 1.0]))
+def test_no_simulated_step_is_below_it(
+    model_type: str, hardware: str, pattern: list[float], rows: list[float], ring_share: float
+) -> None:
+    base = with_residency(plan(model_type, hardware), rows, ring_share)
     found: Splits = {}
     for i, node in enumerate(base.module.graph.find_nodes(op="call_function", target=LINEAR)):
         whole = with_host_rows(node, 0, base.context)
@@ -73,6 +91,36 @@ def not_pairable(x: Tensor) -> Any:
     for layer in LAYERS:
         x = layer(x).softmax(-1)
     return x
+
+
+def test_rows_in_two_places_cost_a_join_at_least() -> None:
+    x = torch.zeros(1, 1024)
+    found = planned(not_pairable, x, plan=lambda rows: LinearPlan(rows, rows // 2, (), (rows // 2, rows)))
+    whole = planned(not_pairable, x, plan=resident)
+    half_s, whole_s = bounds(not_pairable, found).accelerator_s, bounds(not_pairable, whole).accelerator_s
+    costs = require(found.context.costs, "annotate_costs")
+    products_s = sum(costs[info(node).position].accelerator_s for node in found.nodes(LINEAR)) / 2
+    assert half_s == pytest.approx(whole_s - products_s + len(LAYERS) * PROFILE.accelerator.launch_s)
+
+
+def test_what_a_short_ring_does_not_hold_comes_behind_the_rest_of_the_path() -> None:
+    """The last Linear is streamed, the others are resident: the link idles while they run, but for one ring."""
+    table = nn.Linear(1024, 65536, bias=False)
+
+    def function(x: Tensor) -> Any:
+        for layer in LAYERS:
+            x = layer(x).softmax(-1)
+        return table(x).softmax(-1)
+
+    def last(rows: int) -> LinearPlan:
+        return streamed(rows) if rows == 65536 else resident(rows)
+
+    x, sizes = torch.zeros(1, 1024), (2**20, 2**24, 2**28)
+    found = [planned(function, x, plan=last, ring_bytes=nbytes) for nbytes in sizes]
+    short, longer, whole = (bounds(function, one) for one in found)
+    assert short.path_s - longer.path_s <= 1.01 * 15 * 2**20 / PROFILE.link.up.pinned.points[-1][1]
+    assert short.path_s > longer.path_s >= whole.path_s
+    assert short.bytes_s == whole.bytes_s
 
 
 def beside(x: Tensor) -> Any:

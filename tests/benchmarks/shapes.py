@@ -26,5 +26,5 @@ _WIDTHS["mistral"] = _WIDTHS["llama"]
 
 def config(model_type: str, layers: int = 4, full_layers: int = 32, **changes: Any) -> Shape:
     """Some layers of a model that the benchmark does not name; ``changes`` are the config's."""
-    found = AutoConfig.for_model(model_type, num_hidden_layers=full_layers, **_WIDTHS[model_type], **changes)
+    found = AutoConfig.for_model(model_type, num_hidden_layers=full_layers, **{**_WIDTHS[model_type], **changes})
     return Shape(model_type, found, layers, full_layers)

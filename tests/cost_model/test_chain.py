@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetegen_compile.cost_model import Chain, Trip, balance_along, relax, spread_order
+from hetegen_compile.cost_model import Chain, Trip, balance_along, relax, spread_order, step_with_ring
 
 seconds = st.floats(0.0, 10.0, allow_nan=False).map(lambda x: round(x, 3))
 positive = st.floats(0.1, 10.0, allow_nan=False).map(lambda x: round(x, 3))
@@ -29,6 +29,21 @@ def test_no_shares_beat_the_bound(chain: Chain) -> None:
     grid = [i / 8 for i in range(9)]
     best = min(chain.step_s(shares) for shares in itertools.product(grid, repeat=len(chain.trips)))
     assert relax(chain).bound_s <= best * (1 + 1e-9) + 1e-12
+
+
+@settings(derandomize=True)
+@given(chains, seconds)
+def test_no_shares_beat_the_bound_with_some_of_the_links_work_done_before(chain: Chain, ahead_s: float) -> None:
+    grid = [[i / 8 for i in range(9)] for _ in chain.trips]
+    best = min(max(chain.path_s(one), chain.link_s(one) - ahead_s) for one in itertools.product(*grid))
+    assert relax(chain, ahead_s).bound_s <= best * (1 + 1e-9) + 1e-12
+
+
+@settings(derandomize=True)
+@given(trips())
+def test_no_share_of_a_trip_is_better_than_its_least(trip: Trip) -> None:
+    assert trip.least_s <= min(trip.seconds(i / 64) for i in range(65)) + 1e-9
+    assert trip.least_s in (trip.seconds(0.0), trip.seconds(trip.free_share))
 
 
 @settings(derandomize=True)
@@ -121,3 +136,23 @@ def test_each_beginning_of_the_spread_order_is_spread() -> None:
     assert sorted(spread_order(13)) == list(range(13))
     assert spread_order(8)[:4] == [0, 4, 2, 6]
     assert spread_order(1) == [0]
+
+
+def test_what_the_host_can_do_beside_the_accelerator_is_the_hosts() -> None:
+    """Two trips that the accelerator takes as long for as the host for half, and an output layer that it does not."""
+    layer = Trip(host_s=2.0, link_s=4.0, accelerator_s=1.0, accelerator_saved_s=0.0)
+    output = Trip(host_s=4.0, link_s=8.0, accelerator_s=0.1, accelerator_saved_s=0.1)
+    chain = Chain((layer, layer, output), serial_s=4.0)
+    level, free = (balance_along(chain, range(3), ring_s=ring_s) for ring_s in (0.0, 100.0))
+    assert free[:2] == pytest.approx([0.5, 0.5])
+    assert level[0] < 0.5
+    assert chain.step_s(free) < chain.step_s(level)
+
+
+def test_the_link_counts_as_ahead_by_a_ring_at_most() -> None:
+    layer = Trip(host_s=1.0, link_s=1.0, accelerator_s=2.0, accelerator_saved_s=0.0)
+    output = Trip(host_s=4.0, link_s=8.0, accelerator_s=0.0, accelerator_saved_s=0.0)
+    chain = Chain((*[layer] * 8, output), serial_s=0.0)
+    short, long = (balance_along(chain, range(9), ring_s=ring_s) for ring_s in (1.0, 8.0))
+    assert short[-1] > long[-1]
+    assert step_with_ring(chain, short, 1.0) < step_with_ring(chain, long, 1.0)

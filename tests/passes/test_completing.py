@@ -81,6 +81,27 @@ def test_host_parts_of_the_same_download_come_first() -> None:
             assert all(place[part] < place[node] for part in parts)
 
 
+def test_all_host_parts_of_a_block_come_first() -> None:
+    """The last one reads what the host makes of the first one's result; the accelerator waits for it."""
+    layers = [(nn.Linear(64, 64), nn.Linear(64, 128), nn.Linear(128, 64)) for _ in range(4)]
+
+    def blocks(x: Tensor, *pasts: Tensor) -> tuple[Tensor, ...]:
+        grown = []
+        for (key, up, down), past in zip(layers, pasts, strict=True):
+            cache = torch.cat([past, key(x)])
+            x = down(up(x + cache.mean(0)).relu()).softmax(-1)
+            grown.append(cache)
+        return (x, *grown)
+
+    found = scheduled(blocks, X, *PASTS[:4], plan=resident, paired=0.5)
+    order = [node for node in found.module.graph.nodes if node.target == HOST_LINEAR or node in appending(found)]
+    parts = [node.target == HOST_LINEAR for node in order]
+    assert sum(parts) == 8
+    assert len(parts) == 12
+    first, second = ([i for i, part in enumerate(parts) if part][k::2] for k in (0, 1))
+    assert all(b == a + 1 for a, b in zip(first, second, strict=True)), "nothing between the two of a block"
+
+
 def test_no_host_part_waits_for_a_later_download() -> None:
     """Attention beside an MLP that reads the same input: the MLP's host part needs that only, the cache much more."""
     layers = [(nn.Linear(64, 32), nn.Linear(64, 128), nn.Linear(32, 64), nn.Linear(128, 64)) for _ in range(4)]

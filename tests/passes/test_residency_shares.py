@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -31,6 +32,7 @@ claims = st.builds(
     first=st.sampled_from([0, 64, 128]),
     row_bytes=st.just(8),
     gain_s_per_byte=st.sampled_from([1.0, 2.0]),
+    kept_rows=st.sampled_from([0, 0, 64, 192, 320]),
 )
 graphs = st.lists(st.lists(claims, max_size=5).map(tuple), max_size=4)
 
@@ -65,9 +67,21 @@ def test_who_asks_does_not_matter(free_bytes: int) -> None:
     assert residency_shares([decode, prefill, prefill], free_bytes) == alone
 
 
+@pytest.mark.parametrize("free_bytes", [1000, 2000, 3000])
+def test_who_asks_does_not_matter_where_graphs_keep_different_rows(free_bytes: int) -> None:
+    prefill = [weight(i) for i in range(4)]
+    decode = [replace(weight(i), kept_rows=64) for i in range(4)]
+    assert residency_shares([prefill, decode], free_bytes) == residency_shares([decode, prefill], free_bytes)
+
+
 def test_most_gain_per_byte_first_and_the_last_in_part() -> None:
     graph = [weight("little", gain=1.0), weight("much", gain=3.0), weight("some", gain=2.0)]
     assert residency_shares([graph], 1024 + 64 * 4 + 10) == {"much": 0, "some": 192}
+
+
+def test_kept_rows_come_before_any_others() -> None:
+    graph = [weight("much", gain=3.0), replace(weight("kept", gain=1.0), kept_rows=128)]
+    assert residency_shares([graph], 1024 + 64 * 4) == {"much": 64, "kept": 128}
 
 
 def test_models_without_a_common_weight_share_in_proportion() -> None:
