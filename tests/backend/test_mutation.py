@@ -205,7 +205,7 @@ def test_a_part_of_a_value_is_written_with_itself() -> None:
 
 
 def test_a_state_that_one_graph_overwrites_and_another_reads() -> None:
-    """A prompt overwrites what single tokens go on from; its accelerator has no use for that, so only the host writes."""
+    """A prompt overwrites what single tokens go on from, which its accelerator has no use for: only the host writes."""
 
     def body(before: Linear, after: Linear, x: Tensor, state: Tensor) -> Tensor:
         y = before(x)
