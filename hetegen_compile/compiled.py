@@ -162,7 +162,7 @@ class CompiledGraph:
         return opened
 
     def _plan_first(self, steps: StepPlans, inputs: Sequence[Any]) -> None:
-        steps.runtime.mirrors.check()
+        steps.runtime.mirrors.check(self._graph.weight_tensors(inputs).values())
         with_remedies(steps, lambda: steps.find(inputs))
 
     def _step(self, steps: StepPlans, inputs: Sequence[Any]) -> Any:

@@ -321,6 +321,18 @@ def test_everything_is_compared_when_a_graph_is_compiled() -> None:
     torch.testing.assert_close(result, expected)
 
 
+def test_what_a_version_shows_is_not_called_unseen_when_a_graph_is_compiled(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model, backend = Mlp().eval(), RecordingBackend()
+    model.compile(backend=backend, options=emulated(gpu_memory=112 << 10, split=0.25), dynamic=False)
+    with torch.no_grad():
+        for tokens in (2, 3):
+            torch.testing.assert_close(model(random(tokens, 64)), model.forward(random(tokens, 64)))
+            _copy_in_place(model)
+    assert len(backend.graphs) == 2
+    assert "does not see" not in caplog.text
+
+
 @pytest.mark.parametrize("budget", [40 << 10, 200 << 10])
 def test_parameters_that_are_parts_of_one_tensor(budget: int) -> None:
     """Each has a version counter of its own. They are streamed, stay and change one by one, as others do."""
