@@ -19,6 +19,14 @@ DRY_RUN = "dry run"
 
 Sizes = Mapping[sympy.Symbol, sympy.Integer]
 Split = float | Literal["auto"]
+Ahead = bool | Literal["auto"]
+
+
+class Variant(NamedTuple):
+    """One way to schedule what has been decided about memory: the values of the options of these names."""
+
+    split: Split
+    issue_ahead: Ahead = "auto"
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class Target:
         overhead_bytes: what the device's libraries take of the budget, item by item.
         host_memory: what can be pinned; None says everything.
         cannot_issue_ahead: why nothing can be issued ahead of the host's parts; "" says that it can.
+        issue_ahead: whether it is, where that is not what the options say.
     """
 
     kind: str
@@ -42,6 +51,7 @@ class Target:
     overhead_bytes: Mapping[str, int] = field(default_factory=dict)
     host_memory: HostWeights | None = None
     cannot_issue_ahead: str = ""
+    issue_ahead: Ahead | None = None
 
 
 @dataclass(frozen=True)
@@ -74,4 +84,4 @@ class ScheduledStep:
     schedule: Schedule
 
 
-__all__ = ["DRY_RUN", "BucketPlan", "Graphs", "ScheduledStep", "Sizes", "Split", "Target"]
+__all__ = ["DRY_RUN", "Ahead", "BucketPlan", "Graphs", "ScheduledStep", "Sizes", "Split", "Target", "Variant"]

@@ -22,7 +22,7 @@ from hetegen_compile.passes.issue_ahead import NO_ROOM_AHEAD, issues_ahead
 from hetegen_compile.passes.plans import ACTIVATIONS
 from hetegen_compile.pipeline import ONCE_PER_SPLIT, Stage
 from hetegen_compile.plan_report import blocks_apart, linear_sites, report_on
-from hetegen_compile.planned import BucketPlan, ScheduledStep, Sizes, Split, Target
+from hetegen_compile.planned import Ahead, BucketPlan, ScheduledStep, Sizes, Split, Target, Variant
 from hetegen_compile.size_limits import size_limits
 from hetegen_compile.trials import Trials
 from hetegen_compile.within_budget import ResidencySearch
@@ -55,7 +55,7 @@ class Planner:
             HostOnlyGraphError: the graph cannot be offloaded.
         """
         context = Context(
-            options=self._options,
+            options=self._with(target.issue_ahead),
             profile=self._profile,
             sizes=sizes,
             bucket=self.bucket(sizes),
@@ -82,7 +82,7 @@ class Planner:
         context = replace(
             base.context, sizes=sizes, budget_bytes=target.budget_bytes, resident=target.resident, weights=weights,
             overhead_bytes=target.overhead_bytes, host_memory=target.host_memory,
-            activation_bytes=None, lean=False, options=self._options, residency=None,
+            activation_bytes=None, lean=False, options=self._with(target.issue_ahead), residency=None,
             cannot_issue_ahead=target.cannot_issue_ahead,
         )  # fmt: skip
         return self._decided(context, target.kind, base)
@@ -96,14 +96,21 @@ class Planner:
         return BucketPlan(graphs.grouped, graphs.linears, context, linear_sites(graphs.grouped, context), kind)
 
     def plan_split(
-        self, base: BucketPlan, split: Split, stages: tuple[Stage, ...] = ONCE_PER_SPLIT, trials: Trials | None = None
+        self,
+        base: BucketPlan,
+        split: Split,
+        stages: tuple[Stage, ...] = ONCE_PER_SPLIT,
+        trials: Trials | None = None,
+        *,
+        issue_ahead: Ahead | None = None,
     ) -> ScheduledStep:
         """The schedule of one split; ``stages`` leaves out lowering where nothing will run.
 
-        ``trials`` (those of ``base``) is given where they will be asked for again.
+        ``trials`` (those of ``base``) is given where they will be asked for again, ``issue_ahead`` where it is not that
+        of the options.
         """
         trials = Trials(base.module) if trials is None else trials
-        context = replace(base.context, options=replace(self._options, split=split))
+        context = replace(base.context, options=replace(self._with(issue_ahead), split=split))
         module, done = _finished(base.module, context, stages, trials)
         if _excess_bytes(done) > 0 and issues_ahead(context):
             module, done = _finished(base.module, replace(context, cannot_issue_ahead=NO_ROOM_AHEAD), stages, trials)
@@ -114,6 +121,14 @@ class Planner:
                 f"{format_bytes(context.budget_bytes)} leaves: use a larger budget"
             )
         return ScheduledStep(module, done, report_on(base, module, done, trials))
+
+    def needs_more_room(self, base: BucketPlan, variant: Variant) -> bool:
+        """Whether this variant is issued ahead and ``base`` was decided for steps that are not."""
+        options = self._with(variant.issue_ahead)
+        return issues_ahead(replace(base.context, options=options)) and not issues_ahead(base.context)
+
+    def _with(self, issue_ahead: Ahead | None) -> Options:
+        return self._options if issue_ahead is None else replace(self._options, issue_ahead=issue_ahead)
 
     def _with_room(self, context: Context, *, spare: bool) -> Context:
         """The context with the sizes that the budget has to hold."""

@@ -17,12 +17,13 @@ from hetegen_compile.captured_graph import CapturedGraph, Part
 from hetegen_compile.errors import BudgetError, UnforeseenMemoryError
 from hetegen_compile.graph_inputs import as_int
 from hetegen_compile.heap import large_heap
+from hetegen_compile.issue_override import overridden_issue_ahead
 from hetegen_compile.model_lives import ModelWeights
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.claims import weight_key
 from hetegen_compile.passes.context import Refusal, require
 from hetegen_compile.passes.plans import UNFORESEEN
-from hetegen_compile.planned import BucketPlan, Sizes, Split, Target
+from hetegen_compile.planned import BucketPlan, Sizes, Target, Variant
 from hetegen_compile.planner import Planner, budget_bytes
 from hetegen_compile.quiet import quiet
 from hetegen_compile.runtime import Runtime
@@ -53,7 +54,7 @@ class StepPlans:
         )
         self._buckets: dict[Part, BucketPlan] = {}
         self._outdated: dict[Part, BucketPlan] = {}
-        self._plans: dict[tuple[Part, Split], StepPlan] = {}
+        self._plans: dict[tuple[Part, Variant], StepPlan] = {}
         self._recent: tuple[tuple[Any, ...], StepPlan] | None = None
         self._models: dict[int, ModelWeights] = {}
 
@@ -79,13 +80,17 @@ class StepPlans:
             UnforeseenMemoryError: verification counts more than was planned for.
             HostOnlyGraphError: the graph cannot be offloaded.
         """
-        split = overridden_split()
-        split = self.graph.options.split if split is None else split
-        key = split, self.graph.model_of(inputs), *(as_int(inputs[i]) for i in self.graph.symbols.values())
+        variant = self._variant()
+        key = variant, self.graph.model_of(inputs), *(as_int(inputs[i]) for i in self.graph.symbols.values())
         if self._recent is not None and self._recent[0] == key and self._recent[1].epoch == self.runtime.ledger.epoch:
             return self._recent[1]
-        self._recent = key, self._find(inputs, split)
+        self._recent = key, self._find(inputs, variant)
         return self._recent[1]
+
+    def _variant(self) -> Variant:
+        """What the options ask for, or the caller instead."""
+        options, split, ahead = self.graph.options, overridden_split(), overridden_issue_ahead()
+        return Variant(options.split if split is None else split, options.issue_ahead if ahead is None else ahead)
 
     def find_ready(self, inputs: Sequence[Any]) -> StepPlan:
         """A plan whose streamed weights are pinned, adopted or staged; what cannot be pinned makes another one.
@@ -138,16 +143,16 @@ class StepPlans:
         for weights in self._models.values():
             weights.move(places)
 
-    def _find(self, inputs: Sequence[Any], split: Split) -> StepPlan:
+    def _find(self, inputs: Sequence[Any], variant: Variant) -> StepPlan:
         sizes = self.graph.sizes(inputs)
         part = self._planner.bucket(sizes), self.graph.model_of(inputs)
-        plan = self._plans.get((part, split))
+        plan = self._plans.get((part, variant))
         if plan is not None and not self._is_good(plan, inputs, sizes):
             self.outdate([part])
             plan = None
         if plan is None:
             with quiet(self.runtime.accelerator.device), large_heap(), self._told_whose_budget():
-                plan = self._make(part, split, sizes, inputs)
+                plan = self._make(part, variant, sizes, inputs)
         return plan
 
     @contextlib.contextmanager
@@ -169,9 +174,12 @@ class StepPlans:
     def _is_good(self, plan: StepPlan, inputs: Sequence[Any], sizes: Sizes) -> bool:
         return plan.is_good(self.runtime, inputs, lambda: self.budget_bytes, sizes)
 
-    def _stands(self, part: Part, inputs: Sequence[Any]) -> bool:
-        """Whether a decision about memory is known that the accelerator still keeps: for steps of another split."""
-        if part not in self._buckets:
+    def _stands(self, part: Part, inputs: Sequence[Any], variant: Variant) -> bool:
+        """Whether a decision about memory is known that the accelerator still keeps, for steps of another variant.
+
+        Steps that are issued ahead need room that others do not.
+        """
+        if part not in self._buckets or self._planner.needs_more_room(self._buckets[part], variant):
             return False
         ledger, context = self.runtime.ledger, self._buckets[part].context
         residency = require(context.residency, "choose_residency")
@@ -180,22 +188,22 @@ class StepPlans:
 
     # ---- making one ------------------------------------------------------------------------------------------
 
-    def _make(self, part: Part, split: Split, sizes: Sizes, inputs: Sequence[Any]) -> StepPlan:
+    def _make(self, part: Part, variant: Variant, sizes: Sizes, inputs: Sequence[Any]) -> StepPlan:
         """A plan with what has been decided about memory for another split, if that still holds and does for it."""
-        plan = self._scheduled(part, split, inputs) if self._stands(part, inputs) else None
+        plan = self._scheduled(part, variant, inputs) if self._stands(part, inputs, variant) else None
         if plan is None or not self._is_good(plan, inputs, sizes):
             self.outdate([part])
-            self._decide(part, sizes, inputs)
-            plan = self._scheduled(part, split, inputs)
+            self._decide(part, sizes, inputs, variant)
+            plan = self._scheduled(part, variant, inputs)
         return plan
 
-    def _scheduled(self, part: Part, split: Split, inputs: Sequence[Any]) -> StepPlan:
-        planned = self._planner.plan_split(self._buckets[part], split)
+    def _scheduled(self, part: Part, variant: Variant, inputs: Sequence[Any]) -> StepPlan:
+        planned = self._planner.plan_split(self._buckets[part], variant.split, issue_ahead=variant.issue_ahead)
         plan = StepPlan.of(self.graph, planned, self.runtime, inputs)
         plan.schedule.refusals += (*self.notes, *plan.bound.refusals)
         plan.schedule.beside_bytes = self.runtime.accelerator.beside_bytes
         self._tell(plan.schedule)
-        self._plans[part, split] = plan
+        self._plans[part, variant] = plan
         return plan
 
     def _forget_dead(self) -> None:
@@ -207,22 +215,22 @@ class StepPlans:
         for part in parts:
             self._outdated.pop(part, None)
 
-    def _decide(self, part: Part, sizes: Sizes, inputs: Sequence[Any]) -> None:
+    def _decide(self, part: Part, sizes: Sizes, inputs: Sequence[Any], variant: Variant) -> None:
         """Share out the accelerator's memory, and make what was decided hold there."""
         self._forget_dead()
-        base = self._decided(part, sizes, self.graph.weight_tensors(inputs))
+        base = self._decided(part, sizes, self.graph.weight_tensors(inputs), variant)
         self._enter(part, base, inputs)
         self._buckets[part] = base
         self._outdated.pop(part, None)
 
-    def _decided(self, part: Part, sizes: Sizes, weights: Mapping[str, Tensor]) -> BucketPlan:
+    def _decided(self, part: Part, sizes: Sizes, weights: Mapping[str, Tensor], variant: Variant) -> BucketPlan:
         known = self._outdated.get(part)
         if known is None:
-            return self._planner.plan_bucket(sizes, self._target(part), weights)
+            return self._planner.plan_bucket(sizes, self._target(part, variant), weights)
         logger.info("%s: memory is shared out anew, and the step scheduled again", part[0])
-        return self._planner.decide_again(known, sizes, self._target(part), weights)
+        return self._planner.decide_again(known, sizes, self._target(part, variant), weights)
 
-    def _target(self, part: Part) -> Target:
+    def _target(self, part: Part, variant: Variant) -> Target:
         runtime = self.runtime
         overhead = dict(runtime.accelerator.overhead_bytes())
         if self.unforeseen_bytes:
@@ -235,6 +243,7 @@ class StepPlans:
             overhead_bytes=overhead,
             host_memory=runtime.host_memory,
             cannot_issue_ahead=runtime.accelerator.cannot_issue_ahead,
+            issue_ahead=variant.issue_ahead,
         )
 
     def _enter(self, part: Part, base: BucketPlan, inputs: Sequence[Any]) -> None:
@@ -261,7 +270,7 @@ class StepPlans:
         if schedule.whole_graph:
             logger.info("%s: %s", schedule.title, FITS)
         options = self.graph.options
-        if options.print_schedule and overridden_split() is None:
+        if options.print_schedule and overridden_split() is overridden_issue_ahead() is None:
             print(schedule.table(unfold=options.unfold), flush=True)
 
 

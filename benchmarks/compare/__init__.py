@@ -3,9 +3,10 @@
     python -m benchmarks.compare --model opt-6.7b --dtype bfloat16 --gpu-memory 4GiB 8GiB --json compare.json
 
 The model has a published shape and random weights that are made on the spot. Every way runs in a process of its own
-(hetegen, all streamed and host rows only share one: they are three splits of one compilation, with peaks of their own):
+(hetegen's own share one: they are schedules of one compilation, with peaks of their own):
 
     hetegen          the plan of the cost model
+    hetegen, ...     on CUDA: the same issued ahead of a worker, or in turn: what ``issue_ahead="auto"`` has not chosen
     all streamed     the same residency, everything else streamed ahead (``override_split(0.0)``)
     host rows        every Linear computed on the host, the rest on the accelerator (``override_split(1.0)``)
     CPU, Inductor    ``torch.compile`` on the host alone

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from hetegen_compile.options import format_bytes
 
 HETEGEN, STREAMED, HOST_ROWS = "hetegen", "all streamed", "host rows"
+AHEAD, IN_TURN = "hetegen, issued ahead", "hetegen, in turn"
+"""The plan of the cost model with a worker and gates, or without: what ``issue_ahead="auto"`` has not chosen."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Job:
         hardware: profile of hetegen's cost model.
         step_s: emulated: a decode step is paced to take at least so long.
         trace: file for the trace of a decode step, or None.
+        issue_ahead: that option of hetegen; "auto" also measures what it has not chosen.
+        others_s: seconds of the child's life after which none of hetegen's other ways is begun; None: all are measured.
     """
 
     way: str
@@ -38,6 +42,8 @@ class Job:
     hardware: str
     step_s: float
     trace: str | None = None
+    issue_ahead: bool | Literal["auto"] = "auto"
+    others_s: float | None = None
 
     @property
     def name(self) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.compare.job import HETEGEN, HOST_ROWS, Job, Row
+from benchmarks.compare.job import AHEAD, HETEGEN, HOST_ROWS, IN_TURN, STREAMED, Job, Row
 from benchmarks.compare.peers import accelerate_map, accelerate_offload, diffusers_groups
 from benchmarks.random_models import DTYPES, SHAPES
-from hetegen_compile.bench.measure import SPLITS, compile_anew, decode_schedule, measure_splits
+from hetegen_compile.bench.measure import Measured, Way, compile_anew, decode_schedule, measure_splits
 from hetegen_compile.bench.timing import Timing, generate_timed, warm_and_timed, with_peak
 from hetegen_compile.bench.weights import parameter_bytes, random_model
 from hetegen_compile.cost_model import load_profile
@@ -22,25 +23,46 @@ _UNPACED_TOKENS = 3
 
 
 def hetegen_splits(job: Job) -> Iterator[Row]:
-    """Three splits of one compilation; on the emulated accelerator paced."""
+    """Splits of one compilation, on CUDA issued ahead and in turn; on the emulated accelerator paced."""
+    started, measured = time.monotonic(), list[Measured]()
     model, prompt = _model(job), _prompt(job)
     options: dict[str, Any] = {
         "accelerator": job.accelerator, "hardware": job.hardware, "gpu_memory": job.gpu_memory,
-        "context": job.prompt + job.new_tokens, "print_schedule": False,
+        "context": job.prompt + job.new_tokens, "print_schedule": False, "issue_ahead": job.issue_ahead,
     }  # fmt: skip
     if job.accelerator != "cuda":
         options["pace"] = _pace(model, prompt, options, job.step_s)
-    for found in measure_splits(model, prompt, job.new_tokens, options, {**SPLITS, HOST_ROWS: 1.0}):
+    ways = own_ways(job, measured, started)
+    for found in measure_splits(model, prompt, job.new_tokens, options, ways):
+        measured.append(found)
         schedule = found.schedule
         yield replace(
             _row(found.way, found.timing, job, found.pace, found.peak_bytes), gpu_memory=job.gpu_memory,
-            note=_paced(found.pace, job),
+            note=_paced(found.pace, job) or how_issued(schedule),
             predicted_tokens_per_s=1 / schedule.predicted_step_s, floor_tokens_per_s=1 / schedule.floor_s,
         )  # fmt: skip
         if found.way == HETEGEN:
             yield from _predicted(schedule, job)
             if job.trace is not None:
                 schedule.save_trace(job.trace)
+
+
+def own_ways(job: Job, measured: Sequence[Measured], started_s: float) -> Iterator[tuple[str, Way]]:
+    """hetegen's ways, what matters most first; the others as long as there is time for them."""
+    yield HETEGEN, Way()
+    ahead = bool(measured[0].schedule.trips_ahead)
+    others = [(STREAMED, Way(0.0)), (HOST_ROWS, Way(1.0))]
+    if job.accelerator == "cuda" and job.issue_ahead == "auto":  # what calibration has ruled out may hang: not first
+        others.insert(*((0, (IN_TURN, Way(issue_ahead=False))) if ahead else (1, (AHEAD, Way(issue_ahead=True)))))
+    for name, way in others:
+        if job.others_s is not None and time.monotonic() - started_s > job.others_s:
+            return
+        yield name, way
+
+
+def how_issued(schedule: Schedule) -> str:
+    """How many trips of a step were a worker's."""
+    return f"{schedule.trips_ahead} trips issued ahead" if schedule.trips_ahead else "issued in turn"
 
 
 def cpu_inductor(job: Job) -> Iterator[Row]:

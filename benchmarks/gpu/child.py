@@ -16,7 +16,7 @@ from benchmarks.gpu.stages import stage_work
 def work(argument: dict[str, Any], notebook: Notebook) -> None:
     """Run the stage; one that cannot be run here says so and is no failure."""
     settings = Settings(**argument["settings"])
-    if settings.cuda:
+    if settings.cuda and argument["stage"] != "environment":  # which tells of the whole machine
         share_processors(argument["beside"])
     else:
         torch.set_num_threads(1)

@@ -37,8 +37,16 @@ def contact(settings: Settings, notebook: Notebook) -> None:
     checks.check("small uploads by size", lambda: reads_by_size(device_of(settings)))
     checks.check("columns of a matrix", lambda: columns_by_width(device_of(settings)))
     checks.check("waits and launches", partial(waits, settings))
-    checks.check("host kernels let go of the interpreter lock", interpreter_lock)
     checks.finish()
+
+
+def kernel(settings: Settings, notebook: Notebook) -> None:
+    """Stage ``kernel``: build the host's kernel, most of a minute where nothing is cached, and look at it."""
+    del settings
+    started = time.perf_counter()
+    notebook.note("kernel", best_kernel(torch.ones((64, 64), dtype=torch.bfloat16)).name)
+    notebook.note("built_s", round(time.perf_counter() - started, 1))
+    notebook.note("host kernels let go of the interpreter lock", interpreter_lock())
 
 
 def registering(settings: Settings) -> dict[str, Any]:
@@ -136,6 +144,7 @@ def waits(settings: Settings) -> dict[str, float]:
     other, event = torch.cuda.Stream(device), torch.cuda.Event()
     rows = torch.zeros((4096, 4096), dtype=torch.bfloat16, device=device)
     token = torch.zeros((1, 4096), dtype=torch.bfloat16, device=device)
+    bias = torch.zeros(4096, dtype=torch.bfloat16, device=device)
 
     def record_and_wait() -> None:
         event.record(stream)
@@ -145,11 +154,24 @@ def waits(settings: Settings) -> dict[str, float]:
         with torch.cuda.stream(other):
             pass
 
+    def switch_known() -> None:
+        torch.cuda.set_stream(other)
+        torch.cuda.set_stream(stream)
+
     works: dict[str, Callable[[], object]] = {
         "record an event and wait for it": record_and_wait,
         "make and record an event": stream.record_event,
         "stream waits for an event": lambda: other.wait_event(event),
         "enter another stream": switch,
+        "set another stream and back": switch_known,
+        "free memory, asked of the driver": lambda: torch.cuda.mem_get_info(device),
+        "launch it with a bias (cublasLt, which torch asks for a kernel each time)": (
+            lambda: torch.nn.functional.linear(token, rows, bias)
+        ),
+        "launch it, then add the bias": lambda: torch.nn.functional.linear(token, rows).add_(bias),
+        "launch it with a bias of two dimensions (a copy, then cuBLAS)": (
+            lambda: torch.addmm(bias[None], token, rows.t())
+        ),
         "current stream": lambda: torch.cuda.current_stream(device),
         "launch a kernel": lambda: x.add_(1),
         "launch a Linear of one token": lambda: torch.nn.functional.linear(token, rows),

@@ -1,4 +1,7 @@
-"""Stage ``generation``: architectures, caches, budgets and types of weights against eager on the host."""
+"""Stages ``generation`` and ``variants``: architectures, caches, budgets, types of weights against eager on the host.
+
+Two stages, for they run at the same time.
+"""
 
 from __future__ import annotations
 
@@ -48,11 +51,15 @@ CASES = (
     Case("gpt2", None, batch=2),
     Case("gemma2", "static"),
     Case("qwen2", None, share=0.7, split=0.25),
+)
+"""In order of importance; sliding windows are those of mistral (every layer) and gemma2 (every other)."""
+
+AHEAD = (
     Case("llama", "static", ahead=True),
     Case("opt", None, share=0.3, ahead=True),
     Case("gemma2", "static", batch=2, ahead=True),
 )
-"""In order of importance; sliding windows are those of mistral (every layer) and gemma2 (every other)."""
+"""Host parts by a worker, and what needs them behind gates."""
 
 
 def generation(settings: Settings, notebook: Notebook) -> None:
@@ -60,6 +67,14 @@ def generation(settings: Settings, notebook: Notebook) -> None:
     checks = Checks(notebook)
     checks.check("three splits of one compilation, static cache", partial(three_splits, settings))
     for case in CASES:
+        checks.check(case.name, partial(like_eager, case, settings))
+    finish_within_budgets(checks)
+
+
+def variants(settings: Settings, notebook: Notebook) -> None:
+    """Issued ahead, 16-bit weights, everything resident, beams; raises ChecksFailedError at the end if one failed."""
+    checks = Checks(notebook)
+    for case in AHEAD:
         checks.check(case.name, partial(like_eager, case, settings))
     checks.check("bfloat16 and float16 within eager's own error", partial(half_precision, settings))
     checks.check("everything fits", partial(everything_fits, settings))

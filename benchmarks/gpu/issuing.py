@@ -14,7 +14,9 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +26,10 @@ from benchmarks.children import Notebook, child_main, run_child
 from benchmarks.gpu.contact import best_kernel
 from benchmarks.gpu.settings import Settings, device_of
 from hetegen_compile.accelerators import CudaAccelerator
+from hetegen_compile.accelerators.openmp import end_own_threads
 from hetegen_compile.calibration.gating import SmallModel, both_ways
 from hetegen_compile.calibration.host import rotation_bytes
-from hetegen_compile.calibration.kernels import cut_weights, in_place, make_arena
+from hetegen_compile.calibration.kernels import Compute, cut_weights, in_place, make_arena
 from hetegen_compile.calibration.timing import Effort
 
 LAUNCHES = 12
@@ -73,18 +76,51 @@ def measure(device: torch.device, arena_bytes: int, weight_bytes: int, rounds: i
         for _ in range(LAUNCHES):
             F.linear(x, square)
 
-    host, behind, alone = [], [], []
-    for number in range(rounds):
+    def with_bias() -> None:
+        for _ in range(LAUNCHES):
+            F.linear(x, square, square[0])
+
+    host, behind, biased, alone = [], [], [], []
+    for number in range(2 * rounds):
         host.append(_seconds(lambda number=number: compute(token, weights[number % len(weights)])))  # type: ignore[misc]
-        behind.append(_seconds(launches))
+        if number % 2:
+            biased.append(_seconds(with_bias))
+        else:
+            behind.append(_seconds(launches))
     for _ in range(rounds):
         alone.append(_seconds(launches))
     seconds = statistics.median(host[1:])
     return {
         "host_s": seconds, "host_bytes_per_s": weights[0].nbytes / seconds,
         "launch_behind_it_s": statistics.median(behind[1:]) / LAUNCHES,
+        "launch_with_bias_behind_it_s": statistics.median(biased[1:]) / LAUNCHES,
         "launch_in_a_loop_s": statistics.median(alone) / LAUNCHES,
+        "host_on_a_worker_s": on_a_worker_s(compute, token, weights, rounds),
+        "host_on_a_worker_beside_idle_threads_s": on_a_worker_s(compute, token, weights, rounds, beside=True),
     }  # fmt: skip
+
+
+def on_a_worker_s(
+    compute: Compute, token: torch.Tensor, weights: Sequence[torch.Tensor], rounds: int, *, beside: bool = False
+) -> float:
+    """Median seconds of a host Linear on another thread, with one processor less.
+
+    The calling thread's own OpenMP threads have ended, or are ``beside`` it, idle.
+    """
+    threads = torch.get_num_threads()
+    compute(token, weights[0])
+    if not beside:
+        end_own_threads()
+
+    def loop() -> float:
+        torch.set_num_threads(max(1, threads - 1))
+        every = [_seconds(partial(compute, token, weights[number % len(weights)])) for number in range(rounds)]
+        return statistics.median(every[1:])
+
+    with ThreadPoolExecutor(1) as worker:
+        seconds = worker.submit(loop).result()
+    torch.set_num_threads(threads)  # the worker's number is the default of threads to come
+    return seconds
 
 
 def _seconds(work: Callable[[], object]) -> float:

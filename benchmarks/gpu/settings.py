@@ -26,6 +26,7 @@ class Settings:
         hardware: profile for hetegen: a preset's name, a file, or "auto".
         minutes: of the whole run.
         dtype: of the models that are compared.
+        seconds: of the stage that is given these settings.
     """
 
     accelerator: str
@@ -33,6 +34,7 @@ class Settings:
     hardware: str
     minutes: float
     dtype: str
+    seconds: float = 600.0
 
     @property
     def cuda(self) -> bool:

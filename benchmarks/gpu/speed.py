@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+import time
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, Literal
 
 from benchmarks import overhead as overhead_benchmark
 from benchmarks.children import Notebook, write_json
 from benchmarks.compare import __main__ as compare
-from benchmarks.compare.job import HETEGEN, Row
-from benchmarks.compare.report import at_limit, best_peer, tables
+from benchmarks.compare.job import HETEGEN, Job, Row
+from benchmarks.compare.report import OWN, at_limit, best_peer, tables
 from benchmarks.gpu.settings import Settings, SkipError
 from benchmarks.random_models import DTYPES, weight_bytes_of
 from hetegen_compile.calibration import Effort, cache_path, calibrate, this_machine, write_profile
@@ -29,14 +31,31 @@ REHEARSED = Effort(
 LIMITS = ("0.3", "0.6")
 """Shares of the weights: two memory limits."""
 
+SUITE = Effort(kernel_tokens=())
+"""All that a profile holds; kernels that need copies of the weights are left to ``benchmarks.host_linear``."""
+
 PROMPT, NEW_TOKENS = 64, 12
-CHILD_LIMIT_S = 150
+CHILD_LIMIT_S = 120.0
+
+_END_S, _LEAST_S = 5.0, 15.0
+"""Of a stage: kept to write down what its last child noted; less is not worth beginning one."""
+
+OTHERS_S = 80.0
+"""Of a child's life, after which it begins none of hetegen's other ways (its first row came after about 65 s)."""
+
+PEER_S = 85.0
+"""Left to a peer at both limits, where there is so much."""
 
 
 def calibration(settings: Settings, notebook: Notebook) -> None:
-    """Measure this machine; the profile is kept for the other stages and, on CUDA, in the user's cache."""
+    """Measure this machine; the profile is kept for the other stages and, on CUDA, in the user's cache.
+
+    The log says when each figure was begun.
+    """
+    logging.basicConfig(format="%(relativeCreated)d ms: %(message)s")
+    logging.getLogger("hetegen_compile").setLevel(logging.DEBUG)
     profile = calibrate(
-        accelerator=settings.accelerator, progress=False, effort=None if settings.cuda else REHEARSED
+        accelerator=settings.accelerator, progress=False, effort=SUITE if settings.cuda else REHEARSED
     )
     write_json(settings.profile_path, profile_to_json(profile))
     notebook.note("profile", json.loads(settings.profile_path.read_text()))
@@ -67,19 +86,47 @@ def compare_shape(shape: str, settings: Settings, notebook: Notebook, *, ways: S
             "--model", shape, "--dtype", settings.dtype, "--accelerator", settings.accelerator,
             "--hardware", settings.measured_hardware, "--gpu-memory", *LIMITS, "--prompt", str(PROMPT),
             "--new-tokens", str(NEW_TOKENS if settings.cuda else 4), "--step-s", "0.3",
-            "--trace", str(settings.path / f"trace-{shape}.json"), "--limit", str(CHILD_LIMIT_S), "--ways", *ways,
+            "--trace", str(settings.path / f"trace-{shape}.json"), "--ways", *ways,
         ]
     )  # fmt: skip
     notebook.note("what", compare.heading(arguments))
     rows = [] if HETEGEN in ways else earlier_rows(shape, settings)
+    compared = _Compared(shape, settings)
     for job in compare.jobs_of(arguments):
         print(job.name, flush=True)
-        rows += compare.run(job, arguments.limit, settings.path / f"compare-{shape}-{_slug(job.name)}")
+        rows += compared.run(job)
         notebook.note("rows", [asdict(row) for row in rows])
         notebook.note("table", tables(rows).splitlines())
         notebook.note("summary", [summary(rows, limit) for limit in arguments.gpu_memory])
     if not any(row.way == HETEGEN and row.decode_tokens_per_s for row in rows):
         raise RuntimeError("hetegen has no figure; its rows say why")
+
+
+class _Compared:
+    """The children of one stage, none of which outlives it: what a child had noted is lost with its parent."""
+
+    def __init__(self, shape: str, settings: Settings) -> None:
+        self._shape, self._settings = shape, settings
+        self._end_s = time.monotonic() + settings.seconds - _END_S
+        self._issue_ahead: bool | Literal["auto"] = "auto"
+
+    def run(self, job: Job) -> list[Row]:
+        """The job's rows. Where hetegen has no figure it is run again, it and those after it in turn."""
+        found = self._child(job)
+        if job.way != HETEGEN or not self._settings.cuda or any(row.decode_tokens_per_s for row in found):
+            return found
+        self._issue_ahead = False  # whatever it was, the other limits shall not be lost to it as well
+        return found + self._child(job)
+
+    def _child(self, job: Job) -> list[Row]:
+        left_s = self._end_s - time.monotonic()
+        if left_s < _LEAST_S:
+            return [Row(job.way, job.gpu_memory, note=f"not begun: {left_s:.0f} s were left")]
+        others_s = min(OTHERS_S, left_s - PEER_S) if self._settings.cuda else None
+        job = replace(job, issue_ahead=self._issue_ahead, others_s=others_s)
+        name = job.name if self._issue_ahead else f"{job.name} in turn"
+        files = self._settings.path / f"compare-{self._shape}-{_slug(name)}"
+        return compare.run(job, min(CHILD_LIMIT_S, left_s), files)
 
 
 def _slug(name: str) -> str:
@@ -106,8 +153,16 @@ def summary(rows: list[Row], limit: int) -> dict[str, Any]:
         "decode_tokens_per_s": measured,
         "of_the_floor": measured / own.floor_tokens_per_s if own.floor_tokens_per_s else None,
         "predicted_over_measured": own.predicted_tokens_per_s / measured if own.predicted_tokens_per_s else None,
+        "own_ways": {row.way: of_the_floor(row) for row in found if row.way in OWN and row.decode_tokens_per_s},
         "best_peer": peer and {"way": peer[0], "hetegen_over_it": peer[1]},
     }
+
+
+def of_the_floor(row: Row) -> dict[str, Any]:
+    """How fast one of hetegen's ways decodes, and the share of the floor that its own plan has."""
+    measured, floor = row.decode_tokens_per_s, row.floor_tokens_per_s
+    share = measured / floor if measured and floor else None
+    return {"decode_tokens_per_s": measured, "of_the_floor": share, "note": row.note}
 
 
 def require_memory(shape: str, settings: Settings) -> None:

@@ -77,4 +77,7 @@ def _dense_shape(tensor: torch.Tensor) -> tuple[int, ...] | None:
 
 def copy_span(target: torch.Tensor, source: torch.Tensor, *, non_blocking: bool = False) -> None:
     """Copy between two tensors of the same geometry."""
+    if target.is_contiguous() and source.is_contiguous():
+        target.copy_(source, non_blocking=non_blocking)
+        return
     span(target).copy_(span(source), non_blocking=non_blocking)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from hetegen_compile.bench.timing import Timing, warm_and_timed, with_peak
 from hetegen_compile.bench.weights import random_model
 from hetegen_compile.dry_run.models import DTYPES, generates, named_config
 from hetegen_compile.errors import BudgetError, OptionError, UnsupportedModelError
+from hetegen_compile.issue_override import override_issue_ahead
 from hetegen_compile.options import parse_options
 from hetegen_compile.schedule import Schedule, schedules
 from hetegen_compile.split_override import override_split
@@ -22,6 +23,14 @@ from hetegen_compile.split_override import override_split
 logger = logging.getLogger("hetegen_compile")
 
 Split = float | Literal["auto"]
+
+
+class Way(NamedTuple):
+    """What is measured by a name; ``issue_ahead``: None for what the options say."""
+
+    split: Split = "auto"
+    issue_ahead: bool | None = None
+
 
 SPLITS: Mapping[str, Split] = {"hetegen": "auto", "all streamed": 0.0}
 """What is compared by name: the plan of the cost model, and the same residency with everything else streamed."""
@@ -67,29 +76,41 @@ def bench(source: str, *, dtype: str, prompt: int, new_tokens: int, options: Map
 
 
 def measure_splits(
-    model: Any, prompt: Tensor, new_tokens: int, options: Mapping[str, Any], splits: Mapping[str, Split] = SPLITS
+    model: Any,
+    prompt: Tensor,
+    new_tokens: int,
+    options: Mapping[str, Any],
+    splits: Mapping[str, Split] | Iterable[tuple[str, Way]] = SPLITS,
 ) -> Iterator[Measured]:
     """Compile once, generate under each split: a generation that warms up and a measured one.
+
+    ``splits`` that are no mapping are asked for one by one, so that they may depend on what was found.
 
     A split whose activations leave no room for the residency that was decided is compiled by itself, with its own.
     """
     compile_anew(model, options)
     pace = options.get("pace") or 1.0
     alone = False
-    for way, split in splits.items():
+    for name, way in _ways(splits):
         if alone:
             compile_anew(model, options)  # this one is compared under the common residency again
             alone = False
         known = schedules()
         try:
-            timing, peak = _timed(model, prompt, new_tokens, split)
+            timing, peak = _timed(model, prompt, new_tokens, way)
         except BudgetError as error:
-            logger.warning("%s is compiled by itself: %s", way, error)
+            logger.warning("%s is compiled by itself: %s", name, error)
             alone = True
-            compile_anew(model, {**options, "split": split})
-            timing, peak = _timed(model, prompt, new_tokens, split)
-        schedule = decode_schedule(split, known)
-        yield Measured(way, timing, pace, peak or schedule.accelerator_peak_bytes, schedule)
+            compile_anew(model, {**options, "split": way.split})
+            timing, peak = _timed(model, prompt, new_tokens, way)
+        schedule = decode_schedule(way.split, known)
+        yield Measured(name, timing, pace, peak or schedule.accelerator_peak_bytes, schedule)
+
+
+def _ways(splits: Mapping[str, Split] | Iterable[tuple[str, Way]]) -> Iterable[tuple[str, Way]]:
+    if isinstance(splits, Mapping):
+        return [(name, Way(split)) for name, split in splits.items()]
+    return splits
 
 
 def compile_anew(model: Any, options: Mapping[str, Any]) -> None:
@@ -99,8 +120,8 @@ def compile_anew(model: Any, options: Mapping[str, Any]) -> None:
     model.compile(backend="hetegen", options=dict(options))
 
 
-def _timed(model: Any, prompt: Tensor, new_tokens: int, split: Split) -> tuple[Timing, int | None]:
-    with override_split(split):
+def _timed(model: Any, prompt: Tensor, new_tokens: int, way: Way) -> tuple[Timing, int | None]:
+    with override_split(way.split), override_issue_ahead(way.issue_ahead):
         return with_peak(lambda: warm_and_timed(model, prompt, new_tokens, "static"))
 
 

@@ -1,7 +1,6 @@
-"""Measure the current CUDA device and the link to it.
+"""Measure the current CUDA device and the link to it, but for what gates cost (``gating``).
 
-Run on an H200, but for issuing behind host work, which was measured in a loop there, and for ``gating``. Tests use
-stand-ins.
+Run on an H200, but for issuing behind host work, which was measured in a loop there. Tests use stand-ins.
 
 Work that the device times itself is queued behind a kernel that spins, so that what lies between two events
 was issued before the first of them: the figures do not include the time that Python takes to issue it.
@@ -24,7 +23,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hetegen_compile.accelerators import Accelerator, CudaAccelerator, Op
 from hetegen_compile.accelerators.cuda.pinning import cuda_view
-from hetegen_compile.calibration.gating import gate_s
 from hetegen_compile.calibration.host import copy_bytes
 from hetegen_compile.calibration.kernels import dtype_name
 from hetegen_compile.calibration.machine import last_level_cache_bytes
@@ -264,7 +262,6 @@ def measure_cuda(meter: CudaMeter, step: Callable[[str], None]) -> AcceleratorFi
         memory_bytes=torch.cuda.get_device_properties(meter.device).total_memory,
         issue_s=meter.issue_s(),
         segment_issue_s=meter.segment_issue_s(),
-        gate_s=gate_s(meter.device),
     )
     step("waits, views and pinning")
     return AcceleratorFigures(

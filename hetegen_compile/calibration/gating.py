@@ -32,10 +32,13 @@ logger = logging.getLogger("hetegen_compile")
 
 LAYERS = 16
 WIDTH = 1024
-"""Of the square weights: one is 2 MiB, so the host takes about as long for a part as issuing a layer does."""
+ROWS = 8192
+"""Of the host's weights: one is 16 MiB, a trip's part in a model of some billion parameters. At 60 to 110 GB/s the host
+takes 150 to 280 us for it, about as long as issuing a layer does, and all of them are more than a thread's caches
+hold."""
 
-LIMIT_S = 120.0
-"""For the other process, most of which is spent on importing torch and making a context."""
+LIMIT_S = 60.0
+"""For the other process, most of which is spent on importing torch and making a context (13 s on an H200)."""
 
 _SHOWN_CHARACTERS = 300
 _LAUNCHES = 6
@@ -51,11 +54,11 @@ class SmallModel:
     def __init__(self, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
         self.device = device
-        made = [torch.randn((WIDTH, WIDTH), generator=generator) * WIDTH**-0.5 for _ in range(LAYERS)]
-        self.host = [weight.to(torch.bfloat16) for weight in made]
-        self.square = self.host[0][:64, :64].to(device)
+        made = (torch.randn((ROWS, WIDTH), generator=generator) * WIDTH**-0.5).to(torch.bfloat16)
+        self.host = [made.roll(layer, 0) for layer in range(LAYERS)]
+        self.square = made[:64, :64].to(device)
         self.x = torch.randn((1, WIDTH), generator=generator).to(torch.bfloat16)
-        self.like = [torch.empty((1, WIDTH), dtype=torch.bfloat16, device="meta")]
+        self.like = [torch.empty((1, ROWS), dtype=torch.bfloat16, device="meta")]
 
 
 def step_in_turn(acc: Accelerator, model: SmallModel) -> Tensor:
@@ -89,22 +92,28 @@ def _layer(acc: Accelerator, model: SmallModel, value: Any) -> Any:
 
 
 def _mix(value: Tensor, square: Tensor) -> Tensor:
-    return torch.cat([F.linear(value[:, :64], square), value[:, 64:]], dim=-1)
+    return torch.cat([F.linear(value[:, :64], square), value[:, 64:WIDTH]], dim=-1)
 
 
 class Answer(NamedTuple):
-    """Seconds of closing a gate, or 0 and why nothing is issued ahead."""
+    """Seconds of closing a gate, or 0 and why nothing is issued ahead; ``times`` are those of a step, in words."""
 
     gate_s: float
     reason: str = ""
+    times: str = ""
+
+    @property
+    def source(self) -> str:
+        """Where the figure is from, for a profile."""
+        return f"0, nothing is issued ahead: {self.reason}" if self.reason else f"measured; {self.times}"
 
 
-def gate_s(device: torch.device) -> float:
-    """Seconds of the issuing thread for closing a gate; 0 where issuing ahead is impossible, wrong or no faster."""
+def ask(device: torch.device) -> Answer:
+    """What closing a gate costs the issuing thread; 0 where issuing ahead is impossible, wrong or no faster."""
     answer = _asked(device)
     if answer.reason:
         logger.warning("nothing will be issued ahead of the host's parts: %s", answer.reason)
-    return answer.gate_s
+    return answer
 
 
 def _asked(device: torch.device) -> Answer:
@@ -138,8 +147,10 @@ def answer(device: torch.device, make: Callable[[], Accelerator]) -> Answer:
     """What this process finds on an accelerator of its own."""
     accelerator = make()
     try:
-        reason = accelerator.cannot_issue_ahead or _why_not(accelerator, SmallModel(device))
-        return Answer(0.0, reason) if reason else Answer(_closing_s(device))
+        if accelerator.cannot_issue_ahead:
+            return Answer(0.0, accelerator.cannot_issue_ahead)
+        found = _tried(accelerator, SmallModel(device))
+        return Answer(0.0, found.why_not) if found.why_not else Answer(_closing_s(device), times=found.times)
     except HetegenError as error:
         return Answer(0.0, str(error))
     finally:
@@ -153,6 +164,18 @@ class BothWays(NamedTuple):
     ahead_s: float
     same: bool
 
+    @property
+    def times(self) -> str:
+        """In words."""
+        return f"a small step takes {self.ahead_s * 1e3:.2f} ms with it, {self.in_turn_s * 1e3:.2f} ms without"
+
+    @property
+    def why_not(self) -> str:
+        """What is wrong with issuing ahead, or ""."""
+        if not self.same:
+            return "a step on the worker gave another result"
+        return "" if self.ahead_s < self.in_turn_s else self.times
+
 
 def both_ways(accelerator: Accelerator, model: SmallModel) -> BothWays:
     """The same steps in turn and ahead."""
@@ -162,13 +185,10 @@ def both_ways(accelerator: Accelerator, model: SmallModel) -> BothWays:
     return BothWays(in_turn_s, ahead_s, all(torch.equal(result, expected[0]) for result in (*expected, *found)))
 
 
-def _why_not(accelerator: Accelerator, model: SmallModel) -> str:
-    """What is wrong with issuing ahead, or ""."""
+def _tried(accelerator: Accelerator, model: SmallModel) -> BothWays:
+    """Both ways, once more where issuing ahead was right and no faster."""
     found = both_ways(accelerator, model)
-    if not found.same:
-        return "a step on the worker gave another result"
-    times = f"a small step takes {found.ahead_s * 1e3:.2f} ms with it, {found.in_turn_s * 1e3:.2f} ms without"
-    return times if found.ahead_s >= found.in_turn_s else ""
+    return both_ways(accelerator, model) if found.same and found.why_not else found
 
 
 def _timed(accelerator: Accelerator, model: SmallModel, step: Step) -> tuple[list[Tensor], float]:
@@ -198,7 +218,7 @@ def _closing_s(device: torch.device) -> float:
     return median(seconds)
 
 
-__all__ = ["Answer", "BothWays", "SmallModel", "answer", "both_ways", "gate_s", "step_ahead", "step_in_turn"]
+__all__ = ["Answer", "BothWays", "SmallModel", "answer", "ask", "both_ways", "step_ahead", "step_in_turn"]
 
 if __name__ == "__main__":
     torch.cuda.set_device(int(sys.argv[1]))

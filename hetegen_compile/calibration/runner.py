@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
 
+from hetegen_compile.calibration import gating
 from hetegen_compile.calibration.cuda import STEPS as CUDA_STEPS
 from hetegen_compile.calibration.cuda import AcceleratorFigures, CudaMeter, CudaSizes, measure_cuda
 from hetegen_compile.calibration.host import HostFigures, host_steps, measure_host, rotation_bytes
@@ -44,7 +46,7 @@ def calibrate(
     """
     cuda = uses_cuda(accelerator)
     chosen = effort or Effort()
-    steps = host_steps(chosen) + (CUDA_STEPS if cuda else 0)
+    steps = host_steps(chosen) + (CUDA_STEPS + 1 if cuda else 0)
     with plain_torch(), _progress(steps, show=progress) as step:
         if cuda:
             return _calibrate_cuda(chosen, step)
@@ -99,9 +101,13 @@ def _calibrate_cuda(effort: Effort, step: Step) -> HardwareProfile:
         host = measure_host(effort, meter.load, step)
     del meter
     torch.cuda.empty_cache()  # what stays reserved would count against the budget of the model
+    step("gates")  # last: nothing else of this process uses the device meanwhile
+    gates = gating.ask(device)
+    figures = replace(figures, accelerator=replace(figures.accelerator, gate_s=gates.gate_s))
     measured = "measured by hetegen calibrate with CUDA events and blocking copies, medians"
     sources = {field: measured for field in _ACCELERATOR_FIELDS}
     sources["host.contention"] = "measured while pinned uploads run"
+    sources["accelerator"] = f"{measured}; gates: {gates.source}"
     return _profile(this_machine(cuda=True), effort, host, figures, sources, ())
 
 

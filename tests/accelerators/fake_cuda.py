@@ -147,6 +147,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
         cudart=lambda: runtime,
         set_device=lambda device: None,
         stream=on,
+        set_stream=lambda stream: None if stream is compute else LOG.append(f"on {stream.name}"),
         Stream=FakeStream,
         Event=FakeEvent,
     )

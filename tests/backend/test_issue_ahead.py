@@ -18,6 +18,7 @@ from hetegen_compile.accelerators import EmulatedAccelerator
 from hetegen_compile.accelerators.base import Op, call_on_host
 from hetegen_compile.accelerators.emulated import ahead
 from hetegen_compile.cost_model import load_profile, profile_to_json
+from hetegen_compile.issue_override import override_issue_ahead
 from tests.backend.modules import BUDGET, Mlp, around, plain, random
 from tests.models.architectures import generate, prompts, tiny_model
 from tests.models.harness import RecordingBackend, assert_offloaded, emulated, half_the_weights, new_schedules
@@ -88,6 +89,22 @@ def test_host_parts_are_traced_as_the_workers_and_stand_in_the_table() -> None:
     assert backend.accelerator.counters.trips_up == 3 * len(linears)
     assert schedule.trips_ahead == len(linears)
     assert f"host parts of {len(linears)} trips are a worker's" in schedule.explain()
+
+
+def test_the_caller_may_have_it_otherwise() -> None:
+    """With the same capture and segments; what is issued ahead needs more room, so memory is shared out anew once."""
+    model, x = Mlp().eval(), random(3, 64)
+    backend = compiled(model, issue_ahead=False)
+    like_eager(model, x)
+    with override_issue_ahead(True):
+        like_eager(model, x)
+        with hetegen_compile.override_split(0.0):
+            like_eager(model, x)
+    like_eager(model, x)
+    (graph,) = backend.graphs
+    assert [(plan.schedule.split, bool(plan.schedule.trips_ahead)) for plan in graph.plans] == [
+        (0.5, True), (0.0, False), (0.5, False),
+    ]  # fmt: skip
 
 
 def with_gates(folder: Path, gate_s: float) -> str:

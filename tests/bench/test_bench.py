@@ -66,8 +66,8 @@ def test_a_split_without_room_is_compiled_by_itself(monkeypatch: pytest.MonkeyPa
     compiled: list[Any] = []
     model: Any = SimpleNamespace(compile=lambda backend, options: compiled.append(options))
 
-    def timed(model: Any, prompt: Any, new_tokens: int, split: Any) -> tuple[Timing, int]:
-        if split == 0.0 and "split" not in compiled[-1]:
+    def timed(model: Any, prompt: Any, new_tokens: int, way: measure.Way) -> tuple[Timing, int]:
+        if way.split == 0.0 and "split" not in compiled[-1]:
             raise BudgetError("needs 13824 bytes more")
         return FOUND.timing, 1
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 from benchmarks.children import Outcome
 from benchmarks.compare import __main__ as program
 from benchmarks.compare import ways
-from benchmarks.compare.job import HETEGEN, STREAMED, Job, Row
+from benchmarks.compare.job import AHEAD, HETEGEN, HOST_ROWS, IN_TURN, STREAMED, Job, Row
 from benchmarks.compare.report import at_limit, best_peer, equal_prefix, ratio, table, tables
 from benchmarks.random_models import weight_bytes_of
 
@@ -112,6 +115,37 @@ def test_what_jobs_noted_lies_beside_the_result(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(KeyboardInterrupt):
         program.main(["--accelerator", "emulated", "--json", str(tmp_path / "result.json")])
     assert (tmp_path / "result.jobs" / "0.json").exists()
+
+
+def measured(trips_ahead: int) -> Any:
+    return SimpleNamespace(schedule=SimpleNamespace(trips_ahead=trips_ahead))
+
+
+@pytest.mark.parametrize(("trips", "order"), [(3, [HETEGEN, IN_TURN, STREAMED, HOST_ROWS]),
+                                              (0, [HETEGEN, STREAMED, AHEAD, HOST_ROWS])])  # fmt: skip
+def test_what_auto_has_not_chosen_is_measured_too(trips: int, order: list[str]) -> None:
+    job = replace(JOB, accelerator="cuda")
+    asked = dict(ways.own_ways(job, [measured(trips)], time.monotonic()))
+    assert list(asked) == order
+    assert {name: way.issue_ahead for name, way in asked.items() if name in (AHEAD, IN_TURN)} in (
+        {IN_TURN: False}, {AHEAD: True},
+    )  # fmt: skip
+    decided = dict(ways.own_ways(replace(job, issue_ahead=False), [measured(trips)], time.monotonic()))
+    assert list(decided) == [HETEGEN, STREAMED, HOST_ROWS]
+    assert list(dict(ways.own_ways(JOB, [measured(trips)], 0.0))) == [HETEGEN, STREAMED, HOST_ROWS]
+
+
+def test_other_ways_are_begun_as_long_as_there_is_time() -> None:
+    job = replace(JOB, accelerator="cuda", others_s=50.0)
+    now_s = time.monotonic()
+    assert len(dict(ways.own_ways(job, [measured(1)], now_s))) == 4
+    assert list(dict(ways.own_ways(job, [measured(1)], now_s - 51.0))) == [HETEGEN]
+
+
+def test_a_row_with_a_figure_is_what_others_are_compared_with() -> None:
+    failed = Row(HETEGEN, 100, note="timeout: killed")
+    (line,) = [line for line in table([failed, *at_limit(ROWS, 100)]).splitlines() if line.startswith("Accelerate map")]
+    assert " 0.4 " in line
 
 
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,8 @@ import torch
 from torch._inductor import config as inductor_config
 
 from benchmarks.children import Notebook, Outcome
-from benchmarks.compare.job import HETEGEN, Row
+from benchmarks.compare import __main__ as comparison
+from benchmarks.compare.job import HETEGEN, IN_TURN, Job, Row
 from benchmarks.gpu import __main__ as program
 from benchmarks.gpu import child, issuing, speed, stages
 from benchmarks.gpu.floor import thread_counts
@@ -105,7 +106,10 @@ def test_every_stage_has_its_work_and_time_for_all_fits_in_order() -> None:
     assert [one.name for one in emulated if one.name.startswith("opt")] == ["opt-tiny"]
     assert [one.name for one in stages_for(SETTINGS, ["floor", "contact"])] == ["contact", "floor"]
     timed = [one.name for one in stages.STAGES if not one.correctness]
-    assert not any(one.together for one in stages.STAGES if one.name in timed), "what is timed runs alone"
+    alone = [one for one in stages.STAGES if one.name in timed and one.name not in ("environment", "kernel")]
+    assert not any(one.together for one in alone), "what is timed runs alone"
+    names = [one.name for one in stages.STAGES]
+    assert names.index("calibration") + 1 == names.index("opt-6.7b"), "what matters most loses no time to figures"
 
 
 def test_checks_go_on_after_one_has_failed(tmp_path: Path) -> None:
@@ -192,8 +196,13 @@ def test_what_is_said_of_a_model_at_one_limit() -> None:
         "decode_tokens_per_s": 9.0,
         "of_the_floor": 0.9,
         "predicted_over_measured": pytest.approx(1.1),
+        "own_ways": {HETEGEN: {"decode_tokens_per_s": 9.0, "of_the_floor": 0.9, "note": ""}},
         "best_peer": {"way": "Accelerate", "hetegen_over_it": 3.0},
     }
+    other = Row(IN_TURN, 100, decode_tokens_per_s=12.0, floor_tokens_per_s=16.0, note="issued in turn")
+    told = speed.summary([*rows, other], 100)
+    assert told["own_ways"][IN_TURN] == {"decode_tokens_per_s": 12.0, "of_the_floor": 0.75, "note": "issued in turn"}
+    assert told["best_peer"]["way"] == "Accelerate", "another way of ours is no peer"
     assert speed.summary(rows[1:], 100) == {"gpu_memory": 100}
 
 
@@ -228,6 +237,44 @@ def test_peers_are_compared_with_the_rows_of_an_earlier_stage(tmp_path: Path) ->
     assert (found.way, found.gpu_memory, found.decode_tokens_per_s) == (HETEGEN, 100, 9.0)
 
 
+def compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[[Job], bool], seconds: float
+) -> list[tuple[str, int | None, bool | str, float]]:
+    """Jobs that a stage of so many seconds runs, each 60 s long: way, limit, how it issues, its own limit."""
+    now_s, asked = [0.0], list[tuple[str, int | None, bool | str, float]]()
+
+    def child(job: Job, limit_s: float, files: Path) -> list[Row]:
+        asked.append((job.way, job.gpu_memory, job.issue_ahead, limit_s))
+        took_s = limit_s if fails(job) else 60.0
+        now_s[0] += took_s
+        return [Row(job.way, job.gpu_memory, decode_tokens_per_s=None if fails(job) else 1.0)]
+
+    monkeypatch.setattr(speed, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    monkeypatch.setattr(comparison, "run", child)
+    monkeypatch.setattr(comparison, "heading", lambda arguments: {})
+    settings = replace(SETTINGS, folder=str(tmp_path), seconds=seconds)
+    speed.compare_shape("opt-tiny", settings, Notebook(tmp_path / "notes.json"), ways=(HETEGEN, "Accelerate"))
+    return asked
+
+
+def test_hetegen_that_hangs_is_run_again_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = compared(tmp_path, monkeypatch, lambda job: job.issue_ahead is not False and job.way == HETEGEN, 300.0)
+    low, high = sorted({limit for _, limit, _, _ in asked if limit is not None})
+    assert [one[:3] for one in asked] == [
+        (HETEGEN, low, "auto"), (HETEGEN, low, False), (HETEGEN, high, False), ("Accelerate", None, False),
+    ]  # fmt: skip
+    assert [one[3] for one in asked] == [120.0, 120.0, 115.0, 55.0]
+    rows = json.loads((tmp_path / "notes.json").read_text())["rows"]
+    assert [bool(row["decode_tokens_per_s"]) for row in rows] == [False, True, True, True]
+
+
+def test_no_child_outlives_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = compared(tmp_path, monkeypatch, lambda job: False, 130.0)
+    assert [(way, limit_s) for way, _, _, limit_s in asked] == [(HETEGEN, 120.0), (HETEGEN, 65.0)]
+    rows = json.loads((tmp_path / "notes.json").read_text())["rows"]
+    assert rows[-1]["note"] == "not begun: 5 s were left"
+
+
 def test_threads_that_the_floor_is_measured_with() -> None:
     assert thread_counts(16) == [16, 15, 14, 8]
     assert thread_counts(2) == [2, 1]
@@ -237,7 +284,10 @@ def test_threads_that_the_floor_is_measured_with() -> None:
 def test_what_issuing_costs_is_measured_behind_host_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(issuing, "best_kernel", lambda weight: KERNELS["F.linear"])
     found = issuing.measure(torch.device("cpu"), arena_bytes=1 << 18, weight_bytes=1 << 16, rounds=3)
-    assert set(found) == {"host_s", "host_bytes_per_s", "launch_behind_it_s", "launch_in_a_loop_s"}
+    assert set(found) == {
+        "host_s", "host_bytes_per_s", "launch_behind_it_s", "launch_with_bias_behind_it_s", "launch_in_a_loop_s",
+        "host_on_a_worker_s", "host_on_a_worker_beside_idle_threads_s",
+    }  # fmt: skip
     assert all(value > 0 for value in found.values())
     assert found["host_bytes_per_s"] == pytest.approx((1 << 16) / found["host_s"])
 

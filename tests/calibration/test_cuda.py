@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from hetegen_compile.accelerators import Op
-from hetegen_compile.calibration import cuda, runner
+from hetegen_compile.calibration import cuda, gating, runner
 from hetegen_compile.calibration.cuda import CudaMeter, CudaSizes, measure_cuda
+from hetegen_compile.calibration.gating import Answer
 from hetegen_compile.cost_model import profile_from_json, profile_to_json, unsourced_fields
 from tests.calibration.tiny import TINY
 from tests.models.harness import through_inductor
@@ -87,7 +88,6 @@ def meter(monkeypatch: pytest.MonkeyPatch) -> CudaMeter:
     monkeypatch.setattr(cuda, "cuda_view", lambda buffer, device: buffer)
     monkeypatch.setattr(cuda, "last_level_cache_bytes", lambda: 30_000)
     monkeypatch.setattr(CudaMeter, "accelerator", Issuing)
-    monkeypatch.setattr(cuda, "gate_s", lambda device: 4e-6)
     monkeypatch.setattr(cuda, "small_segment", lambda device: (torch.add, (torch.ones(1), torch.ones(1))))
     return CudaMeter(torch.device("cpu"), TINY, SIZES)
 
@@ -136,7 +136,6 @@ def test_all_figures(meter: CudaMeter) -> None:
     assert figures.accelerator.name == "a fake GPU"
     assert figures.accelerator.memory_bytes == 123
     assert figures.link.view_s == pytest.approx(2e-3 / 8)
-    assert figures.accelerator.gate_s == 4e-6
     issued = [one for one in LOG if one in ("begin step", "host", "calibration", "end step", "close")]
     a_round = ["host", *["calibration"] * cuda._ISSUES]
     assert issued == ["begin step", *a_round * cuda._ROUNDS, "end step", "close"] * 2
@@ -169,17 +168,27 @@ def test_without_views_the_link_is_used(
     assert "cannot be viewed" in caplog.text
 
 
-def test_a_profile_of_a_machine_with_cuda(meter: CudaMeter, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gates", [Answer(4e-6, times="faster"), Answer(0.0, "no faster")])
+def test_a_profile_of_a_machine_with_cuda(
+    meter: CudaMeter, monkeypatch: pytest.MonkeyPatch, gates: Answer
+) -> None:
     def same_meter(*_: object) -> CudaMeter:
         return meter
 
+    def ask(device: torch.device) -> Answer:
+        LOG.append("gates")
+        return gates
+
     monkeypatch.setattr(runner, "CudaMeter", same_meter)
+    monkeypatch.setattr(gating, "ask", ask)
     profile = runner.calibrate(accelerator="cuda", progress=False, effort=TINY)
     assert profile_from_json(profile_to_json(profile), "here") == profile
     assert unsourced_fields(profile) == ()
     assert profile.inferred == ()
     assert "a fake GPU" in profile.description
-    assert LOG[-1] == "empty_cache"
+    assert profile.accelerator.gate_s == gates.gate_s
+    assert profile.sources["accelerator"].endswith("measured; faster" if gates.gate_s else "ahead: no faster")
+    assert LOG[-2:] == ["empty_cache", "gates"], "a trial that hangs costs no other figure's time"
 
 
 def test_the_load_during_contention_is_uploads(meter: CudaMeter, monkeypatch: pytest.MonkeyPatch) -> None:

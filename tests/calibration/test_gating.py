@@ -13,7 +13,7 @@ import torch
 from hetegen_compile.accelerators import Accelerator, CudaAccelerator
 from hetegen_compile.accelerators.cuda import gates
 from hetegen_compile.calibration import gating
-from hetegen_compile.calibration.gating import Answer, SmallModel, answer, gate_s, step_ahead, step_in_turn
+from hetegen_compile.calibration.gating import Answer, SmallModel, answer, ask, step_ahead, step_in_turn
 from tests.accelerators import fake_cuda
 from tests.accelerators.fake_cuda import LOG
 
@@ -25,6 +25,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The fake, a small model, and one thread."""
     fake_cuda.install(monkeypatch)
     monkeypatch.setattr(gating, "WIDTH", 128)
+    monkeypatch.setattr(gating, "ROWS", 256)
     monkeypatch.setattr(gating, "LAYERS", 4)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -73,6 +74,7 @@ def test_what_a_gate_costs_is_stated_where_it_pays(monkeypatch: pytest.MonkeyPat
     found = answer(HOST, CudaAccelerator)
     assert 0 < found.gate_s < 1
     assert not found.reason
+    assert found.source == "measured; a small step takes 1.00 ms with it, 2.00 ms without"
     assert opened == [*range(1, gating._ROUNDS + 1)]
 
 
@@ -84,7 +86,16 @@ def test_it_has_to_be_faster(
 ) -> None:
     timed_as(monkeypatch, {step_in_turn: 1e-3, step_ahead: ahead_s})
     accelerator = CudaAccelerator()
-    assert gating._why_not(accelerator, SmallModel(HOST)) == told
+    assert gating._tried(accelerator, SmallModel(HOST)).why_not == told
+    accelerator.close()
+
+
+def test_other_load_during_one_try_does_not_rule_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = [gating.BothWays(1e-3, 2e-3, same=True), gating.BothWays(2e-3, 1e-3, same=True)]
+    monkeypatch.setattr(gating, "both_ways", lambda accelerator, model: tries.pop(0))
+    accelerator = CudaAccelerator()
+    found = gating._tried(accelerator, SmallModel(HOST))
+    assert (found.why_not, found.times) == ("", "a small step takes 1.00 ms with it, 2.00 ms without")
     accelerator.close()
 
 
@@ -97,7 +108,7 @@ def test_another_result_rules_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
         return host_ahead(op, lambda *one: function(*one) + 1, args, kwargs)
 
     monkeypatch.setattr(accelerator, "host_ahead", wrong)
-    assert gating._why_not(accelerator, model) == "a step on the worker gave another result"
+    assert gating._tried(accelerator, model).why_not == "a step on the worker gave another result"
     accelerator.close()
 
 
@@ -141,7 +152,9 @@ def test_the_answer_of_another_process(
     monkeypatch.setattr(gating, "why_no_gates", lambda: "")
     monkeypatch.setattr(gating, "LIMIT_S", 1.0 if "sleep" in script else 60.0)
     seconds, told = SCRIPTS[script]
-    assert gate_s(torch.device("cuda", 1)) == seconds
+    found = ask(torch.device("cuda", 1))
+    assert found.gate_s == seconds
+    assert told in found.source
     assert asked == [[sys.executable, "-m", "hetegen_compile.calibration.gating", "1"]]
     assert told in caplog.text
 
@@ -149,7 +162,7 @@ def test_the_answer_of_another_process(
 def test_without_gates_nobody_is_asked(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(gating, "why_no_gates", lambda: "no such driver")
     monkeypatch.setattr(subprocess, "run", None)
-    assert gate_s(torch.device("cuda", 0)) == 0
+    assert ask(torch.device("cuda", 0)) == Answer(0.0, "no such driver")
     assert "no such driver" in caplog.text
 
 

@@ -8,6 +8,7 @@ stand-ins only.
     prefetches      weights on their way up, both rings
     activations     trips down and up
     transfers       what a schedule holds: started copies, tokens
+    gates, ahead    work issued ahead of what the worker, a thread of the host, computes
     staging         the pin thread, which fills the pinned ring
     pinning         host memory registered in place; device views of pinned buffers
     lending         pinned buffers of small uploads, used again and again

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from hetegen_compile.accelerators.base import Op, call_on_host
+from hetegen_compile.accelerators.cuda.collection import NoCollection
 from hetegen_compile.accelerators.cuda.gates import Gates
 from hetegen_compile.accelerators.cuda.lending import Lending
 from hetegen_compile.accelerators.cuda.streams import CudaStreams
@@ -42,6 +43,7 @@ class Ahead:
         self._ledger = ledger
         self._lending = lending
         self._switching = QuickSwitching()
+        self._uncollected = NoCollection()
         self._worker = Worker(partial(torch.cuda.set_device, streams.device))
         self._gates: Gates | None = None
         self._given: deque[CudaTransfer] = deque()
@@ -54,11 +56,14 @@ class Ahead:
         self._gated = gated
 
     def finish_step(self) -> None:
-        """Wait for the worker and raise what it has raised."""
+        """Wait for the worker and raise what it has raised. After a step without it, it ends, with its OpenMP threads:
+        beside them those of the issuing thread would sleep between any two kernels (``openmp.py``)."""
         if self._begun:
             self._worker.drain()
             self._worker.raise_failure()
             self._leave()
+        elif self._worker.started:
+            self._worker.close()
 
     def abandon_step(self) -> None:
         """Pass over what the worker still has to do; every gate opens."""
@@ -73,12 +78,14 @@ class Ahead:
     def _begin(self) -> None:
         self._begun = True
         self._switching.enter()
+        self._uncollected.enter()
         self._worker.begin()
 
     def _leave(self) -> None:
         self._begun = False
         self._let_go()
         self._switching.leave()
+        self._uncollected.leave()
 
     def _let_go(self, sent: CudaTransfer | None = None) -> None:
         """The worker is through with all that was given to it, or up to what it has sent: downloads keep their source

@@ -82,8 +82,7 @@ def _aligned_bytes(tensor: torch.Tensor) -> int:
 
 def _lying_at(packed: torch.Tensor, offset: int, like: torch.Tensor) -> torch.Tensor:
     """The bytes of a buffer from ``offset`` on as a tensor of the geometry of ``like``."""
-    flat = packed[offset : offset + span_bytes(like)].view(like.dtype)
-    return flat.as_strided(like.shape, like.stride())
+    return packed.view(like.dtype).as_strided(like.shape, like.stride(), offset // like.element_size())
 
 
 def _holders(tensor: torch.Tensor) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -57,10 +58,15 @@ class CudaStreams:
             for stream in (self.up, self.compute, self.down):
                 stream.synchronize()
 
-    @contextmanager
-    def on(self, stream: torch.cuda.Stream, resource: str, op: Op) -> Iterator[None]:
+    def on(self, stream: torch.cuda.Stream, resource: str, op: Op) -> AbstractContextManager[None]:
         """Issue copies to ``up`` or ``down``."""
-        with copying(), torch.cuda.stream(stream), self.tracer.stream_span(op.name, resource, stream):
+        if self.tracer.enabled:
+            return self._on_traced(stream, resource, op)
+        return _Current(stream, self.compute)
+
+    @contextmanager
+    def _on_traced(self, stream: torch.cuda.Stream, resource: str, op: Op) -> Iterator[None]:
+        with _Current(stream, self.compute), self.tracer.stream_span(op.name, resource, stream):
             yield
 
     @contextmanager
@@ -80,8 +86,38 @@ class CudaStreams:
         return AcceleratorError(f"{op.name} failed on {self.device}: {error}")
 
 
-@contextmanager
-def copying() -> Iterator[None]:
+class _Current:
+    """``stream`` is torch's current one inside the block, ``before`` behind it.
+
+    ``torch.cuda.stream`` asks for the device and its current stream, which both are known here; on an H200 that took
+    16 us, as much as a launch, and a step issues hundreds of copies.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream, before: torch.cuda.Stream) -> None:
+        self._stream = stream
+        self._before = before
+        self._modes = copying()
+
+    def __enter__(self) -> None:
+        self._modes.__enter__()
+        torch.cuda.set_stream(self._stream)
+
+    def __exit__(self, *raised: Any) -> None:
+        torch.cuda.set_stream(self._before)
+        self._modes.__exit__(*raised)
+
+
+def copying() -> AbstractContextManager[object]:
     """Copies record no graph and make ordinary tensors, whatever mode the caller is in."""
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return _copying()
+    return _COPYING_ALREADY
+
+
+@contextmanager
+def _copying() -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+_COPYING_ALREADY = nullcontext()

@@ -1,7 +1,8 @@
 """The host's worker of a CUDA device: a thread that does what it is given in that order, ahead of the accelerator.
 
 It leaves one processor to the thread that issues, where there are more than two: the threads of a kernel end together,
-so one that shares its processor holds up all of them.
+so one that shares its processor holds up all of them. Where it does, the issuing thread's own OpenMP threads end with
+the beginning of each step: with both sets the worker's would sleep between any two kernels (``openmp.py``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 
 from hetegen_compile.accelerators.cuda.job_thread import JobThread
 from hetegen_compile.accelerators.modes import EnteredModes, Modes
+from hetegen_compile.accelerators.openmp import end_own_threads
 
 _FEW = 2
 """So many processors or fewer are all used for computing."""
@@ -74,15 +76,22 @@ class Worker:
         self._thread = JobThread("hetegen-worker", self._step.on_thread)
         self._threads = 0
 
+    @property
+    def started(self) -> bool:
+        """Whether the thread is there."""
+        return self._thread.started
+
     def begin(self) -> None:
         """Take over the caller's modes of torch and number of threads, for a step."""
-        if not self._thread.started:
+        if not self.started:
             self._threads = 0
             self.submit(self._prepare)
         self._step.modes = Modes.current()
         threads = torch.get_num_threads()
         if threads != self._threads:
             self._set_threads(threads)
+        if threads > _FEW:
+            end_own_threads()
 
     def _set_threads(self, threads: int) -> None:
         """``torch.set_num_threads`` sets the calling thread's own and the default of threads to come: set that back."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import sys
 import threading
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from hetegen_compile.accelerators import CudaAccelerator, Op
 from hetegen_compile.accelerators.cuda import ahead, gates
 from hetegen_compile.accelerators.cuda.allocator import BLOCK_BYTES, unclaimed_bytes
+from hetegen_compile.accelerators.cuda.collection import NoCollection
 from hetegen_compile.accelerators.cuda.gates import Gates
 from hetegen_compile.accelerators.cuda.worker import Worker
 from hetegen_compile.accelerators.switching import INTERVAL_S, QuickSwitching
@@ -117,6 +119,54 @@ def test_two_accelerators_with_steps_that_overlap_leave_the_interval_as_it_was()
     assert sys.getswitchinterval() == pytest.approx(INTERVAL_S)
     second.leave()
     assert sys.getswitchinterval() == before
+
+
+def test_nothing_is_collected_on_the_worker(cuda: CudaAccelerator) -> None:
+    """The finalizer of a pinned weight waits for the device, which may be waiting for the worker."""
+    during: list[bool] = []
+
+    def linear(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        during.append(gc.isenabled())
+        return F.linear(x, rows)
+
+    assert gc.isenabled()
+    run(cuda, linear=linear)
+    assert during == [False] * 4
+    assert gc.isenabled()
+    with pytest.raises(ZeroDivisionError):
+        run(cuda, linear=lambda x, rows: 1 / 0)
+    cuda.abandon_step()
+    assert gc.isenabled()
+
+
+def test_the_worker_ends_with_a_step_that_has_no_use_for_it(cuda: CudaAccelerator) -> None:
+    def workers() -> int:
+        return sum(thread.name == "hetegen-worker" for thread in threading.enumerate())
+
+    for _ in range(2):
+        torch.testing.assert_close(run(cuda), expected())
+        assert workers() == 1
+        cuda.begin_step()
+        assert workers() == 1
+        cuda.end_step()
+        assert workers() == 0
+
+
+def test_collection_stays_as_the_caller_has_it() -> None:
+    first, second = NoCollection(), NoCollection()
+    first.enter()
+    second.enter()
+    first.leave()
+    assert not gc.isenabled()
+    second.leave()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        first.enter()
+        first.leave()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_a_worker_that_cannot_begin_says_so(cuda: CudaAccelerator) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
+from hetegen_compile.accelerators import openmp
 from hetegen_compile.accelerators.cuda.worker import Worker
 from hetegen_compile.accelerators.promises import Promise, kept_in
 
@@ -21,6 +23,26 @@ def test_the_worker_leaves_a_processor_to_the_issuing_thread(threads: int, worke
     thread.submit(lambda: found.append(torch.get_num_threads()))
     thread.drain()
     assert (found, torch.get_num_threads()) == ([worker], threads)
+    thread.close()
+
+
+@pytest.mark.skipif(openmp._pause_function() is None, reason="another OpenMP library")
+@pytest.mark.parametrize(("threads", "left"), [(2, 2), (4, 1)])
+def test_the_issuing_threads_own_threads_end_where_the_worker_has_as_many(threads: int, left: int) -> None:
+    def own_threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir())) - before
+
+    x, thread = torch.ones(1 << 17), Worker(lambda: None)
+    torch.set_num_threads(threads)
+    openmp.end_own_threads()
+    thread.begin()
+    thread.drain()
+    before = len(list(Path("/proc/self/task").iterdir())) - 1
+    for _ in range(2):
+        x.add_(1)  # as what generates does with a step's result
+        assert own_threads() == threads
+        thread.begin()
+        assert own_threads() == left
     thread.close()
 
 
