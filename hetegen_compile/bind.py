@@ -110,11 +110,13 @@ class _Binder:
             if node.op != "output" and dying.get(node):
                 self._source.add(f"del {', '.join(n.name for n in dying[node])}")
         run, source = self._source.function()
+        settled, outdated = self._written_inputs()
         return BoundStep(
             run=run,
             mirrors=tuple(self._position[node] for node in self._mirrors),
             residents=tuple(self._residents),
-            settled=self._settled(),
+            settled=settled,
+            outdated=outdated,
             streamed=self._streamed(),
             sizes=self._sizes_behind_gates(),
             carried=tuple(self._position[node.args[0]] for node in self._carried),
@@ -127,11 +129,14 @@ class _Binder:
         found = sizes_behind_gates(self._module)
         return tuple(self._position[node] for size, node in size_inputs(self._module.graph).items() if size in found)
 
-    def _settled(self) -> tuple[int, ...]:
-        written = {
-            key for node in self._module.graph.nodes if info(node).side == "host" for key in info(node).writes
-        }
-        return tuple(i for i, node in enumerate(self._inputs) if info(node).storages & written)
+    def _written_inputs(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The inputs that the host writes: those that the accelerator writes alike, and those that it does not."""
+        host = frozenset[int]().union(
+            *(info(node).writes for node in self._module.graph.nodes if info(node).side == "host")
+        )
+        written = [i for i, node in enumerate(self._inputs) if info(node).storages & host]
+        both = [i for i in written if info(self._inputs[i]).storages & self._written]
+        return tuple(both), tuple(i for i in written if i not in both)
 
     def _streamed(self) -> tuple[int, ...]:
         prefetches = self._module.graph.find_nodes(op="call_function", target=ir.PREFETCH) + self._carried

@@ -22,6 +22,8 @@ class BoundStep:
         mirrors: positions of the inputs whose mirrors the step reads, in the order of ``mirrors``.
         residents: (position of a weight, first row, end row) in the order of ``residents``.
         settled: positions of the inputs that host and accelerator write alike.
+        outdated: positions of those that the host alone writes: what the accelerator holds of them, for other graphs or
+            for this one's next step, is of before.
         streamed: positions of the weights that are prefetched from where they lie (not through the pinned ring).
         sizes: positions of the inputs that are numbers which what is issued behind gates depends on.
         carried: position of the weight of each carried prefetch, in the order of ``carried``.
@@ -34,6 +36,7 @@ class BoundStep:
     mirrors: tuple[int, ...]
     residents: tuple[tuple[int, int, int], ...]
     settled: tuple[int, ...]
+    outdated: tuple[int, ...]
     streamed: tuple[int, ...]
     sizes: tuple[int, ...]
     carried: tuple[int, ...]

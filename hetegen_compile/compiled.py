@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
 from hetegen_compile.captured_graph import CapturedGraph
 from hetegen_compile.cost_model import HardwareProfile
+from hetegen_compile.errors import BudgetError, drop_frames
 from hetegen_compile.memory_remedies import with_remedies
 from hetegen_compile.options import Options
 from hetegen_compile.passes.context import HostOnlyGraphError, Refusal, SegmentCache, SegmentCompiler
 from hetegen_compile.passes.lift_parts import WeightPart, with_parts
+from hetegen_compile.planned import Sizes
 from hetegen_compile.run_step import run_step
 from hetegen_compile.runtime import Runtime, live_runtimes
 from hetegen_compile.schedule import Schedule, register
@@ -24,8 +28,27 @@ from hetegen_compile.step_plans import StepPlans
 logger = logging.getLogger("hetegen_compile")
 
 
+@dataclass(frozen=True)
+class _Refused:
+    """What there was no plan for when the graph was compiled, and the error that says so."""
+
+    sizes: Sizes
+    budget_bytes: int
+    error: BudgetError
+
+    @classmethod
+    def because(cls, error: BudgetError, sizes: Sizes, budget_bytes: int) -> _Refused:
+        """Of the error's frames, which hold tensors, none is kept."""
+        logger.error("%s", error)
+        drop_frames(error)
+        return cls(sizes, budget_bytes, error)
+
+
 class CompiledGraph:
     """The callable that the backend returns to Dynamo.
+
+    If no plan fits the budget, calls say so until one does: Dynamo calls it for other sizes, too, and after another
+    model, whose smaller budget held for both, has gone.
 
     Args:
         inputs: real ones, those that Dynamo gives; the first plan is made for them.
@@ -33,7 +56,7 @@ class CompiledGraph:
         open_runtime: opens the accelerator that it runs on; asked again if it is called after ``release``.
     """
 
-    __slots__ = ("__weakref__", "_graph", "_host_only", "_open_runtime", "_opened")
+    __slots__ = ("__weakref__", "_graph", "_host_only", "_open_runtime", "_opened", "_refused")
     # with a __dict__, Dynamo's wrapper would hold a copy of it, and with that what ``release`` lets go
 
     def __init__(
@@ -54,6 +77,7 @@ class CompiledGraph:
         self._open_runtime = open_runtime
         self._host_only: Schedule | None = None
         self._opened: StepPlans | None = None
+        self._refused: _Refused | None = None
         weights = list(self._graph.weight_tensors(inputs).values())
         for runtime in live_runtimes():
             runtime.lives.exclusively(functools.partial(runtime.lives.compiled, options, weights))
@@ -62,6 +86,9 @@ class CompiledGraph:
             steps.runtime.lives.exclusively(lambda: self._plan_first(steps, inputs))
         except HostOnlyGraphError as reason:
             self._stay_on_host(str(reason))
+        except BudgetError as error:
+            self._refused = _Refused.because(error, self._graph.sizes(inputs), steps.budget_bytes)
+            self.release()
 
     def __call__(self, *given: Any) -> Any:
         """One forward: the outputs that eager would give, inputs written as eager would have.
@@ -78,6 +105,10 @@ class CompiledGraph:
                 return steps.runtime.lives.exclusively(lambda: self._step(steps, inputs))
             except HostOnlyGraphError as reason:
                 self._stay_on_host(str(reason))
+            except BudgetError:
+                if not steps.serves_models:
+                    self.release()
+                raise
         return self._graph.module(*inputs)
 
     def release(self) -> None:
@@ -137,14 +168,21 @@ class CompiledGraph:
         return opened
 
     def _plan_first(self, steps: StepPlans, inputs: Sequence[Any]) -> None:
-        steps.runtime.mirrors.check()
+        steps.runtime.mirrors.check(self._graph.weight_tensors(inputs).values())
         with_remedies(steps, lambda: steps.find(inputs))
 
     def _step(self, steps: StepPlans, inputs: Sequence[Any]) -> Any:
+        if self._refused is not None:
+            self._refuse_again(self._refused, steps, inputs)
         outputs = with_remedies(
             steps, lambda: run_step(steps.runtime, steps.find_ready(inputs), inputs, self._graph.writes)
         )
         return self._graph.results.as_eager(outputs)
+
+    def _refuse_again(self, refused: _Refused, steps: StepPlans, inputs: Sequence[Any]) -> None:
+        """Plan nothing again for the same sizes and budget; anything else may fit."""
+        if (refused.sizes, refused.budget_bytes) == (self._graph.sizes(inputs), steps.budget_bytes):
+            raise copy.copy(refused.error) from refused.error.__cause__
 
     def _stay_on_host(self, reason: str) -> None:
         """Run as it is from now on, and say so."""

@@ -55,7 +55,7 @@ def _run_noted(runtime: Runtime, plan: StepPlan, inputs: Sequence[Any]) -> Any:
         finally:  # a second interrupt ends the wait for the streams; the next step waits for them
             if not isinstance(error, NoRoomError):  # the step may have written some of them
                 mirrors.forget_all_but_weights()
-                mirrors.forget(inputs[i] for i in plan.bound.settled)
+                mirrors.forget(inputs[i] for i in (*plan.bound.settled, *plan.bound.outdated))
         raise
     plan.schedule.note_step(seconds, accelerator.trace(False) if tracing else [])
     peak = max(plan.schedule.accelerator_peak_bytes, accelerator.counters.step_peak_bytes)
@@ -75,6 +75,8 @@ def _run(runtime: Runtime, plan: StepPlan, inputs: Sequence[Any]) -> Any:
     carried.end_step(bound)
     for i in bound.settled:
         mirrors.settle(inputs[i])
+    if bound.outdated:  # not all writes have a version (the statistics of a norm)
+        mirrors.forget(inputs[i] for i in bound.outdated)
     for host, device in twins:
         mirrors.register(host, device)
     return outputs

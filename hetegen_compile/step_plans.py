@@ -5,18 +5,21 @@ A plan is made when a forward first needs it, and made again when what it decide
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from hetegen_compile.captured_graph import CapturedGraph, Part
+from hetegen_compile.errors import BudgetError, UnforeseenMemoryError
 from hetegen_compile.graph_inputs import as_int
 from hetegen_compile.heap import large_heap
 from hetegen_compile.issue_override import overridden_issue_ahead
 from hetegen_compile.model_lives import ModelWeights
+from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.claims import weight_key
 from hetegen_compile.passes.context import Refusal, require
 from hetegen_compile.passes.plans import UNFORESEEN
@@ -148,9 +151,25 @@ class StepPlans:
             self.outdate([part])
             plan = None
         if plan is None:
-            with quiet(self.runtime.accelerator.device), large_heap():
+            with quiet(self.runtime.accelerator.device), large_heap(), self._told_whose_budget():
                 plan = self._make(part, variant, sizes, inputs)
         return plan
+
+    @contextlib.contextmanager
+    def _told_whose_budget(self) -> Iterator[None]:
+        """An error on too small a budget says so if it is another model's that is too small."""
+        try:
+            yield
+        except UnforeseenMemoryError:
+            raise
+        except BudgetError as error:
+            others = self.runtime.ledger.smallest_budget_bytes
+            if others is None or others >= self._own_bytes:
+                raise
+            raise BudgetError(
+                f"{error}. The smallest gpu_memory of the models on one accelerator holds for all: this one's is "
+                f"{format_bytes(self._own_bytes)}, another one's {format_bytes(others)}"
+            ) from error
 
     def _is_good(self, plan: StepPlan, inputs: Sequence[Any], sizes: Sizes) -> bool:
         return plan.is_good(self.runtime, inputs, lambda: self.budget_bytes, sizes)

@@ -60,7 +60,7 @@ class StepValues:
         self._first_rows = first_rows
         whole: list[tuple[int, int, int]] = [(i, 0, -1) for i in bound.mirrors]
         self._wanted = [*whole, *bound.residents]
-        fixed = facts.fixed - set(bound.settled)
+        fixed = facts.fixed - {*bound.settled, *bound.outdated}
         self._fixed = [place for place, (i, _, _) in enumerate(self._wanted) if i in fixed]
         self._varying = [place for place, (i, _, _) in enumerate(self._wanted) if i not in fixed]
         self._fixed_inputs = sorted({self._wanted[place][0] for place in self._fixed})

@@ -161,8 +161,14 @@ class Mirrors:
 
     # ---- what is out of date ---------------------------------------------------------------------------------
 
-    def check(self) -> None:
-        """Compare all fingerprints with the host's bytes; what was changed unseen is uploaded at its next use."""
+    def check(self, known: Iterable[Tensor] = ()) -> None:
+        """Compare all fingerprints with the host's bytes; what was changed unseen is uploaded at its next use.
+
+        A change that a version of the tensors ``known`` shows is none of these.
+        """
+        for tensor in known:
+            if self._records.get(storage_key(tensor)) is not None:
+                self._records.current(tensor)
         for key, record in self._records:
             storage = torch.UntypedStorage._new_with_weak_ptr(record.storage.cdata)
             if storage is None or storage.data_ptr() != record.address:

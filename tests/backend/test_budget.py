@@ -30,7 +30,7 @@ from hetegen_compile.planner import Planner
 from hetegen_compile.schedule import Schedule
 from hetegen_compile.segments import inductor_compiler, plain_compiler
 from tests.backend.budgets import forward, needed_bytes
-from tests.backend.modules import WIDTH, Mlp, random
+from tests.backend.modules import BUDGET, WIDTH, Mlp, random
 from tests.models.architectures import ARCHITECTURES, generate, prompts, tiny_model
 from tests.models.harness import (
     RecordingBackend,
@@ -76,13 +76,16 @@ def test_peak_and_plan_agree() -> None:
 def _decode_budgets(model: PreTrainedModel, tokens: int, **options: Any) -> list[tuple[int, int]]:
     """(bytes that went up to stay, resident bytes) of each plan of a generation.
 
-    What the last step has started for a step that did not come is not counted, nor what was copied in vain.
+    What the last step has started for a step that did not come is not counted, nor what was copied in vain. No step
+    ran out of memory on the way: plans are made anew before that.
     """
     backend, known = RecordingBackend(), hetegen_compile.schedules()
     torch._dynamo.reset()
     model.compile(backend=backend, options=emulated(split=0.0, **options))
     model.generate(**prompts(1), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)  # type: ignore[operator]
     schedules = new_schedules(known)
+    assert not any(refusal.where == "gpu_memory" for schedule in schedules for refusal in schedule.refusals)
+    assert backend.accelerator.counters.peak_bytes <= options["gpu_memory"]
     streamed = sum(schedule.streamed_bytes * len(schedule.step_times_s) for schedule in schedules)
     (carried,) = {graph.runtime.carried for graph in backend.graphs}
     backend.accelerator.synchronize()  # counts what was started for a next step, too
@@ -295,3 +298,18 @@ def test_a_budget_beyond_the_device_is_told_once(caplog: pytest.LogCaptureFixtur
         for tokens in (3, 5, 9, 20, 70, 9, 3):
             model(random(tokens, 64))
     assert sum("planning with the latter" in record.message for record in caplog.records) == 1
+
+
+def test_what_was_refused_once_is_planned_for_other_sizes() -> None:
+    """The graph of a prompt that is too long serves shorter ones, too, and gets no new backend call for them."""
+    model, backend = Mlp(2).eval(), RecordingBackend()
+    model.compile(backend=backend, options=emulated(gpu_memory=BUDGET), dynamic=True)
+    with torch.no_grad():
+        for _ in range(2):
+            with pytest.raises(BudgetError, match="The smallest budget that works"):
+                model(random(200, WIDTH))
+        torch.testing.assert_close(model(random(2, WIDTH)), model.forward(random(2, WIDTH)), rtol=1e-4, atol=1e-5)
+        with pytest.raises(BudgetError, match="The smallest budget that works"):
+            model(random(200, WIDTH))
+    assert len(backend.graphs) == 1
+    assert backend.accelerator.counters.peak_bytes <= BUDGET

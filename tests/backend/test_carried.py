@@ -114,7 +114,13 @@ def _copy_in_place(weight: nn.Parameter) -> None:
         weight.copy_(weight * 0.5)
 
 
-@pytest.mark.parametrize("change", [_set_data, _copy_in_place])
+def _write_a_part(weight: nn.Parameter) -> None:
+    """Its version shows it, samples of the bytes do not."""
+    with torch.no_grad():
+        weight[1::2, 7] += 1.0
+
+
+@pytest.mark.parametrize("change", [_set_data, _copy_in_place, _write_a_part])
 @pytest.mark.parametrize("of_carried", [True, False])
 def test_a_weight_that_changes_between_steps(
     steady: Compiled, change: Callable[[nn.Parameter], None], of_carried: bool, caplog: pytest.LogCaptureFixture

@@ -121,7 +121,9 @@ def _write_numpy_and_refresh(model: nn.Module) -> None:
         _write_numpy_and_refresh,
     ],
 )
-def test_changed_parameters_are_noticed(change: Callable[[nn.Module], None]) -> None:
+def test_changed_parameters_are_noticed(
+    change: Callable[[nn.Module], None], caplog: pytest.LogCaptureFixture
+) -> None:
     torch.manual_seed(0)
     model = Mlp().eval()
     start = {name: value.clone() for name, value in model.state_dict().items()}
@@ -140,6 +142,55 @@ def test_changed_parameters_are_noticed(change: Callable[[nn.Module], None]) -> 
     )
     assert any(schedule.resident_bytes > 0 for schedule in found.schedules), "some weights are held"
     assert not torch.allclose(found.compiled[1], found.compiled[2])
+    assert "does not see" not in caplog.text, "found by chance: by samples of the bytes"
+
+
+def _one_element(model: nn.Module) -> None:
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight[50, 5] += 100.0
+                layer.bias[7] += 1.0
+
+
+def _one_element_in_inference_mode(model: nn.Module) -> None:
+    with torch.inference_mode():
+        _one_element(model)
+
+
+def _one_element_unseen_and_refresh(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.detach().numpy().reshape(-1)[17] += 100.0
+    hetegen_compile.refresh(model)
+
+
+@pytest.mark.parametrize("change", [_one_element, _one_element_in_inference_mode, _one_element_unseen_and_refresh])
+@pytest.mark.parametrize("budget", [BUDGET, 1 << 20])
+def test_a_change_of_one_element_is_noticed_at_once(budget: int, change: Callable[[nn.Module], None]) -> None:
+    """By its version or by ``refresh``: samples of the bytes would find it some time."""
+    torch.manual_seed(0)
+    model, backend, x = Mlp().eval(), RecordingBackend(), random(2, 64)
+    model.compile(backend=backend, options=emulated(gpu_memory=budget, split=0.25))
+    with torch.no_grad():
+        for _ in range(4):
+            change(model)
+            for _ in range(3):
+                torch.testing.assert_close(model(x), model.forward(x))
+    assert backend.accelerator.counters.held_bytes["weights"] > 0
+
+
+@pytest.mark.parametrize("budget", [BUDGET, 1 << 20])
+def test_weights_made_in_inference_mode(budget: int) -> None:
+    """They have no version: what the accelerator keeps of them goes up in each step, however little has changed."""
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        model, backend, x = Mlp().eval(), RecordingBackend(), random(2, 64)
+        model.compile(backend=backend, options=emulated(gpu_memory=budget, split=0.25))
+        for _ in range(3):
+            _one_element(model)
+            for _ in range(2):
+                torch.testing.assert_close(model(x), model.forward(x))
+    assert backend.accelerator.counters.held_bytes["weights"] > 0
 
 
 def _close(result: Any, expected: Any) -> None:
@@ -268,6 +319,18 @@ def test_everything_is_compared_when_a_graph_is_compiled() -> None:
         result, expected = model(wider), Mlp.forward(model, wider)
     assert len(backend.graphs) == 2
     torch.testing.assert_close(result, expected)
+
+
+def test_what_a_version_shows_is_not_called_unseen_when_a_graph_is_compiled(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model, backend = Mlp().eval(), RecordingBackend()
+    model.compile(backend=backend, options=emulated(gpu_memory=112 << 10, split=0.25), dynamic=False)
+    with torch.no_grad():
+        for tokens in (2, 3):
+            torch.testing.assert_close(model(random(tokens, 64)), model.forward(random(tokens, 64)))
+            _copy_in_place(model)
+    assert len(backend.graphs) == 2
+    assert "does not see" not in caplog.text
 
 
 @pytest.mark.parametrize("budget", [40 << 10, 200 << 10])

@@ -202,3 +202,26 @@ def test_a_part_of_a_value_is_written_with_itself() -> None:
         return result
 
     compiled_like_eager(model, run, options=emulated(gpu_memory=BUDGET), calls=1)
+
+
+def test_a_state_that_one_graph_overwrites_and_another_reads() -> None:
+    """A prompt overwrites what single tokens go on from, which its accelerator has no use for: only the host writes."""
+
+    def body(before: Linear, after: Linear, x: Tensor, state: Tensor) -> Tensor:
+        y = before(x)
+        if x.shape[0] > 1:
+            state.copy_(y.mean(0))
+            return after(y)
+        y = y + state
+        state.mul_(0.5)
+        return after(y)
+
+    model = around(body)
+
+    def run() -> tuple[Any, ...]:
+        state = torch.ones(64)
+        with torch.no_grad():
+            results = [model(random(rows, 64, seed=i), state).clone() for i, rows in enumerate((1, 1, 3, 1, 1, 3, 1))]
+        return results, state
+
+    compiled_like_eager(model, run, options=emulated(gpu_memory=BUDGET), calls=2)

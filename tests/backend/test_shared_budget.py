@@ -11,6 +11,7 @@ from torch import Tensor
 
 import hetegen_compile
 from hetegen_compile.accelerators.emulated import EmulatedAccelerator
+from hetegen_compile.errors import BudgetError
 from hetegen_compile.passes.plans import OTHERS
 from tests.backend.modules import Linear, Mlp, around, random
 from tests.models.harness import RecordingBackend, emulated, new_schedules
@@ -165,3 +166,16 @@ def test_the_smaller_of_two_budgets_holds_for_both() -> None:
         assert max(second.accelerator_peak_bytes, again.accelerator_peak_bytes) <= weights
         assert sum(held.values()) <= weights
         assert again.budget_bytes == weights
+
+
+def test_an_error_says_that_another_models_budget_is_too_small() -> None:
+    models, backend = [Mlp(2).eval(), Mlp(2, 128).eval()], RecordingBackend()
+    for model, budget in zip(models, (24 << 10, 1 << 20), strict=True):
+        model.compile(backend=backend, options=emulated(gpu_memory=budget, seed=1))
+    with torch.no_grad():
+        models[0](random(2, 64))
+        with pytest.raises(BudgetError, match="this one's is 1.00 MiB, another one's 24.00 KiB"):
+            models[1](random(2, 128))
+        del models[0]  # with its model the smaller budget goes, too
+        gc.collect()
+        torch.testing.assert_close(models[0](random(2, 128)), models[0].forward(random(2, 128)))

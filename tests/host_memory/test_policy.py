@@ -199,6 +199,23 @@ def test_memory_is_not_doubled_on_the_way(tmp_path: Path) -> None:
     assert while_pinning == [0]
 
 
+def test_pages_of_what_has_moved_are_dropped_before_the_next_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One weight at a time is in memory twice, however many there are."""
+    weights = [parameter(tmp_path / str(i)) for i in range(3)]
+    places = [(weight.data_ptr(), BYTES) for weight in weights]
+    twice: list[int] = []
+
+    def moved(tensors: Sequence[Tensor], storage: torch.UntypedStorage) -> None:
+        twice.append(sum(resident_pages(*place) for place in places))
+        move(tensors, storage)
+
+    monkeypatch.setattr(policy, "move", moved)
+    assert held(HostMemory(Driver().pin, plenty), *weights)
+    assert twice == [0, 0, 0]
+
+
 # ---- staged ---------------------------------------------------------------------------------------------------
 
 

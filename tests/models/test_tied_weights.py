@@ -159,3 +159,20 @@ def test_two_linears_with_one_weight(budget: int) -> None:
     assert held == used
     if budget == 1 << 20:
         assert held == 2 * tied_held == nn.Linear(WIDTH, WIDTH).weight.nbytes
+
+
+@pytest.mark.parametrize("split", ["auto", 0.5])
+def test_two_parameters_in_one_memory(split: Any) -> None:
+    """``Parameter(other.data)`` ties two modules, and Dynamo sees two inputs: one piece of memory all the same."""
+    torch.manual_seed(0)
+    model, backend, x = Mlp(3, WIDTH).eval(), RecordingBackend(), random(2, WIDTH)
+    first: Any = model.layers[0].weight
+    model.layers[1].weight = nn.Parameter(first.data)
+    model.compile(backend=backend, options=emulated(gpu_memory=1 << 20, split=split, seed=None))
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(model(x), model.forward(x), rtol=1e-4, atol=1e-5)
+    ((plan,), runtime) = backend.graphs[0].plans, backend.graphs[0].runtime
+    different = 2 * nn.Linear(WIDTH, WIDTH).weight.nbytes * (1 if split == "auto" else 0.5)
+    assert plan.schedule.budget["resident weights"] == runtime.ledger.resident_bytes == different
+    assert runtime.accelerator.counters.held_bytes["weights"] == _moved(runtime, "weights") == different

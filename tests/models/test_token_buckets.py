@@ -12,12 +12,16 @@ from torch import Tensor, fx
 import hetegen_compile
 from hetegen_compile.accelerators import EmulatedAccelerator
 from hetegen_compile.compiled import CompiledGraph
+from hetegen_compile.passes.context import Bucket
 from hetegen_compile.planner import Planner
 from tests.models.architectures import tiny_model
 from tests.models.harness import RecordingBackend, emulated, half_the_weights
 
 LENGTHS = (5, 7, 9, 2, 3, 12, 17, 20, 33, 64, 65, 40, 4, 11, 70, 90, 16, 6, 25, 8)
 """No prompt of one token: Dynamo makes graphs of their own for sizes of 1."""
+
+BUCKETS = {Bucket(1, 1), Bucket(2, 4), Bucket(5, 16), Bucket(17, 64), Bucket(65, 256)}
+"""All that these lengths may have plans for."""
 
 
 class CountsGuards:
@@ -72,7 +76,7 @@ def test_twenty_prompt_lengths(cache: str | None, calls: int, monkeypatch: pytes
         assert torch.equal(found, right), length
     assert len(backend.graphs) <= calls, "backend calls"
     assert len(set(counted.plans)) == len(counted.plans), "a bucket was planned twice"
-    assert counted.plans
+    assert {bucket for _, bucket in counted.plans} == BUCKETS
     assert counted.added == [0] * len(counted.added)
     assert sum(_plans_of(backend.graphs)) == len(counted.plans)
     assert any(len(graph.plans) >= 4 for graph in backend.graphs), "one graph serves several buckets"
@@ -94,6 +98,7 @@ def test_twenty_prompt_lengths_with_weights_streamed(cache: str | None, monkeypa
         assert torch.equal(found, right), length
     assert len(backend.graphs) <= 4, "backend calls"
     assert len(set(counted.plans)) == len(counted.plans), "a bucket was planned twice"
+    assert {bucket for _, bucket in counted.plans} == BUCKETS
     assert counted.again, "memory was never shared out anew: the budget does not bind"
     assert len(hetegen_compile.schedules()) - known <= len(counted.plans), "one schedule a graph and bucket"
     assert any(plan.schedule.streamed_bytes for graph in backend.graphs for plan in graph.plans)

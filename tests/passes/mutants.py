@@ -278,6 +278,7 @@ def _step(bound: BoundStep, inputs: list[Any], accelerator: EmulatedAccelerator,
     accelerator.end_step()
     for i in bound.settled:
         mirrors.settle(inputs[i])
+    mirrors.forget(inputs[i] for i in bound.outdated)
     for host, device in twins:
         mirrors.register(host, device)
     return [output.clone() if isinstance(output, Tensor) else output for output in outputs]

@@ -57,6 +57,16 @@ def test_inner_values_of_a_segment_count_while_it_runs() -> None:
     assert max(workspace) >= 80 * ROW
 
 
+def test_what_an_operation_makes_beside_its_result_counts() -> None:
+    """``rms_norm`` is several operations of ATen, one of which makes as much as the result."""
+
+    def normed(x: Tensor) -> Any:
+        return OTHER(nn.functional.rms_norm(LINEAR(x), (256,)))
+
+    plain = scheduled(lambda x: OTHER(torch.relu(LINEAR(x))), torch.randn(8, 256))
+    assert peak(scheduled(normed, torch.randn(8, 256))) >= peak(plain) + 8 * ROW
+
+
 def test_a_small_view_of_something_large_counts_as_the_large_one() -> None:
     def last(x: Tensor) -> Any:
         return OTHER((LINEAR(x) + 1)[-1:])

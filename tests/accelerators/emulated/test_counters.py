@@ -87,3 +87,12 @@ def test_a_finished_operation_holds_nothing() -> None:
         accelerator.wait_host(Op("arrived"), transfer)
         assert accelerator.counters.held_bytes["activations"] == 0
     accelerator.close()
+
+
+def test_what_an_operation_takes_while_it_runs_counts(accelerator: EmulatedAccelerator) -> None:
+    accelerator.begin_step()
+    value = accelerator.upload(Op("x"), torch.ones(KIB))
+    accelerator.launch(Op("neg", workspace_bytes=5 * KIB), torch.neg, (value,))
+    accelerator.end_step()
+    counters = accelerator.counters
+    assert counters.peak_bytes == counters.step_peak_bytes == (4 + 4 + 5) * KIB
