@@ -72,7 +72,8 @@ class Ahead:
             self._leave()
 
     def close(self) -> None:
-        """End the worker's thread."""
+        """End the worker's thread, and a step that nobody has finished."""
+        self.abandon_step()
         self._worker.close()
 
     def _begin(self) -> None:

@@ -139,6 +139,16 @@ def test_nothing_is_collected_on_the_worker(cuda: CudaAccelerator) -> None:
     assert gc.isenabled()
 
 
+def test_an_accelerator_that_is_closed_within_a_step_leaves_everything_as_it_was(cuda: CudaAccelerator) -> None:
+    interval = sys.getswitchinterval()
+    cuda.begin_step()
+    cuda.host_ahead(Op("h"), int, (), {})
+    assert not gc.isenabled()
+    cuda.close()
+    assert gc.isenabled()
+    assert sys.getswitchinterval() == interval
+
+
 def test_the_worker_ends_with_a_step_that_has_no_use_for_it(cuda: CudaAccelerator) -> None:
     def workers() -> int:
         return sum(thread.name == "hetegen-worker" for thread in threading.enumerate())
