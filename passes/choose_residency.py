@@ -177,9 +177,9 @@ class _Sharing:
             first = forced_host_rows(rows, self._context)
             claim = Claim(self._keys[weight], rows, first, row_bytes, _gain(linear, self._context))
             found.setdefault(claim.key, claim)
-        for other in self._others:
+        for other, readers in self._others.items():
             nbytes = value_bytes(other, self._context)
-            gain = seconds_saved(other, self._context) / nbytes
+            gain = seconds_saved(readers, self._context) / nbytes
             found.setdefault(self._keys[other], Claim(self._keys[other], 1, 0, nbytes, gain, BEFORE_LINEARS))
         for rank, stack in enumerate(self._stacks, 1):
             claim = Claim(self._keys[stack], 1, 0, value_bytes(stack, self._context), 0.0, rank)

@@ -88,7 +88,7 @@ class _Lifter:
     def __init__(self, graph: fx.Graph, weights: Collection[str]) -> None:
         self._graph = graph
         self._inputs = graph.find_nodes(op="placeholder")
-        self._made_of_weights = made_of_weights(graph, weights)
+        self._made_of_weights = made_of_weights(graph.nodes, weights)
         written = written_storages(graph.nodes)
         self._bases = {
             node: i for i, node in enumerate(self._inputs) if node.name in weights and is_tensor(node)

@@ -18,7 +18,7 @@ contiguous, two-dimensional parameter that the graph leaves alone stays as it is
 from __future__ import annotations
 
 import operator
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,7 +56,7 @@ class LinearMatch:
 def normalise_linears(module: fx.GraphModule, context: Context) -> None:
     """Replace every Linear that can be split by ``hetegen.linear``; keep a reason for each that cannot."""
     written = frozenset[int]().union(*(info(node).writes for node in module.graph.nodes))
-    stored = made_of_weights(module.graph, context.weights)
+    stored = made_of_weights(module.graph.nodes, context.weights)
     under_autocast = {node for region in autocast_regions(list(module.graph.nodes)) for node in region}
     for node in list(module.graph.nodes):
         if isinstance(node.target, Folded) and any(match_linear(inner) for inner in node.target.module.graph.nodes):
@@ -86,10 +86,10 @@ def _is_with_cache(node: fx.Node, weight: fx.Node, context: Context) -> bool:
     return node.target in _MATMUL and weight.op == "placeholder" and weight.name not in context.weights
 
 
-def made_of_weights(graph: fx.Graph, weights: Container[str]) -> set[fx.Node]:
+def made_of_weights(nodes: Iterable[fx.Node], weights: Container[str]) -> set[fx.Node]:
     """Parameters and buffers of the model, and what is computed from nothing else."""
     found: set[fx.Node] = set()
-    for node in graph.nodes:
+    for node in nodes:
         if node.name in weights or (node.all_input_nodes and found.issuperset(node.all_input_nodes)):
             found.add(node)
     return found

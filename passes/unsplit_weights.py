@@ -16,7 +16,7 @@ runs on the host, too. All others come before the Linears, which can be streamed
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 
 from torch import Tensor, fx
 
@@ -26,6 +26,7 @@ from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.autocast import autocast_regions
 from hetegen_compile.passes.choose_splits import table_only
 from hetegen_compile.passes.context import Context, Refusal, require
+from hetegen_compile.passes.normalise_linears import made_of_weights
 from hetegen_compile.passes.sources import source_name
 
 _LEAST = 8
@@ -46,22 +47,28 @@ def stacked_weights(module: fx.GraphModule, context: Context) -> list[fx.Node]:
     ]  # fmt: skip
 
 
-def other_weights(module: fx.GraphModule, context: Context) -> list[fx.Node]:
-    """Placeholders of the model's other weights that no Linear reads and the host may compute with, in order."""
+def other_weights(module: fx.GraphModule, context: Context) -> dict[fx.Node, set[fx.Node]]:
+    """Placeholders of the model's other weights that no Linear reads and the host may compute with, in order.
+
+    With each what is computed with it, and with what is made of weights alone on the way.
+    """
     candidates = [
         node for node in module.graph.find_nodes(op="placeholder")
-        if node.name in context.weights and node.users and value_bytes(node, context) >= _least_bytes(node)
+        if node.name in context.weights and value_bytes(node, context) >= _least_bytes(node)
         and not any(user.target == LINEAR for user in node.users) and not table_only(node, context)
     ]  # fmt: skip
     if not candidates:
-        return []
+        return {}
     stacks = {*stacked_weights(module, context)}
     written = written_storages(module.graph.nodes)
     fixed = {node for region in autocast_regions(list(module.graph.nodes)) for node in region}
-    return [
-        node for node in candidates
-        if node not in stacks and not info(node).storages & written and fixed.isdisjoint(_readers(node, context))
-    ]  # fmt: skip
+    of_weights = made_of_weights(module.graph.nodes, context.weights)
+    readers = {
+        node: _readers(node, of_weights)
+        for node in candidates
+        if node not in stacks and not info(node).storages & written
+    }
+    return {node: found for node, found in readers.items() if fixed.isdisjoint(found)}
 
 
 def _least_bytes(node: fx.Node) -> int:
@@ -78,9 +85,9 @@ def without_use(module: fx.GraphModule, context: Context, names: Collection[str]
     return {node.name for node in placeholders if node.name in names and there.issuperset(node.users)}
 
 
-def seconds_saved(weight: fx.Node, context: Context) -> float:
+def seconds_saved(readers: Iterable[fx.Node], context: Context) -> float:
     """Seconds by which the accelerator is faster at what is computed with a weight."""
-    costs = [require(context.costs, "annotate_costs")[info(node).position] for node in _readers(weight, context)]
+    costs = [require(context.costs, "annotate_costs")[info(node).position] for node in readers]
     return sum(cost.host_s - cost.accelerator_s for cost in costs)
 
 
@@ -92,13 +99,9 @@ def computed_on_host(nodes: Sequence[fx.Node], names: Collection[str], weights: 
     readers, between = set[fx.Node](), set[fx.Node]()
     moved = {node for node in nodes if node.op == "placeholder" and node.name in names}
     stacks = {node for node in moved if _is_stack(info(node).value)}
-    made_of_weights = moved | {node for node in nodes if node.op in INPUT_OPS and node.name in weights}
+    of_weights = made_of_weights(nodes, {*weights, *names})
     for node in nodes:
-        if node.op in (*INPUT_OPS, "output"):
-            continue
-        if node.all_input_nodes and made_of_weights.issuperset(node.all_input_nodes):
-            made_of_weights.add(node)
-        if moved.isdisjoint(node.all_input_nodes):
+        if node.op in (*INPUT_OPS, "output") or moved.isdisjoint(node.all_input_nodes):
             continue
         readers.add(node)
         if not stacks.isdisjoint(node.all_input_nodes):
@@ -106,9 +109,9 @@ def computed_on_host(nodes: Sequence[fx.Node], names: Collection[str], weights: 
             if moved.issuperset(_floating(node.all_input_nodes)):  # a view, a cast or a choice of matrices
                 moved.add(node)
                 stacks.add(node)
-        elif node in made_of_weights and _is_large(node):
+        elif node in of_weights and _is_large(node):
             moved.add(node)
-    found = readers | _between(nodes, between) | _operands_of_weights(moved, made_of_weights)
+    found = readers | _between(nodes, between) | _operands_of_weights(moved, of_weights)
     written = written_storages(found)
     return found | {node for node in nodes if node.op not in (*INPUT_OPS, "output") and _touches(node, written)}
 
@@ -129,38 +132,27 @@ def weights_on_host(module: fx.GraphModule, context: Context) -> tuple[Refusal, 
     return tuple(found)
 
 
-def _operands_of_weights(moved: Iterable[fx.Node], made_of_weights: set[fx.Node]) -> set[fx.Node]:
+def _operands_of_weights(moved: Iterable[fx.Node], of_weights: Container[fx.Node]) -> set[fx.Node]:
     """What is computed of weights alone for a weight that is computed on the host (``b @ a`` of ``w + b @ a``)."""
     found, pending = set[fx.Node](), [*moved]
     while pending:
         more = [
             one for one in pending.pop().all_input_nodes
-            if one.op not in INPUT_OPS and one in made_of_weights and one not in found
+            if one.op not in INPUT_OPS and one in of_weights and one not in found
         ]  # fmt: skip
         found.update(more)
         pending += more
     return found
 
 
-def _readers(weight: fx.Node, context: Context) -> set[fx.Node]:
-    """What is computed with a weight, and with what is made of weights alone on the way."""
+def _readers(weight: fx.Node, of_weights: Container[fx.Node]) -> set[fx.Node]:
     found, pending = set[fx.Node](), [weight]
     while pending:
-        made = pending.pop()
-        for user in made.users:
-            if user.op == "output" or user in found:
-                continue
-            found.add(user)
-            if _is_made_of_weights(user, context):
-                pending.append(user)
+        for user in pending.pop().users:
+            if user.op != "output" and user not in found:
+                found.add(user)
+                pending += [user] if user in of_weights else []
     return found
-
-
-def _is_made_of_weights(node: fx.Node, context: Context) -> bool:
-    """Whether nothing that the call is given is in a value."""
-    if node.op in INPUT_OPS:
-        return node.name in context.weights
-    return bool(node.all_input_nodes) and all(_is_made_of_weights(one, context) for one in node.all_input_nodes)
 
 
 def _is_large(node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
@@ -155,6 +156,23 @@ def test_large_weights_that_no_linear_reads_may_stay_on_the_host() -> None:
     assert sources(found, [node.name for node in other_weights(found.module, found.context)]) == {
         "base", "columns", "table",
     }  # fmt: skip
+
+
+def test_a_weight_behind_more_operations_than_python_recurses() -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.columns = nn.Parameter(torch.randn(64, 64).t())
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(sys.getrecursionlimit()):
+                x = -x
+            return torch.nn.functional.linear(x, self.columns)
+
+    found = case(Deep(), torch.randn(3, 64)).run(annotate_costs)
+    ((weight, readers),) = other_weights(found.module, found.context).items()
+    assert source_name(weight).endswith("columns")
+    assert [name for node in readers for name in info(node).aten] == ["t", "mm"]
 
 
 def test_those_that_save_most_stay_and_come_before_linears() -> None:
