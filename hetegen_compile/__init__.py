@@ -13,14 +13,14 @@ from hetegen_compile.registration import register_checkout
 if TYPE_CHECKING:
     from hetegen_compile.dry_run import plan, plan_generation
     from hetegen_compile.errors import HetegenError
+    from hetegen_compile.overrides import override_split
     from hetegen_compile.runtime import refresh
     from hetegen_compile.schedule import Schedule, schedules
-    from hetegen_compile.split_override import override_split
 
 _HOMES = {
     "HetegenError": "errors",
     "Schedule": "schedule",
-    "override_split": "split_override",
+    "override_split": "overrides",
     "plan": "dry_run",
     "plan_generation": "dry_run",
     "refresh": "runtime",

@@ -17,9 +17,9 @@ from hetegen_compile.captured_graph import CapturedGraph, Part
 from hetegen_compile.errors import BudgetError, UnforeseenMemoryError
 from hetegen_compile.graph_inputs import as_int
 from hetegen_compile.heap import large_heap
-from hetegen_compile.issue_override import overridden_issue_ahead
 from hetegen_compile.model_lives import ModelWeights
 from hetegen_compile.options import format_bytes
+from hetegen_compile.overrides import overridden_issue_ahead, overridden_split
 from hetegen_compile.passes.claims import weight_key
 from hetegen_compile.passes.context import Refusal, require
 from hetegen_compile.passes.plans import UNFORESEEN
@@ -28,7 +28,6 @@ from hetegen_compile.planner import Planner, budget_bytes
 from hetegen_compile.quiet import quiet
 from hetegen_compile.runtime import Runtime
 from hetegen_compile.schedule import FITS, Schedule, register, withdraw
-from hetegen_compile.split_override import overridden_split
 from hetegen_compile.step_plan import StepPlan
 
 logger = logging.getLogger("hetegen_compile")

@@ -54,7 +54,7 @@ def other_weights(module: fx.GraphModule, context: Context) -> dict[fx.Node, set
     """
     candidates = [
         node for node in module.graph.find_nodes(op="placeholder")
-        if node.name in context.weights and value_bytes(node, context) >= _least_bytes(node)
+        if node.name in context.weights and node.users and value_bytes(node, context) >= _least_bytes(node)
         and not any(user.target == LINEAR for user in node.users) and not table_only(node, context)
     ]  # fmt: skip
     if not candidates:

@@ -15,10 +15,9 @@ from hetegen_compile.bench.timing import Timing, warm_and_timed, with_peak
 from hetegen_compile.bench.weights import random_model
 from hetegen_compile.dry_run.models import DTYPES, generates, named_config
 from hetegen_compile.errors import BudgetError, OptionError, UnsupportedModelError
-from hetegen_compile.issue_override import override_issue_ahead
 from hetegen_compile.options import parse_options
+from hetegen_compile.overrides import override_issue_ahead, override_split
 from hetegen_compile.schedule import Schedule, schedules
-from hetegen_compile.split_override import override_split
 
 logger = logging.getLogger("hetegen_compile")
 

@@ -18,7 +18,7 @@ from hetegen_compile.accelerators import EmulatedAccelerator
 from hetegen_compile.accelerators.base import Op, call_on_host
 from hetegen_compile.accelerators.emulated import ahead
 from hetegen_compile.cost_model import load_profile, profile_to_json
-from hetegen_compile.issue_override import override_issue_ahead
+from hetegen_compile.overrides import override_issue_ahead
 from tests.backend.modules import BUDGET, Mlp, around, plain, random
 from tests.models.architectures import generate, prompts, tiny_model
 from tests.models.harness import RecordingBackend, assert_offloaded, emulated, half_the_weights, new_schedules

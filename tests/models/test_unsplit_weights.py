@@ -14,6 +14,7 @@ import hetegen_compile
 from hetegen_compile.errors import BudgetError
 from tests.models.architectures import generate, prompts, tiny_model
 from tests.models.harness import RecordingBackend, emulated, new_schedules
+from tests.models.layers import Layers
 
 WIDTH = 128
 
@@ -76,17 +77,6 @@ class Positions(nn.Module):
         return self.inner(x + self.table[: x.shape[1]])  # type: ignore[no-any-return]
 
 
-class Layers(nn.Module):
-    def __init__(self, layer: Callable[[], nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layer() for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + torch.relu(layer(x))
-        return x
-
-
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "columns": Columns,
     "int8": Int8,
@@ -106,7 +96,7 @@ def nbytes(model: nn.Module) -> int:
 @pytest.mark.parametrize("share", [0.25, 0.7])
 def test_what_does_not_fit_is_computed_on_the_host(name: str, share: float) -> None:
     torch.manual_seed(0)
-    model, x = Layers(LAYERS[name]).eval(), torch.randn(1, 3, WIDTH)
+    model, x = Layers(LAYERS[name], 4).eval(), torch.randn(1, 3, WIDTH)
     budget = int(nbytes(model) * share)
     backend, known = RecordingBackend(), hetegen_compile.schedules()
     compiled = torch.compile(model, backend=backend, options=emulated(gpu_memory=budget, split="auto"))
@@ -122,7 +112,7 @@ def test_what_does_not_fit_is_computed_on_the_host(name: str, share: float) -> N
 
 def test_most_of_what_fits_stays() -> None:
     torch.manual_seed(0)
-    model, x = Layers(Convolution).eval(), torch.randn(1, 3, WIDTH)
+    model, x = Layers(Convolution, 4).eval(), torch.randn(1, 3, WIDTH)
     kernel = next(p.nbytes for p in model.parameters() if p.dim() == 3)
     backend, known = RecordingBackend(), hetegen_compile.schedules()
     options = emulated(gpu_memory=3 * kernel + (16 << 10), split="auto")
@@ -142,7 +132,7 @@ def test_linears_beside_them_are_split_and_streamed() -> None:
     def layer() -> nn.Module:
         return nn.Sequential(weight_norm(nn.Linear(WIDTH, 2 * WIDTH)), nn.ReLU(), nn.Linear(2 * WIDTH, WIDTH))
 
-    model, x = Layers(layer).eval(), torch.randn(1, 3, WIDTH)
+    model, x = Layers(layer, 4).eval(), torch.randn(1, 3, WIDTH)
     backend, known = RecordingBackend(), hetegen_compile.schedules()
     options = emulated(gpu_memory=nbytes(model) // 4, split=0.5)
     compiled = torch.compile(model, backend=backend, options=options)
@@ -174,7 +164,7 @@ def test_generation_with_computed_weights() -> None:
 
 def test_a_budget_for_the_activations_alone_is_enough() -> None:
     torch.manual_seed(0)
-    model, x = Layers(Columns).eval(), torch.randn(1, 3, WIDTH)
+    model, x = Layers(Columns, 4).eval(), torch.randn(1, 3, WIDTH)
     with torch.no_grad():
         with pytest.raises(BudgetError, match="The smallest budget that works is") as error:
             torch.compile(model, backend=RecordingBackend(), options=emulated(gpu_memory=1024))(x)

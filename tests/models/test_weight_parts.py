@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import hetegen_compile
 from tests.models.harness import RecordingBackend, compiled_like_eager, emulated, through_inductor
+from tests.models.layers import Layers
 
 WIDTH = 128
 
@@ -65,24 +66,13 @@ class Attention(nn.Module):
         return self.inner(x, x / 2, x / 2, need_weights=False)[0]  # type: ignore[no-any-return]
 
 
-class Layers(nn.Module):
-    def __init__(self, layer: Callable[[], nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layer() for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + torch.tanh(layer(x))
-        return x
-
-
 KINDS = [Packed, ColumnMajor, Stack, Attention]
 
 
 def made(layer: Callable[[], nn.Module]) -> tuple[nn.Module, Tensor, int]:
     """A model, its input, and a third of the bytes of its weights."""
     torch.manual_seed(0)
-    model = Layers(layer).eval()
+    model = Layers(layer, 3).eval()
     return model, torch.randn(1, 5, WIDTH), sum(t.nbytes for t in (*model.parameters(), *model.buffers())) // 3
 
 
