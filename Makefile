@@ -23,6 +23,7 @@ audit: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # torch first and by its exact version, so that nothing else chooses one. The two models are packages whose own

@@ -142,9 +142,7 @@ def measure(dtype: str, reader: Reader, arguments: argparse.Namespace, effort: E
         weights = cut_weights(arena, rows * columns * arena.itemsize, (columns,))
         for tokens in arguments.tokens:
             for name, copies, compute, forms in _candidates(weights, tokens):
-                rounds = [
-                    _round(compute, weights, forms, tokens, reader, effort) for _ in range(arguments.rounds)
-                ]
+                rounds = [_round(compute, weights, forms, tokens, reader, effort) for _ in range(arguments.rounds)]
                 shares = [rate / read for rate, read in rounds]
                 yield Figure(
                     dtype, tokens, rows, columns, name, copies,
@@ -153,9 +151,7 @@ def measure(dtype: str, reader: Reader, arguments: argparse.Namespace, effort: E
                 )  # fmt: skip
 
 
-def _candidates(
-    weights: Sequence[Tensor], tokens: int
-) -> Iterator[tuple[str, bool, Compute, Sequence[Tensor] | None]]:
+def _candidates(weights: Sequence[Tensor], tokens: int) -> Iterator[tuple[str, bool, Compute, Sequence[Tensor] | None]]:
     """(name, needs a copy, compute, what to compute with) of each kernel that this machine can run."""
     for kernel in usable_kernels(weights[0].dtype):
         yield kernel.name, False, in_place(kernel), None

@@ -84,9 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         _run(arguments, "write", "inductor", folder)
-        cases = [
-            _measure(arguments, kind, backend, folder) for kind in arguments.kinds for backend in BACKENDS
-        ]
+        cases = [_measure(arguments, kind, backend, folder) for kind in arguments.kinds for backend in BACKENDS]
     found = [_compare(cases, kind) for kind in arguments.kinds]
     split = "" if arguments.split is None else f", split {arguments.split}"
     hardware = f"{this_machine(cuda=False)}, emulated accelerator of {arguments.gpu_memory}{split}"
@@ -155,7 +153,7 @@ def _table(cases: Sequence[Case]) -> str:
             ", ".join(case.host_memory),
         )
         for case in cases
-    ]
+    ]  # fmt: skip
     headers = ["weights in", "backend", "weights", "built", "peak", "accelerator", "streamed", "host memory"]
     return str(tabulate(rows, headers=headers, colalign=("left", "left", *["right"] * 5, "left")))
 
@@ -194,7 +192,7 @@ def _model(kind: str, folder: str, layers: int) -> Any:
     config = LlamaConfig(
         vocab_size=4096, hidden_size=WIDTH, intermediate_size=11 * WIDTH // 4, num_hidden_layers=layers,
         num_attention_heads=16, num_key_value_heads=16,
-    )
+    )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
 
@@ -202,9 +200,7 @@ def _compile_and_run(model: Any, backend: str, arguments: argparse.Namespace) ->
     import torch
 
     split = "auto" if arguments.split is None else arguments.split
-    options = {
-        "accelerator": "emulated", "gpu_memory": arguments.gpu_memory, "split": split, "print_schedule": False
-    }
+    options = {"accelerator": "emulated", "gpu_memory": arguments.gpu_memory, "split": split, "print_schedule": False}
     compiled = torch.compile(model, backend=backend, dynamic=False, options=options if backend == "hetegen" else None)
     with torch.no_grad():
         for tokens in PROMPTS:

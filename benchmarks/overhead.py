@@ -84,7 +84,7 @@ class NullBackend:
         graph = CompiledGraph(
             module, inputs, options=self._options, profile=self._profile, open_runtime=lambda: self._runtime,
             compile_segment=inductor_compiler(mode),
-        )
+        )  # fmt: skip
         self.seconds += time.perf_counter() - started
         self.graphs.append(graph)
 
@@ -101,7 +101,7 @@ def llama(layers: int, width: int) -> nn.Module:
     config = LlamaConfig(
         hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=2 * width, max_position_embeddings=64,
-    )
+    )  # fmt: skip
     model: nn.Module = AutoModelForCausalLM.from_config(config).eval()
     return model
 
@@ -128,7 +128,7 @@ def issue(args: argparse.Namespace) -> Figure:
     parts = {
         "step_s": step_s, "split_linears": linears, "streamed": streamed, "segments": segments,
         "checked_mirrors": len(plan.bound.mirrors) + len(plan.bound.residents),
-    }
+    }  # fmt: skip
     return Figure("issue", "host thread per split Linear", step_s / linears, LIMITS["issue"], "s", parts)
 
 
@@ -190,7 +190,9 @@ def no_collection() -> Iterator[None]:
 
 
 STAGES: dict[str, Callable[[argparse.Namespace], Figure]] = {
-    "issue": issue, "resident": resident, "compile": compile_depth,
+    "issue": issue,
+    "resident": resident,
+    "compile": compile_depth,
 }
 
 
@@ -215,7 +217,7 @@ def _table(figures: Sequence[Figure]) -> str:
         (one.stage, one.what, _shown(one.value, one.unit), _shown(one.limit, one.unit), "yes" if one.holds else "NO",
          ", ".join(f"{name} {value:.4g}" for name, value in one.parts.items()))
         for one in figures
-    ]
+    ]  # fmt: skip
     return str(tabulate(rows, headers=["stage", "what", "measured", "limit", "holds", "from"]))
 
 

@@ -64,7 +64,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
             max_position_embeddings=64, **_TOKENS,
         )
     ),
-}
+}  # fmt: skip
 DEVICE = SimpleNamespace(
     name="rehearsed GPU", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, warp_size=32,
     max_threads_per_multi_processor=2048, regs_per_multiprocessor=65536, gcnArchName="", L2_cache_size=50 << 20,

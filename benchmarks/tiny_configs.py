@@ -107,7 +107,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma3n_text": {
         "layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.0, 0.0],
     },
-}
+}  # fmt: skip
 """What names do not tell: which layer is of which kind, and heads that have to multiply to something."""
 
 

@@ -202,9 +202,7 @@ def _envelope(index: int, trip: Trip) -> list[_Piece]:
         while len(hull) > 1 and _is_above(hull[-2], hull[-1], point):
             hull.pop()
         hull.append(point)
-    return [
-        _Piece(index, a[0], b[1] - a[1], (b[0] - a[0]) * trip.link_s) for a, b in zip(hull, hull[1:], strict=False)
-    ]
+    return [_Piece(index, a[0], b[1] - a[1], (b[0] - a[0]) * trip.link_s) for a, b in zip(hull, hull[1:], strict=False)]
 
 
 def _break_even(trip: Trip) -> Iterable[float]:

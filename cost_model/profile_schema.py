@@ -134,9 +134,7 @@ def _encode_table(table: RateTable) -> Any:
     return [{"weight_bytes": nbytes, "points": encode(curve)} for nbytes, curve in table.curves]
 
 
-def _pairs(
-    value: object, path: str, second: Callable[[object, str], Any]
-) -> tuple[tuple[float, Any], ...]:
+def _pairs(value: object, path: str, second: Callable[[object, str], Any]) -> tuple[tuple[float, Any], ...]:
     """A list of pairs of a positive number and what ``second`` decodes."""
     pairs = []
     for index, item in enumerate(_items(value, path)):

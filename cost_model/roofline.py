@@ -14,9 +14,7 @@ from collections.abc import Mapping
 from hetegen_compile.cost_model.hardware import HardwareProfile, LinkDirection, RateTable
 
 
-def operation_s(
-    flops: float, nbytes: float, flops_per_s: float, memory_bytes_per_s: float, launch_s: float
-) -> float:
+def operation_s(flops: float, nbytes: float, flops_per_s: float, memory_bytes_per_s: float, launch_s: float) -> float:
     """Seconds of one operation with ``flops`` of arithmetic and ``nbytes`` of memory traffic."""
     return launch_s + max(flops / flops_per_s, nbytes / memory_bytes_per_s)
 
@@ -116,9 +114,7 @@ LINE_OVERHEAD_BYTES = 300
 lines of 64 bytes, 390 for 256, 300 for 1 KiB, 260 for 4 KiB; those of schedules are of 1 KiB and more."""
 
 
-def upload_s(
-    profile: HardwareProfile, nbytes: float, pinned: bool = True, line_bytes: int | None = None
-) -> float:
+def upload_s(profile: HardwareProfile, nbytes: float, pinned: bool = True, line_bytes: int | None = None) -> float:
     """Seconds of one transfer from host memory to the accelerator (0 for no bytes).
 
     ``line_bytes``: of a 2-D copy, the bytes that lie together; None for a contiguous one.

@@ -149,9 +149,7 @@ def _makespan_s(problem: SplitProblem, host_rows: int) -> float:
     accelerator_rows = streamed_rows + problem.resident_rows
     feed_s_per_row = max(problem.link_s_per_row, problem.pin_s_per_row)
     link_s = _linear_cost_s(problem.link_fixed_s, feed_s_per_row, streamed_rows)
-    accelerator_s = _linear_cost_s(
-        problem.accelerator_fixed_s, problem.accelerator_s_per_row, accelerator_rows
-    )
+    accelerator_s = _linear_cost_s(problem.accelerator_fixed_s, problem.accelerator_s_per_row, accelerator_rows)
     return max(_host_s(problem, host_rows, link_s), link_s + accelerator_s)
 
 

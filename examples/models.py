@@ -66,9 +66,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) ->
         )
         for question in questions
     ]
-    encoded = tokenizer(
-        prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
-    )
+    encoded = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
     return dict(encoded)
 
 

@@ -99,9 +99,7 @@ class CarriedPrefetches:
         self._discard(started, "its weight has changed since")
         return None
 
-    def start(
-        self, index: int, op: Op, weight: Tensor, source: Tensor, slot: Slot, after: Sequence[Token]
-    ) -> None:
+    def start(self, index: int, op: Op, weight: Tensor, source: Tensor, slot: Slot, after: Sequence[Token]) -> None:
         """Start the plan's carried prefetch ``index`` for its next step; ``source`` are rows of ``weight``."""
         if not self._repeats or weight.is_inference():
             return

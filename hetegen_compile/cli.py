@@ -115,7 +115,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         arguments.model, prompt=arguments.prompt, new_tokens=arguments.new_tokens, batch=arguments.batch,
         dtype=arguments.dtype, options={name: getattr(arguments, name) for name in names},
         tell=lambda line: print(line, file=sys.stderr),
-    )
+    )  # fmt: skip
     if arguments.json:
         print(json.dumps(generation_json(plan), indent=2))
     else:

@@ -71,9 +71,7 @@ class CompiledGraph:
         parts: Sequence[WeightPart] = (),
     ) -> None:
         segments, inputs = SegmentCache(compile_segment, {}), with_parts(inputs, parts)
-        self._graph = CapturedGraph.of(
-            module, inputs, options=options, profile=profile, segments=segments, parts=parts
-        )
+        self._graph = CapturedGraph.of(module, inputs, options=options, profile=profile, segments=segments, parts=parts)
         self._open_runtime = open_runtime
         self._host_only: Schedule | None = None
         self._opened: StepPlans | None = None

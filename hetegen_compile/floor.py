@@ -133,7 +133,7 @@ def _least_host_s(node: fx.Node, cost: NodeCost, context: Context) -> float:
     return min(
         host_linear_s(context.profile, dtype, cost.tokens, size, cost.flops * size / cost.weight_bytes) / size
         for size in _up_to(sizes, cost)
-    ) * cost.weight_bytes
+    ) * cost.weight_bytes  # fmt: skip
 
 
 def _least_feed_s(node: fx.Node, cost: NodeCost, context: Context) -> float:

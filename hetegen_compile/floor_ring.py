@@ -34,7 +34,7 @@ def short_ring_s(
     links_s = [sum(trip.link_s for trip in one.trips) for one in path]
     inside = {consumer.args[0] for consumer in blocks.consumers}
     gates = [i for i in range(1, len(path)) if path[i].begin not in inside and sum(links_s[i:]) > ring_s > 0]
-    some = [*gates[:-_GATES:max(1, len(gates) // _GATES)], *gates[-_GATES:]]
+    some = [*gates[: -_GATES : max(1, len(gates) // _GATES)], *gates[-_GATES:]]
     issued_s = {node: _least_issue_s(node, blocks, context) for node in order.nodes}
     issued_s = {node: seconds for node, seconds in issued_s.items() if seconds}
 

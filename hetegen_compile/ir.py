@@ -258,15 +258,11 @@ def _carried(weight: Tensor, ranges: list[int], dim: int, offset: int) -> Tensor
     return _copy_ranges(weight, ranges, dim, offset, [])
 
 
-def _host_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int, axis: int = 0
-) -> Tensor:
+def _host_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int, axis: int = 0) -> Tensor:
     return linear_rows(x, weight.narrow(axis, lo, hi - lo), bias, lo, hi, dim, axis).clone()
 
 
-def _partial_linear(
-    x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int, axis: int = 0
-) -> Tensor:
+def _partial_linear(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int, axis: int = 0) -> Tensor:
     return linear_rows(x, rows, bias, lo, hi, dim, axis).clone()
 
 
@@ -324,7 +320,18 @@ WRITE_BACK = OPS.write_back.default
 TWIN = OPS.twin.default
 
 for _op in (
-    STAGE, PREFETCH, PREFETCH_AHEAD, CARRIED, WAIT, RELEASE, TO_HOST, WAIT_HOST, TO_ACCELERATOR, WAIT_ACCELERATOR,
-    CAUGHT_UP, WRITE_BACK, TWIN,
+    STAGE,
+    PREFETCH,
+    PREFETCH_AHEAD,
+    CARRIED,
+    WAIT,
+    RELEASE,
+    TO_HOST,
+    WAIT_HOST,
+    TO_ACCELERATOR,
+    WAIT_ACCELERATOR,
+    CAUGHT_UP,
+    WRITE_BACK,
+    TWIN,
 ):
     fx.node.has_side_effect(_op)

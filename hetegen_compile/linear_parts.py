@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 
-def linear_rows(
-    x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int, axis: int = 0
-) -> Tensor:
+def linear_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int, axis: int = 0) -> Tensor:
     """The part of a Linear that ``lo:hi`` along one axis of its weight contribute.
 
     Args:
@@ -35,9 +33,7 @@ def linear_rows(
     return product if bias is None else product + bias
 
 
-def narrowed_operands(
-    x: Tensor, bias: Tensor | None, lo: int, hi: int, *, sums: bool
-) -> tuple[Tensor, Tensor | None]:
+def narrowed_operands(x: Tensor, bias: Tensor | None, lo: int, hi: int, *, sums: bool) -> tuple[Tensor, Tensor | None]:
     """What a part of a Linear reads of the activations and of the bias: with its weight they are a whole Linear."""
     return (x[..., lo:hi], bias) if sums else (x, None if bias is None else bias[lo:hi])
 

@@ -71,7 +71,7 @@ def linear_sites(module: fx.GraphModule, context: Context) -> dict[int, LinearSi
         )
         for node in module.graph.find_nodes(op="call_function", target=LINEAR)
         for position in (info(node).position,)
-    }
+    }  # fmt: skip
 
 
 def _bytes_in(sites: Mapping[int, LinearSite], rows: str) -> int:

@@ -169,7 +169,9 @@ def budget_bytes(gpu_memory: int | None, available_bytes: int, accelerator: str)
     if gpu_memory > available_bytes:
         logger.warning(
             "gpu_memory=%s is more than the %s that the %s accelerator has: planning with the latter",
-            format_bytes(gpu_memory), format_bytes(available_bytes), accelerator,
+            format_bytes(gpu_memory),
+            format_bytes(available_bytes),
+            accelerator,
         )
     return min(gpu_memory, available_bytes)
 

@@ -166,7 +166,7 @@ def _event(process: str, name: str, lane: str, start_s: float, end_s: float) -> 
     return {
         "name": name, "ph": "X", "pid": process, "tid": lane,
         "ts": start_s * 1e6, "dur": (end_s - start_s) * 1e6,
-    }
+    }  # fmt: skip
 
 
 def _why(row: Row, split: float | Literal["auto"]) -> str:
@@ -230,7 +230,7 @@ _TRANSFERS = (ir.TO_HOST, ir.WAIT_HOST, ir.TO_ACCELERATOR, ir.WAIT_ACCELERATOR, 
 _OF_LINEAR = (
     ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.WAIT, ir.RELEASE, ir.RESIDENT, ir.PARTIAL_LINEAR,
     ir.HOST_LINEAR, ir.JOIN, ir.PAD,
-)
+)  # fmt: skip
 
 
 def _belongs_to_linear(node: fx.Node) -> bool:
@@ -255,7 +255,7 @@ def _linear_row(site: LinearSite, nodes: list[fx.Node], prediction: Prediction) 
         end_s=max((prediction.end_s[node] for node in timed), default=0.0),
         parts=tuple(node.name for node in nodes),
         trip=next((user.name for node in nodes for user in node.users if user.target == ir.TO_ACCELERATOR), ""),
-    )
+    )  # fmt: skip
 
 
 def _placement(plan: LinearPlan) -> Placement:
@@ -278,7 +278,7 @@ def _operation_row(node: fx.Node, prediction: Prediction, number: Any) -> Row:
         flops=number(info(node).flops), weight_bytes=0,
         host_s=work.seconds if on_host else 0.0, accelerator_s=0.0 if on_host else work.seconds, link_s=0.0,
         start_s=prediction.start_s[node], end_s=prediction.end_s[node], parts=(node.name,),
-    )
+    )  # fmt: skip
 
 
 def _operation_name(node: fx.Node) -> str:

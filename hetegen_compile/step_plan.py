@@ -62,9 +62,7 @@ class StepPlan:
         plan._look_up(runtime, inputs)
         return plan
 
-    def is_good(
-        self, runtime: Runtime, inputs: Sequence[Any], budget_bytes: Callable[[], int], sizes: Sizes
-    ) -> bool:
+    def is_good(self, runtime: Runtime, inputs: Sequence[Any], budget_bytes: Callable[[], int], sizes: Sizes) -> bool:
         """Whether it still finds what it counts on under the budget of today, and a forward of these sizes fits it.
 
         The budget is asked for only where something has changed since this was last looked at.

@@ -48,9 +48,7 @@ class StepPlans:
         accelerator = runtime.accelerator
         self._own_bytes = budget_bytes(graph.options.gpu_memory, accelerator.memory_bytes, accelerator.kind)
         self.notes: tuple[Refusal, ...] = ()
-        self._planner = Planner(
-            graph.module, options=graph.options, profile=graph.profile, segments=graph.segments
-        )
+        self._planner = Planner(graph.module, options=graph.options, profile=graph.profile, segments=graph.segments)
         self._buckets: dict[Part, BucketPlan] = {}
         self._outdated: dict[Part, BucketPlan] = {}
         self._plans: dict[tuple[Part, Variant], StepPlan] = {}

@@ -46,7 +46,7 @@ class AtenListener(TorchDispatchMode):
         self._found: dict[str, Any] = {
             "aten": (), "random": False, "data_dependent": False, "writes": frozenset(),
             "flops": sympy.Integer(0), "traffic_bytes": sympy.Integer(0), "made_bytes": sympy.Integer(0),
-        }
+        }  # fmt: skip
         return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -60,7 +60,7 @@ class _Propagator(fx.Interpreter):
             n, NodeInfo(), value=result, position=self._position, module=module_path(n), writes=writes | generator,
             storages=frozenset(map(storage_id, tensors_in(result))), reads=frozenset(lay_in) | generator,
             rebinds=lay_in != [storage_id(t) for t in reads], **found,
-        )
+        )  # fmt: skip
         self._position += 1
         return result
 

@@ -234,9 +234,7 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
 
-def _budget_error(
-    fixed: Mapping[str, int], smallest: int, module: fx.GraphModule, context: Context
-) -> BudgetError:
+def _budget_error(fixed: Mapping[str, int], smallest: int, module: fx.GraphModule, context: Context) -> BudgetError:
     items = "; ".join(f"{name}: {format_bytes(nbytes)}" for name, nbytes in fixed.items() if nbytes)
     need = sum(fixed.values()) + smallest
     unstated = context.options.context is None and caches_grow(module, context)

@@ -55,9 +55,7 @@ def cut_block(module: fx.GraphModule, block: Block, consumer: fx.Node, parts: Ho
     return env[results[place]]
 
 
-def _on_columns(
-    graph: fx.Graph, node: fx.Node, env: Mapping[fx.Node, fx.Node], columns: int, fewer: int
-) -> fx.Node:
+def _on_columns(graph: fx.Graph, node: fx.Node, env: Mapping[fx.Node, fx.Node], columns: int, fewer: int) -> fx.Node:
     """A copy of ``node`` that acts on fewer columns."""
     copy = graph.node_copy(node, env.__getitem__)
     if is_reshape(node):

@@ -100,9 +100,7 @@ def _fold(module: fx.GraphModule, run: list[fx.Node], known: dict[str, Folded]) 
         module.graph.erase_node(node)
 
 
-def _folded(
-    module: fx.GraphModule, run: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]
-) -> Folded:
+def _folded(module: fx.GraphModule, run: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> Folded:
     graph = fx.Graph()
     env = {node: graph.placeholder(f"in_{position}") for position, node in enumerate(inputs)}
     for position, node in enumerate(run):

@@ -155,9 +155,7 @@ class _Grouper:
                 return True
         return False
 
-    def _segment_info(
-        self, members: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]
-    ) -> NodeInfo:
+    def _segment_info(self, members: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> NodeInfo:
         notes = [info(node) for node in members]
         border = sum(value_bytes(node, self._context) for node in (*inputs, *outputs))
         outside = frozenset[int]().union(*(info(node).storages for node in inputs))

@@ -155,7 +155,7 @@ OPERATIONS: dict[Any, Operation] = {
     ir.PAD: Operation(COMPUTE, (_ON, _ON)),
     ir.WRITE_BACK: Operation(HOST, (None, "host"), gives=Gives.NOTHING, writes=(0,)),
     ir.TWIN: Operation(None, ("host", _ON), gives=Gives.NOTHING, at_end=True),
-}
+}  # fmt: skip
 """Every operation of the schedule. Nodes that are not here run on the host thread, or are segments on compute."""
 
 

@@ -45,7 +45,7 @@ LARGE_DOWNLOAD_BYTES = 1 << 20
 
 _READS_HOST = {
     ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.RESIDENT, ir.MIRROR, ir.TO_ACCELERATOR, ir.WRITE_BACK,
-}
+}  # fmt: skip
 # their result is a transfer, on no side yet
 _STARTED = {ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.TO_HOST, ir.TO_ACCELERATOR}
 

@@ -202,5 +202,3 @@ def _replace(graph: fx.Graph, node: fx.Node, match: LinearMatch, weight: fx.Node
     annotate(new, info(node), module=info(node).module or owner)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
-
-

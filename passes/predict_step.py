@@ -97,7 +97,7 @@ def _second_of_two(nodes: list[fx.Node], work: Mapping[fx.Node, Work], first: li
     return Prediction(
         work=work, start_s=start_s, end_s=end_s, step_s=max([*waited_for, *busy_s.values()]),
         lower_bound_s=max([_path_s(nodes, first), *busy_s.values()]), busy_s=busy_s,
-    )
+    )  # fmt: skip
 
 
 def _busy_s(tasks: list[Task]) -> dict[str, float]:

@@ -51,7 +51,7 @@ def mirrored_size(
         node for node in module.graph.nodes
         if node.op in INPUT_OPS and is_tensor(node) and node.users and node not in skipped
         and not table_only(node, context)
-    ]
+    ]  # fmt: skip
     sharing: dict[int, list[fx.Node]] = {}
     for node in mirrored:
         sharing.setdefault(storage_id(info(node).value), []).append(node)
@@ -144,6 +144,7 @@ def _estimated_activations(module: fx.GraphModule, context: Context) -> int:
     """Before there is a schedule: values of the captured graph, and a Linear's input and output once more."""
     linear_io = [
         context.room(value_size(node) + value_size(node.args[0]))
-        for node in module.graph.nodes if node.target == LINEAR
+        for node in module.graph.nodes
+        if node.target == LINEAR
     ]
     return activation_peak_bytes(module, context) + max(linear_io, default=0)

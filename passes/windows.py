@@ -1,7 +1,7 @@
 """Windows of caches as the captured graph has them: what is returned is cut from the end of what came in and the new.
 
-    full = cat([keys, new], -2)           # keys: an input
-    window = full[:, :, -31:]             # a result, of at most 31 tokens: so are the keys that come next
+full = cat([keys, new], -2)           # keys: an input
+window = full[:, :, -31:]             # a result, of at most 31 tokens: so are the keys that come next
 """
 
 from __future__ import annotations

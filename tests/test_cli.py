@@ -39,9 +39,7 @@ def kept(tmp_path: Path) -> list[Path]:
     return sorted(tmp_path.glob("hetegen/profiles/*.json"))
 
 
-def test_calibrate_prints_a_table_and_keeps_the_profile(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_calibrate_prints_a_table_and_keeps_the_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["calibrate"]) == 0
     (path,) = kept(tmp_path)
     printed = capsys.readouterr()
@@ -198,7 +196,7 @@ def model(tmp_path: Path) -> str:
     config = OPTConfig(
         hidden_size=1024, ffn_dim=4096, num_hidden_layers=2, num_attention_heads=16, vocab_size=1024,
         word_embed_proj_dim=1024,
-    )
+    )  # fmt: skip
     config.save_pretrained(tmp_path / "opt")
     return str(tmp_path / "opt")
 

@@ -51,9 +51,7 @@ def place() -> Path:
     return path
 
 
-def test_a_preset_or_a_file_is_taken_whatever_the_accelerator(
-    measurements: Measurements, tmp_path: Path
-) -> None:
+def test_a_preset_or_a_file_is_taken_whatever_the_accelerator(measurements: Measurements, tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps(profile_to_json(replace(MEASURED, name="mine"))))
     assert profile_for(Options(hardware="t4-xeon")) == load_profile("t4-xeon")
@@ -72,9 +70,7 @@ def test_the_emulated_accelerator_is_never_measured(measurements: Measurements) 
     assert not place().exists()
 
 
-def test_auto_without_a_device_is_never_measured(
-    measurements: Measurements, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_without_a_device_is_never_measured(measurements: Measurements, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert profile_for(Options()) == load_profile("cpu-emulated")
     assert measurements.calls == []
@@ -96,9 +92,7 @@ def test_cuda_is_measured_once_and_kept(measurements: Measurements, accelerator:
     assert len(measurements.calls) == 1
 
 
-def test_a_damaged_file_is_measured_anew(
-    measurements: Measurements, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_file_is_measured_anew(measurements: Measurements, caplog: pytest.LogCaptureFixture) -> None:
     profile_for(Options())
     place().write_text("{")
     hardware._measured.cache_clear()

@@ -33,4 +33,3 @@ def test_a_layer_imports_only_what_lies_below(layer: str) -> None:
         ours = {name for name in imported(path) if name.startswith("hetegen_compile.")}
         allowed = {name for name in ours if name in LEAVES or any(name.startswith(below) for below in BELOW[layer])}
         assert ours == allowed, f"{path.name} imports {sorted(ours - allowed)}"
-

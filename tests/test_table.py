@@ -60,13 +60,11 @@ def test_a_row_in_readable_units() -> None:
     lines = text.splitlines()
     assert lines[0] == "graph 1, 1 token"
     assert lines[2].split() == (
-        ["module", "op", "where", "host", "link", "res.", "work", "weight"]
-        + ["host", "accel", "link", "start", "end"]
+        ["module", "op", "where", "host", "link", "res.", "work", "weight"] + ["host", "accel", "link", "start", "end"]
     )
     assert lines[3].split() == ["%", "%", "%", "GFLOP", "MiB", "ms", "ms", "ms", "ms", "ms"]
     assert lines[5].split() == (
-        ["lm_head", "linear", "split", "60", "40", "0", "2.50", "3.00"]
-        + ["1.50", "0.200", "12.3", "0.00", "13.00"]
+        ["lm_head", "linear", "split", "60", "40", "0", "2.50", "3.00"] + ["1.50", "0.200", "12.3", "0.00", "13.00"]
     )
 
 

@@ -33,7 +33,7 @@ def mirrors(settings: Settings, notebook: Notebook) -> None:
     changes: dict[str, Change] = {
         "load_state_dict": _load, "copy_ under no_grad": _copy, "p.data = other": _assign,
         "p.data += and refresh": _write_unseen, "new Parameter": _replace,
-    }
+    }  # fmt: skip
     for name, change in changes.items():
         checks.check(name, partial(changed, change, settings))
     checks.check("cache.reset", partial(cache_reset, settings))

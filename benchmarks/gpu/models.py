@@ -133,7 +133,6 @@ class Watched:
             **self._fullest(),
         }
 
-
     def _fullest(self) -> dict[str, int]:
         """Of the schedule that came nearest to its budget: its peak, and the budget."""
         fullest = max(self.schedules, key=lambda s: s.accelerator_peak_bytes / s.budget_bytes)

@@ -54,9 +54,7 @@ def calibration(settings: Settings, notebook: Notebook) -> None:
     """
     logging.basicConfig(format="%(relativeCreated)d ms: %(message)s")
     logging.getLogger("hetegen_compile").setLevel(logging.DEBUG)
-    profile = calibrate(
-        accelerator=settings.accelerator, progress=False, effort=SUITE if settings.cuda else REHEARSED
-    )
+    profile = calibrate(accelerator=settings.accelerator, progress=False, effort=SUITE if settings.cuda else REHEARSED)
     write_json(settings.profile_path, profile_to_json(profile))
     notebook.note("profile", json.loads(settings.profile_path.read_text()))
     if settings.cuda:
@@ -69,9 +67,7 @@ def overhead(settings: Settings, notebook: Notebook) -> None:
     path = settings.path / "overhead-figures.json"
     steps = "300" if settings.cuda else "20"
     layers = "24" if settings.cuda else "4"
-    overhead_benchmark.main(
-        ["--stages", "issue,resident", "--steps", steps, "--layers", layers, "--json", str(path)]
-    )
+    overhead_benchmark.main(["--stages", "issue,resident", "--steps", steps, "--layers", layers, "--json", str(path)])
     notebook.note("overhead", json.loads(path.read_text()))
 
 

@@ -48,14 +48,10 @@ def open_accelerator(
         raise OptionError(f"accelerator={kind!r}: valid are 'auto', 'cuda' and 'emulated'")
     if kind == "cuda" or (kind == "auto" and torch.cuda.is_available()):
         if pace is not None or seed is not None:
-            raise OptionError(
-                "pace and seed are for accelerator='emulated'; a CUDA device runs at its own pace"
-            )
+            raise OptionError("pace and seed are for accelerator='emulated'; a CUDA device runs at its own pace")
         return CudaAccelerator(memory_bytes)
     if kind == "auto":
-        _log.warning(
-            "no CUDA device: running on an emulated accelerator, whose times say nothing about speed"
-        )
+        _log.warning("no CUDA device: running on an emulated accelerator, whose times say nothing about speed")
     if memory_bytes is None:
         memory_bytes = DEFAULT_MEMORY_BYTES
     return EmulatedAccelerator(memory_bytes, pace=pace, seed=seed)

@@ -47,9 +47,7 @@ def host_steps(effort: Effort) -> int:
     return linear_steps(DTYPES, effort) + 2 * floating + 2
 
 
-def measure_host(
-    effort: Effort, copy: Callable[[], object] | None, step: Callable[[str], None]
-) -> HostFigures:
+def measure_host(effort: Effort, copy: Callable[[], object] | None, step: Callable[[str], None]) -> HostFigures:
     """Measure the host.
 
     Args:
@@ -101,9 +99,7 @@ def rotation_bytes(effort: Effort) -> int:
     wanted = max(_CACHES * last_level_cache_bytes(), MIN_ROTATE_BYTES, 2 * max(effort.weight_bytes))
     most = host_memory_bytes() // 16
     if wanted > most:
-        logger.warning(
-            "weights rotate over %d MiB only (1/16 of main memory): rates may be the cache's", most >> 20
-        )
+        logger.warning("weights rotate over %d MiB only (1/16 of main memory): rates may be the cache's", most >> 20)
     return min(wanted, most)
 
 
@@ -133,9 +129,7 @@ def launch_s(effort: Effort) -> float:
     return median_s(launch, effort) / _LAUNCHES
 
 
-def remaining_share(
-    arena: Tensor, figures: LinearFigures, copy: Callable[[], object], effort: Effort
-) -> float:
+def remaining_share(arena: Tensor, figures: LinearFigures, copy: Callable[[], object], effort: Effort) -> float:
     """Share in (0, 1] of the rate of large one-token Linears that remains while ``copy`` runs in another thread.
 
     Median over pairs of a quiet and a busy measurement that follow each other, so that other load on the

@@ -63,10 +63,7 @@ def measure_linears(arena: Tensor, effort: Effort, launch_s: float, step: Callab
     rates = _kernel_rates(usable, arena, effort, launch_s, step)
     best = {tokens: _fastest(rates, tokens, effort) for tokens in effort.tokens}
     table = RateTable(
-        tuple(
-            (float(nbytes), RateCurve(tuple(_curve(rates, best, nbytes, effort))))
-            for nbytes in effort.weight_bytes
-        )
+        tuple((float(nbytes), RateCurve(tuple(_curve(rates, best, nbytes, effort)))) for nbytes in effort.weight_bytes)
     )
     choice = KernelChoice(tuple((float(tokens), name) for tokens, name in best.items()))
     return LinearFigures(table, choice, _compare(rates, arena, effort, step))

@@ -90,9 +90,7 @@ def last_level_cache_bytes(root: Path = ROOT, cpus: set[int] | None = None) -> i
         if nbytes:
             sizes[_read(caches[-1] / "shared_cpu_list") or f"cpu {cpu}"] = nbytes
     if not sizes:
-        logger.warning(
-            "the size of the last-level cache is unknown; assuming %d MiB", FALLBACK_CACHE_BYTES >> 20
-        )
+        logger.warning("the size of the last-level cache is unknown; assuming %d MiB", FALLBACK_CACHE_BYTES >> 20)
     return sum(sizes.values()) or FALLBACK_CACHE_BYTES
 
 

@@ -29,9 +29,7 @@ _ACCELERATOR_FIELDS = ("accelerator", "link", "synchronise_s", "fixed_s_per_spli
 Step = Callable[[str], None]
 
 
-def calibrate(
-    *, accelerator: str = "auto", progress: bool = True, effort: Effort | None = None
-) -> HardwareProfile:
+def calibrate(*, accelerator: str = "auto", progress: bool = True, effort: Effort | None = None) -> HardwareProfile:
     """Measure this machine, which takes less than a minute.
 
     Args:

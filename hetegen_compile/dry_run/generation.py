@@ -138,9 +138,7 @@ def _plan_both(traced: TracedGeneration, machine: Machine, last: int) -> tuple[l
 
 def _fixed_bytes(planned: Sequence[PlannedGraph]) -> int:
     """Bytes on the accelerator that are not resident weights."""
-    return max(
-        sum(nbytes for name, nbytes in one.residency.budget.items() if name != RESIDENT) for one in planned
-    )
+    return max(sum(nbytes for name, nbytes in one.residency.budget.items() if name != RESIDENT) for one in planned)
 
 
 def _plan_forward(

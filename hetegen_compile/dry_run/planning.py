@@ -190,7 +190,7 @@ def plan_graph(
     target = Target(
         kind=DRY_RUN, device=torch.device("cpu"), budget_bytes=machine.budget_bytes - machine.reserved_bytes,
         resident=resident, host_memory=machine,
-    )
+    )  # fmt: skip
     base = planner.plan_bucket(sizes, target, graph.weights)
     resident.add(require(base.context.residency, "choose_residency"))
     return PlannedGraph(graph, base, planner, machine.options.split)

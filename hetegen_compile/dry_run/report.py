@@ -111,7 +111,9 @@ def _alternatives(plan: GenerationPlan) -> str:
         figures = ["does not fit", ""] if one is None else [f"{one.tokens_per_s:.2f}", _times(one.tokens_per_s, plan)]
         rows.append([BASELINE_NAMES[name], *figures])
     text: str = tabulate(
-        rows, headers=["whole generation", "tokens/s", "to ours"], disable_numparse=True,
+        rows,
+        headers=["whole generation", "tokens/s", "to ours"],
+        disable_numparse=True,
         colalign=["left", "right", "right"],
     )
     return text

@@ -72,5 +72,3 @@ def _usable(name: str, rows: Tensor, refuse: Callable[[str], None]) -> HostKerne
         return kernel
     refuse(f"computed with F.linear, not with the hardware profile's kernel '{name}': {reason}")
     return LINEAR
-
-

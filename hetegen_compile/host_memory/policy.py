@@ -130,7 +130,9 @@ class HostMemory:
             sizes = [_nbytes(tensor) for name, tensor in new.items() if reasons[name] == reason]
             logger.warning(
                 "streaming %d weights (%s) through the pinned ring: each %s",
-                len(sizes), format_bytes(sum(sizes)), reason,
+                len(sizes),
+                format_bytes(sum(sizes)),
+                reason,
             )
 
     # ---- doing -------------------------------------------------------------------------------------------

@@ -117,13 +117,17 @@ def _write_numpy_and_refresh(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        _set_data, _copy_in_place, _copy_in_inference_mode, _load, _assign, _new_parameters, _write_data_and_refresh,
+        _set_data,
+        _copy_in_place,
+        _copy_in_inference_mode,
+        _load,
+        _assign,
+        _new_parameters,
+        _write_data_and_refresh,
         _write_numpy_and_refresh,
     ],
 )
-def test_changed_parameters_are_noticed(
-    change: Callable[[nn.Module], None], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_changed_parameters_are_noticed(change: Callable[[nn.Module], None], caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     model = Mlp().eval()
     start = {name: value.clone() for name, value in model.state_dict().items()}
@@ -137,9 +141,7 @@ def test_changed_parameters_are_noticed(
             after = [model(x) for _ in range(2)]
         return (*before, *after)
 
-    found = compiled_like_eager(
-        model, run, options=emulated(gpu_memory=BUDGET), compare=_close, weights_change=True
-    )
+    found = compiled_like_eager(model, run, options=emulated(gpu_memory=BUDGET), compare=_close, weights_change=True)
     assert any(schedule.resident_bytes > 0 for schedule in found.schedules), "some weights are held"
     assert not torch.allclose(found.compiled[1], found.compiled[2])
     assert "does not see" not in caplog.text, "found by chance: by samples of the bytes"

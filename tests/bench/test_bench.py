@@ -23,7 +23,7 @@ from hetegen_compile.segments import plain_compiler
 SCHEDULE: Any = SimpleNamespace(
     title="hetegen on cuda, hardware h100-server, 1 token a forward", predicted_step_s=0.02, floor_s=0.01,
     resident_bytes=1, streamed_bytes=2, host_bytes=3, accelerator="cuda",
-)
+)  # fmt: skip
 FOUND = Measured("hetegen", Timing(0.5, (0.1, 0.025, 0.025), (7, 8, 9, 4)), 1.0, 1 << 20, SCHEDULE)
 
 

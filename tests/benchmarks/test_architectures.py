@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from benchmarks.architectures import _places
 
-DUMP = '''Timeout (0:02:00)!
+DUMP = """Timeout (0:02:00)!
 Thread 0x00007f00 (most recent call first):
   File "/home/someone/venv/lib/python3.11/site-packages/torch/nn/init.py", line 83 in _no_grad_normal_
   File "/home/someone/hetegen/benchmarks/architectures.py", line 70 in main
-'''
+"""
 
 
 def test_places_name_no_folder_of_the_machine() -> None:

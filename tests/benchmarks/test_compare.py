@@ -37,7 +37,7 @@ JOB = Job(
 def test_what_is_compared_at_one_limit() -> None:
     assert [row.way for row in at_limit(ROWS, 100)] == [
         HETEGEN, STREAMED, "eager GPU", "Accelerate", "Accelerate map", "CPU, Inductor", "diffusers",
-    ]
+    ]  # fmt: skip
     assert [row.decode_tokens_per_s for row in at_limit(ROWS, 200) if row.way == HETEGEN] == [40.0]
 
 

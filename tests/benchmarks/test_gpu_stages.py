@@ -153,9 +153,7 @@ def test_the_result_file_is_written_after_every_stage(
     assert program.main([*arguments, "environment", "floor"]) == 0
 
 
-def test_results_of_others_and_of_stages_that_do_not_run_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_of_others_and_of_stages_that_do_not_run_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("other", "calibration", "environment", "profile"):
         (tmp_path / f"{name}.json").write_text("{}")
     monkeypatch.setattr(program, "run_stages", lambda stages, settings: [])

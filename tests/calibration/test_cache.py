@@ -54,9 +54,7 @@ def test_without_a_home_there_is_no_place(monkeypatch: pytest.MonkeyPatch) -> No
     assert cache_path(MACHINE) is None
 
 
-def test_what_is_written_comes_back(
-    path: Path, profile: HardwareProfile, warnings: Callable[[], list[str]]
-) -> None:
+def test_what_is_written_comes_back(path: Path, profile: HardwareProfile, warnings: Callable[[], list[str]]) -> None:
     assert write_profile(path, profile)
     assert read_profile(path, MACHINE) == profile
     assert warnings() == []

@@ -169,9 +169,7 @@ def test_without_views_the_link_is_used(
 
 
 @pytest.mark.parametrize("gates", [Answer(4e-6, times="faster"), Answer(0.0, "no faster")])
-def test_a_profile_of_a_machine_with_cuda(
-    meter: CudaMeter, monkeypatch: pytest.MonkeyPatch, gates: Answer
-) -> None:
+def test_a_profile_of_a_machine_with_cuda(meter: CudaMeter, monkeypatch: pytest.MonkeyPatch, gates: Answer) -> None:
     def same_meter(*_: object) -> CudaMeter:
         return meter
 

@@ -106,9 +106,7 @@ def test_an_error_of_the_block_stops_the_work() -> None:
 
 def test_the_stand_in_for_uploads_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     copies: list[tuple[int, int]] = []
-    monkeypatch.setattr(
-        host, "copy_bytes", lambda target, source: copies.append((target.nbytes, source.nbytes))
-    )
+    monkeypatch.setattr(host, "copy_bytes", lambda target, source: copies.append((target.nbytes, source.nbytes)))
     memory_copy(100)()
     assert copies == [(100, 100)]
 

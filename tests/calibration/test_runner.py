@@ -35,17 +35,13 @@ def test_the_profile_passes_its_own_schema(profile: HardwareProfile) -> None:
 def test_what_does_not_exist_is_the_presets_and_says_so(profile: HardwareProfile) -> None:
     assert profile.accelerator == PRESET.accelerator
     assert profile.link == PRESET.link
-    assert {"accelerator", "link", "synchronise_s", "fixed_s_per_split", "pin_bytes_per_s"} <= set(
-        profile.inferred
-    )
+    assert {"accelerator", "link", "synchronise_s", "fixed_s_per_split", "pin_bytes_per_s"} <= set(profile.inferred)
     assert profile.sources["link"].startswith("not measured, there is no GPU: preset cpu-emulated")
 
 
 def test_what_was_measured_is_not_inferred(profile: HardwareProfile) -> None:
     assert profile.host.linear_bytes_per_s != PRESET.host.linear_bytes_per_s
-    assert not {"host", "host.linear_bytes_per_s", "host.flops_per_s", "host.launch_s"} & set(
-        profile.inferred
-    )
+    assert not {"host", "host.linear_bytes_per_s", "host.flops_per_s", "host.launch_s"} & set(profile.inferred)
     source = profile.sources["host.linear_bytes_per_s"]
     assert "with 16, 32 columns" in source
     assert "float16: 1 token(s): F.linear " in source

@@ -171,9 +171,7 @@ def test_a_small_weight_has_its_own_rate() -> None:
     assert host_linear_s(profile, "float32", 1, 1e9, 0.0, contended=False) == pytest.approx(1e9 / 50e9 + 1e-6)
 
 
-@pytest.mark.parametrize(
-    "dtype", ["float64", "bfloat16", "int4", "float8_e4m3fn", "bool", "odd", "complex64"]
-)
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "int4", "float8_e4m3fn", "bool", "odd", "complex64"])
 @pytest.mark.parametrize("name", preset_names())
 def test_every_dtype_has_a_price_on_every_preset(name: str, dtype: str) -> None:
     profile = load_profile(name)

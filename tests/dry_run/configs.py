@@ -49,7 +49,7 @@ MODELS: dict[str, tuple[Any, Any]] = {
             vocab_size=512, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=256,
         ),
     ),
-}
+}  # fmt: skip
 
 
 def make(name: str, device: str) -> nn.Module:

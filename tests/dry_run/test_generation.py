@@ -24,7 +24,7 @@ from tests.dry_run.configs import MODELS, make
 LLAMA = LlamaConfig(
     hidden_size=2048, intermediate_size=5632, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=4,
     vocab_size=8192, max_position_embeddings=32768,
-)
+)  # fmt: skip
 PARAMETERS = 2 * (2 * 2048 * 2048 + 2 * 2048 * 512 + 3 * 2048 * 5632 + 2 * 2048) + 2 * 8192 * 2048 + 2048
 CACHE_BYTES = 2 * 2 * 512 * 2
 """Of one token: layers, keys and values, width, float16."""
@@ -214,7 +214,7 @@ def test_a_cache_of_another_kind_is_an_error_that_names_plan() -> None:
     config = BambaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=512, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16,
-    )
+    )  # fmt: skip
     with pytest.raises(UnsupportedModelError, match=r"cache of \w+; decode .*hetegen_compile\.plan"):
         plan_generation(config, prompt=16, new_tokens=4, options={"hardware": A10})
 

@@ -27,7 +27,7 @@ def work(layers: int, monkeypatch: pytest.MonkeyPatch) -> Work:
     config = OPTConfig(
         hidden_size=256, ffn_dim=1024, num_hidden_layers=layers, num_attention_heads=4, vocab_size=512,
         word_embed_proj_dim=256, max_position_embeddings=256,
-    )
+    )  # fmt: skip
     profile = cProfile.Profile()
 
     def trace(*args: Any, **kwargs: Any) -> TracedGeneration:

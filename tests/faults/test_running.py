@@ -95,9 +95,7 @@ def _call_twice(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_a_copy_that_fails_names_its_node_and_the_next_call_works(
-    steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_copy_that_fails_names_its_node_and_the_next_call_works(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step's own copy, or one that it has started for the next, whose wait then tells."""
     model = around(plain)
     backend = _compiled(model)

@@ -41,18 +41,20 @@ def main(file: str) -> None:
     result = _run(model, x, "16MiB")
     schedule = hetegen_compile.schedules()[-1]
     print(
-        json.dumps({
-            "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
-            "allocation_fails": _fails_to_allocate(LAYERS * WIDTH * WIDTH * 4),
-            "difference": float((result - expected).abs().max()),
-            "norm": float(expected.abs().max()),
-            "anonymous_bytes": _status_bytes("RssAnon") - before,
-            "streamed_bytes": schedule.streamed_bytes,
-            "host_bytes": schedule.host_bytes,
-            "staged_bytes": _staged_bytes(),
-            "explain": schedule.explain(),
-            "mapped": file in Path("/proc/self/maps").read_text(),
-        })
+        json.dumps(
+            {
+                "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
+                "allocation_fails": _fails_to_allocate(LAYERS * WIDTH * WIDTH * 4),
+                "difference": float((result - expected).abs().max()),
+                "norm": float(expected.abs().max()),
+                "anonymous_bytes": _status_bytes("RssAnon") - before,
+                "streamed_bytes": schedule.streamed_bytes,
+                "host_bytes": schedule.host_bytes,
+                "staged_bytes": _staged_bytes(),
+                "explain": schedule.explain(),
+                "mapped": file in Path("/proc/self/maps").read_text(),
+            }
+        )
     )
 
 

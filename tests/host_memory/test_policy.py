@@ -80,9 +80,7 @@ def test_what_the_driver_refuses_is_staged_from_then_on(caplog: pytest.LogCaptur
     assert staged(memory, one, two) == {}
     assert not held(memory, one, two)
     (reason,) = staged(memory, one, two).values()
-    assert reason == (
-        "cannot be pinned: the driver refused with error 2; RLIMIT_MEMLOCK leaves 64.00 KiB"
-    )
+    assert reason == ("cannot be pinned: the driver refused with error 2; RLIMIT_MEMLOCK leaves 64.00 KiB")
     assert not held(memory, one, two)
     assert held(memory, one)
     assert driver.log == [("register", one.data_ptr())]

@@ -140,9 +140,7 @@ def test_pinned_in_place() -> None:
     assert staged_bytes(found) == 0
 
 
-def test_the_limit_of_locked_memory_falls_to_the_ring(
-    pin_limit: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_limit_of_locked_memory_falls_to_the_ring(pin_limit: Any, caplog: pytest.LogCaptureFixture) -> None:
     pin_limit(2 * WEIGHT_BYTES)
     torch.manual_seed(0)
     model = Mlp(6).eval()

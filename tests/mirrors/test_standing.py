@@ -90,9 +90,7 @@ def _forgotten(weights: Weights) -> None:
     weights.mirrors.forget([weights.tensors[3]])
 
 
-@pytest.mark.parametrize(
-    "change", [_in_place, _other_data, _other_tensor, _unseen, _inference_tensor, _forgotten]
-)
+@pytest.mark.parametrize("change", [_in_place, _other_data, _other_tensor, _unseen, _inference_tensor, _forgotten])
 def test_a_change_of_one_ends_it(weights: Weights, change: Callable[[Weights], None]) -> None:
     assert weights.stands()
     change(weights)

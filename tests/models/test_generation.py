@@ -62,7 +62,8 @@ def test_assisted() -> None:
     assistant.compile(backend=make_backend(plain_compiler), options=options)
     model = tiny_model("llama", layers=1)
     compiled_like_eager(
-        model, lambda: _generate(model, prompts(1), assistant_model=assistant),
+        model,
+        lambda: _generate(model, prompts(1), assistant_model=assistant),
         options=emulated(gpu_memory=half_the_weights(model)),
     )
 

@@ -23,9 +23,7 @@ def loaded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return load_smollm2()
 
 
-def _answers_like_eager(
-    model: PreTrainedModel, inputs: dict[str, Tensor], cache: str | None, compiler: Any
-) -> Tensor:
+def _answers_like_eager(model: PreTrainedModel, inputs: dict[str, Tensor], cache: str | None, compiler: Any) -> Tensor:
     def answer() -> Tensor:
         tokens: Tensor = model.generate(  # type: ignore[operator]
             **inputs, cache_implementation=cache, do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS

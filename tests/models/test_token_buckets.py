@@ -107,9 +107,7 @@ def test_twenty_prompt_lengths_with_weights_streamed(cache: str | None, monkeypa
 
 
 @pytest.mark.parametrize("overhead", [{}, {"workspace": 32 << 20}])
-def test_generations_in_a_row_share_memory_out_once(
-    overhead: dict[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_generations_in_a_row_share_memory_out_once(overhead: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefill and decode agree on what is resident, also where the device's libraries take a part of the budget."""
     monkeypatch.setattr(EmulatedAccelerator, "overhead_bytes", lambda self: overhead)
     model, backend, counted = tiny_model("llama"), RecordingBackend(), CountsGuards(monkeypatch)

@@ -255,8 +255,6 @@ def test_inputs_lie_where_they_lie_in_their_storage(places: tuple[int, int]) -> 
     assert offsets == [4 * place for place in places]
 
 
-
-
 class Scaled(nn.Module):
     """``eps`` and ``scale`` are Python floats: with ``dynamic=True`` Dynamo passes them as tensors with ``item()``."""
 

@@ -63,9 +63,7 @@ def long_chain(x: Tensor) -> Tensor:
     return x
 
 
-def variant(
-    base: Case, plan: Callable[[int], LinearPlan], slots: float, profile: HardwareProfile = PROFILE
-) -> Case:
+def variant(base: Case, plan: Callable[[int], LinearPlan], slots: float, profile: HardwareProfile = PROFILE) -> Case:
     """A planned case scheduled with another split, a ring of so many whole weights, and other hardware."""
     residency = replace(require(base.context.residency, ""), ring_bytes=int(slots * SLOT))
     splits = {position: plan(WIDTH) for position in require(base.context.splits, "")}

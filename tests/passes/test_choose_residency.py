@@ -168,9 +168,10 @@ def test_where_everything_fits_tables_are_mirrored_too_to_the_byte() -> None:
     less = decide(found, exact - 1)
     assert less.whole_graph
     assert less.tables == frozenset()
-    assert decided.budget["mirrors of inputs, buffers and caches"] == places + less.budget[
-        "mirrors of inputs, buffers and caches"
-    ], "the table that is a weight costs nothing more"
+    assert (
+        decided.budget["mirrors of inputs, buffers and caches"]
+        == places + less.budget["mirrors of inputs, buffers and caches"]
+    ), "the table that is a weight costs nothing more"
     assert decided.mirrored == less.mirrored + places
 
 

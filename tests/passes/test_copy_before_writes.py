@@ -44,7 +44,7 @@ t3 = t2.mul_(8.0)
 t4 = linear(t2, A.weight, A.bias)
 t5 = relu(t4)
 t6 = linear(t5, B.weight, B.bias)
-return (t6, t2)"""
+return (t6, t2)"""  # fmt: skip
 
 
 def not_written(ids: Tensor) -> Any:

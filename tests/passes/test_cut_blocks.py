@@ -76,7 +76,7 @@ t21 = silu(t6)
 t22 = mul(t21, t12)
 t23 = host_linear(t22, DOWN.weight, DOWN.bias, 0, 32, 0, 1)
 t24 = join([t23, t20], 1)
-return (t24,)"""
+return (t24,)"""  # fmt: skip
     on_host = [node for node in found.module.graph.nodes if info(node).side == "host"]
     assert [tuple(info(node).value.shape) for node in on_host] == [(2, 3, 32)] * 4 + [(2, 3, 64)]
 

@@ -45,7 +45,7 @@ t16 = join([t15, t7], 0)
 t17 = to_host([t16])
 t18 = wait_host(t17)
 t19 = t18[0]
-return (t19,)"""
+return (t19,)"""  # fmt: skip
 
 
 def test_siblings_share_one_trip_down_and_one_up() -> None:

@@ -138,5 +138,3 @@ def test_the_offset_counts_from_where_this_calls_weight_begins() -> None:
     flat = torch.arange(24.0)
     _, part = with_parts([flat[8:]], [WeightPart(0, (2, 2), (2, 1), 4)])
     assert part.flatten().tolist() == [12, 13, 14, 15]
-
-

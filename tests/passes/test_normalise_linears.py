@@ -136,7 +136,7 @@ t1 = embedding(ids, table.weight, None, None, 2.0, False, False)
 t2 = hetegen.linear(t1, table.weight, None, 0)
 t3 = hetegen.linear(t1, table.weight, other.bias, 0)
 t4 = add(t2, t3)
-return (t4,)"""
+return (t4,)"""  # fmt: skip
     torch.testing.assert_close(found.outputs()[0], model(ids))
     split = scheduled(model, ids)
     assert "host_linear" in split.text

@@ -66,7 +66,7 @@ t3 = t2.t()  # accelerator
 t4 = matmul(x, t3)  # accelerator
 t5 = softmax(t4, -1)  # accelerator
 t6 = matmul(t5, t2)  # accelerator
-t7 = hetegen.linear(t6, B.weight, B.bias, 0)"""
+t7 = hetegen.linear(t6, B.weight, B.bias, 0)"""  # fmt: skip
 
 
 def test_a_write_into_a_cache_is_on_both_sides() -> None:
@@ -78,7 +78,7 @@ t3 = cache.t()  # accelerator
 t4 = matmul(x, t3)  # accelerator
 t5 = softmax(t4, -1)  # accelerator
 t6 = matmul(t5, cache)  # accelerator
-t7 = hetegen.linear(t6, B.weight, B.bias, 0)"""
+t7 = hetegen.linear(t6, B.weight, B.bias, 0)"""  # fmt: skip
     assert found.context.placement is not None
     assert found.context.placement.written_back == {}
     assert not any("copied back" in reason for reason in found.reasons())
@@ -111,7 +111,7 @@ def test_integer_arithmetic_for_a_table_on_the_host_stays_there() -> None:
 t1 = add(ids, 1)  # host
 t2 = mod(t1, 7)  # host
 t3 = embedding(t2, TABLE.weight, None, None, 2.0, False, False)  # host
-t4 = hetegen.linear(t3, A.weight, A.bias, 0)"""
+t4 = hetegen.linear(t3, A.weight, A.bias, 0)"""  # fmt: skip
 
 
 def test_integers_that_are_returned_and_read_are_on_both_sides() -> None:

@@ -29,7 +29,7 @@ def test_the_shape_of_an_intermediate_is_computed_from_the_graphs_inputs() -> No
     assert found.text == """\
 t1 = mul(2, x.size.0)
 t2 = x.new_ones((t1, x.size.1))
-return (t2,)"""
+return (t2,)"""  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_what_only_a_size_needed_is_gone_and_writes_stay() -> None:
 t1 = mul(2, x.size.0)
 t2 = x.add_(1)
 t3 = ones((t1, x.size.1))
-return (t3,)"""
+return (t3,)"""  # fmt: skip
 
 
 @pytest.mark.parametrize("choose", [torch.sym_max, torch.sym_min])

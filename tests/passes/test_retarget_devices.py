@@ -99,8 +99,14 @@ def test_constants_name_the_device(target: object, args: tuple[object, ...], kwa
 @pytest.mark.parametrize(
     "key",
     [
-        0, slice(1, 3), (..., None), (None, slice(None), 1), (..., slice(None, 2)), (slice(0, 2), torch.tensor([0, 2])),
-        (slice(None), [-2]), (..., [0, 1]),
+        0,
+        slice(1, 3),
+        (..., None),
+        (None, slice(None), 1),
+        (..., slice(None, 2)),
+        (slice(0, 2), torch.tensor([0, 2])),
+        (slice(None), [-2]),
+        (..., [0, 1]),
     ],
 )
 def test_indexing_by_aten_operations_is_indexing(key: object) -> None:

@@ -30,7 +30,7 @@ def test_of_an_input_the_views_are_returned_that_are_left_without_the_writes() -
 t1 = x.mul_(2)
 t2 = linear(t1, A.weight, A.bias)
 t3 = x[slice(1, None, None)]
-return (t2, x, t3)"""
+return (t2, x, t3)"""  # fmt: skip
 
 
 def test_what_the_program_makes_is_copied_once_and_the_copy_viewed() -> None:
@@ -40,7 +40,7 @@ t2 = t1.mul_(3)
 t3 = clone(t1)
 t4 = t3.view(-1)
 t5 = t3[0]
-return (t4, t3, t5)"""
+return (t4, t3, t5)"""  # fmt: skip
 
 
 def views_of_what_nobody_writes(x: Tensor) -> Any:

@@ -146,9 +146,7 @@ def test_without_spare_room_only_what_is_stated_is_kept() -> None:
         (Bucket(5, 16), None, False, (None, 30)),
     ],
 )
-def test_largest_sizes(
-    bucket: Bucket, context: int | None, spare: bool, largest: tuple[int | None, int]
-) -> None:
+def test_largest_sizes(bucket: Bucket, context: int | None, spare: bool, largest: tuple[int | None, int]) -> None:
     tokens, length = sympy.symbols("tokens length", integer=True)
     base = case(nn.Linear(64, 64), torch.randn(1, 64)).context
     options = replace(base.options, context=context)

@@ -61,7 +61,7 @@ t10 = resident(W, 12, 16)
 t11 = partial_linear(t1, t10, B_OF_W, 12, 16, 0)
 t12 = host_linear(t1, W, B_OF_W, 0, 4, 0)
 t13 = join([t12, t4, t8, t11], 0)
-return (t13,)"""
+return (t13,)"""  # fmt: skip
 
 
 def test_resident_rows_come_behind_the_chunks_that_the_ring_holds() -> None:
@@ -91,7 +91,7 @@ t10 = resident(V, 12, 16)
 t11 = partial_linear(t1, t10, None, 12, 16, 1)
 t12 = host_linear(t1, V, None, 0, 4, 1)
 t13 = join([t12, t4, t8, t11], 1)
-return (t13,)"""
+return (t13,)"""  # fmt: skip
 
 
 @pytest.mark.parametrize(

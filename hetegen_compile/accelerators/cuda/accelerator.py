@@ -213,9 +213,7 @@ class CudaAccelerator(Accelerator):
             return self._prefetches.start_staged(op, source, slot, after)
         return self._prefetches.start(op, source, slot, after)
 
-    def prefetch_ahead(
-        self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[CudaToken]
-    ) -> CudaTransfer:
+    def prefetch_ahead(self, op: Op, source: torch.Tensor, slot: Slot, after: Sequence[CudaToken]) -> CudaTransfer:
         self._check_open()
         return self._prefetches.start_ahead(op, source, slot, after)
 
@@ -272,9 +270,7 @@ class CudaAccelerator(Accelerator):
             raise streams.failure(op, error) from error
         return returned if outputs is None else list(returned)
 
-    def host(
-        self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def host(self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._check_open()
         _refuse_values(op, args, kwargs, (CudaTransfer, Promise))
         with self._streams.tracer.host_span(op.name):

@@ -141,9 +141,7 @@ class Prefetches:
         self._staged.append(transfer)
         return transfer
 
-    def _upload_staged(
-        self, op: Op, stage: CudaTransfer, transfer: CudaTransfer, after: Sequence[CudaToken]
-    ) -> None:
+    def _upload_staged(self, op: Op, stage: CudaTransfer, transfer: CudaTransfer, after: Sequence[CudaToken]) -> None:
         """On the pin thread, behind the stage: start the upload unless there is nothing to upload."""
         stage.issued()
         self._fill_slot(op, transfer, after)
@@ -165,9 +163,7 @@ class Prefetches:
         """``Accelerator.release``."""
         transfer = started(op, transfer, ("prefetch",))
         if transfer.released_by is not None:
-            raise SlotInUseError(
-                f"{op.name} releases {transfer.node}, which {transfer.released_by} released already"
-            )
+            raise SlotInUseError(f"{op.name} releases {transfer.node}, which {transfer.released_by} released already")
         transfer.released_by = op.name
         return CudaToken(op.name, self._streams.compute.record_event())
 

@@ -281,9 +281,7 @@ class EmulatedAccelerator(Accelerator):
         self._engine.submit(COMPUTE, Task(op, work, Modes.current()))
         return results[0] if outputs is None else results
 
-    def host(
-        self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def host(self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._engine.check_usable()
         self._hazards.refuse_on_host(op.name, (args, kwargs))
         self._hazards.clocks.issue(HOST, op.name)

@@ -38,9 +38,7 @@ class Hazards:
         """Everything but the prefetches for the next step is over."""
         self.clocks.join(self._uploaded)
 
-    def restart(
-        self, node: str, carried: Sequence[Occupancy] = ()
-    ) -> tuple[list[Occupancy], list[Occupancy]]:
+    def restart(self, node: str, carried: Sequence[Occupancy] = ()) -> tuple[list[Occupancy], list[Occupancy]]:
         """Nothing uses the rings but what is ``carried``: free the rest; returns what was not released in each."""
         self._lent.clear()
         by = Access(node, HOST, 0)
@@ -64,9 +62,7 @@ class Hazards:
         """``user`` reads ``value`` on its lane: it must have been waited for and not been released."""
         occupancy = value.occupancy
         if occupancy is not None and occupancy.released is not None:
-            raise SlotInUseError(
-                f"{user.node} uses {value.node} after {occupancy.released.node} released its slot"
-            )
+            raise SlotInUseError(f"{user.node} uses {value.node} after {occupancy.released.node} released its slot")
         if not value.arrived:
             raise MissingWaitError(f"{user.node} uses {value.node} without waiting for it")
         self._require(value.writer, user, "uses")
@@ -122,9 +118,7 @@ class Hazards:
         if not isinstance(transfer, Transfer) or value is None or occupancy is None:
             raise ScheduleError(f"{node} releases {_name(transfer)}, which is no prefetch")
         if occupancy.released is not None:
-            raise SlotInUseError(
-                f"{node} releases {transfer.node}, which {occupancy.released.node} released already"
-            )
+            raise SlotInUseError(f"{node} releases {transfer.node}, which {occupancy.released.node} released already")
         access = self.clocks.issue(COMPUTE, node)
         self._require(transfer.access, access, "releases")
         self._require_all(value.readers, access)

@@ -27,9 +27,7 @@ class Occupied:
         """``writer``, whose lane knows ``clock``, fills bytes: what was there is released, and that is known."""
         for earlier in [other for other in self._occupied if other.overlaps(occupancy)]:
             if earlier.released is None:
-                raise SlotInUseError(
-                    f"{writer.node} overwrites the slot of {earlier.node}, which is not released"
-                )
+                raise SlotInUseError(f"{writer.node} overwrites the slot of {earlier.node}, which is not released")
             if not covers(clock, earlier.released):
                 raise SlotInUseError(
                     f"{writer.node} overwrites the slot of {earlier.node} without waiting for its release "

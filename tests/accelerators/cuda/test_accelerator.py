@@ -107,9 +107,7 @@ def test_edges_between_the_streams(accelerator: CudaAccelerator) -> None:
     ]
 
 
-def test_a_step_asks_for_the_callers_stream_once(
-    accelerator: CudaAccelerator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_asks_for_the_callers_stream_once(accelerator: CudaAccelerator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asking takes longer than a launch; the next step may be on another stream."""
     streams = [fake_cuda.FakeStream(name="one"), fake_cuda.FakeStream(name="other")]
     asked: list[str] = []
@@ -223,9 +221,7 @@ def test_small_activations_stay_off_the_copy_engine(accelerator: CudaAccelerator
     "source",
     [torch.tensor(7), torch.tensor([[True, False]]), torch.arange(6).view(2, 3).t(), torch.ones(6)[::2]],
 )  # fmt: skip
-def test_small_uploads_are_read_by_a_kernel(
-    accelerator: CudaAccelerator, source: torch.Tensor
-) -> None:
+def test_small_uploads_are_read_by_a_kernel(accelerator: CudaAccelerator, source: torch.Tensor) -> None:
     """What a step is called with (tokens, positions, masks) waits for no prefetch in the copy engine's queue."""
     value = accelerator.upload(Op("tokens"), source)
     assert torch.equal(value, source)
@@ -334,9 +330,7 @@ def test_what_the_context_and_others_use_is_told_apart(
     assert accelerator.beside_bytes == 3 << 20
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "fake")
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=20 << 20)
-    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=20 << 20))
     assert f"{format_bytes(3 << 20)} of it used by the CUDA context" in doctor._gpu().finding
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 16 << 20)  # read a moment later
     assert accelerator.beside_bytes == 0

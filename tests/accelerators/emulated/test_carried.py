@@ -239,9 +239,7 @@ def test_its_source_lives_until_the_copy_is_over(
 
 
 @pytest.mark.parametrize("under_way", [True, False])
-def test_closing_with_a_copy_for_a_step_that_never_comes(
-    monkeypatch: pytest.MonkeyPatch, under_way: bool
-) -> None:
+def test_closing_with_a_copy_for_a_step_that_never_comes(monkeypatch: pytest.MonkeyPatch, under_way: bool) -> None:
     accelerator = EmulatedAccelerator(1 << 20)
     accelerator.reserve_ring(NBYTES)
     gate = Gate(accelerator, monkeypatch)

@@ -29,9 +29,7 @@ def test_issue_order_is_an_edge_from_the_host_only() -> None:
 @given(EVENTS)
 def test_covered_equals_reachable_in_the_graph_of_events(events: list[tuple[str, int, int]]) -> None:
     clocks = Clocks()
-    known: dict[int, set[Access]] = {
-        lane: set() for lane in LANES
-    }  # everything before a lane's next operation
+    known: dict[int, set[Access]] = {lane: set() for lane in LANES}  # everything before a lane's next operation
     issued: list[Access] = []
     for kind, lane, other in events:
         if kind == "merge":

@@ -181,9 +181,7 @@ def test_wait_for_nothing(accelerator: EmulatedAccelerator, slot: Slot, transfer
             wait(Op("lost"), transfer)
 
 
-def test_wait_of_the_wrong_kind(
-    accelerator: EmulatedAccelerator, slot: Slot, fetched: Transfer, value: Value
-) -> None:
+def test_wait_of_the_wrong_kind(accelerator: EmulatedAccelerator, slot: Slot, fetched: Transfer, value: Value) -> None:
     down: Any = accelerator.to_host(Op("down"), value)
     with pytest.raises(ScheduleError, match=r"wait .* down"):
         accelerator.wait(Op("wait"), down)
@@ -212,9 +210,7 @@ def test_launch_on_a_value_that_was_lost(accelerator: EmulatedAccelerator, value
     [torch.ones(4, 5), torch.ones(4, 4).double(), torch.rand(4, 8)[:, ::2]],
     ids=["shape", "dtype", "strides"],
 )
-def test_prefetch_that_is_no_plain_copy(
-    accelerator: EmulatedAccelerator, slot: Slot, source: torch.Tensor
-) -> None:
+def test_prefetch_that_is_no_plain_copy(accelerator: EmulatedAccelerator, slot: Slot, source: torch.Tensor) -> None:
     with pytest.raises(ScheduleError, match="fetch"):
         accelerator.prefetch(Op("fetch"), source, slot, ())
 

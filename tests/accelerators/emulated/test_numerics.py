@@ -70,9 +70,7 @@ def test_views_and_in_place_results_alias(accelerator: EmulatedAccelerator) -> N
 def test_launch_with_several_outputs(accelerator: EmulatedAccelerator) -> None:
     value = accelerator.upload(Op("x"), torch.arange(6.0))
     parts = accelerator.launch(Op("split"), lambda t: (t[:2], 7, t[2:]), (value,), outputs=3)
-    total = accelerator.launch(
-        Op("sum"), lambda ts, n: ts[0].sum() + ts[1].sum() + n, ([parts[0], parts[2]], 7)
-    )
+    total = accelerator.launch(Op("sum"), lambda ts, n: ts[0].sum() + ts[1].sum() + n, ([parts[0], parts[2]], 7))
     assert accelerator.download(Op("out"), total).item() == 22
 
 
