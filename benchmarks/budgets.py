@@ -73,7 +73,7 @@ class Case:
         """What is stated of it."""
         if not self.stated or not self.tokens:
             return {}
-        return {"context": PROMPT + self.tokens, "max_batch": max(self.batches)}
+        return {"context": PROMPT + self.tokens - 1, "max_batch": max(self.batches)}  # nothing follows the last token
 
 
 def _cases() -> Iterator[Case]:
@@ -238,6 +238,7 @@ def make_model(name: str) -> nn.Module:
         return nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(4))).eval()
     config = tiny_config(name, is_decoder=name not in _AUTO)
     model = _AUTO.get(name, AutoModelForCausalLM).from_config(config).eval()
+    model.generation_config.update(eos_token_id=None, forced_eos_token_id=None, decoder_start_token_id=1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(WEIGHT_SCALE if parameter.dim() > 1 and name not in _AUTO else 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
@@ -28,6 +28,11 @@ class Forward:
     length: int
     padded: bool = False
     follows: bool = True
+
+    @property
+    def before(self) -> Forward:
+        """The forward before it, as far as the lengths of caches go."""
+        return replace(self, length=self.length - self.tokens)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 A piece of memory is alive from the node that makes it to the last node that touches it; what a download reads
 lives until the host has waited for it, what becomes a mirror to the end. Mirrors and resident weights are there
-all the time. Inside a segment its members' values count as if nothing were fused. The largest value of the schedule
-counts once more: the host runs ahead of the streams, so a value may be made before the one that it replaces is gone.
+all the time. Inside a segment its members' values count as if nothing were fused. On a GPU the largest value of the
+schedule counts once more (``Context.largest_twice``).
 
 Beside ``measure_memory`` and ``step_memory``, which plans are made with, this is a second count on purpose. What it
 finds above theirs is an error of the plan (``UnforeseenMemoryError``). Of an input that is mirrored through its whole
@@ -55,7 +55,7 @@ def live_bytes(replay: Replay, context: Context) -> Live:
     sums = list(accumulate(change[place] for place in places))
     peak = max(sums, default=0)
     node = at.get(places[sums.index(peak)]) if sums else None
-    return Live(fixed + peak + largest, node)
+    return Live(fixed + peak + (largest if context.largest_twice else 0), node)
 
 
 class _Sizes:

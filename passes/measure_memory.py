@@ -107,7 +107,7 @@ class _Meter:
         workspace = {node: size for node in self._nodes if (size := self._workspace(node))}
         lives = [*self._values(), *self._inner_lives()]
         lives += [(*self._points[node], size) for node, size in workspace.items() if node.op != "call_module"]
-        return MemoryNeed(tuple(lives), workspace)
+        return MemoryNeed(tuple(lives), workspace, self._context.largest_twice)
 
     def _points_of_nodes(self) -> dict[fx.Node, tuple[int, int]]:
         """First and last point of each node: a segment has one for each of its own nodes."""
@@ -184,7 +184,7 @@ class _Meter:
 
     def _workspace(self, node: fx.Node) -> sympy.Expr:
         if node.op == "call_module":
-            inner = MemoryNeed(tuple(self._inner.get(node, ())), {})
+            inner = MemoryNeed(tuple(self._inner.get(node, ())), {}, self._context.largest_twice)
             return sympy.Integer(inner.peak_bytes(self._context.room)) if inner.lives else sympy.Integer(0)
         if node.target == ir.PARTIAL_LINEAR:
             return _partial_size(node)

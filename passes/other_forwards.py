@@ -79,9 +79,10 @@ class OtherForwards:
         return self._context.tokens_per_sequence
 
     def peak_bytes(self, forward: Forward) -> int:
-        """Most bytes of values at one time, the largest counted once more; caches are there all the time."""
+        """Most bytes of values at one time; caches are there all the time."""
         lives = [*self._values(forward), *self._operations(forward), *self._masks(forward)]
-        return most_at_once(lives) + max((nbytes for _, _, nbytes in lives), default=0)
+        largest = max((nbytes for _, _, nbytes in lives), default=0) if self._context.largest_twice else 0
+        return most_at_once(lives) + largest
 
     def linear_bytes(self, forward: Forward) -> int:
         """Most bytes of a Linear's input and output."""

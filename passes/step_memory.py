@@ -111,7 +111,7 @@ def _other_forwards(module: fx.GraphModule, context: Context, activations: int) 
         forward = _next(caches.values(), context, padded)
         if forward is None:
             return 0
-        comes = sum(cache.bytes_after(forward) for cache in caches.values() if cache.grows)
+        comes = sum(cache.bytes_after(forward.before) for cache in caches.values() if cache.grows)
         return comes + forwards.peak_bytes(forward) + scheduled + forwards.linear_bytes(forward)
 
     alone = max(0, later(False) - activations)
@@ -126,11 +126,11 @@ def _next(caches: Iterable[Cache], context: Context, padded: bool) -> Forward | 
     length = _longest(context)
     if not length and any(cache.grows for cache in caches):
         return None
-    return Forward(1, max(length + 1, context.tokens_per_sequence), padded)
+    return Forward(1, max(length, context.tokens_per_sequence), padded)
 
 
 def _longest(context: Context) -> int:
-    """Tokens of a cache that room is kept for; 0: none beyond those that are there."""
+    """Tokens of a cache, when a step is over, that room is kept for; 0: none beyond those that are there."""
     return context.options.context or (2 * context.tokens_per_sequence if context.spare else 0)
 
 

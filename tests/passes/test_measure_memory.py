@@ -24,9 +24,7 @@ def measured(found: Case) -> MemoryNeed:
 
 
 def peak(found: Case) -> int:
-    need = measured(found)
-    largest = max(int(found.context.number(size)) for _, _, size in need.lives)
-    return need.peak_bytes(found.context.number) - largest  # without the one that counts once more
+    return measured(found).peak_bytes(found.context.number)
 
 
 def test_a_value_lives_until_its_last_reader() -> None:
