@@ -73,7 +73,8 @@ class Case:
         """What is stated of it."""
         if not self.stated or not self.tokens:
             return {}
-        return {"context": PROMPT + self.tokens - 1, "max_batch": max(self.batches)}  # nothing follows the last token
+        prompt = 1 if self.model in _AUTO else PROMPT  # a decoder begins with a token of its own
+        return {"context": prompt + self.tokens - 1, "max_batch": max(self.batches)}  # nothing follows the last token
 
 
 def _cases() -> Iterator[Case]:

@@ -26,10 +26,20 @@ from hetegen_compile.passes.caches import caches_grow
 from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, forced_split, table_only
 from hetegen_compile.passes.claims import Claim
 from hetegen_compile.passes.context import Context
-from hetegen_compile.passes.plans import MIRRORED, OTHERS, RESIDENT, RING, STAGED_CHUNK_BYTES, Residency, step_bytes
+from hetegen_compile.passes.plans import (
+    BATCHES,
+    GROWTH,
+    MIRRORED,
+    OTHERS,
+    RESIDENT,
+    RING,
+    STAGED_CHUNK_BYTES,
+    Residency,
+    step_bytes,
+)
 from hetegen_compile.passes.residency_orders import LinearWork, ordered_claims
 from hetegen_compile.passes.residency_shares import residency_shares
-from hetegen_compile.passes.step_memory import mirrored_size, step_memory
+from hetegen_compile.passes.step_memory import foresees_steps, mirrored_size, step_memory
 from hetegen_compile.passes.unsplit_weights import other_weights, seconds_saved, stacked_weights, without_use
 
 BEFORE_LINEARS = -1
@@ -239,10 +249,12 @@ def _budget_error(fixed: Mapping[str, int], smallest: int, module: fx.GraphModul
     need = sum(fixed.values()) + smallest
     unstated = context.options.context is None and caches_grow(module, context)
     growth = ". A cache that grows beyond this forward needs more: options={'context': tokens} counts it"
+    foreseen = fixed[BATCHES] or (fixed[GROWTH] and foresees_steps(module, context))
+    bound = ", with a bound for forwards that there is no graph of yet" if foreseen else ""
     return BudgetError(
         f"gpu_memory={format_bytes(context.budget_bytes)} cannot hold what a step needs on the accelerator: "
         f"{items}; {RING} (two of the smallest slots at least): {format_bytes(smallest)}. "
-        f"The smallest budget that works is {need} bytes ({format_bytes(need)}): "
+        f"The smallest budget that works{bound} is {need} bytes ({format_bytes(need)}): "
         f"set options={{'gpu_memory': {need}}} or use a smaller batch or context{growth if unstated else ''}"
     )
 

@@ -91,11 +91,18 @@ class HeldValues:
             held[None] = self.new(node, side, access)
         self.values[node] = held
 
-    def copy(self, operand: fx.Node, access: Access, *, lends: bool) -> Held:
-        """What a transfer of ``operand`` brings to the other side; one that ``lends`` may show the memory itself."""
-        side: Side = "accelerator" if lends else "host"
+    def pass_on(self, node: fx.Node, part: fx.Node) -> None:
+        """``node`` is ``part`` under another name: that of a value of the program."""
+        (memory,) = (memory for _, memory in self.of(part))
+        memory.nodes.append(node)
+        keys: Iterable[int | None] = info(node).storages or (None,)
+        self.values[node] = dict.fromkeys(keys, memory)
+
+    def copy(self, operand: fx.Node, access: Access, *, lent_by: fx.Node | None) -> Held:
+        """What a transfer of ``operand`` brings to the other side; one that lends may show the memory itself."""
+        side: Side = "host" if lent_by is None else "accelerator"
         return {
-            key: self.new(operand, side, access, version=memory.version, borrowed=lends)
+            key: self.new(operand, side, access, version=memory.version, lent_by=lent_by)
             for key, memory in self.of(operand)
         }
 

@@ -19,9 +19,10 @@ from math import prod
 
 from torch import Tensor, fx
 
-from hetegen_compile.ir import info
+from hetegen_compile.ir import VIEWED_UPLOAD_BYTES, info
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.memory import END, Memory
+from hetegen_compile.passes.pieces import sent_bytes
 from hetegen_compile.passes.replay import Replay
 from hetegen_compile.passes.tensors import held_sizes, to_expr
 
@@ -66,7 +67,12 @@ class _Sizes:
         self._known: dict[object, int] = {}
 
     def of(self, memory: Memory) -> int:
-        """The largest of the values that lie in the memory; of a mirror that several inputs share, see ``_shared``."""
+        """The largest of the values that lie in the memory; of a mirror that several inputs share, see ``_shared``.
+
+        What a small transfer brings lies in host memory.
+        """
+        if memory.lent_by is not None and self._context.number(sent_bytes(memory.lent_by)) <= VIEWED_UPLOAD_BYTES:
+            return 0
         values = [info(node).value for node in memory.nodes]
         tensors = [value for value in values if isinstance(value, Tensor)]
         if memory.is_input and len(tensors) > 1:

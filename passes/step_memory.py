@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from fractions import Fraction
+from math import ceil
 
 import sympy
 from torch import Tensor, fx
@@ -37,6 +39,15 @@ def step_memory(
         GROWTH: context.room(size) - int(context.number(size)) + later,
         BATCHES: _more_sequences(module, weights, context, activations + later, more),
     }
+
+
+def foresees_steps(module: fx.GraphModule, context: Context) -> bool:
+    """Whether steps after this forward are counted that another graph serves: those that get the caches it makes."""
+    return bool(context.tokens_per_sequence) and _makes_caches(returned_caches(module, context))
+
+
+def _makes_caches(caches: Mapping[int, Cache]) -> bool:
+    return any(cache.grows or cache.written for cache in caches.values())
 
 
 def mirrored_size(
@@ -98,21 +109,26 @@ def _more_sequences(
 def _other_forwards(module: fx.GraphModule, context: Context, activations: int) -> tuple[int, int]:
     """Bytes that a step after one of fixed length (a prefill) takes beyond its activations; all bytes if padded.
 
-    What its schedule takes beyond the values of the captured graph it takes for one token, too.
+    What its schedule takes beyond the values of the captured graph it takes for one token, too: no more than in
+    proportion to what its Linears read and make, where those of a prompt are of something else (an encoder's states).
     """
     caches = returned_caches(module, context)
-    if not any(cache.grows or cache.written for cache in caches.values()):
+    if not _makes_caches(caches):
         return 0, activations
     forwards = OtherForwards(module, context, caches)
-    tokens, captured = context.tokens_per_sequence, forwards.peak_bytes(forwards.captured)
-    scheduled = -(-max(0, activations - captured) // tokens)
+    captured = forwards.peak_bytes(forwards.captured)
+    scheduled = max(0, activations - captured)
 
     def later(padded: bool) -> int:
         forward = _next(caches.values(), context, padded)
         if forward is None:
             return 0
         comes = sum(cache.bytes_after(forward.before) for cache in caches.values() if cache.grows)
-        return comes + forwards.peak_bytes(forward) + scheduled + forwards.linear_bytes(forward)
+        linear = forwards.linear_bytes(forward)
+        of_linears = Fraction(linear, max(1, forwards.linear_bytes(forwards.captured)))
+        share = min(Fraction(1, context.tokens_per_sequence), of_linears)
+        made = forwards.peak_bytes(forward) + ceil(scheduled * share) + linear
+        return comes + made - forwards.idle_bytes(forward)
 
     alone = max(0, later(False) - activations)
     if context.options.max_batch <= context.sequences:
