@@ -20,7 +20,7 @@ from hetegen_compile.options import Options
 from hetegen_compile.passes.claims import HostWeights, ResidentWeights
 from hetegen_compile.passes.expressions import evaluate
 from hetegen_compile.passes.findings import Block, Costs, Effects, MemoryNeed, Prediction
-from hetegen_compile.passes.plans import Placement, Residency, Splits
+from hetegen_compile.passes.plans import UNFORESEEN, Placement, Residency, Splits
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,13 @@ class Context:
 
     @property
     def usable_bytes(self) -> int:
-        """The budget less what the device's libraries take of it."""
+        """The budget less what the device's libraries take of it and what is kept for what was not foreseen."""
         return self.budget_bytes - sum(self.overhead_bytes.values())
+
+    @property
+    def limit_bytes(self) -> int:
+        """What a step may hold: what was not foreseen, too."""
+        return self.usable_bytes + self.overhead_bytes.get(UNFORESEEN, 0)
 
     @property
     def largest_twice(self) -> bool:
