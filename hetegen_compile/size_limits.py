@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, fx
 
 from hetegen_compile.ir import info
+from hetegen_compile.passes.expressions import evaluate
 from hetegen_compile.passes.tensors import to_expr
-from hetegen_compile.passes.windows import CACHE_DIMS, TOKENS, windowed_inputs
+from hetegen_compile.passes.windows import CACHE_DIMS, TOKENS, window_symbols, windowed_inputs
 from hetegen_compile.planned import Sizes
 
 
@@ -32,8 +33,10 @@ def size_limits(
     limits = _of_guards(module)
     for symbol, limit in _of_context(module, context).items() if context is not None else ():
         limits[symbol] = min(limit, limits.get(symbol, limit))
+    for symbol in window_symbols(module) & sizes.keys():
+        limits[symbol] = sizes[symbol]
     for node, window in windowed_inputs(module).items():
-        for symbol, limit in _of_window(info(node).value, window, sizes).items():
+        for symbol, limit in _of_window(info(node).value, int(evaluate(window, sizes)), sizes).items():
             limits[symbol] = min(limit, limits.get(symbol, limit))
     return {symbol: max(limit, sizes[symbol]) for symbol, limit in limits.items() if symbol in sizes}
 

@@ -86,7 +86,8 @@ def _returned(module: fx.GraphModule, context: Context) -> Iterator[tuple[int, C
             if tensor.dim() >= CACHE_DIMS and key not in inputs:
                 tokens, nbytes = max(1, shape_of(tensor, context)[TOKENS]), context.room(tensor_bytes(tensor))
                 grows = key not in written and tokens == context.tokens_per_sequence and not longer
-                yield key, Cache(nbytes, tokens, grows, window, key in written)
+                kept = None if window is None else int(context.number(window))
+                yield key, Cache(nbytes, tokens, grows, kept, key in written)
 
 
 def caches_grow(module: fx.GraphModule, context: Context) -> bool:

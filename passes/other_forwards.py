@@ -20,8 +20,9 @@ computed for it alone is not computed again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from fractions import Fraction
+from itertools import accumulate
 from math import ceil, prod
 from typing import Literal, NamedTuple
 
@@ -32,7 +33,6 @@ from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes.annotate_costs import value_size
 from hetegen_compile.passes.caches import Cache, Forward, given_tensors, shape_of
 from hetegen_compile.passes.context import Context
-from hetegen_compile.passes.findings import most_at_once
 from hetegen_compile.passes.fused_attention import (
     Attention,
     Shape,
@@ -63,13 +63,16 @@ Life = tuple[int, int, int]
 class OtherForwards:
     """Forwards of the model that a graph was captured of, which got ``context.tokens_per_sequence`` tokens.
 
-    ``caches`` are those that it returns (``returned_caches``).
+    ``caches`` are those that it returns (``returned_caches``); what is made ``on_host`` for the host alone is not counted.
     """
 
-    def __init__(self, module: fx.GraphModule, context: Context, caches: Mapping[int, Cache]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, context: Context, caches: Mapping[int, Cache], on_host: Collection[fx.Node] = ()
+    ) -> None:
         self._context = context
         self._nodes: list[fx.Node] = list(module.graph.nodes)
         self._by_storage = caches
+        self._away = {node for node in on_host if all(user in on_host for user in node.users)}
         self.captured = Forward(self._tokens, self._tokens, follows=False)
         self._of_call: set[fx.Node] = set()
         self._kinds: dict[fx.Node, _Kind] = {}
@@ -87,9 +90,17 @@ class OtherForwards:
 
     def peak_bytes(self, forward: Forward) -> int:
         """Most bytes of values at one time; caches are there all the time."""
+        return max(self.bytes_at(forward), default=0)
+
+    def bytes_at(self, forward: Forward) -> list[int]:
+        """Bytes of values at each place."""
         lives = [*self._values(forward), *self._operations(forward), *self._masks(forward)]
-        largest = max((nbytes for _, _, nbytes in lives), default=0) if self._context.largest_twice else 0
-        return most_at_once(lives) + largest
+        change = [max((nbytes for _, _, nbytes in lives), default=0) if self._context.largest_twice else 0]
+        change += [0] * (len(self._nodes) + 1)
+        for born, dies, nbytes in lives:
+            change[born] += nbytes
+            change[dies + 1] -= nbytes
+        return list(accumulate(change))
 
     def linear_bytes(self, forward: Forward) -> int:
         """Most bytes of a Linear's input and output."""
@@ -148,8 +159,9 @@ class OtherForwards:
         return found
 
     def _computed(self, forward: Forward) -> list[tuple[int, fx.Node]]:
-        """The nodes that a forward computes, with their places."""
-        return [(place, node) for place, node in enumerate(self._nodes) if not forward.follows or node in self._again]
+        """The nodes that a forward computes on the accelerator, with their places."""
+        nodes = [(place, node) for place, node in enumerate(self._nodes) if node not in self._away]
+        return [(place, node) for place, node in nodes if not forward.follows or node in self._again]
 
     def _has_tokens(self, shape: Shape) -> bool:
         """Whether one of the sizes is one of tokens; the last, and that of sequences, may be equal by chance."""

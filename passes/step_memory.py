@@ -24,15 +24,24 @@ from hetegen_compile.passes.liveness import activation_peak_bytes
 from hetegen_compile.passes.other_forwards import MASK_BYTES, OtherForwards
 from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH, MIRRORED
 from hetegen_compile.passes.tensors import storage_id, to_expr
+from hetegen_compile.passes.unsplit_weights import computed_on_host
 
 
 def step_memory(
-    module: fx.GraphModule, weights: Iterable[fx.Node], context: Context, size: sympy.Expr
-) -> Mapping[str, int]:
-    """Bytes item by item. ``weights`` are the placeholders of the Linears' weights, ``size`` is ``mirrored_size``."""
+    module: fx.GraphModule, weights: Iterable[fx.Node], context: Context, size: sympy.Expr,
+    unsplit: Collection[fx.Node] = (),
+) -> Mapping[str, int]:  # fmt: skip
+    """Bytes item by item. ``weights`` are the placeholders of the Linears' weights, ``size`` is ``mirrored_size``.
+
+    What is computed with the weights ``unsplit`` alone is taken to be on the host in later forwards.
+    """
     known = context.activation_bytes
     activations = _estimated_activations(module, context) if known is None else known
-    later, more = _other_forwards(module, context, activations) if context.tokens_per_sequence else (0, activations)
+    later, more = 0, activations
+    if context.tokens_per_sequence:
+        names = {node.name for node in unsplit}
+        on_host = computed_on_host(list(module.graph.nodes), names, context.weights) if names else set()
+        later, more = _other_forwards(module, context, activations, on_host)
     return {
         MIRRORED: int(context.number(size)),
         ACTIVATIONS: activations,
@@ -106,7 +115,9 @@ def _more_sequences(
     return -(-context.options.max_batch * (given + padded) // now) - given - alone
 
 
-def _other_forwards(module: fx.GraphModule, context: Context, activations: int) -> tuple[int, int]:
+def _other_forwards(
+    module: fx.GraphModule, context: Context, activations: int, on_host: Collection[fx.Node]
+) -> tuple[int, int]:
     """Bytes that a step after one of fixed length (a prefill) takes beyond its activations; all bytes if padded.
 
     What its schedule takes beyond the values of the captured graph it takes for one token, too: no more than in
@@ -115,7 +126,7 @@ def _other_forwards(module: fx.GraphModule, context: Context, activations: int) 
     caches = returned_caches(module, context)
     if not _makes_caches(caches):
         return 0, activations
-    forwards = OtherForwards(module, context, caches)
+    forwards = OtherForwards(module, context, caches, on_host)
     captured = forwards.peak_bytes(forwards.captured)
     scheduled = max(0, activations - captured)
 
@@ -133,8 +144,14 @@ def _other_forwards(module: fx.GraphModule, context: Context, activations: int) 
     alone = max(0, later(False) - activations)
     if context.options.max_batch <= context.sequences:
         return alone, activations
-    masked = forwards.peak_bytes(replace(forwards.captured, padded=True)) - captured + _longest_mask_bytes(context)
-    return alone, max(activations + max(0, masked), later(True))
+    beyond = scheduled + forwards.linear_bytes(forwards.captured)
+    pairs = zip(forwards.bytes_at(forwards.captured), forwards.bytes_at(_padded(forwards.captured)), strict=True)
+    masked = max(min(activations, before + beyond) + after - before for before, after in pairs)
+    return alone, max(activations, masked + _longest_mask_bytes(context), later(True))
+
+
+def _padded(forward: Forward) -> Forward:
+    return replace(forward, padded=True)
 
 
 def _next(caches: Iterable[Cache], context: Context, padded: bool) -> Forward | None:
