@@ -71,7 +71,7 @@ def measure(name: str, kind: str, cache: str, *, inductor: bool) -> Outcome:
     torch.set_num_threads(1)
     blank = Outcome(name, kind, cache, "not built", inductor=inductor)
     try:
-        model = _model(name, kind)
+        model = build_model(name, kind)
     except Exception as error:
         return replace(blank, detail=_reason(error))
     try:
@@ -86,7 +86,8 @@ def measure(name: str, kind: str, cache: str, *, inductor: bool) -> Outcome:
     return outcome
 
 
-def _model(name: str, kind: str) -> Any:
+def build_model(name: str, kind: str) -> Any:
+    """With random weights, the same at each call; raises what its classes raise where the small sizes do not fit."""
     torch.manual_seed(0)
     factory = getattr(transformers, FACTORIES[kind])
     config = tiny_config(name, is_decoder=kind == "causal")
@@ -102,24 +103,24 @@ def _model(name: str, kind: str) -> Any:
     return model
 
 
-def _inputs(model: Any, kind: str) -> dict[str, Any]:
-    """A batch of two: tokens, or sound for what hears."""
-    generator = torch.Generator().manual_seed(1)
+def example_inputs(model: Any, kind: str, *, batch: int = 2, length: int = 7, seed: int = 1) -> dict[str, Any]:
+    """A batch of tokens [batch, length] without padding, or sound for what hears."""
+    generator = torch.Generator().manual_seed(seed)
     if kind != "speech":
-        tokens = torch.randint(5, 250, (2, 7), generator=generator)
+        tokens = torch.randint(5, 250, (batch, length), generator=generator)
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     name = model.main_input_name
     if name == "input_values":
-        return {name: torch.randn(2, 4000, generator=generator)}
+        return {name: torch.randn(batch, 4000, generator=generator)}
     frames = 2 * POSITIONS  # the encoder halves them
     width = getattr(model.config, "input_feat_per_channel", None)
     shape = (getattr(model.config, "num_mel_bins", 80), frames) if width is None else (frames, width)
-    return {name: torch.randn(2, *shape, generator=generator)}
+    return {name: torch.randn(batch, *shape, generator=generator)}
 
 
 def _run(model: Any, kind: str, cache: str) -> dict[str, Any]:
     """What is compared: logits of a forward without a decoder, else those and the tokens of a generation."""
-    inputs = _inputs(model, kind)
+    inputs = example_inputs(model, kind)
     if kind == "masked":
         with torch.no_grad():
             return {"logits": model(**inputs).logits}
