@@ -22,6 +22,8 @@ from benchmarks.one_architecture import FACTORIES
 
 KINDS = {"causal": 6, "seq2seq": 3, "masked": 1, "speech": 1}
 """How often each is chosen where no architecture is given."""
+_FIRST = ("speech", "seq2seq", "causal", "masked")
+"""What a given architecture is taken as: the first of these that there is."""
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 _FAILED = ("FAILED", "failed", "timeout")
 
@@ -49,7 +51,7 @@ def _chosen(seed: int, names: Sequence[str], kind: str | None) -> tuple[str, str
     rng = Random(f"{seed}/architecture")
     if names:
         name = names[seed % len(names)]
-        return name, kind or next(each for each in FACTORIES if name in architectures(each))
+        return name, kind or next(each for each in _FIRST if name in architectures(each))
     chosen = kind or rng.choices(list(KINDS), list(KINDS.values()))[0]
     return rng.choice(architectures(chosen)), chosen
 

@@ -13,25 +13,23 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 MADE = ("given dynamic", "given static")
 
 
-def given_cache(model: Any, name: str, length: int) -> Any:
-    """An empty cache for this model; two of them for a decoder behind an encoder."""
+def given_cache(model: Any, name: str, length: int, encoded: int | None) -> Any:
+    """An empty cache for this model; two of them for a decoder behind an encoder that reads so many tokens."""
     config = model.config.get_text_config(decoder=True)
 
-    def make() -> Any:
-        return (
-            StaticCache(config=config, max_cache_len=length) if name == "given static" else DynamicCache(config=config)
-        )
+    def make(most: int | None) -> Any:
+        if name == "given static" and most is not None:
+            return StaticCache(config=config, max_cache_len=most)
+        return DynamicCache(config=config)
 
-    return EncoderDecoderCache(make(), make()) if model.config.is_encoder_decoder else make()
+    return EncoderDecoderCache(make(length), make(encoded)) if model.config.is_encoder_decoder else make(length)
 
 
 def layers_of(cache: Any) -> list[Any]:
     """Layers with keys and values, those of the encoder behind the decoder's."""
-    parts = (
-        [cache.self_attention_cache, cache.cross_attention_cache]
-        if hasattr(cache, "cross_attention_cache")
-        else [cache]
-    )
+    parts = [cache]
+    if isinstance(cache, EncoderDecoderCache):
+        parts = [cache.self_attention_cache, cache.cross_attention_cache]
     layers = [layer for part in parts for layer in getattr(part, "layers", ())]
     return [layer for layer in layers if isinstance(getattr(layer, "keys", None), Tensor) and layer.keys.numel()]
 

@@ -152,9 +152,8 @@ def dynamo_reset(cycle: Cycle, pair: Pair, rng: Random) -> None:
 def another_beside(cycle: Cycle, pair: Pair, rng: Random) -> None:
     """Another model is compiled beside it and both are used; if there is one, it is deleted and the first goes on."""
     if len(cycle.pairs) == 1:
-        name, kind = rng.choice(
-            [("llama", "causal"), ("gpt2", "causal"), ("mistral", "causal"), (pair.name, pair.kind)]
-        )
+        others = [("llama", "causal"), ("gpt2", "causal"), ("mistral", "causal"), (pair.name, pair.kind)]
+        name, kind = rng.choice(others)
         _use(cycle, cycle.add(name, kind, rng), rng)
     else:
         cycle.say(f"  {cycle.pairs.pop().name} is deleted")

@@ -14,6 +14,9 @@ from benchmarks.cycles.inputs import batch_of
 from benchmarks.cycles.state import Cycle, Pair
 
 NEW = 3
+"""Tokens of an answer."""
+READ = 5
+"""Tokens that an encoder reads."""
 
 
 def conversation(cycle: Cycle, pair: Pair, rng: Random) -> None:
@@ -29,7 +32,10 @@ def conversation(cycle: Cycle, pair: Pair, rng: Random) -> None:
 
     def run(model: Any) -> dict[str, Any]:
         length = sum(turns) + NEW * len(turns) + 1
-        held, found = None if cache == "its own" else given_cache(model, cache, length), {}
+        held, found = (
+            None if cache == "its own" else given_cache(model, cache, length, READ if pair.kind == "seq2seq" else None),
+            {},
+        )
         said = _start(model, pair.kind, batch, seed)
         for number, (turn, (edit, other)) in enumerate(zip(turns, between, strict=True)):
             said = _with_words(said, pair.kind, turn, seed + number)
@@ -49,7 +55,7 @@ def _start(model: Any, kind: str, batch: int, seed: int) -> dict[str, Tensor]:
     """Before the first word: nothing, or what the encoder reads."""
     if kind == "causal":
         return {"input_ids": torch.zeros(batch, 0, dtype=torch.long)}
-    inputs = batch_of(model, kind, batch=batch, length=5, padded=False, seed=seed)
+    inputs = batch_of(model, kind, batch=batch, length=READ, padded=False, seed=seed)
     return {**inputs, "decoder_input_ids": torch.ones(batch, 1, dtype=torch.long)}
 
 
@@ -94,7 +100,7 @@ def by_hand(cycle: Cycle, pair: Pair, rng: Random) -> None:
     inputs = batch_of(pair.model, "causal", batch=batch, length=length, padded=padded, seed=seed)
 
     def run(model: Any) -> dict[str, Any]:
-        held, found = given_cache(model, cache, length + steps), {}
+        held, found = given_cache(model, cache, length + steps, None), {}
         tokens, mask = inputs["input_ids"], inputs["attention_mask"]
         with torch.inference_mode() if inference else torch.no_grad():
             for step in range(steps):

@@ -17,7 +17,6 @@ from transformers.generation.streamers import BaseStreamer
 from benchmarks.cycles.caches import MADE, given_cache
 from benchmarks.cycles.inputs import batch_of, forward_inputs
 from benchmarks.cycles.state import Cycle, Pair
-from benchmarks.cycles.watch import Failure
 from hetegen_compile.accelerators import EmulatedAccelerator
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.runtime import live_runtimes
@@ -91,7 +90,7 @@ def generate(cycle: Cycle, pair: Pair, rng: Random) -> None:
     inputs = batch_of(pair.model, pair.kind, **shape)
 
     def run(model: Any) -> dict[str, Any]:
-        options = {**WAYS[way], **_lengths(new, stops, inputs), **_cache_options(model, cache, new + shape["length"])}
+        options = {**WAYS[way], **_lengths(new, stops, inputs), **_cache_options(model, cache, new, inputs)}
         streamer = Kept() if streams and "num_beams" not in options else None
         if way == "an assistant":
             options["assistant_model"] = _assistant(cycle, pair)
@@ -112,9 +111,10 @@ def _lengths(new: int, stops: bool, inputs: dict[str, Tensor]) -> dict[str, Any]
     return {"max_new_tokens": new + 2, "stopping_criteria": [AtLength(tokens + new)]}
 
 
-def _cache_options(model: Any, cache: str | None, length: int) -> dict[str, Any]:
+def _cache_options(model: Any, cache: str | None, new: int, inputs: dict[str, Tensor]) -> dict[str, Any]:
     if cache in MADE:
-        return {"past_key_values": given_cache(model, cache, length + 1)}
+        read = inputs["input_ids"].shape[1] if "input_ids" in inputs else None
+        return {"past_key_values": given_cache(model, cache, new + (read or 0) + 3, read)}
     if cache == "quantized":
         return {"cache_implementation": cache, "cache_config": {"backend": "fp8"}}
     return {} if cache is None else {"cache_implementation": cache}
@@ -209,6 +209,3 @@ def in_threads(cycle: Cycle, pair: Pair, rng: Random) -> None:
         return dict(sorted(found.items()))
 
     cycle.compare(pair, run)
-
-
-__all__ = ["Failure", "answer", "forward", "generate", "in_threads", "interrupted", "trained"]

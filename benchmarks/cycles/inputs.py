@@ -14,7 +14,7 @@ DECODED = 4
 
 
 def batch_of(model: Any, kind: str, *, batch: int, length: int, padded: bool, seed: int) -> dict[str, Tensor]:
-    """Prompts for ``generate``: padded ones are each shorter by a token than the one before, at the left for decoders."""
+    """Prompts for ``generate``; padded ones are each a token shorter than the one before, at the left for decoders."""
     inputs: dict[str, Tensor] = example_inputs(model, kind, batch=batch, length=length, seed=seed)
     if padded and "attention_mask" in inputs:
         short = torch.arange(batch)[:, None].clamp(max=length - 1)

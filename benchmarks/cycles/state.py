@@ -89,7 +89,8 @@ class Cycle:
         pair.budget_bytes = budget_bytes or int(pair.weight_bytes * share)
         options = {
             "accelerator": "emulated", "seed": self.seed, "print_schedule": False, "gpu_memory": pair.budget_bytes,
-            "split": rng.choice([0.5, 0.5, "auto", "auto", 0.0, 1.0]), "issue_ahead": rng.choice(["auto", "auto", True]),
+            "split": rng.choice([0.5, 0.5, "auto", "auto", 0.0, 1.0]),
+            "issue_ahead": rng.choice(["auto", "auto", True]),
             **rng.choice([{}, {}, {"max_batch": 2}, {"context": 40}, {"max_batch": 3, "context": 40}]),
         }  # fmt: skip
         dynamic = rng.choice([None, None, None, True])
