@@ -337,7 +337,7 @@ def test_what_a_version_shows_is_not_called_unseen_when_a_graph_is_compiled(capl
 
 def test_what_a_version_shows_of_another_model_is_not_called_unseen(caplog: pytest.LogCaptureFixture) -> None:
     """Compiling one model looks at what is held of all: nobody has asked for the other one's weights since."""
-    model, other, x = Mlp().eval(), Mlp().eval(), random(2, 64)
+    model, other, x = Mlp().eval(), Mlp(layers=3).eval(), random(2, 64)
     backend = RecordingBackend()
     for one in (model, other):
         one.compile(backend=backend, options=emulated(gpu_memory=112 << 10, split=0.25, seed=None))
