@@ -13,7 +13,7 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 import hetegen_compile
-from benchmarks.tiny_configs import POSITIONS, tiny_config
+from benchmarks.tiny_configs import LAYERS, POSITIONS, tiny_config
 from hetegen_compile.backend import make_backend
 from hetegen_compile.segments import inductor_compiler, plain_compiler
 
@@ -86,11 +86,11 @@ def measure(name: str, kind: str, cache: str, *, inductor: bool) -> Outcome:
     return outcome
 
 
-def build_model(name: str, kind: str) -> Any:
+def build_model(name: str, kind: str, layers: int = LAYERS) -> Any:
     """With random weights, the same at each call; raises what its classes raise where the small sizes do not fit."""
     torch.manual_seed(0)
     factory = getattr(transformers, FACTORIES[kind])
-    config = tiny_config(name, is_decoder=kind == "causal")
+    config = tiny_config(name, is_decoder=kind == "causal", layers=layers)
     with torch.device("meta"):  # one that is too large would take long to fill, or all memory
         parameters = sum(p.numel() for p in factory.from_config(config).parameters())
     if parameters > 50_000_000:

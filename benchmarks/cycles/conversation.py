@@ -30,6 +30,8 @@ def conversation(cycle: Cycle, pair: Pair, rng: Random) -> None:
     if any(edit == "unseen" for edit, _ in between):
         cycle.watch.unseen_writes = True
 
+    refusals = cycle.refusals
+
     def run(model: Any) -> dict[str, Any]:
         length = sum(turns) + NEW * len(turns) + 1
         held, found = (
@@ -45,7 +47,7 @@ def conversation(cycle: Cycle, pair: Pair, rng: Random) -> None:
             found |= {f"{number}.{name}": value for name, value in {**one, **states_of(held)}.items()}
             said = _edited(held, _after(said, tokens, pair.kind), edit)
             if model is pair.model and other is not None:
-                _between(cycle, pair, other, Random(compile_seed))
+                _between(cycle, pair, other, Random(compile_seed), cycle.refusals > refusals)
         return found
 
     cycle.compare(pair, run, rough=rough)
@@ -84,9 +86,10 @@ def _edited(cache: Any, said: dict[str, Tensor], edit: str | None) -> dict[str, 
     return {name: tensor[:, :kept] if name in spoken else tensor for name, tensor in said.items()}
 
 
-def _between(cycle: Cycle, pair: Pair, what: str, rng: Random) -> None:
+def _between(cycle: Cycle, pair: Pair, what: str, rng: Random, refused: bool) -> None:
+    """``refused``: a budget has been too small for this conversation, and stays what it is."""
     if what == "compile":
-        cycle.compile(pair, rng)
+        cycle.compile(pair, rng, pair.budget_bytes if refused else None)
     else:
         torch._dynamo.reset()
 

@@ -77,7 +77,7 @@ class Cycle:
 
     def add(self, name: str, kind: str, rng: Random) -> Pair:
         """Build a pair and compile its model; raises what building raises."""
-        eager = _prepared(build_model(name, kind))
+        eager = _prepared(build_model(name, kind, rng.choice([1, 1, 2])))
         pair = Pair(name, kind, copy.deepcopy(eager), eager)
         self.pairs.append(pair)
         self.compile(pair, rng)
