@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
-MADE = ("given dynamic", "given static")
-
 
 def given_cache(model: Any, name: str, length: int, encoded: int | None) -> Any:
     """An empty cache for this model; two of them for a decoder behind an encoder that reads so many tokens."""

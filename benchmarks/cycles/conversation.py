@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cycles.caches import EDITS, MADE, chosen_edit, given_cache, states_of
+from benchmarks.cycles.caches import EDITS, chosen_edit, given_cache, states_of
 from benchmarks.cycles.generation import answer, modes
-from benchmarks.cycles.inputs import batch_of
+from benchmarks.cycles.inputs import MADE, batch_of
 from benchmarks.cycles.state import Cycle, Pair
 
 NEW = 3
@@ -21,7 +21,7 @@ READ = 5
 
 def conversation(cycle: Cycle, pair: Pair, rng: Random) -> None:
     """Turns of ``generate``: each is the whole conversation so far, on the cache of the turn before."""
-    batch, turns = rng.choice([1, 1, 2]), [rng.choice([1, 2, 4, 7]) for _ in range(rng.choice([2, 3]))]
+    batch, turns = rng.choice(cycle.habits.shapes)["batch"], [rng.choice([1, 4]) for _ in range(rng.choice([2, 3]))]
     cache, mode = rng.choice(["its own", *MADE, *MADE]), modes(rng)
     between = [(chosen_edit(rng), rng.choice([None, None, None, "reset Dynamo", "compile"])) for _ in turns]
     seed, compile_seed = rng.randrange(10**6), rng.randrange(10**6)
@@ -96,11 +96,15 @@ def _between(cycle: Cycle, pair: Pair, what: str, rng: Random, refused: bool) ->
 
 def by_hand(cycle: Cycle, pair: Pair, rng: Random) -> None:
     """A loop of forwards with a cache, one token each; a mask that grows, if the first prompt was padded."""
-    batch, length, steps = rng.choice([1, 2, 3]), rng.choice([2, 5, 9]), rng.choice([2, 4])
-    padded, cache, seed = rng.random() < 0.5, rng.choice(MADE), rng.randrange(10**6)
-    inference = rng.random() < 0.3
-    cycle.say(f"  {cache} batch={batch} length={length} steps={steps} padded={padded} inference={inference}")
-    inputs = batch_of(pair.model, "causal", batch=batch, length=length, padded=padded, seed=seed)
+    shape, steps, cache, inference = (
+        rng.choice(cycle.habits.shapes),
+        rng.choice([2, 4]),
+        rng.choice(MADE),
+        rng.random() < 0.2,
+    )
+    batch, length = shape["batch"], shape["length"]
+    cycle.say(f"  {cache} {shape} steps={steps} inference={inference}")
+    inputs = batch_of(pair.model, "causal", **shape, seed=rng.randrange(10**6))
 
     def run(model: Any) -> dict[str, Any]:
         held, found = given_cache(model, cache, length + steps, None), {}

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from benchmarks.cycles.caches import MADE, given_cache
-from benchmarks.cycles.inputs import batch_of, forward_inputs
+from benchmarks.cycles.caches import given_cache
+from benchmarks.cycles.inputs import MADE, batch_of, forward_inputs
 from benchmarks.cycles.state import Cycle, Pair
 from hetegen_compile.accelerators import EmulatedAccelerator
 from hetegen_compile.errors import BudgetError
@@ -35,8 +35,6 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 ALONE = ("prompt look-up", "an assistant")
 """Ways that take one prompt."""
-LENGTHS = (1, 2, 3, 5, 7, 9, 12, 17)
-CACHES = (None, None, "static", "static", "dynamic", "sliding_window", "hybrid", "quantized")
 
 
 class AtLength(StoppingCriteria):
@@ -66,7 +64,7 @@ class Kept(BaseStreamer):
 
 def modes(rng: Random) -> Callable[[], AbstractContextManager[Any]]:
     """Inference mode now and then."""
-    return rng.choice([nullcontext, nullcontext, torch.inference_mode])
+    return rng.choice([*[nullcontext] * 4, torch.inference_mode])
 
 
 def answer(model: Any, inputs: dict[str, Tensor], **options: Any) -> dict[str, Any]:
@@ -81,10 +79,9 @@ def answer(model: Any, inputs: dict[str, Tensor], **options: Any) -> dict[str, A
 def generate(cycle: Cycle, pair: Pair, rng: Random) -> None:
     """One generation, or the same three times: then nothing but what is streamed moves in the last."""
     way = rng.choice(sorted(WAYS))
-    batch = 1 if way in ALONE else rng.choice([1, 1, 2, 3])
-    shape = {"batch": batch, "length": rng.choice(LENGTHS), "padded": rng.random() < 0.5, "seed": rng.randrange(10**6)}
-    cache, new, mode = rng.choice([*CACHES, *MADE]), rng.choice([2, 4, 6, 9]), modes(rng)
-    stops, streams, times = rng.random() < 0.3, batch == 1 and rng.random() < 0.3, rng.choice([1, 1, 1, 3])
+    shape = {**rng.choice(cycle.habits.shapes), **({"batch": 1} if way in ALONE else {}), "seed": rng.randrange(10**6)}
+    cache, new, mode = rng.choice(cycle.habits.caches), rng.choice([4, 4, 6]), modes(rng)
+    stops, streams, times = rng.random() < 0.3, shape["batch"] == 1 and rng.random() < 0.3, rng.choice([1, 1, 1, 3])
     low = next(pair.model.parameters()).dtype.itemsize < 4
     cycle.say(f"  {way} {shape} cache={cache} new={new} {mode.__name__} stops={stops} streams={streams} x{times}")
     inputs = batch_of(pair.model, pair.kind, **shape)
@@ -127,9 +124,9 @@ def _assistant(cycle: Cycle, pair: Pair) -> Any:
 
 def forward(cycle: Cycle, pair: Pair, rng: Random) -> None:
     """A forward without a cache, now and then with all hidden states."""
-    shape = {"batch": rng.choice([1, 2, 4]), "length": rng.choice([*LENGTHS, 33]), "padded": rng.random() < 0.5}
+    shape = rng.choice(cycle.habits.shapes)
     inputs = forward_inputs(pair.model, pair.kind, **shape, seed=rng.randrange(10**6))
-    mode, hidden = rng.choice([torch.no_grad, torch.inference_mode]), rng.random() < 0.3
+    mode, hidden = rng.choice([*[torch.no_grad] * 3, torch.inference_mode]), rng.random() < 0.2
     without = {} if pair.kind == "masked" else {"use_cache": False}
     cycle.say(f"  {shape} {mode.__name__} hidden={hidden}")
 

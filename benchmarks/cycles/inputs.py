@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import torch
@@ -9,8 +12,30 @@ from torch import Tensor
 
 from benchmarks.one_architecture import example_inputs
 
+LENGTHS = (1, 2, 3, 5, 7, 9, 12, 17, 33)
+CACHES = (None, None, "static", "static", "dynamic", "sliding_window", "hybrid", "quantized")
+"""Values of ``cache_implementation``."""
+MADE = ("given dynamic", "given static")
+"""Caches that the user makes."""
 DECODED = 4
 """Tokens that a decoder is given in a forward."""
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What a cycle's user does again and again: the same graphs are then used in many ways."""
+
+    shapes: Sequence[Mapping[str, Any]]
+    caches: Sequence[str | None]
+
+    @classmethod
+    def of(cls, rng: Random) -> Habits:
+        """Two shapes of prompts and two kinds of caches."""
+        shapes = [
+            {"batch": rng.choice([1, 1, 2, 3]), "length": rng.choice(LENGTHS), "padded": rng.random() < 0.5}
+            for _ in range(2)
+        ]
+        return cls(shapes, [rng.choice(CACHES), rng.choice([*CACHES, *MADE, *MADE])])
 
 
 def batch_of(model: Any, kind: str, *, batch: int, length: int, padded: bool, seed: int) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.cycles.compare import compare
-from benchmarks.cycles.inputs import forward_inputs
+from benchmarks.cycles.inputs import Habits, forward_inputs
 from benchmarks.cycles.watch import Failure, Watch
 from benchmarks.one_architecture import build_model
 from hetegen_compile.backend import make_backend
@@ -62,6 +62,7 @@ class Cycle:
     compared: int = 0
 
     def __post_init__(self) -> None:
+        self.habits = Habits.of(Random(f"{self.seed}/habits"))
         made = make_backend(inductor_compiler if self.inductor else plain_compiler)
 
         def counting(module: Any, inputs: Any, *, options: Any = None) -> Any:
