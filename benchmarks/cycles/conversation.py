@@ -34,10 +34,9 @@ def conversation(cycle: Cycle, pair: Pair, rng: Random) -> None:
 
     def run(model: Any) -> dict[str, Any]:
         length = sum(turns) + NEW * len(turns) + 1
-        held, found = (
-            None if cache == "its own" else given_cache(model, cache, length, READ if pair.kind == "seq2seq" else None),
-            {},
-        )
+        read = READ if pair.kind == "seq2seq" else None
+        held = None if cache == "its own" else given_cache(model, cache, length, read)
+        found: dict[str, Any] = {}
         said = _start(model, pair.kind, batch, seed)
         for number, (turn, (edit, other)) in enumerate(zip(turns, between, strict=True)):
             said = _with_words(said, pair.kind, turn, seed + number)
@@ -107,7 +106,8 @@ def by_hand(cycle: Cycle, pair: Pair, rng: Random) -> None:
     inputs = batch_of(pair.model, "causal", **shape, seed=rng.randrange(10**6))
 
     def run(model: Any) -> dict[str, Any]:
-        held, found = given_cache(model, cache, length + steps, None), {}
+        held = given_cache(model, cache, length + steps, None)
+        found: dict[str, Any] = {}
         tokens, mask = inputs["input_ids"], inputs["attention_mask"]
         with torch.inference_mode() if inference else torch.no_grad():
             for step in range(steps):

@@ -67,7 +67,7 @@ def test_one_model_lives_on_and_another_is_deleted(make: Callable[[], nn.Module]
 
 def test_a_reset_frees_what_a_backend_inside_a_function_made() -> None:
     backend = make_backend(plain_compiler)
-    graphs = []
+    graphs: list[Any] = []
 
     def own(module: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
         graphs.append(backend(module, inputs, **settings))
