@@ -42,9 +42,9 @@ def conversation(cycle: Cycle, pair: Pair, rng: Random) -> None:
             said = _with_words(said, pair.kind, turn, seed + number)
             with mode():
                 one = answer(model, said, max_new_tokens=NEW, min_new_tokens=NEW, past_key_values=held)
-            held, tokens = one.pop("cache"), one["tokens"]
-            found |= {f"{number}.{name}": value for name, value in {**one, **states_of(held)}.items()}
-            said = _edited(held, _after(said, tokens, pair.kind), edit)
+                held, tokens = one.pop("cache"), one["tokens"]
+                found |= {f"{number}.{name}": value for name, value in {**one, **states_of(held)}.items()}
+                said = _edited(held, _after(said, tokens, pair.kind), edit)
             if model is pair.model and other is not None:
                 _between(cycle, pair, other, Random(compile_seed), cycle.refusals > refusals)
         return found
