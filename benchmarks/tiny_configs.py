@@ -19,6 +19,10 @@ HEADS = 4
 LAYERS = 2
 WINDOW = 8
 POSITIONS = 64
+IMAGE = 32
+"""Height and width of images."""
+IMAGE_TOKEN = 3
+"""Stands for a part of an image in a prompt."""
 
 
 def _all(value: Any, names: str) -> dict[str, Any]:
@@ -49,7 +53,8 @@ SIZES: dict[str, Any] = {
     **_all(POSITIONS, "max_decoder_position_embeddings"),
     **_all(16, "q_lora_rank kv_lora_rank"),
     **_all(8, "qk_rope_head_dim qk_nope_head_dim"),
-    **_all(32, "image_size"),
+    **_all(IMAGE, "image_size"),
+    **_all(IMAGE_TOKEN, "image_token_id image_token_index"),
     **_all(16, "patch_size"),
     "v_head_dim": 16,
     "hidden_size_per_layer_input": 16,

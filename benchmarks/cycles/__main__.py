@@ -20,9 +20,9 @@ from benchmarks.architectures import architectures
 from benchmarks.children import Outcome, run_child, write_json
 from benchmarks.one_architecture import FACTORIES
 
-KINDS = {"causal": 6, "seq2seq": 3, "masked": 1, "speech": 1}
+KINDS = {"causal": 6, "seq2seq": 3, "masked": 1, "speech": 1, "vision": 1}
 """How often each is chosen where no architecture is given."""
-_FIRST = ("speech", "seq2seq", "causal", "masked")
+_FIRST = ("speech", "seq2seq", "causal", "masked", "vision")
 """What a given architecture is taken as: the first of these that there is."""
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 _FAILED = ("FAILED", "failed", "timeout")

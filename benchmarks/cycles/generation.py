@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from benchmarks.cycles.caches import given_cache
 from benchmarks.cycles.inputs import MADE, batch_of, forward_inputs
 from benchmarks.cycles.state import Cycle, Pair
+from benchmarks.one_architecture import ENCODED
 from hetegen_compile.accelerators import EmulatedAccelerator
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.runtime import live_runtimes
@@ -85,9 +86,10 @@ def generate(cycle: Cycle, pair: Pair, rng: Random) -> None:
     low = next(pair.model.parameters()).dtype.itemsize < 4
     cycle.say(f"  {way} {shape} cache={cache} new={new} {mode.__name__} stops={stops} streams={streams} x{times}")
     inputs = batch_of(pair.model, pair.kind, **shape)
+    spoken = 1 if pair.kind in ENCODED else inputs["input_ids"].shape[1]
 
     def run(model: Any) -> dict[str, Any]:
-        options = {**WAYS[way], **_lengths(new, stops, inputs), **_cache_options(model, cache, new, inputs)}
+        options = {**WAYS[way], **_lengths(new, stops, spoken), **_cache_options(model, cache, new, inputs)}
         streamer = Kept() if streams and "num_beams" not in options else None
         if way == "an assistant":
             options["assistant_model"] = _assistant(cycle, pair)
@@ -101,11 +103,11 @@ def generate(cycle: Cycle, pair: Pair, rng: Random) -> None:
             return
 
 
-def _lengths(new: int, stops: bool, inputs: dict[str, Tensor]) -> dict[str, Any]:
+def _lengths(new: int, stops: bool, spoken: int) -> dict[str, Any]:
+    """``new`` tokens behind those that the decoder begins with, by number or by a criterion."""
     if not stops:
         return {"max_new_tokens": new, "min_new_tokens": new}
-    tokens = inputs["input_ids"].shape[1] if "input_ids" in inputs else 1
-    return {"max_new_tokens": new + 2, "stopping_criteria": [AtLength(tokens + new)]}
+    return {"max_new_tokens": new + 2, "stopping_criteria": [AtLength(spoken + new)]}
 
 
 def _cache_options(model: Any, cache: str | None, new: int, inputs: dict[str, Tensor]) -> dict[str, Any]:

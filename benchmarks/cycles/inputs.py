@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.one_architecture import example_inputs
+from benchmarks.one_architecture import ENCODED, example_inputs
 
 LENGTHS = (1, 2, 3, 5, 7, 9, 12, 17, 33)
 CACHES = (None, None, "static", "static", "dynamic", "sliding_window", "hybrid", "quantized")
@@ -41,7 +41,7 @@ class Habits:
 def batch_of(model: Any, kind: str, *, batch: int, length: int, padded: bool, seed: int) -> dict[str, Tensor]:
     """Prompts for ``generate``; padded ones are each a token shorter than the one before, at the left for decoders."""
     inputs: dict[str, Tensor] = example_inputs(model, kind, batch=batch, length=length, seed=seed)
-    if padded and "attention_mask" in inputs:
+    if padded and kind not in ("speech", "vision"):
         short = torch.arange(batch)[:, None].clamp(max=length - 1)
         places = torch.arange(length)[None]
         mask = (places >= short if kind == "causal" else places < length - short).long()
@@ -52,6 +52,6 @@ def batch_of(model: Any, kind: str, *, batch: int, length: int, padded: bool, se
 def forward_inputs(model: Any, kind: str, *, batch: int, length: int, padded: bool, seed: int) -> dict[str, Tensor]:
     """The same for a forward: a decoder behind an encoder is given some tokens, too."""
     inputs = batch_of(model, kind, batch=batch, length=length, padded=padded, seed=seed)
-    if kind in ("seq2seq", "speech"):
+    if kind in ENCODED:
         inputs["decoder_input_ids"] = 5 + torch.arange(batch * DECODED).reshape(batch, DECODED)
     return inputs

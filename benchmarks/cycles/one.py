@@ -44,13 +44,15 @@ def actions_for(kind: str) -> dict[Action, int]:
     """What can be done to a model of this kind."""
     if kind == "masked":
         return FORWARDS | CHANGES
-    turns = dict(TURNS) if kind == "causal" else {conversation.conversation: 3}
+    turns = {"causal": TURNS, "vision": {}}.get(kind, {conversation.conversation: 3})
     return FORWARDS | GENERATIONS | turns | CHANGES
 
 
 def run_cycle(seed: int, name: str, kind: str, keep: Sequence[int] | None = None) -> dict[str, Any]:
-    """A cycle's report: status ``equal``, ``not built``, ``eager fails`` or ``FAILED``, why, the story, counts.
+    """A cycle's report: its status, why, the story, counts.
 
+    The status is ``equal``, ``not built``, ``eager fails`` (whatever was tried), ``nothing compiled`` (the model's own
+    ``generate`` calls parts of it, or the host computes everything) or ``FAILED``.
     ``keep``: positions of the actions that are done, in this order.
     """
     rng = Random(seed)
@@ -68,7 +70,9 @@ def run_cycle(seed: int, name: str, kind: str, keep: Sequence[int] | None = None
             _check_nothing_left(cycle)
         except Exception as error:
             return _report(cycle, "FAILED", _told(error))
-    return _report(cycle, "equal" if cycle.compared else "eager fails", "")
+    if not cycle.compared:
+        return _report(cycle, "eager fails", "")
+    return _report(cycle, "equal" if cycle.watch.steps else "nothing compiled", "")
 
 
 def _act(cycle: Cycle, kind: str, position: int) -> None:
