@@ -10,8 +10,8 @@ from torch import Tensor
 
 from benchmarks.cycles.watch import Failure
 
-TOLERANCES = {torch.float64: 1e-7, torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Relative to the largest number of a tensor, as far as that is above 1."""
+TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Relative to the largest number of a tensor, as far as that is above 1. Wide models have their norms in float32."""
 ROUGH = 0.15
 """The same where keys and values are rounded to 8 bits."""
 
