@@ -83,6 +83,8 @@ def _act(cycle: Cycle, kind: str, position: int) -> None:
     pair = cycle.pairs[0] if position == 0 else rng.choice(cycle.pairs)
     cycle.say(f"{position}: {action.__name__} {pair.name}")
     action(cycle, pair, Random(f"{cycle.seed}/{position}/draws"))
+    del pair  # it may have been deleted in the action; compiled models refer to themselves
+    gc.collect()
 
 
 def _check_offloaded(cycle: Cycle) -> None:
