@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 
@@ -21,9 +20,3 @@ settings.load_profile("shared machine")
 
 # a shell that starts the tests in the background has Ctrl-C ignored, and tests of interrupts need it
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def pytest_collection_finish() -> None:
-    """What has been imported by now stays: no collection has to look at it again."""
-    gc.collect()
-    gc.freeze()
