@@ -13,7 +13,7 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 import hetegen_compile
-from benchmarks.tiny_configs import POSITIONS, tiny_config
+from benchmarks.tiny_configs import IMAGE, IMAGE_TOKEN, LAYERS, POSITIONS, tiny_config
 from hetegen_compile.backend import make_backend
 from hetegen_compile.segments import inductor_compiler, plain_compiler
 
@@ -23,7 +23,10 @@ FACTORIES = {
     "seq2seq": "AutoModelForSeq2SeqLM",
     "speech": "AutoModelForSpeechSeq2Seq",
     "masked": "AutoModelForMaskedLM",
+    "vision": "AutoModelForImageTextToText",
 }
+ENCODED = ("seq2seq", "speech")
+"""Kinds whose decoder has an encoder before it."""
 BUDGET_FACTORS = (0.5, 1.0, 2.0, 64.0)
 """Budgets as multiples of the weights' bytes: the smallest that holds a step's activations is taken."""
 REASON_CHARACTERS = 300
@@ -71,7 +74,7 @@ def measure(name: str, kind: str, cache: str, *, inductor: bool) -> Outcome:
     torch.set_num_threads(1)
     blank = Outcome(name, kind, cache, "not built", inductor=inductor)
     try:
-        model = _model(name, kind)
+        model = build_model(name, kind)
     except Exception as error:
         return replace(blank, detail=_reason(error))
     try:
@@ -86,10 +89,11 @@ def measure(name: str, kind: str, cache: str, *, inductor: bool) -> Outcome:
     return outcome
 
 
-def _model(name: str, kind: str) -> Any:
+def build_model(name: str, kind: str, layers: int = LAYERS) -> Any:
+    """With random weights, the same at each call; raises what its classes raise where the small sizes do not fit."""
     torch.manual_seed(0)
     factory = getattr(transformers, FACTORIES[kind])
-    config = tiny_config(name, is_decoder=kind == "causal")
+    config = tiny_config(name, is_decoder=kind == "causal", layers=layers)
     with torch.device("meta"):  # one that is too large would take long to fill, or all memory
         parameters = sum(p.numel() for p in factory.from_config(config).parameters())
     if parameters > 50_000_000:
@@ -102,24 +106,40 @@ def _model(name: str, kind: str) -> Any:
     return model
 
 
-def _inputs(model: Any, kind: str) -> dict[str, Any]:
-    """A batch of two: tokens, or sound for what hears."""
-    generator = torch.Generator().manual_seed(1)
-    if kind != "speech":
-        tokens = torch.randint(5, 250, (2, 7), generator=generator)
-        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    name = model.main_input_name
+def example_inputs(model: Any, kind: str, *, batch: int = 2, length: int = 7, seed: int = 1) -> dict[str, Any]:
+    """A batch of tokens [batch, length] without padding, behind an image for what sees; or sound for what hears."""
+    generator, dtype = torch.Generator().manual_seed(seed), next(model.parameters()).dtype
+    if kind == "speech":
+        name = model.main_input_name
+        return {name: torch.randn(batch, *_sound_shape(model, name), generator=generator).to(dtype)}
+    tokens = torch.randint(5, 250, (batch, length), generator=generator)
+    images = {}
+    if kind == "vision":
+        images = {"pixel_values": torch.randn(batch, 3, IMAGE, IMAGE, generator=generator).to(dtype)}
+        places = torch.full((batch, _image_tokens(model, **images) // batch), IMAGE_TOKEN)
+        tokens = torch.cat([places, tokens], 1)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **images}
+
+
+def _sound_shape(model: Any, name: str) -> tuple[int, ...]:
     if name == "input_values":
-        return {name: torch.randn(2, 4000, generator=generator)}
+        return (4000,)
     frames = 2 * POSITIONS  # the encoder halves them
     width = getattr(model.config, "input_feat_per_channel", None)
-    shape = (getattr(model.config, "num_mel_bins", 80), frames) if width is None else (frames, width)
-    return {name: torch.randn(2, *shape, generator=generator)}
+    return (getattr(model.config, "num_mel_bins", 80), frames) if width is None else (frames, width)
+
+
+def _image_tokens(model: Any, pixel_values: torch.Tensor) -> int:
+    """How many tokens stand for these images, as the model's own features say."""
+    with torch.no_grad():
+        found = model.get_image_features(pixel_values=pixel_values)
+    features = getattr(found, "pooler_output", found)
+    return sum(part.shape[:-1].numel() for part in (features if isinstance(features, list | tuple) else [features]))
 
 
 def _run(model: Any, kind: str, cache: str) -> dict[str, Any]:
     """What is compared: logits of a forward without a decoder, else those and the tokens of a generation."""
-    inputs = _inputs(model, kind)
+    inputs = example_inputs(model, kind)
     if kind == "masked":
         with torch.no_grad():
             return {"logits": model(**inputs).logits}
@@ -128,10 +148,10 @@ def _run(model: Any, kind: str, cache: str) -> dict[str, Any]:
         **inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False,
         return_dict_in_generate=True, output_logits=True,
         **({"cache_implementation": "static"} if cache == "static" else {}),
-        **({} if kind == "causal" else {"decoder_start_token_id": 1}),
+        **({"decoder_start_token_id": 1} if kind in ENCODED else {}),
     )  # fmt: skip
     results = {"logits": torch.stack(found.logits), "tokens": found.sequences}
-    return results if kind == "causal" else {**results, **_forward(model, inputs)}
+    return {**results, **_forward(model, inputs)} if kind in ENCODED else results
 
 
 def _forward(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,12 +19,19 @@ HEADS = 4
 LAYERS = 2
 WINDOW = 8
 POSITIONS = 64
+IMAGE = 32
+"""Height and width of images."""
+IMAGE_TOKEN = 3
+"""Stands for a part of an image in a prompt."""
 
 
 def _all(value: Any, names: str) -> dict[str, Any]:
     return dict.fromkeys(names.split(), value)
 
 
+_DEPTHS = (
+    "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers num_encoder_layers"
+)
 SIZES: dict[str, Any] = {
     **_all(VOCABULARY, "vocab_size unpadded_vocab_size vocab_size_per_layer_input entity_vocab_size"),
     **_all(HIDDEN, "hidden_size d_model n_embd lru_width emb_dim dim backbone_hidden_size embedding_size"),
@@ -32,8 +39,7 @@ SIZES: dict[str, Any] = {
     **_all(2 * HIDDEN, "intermediate_size ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim n_inner ffn_hidden_size"),
     **_all(2 * HIDDEN, "dff shared_intermediate_size d_inner intermediate_size_mlp dense_intermediate_size"),
     **_all(HIDDEN, "moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size"),
-    **_all(LAYERS, "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers"),
-    **_all(LAYERS, "num_decoder_layers num_encoder_layers"),
+    **_all(LAYERS, _DEPTHS),
     **_all(HEADS, "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads"),
     **_all(HEADS, "num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads"),
     **_all(HEADS // 2, "num_key_value_heads swa_num_key_value_heads num_kv_heads multi_query_group_num"),
@@ -47,7 +53,8 @@ SIZES: dict[str, Any] = {
     **_all(POSITIONS, "max_decoder_position_embeddings"),
     **_all(16, "q_lora_rank kv_lora_rank"),
     **_all(8, "qk_rope_head_dim qk_nope_head_dim"),
-    **_all(32, "image_size"),
+    **_all(IMAGE, "image_size"),
+    **_all(IMAGE_TOKEN, "image_token_id image_token_index"),
     **_all(16, "patch_size"),
     "v_head_dim": 16,
     "hidden_size_per_layer_input": 16,
@@ -111,14 +118,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 """What names do not tell: which layer is of which kind, and heads that have to multiply to something."""
 
 
-def tiny_config(model_type: str, *, is_decoder: bool) -> PretrainedConfig:
-    """A configuration of two layers or so; raises what its class raises where the sizes do not fit together."""
-    return _tiny(CONFIG_MAPPING[model_type], is_decoder=is_decoder)
+def tiny_config(model_type: str, *, is_decoder: bool, layers: int = LAYERS) -> PretrainedConfig:
+    """A small configuration; raises what its class raises where the sizes do not fit together.
+
+    ``layers`` holds for architectures without an entry in ``OVERRIDES``: those say of which kind each layer is.
+    """
+    return _tiny(CONFIG_MAPPING[model_type], is_decoder=is_decoder, layers=layers)
 
 
-def _tiny(kind: type[PretrainedConfig], *, is_decoder: bool) -> PretrainedConfig:
+def _tiny(kind: type[PretrainedConfig], *, is_decoder: bool, layers: int = LAYERS) -> PretrainedConfig:
     known = inspect.signature(kind).parameters
-    sizes = {name: value for name, value in SIZES.items() if name in known and not _is_several(known[name])}
+    depths = {} if kind.model_type in OVERRIDES else dict.fromkeys(_DEPTHS.split(), layers)
+    given = {**SIZES, **depths}
+    sizes = {name: value for name, value in given.items() if name in known and not _is_several(known[name])}
     decoder = {"is_decoder": is_decoder} if "is_decoder" in known else {}
     given = {**sizes, **decoder, **_parts(kind), **OVERRIDES.get(kind.model_type, {})}
     config: PretrainedConfig = kind(**given)

@@ -77,6 +77,7 @@ def make_backend(compiler: Callable[[FakeTensorMode], SegmentCompiler]) -> Backe
         a graph break and the model would run in eager.
         """
         _raise_recompile_limit()
+        _ask_for_resets(made)
         try:
             if mode is not None:  # torch hands over any but "default"
                 raise OptionError(f"mode={mode!r} is Inductor's: leave it out; hetegen is tuned by options={{...}}")
@@ -97,7 +98,6 @@ def make_backend(compiler: Callable[[FakeTensorMode], SegmentCompiler]) -> Backe
         """Let go of accelerators: Dynamo keeps some graphs for ever (of functions inlined up to a graph break)."""
         for graph in list(graphs):
             graph.release()
-        graphs.clear()
 
     made = cast(Backend, backend)
     made.reset = reset
@@ -128,6 +128,15 @@ def _compile(
             compile_segment=compiler(mode),
             parts=parts,
         )
+
+
+def _ask_for_resets(backend: Backend) -> None:
+    """Let Dynamo tell this backend of its next reset.
+
+    It tells those that were handed to ``torch.compile`` since the last one: not the backend of a model that lives on,
+    whose graphs it makes anew, and not one inside a function of the user's.
+    """
+    torch._dynamo.eval_frame.cached_backends.setdefault(id(backend), backend)
 
 
 def _raise_recompile_limit() -> None:

@@ -118,6 +118,11 @@ class CompiledGraph:
         self._opened = None
 
     @property
+    def options(self) -> Options:
+        """Those that it was compiled with."""
+        return self._graph.options
+
+    @property
     def serves_models(self) -> bool:
         """Whether it has plans for a model that is there."""
         return self._opened is not None and self._opened.serves_models

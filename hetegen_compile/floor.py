@@ -5,7 +5,8 @@ It is the largest of four bounds. The simulation charges the same rates, so no s
 - **bytes**: host and link share the offloaded bytes of all Linears, both at work all the time at the rates of the
   profile's tables for these tokens and sizes, the host beside a working link. For one rate each this is
   S / (V_link + V_cpu) for S offloaded bytes.
-- **accelerator**: its segments, and its part of the Linears with as few rows as residency allows.
+- **accelerator**: its segments, and its part of the Linears with as few rows as residency allows. It reads what the
+  host makes of the others, or has all of their rows itself.
 - **path** (``floor_path``): the longest chain of trips and segments of which each needs the results of the one before,
   at the best shares that the link's own work allows (``cost_model.relax``), with what the accelerator does beside it,
   and as little of the link's work ahead of a place as the staging ring holds (``floor_ring``).
@@ -31,7 +32,7 @@ from hetegen_compile.passes.choose_splits import linears_of, pairable_blocks
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import NodeCost
 from hetegen_compile.passes.issue_ahead import issues_ahead
-from hetegen_compile.passes.predict_step import issue_s, least_thread_s, node_work
+from hetegen_compile.passes.predict_step import issue_s, least_read_s, least_thread_s, node_work
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def floor(module: fx.GraphModule, context: Context) -> Floor:
     path = longest_path(linears, beside, on_host, blocks, order, context)
     return Floor(
         bytes_s=relax(Chain(tuple(_bytes_only(trip) for trip in linears.values()), 0.0)).bound_s,
-        accelerator_s=sum(beside.values()) + sum(t.accelerator_s - t.accelerator_saved_s for t in linears.values()),
+        accelerator_s=sum(beside.values()) + _linears_s(linears, blocks, context),
         path_s=max(relax(chain_of(path)).bound_s, short_ring_s(path, linears, blocks, order, context)),
         thread_s=_threads_s(module, linears, on_host, blocks, context),
     )
@@ -121,6 +122,16 @@ def _linear_alone(node: fx.Node, context: Context) -> Trip:
         accelerator_s=cost.accelerator_s + 2 * launch_s,  # a product more, if any rows are streamed, and the join
         accelerator_saved_s=offloaded * cost.accelerator_s + launch_s,
     )
+
+
+def _linears_s(linears: Mapping[fx.Node, Trip], blocks: Blocks, context: Context) -> float:
+    """What the accelerator does at least of the Linears. Of a block that is cut as one only the consumer is joined."""
+    seconds = sum(trip.accelerator_s - trip.accelerator_saved_s for trip in linears.values())
+    for group in by_activation(linears).values():
+        if blocks.consumers.isdisjoint(group):
+            offloaded_s = sum(linears[node].accelerator_saved_s for node in group)
+            seconds += min(offloaded_s, least_read_s(group, context))
+    return seconds
 
 
 def _least_host_s(node: fx.Node, cost: NodeCost, context: Context) -> float:

@@ -29,8 +29,15 @@ class User(Protocol):
     """A compiled graph, as its accelerator sees it."""
 
     @property
+    def options(self) -> Options:
+        """Those that it was compiled with."""
+
+    @property
     def serves_models(self) -> bool:
         """Whether it has plans for a model that is there."""
+
+    def release(self) -> None:
+        """Let go of what it has; it works again when it is called."""
 
     def lose(self, storages: Iterable[int]) -> bool:
         """Storages are gone: forget the models that are gone with them; whether there was one."""
@@ -118,12 +125,16 @@ class ModelLives:
         """A model is compiled: graphs that it was compiled to before with other options are not called any more.
 
         Dynamo keeps them until it is reset. What they hold, and a smaller budget that they state, is for the new ones.
+        A graph knows the weights of its own part of a model that breaks into several: graphs with the same options go,
+        too. If they are another model's, its next call plans them anew.
         """
         storages = frozenset(map(storage_key, weights))
         users = list(self._users)
-        if any([user.give_way(options, storages) for user in users]):
-            for user in users:
-                user.outdate()
+        left = [user.options for user in users if user.give_way(options, storages)]
+        for user in users if left else ():
+            if user.options in left:
+                user.release()
+            user.outdate()
 
     def settle(self) -> None:
         """Let go of what belonged to storages that have died.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from hetegen_compile.accelerators.base import Value
@@ -92,7 +93,7 @@ class StepValues:
 
     def _request(self, place: int, inputs: Sequence[Any]) -> Request:
         i, lo, hi = self._wanted[place]
-        return self._mirror(i, inputs[i]) if hi < 0 else self._rows(i, inputs[i].detach(), lo, hi)
+        return self._mirror(i, inputs[i]) if hi < 0 else self._rows(i, inputs[i], lo, hi)
 
     def _mirror(self, i: int, tensor: Tensor) -> Request:
         """What a step reads of an input; where everything fits weights are inputs like any other."""
@@ -103,8 +104,9 @@ class StepValues:
 
     def _rows(self, i: int, weight: Tensor, lo: int, hi: int) -> Request:
         """Resident rows of a weight: all that the ledger keeps, or the last of them."""
-        name, base = self._facts.names[i], weight[self._first_rows[i] :]
-        return Request(weight[lo:hi], name, WEIGHTS, watched=True, base=base)
+        with torch.no_grad():  # not detached: they are views of the weight itself, as long as that is there
+            rows, base = weight[lo:hi], weight[self._first_rows[i] :]
+        return Request(rows, self._facts.names[i], WEIGHTS, watched=True, base=base)
 
 
 __all__ = ["InputFacts", "StepValues"]

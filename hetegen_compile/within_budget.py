@@ -26,6 +26,10 @@ from hetegen_compile.planned import BucketPlan, Graphs
 _ATTEMPTS = 3
 """Residencies that are tried, each with what the schedule of the one before needed."""
 
+_SPARE = 64
+"""One part in so many of the activations is left beside them where there is room: which rows the host computes is
+decided later, and a split that needs some bytes more than those measured here would be lost."""
+
 
 class ResidencySearch:
     """For the plans of one captured graph; remembers what their schedules needed."""
@@ -52,7 +56,7 @@ class ResidencySearch:
             with contextlib.suppress(BudgetError):
                 found = self._settled(replace(context, cannot_issue_ahead=NO_ROOM_AHEAD, activation_bytes=None), base)
         graphs, done = found if found is not None else self._within_tight_budget(context, base)
-        self._needed[made_for] = require(done.memory, "measure_memory").peak_bytes(done.room)
+        self._needed[made_for] = require(done.residency, "choose_residency").budget[ACTIVATIONS]
         return graphs, done
 
     def _within_tight_budget(self, context: Context, base: BucketPlan | None) -> tuple[Graphs, Context]:
@@ -63,16 +67,18 @@ class ResidencySearch:
         """
         _, lean, needed = self._tried(replace(context, lean=True), base)
         start = replace(context, activation_bytes=needed)
-        found = self._settled(start, base)
+        found = self._settled(start, base, spare=False)
         if found is None and lean.blocks and context.options.pair_mlp == "auto":  # their activations may be too large
-            found = self._settled(replace(start, options=replace(context.options, pair_mlp=False)), base)
+            found = self._settled(replace(start, options=replace(context.options, pair_mlp=False)), base, spare=False)
         if found is not None:
             return found
         lean_bytes = require(lean.memory, "measure_memory").peak_bytes(lean.room)
         graphs, done, _ = self._tried(replace(context, lean=True, activation_bytes=lean_bytes), base)
         return graphs, done
 
-    def _settled(self, context: Context, base: BucketPlan | None) -> tuple[Graphs, Context] | None:
+    def _settled(
+        self, context: Context, base: BucketPlan | None, *, spare: bool = True
+    ) -> tuple[Graphs, Context] | None:
         """The first residency of some that leaves room for its own schedule, None if none does.
 
         One that was decided with an estimate is not taken unless that is exact: it may leave far too much room.
@@ -90,7 +96,7 @@ class ResidencySearch:
             reserved = require(done.residency, "choose_residency").budget[ACTIVATIONS]
             if needed == reserved or (needed < reserved and context.activation_bytes is not None):
                 return graphs, done
-            context = replace(context, activation_bytes=needed)
+            context = replace(context, activation_bytes=needed + (needed // _SPARE if spare else 0))
         return None
 
     def _tried(self, context: Context, base: BucketPlan | None) -> tuple[Graphs, Context, int]:

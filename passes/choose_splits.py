@@ -124,8 +124,10 @@ def feed_s(linear: fx.Node, cost: NodeCost, context: Context) -> float:
     return max(cost.link_s, cost.weight_bytes / context.profile.pin_bytes_per_s)
 
 
-def best_split(rows: int, cost: NodeCost, context: Context, *, staged: bool = False) -> SplitSolution:
-    """The balance of host and link for one Linear none of whose rows are resident, as if it were alone.
+def best_split(
+    rows: int, cost: NodeCost, context: Context, *, resident_rows: int = 0, staged: bool = False
+) -> SplitSolution:
+    """The balance of host and link for one Linear, as if it were alone.
 
     So it pays for a whole trip; what Linears save that share one is seen by the balance over the step.
 
@@ -139,6 +141,7 @@ def best_split(rows: int, cost: NodeCost, context: Context, *, staged: bool = Fa
         link_s_per_row=cost.link_s / rows,
         accelerator_s_per_row=cost.accelerator_s / rows,
         pin_s_per_row=cost.weight_bytes / rows / profile.pin_bytes_per_s if staged else 0.0,
+        resident_rows=resident_rows,
         contention=cost.contention,
     )
     return solve_split(problem, row_granularity(rows))
@@ -203,9 +206,10 @@ def _plan(node: fx.Node, costs: Costs, residency: Residency, context: Context) -
     weight: fx.Node = node.args[1]  # type: ignore[assignment]
     rows = int(info(weight).value.shape[0])
     host = forced_host_rows(rows, context)
-    if context.options.split == "auto" and weight.name not in residency.weights:
-        staged = weight.name in context.staged
-        host = best_split(rows, costs[info(node).position], context, staged=staged).host_rows
+    if context.options.split == "auto":
+        resident, staged = rows - residency.weights.get(weight.name, rows), weight.name in context.staged
+        cost = costs[info(node).position]
+        host = best_split(rows, cost, context, resident_rows=resident, staged=staged).host_rows
     return with_host_rows(node, host, context)
 
 

@@ -227,14 +227,26 @@ def least_trip_s(linears: Sequence[fx.Node], context: Context) -> float:
     only the caller reads may go any way.
     """
     link, untold_s = context.profile.link, _untold_trip_s(context)
-    up_s = min(link.view_s, link.up.latency_s)
-    if all(any(user.op != "output" for user in linear.users) for linear in linears):
-        largest = sum(value_bytes(linear, context) for linear in linears)
-        up_s = link.view_s if largest <= ir.SMALL_UPLOAD_BYTES else up_s
+    up_s = least_read_s(linears, context) or min(link.view_s, link.up.latency_s)
+    if _go_up(linears):
         up_s += 0.0 if issues_ahead(context) else context.profile.accelerator.launch_s
     if info(linears[0].all_input_nodes[0]).side != "accelerator":
         return untold_s + up_s
     return _down_s(linears[0], context) + untold_s + up_s
+
+
+def least_read_s(linears: Sequence[fx.Node], context: Context) -> float:
+    """What reading the host's results of Linears that read one activation keeps the accelerator at least.
+
+    0 where they may be large enough for a transfer, or are not read there.
+    """
+    largest = sum(value_bytes(linear, context) for linear in linears)
+    return context.profile.link.view_s if _go_up(linears) and largest <= ir.SMALL_UPLOAD_BYTES else 0.0
+
+
+def _go_up(linears: Sequence[fx.Node]) -> bool:
+    """Whether the results of each are read by more than the caller."""
+    return all(any(user.op != "output" for user in linear.users) for linear in linears)
 
 
 def least_thread_s(linear: fx.Node, context: Context) -> float:

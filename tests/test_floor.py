@@ -93,14 +93,19 @@ def not_pairable(x: Tensor) -> Any:
     return x
 
 
-def test_rows_in_two_places_cost_a_join_at_least() -> None:
+@pytest.mark.parametrize("view_s", [PROFILE.link.view_s, 1e-6])
+def test_rows_in_two_places_cost_a_join_at_least_and_reading_what_the_host_made_or_the_rows(view_s: float) -> None:
     x = torch.zeros(1, 1024)
     found = planned(not_pairable, x, plan=lambda rows: LinearPlan(rows, rows // 2, (), (rows // 2, rows)))
     whole = planned(not_pairable, x, plan=resident)
-    half_s, whole_s = bounds(not_pairable, found).accelerator_s, bounds(not_pairable, whole).accelerator_s
+    context = replace(found.context, profile=replace(PROFILE, link=replace(PROFILE.link, view_s=view_s)))
+    half_s, whole_s = floor(found.module, context).accelerator_s, bounds(not_pairable, whole).accelerator_s
     costs = require(found.context.costs, "annotate_costs")
     products_s = sum(costs[info(node).position].accelerator_s for node in found.nodes(LINEAR)) / 2
-    assert half_s == pytest.approx(whole_s - products_s + len(LAYERS) * PROFILE.accelerator.launch_s)
+    launch_s = PROFILE.accelerator.launch_s
+    read_s = min(view_s, launch_s + products_s / len(LAYERS))
+    assert (read_s == view_s) == (view_s == 1e-6)
+    assert half_s == pytest.approx(whole_s - products_s + len(LAYERS) * (launch_s + read_s))
 
 
 def test_what_a_short_ring_does_not_hold_comes_behind_the_rest_of_the_path() -> None:

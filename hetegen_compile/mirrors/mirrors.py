@@ -112,7 +112,7 @@ class Mirrors:
         if record is None:
             return
         if record.base is not None:
-            record.versions.clear()  # all other views show the step's write, too
+            record.forget_versions()  # all other views show the step's write, too
         record.note(tensor)
         self._records.changed(record)
         geometry = geometry_of(tensor)
@@ -164,7 +164,8 @@ class Mirrors:
     def check(self, known: Iterable[Tensor] = ()) -> None:
         """Compare all fingerprints with the host's bytes; what was changed unseen is uploaded at its next use.
 
-        A change that a version of the tensors ``known`` shows is none of these.
+        A change that a version shows, of the tensors ``known`` or of those that others have, is none of these: nobody
+        has asked for the tensor since.
         """
         for tensor in known:
             if self._records.get(storage_key(tensor)) is not None:
@@ -175,8 +176,9 @@ class Mirrors:
                 self._records.drop(key)
                 continue
             changed = [h for h in record.held.values() if h.fingerprint and not h.fingerprint.matches(storage)]
-            if changed:
+            if changed and not record.was_written:
                 logger.warning("%s was written in a way that torch does not see: uploaded again", changed[0].name)
+            if changed:
                 self._records.drop(key)
 
     def forget(self, tensors: Iterable[Tensor] | None = None) -> None:

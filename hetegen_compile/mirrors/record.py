@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +38,8 @@ class Record:
 
     ``base`` lies in memory as the host's storage does. Tensors that share a storage may have version counters of their
     own (parameters that were made parts of one flat tensor, or one of another's ``data``): ``versions`` are those that
-    each tensor and each geometry was last seen with, ``version`` is the last of them and stands for those not seen yet.
+    each tensor and each geometry was last seen with, ``version`` is the last of them and stands for those not seen yet;
+    ``noted`` are the tensors themselves, or those that they are views of, as long as somebody else has them.
     ``used`` and ``returned`` are the last step that asked for the storage and the one that made it; ``stands`` says
     that a plan relies on it without asking.
     """
@@ -46,6 +48,7 @@ class Record:
     address: int
     version: Any = None
     versions: dict[Geometry | tuple[Geometry, int], Any] = field(default_factory=dict)
+    noted: dict[tuple[Geometry, int], weakref.ref[Tensor]] = field(default_factory=dict)
     base: Value = None
     held: dict[Geometry, Held] = field(default_factory=dict)
     base_bytes: int = 0
@@ -77,9 +80,24 @@ class Record:
         itself = geometry, int(tensor._cdata)
         known = self.versions.get(itself, self.versions.get(geometry, self.version))
         if len(self.versions) > _MOST_VERSIONS:  # views that are made anew for each step
-            self.versions.clear()
+            self.forget_versions()
         self.version = self.versions[geometry] = self.versions[itself] = version
+        self.noted[itself] = weakref.ref(tensor if tensor._base is None else tensor._base)  # they share the counter
         return same_version(known, version)
+
+    def forget_versions(self) -> None:
+        """Nothing is known of how tensors were last seen, but for the last of them."""
+        self.versions.clear()
+        self.noted.clear()
+
+    @property
+    def was_written(self) -> bool:
+        """Whether one of the tensors has another version now: a write that torch sees."""
+        tensors = ((itself, reference()) for itself, reference in self.noted.items())
+        return any(
+            not same_version(self.versions.get(itself), version_of(tensor)) for itself, tensor in tensors
+            if tensor is not None
+        )  # fmt: skip
 
     def empty(self) -> None:
         """Let go of everything held; what tensors were when they were noted stays known."""

@@ -335,6 +335,36 @@ def test_what_a_version_shows_is_not_called_unseen_when_a_graph_is_compiled(capl
     assert "does not see" not in caplog.text
 
 
+def test_what_a_version_shows_of_another_model_is_not_called_unseen(caplog: pytest.LogCaptureFixture) -> None:
+    """Compiling one model looks at what is held of all: nobody has asked for the other one's weights since."""
+    model, other, x = Mlp().eval(), Mlp(layers=3).eval(), random(2, 64)
+    backend = RecordingBackend()
+    for one in (model, other):
+        one.compile(backend=backend, options=emulated(gpu_memory=112 << 10, split=0.25, seed=None))
+    with torch.no_grad():
+        model(x)
+        assert backend.accelerator.counters.held_bytes["weights"] > 0
+        _copy_in_place(model)
+        other(x)
+        torch.testing.assert_close(model(x), model.forward(x))
+    assert "does not see" not in caplog.text
+
+
+def test_what_a_version_shows_of_a_cache_is_not_called_unseen(caplog: pytest.LogCaptureFixture) -> None:
+    """It is edited in place, and the next call needs another graph."""
+    model, backend = around(_growing), RecordingBackend()
+    model.compile(backend=backend, options=emulated(gpu_memory=2 * BUDGET, seed=None), dynamic=False)
+    cache = random(5, 64, seed=2)
+    with torch.no_grad():
+        for tokens in (2, 3):
+            expected = model.forward(random(tokens, 64), cache)
+            result, cache = model(random(tokens, 64), cache)
+            torch.testing.assert_close((result, cache), expected)
+            cache[:1].zero_()
+    assert len(backend.graphs) == 2
+    assert "does not see" not in caplog.text
+
+
 @pytest.mark.parametrize("budget", [40 << 10, 200 << 10])
 def test_parameters_that_are_parts_of_one_tensor(budget: int) -> None:
     """Each has a version counter of its own. They are streamed, stay and change one by one, as others do."""

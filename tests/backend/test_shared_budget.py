@@ -14,6 +14,7 @@ from hetegen_compile.accelerators.emulated import EmulatedAccelerator
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.passes.plans import OTHERS
 from tests.backend.modules import Linear, Mlp, around, random
+from tests.backend.test_deleted_models import breaks_in_a_helper
 from tests.models.harness import RecordingBackend, emulated, new_schedules
 
 
@@ -146,6 +147,20 @@ def test_a_model_that_is_compiled_again_has_its_new_budget() -> None:
     run(compiled[2], 2, budgets[2])
     assert len(backend.graphs) == 3
     assert backend.accelerator.counters.uploaded_bytes["weights"] > weights
+
+
+def test_a_model_of_several_graphs_that_is_compiled_again_has_its_new_budget() -> None:
+    """The first of its new graphs shares no weight with the others, which state the old budget."""
+    model, backend = around(breaks_in_a_helper), RecordingBackend()
+    with torch.no_grad():
+        for budget, tokens in ((24 << 10, 2), (400 << 10, 200)):
+            model._compiled_call_impl = None
+            model.compile(backend=backend, options=emulated(gpu_memory=budget, seed=1))
+            x = random(tokens, 64)
+            torch.testing.assert_close(model(x), model.forward(x), rtol=1e-4, atol=1e-5)
+    assert len(backend.graphs) > 3
+    assert backend.accelerator.counters.uploaded_bytes["weights"] > 0
+    assert 24 << 10 < backend.accelerator.counters.peak_bytes <= 400 << 10
 
 
 def test_the_smaller_of_two_budgets_holds_for_both() -> None:

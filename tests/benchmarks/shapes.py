@@ -21,6 +21,7 @@ _WIDTHS = {
 
 
 _WIDTHS["gptj"] = {"n_embd": 3072, "n_head": 12, "rotary_dim": 64, "vocab_size": 4096}
+_WIDTHS["falcon"] = {"hidden_size": 4544, "num_attention_heads": 71, "alibi": False, "bias": False, "vocab_size": 65024}
 _WIDTHS["mistral"] = _WIDTHS["llama"]
 
 

@@ -49,6 +49,13 @@ def test_plans_split_and_hold_what_was_asked_for() -> None:
         assert 0 < one.together_s < one.step_s
 
 
+def test_where_every_weight_is_resident_in_part() -> None:
+    """What such a split needs for activations is foreseen: everything had been streamed instead."""
+    (one,) = results([config("falcon", layers=2)], [load_profile("a10-xeon")], ["decode-1"], [0.6])
+    assert one.host_bytes > 0
+    assert one.ratio <= LIMITS["decode-1"][1]
+
+
 def written(path: Path, content: object) -> Path:
     path.write_text(json.dumps(content))
     return path

@@ -92,11 +92,14 @@ def test_the_ends_leave_nothing_on_the_other_side(wide: Case, share: float, host
     assert [plan.host for plan in splits_of(wide, share, residency(40_000)).values()] == host
 
 
-def test_auto_is_the_cost_models_balance(wide: Case) -> None:
+@pytest.mark.parametrize("resident", [0.0, 0.4])
+def test_auto_is_the_cost_models_balance(wide: Case, resident: float) -> None:
     assert wide.context.costs is not None
     slow_trip = replace(PROFILE, fixed_s_per_split=1e-7)
     base = again(wide, profile=slow_trip)
-    plans = splits_of(base, "auto", residency(40_000))
+    names = [str(node.args[1]) for node in wide.nodes(LINEAR)]
+    weights = {name: round((1 - resident) * rows) for name, rows in zip(names, ROWS, strict=True)} if resident else {}
+    plans = splits_of(base, "auto", residency(40_000, weights))
     for position, plan in plans.items():
         cost = wide.context.costs[position]
         problem = SplitProblem(
@@ -105,9 +108,10 @@ def test_auto_is_the_cost_models_balance(wide: Case) -> None:
             host_s_per_row=cost.host_s / plan.rows,
             link_s_per_row=cost.link_s / plan.rows,
             accelerator_s_per_row=cost.accelerator_s / plan.rows,
+            resident_rows=plan.resident_rows,
         )
         assert plan.host == solve_split(problem, row_granularity(plan.rows)).host_rows
-    assert any(0 < plan.host < plan.rows for plan in plans.values())  # or this proves nothing
+    assert any(0 < plan.host < plan.rows - plan.resident_rows for plan in plans.values())  # or this proves nothing
 
 
 def test_a_trip_that_costs_more_than_it_saves_is_not_made(wide: Case) -> None:
