@@ -66,7 +66,7 @@ class CapturedGraph:
         facts = InputFacts.of(placeholders, names, aliased_inputs(module.graph), frozenset(weights.values()))
         symbols = symbol_inputs(placeholders)
         sizes = {symbol: sympy.Integer(as_int(inputs[i])) for symbol, i in symbols.items()}
-        _, tokens = sequence_shape(placeholders, weights, sizes)
+        shape = sequence_shape(placeholders, weights, sizes)
         return cls(
             module=module,
             options=options,
@@ -77,7 +77,7 @@ class CapturedGraph:
             facts=facts,
             symbols=symbols,
             writes=host_writes(module.graph),
-            results=Results.of(module, tokens),
+            results=Results.of(module, shape.tokens if shape.fixed else 0),
         )
 
     def sizes(self, inputs: Sequence[Any]) -> Sizes:

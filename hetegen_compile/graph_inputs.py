@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -52,21 +52,31 @@ def symbol_inputs(placeholders: Sequence[fx.Node]) -> dict[sympy.Symbol, int]:
     }
 
 
+class SequenceShape(NamedTuple):
+    """What a graph is given: sequences, and tokens of each (0: unknown), which are ``fixed`` or those of this call."""
+
+    sequences: int
+    tokens: int
+    fixed: bool
+
+
 def sequence_shape(
     placeholders: Sequence[fx.Node], weights: Container[str], sizes: Mapping[sympy.Symbol, sympy.Integer]
-) -> tuple[int, int]:
-    """(sequences, tokens of each) that a graph is given, by its integer inputs [sequences, tokens].
+) -> SequenceShape:
+    """The sequences that a graph is given, by its integer inputs [sequences, tokens].
 
-    Without such inputs the first of several dimensions counts as sequences. 0 for what is unknown: the tokens where
-    their number is not fixed.
+    Where none has a fixed size the one of fewest tokens counts (a mask has one for each token in a cache, too). Without
+    such inputs the first of several dimensions counts as sequences, and their tokens are unknown.
     """
     several = _of_several_dimensions(placeholders, weights)
-    ids = [tensor for tensor in several if _is_ids(tensor)]
-    fixed = [tensor for tensor in ids if all(isinstance(size, int) for size in tensor.shape)]
-    if not several:
-        return 0, 0
-    first = (fixed or ids or several)[0]
-    return number(to_expr(first.shape[0]), sizes), int(first.shape[1]) if fixed else 0
+    shapes = [tuple(number(to_expr(size), sizes) for size in tensor.shape[:2]) for tensor in several]
+    ids = [(tensor, shape) for tensor, shape in zip(several, shapes, strict=True) if _is_ids(tensor)]
+    fixed = [shape for tensor, shape in ids if all(isinstance(size, int) for size in tensor.shape)]
+    if fixed:
+        return SequenceShape(*fixed[0], True)
+    if ids:
+        return SequenceShape(*min((shape for _, shape in ids), key=lambda shape: shape[1]), False)
+    return SequenceShape(shapes[0][0] if shapes else 0, 0, False)
 
 
 def sequence_symbols(placeholders: Sequence[fx.Node], weights: Container[str]) -> frozenset[sympy.Symbol]:

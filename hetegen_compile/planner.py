@@ -133,12 +133,13 @@ class Planner:
     def _with_room(self, context: Context, *, spare: bool) -> Context:
         """The context with the sizes that the budget has to hold."""
         placeholders = self._module.graph.find_nodes(op="placeholder")
-        sequences, tokens = sequence_shape(placeholders, context.weights, context.sizes)
-        limits = size_limits(self._module, context.sizes)
+        shape = sequence_shape(placeholders, context.weights, context.sizes)
+        limits = size_limits(self._module, context.sizes, context.options.context)
         lengths = context.sizes.keys() - self._tokens.free_symbols - sequence_symbols(placeholders, context.weights)
         largest = largest_sizes(self._tokens, context, limits, lengths, spare=spare)
         return replace(
-            context, largest=largest, lengths=lengths, sequences=sequences, tokens_per_sequence=tokens, spare=spare
+            context, largest=largest, lengths=lengths, sequences=shape.sequences, tokens_per_sequence=shape.tokens,
+            spare=spare,
         )
 
 

@@ -65,7 +65,7 @@ def _run_noted(runtime: Runtime, plan: StepPlan, inputs: Sequence[Any]) -> Any:
 
 def _run(runtime: Runtime, plan: StepPlan, inputs: Sequence[Any]) -> Any:
     accelerator, mirrors, carried, bound = runtime.accelerator, runtime.mirrors, runtime.carried, plan.bound
-    accelerator.limit_memory(plan.budget_bytes)
+    accelerator.limit_memory(plan.limit_bytes)
     started = carried.begin_step(bound, inputs, plan.room.activation_bytes)
     mirrors.begin_step()
     taken = runtime.ledger.ring_bytes + plan.room.activation_bytes

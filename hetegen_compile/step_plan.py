@@ -27,7 +27,8 @@ class StepPlan:
     Attributes:
         first_rows: of each resident weight, by its position among the inputs: from which row on the plan needs it.
         values: fetches the device values that a step takes.
-        budget_bytes: the limit that it was made for, what the device's libraries take not counted.
+        budget_bytes: what it was made for, without what the device's libraries take and what was not foreseen.
+        limit_bytes: what its steps may hold.
         epoch: of the ledger when all of this was last looked at.
     """
 
@@ -39,6 +40,7 @@ class StepPlan:
     values: StepValues
     ring_bytes: int
     budget_bytes: int
+    limit_bytes: int
     epoch: int
 
     @classmethod
@@ -57,6 +59,7 @@ class StepPlan:
             values=StepValues(bound, graph.facts, {}),
             ring_bytes=residency.ring_bytes,
             budget_bytes=context.usable_bytes,
+            limit_bytes=context.limit_bytes,
             epoch=runtime.ledger.epoch,
         )
         plan._look_up(runtime, inputs)

@@ -249,7 +249,7 @@ class StepPlans:
         reference = None if anchor is None else StorageWeakRef(anchor.untyped_storage())
         runtime, context = self.runtime, base.context
         residency = require(context.residency, "choose_residency")
-        runtime.accelerator.limit_memory(context.usable_bytes)
+        runtime.accelerator.limit_memory(context.limit_bytes)
         runtime.ledger.enter(self, part, residency, self._own_bytes, reference)
         runtime.reserve(runtime.ledger.ring_bytes, context.usable_bytes)
         if part[1] not in self._models:

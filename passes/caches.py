@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
@@ -28,6 +28,11 @@ class Forward:
     length: int
     padded: bool = False
     follows: bool = True
+
+    @property
+    def before(self) -> Forward:
+        """The forward before it, as far as the lengths of caches go."""
+        return replace(self, length=self.length - self.tokens)
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,8 @@ def _returned(module: fx.GraphModule, context: Context) -> Iterator[tuple[int, C
             if tensor.dim() >= CACHE_DIMS and key not in inputs:
                 tokens, nbytes = max(1, shape_of(tensor, context)[TOKENS]), context.room(tensor_bytes(tensor))
                 grows = key not in written and tokens == context.tokens_per_sequence and not longer
-                yield key, Cache(nbytes, tokens, grows, window, key in written)
+                kept = None if window is None else int(context.number(window))
+                yield key, Cache(nbytes, tokens, grows, kept, key in written)
 
 
 def caches_grow(module: fx.GraphModule, context: Context) -> bool:

@@ -26,10 +26,20 @@ from hetegen_compile.passes.caches import caches_grow
 from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, forced_split, table_only
 from hetegen_compile.passes.claims import Claim
 from hetegen_compile.passes.context import Context
-from hetegen_compile.passes.plans import MIRRORED, OTHERS, RESIDENT, RING, STAGED_CHUNK_BYTES, Residency, step_bytes
+from hetegen_compile.passes.plans import (
+    BATCHES,
+    GROWTH,
+    MIRRORED,
+    OTHERS,
+    RESIDENT,
+    RING,
+    STAGED_CHUNK_BYTES,
+    Residency,
+    step_bytes,
+)
 from hetegen_compile.passes.residency_orders import LinearWork, ordered_claims
 from hetegen_compile.passes.residency_shares import residency_shares
-from hetegen_compile.passes.step_memory import mirrored_size, step_memory
+from hetegen_compile.passes.step_memory import foresees_steps, mirrored_size, step_memory
 from hetegen_compile.passes.unsplit_weights import other_weights, seconds_saved, stacked_weights, without_use
 
 BEFORE_LINEARS = -1
@@ -62,7 +72,7 @@ class _Sharing:
         self._others = other_weights(module, context)
         self._unsplit = [*self._others, *self._stacks]
         self._mirrored = mirrored_size(module, weights, context, self._unsplit)
-        self._fixed = {**step_memory(module, weights, context, self._mirrored), **context.overhead_bytes}
+        self._fixed = {**step_memory(module, weights, context, self._mirrored, self._unsplit), **context.overhead_bytes}
         self._smallest = _WINDOW * max((_smallest_chunk(weight) for weight in weights), default=0)
         tables = [node for node in module.graph.find_nodes(op="placeholder") if table_only(node, context)]
         self._tables = {node.name: 0 if node in weights else value_bytes(node, context) for node in tables}
@@ -236,15 +246,31 @@ def aligned(nbytes: int) -> int:
 
 def _budget_error(fixed: Mapping[str, int], smallest: int, module: fx.GraphModule, context: Context) -> BudgetError:
     items = "; ".join(f"{name}: {format_bytes(nbytes)}" for name, nbytes in fixed.items() if nbytes)
-    need = sum(fixed.values()) + smallest
+    need, budget = sum(fixed.values()) + smallest, context.budget_bytes
+    given = format_bytes(budget) if format_bytes(budget) != format_bytes(need) else f"{budget} bytes"
     unstated = context.options.context is None and caches_grow(module, context)
     growth = ". A cache that grows beyond this forward needs more: options={'context': tokens} counts it"
+    foreseen = fixed[BATCHES] or (fixed[GROWTH] and foresees_steps(module, context))
+    bound = ", with a bound for forwards that there is no graph of yet" if foreseen else ""
     return BudgetError(
-        f"gpu_memory={format_bytes(context.budget_bytes)} cannot hold what a step needs on the accelerator: "
+        f"gpu_memory={given} cannot hold what a step needs on the accelerator: "
         f"{items}; {RING} (two of the smallest slots at least): {format_bytes(smallest)}. "
-        f"The smallest budget that works is {need} bytes ({format_bytes(need)}): "
-        f"set options={{'gpu_memory': {need}}} or use a smaller batch or context{growth if unstated else ''}"
+        f"The smallest budget that works is {need} bytes ({format_bytes(need)}){bound}: "
+        f"set options={{'gpu_memory': {need}}} or use a smaller batch or context"
+        f"{_beyond_what_is_stated(context)}{growth if unstated else ''}"
     )
+
+
+def _beyond_what_is_stated(context: Context) -> str:
+    """Which sizes of this forward no budget was named for, "" if none."""
+    stated, found = context.options, []
+    cached = [int(context.sizes[symbol]) for symbol in context.lengths]
+    tokens = max([context.tokens_per_sequence, *cached])
+    if stated.context is not None and tokens > stated.context:
+        found.append(f"{tokens} tokens, context={stated.context}")
+    if context.tokens_per_sequence and context.sequences > stated.max_batch:
+        found.append(f"{context.sequences} sequences, max_batch={stated.max_batch}")
+    return f". This forward is larger than the options say: {'; '.join(found)}" if found else ""
 
 
 def _gain(linear: fx.Node, context: Context) -> float:

@@ -20,7 +20,7 @@ from hetegen_compile.options import Options
 from hetegen_compile.passes.claims import HostWeights, ResidentWeights
 from hetegen_compile.passes.expressions import evaluate
 from hetegen_compile.passes.findings import Block, Costs, Effects, MemoryNeed, Prediction
-from hetegen_compile.passes.plans import Placement, Residency, Splits
+from hetegen_compile.passes.plans import UNFORESEEN, Placement, Residency, Splits
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Context:
 
     ``largest`` are the sizes that the budget has room for, ``spare`` says whether beyond what the options state;
     ``lengths`` are the sizes that grow from step to step (of caches and masks); ``sequences`` are those of this call,
-    ``tokens_per_sequence`` those of a graph of fixed sizes (0: unknown).
+    ``tokens_per_sequence`` those that each of them gets (0: unknown).
     ``activation_bytes`` is what a schedule of the same graph is known to need for activations (None: an estimate is
     made); ``lean`` asks for the smallest ring and no resident weights; without ``share_trips`` each Linear has a
     trip of its own. ``overhead_bytes`` is what the device's libraries take of the budget, item by item; ``device`` is
@@ -116,8 +116,22 @@ class Context:
 
     @property
     def usable_bytes(self) -> int:
-        """The budget less what the device's libraries take of it."""
+        """The budget less what the device's libraries take of it and what is kept for what was not foreseen."""
         return self.budget_bytes - sum(self.overhead_bytes.values())
+
+    @property
+    def limit_bytes(self) -> int:
+        """What a step may hold: what was not foreseen, too."""
+        return self.usable_bytes + self.overhead_bytes.get(UNFORESEEN, 0)
+
+    @property
+    def largest_twice(self) -> bool:
+        """Whether room is kept for the largest value once more.
+
+        A GPU's memory goes through torch's allocator: what is free may lie in pieces, and what came up on another
+        stream may be given back later than the host lets go of it. The emulated accelerator counts what is alive.
+        """
+        return self.device.type == "cuda"
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:

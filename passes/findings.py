@@ -104,19 +104,18 @@ class MemoryNeed:
     Attributes:
         lives: (first point, last point, bytes) of each value, in points of issue order.
         workspace: for each node that has inner values, their most bytes at once.
+        largest_twice: whether the largest value counts once more (``Context.largest_twice``).
     """
 
     lives: tuple[Life, ...]
     workspace: Mapping[fx.Node, sympy.Expr | int]
+    largest_twice: bool = False
 
     def peak_bytes(self, nbytes: Callable[[sympy.Expr], float]) -> int:
-        """Most bytes at one point, ``nbytes`` evaluating the sizes; the largest value counts once more.
-
-        (The host runs ahead of the streams, so a value may be made before the one that it replaces is gone.)
-        """
+        """Most bytes at one point, ``nbytes`` evaluating the sizes."""
         known = {size: int(nbytes(size)) for size in {size for _, _, size in self.lives}}
         peak = most_at_once((born, dies, known[size]) for born, dies, size in self.lives)
-        return peak + max(known.values(), default=0)
+        return peak + (max(known.values(), default=0) if self.largest_twice else 0)
 
 
 @dataclass(frozen=True)

@@ -26,21 +26,24 @@ class HeldValues:
         values: the memory of each node's result, a list of them where the result is a list.
         events: the transfers and tokens that have been started.
         memories: all memory there has been.
+        scratch: places, and nodes that made more there than their results.
+        place: in issue order; the members of a segment have places of their own.
     """
 
     def __init__(self, accesses: Accesses) -> None:
         self._accesses = accesses
-        self._place = 0
+        self.place = 0
         self.inputs: dict[int, Memory] = {}
         self.mirrors: dict[object, Memory] = {}
         self.values: dict[fx.Node, Held | list[Held]] = {}
         self.events: dict[fx.Node, Event] = {}
         self.memories: list[Memory] = []
+        self.scratch: list[tuple[int, fx.Node]] = []
 
     def advance(self) -> int:
         """Go on to the next place in issue order; the members of a segment have places of their own."""
-        self._place += 1
-        return self._place
+        self.place += 1
+        return self.place
 
     def of(self, node: fx.Node) -> Iterator[tuple[int | None, Memory]]:
         """Storage and memory of everything that a node's result lies in."""
@@ -50,7 +53,7 @@ class HeldValues:
 
     def new(self, node: fx.Node, side: Side, access: Access, **more: Any) -> Memory:
         """Memory that ``node`` is the first to hold."""
-        memory = Memory(side, access, self._place, used=self._place, nodes=[node], **more)
+        memory = Memory(side, access, self.place, used=self.place, nodes=[node], **more)
         self.memories.append(memory)
         return memory
 
@@ -91,11 +94,18 @@ class HeldValues:
             held[None] = self.new(node, side, access)
         self.values[node] = held
 
-    def copy(self, operand: fx.Node, access: Access, *, lends: bool) -> Held:
-        """What a transfer of ``operand`` brings to the other side; one that ``lends`` may show the memory itself."""
-        side: Side = "accelerator" if lends else "host"
+    def pass_on(self, node: fx.Node, part: fx.Node) -> None:
+        """``node`` is ``part`` under another name: that of a value of the program."""
+        (memory,) = (memory for _, memory in self.of(part))
+        memory.nodes.append(node)
+        keys: Iterable[int | None] = info(node).storages or (None,)
+        self.values[node] = dict.fromkeys(keys, memory)
+
+    def copy(self, operand: fx.Node, access: Access, *, lent_by: fx.Node | None) -> Held:
+        """What a transfer of ``operand`` brings to the other side; one that lends may show the memory itself."""
+        side: Side = "host" if lent_by is None else "accelerator"
         return {
-            key: self.new(operand, side, access, version=memory.version, borrowed=lends)
+            key: self.new(operand, side, access, version=memory.version, lent_by=lent_by)
             for key, memory in self.of(operand)
         }
 
@@ -108,7 +118,7 @@ class HeldValues:
     def use(self, memories: Iterable[Memory], place: int | None = None) -> None:
         """Memory is in use up to here, or up to a later ``place``."""
         for memory in memories:
-            memory.used = self._place if place is None else place
+            memory.used = self.place if place is None else place
 
     # ---- accesses --------------------------------------------------------------------------------------------
 
@@ -131,7 +141,7 @@ class HeldValues:
                 if memory.side != side:
                     raise elsewhere(user, operand, side, memory.side)
                 self._accesses.read(memory, access)
-                memory.used = self._place
+                memory.used = self.place
                 if position is not None:
                     self._accesses.check_version(user, key, memory, position)
                 read.append(memory)
@@ -141,7 +151,7 @@ class HeldValues:
         """Memory shows the program's write at position ``version`` from here on."""
         self._accesses.write(memory, access)
         memory.version = version
-        memory.used = self._place
+        memory.used = self.place
 
     def refuse_transfer(self, user: fx.Node, operand: fx.Node) -> None:
         """A transfer is not a value before somebody has waited for it."""

@@ -8,7 +8,7 @@ A value lives from the node that makes its storage to the last node that touches
 until the host has waited; what becomes a mirror, all the time, since in the next step it is there from the
 start: a prefill's plan then holds for the decode steps after it. What goes up from the host may be made as soon as
 the host has the operands for it, that is while the accelerator is still at the last download that the host has
-waited for. Inner values of segments have points of their own between those of the schedule's nodes, as if
+waited for; a small transfer is read where it lies and takes nothing. Inner values of segments have points of their own between those of the schedule's nodes, as if
 nothing were fused, and operations of several kernels count all that these make: an upper bound for compiled
 code. Parts of a Linear and what puts them together count what their kernels make beside their result.
 """
@@ -31,6 +31,7 @@ from hetegen_compile.passes.annotate_costs import value_size
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import Life, MemoryNeed
 from hetegen_compile.passes.liveness import larger, storage_lives
+from hetegen_compile.passes.pieces import passed_on, taken_by
 
 _NOT_VALUES = (
     ir.MIRROR, ir.RESIDENT, ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.WAIT, ir.RELEASE,
@@ -98,6 +99,8 @@ class _Meter:
         lives = {call: segment_lives(segment) for call, segment in self._segments.items()}
         self._inner = {call: found.inner for call, found in lives.items()}
         self._bases = {key: size for found in lives.values() for key, size in found.storages.items()}
+        own = (*self._nodes, *(node for segment in self._segments.values() for node in segment.graph.nodes))
+        self._written = frozenset[int]().union(*(info(node).writes for node in own))
         self._points = self._points_of_nodes()
         self._end = max(last for _, last in self._points.values())
         self._received = self._worker_has_received()
@@ -107,7 +110,7 @@ class _Meter:
         workspace = {node: size for node in self._nodes if (size := self._workspace(node))}
         lives = [*self._values(), *self._inner_lives()]
         lives += [(*self._points[node], size) for node, size in workspace.items() if node.op != "call_module"]
-        return MemoryNeed(tuple(lives), workspace)
+        return MemoryNeed(tuple(lives), workspace, self._context.largest_twice)
 
     def _points_of_nodes(self) -> dict[fx.Node, tuple[int, int]]:
         """First and last point of each node: a segment has one for each of its own nodes."""
@@ -149,7 +152,8 @@ class _Meter:
 
     def _values(self) -> list[Life]:
         mirrored = frozenset[int]().union(*(info(node).storages for node in self._nodes if node.target == ir.MIRROR))
-        own: dict[object, Life] = {}
+        pieces: dict[object, list[fx.Node]] = {}
+        same: dict[object, object] = {}
         for node in self._nodes:
             if info(node).side != "accelerator" or node.op == "call_module" or node.target in _NOT_VALUES:
                 continue
@@ -157,17 +161,42 @@ class _Meter:
             if keys & mirrored:
                 continue
             key: object = keys or node
-            born, dies, size = own.get(key, (self._end, 0, sympy.Integer(0)))
-            born = min(born, self._born(node))
+            part = passed_on(node, self._written)
+            if part is not None:
+                same[key] = _resolved(info(part).storages or part, same)
+            pieces.setdefault(_resolved(key, same), []).append(node)
+        return [self._life(nodes) for nodes in pieces.values()]
+
+    def _life(self, nodes: Sequence[fx.Node]) -> Life:
+        """That of a piece of memory, by the values that lie in it."""
+        size: sympy.Expr = sympy.Integer(0)
+        for node in nodes:
             # a value may be a view of something larger that only its segment saw
-            whole = [value_size(node), *(self._bases[storage] for storage in keys if storage in self._bases)]
-            own[key] = born, max(dies, self._last_use(node)), functools.reduce(larger, whole, size)
-        return list(own.values())
+            whole = [value_size(node), *(self._bases[key] for key in info(node).storages if key in self._bases)]
+            size = functools.reduce(larger, whole, size)
+        transfer = self._sent_by(nodes)
+        size = size if transfer is None else taken_by(transfer, size)
+        return min(map(self._born, nodes)), max(map(self._last_use, nodes)), size
+
+    def _sent_by(self, nodes: Sequence[fx.Node]) -> fx.Node | None:
+        """The transfer that a piece of memory came up with, views of it included; None: some of it is made there."""
+        keys = frozenset[int]().union(*(info(node).storages for node in nodes))
+        waits: set[fx.Node] = set()
+        for node in nodes:
+            made_by = _maker(node)
+            if made_by.target == ir.WAIT_ACCELERATOR:
+                waits.add(made_by)
+            elif made_by.op == "call_module":
+                if not any(info(given).storages & keys for given in made_by.all_input_nodes):
+                    return None
+            elif passed_on(node, self._written) is None:
+                return None
+        return waits.pop().all_input_nodes[0] if len(waits) == 1 else None
 
     def _born(self, node: fx.Node) -> int:
         if any(user.target == ir.TWIN for user in node.users):
             return 0
-        made_by = node.args[0] if node.target is operator.getitem and isinstance(node.args[0], fx.Node) else node
+        made_by = _maker(node)
         if made_by.target == ir.WAIT_ACCELERATOR:
             return self._behind[made_by.all_input_nodes[0]]
         return self._points[made_by][0]
@@ -184,7 +213,7 @@ class _Meter:
 
     def _workspace(self, node: fx.Node) -> sympy.Expr:
         if node.op == "call_module":
-            inner = MemoryNeed(tuple(self._inner.get(node, ())), {})
+            inner = MemoryNeed(tuple(self._inner.get(node, ())), {}, self._context.largest_twice)
             return sympy.Integer(inner.peak_bytes(self._context.room)) if inner.lives else sympy.Integer(0)
         if node.target == ir.PARTIAL_LINEAR:
             return _partial_size(node)
@@ -193,6 +222,15 @@ class _Meter:
         if node.target == ir.PAD:
             return _zeros_size(node)
         return sympy.Integer(0)
+
+
+def _maker(node: fx.Node) -> fx.Node:
+    """The node that made a value, which may be an item of what that gave."""
+    return node.args[0] if node.target is operator.getitem and isinstance(node.args[0], fx.Node) else node
+
+
+def _resolved(key: object, same: Mapping[object, object]) -> object:
+    return same.get(key, key)
 
 
 def _partial_size(partial: fx.Node) -> sympy.Expr:

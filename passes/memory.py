@@ -40,7 +40,7 @@ class Memory:
     """One piece of memory on one side.
 
     ``born`` and ``used`` are places in issue order, ``nodes`` those that hold it (for its size). ``lent`` is the upload
-    that reads it to the end of the step, ``borrowed`` says that it may be a view of such memory, ``inner`` that it
+    that reads it to the end of the step, ``lent_by`` the one of whose source it may be a view, ``inner`` says that it
     does not leave its segment.
     """
 
@@ -51,7 +51,7 @@ class Memory:
     reads: dict[int, Access] = field(default_factory=dict)
     slot: Slot | None = None
     lent: fx.Node | None = None
-    borrowed: bool = False
+    lent_by: fx.Node | None = None
     is_input: bool = False
     inner: bool = False
     used: int = 0
@@ -79,6 +79,7 @@ class Accesses:
     def __init__(self, clocks: Clocks, effects: Effects) -> None:
         self._clocks = clocks
         self._effects = effects
+        self.written = effects.writes.keys()
         self.slots: list[Slot] = []
 
     # ---- reads and writes ----------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ class Accesses:
                 f"verify: {name_of(access.node)} writes what {name_of(memory.lent)} lent to the accelerator for the "
                 f"whole step; missing edge: the end of the step -> {access.node}"
             )
-        if memory.borrowed:
+        if memory.lent_by is not None:
             raise ScheduleError(
                 f"verify: {name_of(access.node)} writes {name_of(memory.written.node)}, which is a view of a host "
                 f"tensor; missing edge: a copy of it -> {access.node}"

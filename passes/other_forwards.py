@@ -13,12 +13,16 @@ says what its like takes then, by what it is made of:
 Fused attention is called with fakes of those sizes. Where it gets a mask that it did not get here (several sequences
 are padded, a static cache is longer than what it holds, a window is full), keys and values are repeated for the heads
 that share them, as transformers does then.
+
+A cache that no token goes into (of the encoder's states, of an image) is made once: later forwards get it, and what is
+computed for it alone is not computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from fractions import Fraction
+from itertools import accumulate
 from math import ceil, prod
 from typing import Literal, NamedTuple
 
@@ -29,7 +33,6 @@ from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes.annotate_costs import value_size
 from hetegen_compile.passes.caches import Cache, Forward, given_tensors, shape_of
 from hetegen_compile.passes.context import Context
-from hetegen_compile.passes.findings import most_at_once
 from hetegen_compile.passes.fused_attention import (
     Attention,
     Shape,
@@ -48,6 +51,8 @@ class _Kind(NamedTuple):
     cache: int | None = None
 
 
+IDS_DIMS = 2
+"""Tokens come as [sequences, tokens]."""
 MASK_BYTES = 8
 """Of one element of a mask that is given with a call."""
 
@@ -58,19 +63,24 @@ Life = tuple[int, int, int]
 class OtherForwards:
     """Forwards of the model that a graph was captured of, which got ``context.tokens_per_sequence`` tokens.
 
-    ``caches`` are those that it returns (``returned_caches``).
+    ``caches`` are those that it returns (``returned_caches``); what is made ``on_host`` for the host alone is not counted.
     """
 
-    def __init__(self, module: fx.GraphModule, context: Context, caches: Mapping[int, Cache]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, context: Context, caches: Mapping[int, Cache], on_host: Collection[fx.Node] = ()
+    ) -> None:
         self._context = context
         self._nodes: list[fx.Node] = list(module.graph.nodes)
         self._by_storage = caches
+        self._away = {node for node in on_host if all(user in on_host for user in node.users)}
         self.captured = Forward(self._tokens, self._tokens, follows=False)
         self._of_call: set[fx.Node] = set()
         self._kinds: dict[fx.Node, _Kind] = {}
         for node in self._nodes:
             self._kinds[node] = self._kind(node)
         self._held = {node: self._held_bytes(node) for node in self._nodes}
+        self._once = self._made_once()
+        self._again = self._computed_again() if self._once else set(self._nodes)
         self._scratch = {node: context.room(info(node).made_bytes - value_size(node)) for node in self._nodes
                          if info(node).made_bytes != 0}  # fmt: skip
 
@@ -79,14 +89,29 @@ class OtherForwards:
         return self._context.tokens_per_sequence
 
     def peak_bytes(self, forward: Forward) -> int:
-        """Most bytes of values at one time, the largest counted once more; caches are there all the time."""
+        """Most bytes of values at one time; caches are there all the time."""
+        return max(self.bytes_at(forward), default=0)
+
+    def bytes_at(self, forward: Forward) -> list[int]:
+        """Bytes of values at each place."""
         lives = [*self._values(forward), *self._operations(forward), *self._masks(forward)]
-        return most_at_once(lives) + max((nbytes for _, _, nbytes in lives), default=0)
+        change = [max((nbytes for _, _, nbytes in lives), default=0) if self._context.largest_twice else 0]
+        change += [0] * (len(self._nodes) + 1)
+        for born, dies, nbytes in lives:
+            change[born] += nbytes
+            change[dies + 1] -= nbytes
+        return list(accumulate(change))
 
     def linear_bytes(self, forward: Forward) -> int:
         """Most bytes of a Linear's input and output."""
-        linears = [node for node in self._nodes if node.target == LINEAR]
+        linears = [node for _, node in self._computed(forward) if node.target == LINEAR]
         return max((self._bytes(n, forward) + self._bytes(n.all_input_nodes[0], forward) for n in linears), default=0)
+
+    def idle_bytes(self, forward: Forward) -> int:
+        """Bytes of inputs of the captured forward that another one does not read."""
+        idle = [node for node in self._nodes if node.op == "placeholder" and node not in self._again]
+        given = [node for node in idle if node in self._of_call and node.users and given_tensors(node)]
+        return sum(int(self._context.number(value_size(node))) for node in given) if forward.follows else 0
 
     # ---- what the graph is made of -----------------------------------------------------------------------------
 
@@ -111,6 +136,32 @@ class OtherForwards:
         if any(shape[-2:] == (self._tokens, length) for shape in shapes for length in keys):
             return _Kind("pairs", source)
         return _Kind("tokens" if any(map(self._has_tokens, shapes)) else "fixed")
+
+    def _made_once(self) -> frozenset[int]:
+        """The storages of caches that no tokens go into."""
+        ids = {node for node in self._of_call if any(map(_is_ids, given_tensors(node)))}
+        for node in self._nodes:
+            if node.op != "output" and not ids.isdisjoint(node.all_input_nodes):
+                ids.add(node)
+        of_ids = frozenset[int]().union(*(info(node).storages for node in ids))
+        kept = {key for key, cache in self._by_storage.items() if not cache.grows and not cache.written}
+        return frozenset(kept - of_ids) if ids else frozenset()
+
+    def _computed_again(self) -> set[fx.Node]:
+        """What results depend on without what is made once."""
+        found: set[fx.Node] = set()
+        pending = [node for node in self._nodes if node.op == "output" or info(node).writes]
+        while pending:
+            node = pending.pop()
+            if node not in found and (node.op == "output" or not info(node).storages & self._once):
+                found.add(node)
+                pending += node.all_input_nodes
+        return found
+
+    def _computed(self, forward: Forward) -> list[tuple[int, fx.Node]]:
+        """The nodes that a forward computes on the accelerator, with their places."""
+        nodes = [(place, node) for place, node in enumerate(self._nodes) if node not in self._away]
+        return [(place, node) for place, node in nodes if not forward.follows or node in self._again]
 
     def _has_tokens(self, shape: Shape) -> bool:
         """Whether one of the sizes is one of tokens; the last, and that of sequences, may be equal by chance."""
@@ -143,7 +194,7 @@ class OtherForwards:
     def _values(self, forward: Forward) -> list[Life]:
         """Each storage that the graph makes."""
         lives: dict[int, Life] = {}
-        for place, node in enumerate(self._nodes):
+        for place, node in self._computed(forward):
             share = self._share(node, forward)
             for key, own in self._held[node]:
                 born, _, nbytes = lives.get(key, (place, place, 0))
@@ -157,7 +208,7 @@ class OtherForwards:
 
     def _operations(self, forward: Forward) -> Iterator[Life]:
         """What operations of several kernels make beside their results."""
-        for place, node in enumerate(self._nodes):
+        for place, node in self._computed(forward):
             if is_fused_attention(node):
                 call, padded = self._attention(node, forward)
                 yield from ((place, place, nbytes) for nbytes in (call.repeated_bytes() if padded else ()))
@@ -171,7 +222,7 @@ class OtherForwards:
 
     def _masks(self, forward: Forward) -> Iterator[Life]:
         """The largest mask that the captured graph does not have, and what it is made of: an integer for each token."""
-        calls = [self._attention(node, forward) for node in self._nodes if is_fused_attention(node)]
+        calls = [self._attention(node, forward) for _, node in self._computed(forward) if is_fused_attention(node)]
         masks = [call.mask for call, padded in calls if padded and call.mask is not None]
         sequences, _, tokens, length = max(masks, key=prod, default=(0, 0, 0, 0))
         yield 0, len(self._nodes), sequences * (tokens + MASK_BYTES * forward.padded) * length
@@ -195,6 +246,10 @@ class OtherForwards:
             None if mask is None else self._shape(mask), torch.bool if mask is None else mask.dtype,
             given["dropout_p"], bool(given["is_causal"]), given["scale"], bool(given["enable_gqa"]),
         )  # fmt: skip
+
+
+def _is_ids(tensor: Tensor) -> bool:
+    return tensor.dim() == IDS_DIMS and not tensor.dtype.is_floating_point
 
 
 def _longer(cache: Cache, forward: Forward) -> Fraction:

@@ -35,6 +35,7 @@ from hetegen_compile.passes.happens_before import (
 from hetegen_compile.passes.held_values import HeldValues
 from hetegen_compile.passes.memory import END, Accesses, Event, Memory
 from hetegen_compile.passes.movement import is_view
+from hetegen_compile.passes.pieces import passed_on
 from hetegen_compile.passes.replay_segments import SegmentMembers
 from hetegen_compile.passes.replay_slots import Slots
 
@@ -141,7 +142,11 @@ class Replay:
         elif operation.gives is Gives.SLOT:
             self.slots.fill(node, operation, access, read)
         elif operation.gives is Gives.NEW:
-            self.held.make(node, side_of(lane), access, ())
+            part = passed_on(node, self.accesses.written)
+            if part is None:
+                self.held.make(node, side_of(lane), access, ())
+            else:
+                self.held.pass_on(node, part)
         elif node.target == ir.CAUGHT_UP:
             if waited[0].access.lane != WORKER:
                 raise fault(node, f"waits for {name_of(waited[0].node)}, which the worker does not send", "none")
@@ -191,7 +196,7 @@ class Replay:
             memory.lent = node
         argument = node.args[0]
         listed = isinstance(argument, list | tuple)
-        copies = [self.held.copy(operand, access, lends=lends) for operand in nodes_in(argument)]
+        copies = [self.held.copy(operand, access, lent_by=node if lends else None) for operand in nodes_in(argument)]
         brings = copies if listed else copies[0]
         self.held.events[node] = Event(node, access, self._clocks.now(access.lane), brings, read)
 

@@ -1,4 +1,7 @@
-"""The members of a segment, replayed in program order: one launch touches their memory one after the other."""
+"""The members of a segment, replayed in program order: one launch touches their memory one after the other.
+
+What goes into the launch and what it returns is there all the time of it.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +26,21 @@ class SegmentMembers:
 
     def run(self, graph: fx.Graph) -> list[Held]:
         """Replay the members; returns the memory of the segment's results."""
-        operands = iter(nodes_in(self._call.args))
+        operands, start = iter(nodes_in(self._call.args)), self._values.place
         for member in graph.nodes:
             if member.op == "placeholder":
                 self._held[member] = held_in(self._values.values.get(next(operands)))
             elif member.op != "output":
                 self._member(member)
-        return [self._result(node) for node in nodes_in(graph.output_node().args[0])]
+        for operand in nodes_in(self._call.args):
+            self._values.use(memory for _, memory in self._values.of(operand))
+        return [self._result(node, start) for node in nodes_in(graph.output_node().args[0])]
 
-    def _result(self, node: fx.Node) -> Held:
+    def _result(self, node: fx.Node, start: int) -> Held:
         for memory in self._held[node].values():
+            memory.born = start if memory.inner else memory.born
             memory.inner = False
+        self._values.use(self._held[node].values())
         return self._held[node]
 
     def _member(self, member: fx.Node) -> None:
@@ -48,6 +55,8 @@ class SegmentMembers:
                 self._write(memory, notes.position)
             if key in notes.storages:
                 held.setdefault(key, memory)
+        if notes.made_bytes != 0:
+            self._values.scratch.append((place, member))
         for key in notes.storages - held.keys():
             held[key] = self._values.new(member, "accelerator", self._access, inner=True)
         self._held[member] = held

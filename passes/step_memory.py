@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from fractions import Fraction
+from math import ceil
 
 import sympy
 from torch import Tensor, fx
@@ -22,21 +24,39 @@ from hetegen_compile.passes.liveness import activation_peak_bytes
 from hetegen_compile.passes.other_forwards import MASK_BYTES, OtherForwards
 from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH, MIRRORED
 from hetegen_compile.passes.tensors import storage_id, to_expr
+from hetegen_compile.passes.unsplit_weights import computed_on_host
 
 
 def step_memory(
-    module: fx.GraphModule, weights: Iterable[fx.Node], context: Context, size: sympy.Expr
-) -> Mapping[str, int]:
-    """Bytes item by item. ``weights`` are the placeholders of the Linears' weights, ``size`` is ``mirrored_size``."""
+    module: fx.GraphModule, weights: Iterable[fx.Node], context: Context, size: sympy.Expr,
+    unsplit: Collection[fx.Node] = (),
+) -> Mapping[str, int]:  # fmt: skip
+    """Bytes item by item. ``weights`` are the placeholders of the Linears' weights, ``size`` is ``mirrored_size``.
+
+    What is computed with the weights ``unsplit`` alone is taken to be on the host in later forwards.
+    """
     known = context.activation_bytes
     activations = _estimated_activations(module, context) if known is None else known
-    later, more = _other_forwards(module, context, activations) if context.tokens_per_sequence else (0, activations)
+    later, more = 0, activations
+    if context.tokens_per_sequence:
+        names = {node.name for node in unsplit}
+        on_host = computed_on_host(list(module.graph.nodes), names, context.weights) if names else set()
+        later, more = _other_forwards(module, context, activations, on_host)
     return {
         MIRRORED: int(context.number(size)),
         ACTIVATIONS: activations,
         GROWTH: context.room(size) - int(context.number(size)) + later,
         BATCHES: _more_sequences(module, weights, context, activations + later, more),
     }
+
+
+def foresees_steps(module: fx.GraphModule, context: Context) -> bool:
+    """Whether steps after this forward are counted that another graph serves: those that get the caches it makes."""
+    return bool(context.tokens_per_sequence) and _makes_caches(returned_caches(module, context))
+
+
+def _makes_caches(caches: Mapping[int, Cache]) -> bool:
+    return any(cache.grows or cache.written for cache in caches.values())
 
 
 def mirrored_size(
@@ -95,30 +115,43 @@ def _more_sequences(
     return -(-context.options.max_batch * (given + padded) // now) - given - alone
 
 
-def _other_forwards(module: fx.GraphModule, context: Context, activations: int) -> tuple[int, int]:
+def _other_forwards(
+    module: fx.GraphModule, context: Context, activations: int, on_host: Collection[fx.Node]
+) -> tuple[int, int]:
     """Bytes that a step after one of fixed length (a prefill) takes beyond its activations; all bytes if padded.
 
-    What its schedule takes beyond the values of the captured graph it takes for one token, too.
+    What its schedule takes beyond the values of the captured graph it takes for one token, too: no more than in
+    proportion to what its Linears read and make, where those of a prompt are of something else (an encoder's states).
     """
     caches = returned_caches(module, context)
-    if not any(cache.grows or cache.written for cache in caches.values()):
+    if not _makes_caches(caches):
         return 0, activations
-    forwards = OtherForwards(module, context, caches)
-    tokens, captured = context.tokens_per_sequence, forwards.peak_bytes(forwards.captured)
-    scheduled = -(-max(0, activations - captured) // tokens)
+    forwards = OtherForwards(module, context, caches, on_host)
+    captured = forwards.peak_bytes(forwards.captured)
+    scheduled = max(0, activations - captured)
 
     def later(padded: bool) -> int:
         forward = _next(caches.values(), context, padded)
         if forward is None:
             return 0
-        comes = sum(cache.bytes_after(forward) for cache in caches.values() if cache.grows)
-        return comes + forwards.peak_bytes(forward) + scheduled + forwards.linear_bytes(forward)
+        comes = sum(cache.bytes_after(forward.before) for cache in caches.values() if cache.grows)
+        linear = forwards.linear_bytes(forward)
+        of_linears = Fraction(linear, max(1, forwards.linear_bytes(forwards.captured)))
+        share = min(Fraction(1, context.tokens_per_sequence), of_linears)
+        made = forwards.peak_bytes(forward) + ceil(scheduled * share) + linear
+        return comes + made - forwards.idle_bytes(forward)
 
     alone = max(0, later(False) - activations)
     if context.options.max_batch <= context.sequences:
         return alone, activations
-    masked = forwards.peak_bytes(replace(forwards.captured, padded=True)) - captured + _longest_mask_bytes(context)
-    return alone, max(activations + max(0, masked), later(True))
+    beyond = scheduled + forwards.linear_bytes(forwards.captured)
+    pairs = zip(forwards.bytes_at(forwards.captured), forwards.bytes_at(_padded(forwards.captured)), strict=True)
+    masked = max(min(activations, before + beyond) + after - before for before, after in pairs)
+    return alone, max(activations, masked + _longest_mask_bytes(context), later(True))
+
+
+def _padded(forward: Forward) -> Forward:
+    return replace(forward, padded=True)
 
 
 def _next(caches: Iterable[Cache], context: Context, padded: bool) -> Forward | None:
@@ -126,11 +159,11 @@ def _next(caches: Iterable[Cache], context: Context, padded: bool) -> Forward | 
     length = _longest(context)
     if not length and any(cache.grows for cache in caches):
         return None
-    return Forward(1, max(length + 1, context.tokens_per_sequence), padded)
+    return Forward(1, max(length, context.tokens_per_sequence), padded)
 
 
 def _longest(context: Context) -> int:
-    """Tokens of a cache that room is kept for; 0: none beyond those that are there."""
+    """Tokens of a cache, when a step is over, that room is kept for; 0: none beyond those that are there."""
     return context.options.context or (2 * context.tokens_per_sequence if context.spare else 0)
 
 

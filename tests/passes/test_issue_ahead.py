@@ -258,7 +258,7 @@ def test_the_verifier_counts_what_the_plan_does() -> None:
     found = ahead(chain, torch.randn(64, WIDTH))
     needed = measure_memory(found.module, found.context).peak_bytes(found.context.number)
     ring = found.context.residency.ring_bytes  # type: ignore[union-attr]
-    mirrored = len(LAYERS) * WIDTH * 4  # biases
+    mirrored = (len(LAYERS) + 64) * WIDTH * 4  # biases, x
     found.context = replace(found.context, budget_bytes=ring + needed + mirrored)
     found.apply(verify)
     found.context = replace(found.context, budget_bytes=ring + needed + mirrored - 1)
