@@ -66,7 +66,8 @@ class Case:
     def name(self) -> str:
         """Everything that differs, for people and for ``--case``."""
         parts = [self.model, self.cache or "dynamic", f"+{self.tokens}", "x".join(map(str, self.batches))]
-        return "-".join([*parts, *([] if self.stated else ["unstated"]), *([] if self.mode == "generate" else [self.mode])])
+        parts += [] if self.stated else ["unstated"]
+        return "-".join([*parts, *([] if self.mode == "generate" else [self.mode])])
 
     @property
     def options(self) -> dict[str, Any]:
@@ -88,7 +89,8 @@ def _cases() -> Iterator[Case]:
     for model in ("opt", "llama", "mistral"):
         yield Case(model, stated=False)
         yield Case(model, mode="dynamic", tokens=24)
-        yield Case(model, mode="marked", tokens=24)
+        if model != "mistral":  # torch refuses the mark: its window fixes the length
+            yield Case(model, mode="marked", tokens=24)
         yield Case(model, mode="dynamic", batches=(1, 4))
     yield from (Case(model, tokens=0, batches=(batch,)) for model in ("mlp", "llama") for batch in (1, 4))
 
@@ -157,7 +159,8 @@ class Use:
         ends: dict[int, list[Step]] = {}
         for step in self.steps:
             ends.setdefault(id(step.graph), []).append(step)
-        return max(_named_in(step.needs()) for steps in ends.values() for step in {id(s): s for s in (steps[0], steps[-1])}.values())
+        looked_at = [{id(step): step for step in (steps[0], steps[-1])}.values() for steps in ends.values()]
+        return max(_named_in(step.needs()) for steps in looked_at for step in steps)
 
     def tried(self, budget: int, **options: Any) -> tuple[str, int]:
         """("yes" or what is wrong with it, peak bytes) of the whole use with a budget."""

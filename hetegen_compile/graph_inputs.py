@@ -69,14 +69,19 @@ def sequence_shape(
     such inputs the first of several dimensions counts as sequences, and their tokens are unknown.
     """
     several = _of_several_dimensions(placeholders, weights)
-    shapes = [tuple(number(to_expr(size), sizes) for size in tensor.shape[:2]) for tensor in several]
+    shapes = [_first_two(tensor, sizes) for tensor in several]
     ids = [(tensor, shape) for tensor, shape in zip(several, shapes, strict=True) if _is_ids(tensor)]
     fixed = [shape for tensor, shape in ids if all(isinstance(size, int) for size in tensor.shape)]
     if fixed:
-        return SequenceShape(*fixed[0], True)
+        return SequenceShape(*fixed[0], fixed=True)
     if ids:
-        return SequenceShape(*min((shape for _, shape in ids), key=lambda shape: shape[1]), False)
-    return SequenceShape(shapes[0][0] if shapes else 0, 0, False)
+        return SequenceShape(*min((shape for _, shape in ids), key=lambda shape: shape[1]), fixed=False)
+    return SequenceShape(shapes[0][0] if shapes else 0, 0, fixed=False)
+
+
+def _first_two(tensor: Tensor, sizes: Mapping[sympy.Symbol, sympy.Integer]) -> tuple[int, int]:
+    sequences, tokens, *_ = (number(to_expr(size), sizes) for size in tensor.shape)
+    return sequences, tokens
 
 
 def sequence_symbols(placeholders: Sequence[fx.Node], weights: Container[str]) -> frozenset[sympy.Symbol]:

@@ -138,7 +138,11 @@ class Planner:
         lengths = context.sizes.keys() - self._tokens.free_symbols - sequence_symbols(placeholders, context.weights)
         largest = largest_sizes(self._tokens, context, limits, lengths, spare=spare)
         return replace(
-            context, largest=largest, lengths=lengths, sequences=shape.sequences, tokens_per_sequence=shape.tokens,
+            context,
+            largest=largest,
+            lengths=lengths,
+            sequences=shape.sequences,
+            tokens_per_sequence=shape.tokens,
             spare=spare,
         )
 

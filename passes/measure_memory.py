@@ -8,9 +8,10 @@ A value lives from the node that makes its storage to the last node that touches
 until the host has waited; what becomes a mirror, all the time, since in the next step it is there from the
 start: a prefill's plan then holds for the decode steps after it. What goes up from the host may be made as soon as
 the host has the operands for it, that is while the accelerator is still at the last download that the host has
-waited for; a small transfer is read where it lies and takes nothing. Inner values of segments have points of their own between those of the schedule's nodes, as if
-nothing were fused, and operations of several kernels count all that these make: an upper bound for compiled
-code. Parts of a Linear and what puts them together count what their kernels make beside their result.
+waited for; a small transfer is read where it lies and takes nothing. Inner values of segments have points of their
+own between those of the schedule's nodes, as if nothing were fused, and operations of several kernels count all that
+these make: an upper bound for compiled code. Parts of a Linear and what puts them together count what their kernels
+make beside their result.
 """
 
 from __future__ import annotations

@@ -63,7 +63,8 @@ Life = tuple[int, int, int]
 class OtherForwards:
     """Forwards of the model that a graph was captured of, which got ``context.tokens_per_sequence`` tokens.
 
-    ``caches`` are those that it returns (``returned_caches``); what is made ``on_host`` for the host alone is not counted.
+    ``caches`` are those that it returns (``returned_caches``); what is made ``on_host`` for the host alone does not
+    count.
     """
 
     def __init__(

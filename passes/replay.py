@@ -142,15 +142,18 @@ class Replay:
         elif operation.gives is Gives.SLOT:
             self.slots.fill(node, operation, access, read)
         elif operation.gives is Gives.NEW:
-            part = passed_on(node, self.accesses.written)
-            if part is None:
-                self.held.make(node, side_of(lane), access, ())
-            else:
-                self.held.pass_on(node, part)
+            self._make(node, lane, access)
         elif node.target == ir.CAUGHT_UP:
             if waited[0].access.lane != WORKER:
                 raise fault(node, f"waits for {name_of(waited[0].node)}, which the worker does not send", "none")
             self._worker_has_read(waited[0].access)
+
+    def _make(self, node: fx.Node, lane: int, access: Access) -> None:
+        part = passed_on(node, self.accesses.written)
+        if part is None:
+            self.held.make(node, side_of(lane), access, ())
+        else:
+            self.held.pass_on(node, part)
 
     def _worker_has_read(self, sent: Access | None) -> None:
         """What the worker's downloads read is in use until the host knows that it was ``sent`` on; else to the end."""
