@@ -61,7 +61,7 @@ def test_a_model_runs_with_every_kind_of_operation(tmp_path: Path, *, refuse_pin
     counters = backend.accelerator.counters
     assert backend.accelerator is accelerator
     assert counters.held_bytes["weights"] > 0, "some rows are resident"
-    assert counters.uploaded_bytes["weights"] > 4 * counters.held_bytes["weights"], "others are streamed each step"
+    assert counters.uploaded_bytes["weights"] > 3 * counters.held_bytes["weights"], "others are streamed each step"
     assert bool(counters.staged_bytes) == refuse_pins
     assert counters.trips_down == counters.trips_up == 4 * 4, "one trip for each Linear and step"
     assert {"on up", "on down", "host waits compute", "host waits down"} <= set(LOG)
