@@ -12,6 +12,7 @@ from typing import Any
 from torch import fx
 
 from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.passes.choose_splits import forced_host_rows
 from hetegen_compile.passes.context import Context, Refusal, require
 
 
@@ -31,10 +32,18 @@ def choose_staging(module: fx.GraphModule, context: Context) -> Mapping[str, str
             linears[weight.name] = node
     staged = context.host_memory.staged(linears, context.weights)
     for reason in dict.fromkeys(staged.values()):
-        same = [name for name in staged if staged[name] == reason and name not in residency.weights]
+        same = [name for name in staged if staged[name] == reason and _may_be_streamed(linears[name], context)]
         if not same:
             continue
         first = info(linears[same[0]]).module or same[0]
         where = f"{first} and {len(same) - 1} more" if len(same) > 1 else first
         context.refuse(Refusal(where, f"not pinned but streamed through the pinned ring: {reason}"))
     return staged
+
+
+def _may_be_streamed(linear: fx.Node, context: Context) -> bool:
+    """Whether some rows of a Linear's weight are neither resident nor put on the host by the options."""
+    weight: Any = linear.args[1]
+    rows = int(info(weight).value.shape[0])
+    first = require(context.residency, "choose_residency").weights.get(weight.name, rows)
+    return first > forced_host_rows(rows, context)

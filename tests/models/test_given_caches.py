@@ -97,7 +97,7 @@ def test_a_quantized_cache_and_beams() -> None:
         assert isinstance(found.past_key_values, QuantizedCache)
         return [found.sequences, _quantized(found.past_key_values)]
 
-    compiled_like_eager(model, run, options=emulated(gpu_memory=2 * half_the_weights(model)))
+    compiled_like_eager(model, run, options=emulated(gpu_memory=7 * half_the_weights(model) // 4))
 
 
 def _named(name: str, **config: str) -> Callable[[PreTrainedModel], dict[str, Any]]:

@@ -18,7 +18,8 @@ from hetegen_compile.passes.context import Refusal
 from hetegen_compile.passes.plans import GROWTH, STAGED_CHUNK_BYTES, Residency
 from tests.passes.graphs import PROFILE, Case, again, case, planned, quarters, scheduled, streamed
 
-LAYERS = nn.ModuleList([nn.Linear(256, 256) for _ in range(3)])
+ROWS = 256
+LAYERS = nn.ModuleList([nn.Linear(256, ROWS) for _ in range(3)])
 X = torch.randn(1, 256)
 BUDGET = {"activations": 0, GROWTH: 0}
 
@@ -76,9 +77,16 @@ def test_each_reason_is_told_once() -> None:
 
 
 def test_rows_resident_beside_a_forced_host_share_are_asked_for_and_not_told() -> None:
-    found = undecided(Answer(("r", "r", "r")), resident={0: 128, 1: 128, 2: 128})
+    found = undecided(Answer(("r", "r", "r")), resident=dict.fromkeys(range(3), ROWS // 2))
+    found.context = replace(found.context, options=replace(found.context.options, split=0.5))
     assert len(found.apply(choose_staging)) == 3
     assert found.refusals == []
+
+
+def test_rows_beside_resident_ones_are_told() -> None:
+    found = undecided(Answer(("r", "r", "r")), resident=dict.fromkeys(range(3), ROWS // 2))
+    assert len(found.apply(choose_staging)) == 3
+    assert [refusal.where.endswith(" and 2 more") for refusal in found.refusals] == [True]
 
 
 @pytest.mark.parametrize("answer", [None, Answer(())])
