@@ -63,7 +63,8 @@ def _per_module_s(module: fx.GraphModule, context: Context) -> float:
 def _table_bytes(module: fx.GraphModule, context: Context) -> list[int]:
     """Bytes of the tables that lookups read."""
     lookups = [node for node in module.graph.nodes if "embedding" in info(node).aten]
-    tables = {operand for node in lookups for operand in node.all_input_nodes if operand.op == "placeholder"}
+    operands = (operand for node in lookups for operand in node.all_input_nodes)
+    tables = dict.fromkeys(operand for operand in operands if operand.op == "placeholder")  # in order: sums are exact
     floating = [table for table in tables if is_tensor(table) and info(table).value.dtype.is_floating_point]
     return [value_bytes(table, context) for table in floating]
 
