@@ -64,7 +64,8 @@ def _table_bytes(module: fx.GraphModule, context: Context) -> list[int]:
     """Bytes of the tables that lookups read."""
     lookups = [node for node in module.graph.nodes if "embedding" in info(node).aten]
     operands = (operand for node in lookups for operand in node.all_input_nodes)
-    tables = dict.fromkeys(operand for operand in operands if operand.op == "placeholder")  # in the graph's order: the same sums
+    # in the graph's order: the same sums each time
+    tables = dict.fromkeys(operand for operand in operands if operand.op == "placeholder")
     floating = [table for table in tables if is_tensor(table) and info(table).value.dtype.is_floating_point]
     return [value_bytes(table, context) for table in floating]
 
