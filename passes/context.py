@@ -130,8 +130,9 @@ class Context:
 
         A GPU's memory goes through torch's allocator: what is free may lie in pieces, and what came up on another
         stream may be given back later than the host lets go of it. The emulated accelerator counts what is alive.
+        A dry run for a GPU says so by the option: it has no device.
         """
-        return self.device.type == "cuda"
+        return self.device.type == "cuda" or self.options.accelerator == "cuda"
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:

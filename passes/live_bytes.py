@@ -3,8 +3,7 @@
 A piece of memory is alive from the node that makes it to the last node that touches it; what a download reads
 lives until the host has waited for it, what becomes a mirror to the end. Mirrors and resident weights are there
 all the time. Inside a segment its members' values count as if nothing were fused, with what operations of several
-kernels make. On a GPU the largest value of the
-schedule counts once more (``Context.largest_twice``).
+kernels make. On a GPU the largest value of the schedule counts once more (``Context.largest_twice``).
 
 Beside ``measure_memory`` and ``step_memory``, which plans are made with, this is a second count on purpose. What it
 finds above theirs is an error of the plan (``UnforeseenMemoryError``). Of an input that is mirrored through its whole

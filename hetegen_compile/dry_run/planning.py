@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hetegen_compile.baselines import baselines
+from hetegen_compile.calibration.runner import EMULATED_PRESET
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.dry_run.fakes import Fakes
 from hetegen_compile.dry_run.trace import TracedGraph, trace
@@ -78,6 +79,13 @@ class Machine:
     profile: HardwareProfile
     weight_bytes: int = 0
     reserved_bytes: int = 0
+
+    @cached_property
+    def planned_options(self) -> Options:
+        """The options with "auto" as the accelerator that the hardware has: a GPU, unless that is the emulated one."""
+        if self.options.accelerator != "auto":
+            return self.options
+        return replace(self.options, accelerator="emulated" if self.profile.name == EMULATED_PRESET else "cuda")
 
     @cached_property
     def budget_bytes(self) -> int:
@@ -185,7 +193,7 @@ def plan_graph(
     """
     sizes = graph.sizes if sizes is None else sizes
     planner = planner or Planner(
-        graph.module, options=machine.options, profile=machine.profile, segments=SegmentCache(_never, {})
+        graph.module, options=machine.planned_options, profile=machine.profile, segments=SegmentCache(_never, {})
     )
     target = Target(
         kind=DRY_RUN, device=torch.device("cpu"), budget_bytes=machine.budget_bytes - machine.reserved_bytes,

@@ -71,6 +71,17 @@ def test_a_plan_of_a_model_on_meta_is_that_of_the_real_one(name: str) -> None:
     assert len(weights) >= 8
 
 
+@pytest.mark.parametrize(("hardware", "more"), [("rtx4090-desktop", True), ("cpu-emulated", False)])
+def test_a_gpu_is_planned_with_its_room_for_the_largest_value_once_more(hardware: str, more: bool) -> None:
+    def activations(**options: object) -> int:
+        given = {**options_for("llama"), "gpu_memory": "4MiB", "split": 0.5, "hardware": hardware, **options}
+        return hetegen_compile.plan(make("llama", "meta"), input_ids=ids(), options=given).budget["activations"]
+
+    emulated, cuda = activations(accelerator="emulated"), activations(accelerator="cuda")
+    assert emulated < cuda
+    assert activations() == (cuda if more else emulated)
+
+
 def test_nothing_is_computed_and_nothing_is_changed() -> None:
     model = make("llama", "cpu")
     before = {name: (id(t), t._version, t.sum().item()) for name, t in model.state_dict(keep_vars=True).items()}

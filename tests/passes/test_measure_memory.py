@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,6 +31,13 @@ def peak(found: Case) -> int:
 def test_a_value_lives_until_its_last_reader() -> None:
     found = scheduled(lambda x: OTHER(LINEAR(x)), torch.randn(8, 256), plan=resident)
     assert peak(found) == 2 * 8 * ROW  # the second Linear's part beside what it reads, and then beside its join
+
+
+def test_on_a_gpu_the_largest_value_counts_once_more() -> None:
+    found = scheduled(lambda x: OTHER(LINEAR(x)), torch.randn(8, 256), plan=resident)
+    alone = peak(found)
+    found.context = replace(found.context, device=torch.device("cuda:0"))
+    assert peak(found) == alone + 8 * ROW
 
 
 def test_what_goes_down_at_the_end_lives_until_then() -> None:
