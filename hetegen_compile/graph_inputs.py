@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import py_sym_types
 
 from hetegen_compile.ir import info, written_storages
 from hetegen_compile.passes.expressions import evaluate
-from hetegen_compile.passes.tensors import to_expr
+from hetegen_compile.passes.tensors import is_ids, to_expr
 
 
 def is_weight(node: fx.Node, value: Any) -> bool:
@@ -70,7 +70,7 @@ def sequence_shape(
     """
     several = _of_several_dimensions(placeholders, weights)
     shapes = [_first_two(tensor, sizes) for tensor in several]
-    ids = [(tensor, shape) for tensor, shape in zip(several, shapes, strict=True) if _is_ids(tensor)]
+    ids = [(tensor, shape) for tensor, shape in zip(several, shapes, strict=True) if is_ids(tensor)]
     fixed = [shape for tensor, shape in ids if all(isinstance(size, int) for size in tensor.shape)]
     if fixed:
         return SequenceShape(*fixed[0], fixed=True)
@@ -90,7 +90,7 @@ def sequence_symbols(placeholders: Sequence[fx.Node], weights: Container[str]) -
     There may be several: Dynamo has one for ``input_ids`` and one for ``attention_mask`` until they meet.
     """
     several = _of_several_dimensions(placeholders, weights)
-    first = {to_expr(tensor.shape[0]) for tensor in several if _is_ids(tensor)}
+    first = {to_expr(tensor.shape[0]) for tensor in several if is_ids(tensor)}
     others = [to_expr(size).free_symbols for tensor in several for size in tensor.shape[1:]]
     return frozenset(size for size in first if size.is_Symbol).difference(*others)
 
@@ -99,10 +99,6 @@ def _of_several_dimensions(placeholders: Sequence[fx.Node], weights: Container[s
     """The tensors of two dimensions and more that come with each call."""
     given = [info(node).value for node in placeholders if node.name not in weights]
     return [tensor for tensor in given if isinstance(tensor, Tensor) and tensor.dim() >= 2]
-
-
-def _is_ids(tensor: Tensor) -> bool:
-    return tensor.dim() == 2 and not tensor.dtype.is_floating_point
 
 
 def token_count(module: fx.GraphModule) -> sympy.Expr:

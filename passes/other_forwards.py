@@ -40,7 +40,7 @@ from hetegen_compile.passes.fused_attention import (
     is_fused_attention,
     scratch_bytes,
 )
-from hetegen_compile.passes.tensors import held_bytes, storage_id, tensors_in
+from hetegen_compile.passes.tensors import held_bytes, is_ids, storage_id, tensors_in
 from hetegen_compile.passes.windows import TOKENS
 
 
@@ -51,8 +51,6 @@ class _Kind(NamedTuple):
     cache: int | None = None
 
 
-IDS_DIMS = 2
-"""Tokens come as [sequences, tokens]."""
 MASK_BYTES = 8
 """Of one element of a mask that is given with a call."""
 
@@ -140,7 +138,7 @@ class OtherForwards:
 
     def _made_once(self) -> frozenset[int]:
         """The storages of caches that no tokens go into."""
-        ids = {node for node in self._of_call if any(map(_is_ids, given_tensors(node)))}
+        ids = {node for node in self._of_call if any(map(is_ids, given_tensors(node)))}
         for node in self._nodes:
             if node.op != "output" and not ids.isdisjoint(node.all_input_nodes):
                 ids.add(node)
@@ -247,10 +245,6 @@ class OtherForwards:
             None if mask is None else self._shape(mask), torch.bool if mask is None else mask.dtype,
             given["dropout_p"], bool(given["is_causal"]), given["scale"], bool(given["enable_gqa"]),
         )  # fmt: skip
-
-
-def _is_ids(tensor: Tensor) -> bool:
-    return tensor.dim() == IDS_DIMS and not tensor.dtype.is_floating_point
 
 
 def _longer(cache: Cache, forward: Forward) -> Fraction:

@@ -25,6 +25,11 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
+def is_ids(tensor: Tensor) -> bool:
+    """Whether it is integers [sequences, tokens], as tokens and masks of them are given."""
+    return tensor.dim() == 2 and not tensor.dtype.is_floating_point
+
+
 def tensor_bytes(tensor: Tensor) -> sympy.Expr:
     """Bytes of the tensor's elements (not of its storage), a sympy expression."""
     return to_expr(tensor.numel()) * tensor.element_size()
@@ -56,5 +61,6 @@ def storage_id(tensor: Tensor) -> int:
 
 
 __all__ = [
-    "held_bytes", "held_sizes", "storage_id", "symbols_in", "symbols_of", "tensor_bytes", "tensors_in", "to_expr",
+    "held_bytes", "held_sizes", "is_ids", "storage_id", "symbols_in", "symbols_of", "tensor_bytes", "tensors_in",
+    "to_expr",
 ]  # fmt: skip
