@@ -38,22 +38,53 @@ class Blocks(NamedTuple):
 
 
 class Order:
-    """Which nodes need which, through any number of nodes between them; a node needs itself."""
+    """Which nodes need which, through any number of nodes between them; a node needs itself.
+
+    Sets of nodes are bits of an integer, by place in the graph: a deep model has a million pairs.
+    """
 
     def __init__(self, graph: fx.Graph) -> None:
         self.nodes = list(graph.nodes)
         self.place = {node: position for position, node in enumerate(self.nodes)}
-        self._bit: dict[fx.Node, int] = {}
-        self._needed: dict[fx.Node, int] = {}
+        self._needed = [0] * len(self.nodes)
+        self._needing = [0] * len(self.nodes)
         for position, node in enumerate(self.nodes):
-            self._bit[node] = 1 << position
-            self._needed[node] = self._bit[node]
+            self._needed[position] = 1 << position
             for operand in node.all_input_nodes:
-                self._needed[node] |= self._needed[operand]
+                self._needed[position] |= self._needed[self.place[operand]]
+        for position in reversed(range(len(self.nodes))):
+            self._needing[position] |= 1 << position
+            for operand in self.nodes[position].all_input_nodes:
+                self._needing[self.place[operand]] |= self._needing[position]
 
     def needs(self, node: fx.Node, earlier: fx.Node) -> bool:
         """Whether ``node`` cannot start (or, being ``earlier`` itself, end) before ``earlier`` has ended."""
-        return bool(self._needed[node] & self._bit[earlier])
+        return bool(self._needed[self.place[node]] >> self.place[earlier] & 1)
+
+    def bits(self, nodes: Iterable[fx.Node]) -> int:
+        """Nodes as a set."""
+        found = 0
+        for node in nodes:
+            found |= 1 << self.place[node]
+        return found
+
+    def needed_for(self, node: fx.Node | None) -> int:
+        """The set of what ``node`` needs; all nodes for None, the end of the step."""
+        return (1 << len(self.nodes)) - 1 if node is None else self._needed[self.place[node]]
+
+    def needing(self, *nodes: fx.Node | None) -> int:
+        """The set of what needs each of ``nodes``; None is the beginning of the step."""
+        found = (1 << len(self.nodes)) - 1
+        for node in nodes:
+            found &= -1 if node is None else self._needing[self.place[node]]
+        return found
+
+    def those_of(self, found: int) -> Iterator[fx.Node]:
+        """The nodes of a set, in the graph's order."""
+        while found:
+            last = found & -found
+            yield self.nodes[last.bit_length() - 1]
+            found ^= last
 
 
 def by_activation(linears: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
@@ -106,14 +137,27 @@ def longest_path(
     """
     groups = by_activation(linears)
     trips: nx.DiGraph = nx.DiGraph()
-    for read, group in groups.items():
-        own_s = sum(linears[node].host_s + linears[node].accelerator_s for node in group) + beside.get(read, 0.0)
-        trips.add_edge(_START, read, seconds=own_s)
-        for earlier in groups:
-            if earlier is not read and any(order.needs(read, member) for member in groups[earlier]):
-                trips.add_edge(earlier, read, seconds=own_s)
+    for read, before in _directly_before(groups, order).items():
+        own_s = sum(linears[node].host_s + linears[node].accelerator_s for node in groups[read])
+        for earlier in before or [_START]:
+            trips.add_edge(earlier, read, seconds=own_s + beside.get(read, 0.0))
     reads = nx.dag_longest_path(trips, weight="seconds")[1:]
     return list(_Path(linears, beside, on_host, blocks, order, context).stretches(reads, groups))
+
+
+def _directly_before(groups: Mapping[fx.Node, list[fx.Node]], order: Order) -> dict[fx.Node, list[fx.Node]]:
+    """By activation, those whose Linears it needs, less those that it needs through another of them."""
+    reads = sorted(groups, key=order.place.__getitem__)
+    members = {read: order.bits(groups[read]) for read in reads}
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for position, read in enumerate(reads):
+        needed, behind_others = order.needed_for(read), 0
+        before = found[read] = []
+        for earlier in reversed(reads[:position]):
+            if members[earlier] & needed and not members[earlier] & behind_others:
+                before.append(earlier)
+                behind_others |= order.needed_for(earlier)
+    return found
 
 
 @dataclass
@@ -137,6 +181,9 @@ class _Path:
     order: Order
     context: Context
 
+    def __post_init__(self) -> None:
+        self._linear_bits, self._beside_bits = self.order.bits(self.linears), self.order.bits(self.beside)
+
     def stretches(self, reads: list[fx.Node], groups: Mapping[fx.Node, list[fx.Node]]) -> Iterator[Stretch]:
         """The path through these activations."""
         links = [
@@ -155,12 +202,10 @@ class _Path:
             yield Stretch(stretch[0].read, tuple(own), between_s + (off_s if not shared else 0.0))
 
     def _link(self, read: fx.Node | None, group: list[fx.Node], following: fx.Node | None) -> _Link:
-        members = [node for node in group if self._is_needed(node, following)]
-        between = [
-            node for node in self.beside
-            if self._is_needed(node, following) and all(self.order.needs(node, member) for member in members)
-        ]  # fmt: skip
-        return _Link(read, members, between, following)
+        needed = self.order.needed_for(following)
+        members = list(self.order.those_of(self.order.bits(group) & needed))
+        between = self._beside_bits & needed & self.order.needing(*members)
+        return _Link(read, members, list(self.order.those_of(between)), following)
 
     def _between_s(self, link: _Link) -> float:
         """From a trip to the next activation: the accelerator's work, or the longest way through both sides' work."""
@@ -175,8 +220,9 @@ class _Path:
     def _longest_way_s(self, link: _Link, nodes: list[fx.Node]) -> float:
         """The longest way to the last of ``nodes`` of those that need all of a trip."""
         end_s: dict[fx.Node, float] = {}
+        behind = self.order.needing(*link.members)
         for node in nodes:
-            if all(self.order.needs(node, member) for member in link.members):
+            if behind >> self.order.place[node] & 1:
                 ready = (end_s.get(operand, 0.0) + self._crossing_s(operand, node) for operand in node.all_input_nodes)
                 own_s = self.beside.get(node, 0.0) + self.on_host.get(node, 0.0)
                 end_s[node] = own_s + max(ready, default=0.0)
@@ -191,9 +237,6 @@ class _Path:
             down_s = download_s(self.context.profile, value_bytes(operand, self.context))
             return down_s + self.context.profile.synchronise_s
         return up_s(value_bytes(operand, self.context), self.context) if sides == ("host", "accelerator") else 0.0
-
-    def _is_needed(self, node: fx.Node, following: fx.Node | None) -> bool:
-        return following is None or self.order.needs(following, node)
 
     def _trip(self, link: _Link) -> Trip:
         fixed_s = 0.0
@@ -213,19 +256,16 @@ class _Path:
 
     def _is_gate(self, read: fx.Node) -> bool:
         """Whether each Linear either needs an activation or is needed for it."""
-        return all(self.order.needs(node, read) or self.order.needs(read, node) for node in self.linears)
+        return not self._linear_bits & ~(self.order.needed_for(read) | self.order.needing(read))
 
     def _off_path_s(self, stretch: list[_Link], end: fx.Node | None) -> float:
         """What the accelerator does at least between two gates beside the path."""
-        begin = stretch[0].read
-        counted = {node for link in stretch for node in (*link.members, *link.between)}
-
-        def lies_between(node: fx.Node) -> bool:
-            behind = begin is None or (node is not begin and self.order.needs(node, begin))
-            return behind and node is not end and self._is_needed(node, end) and node not in counted
-
-        linears_s = sum(t.accelerator_s - t.accelerator_saved_s for n, t in self.linears.items() if lies_between(n))
-        return linears_s + sum(seconds for node, seconds in self.beside.items() if lies_between(node))
+        begin, nodes = stretch[0].read, [node for link in stretch for node in (*link.members, *link.between)]
+        counted = self.order.bits([*nodes, *(node for node in (begin, end) if node is not None)])
+        between = self.order.needing(begin) & self.order.needed_for(end) & ~counted
+        trips = [self.linears[node] for node in self.order.those_of(between & self._linear_bits)]
+        others_s = sum(self.beside[node] for node in self.order.those_of(between & self._beside_bits))
+        return sum(trip.accelerator_s - trip.accelerator_saved_s for trip in trips) + others_s
 
 
 __all__ = ["Blocks", "Order", "Stretch", "by_activation", "chain_of", "longest_path", "together"]

@@ -37,10 +37,12 @@ def short_ring_s(
     some = [*gates[: -_GATES : max(1, len(gates) // _GATES)], *gates[-_GATES:]]
     issued_s = {node: _least_issue_s(node, blocks, context) for node in order.nodes}
     issued_s = {node: seconds for node, seconds in issued_s.items() if seconds}
+    issuing = order.bits(issued_s)
 
     def until_s(i: int) -> float:
         gate = path[i].begin
-        issuing_s = sum(seconds for node, seconds in issued_s.items() if gate is not None and order.needs(gate, node))
+        needed = order.those_of(order.needed_for(gate) & issuing) if gate is not None else ()
+        issuing_s = sum(issued_s[node] for node in needed)
         return max(issuing_s, sum(one.least_s for one in path[:i]))
 
     return max((until_s(i) + relax(chain_of(path[i:]), ring_s).bound_s for i in some), default=0.0)
