@@ -139,8 +139,8 @@ def longest_path(
     trips: nx.DiGraph = nx.DiGraph()
     for read, before in _directly_before(groups, order).items():
         own_s = sum(linears[node].host_s + linears[node].accelerator_s for node in groups[read])
-        for earlier in before or [_START]:
-            trips.add_edge(earlier, read, seconds=own_s + beside.get(read, 0.0))
+        own_s += beside.get(read, 0.0)
+        trips.add_edges_from(((earlier, read) for earlier in before or (_START,)), seconds=own_s)
     reads = nx.dag_longest_path(trips, weight="seconds")[1:]
     return list(_Path(linears, beside, on_host, blocks, order, context).stretches(reads, groups))
 

@@ -23,6 +23,7 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 from hetegen_compile.ir import GENERATOR, NodeInfo, annotate, info
 from hetegen_compile.passes.aten_listener import AtenListener
 from hetegen_compile.passes.copy_before_writes import copy_before_writes
+from hetegen_compile.passes.equal_calls import EqualCalls
 from hetegen_compile.passes.fake_inputs import check_devices, fake_inputs, fake_mode
 from hetegen_compile.passes.fold_transforms import fold_transforms
 from hetegen_compile.passes.return_views import return_views
@@ -40,6 +41,7 @@ class _Propagator(fx.Interpreter):
         super().__init__(module, garbage_collect_values=False)
         self._mode = mode
         self._listener = listener
+        self._calls = EqualCalls()
         self._position = 0
 
     def fetch_attr(self, target: str) -> Any:
@@ -50,9 +52,7 @@ class _Propagator(fx.Interpreter):
         operands = [self.env[arg] for arg in n.all_input_nodes]
         reads = tensors_in(operands)
         lay_in, versions = [storage_id(t) for t in reads], [_version(t) for t in reads]
-        self._listener.take()
-        result = super().run_node(n)
-        found = self._listener.take()
+        result, found = self._run(n, reads)
         writes = frozenset(key for key, t, v in zip(lay_in, reads, versions, strict=True) if _version(t) != v)
         writes |= found.pop("writes") & frozenset(lay_in)  # others were made and are gone within the node
         generator = frozenset({GENERATOR} if found["random"] else ())
@@ -63,6 +63,19 @@ class _Propagator(fx.Interpreter):
         )  # fmt: skip
         self._position += 1
         return result
+
+    def _run(self, node: fx.Node, reads: list[Tensor]) -> tuple[Any, dict[str, Any]]:
+        """The node's result and what was heard meanwhile; of calls that are all the same the first one's."""
+        key = self._calls.key(node, *self.fetch_args_kwargs_from_env(node))
+        again = self._calls.again(key)
+        self._listener.take()  # forgets
+        if again is not None:
+            return again.result, again.heard
+        result = super().run_node(node)
+        heard = self._listener.take()
+        self._calls.note(key, result, heard, reads)
+        self._listener.take()
+        return result, heard
 
 
 def _version(tensor: Tensor) -> int | None:
