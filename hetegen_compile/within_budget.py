@@ -7,8 +7,9 @@ so one is decided, its schedule measured, and the next decided with what was mea
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import replace
+from typing import NamedTuple
 
 from torch import fx
 
@@ -20,7 +21,7 @@ from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import MemoryNeed
 from hetegen_compile.passes.issue_ahead import NO_ROOM_AHEAD, issues_ahead
 from hetegen_compile.passes.plans import ACTIVATIONS, Splits
-from hetegen_compile.pipeline import DECISIONS, GROUPING, NORMALISATION, UNTIL_MEASURED, run_pipeline
+from hetegen_compile.pipeline import DECISIONS, GROUPING, NORMALISATION, UNTIL_MEASURED, Stage, run_pipeline
 from hetegen_compile.planned import BucketPlan, Graphs
 
 _ATTEMPTS = 3
@@ -29,6 +30,13 @@ _ATTEMPTS = 3
 _SPARE = 64
 """One part in so many of the activations is left beside them where there is room: which rows the host computes is
 decided later, and a split that needs some bytes more than those measured here would be lost."""
+
+
+class _Cut(NamedTuple):
+    """A graph that has been grouped into segments, and the context that it was cut in."""
+
+    graphs: Graphs
+    context: Context
 
 
 class ResidencySearch:
@@ -48,37 +56,36 @@ class ResidencySearch:
         Raises:
             BudgetError: the leanest residency does not fit.
         """
+        cut = None if base is None else _Cut(Graphs(base.linears, base.module), base.context)
         made_for = context.bucket, frozenset(context.sizes.items()), frozenset(context.largest.items())
         found = None
         with contextlib.suppress(BudgetError):  # an estimate may ask for too much
-            found = self._settled(replace(context, activation_bytes=self._needed.get(made_for)), base)
+            found = self._settled(replace(context, activation_bytes=self._needed.get(made_for)), cut)
         if found is None and issues_ahead(context):
             with contextlib.suppress(BudgetError):
-                found = self._settled(replace(context, cannot_issue_ahead=NO_ROOM_AHEAD, activation_bytes=None), base)
-        graphs, done = found if found is not None else self._within_tight_budget(context, base)
+                found = self._settled(replace(context, cannot_issue_ahead=NO_ROOM_AHEAD, activation_bytes=None), cut)
+        graphs, done = found if found is not None else self._within_tight_budget(context, cut)
         self._needed[made_for] = require(done.residency, "choose_residency").budget[ACTIVATIONS]
         return graphs, done
 
-    def _within_tight_budget(self, context: Context, base: BucketPlan | None) -> tuple[Graphs, Context]:
+    def _within_tight_budget(self, context: Context, cut: _Cut | None) -> _Cut:
         """The same, begun with what the leanest residency (no weights, the smallest ring) needs.
 
         If the budget holds that, there is a plan, and the budget that it needs is the smallest that works. Its schedule
         has many small transfers and takes long to make, so it is made only where an estimate does not do.
         """
-        _, lean, needed = self._tried(replace(context, lean=True), base)
+        lean, needed = self._tried(replace(context, lean=True), cut)
         start = replace(context, activation_bytes=needed)
-        found = self._settled(start, base, spare=False)
-        if found is None and lean.blocks and context.options.pair_mlp == "auto":  # their activations may be too large
-            found = self._settled(replace(start, options=replace(context.options, pair_mlp=False)), base, spare=False)
+        found = self._settled(start, lean, spare=False)
+        if found is None and lean.context.blocks and context.options.pair_mlp == "auto":
+            # the activations of blocks that are cut as one may be too large
+            found = self._settled(replace(start, options=replace(context.options, pair_mlp=False)), lean, spare=False)
         if found is not None:
             return found
-        lean_bytes = require(lean.memory, "measure_memory").peak_bytes(lean.room)
-        graphs, done, _ = self._tried(replace(context, lean=True, activation_bytes=lean_bytes), base)
-        return graphs, done
+        lean_bytes = require(lean.context.memory, "measure_memory").peak_bytes(lean.context.room)
+        return self._tried(replace(context, lean=True, activation_bytes=lean_bytes), lean)[0]
 
-    def _settled(
-        self, context: Context, base: BucketPlan | None, *, spare: bool = True
-    ) -> tuple[Graphs, Context] | None:
+    def _settled(self, context: Context, cut: _Cut | None, *, spare: bool = True) -> _Cut | None:
         """The first residency of some that leaves room for its own schedule, None if none does.
 
         One that was decided with an estimate is not taken unless that is exact: it may leave far too much room.
@@ -88,24 +95,24 @@ class ResidencySearch:
         """
         for attempt in range(_ATTEMPTS):
             try:
-                graphs, done, needed = self._tried(context, base)
+                cut, needed = self._tried(context, cut)
             except BudgetError:
                 if attempt == 0:
                     raise
                 return None
-            reserved = require(done.residency, "choose_residency").budget[ACTIVATIONS]
+            reserved = require(cut.context.residency, "choose_residency").budget[ACTIVATIONS]
             if needed == reserved or (needed < reserved and context.activation_bytes is not None):
-                return graphs, done
+                return cut
             context = replace(context, activation_bytes=needed + (needed // _SPARE if spare else 0))
         return None
 
-    def _tried(self, context: Context, base: BucketPlan | None) -> tuple[Graphs, Context, int]:
-        """The grouped graph, its context, and the bytes of activations that its schedule takes.
+    def _tried(self, context: Context, cut: _Cut | None) -> tuple[_Cut, int]:
+        """The grouped graph and the bytes of activations that its schedule takes; ``cut`` is one of before.
 
         The splits are chosen later, and shares that the options force may be overridden. With fewer rows on the host
         fewer values come down early, so the schedule without any has to fit as well.
         """
-        graphs, context = self._cut(context, base)
+        graphs, context = self._cut(context, cut)
         module = graphs.grouped
         splits = [require(context.splits, "choose_splits")]
         if any(plan.host for plan in splits[0].values()):
@@ -113,17 +120,27 @@ class ResidencySearch:
         paired = None if context.lean else promising_blocks(module, context)
         needs = [_need(module, context, each) for each in (*splits, *([paired] if paired else []))]
         need = max(needs, key=lambda memory: memory.peak_bytes(context.room))
-        return graphs, replace(context, memory=need), need.peak_bytes(context.room)
+        return _Cut(graphs, replace(context, memory=need)), need.peak_bytes(context.room)
 
-    def _cut(self, context: Context, base: BucketPlan | None) -> tuple[Graphs, Context]:
-        """Decisions, and the graph with its segments: those of ``base`` if they are cut at the same places."""
-        linears = copy_module(self._module) if base is None else base.linears
-        context = run_pipeline(linears, context, NORMALISATION if base is None else ())
+    def _cut(self, context: Context, before: _Cut | None) -> _Cut:
+        """Decisions, and the graph with its segments: those of ``before`` if they are cut at the same places."""
+        if before is None:
+            linears = copy_module(self._module)
+            context = run_pipeline(linears, context, NORMALISATION)
+        else:
+            linears, context = before.graphs.linears, _as_left(before.context, context, NORMALISATION)
         context = run_pipeline(linears, context, DECISIONS)
-        if base is not None and _cuts(base.context) == _cuts(context):
-            return Graphs(linears, base.module), context
+        if before is not None and _cuts(before.context) == _cuts(context):
+            return _Cut(before.graphs, _as_left(before.context, context, GROUPING))
         grouped = copy_module(linears)
-        return Graphs(linears, grouped), run_pipeline(grouped, context, GROUPING)
+        return _Cut(Graphs(linears, grouped), run_pipeline(grouped, context, GROUPING))
+
+
+def _as_left(before: Context, context: Context, stages: Iterable[Stage]) -> Context:
+    """``context`` with what ``stages`` have found and refused in another one."""
+    found = {stage.leaves: getattr(before, stage.leaves) for stage in stages if stage.leaves is not None}
+    refused = {stage.name: before.refused[stage.name] for stage in stages}
+    return replace(context, refused={**context.refused, **refused}, **found)
 
 
 def _need(module: fx.GraphModule, context: Context, splits: Splits) -> MemoryNeed:
