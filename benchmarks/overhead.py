@@ -32,19 +32,19 @@ from torch._inductor.utils import fresh_inductor_cache
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.null_accelerator import NullAccelerator
+from hetegen_compile.backend import compile_graph
 from hetegen_compile.calibration import this_machine
 from hetegen_compile.compiled import CompiledGraph
 from hetegen_compile.hardware import profile_for
 from hetegen_compile.options import parse_options
-from hetegen_compile.passes.capture import capture
 from hetegen_compile.runtime import Runtime
 from hetegen_compile.segments import inductor_compiler
 
 LIMITS = {"issue": 40e-6, "resident": 1.15, "compile": 2.0}
 """Seconds a split Linear; ratio to Inductor; ratio of the deepest to the shallowest."""
 
-ISSUE_BYTES = 12 << 10
-"""Budget of the issue stage, a layer of 144 KiB: most of what is not on the host is streamed."""
+LAYER_BYTES = 12 << 10
+"""Budget of the issue and compile stages, a layer of 144 KiB: most of what is not on the host is streamed."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,9 @@ class NullBackend:
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         started = time.perf_counter()
-        mode = capture(module, inputs)
-        graph = CompiledGraph(
-            module, inputs, options=self._options, profile=self._profile, open_runtime=lambda: self._runtime,
-            compile_segment=inductor_compiler(mode),
+        graph = compile_graph(
+            module, inputs, inductor_compiler, options=self._options, profile=self._profile,
+            open_runtime=lambda: self._runtime,
         )  # fmt: skip
         self.seconds += time.perf_counter() - started
         self.graphs.append(graph)
@@ -114,7 +113,7 @@ def one_token(model: Callable[..., Any]) -> Tensor:
 
 def issue(args: argparse.Namespace) -> Figure:
     """Seconds a split Linear: the median step over the number of split Linears."""
-    model, backend = llama(args.layers, 64), NullBackend(split=0.5, gpu_memory=ISSUE_BYTES * (4 + args.layers))
+    model, backend = llama(args.layers, 64), NullBackend(split=0.5, gpu_memory=LAYER_BYTES * (4 + args.layers))
     model.compile(backend=backend)
     one_token(model)
     (graph,), inputs = backend.graphs, backend.inputs[-1]
@@ -156,7 +155,7 @@ def compile_depth(args: argparse.Namespace) -> Figure:
 
 def compile_s(layers: int) -> float:
     """Seconds of the backend for one graph, Inductor's caches empty."""
-    model, backend = llama(layers, 64), NullBackend(gpu_memory=1 << 20)
+    model, backend = llama(layers, 64), NullBackend(gpu_memory=LAYER_BYTES * (20 + layers))
     torch._dynamo.reset()
     with fresh_inductor_cache():
         torch.compile(one_token, backend=backend)(model)

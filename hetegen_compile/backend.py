@@ -16,6 +16,7 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hetegen_compile.compiled import CompiledGraph
+from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.errors import (
     CompilationError,
     GradientsNotSupportedError,
@@ -32,7 +33,7 @@ from hetegen_compile.passes.capture import capture
 from hetegen_compile.passes.context import SegmentCompiler
 from hetegen_compile.passes.lift_parts import lift_parts
 from hetegen_compile.passes.tensors import tensors_in
-from hetegen_compile.runtime import runtime_for
+from hetegen_compile.runtime import Runtime, runtime_for
 from hetegen_compile.segments import inductor_compiler
 
 logger = logging.getLogger("hetegen_compile")
@@ -116,6 +117,20 @@ def _compile(
 ) -> CompiledGraph:
     _refuse_gradients(module)
     profile = profile_for(options)
+    open_runtime = functools.partial(runtime_for, options, profile)
+    return compile_graph(module, inputs, compiler, options=options, profile=profile, open_runtime=open_runtime)
+
+
+def compile_graph(
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    compiler: Callable[[FakeTensorMode], SegmentCompiler],
+    *,
+    options: Options,
+    profile: HardwareProfile,
+    open_runtime: Callable[[], Runtime],
+) -> CompiledGraph:
+    """A callable for one of Dynamo's graphs, planned for ``inputs``, on the runtime that ``open_runtime`` gives."""
     with large_heap():
         mode = capture(module, inputs)
         lifted, parts = lift_parts(module, inputs, model_weights(module, inputs), mode)
@@ -124,7 +139,7 @@ def _compile(
             inputs,
             options=options,
             profile=profile,
-            open_runtime=functools.partial(runtime_for, options, profile),
+            open_runtime=open_runtime,
             compile_segment=compiler(mode),
             parts=parts,
         )

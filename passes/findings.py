@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import sympy
 from torch import fx
@@ -118,8 +119,7 @@ class MemoryNeed:
         return peak + (max(known.values(), default=0) if self.largest_twice else 0)
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """What one node occupies: a resource (``host``, ``accelerator``, ``up``, ``down``, ``pin``) for some seconds.
 
     ``issue_s`` is what issuing it to that resource costs the host thread.
@@ -138,5 +138,4 @@ class Prediction:
     start_s: Mapping[fx.Node, float]
     end_s: Mapping[fx.Node, float]
     step_s: float
-    lower_bound_s: float
     busy_s: Mapping[str, float]

@@ -23,7 +23,6 @@ from hetegen_compile.cost_model import (
     download_s,
     host_linear_s,
     host_op_s,
-    lower_bound_s,
     read_up_s,
     simulate,
     upload_s,
@@ -60,7 +59,6 @@ def predict_step(module: fx.GraphModule, context: Context) -> Prediction:
         start_s=dict(zip(nodes, timeline.start_s, strict=True)),
         end_s=dict(zip(nodes, timeline.end_s, strict=True)),
         step_s=timeline.makespan_s,
-        lower_bound_s=lower_bound_s(tasks),
         busy_s=timeline.busy_s,
     )
 
@@ -81,23 +79,31 @@ def _second_of_two(nodes: list[fx.Node], work: Mapping[fx.Node, Work], first: li
     Nobody waits for the prefetches for a third step. No two steps follow each other faster than their busiest
     resource works, so ``step_s`` is not less than that.
     """
-    ahead = {i: None for i, node in enumerate(nodes) if node.target == ir.PREFETCH_AHEAD}
-    carried = {i: None for i, node in enumerate(nodes) if node.target == ir.CARRIED}
     border = len(first)
-    over = Task("end of the step", HOST, 0.0, tuple(i for i in range(border) if i not in ahead))
-    own = [i for i in range(border) if i not in carried]
-    place = {**dict(zip(carried, ahead, strict=True)), **{i: border + 1 + k for k, i in enumerate(own)}}
-    second = [first[i].behind(tuple(place[earlier] for earlier in first[i].after)) for i in own]
+    ahead: list[int] = []
+    carried: list[int] = []
+    own: list[int] = []
+    for i, node in enumerate(nodes):
+        (carried if node.target == ir.CARRIED else own).append(i)
+        if node.target == ir.PREFETCH_AHEAD:
+            ahead.append(i)
+    place = dict(zip(own, range(border + 1, border + 1 + len(own)), strict=True))
+    place.update(zip(carried, ahead, strict=True))
+    waited_for = set(range(border)).difference(ahead)
+    over = Task("end of the step", HOST, 0.0, tuple(waited_for))
+    second = [first[i].behind(tuple([place[earlier] for earlier in first[i].after])) for i in own]
     timeline = simulate([*first, over, *second])
     begin_s = timeline.end_s[border]
-    start_s = {node: max(0.0, timeline.start_s[place[i]] - begin_s) for i, node in enumerate(nodes)}
-    end_s = {node: max(0.0, timeline.end_s[place[i]] - begin_s) for i, node in enumerate(nodes)}
+    start_s = [max(0.0, timeline.start_s[place[i]] - begin_s) for i in range(border)]
+    end_s = [max(0.0, timeline.end_s[place[i]] - begin_s) for i in range(border)]
     busy_s = _busy_s(second)
-    waited_for = [end_s[node] for node in nodes if node.target != ir.PREFETCH_AHEAD]
     return Prediction(
-        work=work, start_s=start_s, end_s=end_s, step_s=max([*waited_for, *busy_s.values()]),
-        lower_bound_s=max([_path_s(nodes, first), *busy_s.values()]), busy_s=busy_s,
-    )  # fmt: skip
+        work=work,
+        start_s=dict(zip(nodes, start_s, strict=True)),
+        end_s=dict(zip(nodes, end_s, strict=True)),
+        step_s=max([*(end_s[i] for i in waited_for), *busy_s.values()]),
+        busy_s=busy_s,
+    )
 
 
 def _busy_s(tasks: list[Task]) -> dict[str, float]:
@@ -107,13 +113,6 @@ def _busy_s(tasks: list[Task]) -> dict[str, float]:
         busy_s[task.resource] = busy_s.get(task.resource, 0.0) + task.duration_s
         busy_s[HOST] = busy_s.get(HOST, 0.0) + task.issue_s
     return busy_s
-
-
-def _path_s(nodes: list[fx.Node], tasks: list[Task]) -> float:
-    """The bound of a step for which everything carried is there already, and which starts nothing for the next."""
-    own = [i for i, node in enumerate(nodes) if node.target not in (ir.CARRIED, ir.PREFETCH_AHEAD)]
-    place = {i: k for k, i in enumerate(own)}
-    return lower_bound_s([tasks[i].behind(tuple(place[e] for e in tasks[i].after if e in place)) for i in own])
 
 
 def node_work(node: fx.Node, context: Context) -> Work:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import sympy
+import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import py_sym_types
 from torch.utils import _pytree as pytree
@@ -22,6 +23,10 @@ def tensors_in(value: Any) -> list[Tensor]:
     """All tensors in a nest of containers, in order."""
     if isinstance(value, Tensor):
         return [value]
+    if value is None or isinstance(value, int | float | torch.SymInt):
+        return []
+    if type(value) in (list, tuple):
+        return [tensor for item in value for tensor in tensors_in(item)]
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import py_sym_types
 
 from hetegen_compile import ir
-from hetegen_compile.cost_model import HardwareProfile, load_profile
+from hetegen_compile.cost_model import HardwareProfile, Task, load_profile, lower_bound_s
 from hetegen_compile.ir import info
 from hetegen_compile.options import parse_options
 from hetegen_compile.passes import (
@@ -32,6 +32,7 @@ from hetegen_compile.passes.capture import capture
 from hetegen_compile.passes.choose_splits import block_splits
 from hetegen_compile.passes.claims import NothingResident
 from hetegen_compile.passes.context import Bucket, Context, Refusal, SegmentCache
+from hetegen_compile.passes.findings import Prediction
 from hetegen_compile.passes.plans import GROWTH, LinearPlan, Residency
 from hetegen_compile.passes.sources import source_name
 from hetegen_compile.pipeline import PIPELINE, run_pipeline
@@ -248,6 +249,23 @@ def scheduled(function: Callable[..., Any], *inputs: Any, **changes: Any) -> Cas
     for stage in (split_linears, insert_transfers, schedule):
         result.apply(stage)
     return result
+
+
+def least_s(prediction: Prediction) -> float:
+    """What no order of a prediction's work comes below, with everything carried there and nothing started for later."""
+    work = {n: w for n, w in prediction.work.items() if n.target not in (ir.CARRIED, ir.PREFETCH_AHEAD)}
+    place = {node: position for position, node in enumerate(work)}
+    tasks = [
+        Task(
+            node.name,
+            own.resource,
+            own.seconds,
+            tuple(place[n] for n in node.all_input_nodes if n in place),
+            own.issue_s,
+        )
+        for node, own in work.items()
+    ]
+    return lower_bound_s(tasks)
 
 
 def assert_equal_to_eager(

@@ -19,7 +19,7 @@ from hetegen_compile.passes.closed_gates import sizes_behind_gates
 from hetegen_compile.passes.issue_ahead import WINDOW
 from hetegen_compile.passes.plans import LinearPlan
 from hetegen_compile.passes.predict_step import WORKER
-from tests.passes.graphs import PROFILE, Case, halves, on_host, quarters, resident, scheduled, streamed
+from tests.passes.graphs import PROFILE, Case, halves, least_s, on_host, quarters, resident, scheduled, streamed
 
 WIDTH = 64
 LAYERS = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(5)])
@@ -295,7 +295,7 @@ def test_issuing_is_hidden_behind_the_hosts_parts(*, carried: bool) -> None:
     assert here.busy_s[WORKER] >= parts
     assert here.busy_s["host"] < there.busy_s["host"]
     assert here.step_s < there.step_s
-    assert here.step_s >= here.lower_bound_s
+    assert here.step_s >= least_s(here)
     waits = [node for node in found.nodes(ir.WAIT_ACCELERATOR) if info(node.args[0]).ahead]
     assert all(here.work[node].issue_s == 1e-5 for node in waits)
     assert waits
