@@ -26,6 +26,7 @@ _ROUNDS = 2
 _CLOSE = 0.01  # of the step: a lane that idles for less works all the time
 _WORTH = 0.004  # of the step: what the chain has to promise for a simulation
 _FAR = 1.04  # times the chain's bound: a step that is longer is worth more simulations
+_HOPELESS = 1.1  # times the shortest step: variations gain less than that
 _MOST = 5  # variations: each is a schedule more
 _SHIFT = 0.06  # of the link's time, to try whether more or less of it shortens the step
 
@@ -121,12 +122,17 @@ class Search:
                 chain = chain.between(last.way.chain)
 
     def vary(self) -> None:
-        """Vary the shortest step's way as long as that shortens it and it is far from the chain's bound."""
+        """Vary the way of the shortest attempt as long as that shortens it and it is far from the chain's bound.
+
+        Not where another step is much shorter: what the chain does not know decides there.
+        """
         left = _MOST
         for variations in _VARIATIONS:
             for variation in variations:
                 best = self._best
                 if best is None or best.step_s < _FAR * self._bound_s or not left:
+                    return
+                if best.step_s > _HOPELESS * self._step_s:
                     return
                 way = variation(best.way)
                 if way == best.way:

@@ -55,19 +55,21 @@ def complete_early(graph: fx.Graph, tasks: Precedence, context: Context) -> froz
     Returns that work; the caller ranks it behind accelerator work and before host parts. All other edges lead forward
     in program order, and these lead from what is complete at one place to work at a later place: there is no cycle.
     """
-    waits = _Waits(graph, context)
     late = late_readers(graph)
+    work = [node for node in graph.nodes if node in late and _is_work(node)]
+    if not work:
+        return frozenset()
+    waits = _Waits(graph, context)
     complete: dict[fx.Node, int] = {}
-    for node in graph.nodes:
-        if node in late and _is_work(node):
-            ready = max((complete.get(before, waits.place[before]) for before in tasks.before[node]), default=0)
-            wait = waits.take(ready, node_work(node, context).seconds)
-            if wait is not None:
-                complete[node] = max([ready, *(waits.place[part] for part in wait.parts)])
-                for part in wait.parts:
-                    tasks.add(part, node)
-                for behind in wait.behind:
-                    tasks.add(node, behind)
+    for node in work:
+        ready = max((complete.get(before, waits.place[before]) for before in tasks.before[node]), default=0)
+        wait = waits.take(ready, node_work(node, context).seconds)
+        if wait is not None:
+            complete[node] = max([ready, *(waits.place[part] for part in wait.parts)])
+            for part in wait.parts:
+                tasks.add(part, node)
+            for behind in wait.behind:
+                tasks.add(node, behind)
     return frozenset(complete)
 
 
