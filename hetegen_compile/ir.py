@@ -151,7 +151,7 @@ def copy_module(module: fx.GraphModule) -> fx.GraphModule:
     copies: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
         copy = copies[node] = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
-        copy.args = fx.map_arg(node.args, copies.__getitem__)  # later: see ``call``
+        set_args(copy, fx.map_arg(node.args, copies.__getitem__))  # later: see ``call``
         if node.kwargs:
             copy.kwargs = fx.map_arg(node.kwargs, copies.__getitem__)
         copy.meta.update(node.meta)
@@ -165,8 +165,14 @@ def call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
     numbers, which takes longer than everything else that it does. A schedule has thousands of nodes.
     """
     node = graph.create_node("call_function", target, name=_node_name(target))
-    node.args = args
+    set_args(node, args)
     return node
+
+
+def set_args(node: fx.Node, args: tuple[Any, ...]) -> None:
+    """``node.args = args`` without what assigning any attribute does: the graph's index by ``op`` and ``target``, which
+    stay as they are, is made anew."""
+    fx.Node.args.fset(node, args)  # type: ignore[attr-defined]
 
 
 @lru_cache

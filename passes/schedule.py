@@ -85,8 +85,7 @@ def assign_slots(
         overwritten = [slot for slot in live if slot[0] < hi and lo < slot[1]]
         live = [slot for slot in live if slot not in overwritten]
         live.append((lo, hi, freed_by(fill)))
-        fill.update_arg(3, lo)
-        fill.update_arg(4, [free for _, _, free in overwritten])
+        ir.set_args(fill, (*fill.args[:3], lo, [free for _, _, free in overwritten]))
         head = hi
 
 
