@@ -41,7 +41,7 @@ class _Propagator(fx.Interpreter):
         super().__init__(module, garbage_collect_values=False)
         self._mode = mode
         self._listener = listener
-        self._calls = EqualCalls()
+        self._calls = EqualCalls(mode)
         self._position = 0
 
     def fetch_attr(self, target: str) -> Any:
@@ -68,13 +68,12 @@ class _Propagator(fx.Interpreter):
         """The node's result and what was heard meanwhile; of calls that are all the same the first one's."""
         key = self._calls.key(node, *self.fetch_args_kwargs_from_env(node))
         again = self._calls.again(key)
-        self._listener.take()  # forgets
         if again is not None:
             return again.result, again.heard
+        self._listener.take()  # forgets
         result = super().run_node(node)
         heard = self._listener.take()
         self._calls.note(key, result, heard, reads)
-        self._listener.take()
         return result, heard
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from hetegen_compile.passes.tensors import storage_id, to_expr
 
@@ -38,9 +38,10 @@ class _Call:
 
 
 class EqualCalls:
-    """What has been propagated, by operation and operands."""
+    """What has been propagated in a fake mode, by operation and operands."""
 
-    def __init__(self) -> None:
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self._mode = mode
         self._calls: dict[Hashable, _Call] = {}
         self._seen: set[int] = set()  # storages of operands and results, all of them alive
 
@@ -57,7 +58,7 @@ class EqualCalls:
     def again(self, key: Hashable | None) -> _Call | None:
         """A new result as the call with this key has made, and what it does; None if there was none."""
         known = self._calls.get(key)
-        return None if known is None else _Call(_like(known.result), dict(known.heard))
+        return None if known is None else _Call(self._like(known.result), dict(known.heard))
 
     def note(self, key: Hashable | None, result: Any, heard: dict[str, Any], operands: Sequence[Tensor]) -> None:
         """Keep a call that was propagated, if another one would be the same."""
@@ -71,16 +72,17 @@ class EqualCalls:
         """Whether it lies in memory of its own, all of which it shows."""
         if storage_id(result) in self._seen or result.constant is not None or not _is_ordinary(result):
             return False
-        return bool(_storage_bytes(_like(result)) == _storage_bytes(result))
+        return bool(_storage_bytes(self._like(result)) == _storage_bytes(result))
+
+    def _like(self, result: Tensor) -> Tensor:
+        """Made in the fake mode itself: nobody listens."""
+        with self._mode:
+            return torch.empty_strided(result.size(), result.stride(), dtype=result.dtype, device=result.device)
 
 
 def _does_more(heard: dict[str, Any]) -> bool:
     """Whether a call does more than to read its operands and to make its result."""
     return bool(heard["writes"] or heard["random"] or heard["data_dependent"])
-
-
-def _like(result: Tensor) -> Tensor:
-    return torch.empty_strided(result.size(), result.stride(), dtype=result.dtype, device=result.device)
 
 
 def _storage_bytes(tensor: Tensor) -> sympy.Expr:
