@@ -82,21 +82,26 @@ def _is_work(node: fx.Node) -> bool:
 class _Wait:
     """What the host has to wait after the host parts that a download is for, until the next download can begin.
 
-    ``parts`` are those of the last download before it, if it is for none.
-
-    ``behind`` is accelerator work that comes after the last download before which the host must be done.
+    ``parts`` are those of the last download before it, if it is for none. ``meanwhile`` is what the accelerator does,
+    ``taken_s`` what has been put there already. ``behind`` is accelerator work that comes after the last download before which the host must be done.
     """
 
     begins: int
     parts: list[fx.Node]
-    seconds: float
+    meanwhile: list[fx.Node]
     behind: list[fx.Node]
+    taken_s: float = 0.0
+
+    def seconds(self, context: Context) -> float:
+        """What the accelerator does meanwhile, less what has been put there."""
+        return sum(node_work(node, context).seconds for node in self.meanwhile) - self.taken_s
 
 
 class _Waits:
     """The host's waits in program order, as far as the accelerator's own work makes them."""
 
     def __init__(self, graph: fx.Graph, context: Context) -> None:
+        self._context = context
         self.place = {node: position for position, node in enumerate(graph.nodes)}
         downloads = graph.find_nodes(op="call_function", target=ir.TO_HOST)
         busy = [node for node in graph.nodes if node.op == "call_module" or node.target == ir.PARTIAL_LINEAR]
@@ -109,7 +114,7 @@ class _Waits:
             _Wait(
                 begins=self.place[download],
                 parts=parts[i],
-                seconds=sum(node_work(node, context).seconds for node in self._between(busy, download, following)),
+                meanwhile=self._between(busy, download, following),
                 behind=self._first_after(busy, downloads[i + RUN_AHEAD :]),
             )
             for i, (download, following) in enumerate(pairwise([*downloads, None]))
@@ -120,8 +125,8 @@ class _Waits:
         first = bisect_right(self._begins, ready) - 1
         if first < 0:
             return None
-        found = max(self._waits[first : first + RUN_AHEAD], key=lambda wait: wait.seconds)
-        found.seconds -= seconds
+        found = max(self._waits[first : first + RUN_AHEAD], key=lambda wait: wait.seconds(self._context))
+        found.taken_s += seconds
         return found
 
     def _between(self, busy: list[fx.Node], download: fx.Node, following: fx.Node | None) -> list[fx.Node]:
