@@ -87,7 +87,8 @@ def row_granularity(rows: int) -> int:
 def solve_split(problem: SplitProblem, granularity: int) -> SplitSolution:
     """The split of least makespan whose host rows are 0, all, or a multiple of ``granularity``.
 
-    Kept, since layers are alike. Of equally fast splits the one with the fewest host rows. Raises ValueError if granularity < 1.
+    Of equally fast splits the one with the fewest host rows. Kept, since layers are alike. Raises ValueError if
+    granularity < 1.
     """
     if granularity < 1:
         raise ValueError(f"granularity is {granularity}; it must be at least 1")
