@@ -83,8 +83,8 @@ class _Wait:
     """What the host has to wait after the host parts that a download is for, until the next download can begin.
 
     ``parts`` are those of the last download before it, if it is for none. ``meanwhile`` is what the accelerator does,
-    ``taken_s`` what has been put there already. ``behind`` is accelerator work that comes after the last download before
-    which the host must be done.
+    ``taken_s`` what has been put there already. ``behind`` is accelerator work that comes after the last download
+    before which the host must be done.
     """
 
     begins: int
