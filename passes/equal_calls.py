@@ -8,6 +8,7 @@ and strides is another tensor of the same geometry, as long as it only reads the
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
@@ -16,7 +17,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
 from hetegen_compile.passes.tensors import storage_id, to_expr
 
@@ -75,9 +76,11 @@ class EqualCalls:
         return bool(_storage_bytes(self._like(result)) == _storage_bytes(result))
 
     def _like(self, result: Tensor) -> Tensor:
-        """Made in the fake mode itself: nobody listens."""
-        with self._mode:
-            return torch.empty_strided(result.size(), result.stride(), dtype=result.dtype, device=result.device)
+        """Made as the fake mode makes what it has cached: neither dispatched, which takes longest, nor listened to."""
+        env = self._mode.shape_env
+        with in_kernel_invocation_manager(self._mode), env.suppress_guards() if env else contextlib.nullcontext():
+            empty = torch.empty_strided(result.size(), result.stride(), dtype=result.dtype, device="meta")
+        return FakeTensor(self._mode, empty, result.device)
 
 
 def _does_more(heard: dict[str, Any]) -> bool:
