@@ -169,6 +169,13 @@ def _event(process: str, name: str, lane: str, start_s: float, end_s: float) -> 
     }  # fmt: skip
 
 
+def _why_not_both(row: Row) -> str:
+    """Why a Linear with resident rows has others on one side only."""
+    if row.host_share:
+        return "the link would take longer than the host for the rest"
+    return "no more of it fits the budget, and a trip to the host would cost more than it saves"
+
+
 def _why(row: Row, split: float | Literal["auto"]) -> str:
     if row.placement == "resident":
         return "resident: it saves more time per byte than what is not"
@@ -178,8 +185,10 @@ def _why(row: Row, split: float | Literal["auto"]) -> str:
     shares = f"{row.host_share:.0%} of its rows on the host, {row.streamed_share:.0%} streamed"
     if split != "auto":
         return f"{shares}, {row.resident_share:.0%} resident: the option split={split} says so"
-    if row.placement == "split":
+    if row.placement == "split" and row.host_share and row.streamed_share:
         return f"{shares}: host and link finish together"
+    if row.placement == "split":
+        return f"{shares}, {row.resident_share:.0%} resident: {_why_not_both(row)}"
     if row.placement == "host":
         return f"{shares}: the link would take longer than the host"
     return f"{shares}: a trip to the host would cost more than it saves"

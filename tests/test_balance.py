@@ -6,13 +6,16 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
+from torch import fx
 
 from benchmarks.schedule_quality import Work
-from hetegen_compile import planner, share_search
+from hetegen_compile import planner, share_search, within_budget
 from hetegen_compile.balance import balanced_splits
 from hetegen_compile.baselines import baselines
 from hetegen_compile.cost_model import HardwareProfile, RateCurve, load_profile
 from hetegen_compile.cost_model.hardware import LinkDirection
+from hetegen_compile.passes.context import Context
+from hetegen_compile.pipeline import DECISIONS, GROUPING, NORMALISATION, Stage, run_pipeline
 from hetegen_compile.trials import Trials
 from tests.benchmarks.shapes import config
 
@@ -57,6 +60,29 @@ def test_a_step_far_from_its_bound_is_varied(monkeypatch: pytest.MonkeyPatch) ->
     varied = work().result(slow_link(), 0.4)
     monkeypatch.setattr(share_search, "_FAR", 2.0)
     assert varied.step_s < 0.998 * work().result(slow_link(), 0.4).step_s
+
+
+def test_ways_that_are_much_longer_than_another_step_are_not_varied(monkeypatch: pytest.MonkeyPatch) -> None:
+    varied = work().result(slow_link(), 0.4)
+    monkeypatch.setattr(share_search, "_HOPELESS", 0.99)  # so every way counts as much longer
+    alone = work().result(slow_link(), 0.4)
+    monkeypatch.setattr(share_search, "_FAR", 2.0)
+    assert alone.step_s == work().result(slow_link(), 0.4).step_s > varied.step_s
+
+
+def test_another_residency_is_decided_on_the_same_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[object] = []
+
+    def noted(module: fx.GraphModule, context: Context, stages: tuple[Stage, ...], **how: bool) -> Context:
+        ran.append(stages)
+        return run_pipeline(module, context, stages, **how)
+
+    monkeypatch.setattr(within_budget, "run_pipeline", noted)
+    base = work().base(slow_link(), 0.4)
+    assert ran.count(NORMALISATION) == ran.count(GROUPING) == 2, "``base`` plans twice: the second time within a budget"
+    assert ran.count(DECISIONS) > 2, "the estimate of activations was not exact"
+    assert base.context.effects is not None
+    assert base.context.placement is not None
 
 
 def test_no_plan_is_longer_than_what_it_is_compared_with() -> None:
