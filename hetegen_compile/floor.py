@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from hetegen_compile.cost_model import Chain, Trip, host_linear_s, item_bytes, relax, upload_s
-from hetegen_compile.floor_path import Blocks, Order, by_activation, chain_of, longest_path, together
+from hetegen_compile.floor_path import Blocks, Order, by_trip, chain_of, longest_path, together
 from hetegen_compile.floor_ring import short_ring_s
 from hetegen_compile.ir import info
 from hetegen_compile.passes.annotate_costs import dtype_name
@@ -96,7 +96,8 @@ def _blocks(module: fx.GraphModule, order: Order, context: Context) -> Blocks:
         if order.needs(linears[block.consumer], segment)
         and any(order.needs(segment, linears[sibling]) for sibling in block.siblings)
     )
-    return Blocks(frozenset(linears[block.consumer] for block in found), segments)
+    reads = {linears[block.consumer]: linears[block.siblings[0]].args[0] for block in found}
+    return Blocks(reads, segments)
 
 
 def _bytes_only(trip: Trip) -> Trip:
@@ -125,12 +126,11 @@ def _linear_alone(node: fx.Node, context: Context) -> Trip:
 
 
 def _linears_s(linears: Mapping[fx.Node, Trip], blocks: Blocks, context: Context) -> float:
-    """What the accelerator does at least of the Linears. Of a block that is cut as one only the consumer is joined."""
+    """What the accelerator does at least of the Linears."""
     seconds = sum(trip.accelerator_s - trip.accelerator_saved_s for trip in linears.values())
-    for group in by_activation(linears).values():
-        if blocks.consumers.isdisjoint(group):
-            offloaded_s = sum(linears[node].accelerator_saved_s for node in group)
-            seconds += min(offloaded_s, least_read_s(group, context))
+    for group in by_trip(linears, blocks).values():
+        offloaded_s = sum(linears[node].accelerator_saved_s for node in group)
+        seconds += min(offloaded_s, least_read_s(group, context, blocks.consumers))
     return seconds
 
 
@@ -178,7 +178,7 @@ def _threads_s(
     if issues_ahead(context):
         alone_s = relax(Chain(tuple(trips), 0.0)).bound_s
         return max(alone_s, issuing_s, (alone_s + own_s + issuing_s) / 2)
-    issued = [_issued_s(group, context) for group in by_activation(linears).values()]
+    issued = [_issued_s(group, context) for group in by_trip(linears, blocks).values()]
     pairs = zip(trips, issued, strict=True)
     less = tuple(replace(trip, host_s=max(0.0, trip.host_s - saved_s)) for trip, (_, saved_s) in pairs)
     return relax(Chain(less, own_s + issuing_s + sum(streamed_s for streamed_s, _ in issued))).bound_s
@@ -196,11 +196,10 @@ def _ends_s(module: fx.GraphModule, linears: Mapping[fx.Node, Trip], context: Co
 
 
 def _host_trips(linears: Mapping[fx.Node, Trip], blocks: Blocks, context: Context) -> list[Trip]:
-    """The host's parts by the activation that they read."""
+    """The host's parts, by the trips that they can share."""
     trips = []
-    for group in by_activation(linears).values():
-        fixed_s = 0.0 if blocks.consumers.intersection(group) else least_thread_s(group[0], context)
-        trip = together((linears[node] for node in group), fixed_s)
+    for group in by_trip(linears, blocks).values():
+        trip = together((linears[node] for node in group), min(least_thread_s(node, context) for node in group))
         trips.append(replace(trip, accelerator_s=0.0, accelerator_saved_s=0.0))
     return trips
 

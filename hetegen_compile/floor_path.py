@@ -31,9 +31,12 @@ _START = "the step begins"  # in the graph of trips, before those that need no o
 
 
 class Blocks(NamedTuple):
-    """What blocks that are cut as one may save: the consumers' trips, and segments that the host may take over."""
+    """What blocks that are cut as one may save: trips, and segments that the host may take over.
 
-    consumers: frozenset[fx.Node]
+    ``consumers`` are their last Linears, each with the activation that the first ones read.
+    """
+
+    consumers: Mapping[fx.Node, fx.Node]
     segments: frozenset[fx.Node]
 
 
@@ -95,12 +98,24 @@ def by_activation(linears: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     return groups
 
 
+def by_trip(linears: Iterable[fx.Node], blocks: Blocks) -> dict[fx.Node, list[fx.Node]]:
+    """Linears by what they read; the last one of a block that may be cut by what the first ones read.
+
+    If the host has any rows of such a group, there is one trip at least: of the block, or of some of its Linears.
+    """
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for node in linears:
+        groups.setdefault(blocks.consumers.get(node, node.args[0]), []).append(node)  # type: ignore[arg-type]
+    return groups
+
+
 def together(parts: Iterable[Trip], fixed_s: float) -> Trip:
-    """Linears as one trip."""
+    """Linears as one trip: the host computes rows of each as fast, compared with the link, as of the best of them."""
     parts = list(parts)
+    link_s = sum(part.link_s for part in parts)
     return Trip(
-        host_s=sum(part.host_s for part in parts),
-        link_s=sum(part.link_s for part in parts),
+        host_s=link_s * min((part.host_s / part.link_s for part in parts if part.link_s > 0), default=0.0),
+        link_s=link_s,
         accelerator_s=sum(part.accelerator_s for part in parts),
         accelerator_saved_s=sum(part.accelerator_saved_s for part in parts),
         fixed_s=fixed_s,
@@ -190,7 +205,7 @@ class _Path:
             self._link(read, groups.get(read, []) if read is not None else [], following)
             for read, following in zip([None, *reads], [*reads, None], strict=True)
         ]
-        for stretch, end in self._stretches(links):
+        for stretch, end in self._stretches(self._blocks_together(links)):
             own = [self._trip(link) for link in stretch if link.read is not None]
             accelerator_s = sum(self.beside[node] for link in stretch for node in link.between)
             between_s = sum(self._between_s(link) for link in stretch)
@@ -206,6 +221,16 @@ class _Path:
         members = list(self.order.those_of(self.order.bits(group) & needed))
         between = self._beside_bits & needed & self.order.needing(*members)
         return _Link(read, members, list(self.order.those_of(between)), following)
+
+    def _blocks_together(self, links: Iterable[_Link]) -> list[_Link]:
+        """The last Linear of a block that may be cut shares the trip of the first ones."""
+        found: list[_Link] = []
+        for link in links:
+            if found and self.blocks.consumers.keys() & link.members:
+                before = found.pop()
+                link = _Link(before.read, before.members + link.members, before.between + link.between, link.following)
+            found.append(link)
+        return found
 
     def _between_s(self, link: _Link) -> float:
         """From a trip to the next activation: the accelerator's work, or the longest way through both sides' work."""
@@ -239,9 +264,7 @@ class _Path:
         return up_s(value_bytes(operand, self.context), self.context) if sides == ("host", "accelerator") else 0.0
 
     def _trip(self, link: _Link) -> Trip:
-        fixed_s = 0.0
-        if not self.blocks.consumers.intersection(link.members):
-            fixed_s = least_trip_s(link.members, self.context)
+        fixed_s = least_trip_s(link.members, self.context, self.blocks.consumers)
         return together((self.linears[node] for node in link.members), fixed_s)
 
     def _stretches(self, links: list[_Link]) -> Iterator[tuple[list[_Link], fx.Node | None]]:
@@ -268,4 +291,4 @@ class _Path:
         return sum(trip.accelerator_s - trip.accelerator_saved_s for trip in trips) + others_s
 
 
-__all__ = ["Blocks", "Order", "Stretch", "by_activation", "chain_of", "longest_path", "together"]
+__all__ = ["Blocks", "Order", "Stretch", "by_activation", "by_trip", "chain_of", "longest_path", "together"]

@@ -4,8 +4,8 @@ Behind a gate (``floor_path``) lie the Linears that need an activation which all
 activation is there, no row of these has been used, so what the link has brought of them lies in the ring; the rest of
 those that are streamed has to come afterwards, while host and accelerator work on the rest of the path. Before the gate
 lies the path up to it, each trip at the shares that are best for it alone, and all that has to be issued up to there.
-Inside of a block that may be cut as one is no such place: the accelerator's part of the intermediate is there before
-the host's.
+Inside of a block that may be cut as one is no such place (its Linears are one trip): the accelerator's part of the
+intermediate is there before the host's.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ def short_ring_s(
     """
     ring_s = _ring_s(linears, context)
     links_s = [sum(trip.link_s for trip in one.trips) for one in path]
-    inside = {consumer.args[0] for consumer in blocks.consumers}
-    gates = [i for i in range(1, len(path)) if path[i].begin not in inside and sum(links_s[i:]) > ring_s > 0]
+    gates = [i for i in range(1, len(path)) if sum(links_s[i:]) > ring_s > 0]
     some = [*gates[: -_GATES : max(1, len(gates) // _GATES)], *gates[-_GATES:]]
     issued_s = {node: _least_issue_s(node, blocks, context) for node in order.nodes}
     issued_s = {node: seconds for node, seconds in issued_s.items() if seconds}

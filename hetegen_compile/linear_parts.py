@@ -43,6 +43,8 @@ def pad_parts(x: Tensor, parts: Sequence[Tensor], starts: Sequence[int], columns
 
     ``x`` [..., in] gives the other dimensions and the dtype; ``starts`` are ascending.
     """
+    if len(parts) == 1:
+        return torch.nn.functional.pad(parts[0], (starts[0], columns - starts[0] - parts[0].shape[-1]))
     pieces, end = [], 0
     for part, start in zip(parts, starts, strict=True):
         pieces += [_zeros(x, start - end), part] if start > end else [part]
@@ -61,6 +63,8 @@ def join_parts(parts: Sequence[Tensor], dim: int) -> Tensor:
         return parts[0]
     if dim == 0:
         return torch.cat(list(parts), dim=-1)
+    if len(parts) == 2:
+        return parts[0] + parts[1]  # torch adds halves in float32, too, and one operation is issued instead of four
     half = parts[0].dtype in (torch.float16, torch.bfloat16)
     total = parts[0].float() if half else parts[0].clone()
     for part in parts[1:]:

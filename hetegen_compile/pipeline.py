@@ -22,6 +22,7 @@ from hetegen_compile.passes.choose_splits import choose_splits
 from hetegen_compile.passes.choose_staging import choose_staging
 from hetegen_compile.passes.context import Context, Refusal
 from hetegen_compile.passes.find_blocks import find_blocks
+from hetegen_compile.passes.fold_gelu import fold_gelu
 from hetegen_compile.passes.group_segments import group_segments
 from hetegen_compile.passes.insert_transfers import insert_transfers
 from hetegen_compile.passes.issue_ahead import issue_ahead
@@ -58,6 +59,7 @@ class Stage:
 PIPELINE: tuple[Stage, ...] = (
     Stage(resolve_sizes, "rewrite", "sizes are known on the host; reading them from a tensor would wait for it"),
     Stage(normalise_linears, "rewrite", "one node kind for every form of Linear"),
+    Stage(fold_gelu, "rewrite", "eight operations that the host would run one by one are one"),
     Stage(note_effects, "analyse", "what the program does to memory: what verify holds the schedule to", "effects"),
     Stage(find_blocks, "analyse", "Linears whose host parts need not meet in between", "blocks"),
     Stage(annotate_costs, "analyse", "decisions compare seconds", "costs"),

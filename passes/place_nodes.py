@@ -19,6 +19,7 @@ from torch import fx
 
 from hetegen_compile.ir import INPUT_OPS, LINEAR, info, is_tensor, makers_of, writers_of
 from hetegen_compile.passes.annotate_costs import value_bytes
+from hetegen_compile.passes.aten_listener import FREE_ATEN
 from hetegen_compile.passes.autocast import autocast_regions, mixed_region
 from hetegen_compile.passes.choose_splits import table_only
 from hetegen_compile.passes.context import Context, HostOnlyGraphError, Refusal
@@ -189,7 +190,8 @@ class _Placer:
             return False
         needs = [*node.all_input_nodes, *self._writers_touching(node)]
         seen = {node}
-        return sum(self._leaf_bytes(need, seen) for need in needs) <= value_bytes(node, self._context)
+        leaves, own = sum(self._leaf_bytes(need, seen) for need in needs), value_bytes(node, self._context)
+        return leaves < own or (leaves == own and FREE_ATEN.issuperset(info(node).aten))
 
     def _leaf_bytes(self, node: fx.Node, seen: set[fx.Node]) -> int:
         """Bytes that have to be downloaded so that the host has the node's value."""

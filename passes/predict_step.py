@@ -10,7 +10,7 @@ same seconds, so that a prediction and a measurement are about the same thing.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import fx
 
@@ -219,26 +219,40 @@ def _down_s(linear: fx.Node, context: Context) -> float:
     return download_s(context.profile, value_bytes(linear.all_input_nodes[0], context)) + context.profile.synchronise_s
 
 
-def least_trip_s(linears: Sequence[fx.Node], context: Context) -> float:
-    """The least that a trip of Linears that read one activation costs; no way down for what lies on the host.
+def least_trip_s(linears: Sequence[fx.Node], context: Context, consumers: Collection[fx.Node] = ()) -> float:
+    """The least that a trip of some of these Linears costs; no way down for what lies on the host.
 
-    What goes up is issued when the host has it, unless a worker computes, and is read in place where it is small. What
-    only the caller reads may go any way.
+    They read one activation, and ``consumers`` among them what others make of it: what goes down may be what any of
+    them reads, and what goes up is of those that read one activation, or of the consumers alone. It is issued when the
+    host has it, unless a worker computes, and is read in place where it is small. What only the caller reads may go any
+    way.
     """
-    link, untold_s = context.profile.link, _untold_trip_s(context)
-    up_s = least_read_s(linears, context) or min(link.view_s, link.up.latency_s)
-    if _go_up(linears):
-        up_s += 0.0 if issues_ahead(context) else context.profile.accelerator.launch_s
-    if info(linears[0].all_input_nodes[0]).side != "accelerator":
-        return untold_s + up_s
-    return _down_s(linears[0], context) + untold_s + up_s
+    link, profile = context.profile.link, context.profile
+    ups = []
+    for group in _read_together(linears, consumers):
+        up_s = least_read_s(group, context) or min(link.view_s, link.up.latency_s)
+        issued = _go_up(group) and not issues_ahead(context)
+        ups.append(up_s + (profile.accelerator.launch_s if issued else 0.0))
+    there = any(info(linear.all_input_nodes[0]).side != "accelerator" for linear in linears)
+    down_s = 0.0 if there else min(_down_s(linear, context) for linear in linears)
+    return down_s + _untold_trip_s(context) + min(ups)
 
 
-def least_read_s(linears: Sequence[fx.Node], context: Context) -> float:
-    """What reading the host's results of Linears that read one activation keeps the accelerator at least.
+def least_read_s(linears: Sequence[fx.Node], context: Context, consumers: Collection[fx.Node] = ()) -> float:
+    """What reading the host's results of some Linears keeps the accelerator at least (see ``least_trip_s``).
 
     0 where they may be large enough for a transfer, or are not read there.
     """
+    return min(_read_s(group, context) for group in _read_together(linears, consumers))
+
+
+def _read_together(linears: Sequence[fx.Node], consumers: Collection[fx.Node]) -> list[list[fx.Node]]:
+    """Those of the Linears that read one activation, and the others each by itself."""
+    first = [linear for linear in linears if linear not in consumers]
+    return [*([first] if first else []), *([linear] for linear in linears if linear in consumers)]
+
+
+def _read_s(linears: Sequence[fx.Node], context: Context) -> float:
     largest = sum(value_bytes(linear, context) for linear in linears)
     return context.profile.link.view_s if _go_up(linears) and largest <= ir.SMALL_UPLOAD_BYTES else 0.0
 
