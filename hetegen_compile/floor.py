@@ -97,7 +97,7 @@ def _blocks(module: fx.GraphModule, order: Order, context: Context) -> Blocks:
         and any(order.needs(segment, linears[sibling]) for sibling in block.siblings)
     )
     reads = {linears[block.consumer]: linears[block.siblings[0]].args[0] for block in found}
-    return Blocks(reads, segments)
+    return Blocks(reads, segments)  # type: ignore[arg-type]
 
 
 def _bytes_only(trip: Trip) -> Trip:

@@ -7,6 +7,7 @@ from hetegen_compile.passes.choose_residency import choose_residency
 from hetegen_compile.passes.choose_splits import choose_splits
 from hetegen_compile.passes.choose_staging import choose_staging
 from hetegen_compile.passes.find_blocks import find_blocks
+from hetegen_compile.passes.fold_gelu import fold_gelu
 from hetegen_compile.passes.group_segments import group_segments
 from hetegen_compile.passes.insert_transfers import insert_transfers
 from hetegen_compile.passes.issue_ahead import issue_ahead
@@ -30,6 +31,7 @@ __all__ = [
     "choose_splits",
     "choose_staging",
     "find_blocks",
+    "fold_gelu",
     "group_segments",
     "insert_transfers",
     "issue_ahead",

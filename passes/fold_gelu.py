@@ -12,8 +12,8 @@ After:
 
     y = gelu(x, approximate="tanh")
 
-Nothing depends on the order of the operations: what is below the ``tanh`` and what is above it are read as polynomials in
-x, and in x and the tanh. Their coefficients have to be the formula's to the precision of the dtype.
+Nothing depends on the order of the operations: what is below the ``tanh`` is read as a polynomial in x, what is above
+it as one in x and the tanh. Their coefficients have to be the formula's to the precision of the dtype.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _polynomial(node: Any, x: fx.Node, tanh: fx.Node, depth: int = _OPERATIONS) 
         return _power(_polynomial(node.args[0], x, tanh, depth - 1), node.args[1])
     combine = _sum if node.target in _ADD else _product if node.target in _MUL else None
     operands = [_polynomial(arg, x, tanh, depth - 1) for arg in node.args] if combine else [None]
-    return combine(*operands) if combine and None not in operands else None  # type: ignore[arg-type]
+    return combine(*operands) if combine and None not in operands else None
 
 
 def _sum(a: Polynomial, b: Polynomial) -> Polynomial:

@@ -16,7 +16,13 @@ from benchmarks.schedule_quality import Work
 from hetegen_compile.cost_model import RateCurve, RateTable, load_profile
 from hetegen_compile.floor import Floor, floor, floor_s, offloaded_together_s
 from hetegen_compile.ir import LINEAR, info
-from hetegen_compile.passes.choose_splits import block_splits, choose_splits, linears_of, pairable_blocks, with_host_rows
+from hetegen_compile.passes.choose_splits import (
+    block_splits,
+    choose_splits,
+    linears_of,
+    pairable_blocks,
+    with_host_rows,
+)
 from hetegen_compile.passes.context import require
 from hetegen_compile.passes.plans import LinearPlan, Splits
 from hetegen_compile.planned import BucketPlan

@@ -69,6 +69,22 @@ t6 = matmul(t5, t2)  # accelerator
 t7 = hetegen.linear(t6, B.weight, B.bias, 0)"""  # fmt: skip
 
 
+def test_what_is_copied_together_comes_down_by_itself_where_its_parts_are_no_fewer_bytes() -> None:
+    """Keys of which a part is rotated (Phi, GPT-J): the host had put them together once more."""
+
+    def partly_rotated(x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        key = A(x)
+        key = torch.cat([key[..., :32].sin(), key[..., 32:]], -1)
+        keys = torch.cat([past, key])
+        return B(torch.softmax(x @ keys.t(), -1) @ keys), keys
+
+    sides = with_sides(placed(partly_rotated, torch.randn(1, 64), torch.randn(6, 64))).splitlines()
+    key, keys = (line for line in sides if " cat(" in line)
+    assert key.endswith("# accelerator")
+    assert keys.endswith("# both")
+    assert_equal_to_eager(partly_rotated, torch.randn(1, 64), torch.randn(6, 64))
+
+
 def test_a_write_into_a_cache_is_on_both_sides() -> None:
     found = placed(static_cache, torch.randn(1, 64), torch.tensor([3]), torch.randn(6, 64))
     assert with_sides(found) == """\

@@ -1,0 +1,112 @@
+"""GELU written out by its tanh formula is one operation, whoever wrote it down and in whatever order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.models.bloom.modeling_bloom import bloom_gelu_forward
+
+from hetegen_compile.ir import HOST_LINEAR, info
+from hetegen_compile.passes import fold_gelu
+from tests.passes.graphs import case, scheduled
+
+Form = Callable[[Tensor], Tensor]
+
+ROOT = math.sqrt(2.0 / math.pi)
+WRITTEN: dict[str, Form] = {
+    "transformers' gelu_new": ACT2FN["gelu_new"],
+    "transformers' gelu_fast": ACT2FN["gelu_fast"],
+    "transformers' gelu_accurate": ACT2FN["gelu_accurate"],
+    "BLOOM's, eight digits": bloom_gelu_forward,
+    "methods": lambda x: x.mul(0.5).mul(x.pow(3).mul(0.044715).add(x).mul(ROOT).tanh().add(1)),
+    "factors inside": lambda x: (0.5 + 0.5 * torch.tanh(x * ROOT + x * x * x * (0.044715 * ROOT))) * x,
+}
+OTHERS: dict[str, Form] = {
+    "another constant": lambda x: 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.044715 * x**3))),
+    "another power": lambda x: 0.5 * x * (1 + torch.tanh(ROOT * (x + 0.044715 * x**2))),
+    "another factor": lambda x: x * (1 + torch.tanh(ROOT * (x + 0.044715 * x**3))),
+    "tanh alone": lambda x: torch.tanh(ROOT * (x + 0.044715 * x**3)),
+    "squared": lambda x: 0.5 * x * x * (1 + torch.tanh(ROOT * (x + 0.044715 * x**3))),
+    "another tensor inside": lambda x: 0.5 * x * (1 + torch.tanh(ROOT * (x.flip(-1) + 0.044715 * x**3))),
+    "scaled add": lambda x: 0.5 * x * (1 + torch.tanh(ROOT * torch.add(x, x**3, alpha=2) * 0.044715)),
+    "cubed in another dtype": lambda x: (
+        0.5 * x * (1 + torch.tanh(ROOT * (x + (0.044715 * x.float() ** 3).to(x.dtype))))
+    ),
+}
+
+
+def folded(form: Form, x: Tensor) -> tuple[int, Any]:
+    """How many calls of GELU the graph has, and its result."""
+    found = case(lambda x: form(x) + 0, x).run(fold_gelu)
+    return len(found.nodes(F.gelu)), found.outputs()[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", [pytest.param(form, id=name) for name, form in WRITTEN.items()])
+def test_the_formula_is_one_operation_with_the_same_values(form: Form, dtype: torch.dtype) -> None:
+    """In half precision it is nearer to the float32 result than the formula, which rounds after each operation."""
+    x = torch.linspace(-12, 12, 4001).to(dtype)
+    calls, result = folded(form, x)
+    assert calls == 1
+    exact = F.gelu(x.double(), approximate="tanh")
+    error, eager_error = ((values.double() - exact).abs().max() for values in (result, form(x)))
+    assert error <= 1.01 * eager_error + 1e-6
+
+
+@pytest.mark.parametrize("form", [pytest.param(form, id=name) for name, form in OTHERS.items()])
+def test_what_is_not_the_formula_stays(form: Form) -> None:
+    x = torch.linspace(-4, 4, 64, dtype=torch.float16)
+    calls, result = folded(form, x)
+    assert calls == 0
+    assert torch.equal(result, form(x))
+
+
+def test_the_constants_have_to_be_right_to_the_dtypes_precision() -> None:
+    """Eight digits are float32's, not float64's."""
+    assert folded(bloom_gelu_forward, torch.randn(8, dtype=torch.float64))[0] == 0
+    assert folded(ACT2FN["gelu_new"], torch.randn(8, dtype=torch.float64))[0] == 1
+
+
+def test_what_else_reads_parts_of_the_formula_still_gets_them() -> None:
+    def function(x: Tensor) -> Any:
+        cube = x**3
+        t = torch.tanh(ROOT * (x + 0.044715 * cube))
+        return 0.5 * x * (1 + t), t, cube
+
+    x = torch.randn(64)
+    found = case(function, x).run(fold_gelu)
+    assert len(found.nodes(F.gelu)) == 1
+    for mine, eager in zip(found.outputs(), function(x), strict=True):
+        torch.testing.assert_close(mine, eager)
+
+
+def test_an_operand_that_the_graph_writes_leaves_it_alone() -> None:
+    def function(x: Tensor) -> Tensor:
+        y = x.clone()
+        t = torch.tanh(ROOT * (y + 0.044715 * y**3))
+        half = 0.5 * y
+        y.add_(1)
+        return half * (1 + t) + y
+
+    x = torch.randn(64)
+    found = case(function, x).run(fold_gelu)
+    assert not found.nodes(F.gelu)
+    assert torch.equal(found.outputs()[0], function(x))
+
+
+def test_the_host_runs_one_operation_between_the_linears_of_a_block() -> None:
+    up, down = nn.Linear(64, 256), nn.Linear(256, 64)
+    found = scheduled(lambda x: down(ACT2FN["gelu_new"](up(x))), torch.randn(1, 64), paired=0.5)
+    between = [
+        node.target for node in found.module.graph.nodes
+        if node.op == "call_function" and info(node).side == "host" and "gelu" in info(node).aten
+    ]  # fmt: skip
+    assert between == [F.gelu]
+    assert len(found.nodes(HOST_LINEAR)) == 2

@@ -1,0 +1,67 @@
+"""Putting parts of a Linear together on the accelerator: few operations are issued for it, and nothing is lost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hetegen_compile.linear_parts import join_parts, pad_parts
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+class Launches(TorchDispatchMode):
+    """The ATen operations that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def in_float32(parts: list[Tensor]) -> Tensor:
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part.float()
+    return total.to(parts[0].dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_partial_sums_are_added_in_float32_and_rounded_once(dtype: torch.dtype, count: int) -> None:
+    torch.manual_seed(0)
+    parts = [(torch.randn(1, 3, 4096) * 10.0 ** torch.randint(-3, 4, (4096,))).to(dtype) for _ in range(count)]
+    before = [part.clone() for part in parts]
+    assert torch.equal(join_parts(parts, 1), in_float32(parts))
+    assert all(map(torch.equal, parts, before))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_partial_sums_and_columns_side_by_side_are_one_operation(dtype: torch.dtype) -> None:
+    parts = [torch.randn(1, 1, 64).to(dtype) for _ in range(2)]
+    for dim, name in ((0, "cat"), (1, "add")):
+        with Launches() as launches:
+            join_parts(parts, dim)
+        assert launches.names == [name]
+
+
+@pytest.mark.parametrize(
+    ("starts", "widths"), [([0], [64]), ([64], [192]), ([64], [64]), ([64, 128], [64, 128]), ([0, 128], [64, 64])]
+)
+def test_columns_are_at_their_places_and_the_others_are_zero(starts: list[int], widths: list[int]) -> None:
+    parts = [torch.randn(2, 1, width) for width in widths]
+    expected = torch.zeros(2, 1, 256)
+    for part, start, width in zip(parts, starts, widths, strict=True):
+        expected[..., start : start + width] = part
+    x = torch.randn(2, 1, 8)
+    with Launches() as launches:
+        padded = pad_parts(x, parts, starts, 256)
+    assert torch.equal(padded, expected)
+    assert len(parts) > 1 or launches.names == ["constant_pad_nd"]
