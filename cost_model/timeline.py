@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,22 +47,37 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """A simulated step.
+    """A simulated step. What is not asked for is not computed: a search makes many of them.
 
     Attributes:
+        tasks: in issue order.
         start_s, end_s: by task id, in seconds from the first issue.
-        makespan_s: end of the last task.
-        busy_s: by resource, the time that it works; the host's includes issuing.
-        utilisation: ``busy_s`` over the makespan (0 for an empty step).
-        peak_bytes: by pool, the most that was allocated at once.
     """
 
+    tasks: Sequence[Task]
     start_s: tuple[float, ...]
     end_s: tuple[float, ...]
-    makespan_s: float
-    busy_s: dict[str, float]
-    utilisation: dict[str, float]
-    peak_bytes: dict[str, int]
+
+    @property
+    def makespan_s(self) -> float:
+        """End of the last task."""
+        return max(self.end_s, default=0.0)
+
+    @property
+    def busy_s(self) -> dict[str, float]:
+        """By resource, the time that it works; the host's includes issuing."""
+        return busy_s(self.tasks)
+
+    @property
+    def utilisation(self) -> dict[str, float]:
+        """``busy_s`` over the makespan (0 for an empty step)."""
+        makespan_s = self.makespan_s
+        return {name: busy / makespan_s if makespan_s else 0.0 for name, busy in self.busy_s.items()}
+
+    @property
+    def peak_bytes(self) -> dict[str, int]:
+        """By pool, the most that was allocated at once."""
+        return _peak_bytes(self.tasks, self.start_s, self.end_s)
 
 
 def simulate(tasks: Sequence[Task]) -> Timeline:
@@ -88,16 +103,7 @@ def simulate(tasks: Sequence[Task]) -> Timeline:
         free_at_s[resource] = end
         if resource == HOST:
             issued_s = end
-    makespan_s = max(end_s, default=0.0)
-    busy_s = _busy_s(tasks)
-    return Timeline(
-        start_s=tuple(start_s),
-        end_s=tuple(end_s),
-        makespan_s=makespan_s,
-        busy_s=busy_s,
-        utilisation={name: busy / makespan_s if makespan_s else 0.0 for name, busy in busy_s.items()},
-        peak_bytes=_peak_bytes(tasks, start_s, end_s),
-    )
+    return Timeline(tasks, tuple(start_s), tuple(end_s))
 
 
 def lower_bound_s(tasks: Sequence[Task]) -> float:
@@ -107,7 +113,7 @@ def lower_bound_s(tasks: Sequence[Task]) -> float:
     issue and no state of the simulation enters. A task's path begins with its own issue.
     """
     _check(tasks)
-    return max([0.0, _critical_path_s(tasks), *_busy_s(tasks).values()])
+    return max([0.0, _critical_path_s(tasks), *busy_s(tasks).values()])
 
 
 def _critical_path_s(tasks: Sequence[Task]) -> float:
@@ -133,13 +139,14 @@ def _check(tasks: Sequence[Task]) -> None:
                 raise ScheduleError(f"task {index} ({task.name}) waits for {earlier}, not issued before it")
 
 
-def _busy_s(tasks: Sequence[Task]) -> dict[str, float]:
-    busy_s: dict[str, float] = defaultdict(float)
+def busy_s(tasks: Iterable[Task]) -> dict[str, float]:
+    """By resource, the time that it works; the host's includes issuing."""
+    seconds: dict[str, float] = defaultdict(float)
     for task in tasks:
-        busy_s[task.resource] += task.duration_s
+        seconds[task.resource] += task.duration_s
         if task.issue_s:
-            busy_s[HOST] += task.issue_s
-    return dict(busy_s)
+            seconds[HOST] += task.issue_s
+    return dict(seconds)
 
 
 def _peak_bytes(tasks: Sequence[Task], start_s: Sequence[float], end_s: Sequence[float]) -> dict[str, int]:

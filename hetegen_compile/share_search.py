@@ -11,7 +11,7 @@ waits for one), somewhat more or less on the link.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 
 from hetegen_compile.cost_model import Chain, balance_along, relax, upload_s
@@ -80,24 +80,26 @@ class Search:
     def __init__(self, trials: Trials, context: Context, splits: Splits) -> None:
         self._trials = trials
         self._context = context
-        self._found = [(trials.step_s(context, splits, keep=True), splits)]
+        self._found: dict[Hashable, tuple[Prediction, Splits]] = {}
+        self.simulate(splits, keep=True)
         self._best: _Attempt | None = None
         self._bound_s = math.inf
 
     @property
     def _step_s(self) -> float:
         """The shortest step."""
-        return min(step_s for step_s, _ in self._found)
+        return min(prediction.step_s for prediction, _ in self._found.values())
 
     def by_step(self) -> list[Splits]:
         """All splits, those of shorter steps first."""
-        return [splits for _, splits in sorted(self._found, key=lambda found: found[0])]
+        return [splits for _, splits in sorted(self._found.values(), key=lambda found: found[0].step_s)]
 
-    def simulate(self, splits: Splits) -> Prediction:
-        """The step with these splits."""
-        prediction = self._trials.prediction(self._context, splits)
-        self._found.append((prediction.step_s, splits))
-        return prediction
+    def simulate(self, splits: Splits, *, keep: bool = False) -> Prediction:
+        """The step with these splits; ``keep`` as of ``Trials``. Ways that come to the same rows are simulated once."""
+        key = tuple(sorted(splits.items()))
+        if key not in self._found:
+            self._found[key] = self._trials.prediction(self._context, splits, keep=keep), splits
+        return self._found[key][0]
 
     def balance(self, trips: Trips, chain: Chain) -> None:
         """Try several ways of choosing the trips that are made, and the best of them with corrected chains.
@@ -137,8 +139,10 @@ class Search:
                 way = variation(best.way)
                 if way == best.way:
                     continue
-                left -= 1
-                if self._attempt(way).step_s >= best.step_s:
+                before = len(self._found)
+                attempt = self._attempt(way)
+                left -= len(self._found) - before
+                if attempt.step_s >= best.step_s:
                     break
 
     def _promising(self, way: _Way) -> _Attempt | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, islice
 
 from torch import fx
 
@@ -56,13 +56,14 @@ def step_chain(module: fx.GraphModule, trips: Trips, context: Context) -> Chain:
     input) is its own work of that trip.
     """
     nodes = list(module.graph.nodes)
+    position = {node: i for i, node in enumerate(nodes)}
     serial_s = {node: node_work(node, context).seconds for node in nodes if node.op == "call_module"}
     own = [_trip(group, context) for group in trips]
     place = {node: index for index, group in enumerate(trips) for node in group.linears}
     for index, group in enumerate(trips):
         if not own[index].link_s or group.block is not None:
             continue
-        for node in _before_its_results(nodes, group, context):
+        for node in _before_its_results(islice(nodes, position[group.linears[-1]] + 1, None), group, context):
             if node in place and own[place[node]].link_s:
                 break  # the host has a part of that, too
             beside_s = serial_s.pop(node, 0.0)
@@ -73,10 +74,10 @@ def step_chain(module: fx.GraphModule, trips: Trips, context: Context) -> Chain:
     return Chain(tuple(own), sum(serial_s.values()))
 
 
-def _before_its_results(nodes: Sequence[fx.Node], group: Group, context: Context) -> Iterator[fx.Node]:
-    """What follows a trip's Linears up to the first reader of one that is not all resident, in program order."""
+def _before_its_results(following: Iterable[fx.Node], group: Group, context: Context) -> Iterator[fx.Node]:
+    """Of what follows a trip's Linears, all up to the first reader of one that is not all resident."""
     offloaded = {node for node in group.linears if _offloaded_bytes(node, context)}
-    for node in nodes[nodes.index(group.linears[-1]) + 1 :]:
+    for node in following:
         if not offloaded.isdisjoint(node.all_input_nodes):
             return
         yield node

@@ -17,7 +17,6 @@ from torch import fx
 from hetegen_compile import ir
 from hetegen_compile.cost_model import (
     Task,
-    Timeline,
     accelerator_linear_s,
     accelerator_op_s,
     download_s,
@@ -27,7 +26,7 @@ from hetegen_compile.cost_model import (
     simulate,
     upload_s,
 )
-from hetegen_compile.cost_model.timeline import HOST
+from hetegen_compile.cost_model.timeline import HOST, busy_s
 from hetegen_compile.ir import info
 from hetegen_compile.passes.annotate_costs import dtype_name, value_bytes
 from hetegen_compile.passes.aten_listener import FREE_ATEN
@@ -53,7 +52,7 @@ def predict_step(module: fx.GraphModule, context: Context) -> Prediction:
     tasks = [_task(node, work[node], index) for node in nodes]
     if any(node.target == ir.CARRIED for node in nodes):
         return _second_of_two(nodes, work, tasks)
-    timeline: Timeline = simulate(tasks)
+    timeline = simulate(tasks)
     return Prediction(
         work=work,
         start_s=dict(zip(nodes, timeline.start_s, strict=True)),
@@ -96,23 +95,14 @@ def _second_of_two(nodes: list[fx.Node], work: Mapping[fx.Node, Work], first: li
     begin_s = timeline.end_s[border]
     start_s = [max(0.0, timeline.start_s[place[i]] - begin_s) for i in range(border)]
     end_s = [max(0.0, timeline.end_s[place[i]] - begin_s) for i in range(border)]
-    busy_s = _busy_s(second)
+    busy = busy_s(second)
     return Prediction(
         work=work,
         start_s=dict(zip(nodes, start_s, strict=True)),
         end_s=dict(zip(nodes, end_s, strict=True)),
-        step_s=max([*(end_s[i] for i in waited_for), *busy_s.values()]),
-        busy_s=busy_s,
+        step_s=max([*(end_s[i] for i in waited_for), *busy.values()]),
+        busy_s=busy,
     )
-
-
-def _busy_s(tasks: list[Task]) -> dict[str, float]:
-    """Seconds that each resource works; the host's include issuing."""
-    busy_s: dict[str, float] = {}
-    for task in tasks:
-        busy_s[task.resource] = busy_s.get(task.resource, 0.0) + task.duration_s
-        busy_s[HOST] = busy_s.get(HOST, 0.0) + task.issue_s
-    return busy_s
 
 
 def node_work(node: fx.Node, context: Context) -> Work:
