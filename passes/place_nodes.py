@@ -52,6 +52,7 @@ class _Placer:
         self._host_only = {node for node in self._computing if self._must_be_host(node)} | self._with_host_weights()
         self._host_only |= {node for node in self._computing if self._takes_item_on_host(node)}
         self._host_only |= self._views_returned()
+        self._returned = self._memory_returned()
         self._host: set[fx.Node] = set()
         self._cost: dict[fx.Node, int] = {}
 
@@ -92,6 +93,14 @@ class _Placer:
             returned = all(user.op == "output" or user in found for user in node.users)
             if node.users and returned and is_view(info(node)) and all(map(self._is_input, info(node).storages)):
                 found.add(node)
+        return found
+
+    def _memory_returned(self) -> set[fx.Node]:
+        """What the caller gets, and where that is a view, what it is a view of."""
+        found = set(self._nodes[-1].all_input_nodes)
+        for node in reversed(self._computing):
+            if node in found and is_view(info(node)):
+                found.update(node.all_input_nodes)
         return found
 
     def _is_input(self, key: int) -> bool:
@@ -191,7 +200,9 @@ class _Placer:
         needs = [*node.all_input_nodes, *self._writers_touching(node)]
         seen = {node}
         leaves, own = sum(self._leaf_bytes(need, seen) for need in needs), value_bytes(node, self._context)
-        return leaves < own or (leaves == own and FREE_ATEN.issuperset(info(node).aten))
+        # of a result, which may be the next step's cache, each side has one of its own then
+        at_no_cost = node in self._returned or FREE_ATEN.issuperset(info(node).aten)
+        return not leaves or leaves < own or (leaves == own and at_no_cost)
 
     def _leaf_bytes(self, node: fx.Node, seen: set[fx.Node]) -> int:
         """Bytes that have to be downloaded so that the host has the node's value."""

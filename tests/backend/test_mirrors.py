@@ -69,6 +69,13 @@ def test_a_cache_is_not_uploaded_again(architecture: str, cache: str | None) -> 
     alike = {after - before for before, after in zip(moved[steady:], moved[steady + 1 :], strict=False)}
     assert max(alike) - min(alike) < a_tokens_keys_and_values, "activations do not grow with the cache either"
 
+    mirrors.clear()  # all is compiled: the step behind the prompt finds the prompt's keys and values there, too
+    assert_like_eager(run(), expected)
+    behind_prompt, *steps = [after - before for before, after in zip(mirrors, mirrors[1:], strict=False)]
+    assert max(steps) < a_tokens_keys_and_values
+    windows = architecture != "llama"  # of a prompt longer than a window the last tokens come down, and go up once
+    assert behind_prompt < (PROMPT + 1 if windows else 1) * a_tokens_keys_and_values
+
 
 def _set_data(model: nn.Module) -> None:
     for parameter in model.parameters():
