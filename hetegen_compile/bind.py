@@ -37,7 +37,7 @@ from hetegen_compile.host_functions import host_function, in_place
 from hetegen_compile.host_kernels import bind_kernels
 from hetegen_compile.ir import info
 from hetegen_compile.last_uses import last_uses
-from hetegen_compile.linear_parts import join_parts, linear_rows, pad_parts
+from hetegen_compile.linear_parts import join_parts, pad_parts, rows_function
 from hetegen_compile.passes.closed_gates import sizes_behind_gates
 from hetegen_compile.passes.context import Refusal
 from hetegen_compile.passes.expressions import evaluate
@@ -234,15 +234,15 @@ class _Binder:
 
     def _partial(self, node: fx.Node) -> str:
         x, rows, bias, lo, hi, dim, axis = ir.linear_part(node)
-        cut = functools.partial(linear_rows, lo=lo, hi=hi, dim=dim, axis=axis)
-        function = self._constant("linear", cut)
+        function = self._constant("linear", rows_function(lo, hi, dim, axis, biased=bias is not None))
         op = self._op(node, arguments=(x, rows, bias))
         return f"{node.name} = launch({op}, {function}, {self._text((x, rows, bias))})"
 
     def _host_linear(self, node: fx.Node) -> str:
         x, weight, bias, lo, hi, dim, axis = ir.linear_part(node)
         kernel = bind_kernels(self._kernels, info(weight).value, lo, hi, dim, self._refuse, axis)
-        function = self._constant("linear", kernel)
+        plain = rows_function(lo, hi, dim, axis, biased=bias is not None) if kernel.is_torchs else kernel
+        function = self._constant("linear", plain)
         arguments = f"({x}, {_narrowed(weight, [lo, hi], axis)}, {self._text(bias)})"
         return self._host_call(node, function, arguments)
 
@@ -258,6 +258,9 @@ class _Binder:
             return f"{node.name} = {parts[0]}"
         if len(parts) == 1:  # an upload may be a view of the host's tensor, which nothing may write
             return f"{node.name} = launch({self._op(node)}, {self._constant('clone', torch.clone)}, ({parts[0]},))"
+        if dim == 0:
+            cat = self._constant("cat", torch.cat)
+            return f"{node.name} = launch({self._op(node)}, {cat}, ({self._text(list(parts))}, -1))"
         function = self._constant("join", functools.partial(join_parts, dim=dim))
         return f"{node.name} = launch({self._op(node)}, {function}, ({self._text(list(parts))},))"
 

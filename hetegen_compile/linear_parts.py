@@ -5,7 +5,8 @@ What ``dim`` and the ``axis`` of a part mean is said in ``ir``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +32,13 @@ def linear_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, 
         return torch.nn.functional.linear(x, rows, bias)
     product = torch.matmul(x, rows)
     return product if bias is None else product + bias
+
+
+def rows_function(lo: int, hi: int, dim: int, axis: int, *, biased: bool) -> Callable[..., Tensor]:
+    """``linear_rows`` of one part as a function (x, rows, bias): ``F.linear`` itself where that is all it does."""
+    if dim == 0 and axis == 0 and not biased:
+        return torch.nn.functional.linear
+    return functools.partial(linear_rows, lo=lo, hi=hi, dim=dim, axis=axis)
 
 
 def narrowed_operands(x: Tensor, bias: Tensor | None, lo: int, hi: int, *, sums: bool) -> tuple[Tensor, Tensor | None]:
@@ -77,4 +85,4 @@ def whole_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dim: int) -> Te
     return linear_rows(x, weight, bias, 0, weight.shape[0], dim)
 
 
-__all__ = ["join_parts", "linear_rows", "narrowed_operands", "pad_parts", "whole_linear"]
+__all__ = ["join_parts", "linear_rows", "narrowed_operands", "pad_parts", "rows_function", "whole_linear"]

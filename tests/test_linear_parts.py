@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hetegen_compile.linear_parts import join_parts, pad_parts
+from hetegen_compile.linear_parts import join_parts, linear_rows, pad_parts, rows_function
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -65,3 +65,14 @@ def test_columns_are_at_their_places_and_the_others_are_zero(starts: list[int], 
         padded = pad_parts(x, parts, starts, 256)
     assert torch.equal(padded, expected)
     assert len(parts) > 1 or launches.names == ["constant_pad_nd"]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("dim", "axis"), [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_a_part_without_anything_around_it_is_f_linear_itself(dim: int, axis: int, biased: bool) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(48, 48), torch.randn(48) if biased else None
+    x, rows = torch.randn(2, 48), weight.narrow(axis, 16, 16)
+    function = rows_function(16, 32, dim, axis, biased=biased)
+    assert torch.equal(function(x, rows, bias), linear_rows(x, rows, bias, 16, 32, dim, axis))
+    assert (function is torch.nn.functional.linear) == (dim == axis == 0 and not biased)

@@ -28,13 +28,19 @@ class HostLinear:
 
     def __call__(self, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
         """The part of the Linear that ``rows`` contribute."""
-        kernel = self.kernel(x.numel() // max(1, x.shape[-1]))
-        if not x.numel() or rows.is_floating_point() and (x.dtype != rows.dtype or torch.is_autocast_enabled("cpu")):
+        tokens = x.numel() // (x.shape[-1] or 1)
+        kernel = self.kernel(tokens)
+        if not tokens or rows.is_floating_point() and (x.dtype != rows.dtype or torch.is_autocast_enabled("cpu")):
             kernel = LINEAR  # autocast decides the dtype; the rest are cases that only torch defines
         if self.axis == 0:
             return kernel.run(x, rows, bias, self.lo, self.hi, self.dim)
         x, bias = narrowed_operands(x, bias, self.lo, self.hi, sums=self.dim == 0)
         return kernel.run(x, rows, bias, 0, rows.shape[0], self.dim)  # a whole Linear with fewer columns
+
+    @property
+    def is_torchs(self) -> bool:
+        """Whether ``F.linear`` computes it, whatever the number of tokens: then this is ``linear_rows``."""
+        return all(kernel is LINEAR for _, kernel in self.kernels)
 
     def kernel(self, tokens: int) -> HostKernel:
         """The kernel for a number of tokens."""

@@ -57,6 +57,8 @@ def test_the_recorded_kernel_is_called_by_the_number_of_tokens(calls: Calls) -> 
 def test_a_profile_without_kernels_means_f_linear() -> None:
     linear = bind_kernels({}, torch.ones(6, 8), 0, 6, 0)
     assert linear == HostLinear(0, 6, 0, ((math.inf, LINEAR),))
+    assert linear.is_torchs
+    assert not bind_kernels(choice((1.0, "F.linear"), (16.0, "vectorised")), torch.ones(6, 8), 0, 6, 0).is_torchs
 
 
 @pytest.mark.parametrize(
