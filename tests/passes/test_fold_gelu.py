@@ -60,15 +60,16 @@ def test_the_formula_is_one_operation_with_the_same_values(form: Form, dtype: to
     assert error <= 1.01 * eager_error + 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("form", [pytest.param(form, id=name) for name, form in OTHERS.items()])
-def test_what_is_not_the_formula_stays(form: Form) -> None:
-    x = torch.linspace(-4, 4, 64, dtype=torch.float16)
+def test_what_is_not_the_formula_stays(form: Form, dtype: torch.dtype) -> None:
+    x = torch.linspace(-4, 4, 64, dtype=dtype)
     calls, result = folded(form, x)
     assert calls == 0
     assert torch.equal(result, form(x))
 
 
-def test_the_constants_have_to_be_right_to_the_dtypes_precision() -> None:
+def test_the_constants_have_to_be_right_to_the_precision_that_is_computed_in() -> None:
     """Eight digits are float32's, not float64's."""
     assert folded(bloom_gelu_forward, torch.randn(8, dtype=torch.float64))[0] == 0
     assert folded(ACT2FN["gelu_new"], torch.randn(8, dtype=torch.float64))[0] == 1
@@ -99,6 +100,19 @@ def test_an_operand_that_the_graph_writes_leaves_it_alone() -> None:
     found = case(function, x).run(fold_gelu)
     assert not found.nodes(F.gelu)
     assert torch.equal(found.outputs()[0], function(x))
+
+
+def test_its_notes_are_those_of_one_operation_on_x() -> None:
+    def function(x: Tensor) -> Tensor:
+        y: Tensor = ACT2FN["gelu_new"](x.sin())
+        return y
+
+    found = case(function, torch.randn(64)).run(fold_gelu)
+    (gelu,) = found.nodes(F.gelu)
+    (x,) = gelu.all_input_nodes
+    assert info(gelu).reads == info(x).storages
+    assert info(gelu).traffic_bytes == 2 * 64 * 4
+    assert not info(gelu).storages & info(x).storages
 
 
 def test_the_host_runs_one_operation_between_the_linears_of_a_block() -> None:
