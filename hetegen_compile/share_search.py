@@ -95,10 +95,15 @@ class Search:
         return [splits for _, splits in sorted(self._found.values(), key=lambda found: found[0].step_s)]
 
     def simulate(self, splits: Splits, *, keep: bool = False) -> Prediction:
-        """The step with these splits; ``keep`` as of ``Trials``. Ways that come to the same rows are simulated once."""
+        """The seconds of a step with these splits, not those of its nodes; ``keep`` as of ``Trials``.
+
+        Ways that come to the same rows are simulated once.
+        """
         key = tuple(sorted(splits.items()))
         if key not in self._found:
-            self._found[key] = self._trials.prediction(self._context, splits, keep=keep), splits
+            prediction = self._trials.prediction(self._context, splits, keep=keep)
+            without_nodes = replace(prediction, work={}, start_s={}, end_s={})  # they would keep the schedule alive
+            self._found[key] = without_nodes, splits
         return self._found[key][0]
 
     def balance(self, trips: Trips, chain: Chain) -> None:

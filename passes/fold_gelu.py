@@ -22,12 +22,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from hetegen_compile.ir import annotate, erase_dead_nodes, info, is_tensor
+from hetegen_compile.ir import annotate, erase_dead_nodes, info, is_tensor, written_storages
 from hetegen_compile.passes.context import Context
 
 Polynomial = Mapping[tuple[int, int], float]
@@ -48,25 +49,28 @@ _POW = {operator.pow, torch.pow, "pow", "__pow__"}
 
 
 def fold_gelu(module: fx.GraphModule, context: Context) -> None:
-    """Replace each written out GELU whose operand the graph does not write."""
+    """Replace each written out GELU of which the graph writes nothing in place."""
     del context
-    written = frozenset[int]().union(*(info(node).writes for node in module.graph.nodes))
+    written = written_storages(module.graph.nodes)
     for node in list(module.graph.nodes):
         if node.target in _TANHS and node.op in ("call_function", "call_method") and is_tensor(node):
-            found = next(_formulas(node), None)
-            if found is not None and not info(found[0]).storages & written:
+            found = next(_formulas(node, written), None)
+            if found is not None:
                 _replace(module.graph, *found)
     erase_dead_nodes(module.graph)
 
 
-def _formulas(tanh: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+def _formulas(tanh: fx.Node, written: frozenset[int]) -> Iterator[tuple[fx.Node, fx.Node]]:
     """The x and the result of a GELU that this tanh is part of."""
+    if len(tanh.args) != 1 or tanh.kwargs:
+        return
     below = list(_reached(tanh.all_input_nodes, lambda node: node.all_input_nodes))
     for x in below:
-        if not info(x).value.dtype.is_floating_point or not _is(_polynomial(tanh.args[0], x, tanh), _INNER, x):
+        formula = _Formula(x, tanh, written)
+        if not info(x).value.dtype.is_floating_point or not formula.agrees(tanh.args[0], _INNER):
             continue
         for result in _reached(tanh.users, lambda node: node.users):
-            if _is(_polynomial(result, x, tanh), _GELU, x):
+            if formula.agrees(result, _GELU):
                 yield x, result
 
 
@@ -81,33 +85,39 @@ def _reached(start: Any, step: Callable[[fx.Node], Any]) -> Iterator[fx.Node]:
             pending += [one for one in step(node) if is_tensor(one)]
 
 
-def _is(found: Polynomial | None, formula: Polynomial, x: fx.Node) -> bool:
-    """Whether a polynomial is the formula (BLOOM has eight digits of the constant)."""
-    if found is None or found.keys() != formula.keys():
-        return False
-    computed_in = torch.float64 if info(x).value.dtype == torch.float64 else torch.float32
-    return all(math.isclose(found[key], formula[key], rel_tol=torch.finfo(computed_in).eps) for key in formula)
+@dataclass(frozen=True)
+class _Formula:
+    """What nodes compute of ``x``, with the ``tanh`` as it is; ``written`` are the storages that the graph writes."""
 
+    x: fx.Node
+    tanh: fx.Node
+    written: frozenset[int]
 
-def _polynomial(node: Any, x: fx.Node, tanh: fx.Node, depth: int = _OPERATIONS) -> Polynomial | None:
-    """A node as a polynomial in x and the tanh; None if it is none, or computed in another dtype than x."""
-    if isinstance(node, (int, float)) and not isinstance(node, bool):
-        return {(0, 0): float(node)}
-    if node is x:
-        return _X
-    if not isinstance(node, fx.Node) or not is_tensor(node) or info(node).writes or not depth:
-        return None
-    if info(node).value.dtype != info(x).value.dtype:
-        return None
-    if node is tanh:
-        return _TANH
-    if len(node.args) != 2 or node.kwargs or node.op not in ("call_function", "call_method"):
-        return None
-    if node.target in _POW:
-        return _power(_polynomial(node.args[0], x, tanh, depth - 1), node.args[1])
-    combine = _sum if node.target in _ADD else _product if node.target in _MUL else None
-    operands = [_polynomial(arg, x, tanh, depth - 1) for arg in node.args] if combine else [None]
-    return combine(*operands) if combine and None not in operands else None
+    def agrees(self, node: Any, formula: Polynomial) -> bool:
+        """Whether a node is this polynomial (BLOOM has eight digits of the constant)."""
+        found = self._polynomial(node, _OPERATIONS)
+        if found is None or found.keys() != formula.keys():
+            return False
+        computed_in = torch.float64 if info(self.x).value.dtype == torch.float64 else torch.float32
+        return all(math.isclose(found[key], formula[key], rel_tol=torch.finfo(computed_in).eps) for key in formula)
+
+    def _polynomial(self, node: Any, depth: int) -> Polynomial | None:
+        """A node as a polynomial in x and the tanh; None if it is none, is written, or of another dtype than x."""
+        if isinstance(node, (int, float)) and not isinstance(node, bool):
+            return {(0, 0): float(node)}
+        if not isinstance(node, fx.Node) or not is_tensor(node) or not depth or info(node).storages & self.written:
+            return None
+        if info(node).value.dtype != info(self.x).value.dtype:
+            return None
+        if node is self.x or node is self.tanh:
+            return _X if node is self.x else _TANH
+        if len(node.args) != 2 or node.kwargs or node.op not in ("call_function", "call_method"):
+            return None
+        if node.target in _POW:
+            return _power(self._polynomial(node.args[0], depth - 1), node.args[1])
+        combine = _sum if node.target in _ADD else _product if node.target in _MUL else None
+        operands = [self._polynomial(arg, depth - 1) for arg in node.args] if combine else [None]
+        return combine(*operands) if combine and None not in operands else None
 
 
 def _sum(a: Polynomial, b: Polynomial) -> Polynomial:

@@ -197,12 +197,15 @@ class _Placer:
             return True
         if not self._repeatable(node):
             return False
-        needs = [*node.all_input_nodes, *self._writers_touching(node)]
+        writers = self._writers_touching(node)
+        needs = [*node.all_input_nodes, *writers]
         seen = {node}
         leaves, own = sum(self._leaf_bytes(need, seen) for need in needs), value_bytes(node, self._context)
-        # of a result, which may be the next step's cache, each side has one of its own then
-        at_no_cost = node in self._returned or FREE_ATEN.issuperset(info(node).aten)
-        return not leaves or leaves < own or (leaves == own and at_no_cost)
+        if leaves != own:
+            return leaves < own or not leaves
+        # a result may be the next step's cache, which each side has then; what is written is not there to be downloaded
+        views = is_view(info(node)) or FREE_ATEN.issuperset(info(node).aten)
+        return not leaves or views or node in self._returned or bool(writers) or not is_tensor(node)
 
     def _leaf_bytes(self, node: fx.Node, seen: set[fx.Node]) -> int:
         """Bytes that have to be downloaded so that the host has the node's value."""

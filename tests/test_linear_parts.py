@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hetegen_compile.linear_parts import join_parts, linear_rows, pad_parts, rows_function
+from hetegen_compile.linear_parts import join_parts, pad_parts, rows_function
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -69,10 +69,16 @@ def test_columns_are_at_their_places_and_the_others_are_zero(starts: list[int], 
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("dim", "axis"), [(0, 0), (0, 1), (1, 0), (1, 1)])
-def test_a_part_without_anything_around_it_is_f_linear_itself(dim: int, axis: int, biased: bool) -> None:
+def test_a_part_is_some_columns_of_the_linear_or_a_partial_sum(dim: int, axis: int, biased: bool) -> None:
+    """A weight [out, in] or [in, out]; where nothing is to be done around ``F.linear``, it is that itself."""
     torch.manual_seed(0)
     weight, bias = torch.randn(48, 48), torch.randn(48) if biased else None
-    x, rows = torch.randn(2, 48), weight.narrow(axis, 16, 16)
+    x = torch.randn(2, 48)
+    out_in = weight if dim == 0 else weight.t()
     function = rows_function(16, 32, dim, axis, biased=biased)
-    assert torch.equal(function(x, rows, bias), linear_rows(x, rows, bias, 16, 32, dim, axis))
+    if axis == dim:
+        expected = torch.nn.functional.linear(x, out_in, bias)[:, 16:32]
+    else:
+        expected = torch.nn.functional.linear(x[:, 16:32], out_in[:, 16:32], bias)
+    torch.testing.assert_close(function(x, weight.narrow(axis, 16, 16), bias), expected)
     assert (function is torch.nn.functional.linear) == (dim == axis == 0 and not biased)

@@ -88,18 +88,39 @@ def test_what_else_reads_parts_of_the_formula_still_gets_them() -> None:
         torch.testing.assert_close(mine, eager)
 
 
-def test_an_operand_that_the_graph_writes_leaves_it_alone() -> None:
+def _written(what: str) -> Form:
+    """The formula with one of its values written in place before it is used."""
+
     def function(x: Tensor) -> Tensor:
         y = x.clone()
-        t = torch.tanh(ROOT * (y + 0.044715 * y**3))
+        cube = y**3
+        if what == "the cube":
+            cube.add_(1)
+        tanh = torch.tanh(ROOT * (y + 0.044715 * cube))
+        if what == "the tanh":
+            tanh.mul_(0.5)
         half = 0.5 * y
-        y.add_(1)
-        return half * (1 + t) + y
+        if what == "the half":
+            F.relu(half, inplace=True)
+        if what == "x":
+            y.add_(1)
+        return half * (1 + tanh) + y
 
+    return function
+
+
+@pytest.mark.parametrize("what", ["x", "the cube", "the tanh", "the half"])
+def test_values_that_the_graph_writes_leave_it_alone(what: str) -> None:
     x = torch.randn(64)
-    found = case(function, x).run(fold_gelu)
+    found = case(_written(what), x).run(fold_gelu)
     assert not found.nodes(F.gelu)
-    assert torch.equal(found.outputs()[0], function(x))
+    assert torch.equal(found.outputs()[0], _written(what)(x))
+
+
+def test_a_tanh_by_keyword_is_none_of_it() -> None:
+    x = torch.randn(64)
+    found = case(lambda x: torch.tanh(input=x * 2) + 1, x).run(fold_gelu)
+    assert torch.equal(found.outputs()[0], torch.tanh(x * 2) + 1)
 
 
 def test_its_notes_are_those_of_one_operation_on_x() -> None:
