@@ -16,6 +16,7 @@ from hetegen_compile.cost_model import HardwareProfile, RateCurve, load_profile
 from hetegen_compile.cost_model.hardware import LinkDirection
 from hetegen_compile.passes.context import Context
 from hetegen_compile.pipeline import DECISIONS, GROUPING, NORMALISATION, Stage, run_pipeline
+from hetegen_compile.share_search import Search
 from hetegen_compile.trials import Trials
 from tests.benchmarks.shapes import config
 
@@ -101,6 +102,17 @@ def test_splits_are_told_by_the_length_of_their_steps() -> None:
     steps = [trials.step_s(base.context, splits) for splits in found]
     assert steps == sorted(steps)
     assert any(not any(plan.host for plan in splits.values()) for splits in found), "all streamed"
+
+
+def test_ways_that_come_to_the_same_rows_are_simulated_once_and_no_schedule_is_kept_for_it() -> None:
+    base = work().base(slow_link(), 0.4)
+    splits = balanced_splits(base.module, base.context, Trials(base.module))
+    search = Search(Trials(base.module), base.context, splits[-1])
+    found = [search.simulate(splits[0]), search.simulate(dict(splits[0]))]
+    assert found[0] is found[1]
+    assert found[0].step_s > 0
+    assert not found[0].work, "nodes would keep their graph alive"
+    assert search.by_step() == [splits[0], splits[-1]]
 
 
 def test_where_the_shortest_step_has_no_room_the_next_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
