@@ -259,8 +259,8 @@ class _Binder:
         if len(parts) == 1:  # an upload may be a view of the host's tensor, which nothing may write
             return f"{node.name} = launch({self._op(node)}, {self._constant('clone', torch.clone)}, ({parts[0]},))"
         if dim == 0:
-            cat = self._constant("cat", torch.cat)
-            return f"{node.name} = launch({self._op(node)}, {cat}, ({self._text(list(parts))}, -1))"
+            cat = self._constant("cat", functools.partial(torch.cat, dim=-1))
+            return f"{node.name} = launch({self._op(node)}, {cat}, ({self._text(list(parts))},))"
         function = self._constant("join", functools.partial(join_parts, dim=dim))
         return f"{node.name} = launch({self._op(node)}, {function}, ({self._text(list(parts))},))"
 

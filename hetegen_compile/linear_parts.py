@@ -35,9 +35,12 @@ def linear_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, 
 
 
 def rows_function(lo: int, hi: int, dim: int, axis: int, *, biased: bool) -> Callable[..., Tensor]:
-    """``linear_rows`` of one part as a function (x, rows, bias): ``F.linear`` itself where that is all it does."""
+    """``linear_rows`` of one part as a function (x, rows, bias): ``F.linear`` alone where that is all it does.
+
+    Each is an object of its own, by which an accelerator may tell the operations of several plans apart.
+    """
     if dim == 0 and axis == 0 and not biased:
-        return torch.nn.functional.linear
+        return functools.partial(torch.nn.functional.linear)
     return functools.partial(linear_rows, lo=lo, hi=hi, dim=dim, axis=axis)
 
 

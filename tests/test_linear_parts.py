@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -70,7 +71,7 @@ def test_columns_are_at_their_places_and_the_others_are_zero(starts: list[int], 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("dim", "axis"), [(0, 0), (0, 1), (1, 0), (1, 1)])
 def test_a_part_is_some_columns_of_the_linear_or_a_partial_sum(dim: int, axis: int, biased: bool) -> None:
-    """A weight [out, in] or [in, out]; where nothing is to be done around ``F.linear``, it is that itself."""
+    """A weight [out, in] or [in, out]; where nothing is to be done around ``F.linear``, it is that alone."""
     torch.manual_seed(0)
     weight, bias = torch.randn(48, 48), torch.randn(48) if biased else None
     x = torch.randn(2, 48)
@@ -81,4 +82,5 @@ def test_a_part_is_some_columns_of_the_linear_or_a_partial_sum(dim: int, axis: i
     else:
         expected = torch.nn.functional.linear(x[:, 16:32], out_in[:, 16:32], bias)
     torch.testing.assert_close(function(x, weight.narrow(axis, 16, 16), bias), expected)
-    assert (function is torch.nn.functional.linear) == (dim == axis == 0 and not biased)
+    assert isinstance(function, functools.partial)
+    assert (function.func is torch.nn.functional.linear) == (dim == axis == 0 and not biased)
