@@ -258,10 +258,8 @@ class _Binder:
             return f"{node.name} = {parts[0]}"
         if len(parts) == 1:  # an upload may be a view of the host's tensor, which nothing may write
             return f"{node.name} = launch({self._op(node)}, {self._constant('clone', torch.clone)}, ({parts[0]},))"
-        if dim == 0:
-            cat = self._constant("cat", functools.partial(torch.cat, dim=-1))
-            return f"{node.name} = launch({self._op(node)}, {cat}, ({self._text(list(parts))},))"
-        function = self._constant("join", functools.partial(join_parts, dim=dim))
+        join = functools.partial(torch.cat if dim == 0 else join_parts, dim=-1 if dim == 0 else dim)
+        function = self._constant("join", join)
         return f"{node.name} = launch({self._op(node)}, {function}, ({self._text(list(parts))},))"
 
     def _pad(self, node: fx.Node) -> str:

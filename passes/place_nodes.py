@@ -19,7 +19,6 @@ from torch import fx
 
 from hetegen_compile.ir import INPUT_OPS, LINEAR, info, is_tensor, makers_of, writers_of
 from hetegen_compile.passes.annotate_costs import value_bytes
-from hetegen_compile.passes.aten_listener import FREE_ATEN
 from hetegen_compile.passes.autocast import autocast_regions, mixed_region
 from hetegen_compile.passes.choose_splits import table_only
 from hetegen_compile.passes.context import Context, HostOnlyGraphError, Refusal
@@ -201,11 +200,10 @@ class _Placer:
         needs = [*node.all_input_nodes, *writers]
         seen = {node}
         leaves, own = sum(self._leaf_bytes(need, seen) for need in needs), value_bytes(node, self._context)
-        if leaves != own:
-            return leaves < own or not leaves
+        if leaves != own or not leaves:
+            return leaves <= own
         # a result may be the next step's cache, which each side has then; what is written is not there to be downloaded
-        views = is_view(info(node)) or FREE_ATEN.issuperset(info(node).aten)
-        return not leaves or views or node in self._returned or bool(writers) or not is_tensor(node)
+        return is_view(info(node)) or node in self._returned or bool(writers)
 
     def _leaf_bytes(self, node: fx.Node, seen: set[fx.Node]) -> int:
         """Bytes that have to be downloaded so that the host has the node's value."""
