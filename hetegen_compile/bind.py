@@ -11,6 +11,9 @@ through torch's dispatcher but the work itself.
         u = carried[0] or prefetch(op_5, w2[0:64], slot_2, ())
         s = launch(op_3, linear_3, (mirrors[0], wait(op_4, t), None))
         ...
+        _given = [a, v]
+        (b, c) = launch_chain(chain_1, _given)      # launches that follow each other: ``chains.py``
+        ...
         ahead(0, op_6, w2, w2[0:64], slot_2, (r1,))
         return (y,), [(host, device), ...]
 """
@@ -31,6 +34,7 @@ from torch import Tensor, fx
 from hetegen_compile import ir
 from hetegen_compile.accelerators.base import Accelerator, Op, Slot
 from hetegen_compile.bound_step import BoundStep
+from hetegen_compile.chains import ChainRules, written_positions
 from hetegen_compile.cost_model import KernelChoice
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.host_functions import host_function, in_place
@@ -70,8 +74,10 @@ _NO_WORK = Work("host", 0.0)
 
 _METHODS = (
     "stage", "prefetch", "wait", "release", "to_host", "wait_host", "to_accelerator", "launch", "host",
-    "receive", "host_ahead", "deliver", "caught_up",
+    "receive", "host_ahead", "deliver", "caught_up", "launch_chain",
 )  # fmt: skip
+
+_FETCHED = (ir.MIRROR, ir.RESIDENT)
 
 
 class _Binder:
@@ -105,10 +111,9 @@ class _Binder:
     def bind(self) -> BoundStep:
         self._accelerator.reserve_pinned(self._pinned_ring_bytes)
         dying = last_uses(self._module.graph)
+        chain = _Chained(self._source, ChainRules(self._module), dying)
         for node in self._module.graph.nodes:
-            self._source.add(self._line(node))
-            if node.op != "output" and dying.get(node):
-                self._source.add(f"del {', '.join(n.name for n in dying[node])}")
+            chain.add(node, self._line(node))
         run, source = self._source.function()
         settled, outdated = self._written_inputs()
         return BoundStep(
@@ -254,7 +259,7 @@ class _Binder:
 
     def _join(self, node: fx.Node) -> str:
         parts, dim = _arguments(node)
-        if len(parts) == 1 and not (info(node).storages & self._written):
+        if len(parts) == 1 and not (info(node).storages & self._written):  # no launch
             return f"{node.name} = {parts[0]}"
         if len(parts) == 1:  # an upload may be a view of the host's tensor, which nothing may write
             return f"{node.name} = launch({self._op(node)}, {self._constant('clone', torch.clone)}, ({parts[0]},))"
@@ -287,6 +292,63 @@ class _Binder:
         if not info(node).ahead and not info(node).aten and not info(node).writes and not tensors_in(info(node).value):
             return f"{node.name} = {name}(*{arguments}, **{keywords})"
         return self._host_call(node, name, arguments, keywords)
+
+
+class _Chained:
+    """Lines on their way into the step's text: those of launches that follow each other become chains.
+
+    What a node between them only looks up is looked up before them.
+    """
+
+    def __init__(self, source: StepSource, rules: ChainRules, dying: Mapping[fx.Node, Sequence[fx.Node]]) -> None:
+        self._source = source
+        self._rules = rules
+        self._dying = dying
+        self._lines: dict[fx.Node, str] = {}
+        self._launched: list[fx.Node] = []
+
+    def add(self, node: fx.Node, line: str) -> None:
+        """One more node of the schedule, in order."""
+        if self._rules.launches(node):
+            self._launched.append(node)
+            self._lines[node] = line
+        elif self._launched and self._rules.takes_apart(node) and node.args[0] in self._lines:
+            self._lines[node] = line
+        else:
+            if not self._may_precede(node):
+                self._end()
+            self._source.add(line)
+            if node.op != "output":
+                self._source.add(self._dropped(node))
+
+    def _may_precede(self, node: fx.Node) -> bool:
+        """Whether its line does nothing but find a value that was there before the launches, and drops none of theirs.
+        """
+        found = node.op in ("placeholder", "get_attr") or node.target in _FETCHED or self._rules.takes_apart(node)
+        if not found:
+            return False
+        read = {one for launched in self._lines for one in launched.all_input_nodes}
+        return read.isdisjoint(self._dying.get(node, ()))
+
+    def _end(self) -> None:
+        if not self._launched:
+            return
+        nodes = list(self._lines)
+        given = list(dict.fromkeys(one for node in nodes for one in node.all_input_nodes if one not in self._lines))
+        dead = {one for node in nodes for one in self._dying.get(node, ())}
+        self._source.add_chain(
+            self._launched[0].name,
+            [text for node in nodes for text in (self._lines[node], self._dropped(node)) if text],
+            [node.name for node in given],
+            [node.name for node in nodes if node not in dead],
+            dying=[node.name for node in given if node in dead],
+            written=written_positions(given, self._launched),
+        )
+        self._lines, self._launched = {}, []
+
+    def _dropped(self, node: fx.Node) -> str:
+        dead = self._dying.get(node)
+        return f"del {', '.join(one.name for one in dead)}" if dead else ""
 
 
 _EMITTERS: dict[Any, Callable[[_Binder, fx.Node], str]] = {

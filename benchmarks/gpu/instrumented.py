@@ -13,6 +13,7 @@ import torch
 
 from hetegen_compile import runtime
 from hetegen_compile.accelerators import Accelerator, CudaAccelerator, EmulatedAccelerator, Op
+from hetegen_compile.accelerators.base import Chain
 from hetegen_compile.accelerators.cuda.streams import CudaStreams
 from hetegen_compile.accelerators.cuda.transfers import CudaToken, CudaTransfer
 from hetegen_compile.accelerators.promises import Promise
@@ -74,6 +75,11 @@ class HostileCuda(CudaAccelerator):
         """A launch behind a delay."""
         self._streams.spin("compute", self._streams.compute)
         return super().launch(op, function, args, **options)
+
+    def launch_chain(self, chain: Chain, given: list[Any]) -> tuple[Any, ...]:
+        """A chain behind a delay: those of its launches are what they were when it was recorded."""
+        self._streams.spin("compute", self._streams.compute)
+        return super().launch_chain(chain, given)
 
     def host(self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Host work after a pause of the issuing thread."""

@@ -52,9 +52,12 @@ def under_delays(
             require_identical(without, generate(model, 1, cache), f"seed {seed}")
         require(len(watched.made()) == plans, "steps were planned anew from one generation to the next")
         staged = sum(accelerator.counters.staged_bytes.values())
+        replayed = accelerator.counters.chains_replayed
         accelerator.reseed(None)
     require((staged > 0) == refuse_pins, f"{staged} bytes went through the pinned ring")
-    return {**_offloaded(watched, refuse_pins=refuse_pins), "seeds": seeds, "staged_bytes": staged}
+    require(replayed >= seeds or not settings.cuda, f"{replayed} chains of launches were replayed with {seeds} seeds")
+    offloaded = _offloaded(watched, refuse_pins=refuse_pins)
+    return {**offloaded, "seeds": seeds, "staged_bytes": staged, "chains_replayed": replayed}
 
 
 def require_identical(expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor], when: str) -> None:

@@ -55,7 +55,7 @@ class Stage:
 STAGES = (
     Stage("environment", 60.0, together="start"),
     Stage("contact", 75.0, correctness=True, together="start"),
-    Stage("kernel", 120.0, together="start"),
+    Stage("kernel", 120.0, together="correctness"),
     Stage("generation", 150.0, correctness=True, together="correctness"),
     Stage("variants", 150.0, correctness=True, together="correctness"),
     Stage("mirrors", 120.0, correctness=True, together="correctness"),

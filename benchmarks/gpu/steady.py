@@ -25,6 +25,9 @@ from benchmarks.gpu.settings import NEEDS_CUDA, Checks, Settings, SkipError, req
 from hetegen_compile.runtime import live_runtimes
 
 STEPS = 100
+WARM_UP = 12
+"""Steps until everything has been loaded, and launches have been recorded."""
+
 TEARDOWNS = 20
 
 
@@ -45,14 +48,16 @@ def no_new_memory(settings: Settings) -> dict[str, Any]:
         compile_small(model, settings, share=0.5, split=0.25, issue_ahead=True)
         token = prompts(1)[:, :1]
         with torch.no_grad():
-            for _ in range(5):
+            for _ in range(WARM_UP):
                 model(token, use_cache=False)
             before = _memory()
             for _ in range(STEPS):
                 model(token, use_cache=False)
     after = _memory()
     require(before == after, f"before {before}, after {after}")
-    return {**watched.require_offloaded(), **after}
+    replayed = sum(runtime.accelerator.counters.chains_replayed for runtime in live_runtimes())
+    require(replayed >= STEPS or not settings.cuda, f"{replayed} chains of launches were replayed in {STEPS} steps")
+    return {**watched.require_offloaded(), **after, "chains_replayed": replayed}
 
 
 def _memory() -> dict[str, int]:

@@ -17,6 +17,7 @@ Ordering between them is what the operations say and nothing else:
     wait_host       the host thread blocks until that download is done
     to_accelerator  host tensors become readable by compute after ``wait``, all of them in one transfer
     launch          compute runs a function over device values
+    launch_chain    compute runs a chain of launches, in their order
 
     receive         the worker waits until that download is done
     host_ahead      the worker runs a function, behind everything that was given to it before
@@ -64,6 +65,24 @@ class Op:
     issue_s: float = 0.0
 
 
+@dataclass(eq=False)
+class Chain:
+    """Launches of a bound schedule that follow each other and are the same in each step but for what tensors hold.
+
+    Attributes:
+        name: of the first of them.
+        function: launches all of them. It takes a list of values, which it empties so that each dies behind its last
+            reader, and returns those that the step goes on with.
+        written: positions of the values that are written in place.
+        recorded: what an accelerator keeps of it, for as long as the step exists.
+    """
+
+    name: str
+    function: Callable[[list[Any]], tuple[Any, ...]]
+    written: tuple[int, ...] = ()
+    recorded: Any = field(default=None, repr=False)
+
+
 @dataclass
 class Counters:
     """Bytes that moved and bytes that are held, by category (``weights``, ``mirrors``, ``activations``, ...).
@@ -71,6 +90,7 @@ class Counters:
     ``peak_bytes`` is the most that was held at once, workspace included, ``step_peak_bytes`` that of the last step.
     ``staged_bytes`` went through the pinned ring on their way up. ``trips_down`` and ``trips_up`` count the schedule's
     transfers of activations (``to_host``, ``to_accelerator``), however many values each of them moved.
+    ``chains_recorded`` and ``chains_replayed``: chains of launches that became one call, and how often they were.
     """
 
     uploaded_bytes: dict[str, int] = field(default_factory=dict)
@@ -79,6 +99,8 @@ class Counters:
     held_bytes: dict[str, int] = field(default_factory=dict)
     trips_down: int = 0
     trips_up: int = 0
+    chains_recorded: int = 0
+    chains_replayed: int = 0
     peak_bytes: int = 0
     step_peak_bytes: int = 0
 
@@ -277,6 +299,10 @@ class Accelerator(ABC):
         values (an entry may be a non-tensor only if it does not depend on device data). ``mutates`` are the
         positions of arguments that the function writes in place.
         """
+
+    def launch_chain(self, chain: Chain, given: list[Value]) -> tuple[Any, ...]:
+        """Launch all of ``chain`` on ``given`` values; the list is emptied, so that they may die on the way."""
+        return chain.function(given)
 
     @abstractmethod
     def host(self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

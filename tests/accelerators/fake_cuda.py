@@ -11,12 +11,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from hetegen_compile.accelerators.base import Op
 from hetegen_compile.accelerators.cuda import accelerator, activations, copies, gates, lending, pinning, prefetches
 from hetegen_compile.accelerators.geometry import empty_result, empty_twin
+from hetegen_compile.passes.tensors import tensors_in
 
 LOG: list[str] = []
 PENDING: set[str] = set()
@@ -56,7 +59,7 @@ class FakeStream:
     """Logs what it waits for."""
 
     cuda_stream = 17
-    names = itertools.cycle(["up", "down"])
+    names = itertools.cycle(["up", "down", "own"])
 
     def __init__(self, device: torch.device | None = None, name: str = "") -> None:
         self.name = name or next(self.names)
@@ -95,6 +98,44 @@ class FakeRuntime:
         return pinning.SUCCESS
 
 
+class FakeGraph:
+    """Runs what it records, as CUDA does not: its first replay does nothing, each further one all of it again."""
+
+    recording: FakeGraph | None = None
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[Any, Any, Any]] = []
+        self._fresh = True
+
+    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+        assert (pool, capture_error_mode) == (POOL, "thread_local")
+        FakeGraph.recording = self
+
+    def capture_end(self) -> None:
+        FakeGraph.recording = None
+        LOG.append(f"recorded {len(self.launched)} launches")
+
+    def replay(self) -> None:
+        LOG.append("replayed")
+        for function, args, result in () if self._fresh else self.launched:
+            for old, new in zip(tensors_in(result), tensors_in(function(*args)), strict=True):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+        self._fresh = False
+
+
+def _launch(self: accelerator.CudaAccelerator, op: Op, function: Any, args: Any, **options: Any) -> Any:
+    result = _LAUNCH(self, op, function, args, **options)
+    if FakeGraph.recording is not None:
+        FakeGraph.recording.launched.append((function, args, result))
+    return result
+
+
+_LAUNCH = accelerator.CudaAccelerator.launch
+
+POOL = (0, 1)
+
+
 def memcpy_2d(
     target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int, kind: int, stream: int
 ) -> int:
@@ -127,7 +168,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     LOG.clear()
     PENDING.clear()
     compute, runtime = FakeStream(name="compute"), FakeRuntime()
-    FakeStream.names = itertools.cycle(["up", "down"])
+    FakeStream.names = itertools.cycle(["up", "down", "own"])
 
     @contextmanager
     def on(stream: FakeStream) -> Iterator[None]:
@@ -146,6 +187,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
         current_stream=lambda device: compute,
         cudart=lambda: runtime,
         set_device=lambda device: None,
+        CUDAGraph=FakeGraph,
+        graph_pool_handle=lambda: POOL,
         stream=on,
         set_stream=lambda stream: None if stream is compute else LOG.append(f"on {stream.name}"),
         Stream=FakeStream,
@@ -158,6 +201,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     monkeypatch.setattr(accelerator, "_current_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(gates, "_wait_function", lambda: wait_value_32)
     monkeypatch.setattr(accelerator, "why_no_gates", lambda: "")
+    monkeypatch.setattr(accelerator.CudaAccelerator, "launch", _launch)
     for module in (accelerator, activations, gates, lending, prefetches):
         monkeypatch.setattr(module, "empty_twin", lambda tensor, device, pinned=False: empty_twin(tensor, device))
     for module in (accelerator, activations):

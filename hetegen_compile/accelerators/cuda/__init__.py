@@ -4,7 +4,8 @@ Run on an H200 by benchmarks/gpu (results/gpu_h200.md says what was checked, and
 stand-ins only.
 
     accelerator     the contract's methods: memory, steps, launches, life
-    streams         compute (the caller's), up and down; errors that name a node
+    streams         compute, up and down; errors that name a node
+    replays         launches that follow each other as CUDA graphs
     prefetches      weights on their way up, both rings
     activations     trips down and up
     transfers       what a schedule holds: started copies, tokens

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value, call_on_host
+from hetegen_compile.accelerators.base import Accelerator, Chain, Counters, Op, Span, Value, call_on_host
 from hetegen_compile.accelerators.cuda.activations import Activations
 from hetegen_compile.accelerators.cuda.ahead import Ahead
 from hetegen_compile.accelerators.cuda.allocator import (
@@ -24,6 +24,7 @@ from hetegen_compile.accelerators.cuda.gates import why_no_gates
 from hetegen_compile.accelerators.cuda.lending import Lending
 from hetegen_compile.accelerators.cuda.pinning import SUCCESS, CudaHostMemory, pinned_by_others
 from hetegen_compile.accelerators.cuda.prefetches import Prefetches
+from hetegen_compile.accelerators.cuda.replays import Replays
 from hetegen_compile.accelerators.cuda.streams import CudaStreams, copying
 from hetegen_compile.accelerators.cuda.transfers import CudaToken, CudaTransfer, started
 from hetegen_compile.accelerators.geometry import copy_span, empty_result, empty_twin, same_geometry, span_bytes
@@ -34,7 +35,7 @@ from hetegen_compile.errors import AcceleratorError, AcceleratorUnavailableError
 
 
 class CudaAccelerator(Accelerator):
-    """The current CUDA device, used through its current stream and two streams beside it.
+    """The current CUDA device, used through three streams of the accelerator's own.
 
     ``counters.held_bytes`` counts the ring and what ``upload`` and ``to_accelerator`` allocated; everything
     else comes from torch's allocator, whose reserved bytes are ``counters.peak_bytes`` after a step.
@@ -66,6 +67,7 @@ class CudaAccelerator(Accelerator):
         lending = Lending(self.device)
         self._activations = Activations(self._streams, self._ledger, lending)
         self._ahead = Ahead(self._streams, self._ledger, lending)
+        self._replays = Replays(self.device, self.counters)
         self._in_step = False
         self._closed = False
 
@@ -161,7 +163,9 @@ class CudaAccelerator(Accelerator):
         self._prefetches.take_over(carried)
         self._ledger.begin_step()
         self._streams.begin_step()
-        self._ahead.begin_step(gated=again and needs_bytes <= unclaimed_bytes(self.device))
+        gated = again and not self._replays.wants_open_gates and needs_bytes <= unclaimed_bytes(self.device)
+        self._ahead.begin_step(gated=gated)
+        self._replays.begin_step(again=again, gated=gated)
         self._in_step = True
 
     def end_step(self) -> None:
@@ -269,6 +273,12 @@ class CudaAccelerator(Accelerator):
         except RuntimeError as error:
             raise streams.failure(op, error) from error
         return returned if outputs is None else list(returned)
+
+    def launch_chain(self, chain: Chain, given: list[Value]) -> tuple[Any, ...]:
+        self._check_open()
+        if self._streams.tracer.enabled:  # each launch has a span of its own
+            return chain.function(given)
+        return self._replays.launch(chain, given)
 
     def host(self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._check_open()

@@ -12,6 +12,11 @@ BLOCK_BYTES = (20 << 20) + (2 << 20)
 stream that tensors are made on (compute, up) the last of them are rarely full."""
 
 
+RECORDED_BYTES = 16 << 20
+"""What results and workspaces of recorded launches (``replays.py``) may take. Torch's allocator reserves for them apart
+from everything else, and what is reserved for launches one by one stays reserved beside it."""
+
+
 def beside_allocator_bytes(device: torch.device | int) -> int:
     """Bytes of a GPU in use beside torch's allocator: the CUDA context, libraries' own memory, other processes.
 
@@ -38,6 +43,7 @@ def overhead_bytes(device: torch.device) -> dict[str, int]:
     return {
         "cuBLAS workspace": cublas_workspace_bytes(torch.cuda.get_device_capability(device)),
         "rounding of torch's allocator": 2 * BLOCK_BYTES,
+        "recorded launches": RECORDED_BYTES,
     }
 
 

@@ -56,7 +56,7 @@ class Lending:
 
     def take_back(self) -> None:
         """All kernels that read what was lent are over: whatever nobody holds any more may be lent again."""
-        for lent in self._lent:
+        for lent in reversed(self._lent):  # the last is taken first: an equal step is lent the same ones in turn
             if _holders(lent.device) == lent.holders:
                 self._free[lent.host.numel()].append(lent)
         self._lent.clear()

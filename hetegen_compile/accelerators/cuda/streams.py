@@ -1,4 +1,4 @@
-"""The three streams of a CUDA device: what is issued to them, how it is traced, and errors that name its node."""
+"""The streams of a CUDA device: what is issued to them, how it is traced, and errors that name its node."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from hetegen_compile.errors import AcceleratorError, AcceleratorMemoryError
 
 
 class CudaStreams:
-    """``compute`` is the caller's current stream, ``up`` and ``down`` are the accelerator's own.
+    """``compute``, ``up`` and ``down`` are the accelerator's own. In a step ``compute`` is the current one, behind what
+    the caller's had been given; between steps ``compute`` is the caller's.
 
-    Asking torch for the current stream takes longer than most of what is issued to it, so a step asks once.
+    The default stream, as a rule the caller's, cannot be recorded. Asking torch for the current stream takes longer
+    than most of what is issued to it, so a step asks once.
 
     ``uploaded`` is the event of the last copy up that the step under way needs itself.
     """
@@ -25,24 +27,28 @@ class CudaStreams:
         self.device = device
         self.up = torch.cuda.Stream(device)
         self.down = torch.cuda.Stream(device)
+        self._own = torch.cuda.Stream(device)
         self.tracer = CudaTracer(device)
         self.uploaded: torch.cuda.Event | None = None
-        self._of_step: torch.cuda.Stream | None = None
+        self._callers: torch.cuda.Stream | None = None
 
     @property
     def compute(self) -> torch.cuda.Stream:
-        """The caller's current stream; in a step the one that was current when it began."""
-        return self._of_step or torch.cuda.current_stream(self.device)
+        """The accelerator's own in a step, else the caller's current stream."""
+        return torch.cuda.current_stream(self.device) if self._callers is None else self._own
 
     def begin_step(self) -> None:
-        """Order the copies of a step after everything before it."""
-        self._of_step = torch.cuda.current_stream(self.device)
-        self.up.wait_stream(self._of_step)
-        self.down.wait_stream(self._of_step)
+        """Order a step after everything before it."""
+        self._callers = torch.cuda.current_stream(self.device)
+        for stream in (self._own, self.up, self.down):
+            stream.wait_stream(self._callers)
+        torch.cuda.set_stream(self._own)
 
     def end_step(self) -> None:
-        """The next step may run on another stream."""
-        self._of_step = None
+        """The caller's stream is the current one again."""
+        if self._callers is not None:
+            torch.cuda.set_stream(self._callers)
+            self._callers = None
 
     def synchronize_step(self) -> None:
         """Block until everything but prefetches for the next step is over."""

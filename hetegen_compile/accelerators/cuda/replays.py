@@ -1,0 +1,215 @@
+"""Chains of launches as CUDA graphs: recorded once, then issued by a single call.
+
+Behind a host Linear, which leaves nothing of Python in the processor's caches, a launch took the issuing thread of an
+H200's virtual machine 45 us, and 100 us beside the worker's threads; a step of a model of 32 layers has more than 400.
+
+A graph keeps the addresses that it was recorded with. A chain is recorded when it was given the same ones twice in a
+row, and replayed only while it is given them. What lies elsewhere from time to time is copied to a place of its own if
+it is small. Nothing that a chain is given is kept alive here; results are, in a pool of memory that all graphs share,
+which is safe because graphs run one after the other and no result outlives its step.
+
+Nothing is recorded while gates are closed: instantiating a graph may wait for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hetegen_compile.accelerators.base import Chain, Counters, Value
+from hetegen_compile.accelerators.cuda.activations import copy_by_kernel
+from hetegen_compile.accelerators.cuda.allocator import RECORDED_BYTES, reserved_now_bytes
+from hetegen_compile.accelerators.geometry import span, span_bytes
+from hetegen_compile.errors import AcceleratorError
+from hetegen_compile.passes.tensors import tensors_in
+
+logger = logging.getLogger("hetegen_compile")
+
+COPIED_BYTES = 64 << 10
+"""What is copied to a place of its own at most; larger things that lie elsewhere each time are launched one by one."""
+
+_PATIENCE = 2
+"""How often something may lie elsewhere before it is copied: a new cache is no reason."""
+
+Remake = Callable[[Sequence[Value]], Any]
+
+
+class _Recording(NamedTuple):
+    """A graph, the addresses that it reads (0 for what is ``copied``), how its results are found and where they lie."""
+
+    graph: torch.cuda.CUDAGraph
+    addresses: list[int]
+    copied: dict[int, Tensor]
+    results: list[Remake]
+    places: frozenset[int]
+
+
+class _Seen:
+    """What is known of one chain."""
+
+    def __init__(self, count: int) -> None:
+        self.recording: _Recording | None = None
+        self.addresses: list[int] = []
+        self.moves = [0] * count
+        self.moving: tuple[int, ...] = ()
+        self.refused = False
+
+
+class Replays:
+    """The graphs of one device. Used by the issuing thread alone, whose current stream is not the default one.
+
+    ``wants_open_gates``: a chain could be recorded if the next step closed no gate.
+    """
+
+    def __init__(self, device: torch.device, counters: Counters) -> None:
+        self._device = device
+        self._counters = counters
+        self._pool: Any = None
+        self._held_bytes = 0
+        self._records = False
+        self._gated = False
+        self._places: set[int] = set()
+        self.wants_open_gates = False
+        self.refusal = ""
+
+    def begin_step(self, *, again: bool, gated: bool) -> None:
+        """Whether all code of this step has been loaded (``again``), and whether gates are closed in it."""
+        self._records = again and not self.refusal
+        self._gated = gated
+        self._places.clear()
+        self.wants_open_gates = False
+
+    def launch(self, chain: Chain, given: list[Value]) -> tuple[Any, ...]:
+        """``Accelerator.launch_chain``."""
+        seen: _Seen = chain.recorded
+        if seen is None:
+            seen = chain.recorded = _Seen(len(given))
+        addresses = [value.data_ptr() for value in given]
+        for i in seen.moving:
+            addresses[i] = 0
+        recording = seen.recording
+        if recording is not None and recording.addresses == addresses:
+            return self._replay(recording, given)
+        if seen.refused or self._moved(seen, chain, given, addresses) or not self._records:
+            return chain.function(given)
+        if self._gated:
+            self.wants_open_gates = True
+            return chain.function(given)
+        return self._record(seen, chain, given)
+
+    def _replay(self, recording: _Recording, given: list[Value]) -> tuple[Any, ...]:
+        for i, place in recording.copied.items():
+            copy_by_kernel(place, span(given[i]))
+        recording.graph.replay()
+        self._counters.chains_replayed += 1
+        if not self._gated:
+            self._places |= recording.places
+        results = tuple([remake(given) for remake in recording.results])
+        given.clear()
+        return results
+
+    def _moved(self, seen: _Seen, chain: Chain, given: Sequence[Value], addresses: list[int]) -> bool:
+        """Whether something lies elsewhere than when the chain was last launched one by one, and may do so again: not
+        the results of chains that have been recorded since."""
+        before, seen.addresses = seen.addresses, addresses
+        moved = [i for i, old in enumerate(before) if addresses[i] != old and addresses[i] not in self._places]
+        if before and not moved:
+            return False
+        for i in moved:
+            seen.moves[i] += 1
+        small = {i for i, value in enumerate(given) if span_bytes(value) <= COPIED_BYTES} - set(chain.written)
+        seen.moving = tuple(i for i, count in enumerate(seen.moves) if count > _PATIENCE and i in small)
+        for i in seen.moving:
+            addresses[i] = 0
+        return True
+
+    def _record(self, seen: _Seen, chain: Chain, given: list[Value]) -> tuple[Any, ...]:
+        """Record and replay; where that is impossible the chain is launched one by one, now and later."""
+        kept, before = list(given), reserved_now_bytes(self._device)
+        copied = {i: torch.empty_like(given[i]) for i in seen.moving}
+        for i, place in copied.items():
+            copy_by_kernel(place, span(given[i]))
+            given[i] = place
+        graph = torch.cuda.CUDAGraph()
+        try:
+            results = self._recorded(graph, chain, given)
+            remakers = [_remaker(result, kept, seen.moving) for result in results]
+        except (RuntimeError, AcceleratorError) as error:
+            self._refuse(chain, seen, error)
+            return chain.function(kept)
+        taken = max(0, reserved_now_bytes(self._device) - before)
+        if self._held_bytes + taken > RECORDED_BYTES:
+            logger.debug("%s is launched one by one: graphs hold %d bytes already", chain.name, self._held_bytes)
+            seen.refused = True
+            return chain.function(kept)
+        self._hold(graph, taken)
+        places = frozenset(tensor.data_ptr() for tensor in tensors_in(results))
+        seen.recording = _Recording(graph, list(seen.addresses), copied, remakers, places)
+        self._counters.chains_recorded += 1
+        return self._replay(seen.recording, kept)
+
+    def _recorded(self, graph: torch.cuda.CUDAGraph, chain: Chain, given: list[Value]) -> tuple[Any, ...]:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            results = chain.function(given)
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # it says that the recording was broken off, which is why it ends
+                graph.capture_end()
+            raise
+        graph.capture_end()
+        return results
+
+    def _refuse(self, chain: Chain, seen: _Seen, error: Exception) -> None:
+        """Once is enough: what cannot be recorded here would be tried for each chain of a model."""
+        seen.refused = True
+        self.refusal = f"launches are issued one by one, recording {chain.name} failed: {error}"
+        self._records = False
+        logger.warning("%s", self.refusal)
+
+    def _hold(self, graph: torch.cuda.CUDAGraph, nbytes: int) -> None:
+        self._held_bytes += nbytes
+        weakref.finalize(graph, _forget, weakref.ref(self), nbytes).atexit = False
+
+
+def _forget(replays: weakref.ref[Replays], nbytes: int) -> None:
+    found = replays()
+    if found is not None:
+        found._held_bytes -= nbytes
+
+
+def _remaker(result: Any, given: Sequence[Value], copied: Sequence[int]) -> Remake:
+    """How a result is found after a replay: it is itself, or lies in what the chain was given, which is not kept.
+
+    Raises:
+        AcceleratorError: a view of another type of what was given.
+    """
+    if isinstance(result, list | tuple):
+        parts = [_remaker(part, given, copied) for part in result]
+        return lambda now: [part(now) for part in parts]
+    if not isinstance(result, Tensor):
+        return lambda now: result
+    storage = result.untyped_storage().data_ptr()
+    for i, value in enumerate(given):
+        if i not in copied and value.untyped_storage().data_ptr() == storage:
+            return _view_of(i, value, result)
+    return lambda now: result
+
+
+def _view_of(i: int, value: Tensor, result: Tensor) -> Remake:
+    if value.dtype != result.dtype:
+        raise AcceleratorError(f"a view of {value.dtype} as {result.dtype}")
+    size, stride, offset = result.size(), result.stride(), result.storage_offset() - value.storage_offset()
+    if (size, stride, offset) == (value.size(), value.stride(), 0):
+        return lambda now: now[i]
+    return lambda now: now[i].as_strided(size, stride, now[i].storage_offset() + offset)
+
+
+__all__ = ["COPIED_BYTES", "Replays"]

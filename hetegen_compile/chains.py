@@ -1,0 +1,88 @@
+"""Chains: launches of a step that follow each other with nothing of the host or of another stream between them.
+
+An accelerator may issue a chain launch by launch, or record it once and have all of it issued by a single call, as a
+CUDA graph is. That needs launches which are the same in each step but for what their tensors hold:
+
+- no size among their arguments and results varies (attention to a cache that grows is launched by itself),
+- no random number is drawn,
+- no result outlives the step, for the next step's would be written over it,
+- results are small, for each of them keeps memory of its own.
+
+Before:                                          After:
+
+    a = launch(op_1, segment, (x, y))                def chain_1(_given):
+    b = a[0]                                             x, y, w = _given; _given.clear()
+    c = launch(op_2, linear, (b, w))                     a = launch(op_1, segment, (x, y))
+                                                         del x, y
+                                                         b = a[0]
+                                                         c = launch(op_2, linear, (b, w))
+                                                         return (c,)
+
+                                                     _given = [x, y, w]; del x, y
+                                                     (c,) = launch_chain(chain_1, _given)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+
+from torch import fx
+
+from hetegen_compile import ir
+from hetegen_compile.ir import info
+from hetegen_compile.passes.tensors import symbols_of, tensor_bytes, tensors_in
+
+RESULT_BYTES = 256 << 10
+"""Results of one launch that are not small any more: decode steps of a few sequences have less, prompts have more."""
+
+_LAUNCHED = (ir.PARTIAL_LINEAR, ir.JOIN, ir.PAD)
+
+
+class ChainRules:
+    """Which nodes of a schedule can be part of a chain."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self._module = module
+        kept = [node for node in module.graph.nodes if node.op == "output" or node.target == ir.TWIN]
+        read = [argument for node in kept for argument in node.all_input_nodes]
+        self._kept = frozenset[int]().union(*(info(node).storages for node in read if _on_device(node)))
+
+    def launches(self, node: fx.Node) -> bool:
+        """Whether it is a launch that is the same in each step."""
+        notes = info(node)
+        if not _on_device(node) or (node.op != "call_module" and node.target not in _LAUNCHED):
+            return False
+        if notes.random or ir.GENERATOR in notes.writes or notes.storages & self._kept:
+            return False
+        arguments = node.all_input_nodes
+        if not all(map(_tensors_alone, (node, *arguments))):
+            return False
+        if any(symbols_of(tensor) for one in (node, *arguments) for tensor in tensors_in(info(one).value)):
+            return False
+        return sum(int(tensor_bytes(tensor)) for tensor in tensors_in(notes.value)) <= RESULT_BYTES
+
+    @staticmethod
+    def takes_apart(node: fx.Node) -> bool:
+        """Whether it is one of a launch's results, which costs nothing and is no launch."""
+        return node.target == operator.getitem and _on_device(node)
+
+
+def _on_device(node: fx.Node) -> bool:
+    return info(node).side == "accelerator"
+
+
+def _tensors_alone(node: fx.Node) -> bool:
+    """No numbers, which could be others in the next step."""
+    value = info(node).value
+    leaves = value if isinstance(value, list | tuple) else [value]
+    return len(tensors_in(value)) == len(leaves)
+
+
+def written_positions(given: Iterable[fx.Node], launched: Iterable[fx.Node]) -> tuple[int, ...]:
+    """Of what a chain is given, the positions of what its launches write in place."""
+    written = ir.written_storages(launched)
+    return tuple(i for i, node in enumerate(given) if info(node).storages & written)
+
+
+__all__ = ["RESULT_BYTES", "ChainRules", "written_positions"]
