@@ -7,6 +7,8 @@ accelerator after each Linear that it took part in, and there the appending of a
 the host parts that the same transfer is for and before the host waits for a later one. A transfer that is for no host
 part comes behind the parts of the one before it: its source may be far from ready (attention beside an MLP that reads
 the same input), and the host would wait for it with work at hand.
+
+What needs nothing of the step (positions of the new tokens) could be anywhere. It is done where what needs it is.
 """
 
 from __future__ import annotations
@@ -61,16 +63,39 @@ def complete_early(graph: fx.Graph, tasks: Precedence, context: Context) -> froz
         return frozenset()
     waits = _Waits(graph, context)
     complete: dict[fx.Node, int] = {}
-    for node in work:
-        ready = max((complete.get(before, waits.place[before]) for before in tasks.before[node]), default=0)
-        wait = waits.take(ready, node_work(node, context).seconds)
-        if wait is not None:
-            complete[node] = max([ready, *(waits.place[part] for part in wait.parts)])
+    free: dict[fx.Node, None] = {}
+
+    def place(node: fx.Node) -> None:
+        """In one of the next waits after it can begin, together with what it needs that could be at any place."""
+        before = [one for one in tasks.before[node] if one not in free or one in complete]
+        ready = max((complete.get(one, waits.place[one]) for one in before), default=0)
+        group = [*_free_before(node, tasks, free.keys() - complete.keys()), node]
+        wait = waits.take(ready, sum(node_work(one, context).seconds for one in group))
+        for one in group if wait is not None else ():
+            complete[one] = max([ready, *(waits.place[part] for part in wait.parts)])
             for part in wait.parts:
-                tasks.add(part, node)
+                tasks.add(part, one)
             for behind in wait.behind:
-                tasks.add(node, behind)
+                tasks.add(one, behind)
+
+    for node in work:
+        if all(one in free or waits.precedes(one) for one in tasks.before[node]):
+            free[node] = None
+        else:
+            place(node)
+    for node in free:
+        if node not in complete:
+            place(node)
     return frozenset(complete)
+
+
+def _free_before(node: fx.Node, tasks: Precedence, free: Collection[fx.Node]) -> list[fx.Node]:
+    """Of the free ones those that come before ``node``, in order: each behind what it needs."""
+    found: dict[fx.Node, None] = {}
+    for one in tasks.before[node]:
+        if one in free:
+            found.update(dict.fromkeys([*_free_before(one, tasks, free), one]))
+    return list(found)
 
 
 def _is_work(node: fx.Node) -> bool:
@@ -121,11 +146,16 @@ class _Waits:
             for i, (download, following) in enumerate(pairwise([*downloads, None]))
         ]
 
+    def precedes(self, node: fx.Node) -> bool:
+        """Whether a node has its place before all waits."""
+        return not self._begins or self.place[node] < self._begins[0]
+
     def take(self, ready: int, seconds: float) -> _Wait | None:
-        """The wait with most room of the next ones after place ``ready``, its room less ``seconds``."""
-        first = bisect_right(self._begins, ready) - 1
-        if first < 0:
+        """The wait with most room of the next ones after place ``ready``, its room less ``seconds``; None without any.
+        """
+        if not self._waits:
             return None
+        first = max(0, bisect_right(self._begins, ready) - 1)
         found = max(self._waits[first : first + RUN_AHEAD], key=lambda wait: wait.seconds(self._context))
         found.taken_s += seconds
         return found
