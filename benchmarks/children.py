@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -124,6 +126,32 @@ def child_main(work: Callable[[dict[str, Any], Notebook], None]) -> int:
         notebook.note("error", f"{type(error).__name__}: {error}"[:_LOG_CHARACTERS])
         return 1
     return 0
+
+
+def trust_what_was_built() -> None:
+    """Let Inductor believe that instructions can be used for which an earlier process has built its sample.
+
+    Torch 2.11 starts a process that imports torch for each set of instructions, in every process that builds or loads
+    code for the host: 36 s on a server with AMX, most of a stage's time.
+    """
+    try:
+        from torch._inductor import cpu_vec_isa
+
+        check = cpu_vec_isa.VecISA.check_build
+    except (ImportError, AttributeError):
+        return
+    built = Path(tempfile.gettempdir()) / f"hetegen-benchmarks-isa-{os.getuid()}"
+
+    def check_build(self: Any, code: str) -> bool:
+        known = built / hashlib.sha256(f"{self} {code}".encode()).hexdigest()
+        if known.exists():
+            return known.read_text() == "True"
+        found = check(self, code)
+        built.mkdir(exist_ok=True)
+        known.write_text(str(found))
+        return found
+
+    cpu_vec_isa.VecISA.check_build = check_build  # type: ignore[method-assign]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -99,9 +99,8 @@ class _Binder:
         self._position = {node: position for position, node in enumerate(self._inputs)}
         self._source = StepSource({name: getattr(accelerator, name) for name in _METHODS})
         self._text, self._constant = self._source.text, self._source.constant
-        self._written = frozenset[int]().union(
-            *(info(node).writes for node in module.graph.nodes if info(node).side == "accelerator")
-        )
+        self._written = ir.written_storages(node for node in module.graph.nodes if info(node).side == "accelerator")
+        self._rules = ChainRules(module)
         self._mirrors: list[fx.Node] = []
         self._residents: list[tuple[int, int, int]] = []
         self._carried = module.graph.find_nodes(op="call_function", target=ir.CARRIED)
@@ -111,7 +110,7 @@ class _Binder:
     def bind(self) -> BoundStep:
         self._accelerator.reserve_pinned(self._pinned_ring_bytes)
         dying = last_uses(self._module.graph)
-        chain = _Chained(self._source, ChainRules(self._module), dying)
+        chain = _Chained(self._source, self._rules, dying)
         for node in self._module.graph.nodes:
             chain.add(node, self._line(node))
         run, source = self._source.function()
@@ -259,9 +258,9 @@ class _Binder:
 
     def _join(self, node: fx.Node) -> str:
         parts, dim = _arguments(node)
-        if len(parts) == 1 and not (info(node).storages & self._written):  # no launch
+        if self._rules.passes_on(node):
             return f"{node.name} = {parts[0]}"
-        if len(parts) == 1:  # an upload may be a view of the host's tensor, which nothing may write
+        if len(parts) == 1:
             return f"{node.name} = launch({self._op(node)}, {self._constant('clone', torch.clone)}, ({parts[0]},))"
         join = functools.partial(torch.cat if dim == 0 else join_parts, dim=-1 if dim == 0 else dim)
         function = self._constant("join", join)
@@ -312,7 +311,7 @@ class _Chained:
         if self._rules.launches(node):
             self._launched.append(node)
             self._lines[node] = line
-        elif self._launched and self._rules.takes_apart(node) and node.args[0] in self._lines:
+        elif self._rules.finds(node) and any(one in self._lines for one in node.all_input_nodes):
             self._lines[node] = line
         else:
             if not self._may_precede(node):
@@ -324,7 +323,7 @@ class _Chained:
     def _may_precede(self, node: fx.Node) -> bool:
         """Whether its line does nothing but find a value that was there before the launches, and drops none of theirs.
         """
-        found = node.op in ("placeholder", "get_attr") or node.target in _FETCHED or self._rules.takes_apart(node)
+        found = node.op in ("placeholder", "get_attr") or node.target in _FETCHED or self._rules.finds(node)
         if not found:
             return False
         read = {one for launched in self._lines for one in launched.all_input_nodes}

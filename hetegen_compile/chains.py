@@ -46,12 +46,15 @@ class ChainRules:
         self._module = module
         kept = [node for node in module.graph.nodes if node.op == "output" or node.target == ir.TWIN]
         read = [argument for node in kept for argument in node.all_input_nodes]
+        self._written = ir.written_storages(node for node in module.graph.nodes if _on_device(node))
         self._kept = frozenset[int]().union(*(info(node).storages for node in read if _on_device(node)))
 
     def launches(self, node: fx.Node) -> bool:
         """Whether it is a launch that is the same in each step."""
         notes = info(node)
         if not _on_device(node) or (node.op != "call_module" and node.target not in _LAUNCHED):
+            return False
+        if self.passes_on(node):
             return False
         if notes.random or ir.GENERATOR in notes.writes or notes.storages & self._kept:
             return False
@@ -62,10 +65,14 @@ class ChainRules:
             return False
         return sum(int(tensor_bytes(tensor)) for tensor in tensors_in(notes.value)) <= RESULT_BYTES
 
-    @staticmethod
-    def takes_apart(node: fx.Node) -> bool:
-        """Whether it is one of a launch's results, which costs nothing and is no launch."""
-        return node.target == operator.getitem and _on_device(node)
+    def passes_on(self, node: fx.Node) -> bool:
+        """Whether it is its only operand: a join of one part. (An upload may be a view of the host's tensor, which
+        nothing may write.)"""
+        return node.target == ir.JOIN and len(node.all_input_nodes) == 1 and not info(node).storages & self._written
+
+    def finds(self, node: fx.Node) -> bool:
+        """Whether it is a value of the device that is there already, and no launch."""
+        return _on_device(node) and (node.target == operator.getitem or self.passes_on(node))
 
 
 def _on_device(node: fx.Node) -> bool:

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.children import Notebook, child_main
+from benchmarks.children import Notebook, child_main, trust_what_was_built
 from benchmarks.compare.job import Job
 from benchmarks.compare.ways import WAYS
 
 
 def work(argument: dict[str, Any], notebook: Notebook) -> None:
     """Note each row as it is measured."""
+    trust_what_was_built()
     job = Job(**argument)
     if job.threads is not None:
         torch.set_num_threads(job.threads)

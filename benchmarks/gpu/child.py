@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch._inductor import config as inductor_config
 
-from benchmarks.children import Notebook, child_main
+from benchmarks.children import Notebook, child_main, trust_what_was_built
 from benchmarks.gpu.settings import Settings, SkipError
 from benchmarks.gpu.stages import stage_work
 
 
 def work(argument: dict[str, Any], notebook: Notebook) -> None:
     """Run the stage; one that cannot be run here says so and is no failure."""
+    trust_what_was_built()
     settings = Settings(**argument["settings"])
     if settings.cuda and argument["stage"] != "environment":  # which tells of the whole machine
         share_processors(argument["beside"])

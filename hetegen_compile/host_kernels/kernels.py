@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hetegen_compile.errors import HostKernelUnavailableError
-from hetegen_compile.host_kernels.vectorised import DTYPES, library, vectorised_rows
+from hetegen_compile.host_kernels.vectorised import DTYPES, library, tiled_rows, vectorised_rows
 from hetegen_compile.linear_parts import linear_rows
 
 
@@ -77,9 +77,10 @@ def _nothing() -> None:
 
 LINEAR = HostKernel("F.linear", (torch.float32, torch.bfloat16, torch.float16, torch.float64), linear_rows, _nothing)
 VECTORISED = HostKernel("vectorised", DTYPES, vectorised_rows, library)
+TILED = HostKernel("vectorised, tiled", DTYPES, tiled_rows, library)
 INT8PACK = HostKernel("int8pack", (torch.int8,), int8_rows, _nothing, INT8_COLUMNS)
 
-KERNELS = {kernel.name: kernel for kernel in (LINEAR, VECTORISED, INT8PACK)}
+KERNELS = {kernel.name: kernel for kernel in (LINEAR, VECTORISED, TILED, INT8PACK)}
 
 
 def kernels_for(dtype: torch.dtype) -> tuple[HostKernel, ...]:

@@ -79,7 +79,7 @@ HETEGEN_INLINE void dot_tile(
     const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* out, int64_t ldo,
     int64_t k) {
   using O = DotOps<T>;
-  // One row and one token is a pure stream, which the hardware prefetches best when left alone.
+  // One row and one token is a pure stream, which some hardware prefetches best when left alone.
   constexpr int64_t ahead = R > 1 ? kAhead : M > 1 ? kAheadOneRow : 0;
   Vec sum[U][R][M];
   HETEGEN_UNROLL for (int u = 0; u < U; ++u) {
@@ -111,11 +111,12 @@ HETEGEN_INLINE void dot_tile(
   }
 }
 
-// All tokens with R rows; from the second block of tokens on the rows come from the first-level cache.
-template <typename T, int R, int U>
+// All tokens (or the only one) with R rows; from the second block of tokens on the rows come from the first-level cache.
+template <typename T, int R, int U, bool one>
 HETEGEN_INLINE void dot_rows(
     const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* out, int64_t ldo,
     int64_t m, int64_t k) {
+  if constexpr (one) return dot_tile<T, 1, R, U>(x, ldx, w, ldw, bias, out, ldo, k);
   for (; m >= 4; m -= 4, x += 4 * ldx, out += 4 * ldo) dot_tile<T, 4, R, 1>(x, ldx, w, ldw, bias, out, ldo, k);
   if (m == 3) dot_tile<T, 3, R, 1>(x, ldx, w, ldw, bias, out, ldo, k);
   if (m == 2) dot_tile<T, 2, R, U>(x, ldx, w, ldw, bias, out, ldo, k);
@@ -123,7 +124,7 @@ HETEGEN_INLINE void dot_rows(
 }
 
 // Tiles of R rows are shared out among the threads in chunks, as each becomes free.
-template <typename T, int R, int U>
+template <typename T, int R, int U, bool one = false>
 void dot_linear(
     const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* out, int64_t m,
     int64_t n, int64_t k) {
@@ -132,20 +133,23 @@ void dot_linear(
 #pragma omp parallel for schedule(dynamic, chunk) if (m * n * k >= kParallel)
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t r = tile * R;
-    dot_rows<T, R, U>(x, ldx, w + r * ldw, ldw, bias ? bias + r : nullptr, out + r, n, m, k);
+    dot_rows<T, R, U, one>(x, ldx, w + r * ldw, ldw, bias ? bias + r : nullptr, out + r, n, m, k);
   }
   for (int64_t r = tiles * R; r < n; ++r) {
-    dot_rows<T, 1, U>(x, ldx, w + r * ldw, ldw, bias ? bias + r : nullptr, out + r, n, m, k);
+    dot_rows<T, 1, U, one>(x, ldx, w + r * ldw, ldw, bias ? bias + r : nullptr, out + r, n, m, k);
   }
 }
 
 // One or two tokens read row after row, which is what hardware prefetchers follow best; more tokens want
-// tiles of rows, so that an activation that is loaded is used several times.
-template <typename T>
+// tiles of rows, so that an activation that is loaded is used several times. With `tiled` one token has tiles, too:
+// several rows at once and prefetches by the program keep more of them under way where a core waits for its memory.
+template <typename T, bool tiled>
 void linear(
     const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* out, int64_t m,
     int64_t n, int64_t k) {
-  if (m <= 2) {
+  if (tiled && m == 1) {
+    dot_linear<T, 4, 1, true>(x, ldx, w, ldw, bias, out, m, n, k);
+  } else if (m <= 2) {
     dot_linear<T, 1, 4>(x, ldx, w, ldw, bias, out, m, n, k);
   } else {
     dot_linear<T, 6, 1>(x, ldx, w, ldw, bias, out, m, n, k);
@@ -224,7 +228,12 @@ void partial_linear(
   extern "C" void linear_##NAME(                                                                               \
       const void* x, int64_t ldx, const void* w, int64_t ldw, const void* bias, void* out, int64_t m, int64_t n, \
       int64_t k) {                                                                                             \
-    linear<T>((const DotOps<T>::X*)x, ldx, (const T*)w, ldw, (const T*)bias, (T*)out, m, n, k);                \
+    linear<T, false>((const DotOps<T>::X*)x, ldx, (const T*)w, ldw, (const T*)bias, (T*)out, m, n, k);         \
+  }                                                                                                            \
+  extern "C" void tiled_linear_##NAME(                                                                         \
+      const void* x, int64_t ldx, const void* w, int64_t ldw, const void* bias, void* out, int64_t m, int64_t n, \
+      int64_t k) {                                                                                             \
+    linear<T, true>((const DotOps<T>::X*)x, ldx, (const T*)w, ldw, (const T*)bias, (T*)out, m, n, k);          \
   }                                                                                                            \
   extern "C" void partial_linear_##NAME(                                                                       \
       const void* x, int64_t ldx, const void* w, int64_t ldw, const void* bias, void* out, void* sums, int64_t m, \

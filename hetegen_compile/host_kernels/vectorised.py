@@ -12,7 +12,7 @@ number of them, from the same OpenMP pool.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, cached_property
 from importlib.resources import files
 
@@ -26,13 +26,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Library:
-    """The built library. ``linear`` and ``partial_linear`` are its functions by dtype."""
+    """The built library. ``linear``, ``tiled_linear`` and ``partial_linear`` are its functions by dtype."""
 
     def __init__(self, handle: ctypes.CDLL) -> None:
         self._handle = handle
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         operands = [pointer, number, pointer, number, pointer, pointer]
-        self.linear = {dtype: self._function("linear", dtype, [*operands, *[number] * 3]) for dtype in DTYPES}
+        self.linear, self.tiled_linear = (
+            {dtype: self._function(name, dtype, [*operands, *[number] * 3]) for dtype in DTYPES}
+            for name in ("linear", "tiled_linear")
+        )
         self.partial_linear = {
             dtype: self._function("partial_linear", dtype, [*operands, pointer, *[number] * 3]) for dtype in DTYPES
         }
@@ -82,17 +85,28 @@ def vectorised_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: i
         HostKernelUnavailableError: the kernel cannot be built.
     """
     if dim == 0:
-        return _columns(x, rows, None if bias is None else bias[lo:hi])
+        return _columns(x, rows, None if bias is None else bias[lo:hi], library().linear)
     return _partial_sum(x[..., lo:hi], rows, bias)
 
 
-def _columns(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+def tiled_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int) -> Tensor:
+    """``vectorised_rows`` that reads several rows at once and ahead also for one token.
+
+    On an H200's host (16 virtual processors of a Xeon) it read 118 GB/s where the other read 84, on two of an EPYC it
+    was slower.
+    """
+    if dim == 0:
+        return _columns(x, rows, None if bias is None else bias[lo:hi], library().tiled_linear)
+    return _partial_sum(x[..., lo:hi], rows, bias)
+
+
+def _columns(x: Tensor, rows: Tensor, bias: Tensor | None, linear: Mapping[torch.dtype, Callable[..., None]]) -> Tensor:
     kernel = library()
     dtype = rows.dtype
     tokens, stride, flat = _flat(x, kernel.activations[dtype])
     count, width = rows.shape
     out = x.new_empty((*x.shape[:-1], count))
-    kernel.linear[dtype](
+    linear[dtype](
         flat.data_ptr(), stride, rows.data_ptr(), rows.stride(0), _address(bias), out.data_ptr(), tokens, count, width
     )
     return out

@@ -25,7 +25,7 @@ class Geometry(NamedTuple):
 
 def geometry_of(tensor: Tensor) -> Geometry:
     """How the tensor lies in its storage."""
-    return Geometry(tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
+    return Geometry(tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
 
 def storage_key(tensor: Tensor) -> int:

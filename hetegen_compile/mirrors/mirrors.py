@@ -70,12 +70,12 @@ class Mirrors:
         return [record.held[geometry].value for record, geometry in found]
 
     def _lookup(self, request: Request) -> tuple[Record, Geometry]:
-        record = self._records.current(request.tensor)
+        geometry = geometry_of(request.tensor)
+        record = self._records.current(request.tensor, geometry)
         record.used = self._step
         if request.whole and record.base is None and record.held:
             self._records.changed(record)
             record.empty()  # values that do not share memory
-        geometry = geometry_of(request.tensor)
         for held in _parts(record, geometry, request):
             held.used = self._step
         return record, geometry
@@ -113,9 +113,9 @@ class Mirrors:
             return
         if record.base is not None:
             record.forget_versions()  # all other views show the step's write, too
-        record.note(tensor)
-        self._records.changed(record)
         geometry = geometry_of(tensor)
+        record.note(tensor, geometry)
+        self._records.changed(record)
         for held in record.held.values():
             held.fingerprint = None
         if geometry in record.held:
@@ -169,7 +169,7 @@ class Mirrors:
         """
         for tensor in known:
             if self._records.get(storage_key(tensor)) is not None:
-                self._records.current(tensor)
+                self._records.current(tensor, geometry_of(tensor))
         for key, record in self._records:
             storage = torch.UntypedStorage._new_with_weak_ptr(record.storage.cdata)
             if storage is None or storage.data_ptr() != record.address:

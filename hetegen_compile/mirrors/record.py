@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from hetegen_compile.accelerators.base import Value
 from hetegen_compile.mirrors.fingerprints import Fingerprint
-from hetegen_compile.mirrors.identity import Geometry, geometry_of, same_version, version_of, weak_storage
+from hetegen_compile.mirrors.identity import Geometry, same_version, version_of, weak_storage
 
 _MOST_VERSIONS = 256
 
@@ -74,9 +74,9 @@ class Record:
         """Whether anything is counted under the category."""
         return any(held.category == category for held in self.held.values())
 
-    def note(self, tensor: Tensor) -> bool:
+    def note(self, tensor: Tensor, geometry: Geometry) -> bool:
         """From now on what is held has to show the tensor as it is now; whether it does already."""
-        geometry, version = geometry_of(tensor), version_of(tensor)
+        version = version_of(tensor)
         itself = geometry, int(tensor._cdata)
         known = self.versions.get(itself, self.versions.get(geometry, self.version))
         if len(self.versions) > _MOST_VERSIONS:  # views that are made anew for each step

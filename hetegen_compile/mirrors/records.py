@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hetegen_compile.mirrors.identity import storage_key
+from hetegen_compile.mirrors.identity import Geometry, geometry_of, storage_key
 from hetegen_compile.mirrors.record import Held, Record
 from hetegen_compile.mirrors.request import MIRRORS, WEIGHTS
 from hetegen_compile.mirrors.standing import Standing
@@ -40,12 +40,12 @@ class Records:
         """What is held of a storage."""
         return self._records.get(key)
 
-    def current(self, tensor: Tensor) -> Record:
+    def current(self, tensor: Tensor, geometry: Geometry) -> Record:
         """The record of the tensor's storage, emptied if the host's copy is not what it was."""
         record = self._records.get(storage_key(tensor))
         if record is None or not record.is_of(tensor):
             record = self.renew(tensor)
-        elif not record.note(tensor):
+        elif not record.note(tensor, geometry):
             self.changed(record)
             record.empty()
         return record
@@ -54,7 +54,7 @@ class Records:
         """A new record of the tensor's storage, whatever was held of it."""
         self.drop(storage_key(tensor))
         record = self._records[storage_key(tensor)] = Record.of(tensor)
-        record.note(tensor)
+        record.note(tensor, geometry_of(tensor))
         return record
 
     def drop(self, key: int) -> None:

@@ -145,6 +145,7 @@ class Ahead:
         number, sent = self._gates.number(), threading.Event()
         sending = _Sending(op, promises, buffers, partial(self._gates.open, number))
         self._worker.submit(sending.send, finally_=sending.end, done=sent)
+        self._worker.make_room()
         transfer = CudaTransfer(op.name, "to_accelerator", values, None, gate=number, sent=sent)
         self._given.append(transfer)
         return transfer

@@ -12,9 +12,12 @@ BLOCK_BYTES = (20 << 20) + (2 << 20)
 stream that tensors are made on (compute, up) the last of them are rarely full."""
 
 
-RECORDED_BYTES = 16 << 20
-"""What results and workspaces of recorded launches (``replays.py``) may take. Torch's allocator reserves for them apart
-from everything else, and what is reserved for launches one by one stays reserved beside it."""
+RECORDED_BYTES = 48 << 20
+"""What recorded launches (``replays.py``) may take: results and workspaces, for which torch's allocator reserves apart
+from everything else, and the driver's own of each graph."""
+
+GRAPH_BYTES = 128 << 10
+"""What the driver took of an H200 for a graph of up to eight launches, at most: 6 MiB for 45 of them."""
 
 
 def beside_allocator_bytes(device: torch.device | int) -> int:

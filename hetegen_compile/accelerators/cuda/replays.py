@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hetegen_compile.accelerators.base import Chain, Counters, Value
 from hetegen_compile.accelerators.cuda.activations import copy_by_kernel
-from hetegen_compile.accelerators.cuda.allocator import RECORDED_BYTES, reserved_now_bytes
+from hetegen_compile.accelerators.cuda.allocator import GRAPH_BYTES, RECORDED_BYTES, reserved_now_bytes
 from hetegen_compile.accelerators.geometry import span, span_bytes
 from hetegen_compile.errors import AcceleratorError
 from hetegen_compile.passes.tensors import tensors_in
@@ -143,7 +143,7 @@ class Replays:
         except (RuntimeError, AcceleratorError) as error:
             self._refuse(chain, seen, error)
             return chain.function(kept)
-        taken = max(0, reserved_now_bytes(self._device) - before)
+        taken = GRAPH_BYTES + max(0, reserved_now_bytes(self._device) - before)
         if self._held_bytes + taken > RECORDED_BYTES:
             logger.debug("%s is launched one by one: graphs hold %d bytes already", chain.name, self._held_bytes)
             seen.refused = True

@@ -1,8 +1,9 @@
 """The host's worker of a CUDA device: a thread that does what it is given in that order, ahead of the accelerator.
 
 It leaves one processor to the thread that issues, where there are more than two: the threads of a kernel end together,
-so one that shares its processor holds up all of them. Where it does, the issuing thread's own OpenMP threads end with
-the beginning of each step: with both sets the worker's would sleep between any two kernels (``openmp.py``).
+so one that shares its processor holds up all of them. Where it does, the issuing thread's own OpenMP threads end in
+each step, as soon as the worker has something to do: with both sets the worker's would sleep between any two kernels
+(``openmp.py``). Ending 15 of them took 0.8 ms.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class Worker:
         self._step = _Step()
         self._thread = JobThread("hetegen-worker", self._step.on_thread)
         self._threads = 0
+        self._alone = True
 
     @property
     def started(self) -> bool:
@@ -90,7 +92,12 @@ class Worker:
         threads = torch.get_num_threads()
         if threads != self._threads:
             self._set_threads(threads)
-        if threads > _FEW:
+        self._alone = threads <= _FEW
+
+    def make_room(self) -> None:
+        """End the issuing thread's own OpenMP threads, once a step."""
+        if not self._alone:
+            self._alone = True
             end_own_threads()
 
     def _set_threads(self, threads: int) -> None:
