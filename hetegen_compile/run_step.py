@@ -73,8 +73,7 @@ def _run(runtime: Runtime, plan: StepPlan, inputs: Sequence[Any]) -> Any:
     count = len(bound.mirrors)
     outputs, twins = bound.run(list(inputs), values[:count], values[count:], started, carried.start)
     carried.end_step(bound)
-    for i in bound.settled:
-        mirrors.settle(inputs[i])
+    plan.values.settle(mirrors, inputs)
     if bound.outdated:  # not all writes have a version (the statistics of a norm)
         mirrors.forget(inputs[i] for i in bound.outdated)
     for host, device in twins:

@@ -13,6 +13,7 @@ from hetegen_compile.accelerators.base import Value
 from hetegen_compile.bound_step import BoundStep
 from hetegen_compile.ir import info, is_tensor
 from hetegen_compile.mirrors import WEIGHTS, Mirrors, Request
+from hetegen_compile.mirrors.settled import Settled
 from hetegen_compile.mirrors.standing import Standing
 
 
@@ -51,8 +52,8 @@ def _is_static(placeholder: fx.Node) -> bool:
 class StepValues:
     """Fetches the values of one plan.
 
-    Fixed inputs that the step does not write are asked for once and stand from then on; the others are asked for at
-    every step.
+    Fixed inputs that the step does not write are asked for once and stand from then on; so do those that it writes on
+    both sides, as long as it is the same step that writes them. The others are asked for at every step.
     """
 
     def __init__(self, bound: BoundStep, facts: InputFacts, first_rows: Mapping[int, int]) -> None:
@@ -63,9 +64,13 @@ class StepValues:
         self._wanted = [*whole, *bound.residents]
         fixed = facts.fixed - {*bound.settled, *bound.outdated}
         self._fixed = [place for place, (i, _, _) in enumerate(self._wanted) if i in fixed]
-        self._varying = [place for place, (i, _, _) in enumerate(self._wanted) if i not in fixed]
+        self._written = [place for place, (i, _, _) in enumerate(self._wanted) if i in bound.settled]
+        self._varying = [place for place, (i, _, _) in enumerate(self._wanted) if i not in {*fixed, *bound.settled}]
         self._fixed_inputs = sorted({self._wanted[place][0] for place in self._fixed})
         self._standing: Standing | None = None
+        self._settled_inputs = bound.settled
+        self._written_inputs = [self._wanted[place][0] for place in self._written]
+        self._settled: Settled | None = None
 
     def fetch(self, mirrors: Mirrors, inputs: Sequence[Any], limit_bytes: int) -> list[Value]:
         """The values for one step's inputs, uploading what is not current.
@@ -76,17 +81,33 @@ class StepValues:
         fixed = [inputs[i] for i in self._fixed_inputs]
         standing = self._standing
         if standing is not None and mirrors.stands(standing, fixed):
-            varying = mirrors.fetch([self._request(place, inputs) for place in self._varying], limit_bytes)
-            if standing.valid:  # nothing of it was dropped to make room, or found out of date
-                return self._in_order(standing.values, varying)
+            written = self._answer_for_written(mirrors, inputs)
+            places = self._varying if written else [*self._written, *self._varying]
+            varying = mirrors.fetch([self._request(place, inputs) for place in places], limit_bytes)
+            if standing.valid and (written is None or written.valid):  # nothing dropped to make room, or out of date
+                known = [] if written is None else [(self._written, written.values)]
+                return self._in_order((self._fixed, standing.values), (places, varying), *known)
         requests = [self._request(place, inputs) for place in range(len(self._wanted))]
         values = mirrors.fetch(requests, limit_bytes)
         self._standing = mirrors.stand(fixed, [requests[place] for place in self._fixed])
         return values
 
-    def _in_order(self, fixed: Sequence[Value], varying: Sequence[Value]) -> list[Value]:
+    def settle(self, mirrors: Mirrors, inputs: Sequence[Any]) -> None:
+        """The step has written inputs on both sides."""
+        same = self._written_inputs == list(self._settled_inputs)
+        settled = mirrors.settle([inputs[i] for i in self._settled_inputs], self._settled if same else None)
+        self._settled = settled if same else None
+
+    def _answer_for_written(self, mirrors: Mirrors, inputs: Sequence[Any]) -> Settled | None:
+        """What stands for all that the step writes on both sides, if that is what the last one left."""
+        settled = self._settled
+        if settled is None or not mirrors.stands(settled, [inputs[i] for i in self._written_inputs]):
+            return None
+        return settled
+
+    def _in_order(self, *answers: tuple[Sequence[int], Sequence[Value]]) -> list[Value]:
         values: list[Value] = [None] * len(self._wanted)
-        for places, found in ((self._fixed, fixed), (self._varying, varying)):
+        for places, found in answers:
             for place, value in zip(places, found, strict=True):
                 values[place] = value
         return values

@@ -14,8 +14,9 @@ from hetegen_compile.accelerators.base import Accelerator, Value
 from hetegen_compile.mirrors.fingerprints import Fingerprint
 from hetegen_compile.mirrors.identity import Geometry, covers_storage, geometry_of, storage_key
 from hetegen_compile.mirrors.record import Held, Record
-from hetegen_compile.mirrors.records import Records
+from hetegen_compile.mirrors.records import UNSEEN_WRITE, Records
 from hetegen_compile.mirrors.request import MIRRORS, WEIGHTS, Request
+from hetegen_compile.mirrors.settled import Settled
 from hetegen_compile.mirrors.standing import Samples, Standing
 from hetegen_compile.mirrors.upload import Uploader, first_bytes, new_bytes
 from hetegen_compile.passes.claims import WeightKey
@@ -106,22 +107,32 @@ class Mirrors:
         record.returned = record.used = self._step
         return record
 
-    def settle(self, tensor: Tensor) -> None:
-        """The step wrote the host tensor and its mirror alike: what the mirror holds is current again."""
-        record = self._records.get(storage_key(tensor))
-        if record is None:
-            return
-        if record.base is not None:
-            record.forget_versions()  # all other views show the step's write, too
-        geometry = geometry_of(tensor)
-        record.note(tensor, geometry)
-        self._records.changed(record)
-        for held in record.held.values():
-            held.fingerprint = None
-        if geometry in record.held:
-            record.held[geometry].fingerprint = first_bytes(tensor)
-        if record.base is None:  # other views of the storage were uploaded by themselves and know nothing of it
-            record.held = {geometry: record.held[geometry]} if geometry in record.held else {}
+    def settle(self, tensors: Sequence[Tensor], before: Settled | None = None) -> Settled | None:
+        """The step wrote the host tensors and their mirrors alike: what the mirrors hold is current again.
+
+        ``before`` is what the last step that wrote all of them was answered with; the result is for the next one, None
+        where there can be none.
+        """
+        if before is not None and before.valid and before.used == self._step:
+            self._records.wrote_again(before, tensors)
+            return before
+        for tensor in tensors:
+            self._records.settle(tensor)
+        return self._stand_settled(tensors)
+
+    def _stand_settled(self, tensors: Sequence[Tensor]) -> Settled | None:
+        if not tensors or any(tensor.is_inference() for tensor in tensors):
+            return None
+        found = []
+        for tensor in tensors:
+            record = self._records.get(storage_key(tensor))
+            held = None if record is None else record.held.get(geometry_of(tensor))
+            if record is None or held is None:
+                return None
+            found.append((record, [held]))
+        settled = Settled(tensors, [held.value for _, (held,) in found])
+        self._records.stand(settled, found)
+        return settled
 
     # ---- standing answers ------------------------------------------------------------------------------------
 
@@ -167,6 +178,7 @@ class Mirrors:
         A change that a version shows, of the tensors ``known`` or of those that others have, is none of these: nobody
         has asked for the tensor since.
         """
+        self._records.up_to_date()
         for tensor in known:
             if self._records.get(storage_key(tensor)) is not None:
                 self._records.current(tensor, geometry_of(tensor))
@@ -177,7 +189,7 @@ class Mirrors:
                 continue
             changed = [h for h in record.held.values() if h.fingerprint and not h.fingerprint.matches(storage)]
             if changed and not record.was_written:
-                logger.warning("%s was written in a way that torch does not see: uploaded again", changed[0].name)
+                logger.warning("%s", UNSEEN_WRITE.format(changed[0].name))
             if changed:
                 self._records.drop(key)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +12,13 @@ from torch import Tensor
 from hetegen_compile.mirrors.identity import Geometry, geometry_of, storage_key
 from hetegen_compile.mirrors.record import Held, Record
 from hetegen_compile.mirrors.request import MIRRORS, WEIGHTS
+from hetegen_compile.mirrors.settled import Settled
 from hetegen_compile.mirrors.standing import Standing
+from hetegen_compile.mirrors.upload import first_bytes
+
+logger = logging.getLogger("hetegen_compile")
+
+UNSEEN_WRITE = "{} was written in a way that torch does not see: uploaded again"
 
 Found = Sequence[tuple[Record, Sequence[Held]]]
 """What answers requests: a record and what of it, each."""
@@ -31,6 +38,7 @@ class Records:
     def __init__(self) -> None:
         self._records: dict[int, Record] = {}
         self._standing: weakref.WeakKeyDictionary[Standing, Found] = weakref.WeakKeyDictionary()
+        self._behind: frozenset[int] = frozenset()
 
     def __iter__(self) -> Iterator[tuple[int, Record]]:
         """Keys of storages and their records; they may be dropped meanwhile."""
@@ -42,7 +50,10 @@ class Records:
 
     def current(self, tensor: Tensor, geometry: Geometry) -> Record:
         """The record of the tensor's storage, emptied if the host's copy is not what it was."""
-        record = self._records.get(storage_key(tensor))
+        key = storage_key(tensor)
+        if key in self._behind:
+            self.up_to_date()
+        record = self._records.get(key)
         if record is None or not record.is_of(tensor):
             record = self.renew(tensor)
         elif not record.note(tensor, geometry):
@@ -75,14 +86,55 @@ class Records:
         """An answer that is right until something in ``found`` changes."""
         for record, _ in found:
             record.stands = True
+        standing.records = frozenset(id(record) for record, _ in found)
         self._standing[standing] = found
 
     def changed(self, record: Record) -> None:
-        """What a record holds is no longer what it held: answers that stand on it are taken back, all together."""
+        """What a record holds is no longer what it held: answers that stand on it are taken back."""
         if record.stands:
-            for standing in self._standing:
+            for standing in [one for one in self._standing if id(record) in one.records]:
                 standing.take_back()
-            self._standing.clear()
+                del self._standing[standing]
+            record.stands = False
+
+    # ---- what steps write ------------------------------------------------------------------------------------
+
+    def settle(self, tensor: Tensor) -> None:
+        """A step wrote the tensor and its mirror alike: what the mirror holds is current again."""
+        record = self._records.get(storage_key(tensor))
+        if record is None:
+            return
+        if record.base is not None:
+            record.forget_versions()  # all other views show the step's write, too
+        geometry = geometry_of(tensor)
+        record.note(tensor, geometry)
+        self.changed(record)
+        for held in record.held.values():
+            held.fingerprint = None
+        if geometry in record.held:
+            record.held[geometry].fingerprint = first_bytes(tensor)
+        if record.base is None:  # other views of the storage were uploaded by themselves and know nothing of it
+            record.held = {geometry: record.held[geometry]} if geometry in record.held else {}
+
+    def wrote_again(self, settled: Settled, tensors: Sequence[Tensor]) -> None:
+        """As ``settle`` for all that an answer is of, but for what only others ask for (``up_to_date``)."""
+        settled.renew(tensors)
+        self._behind |= settled.keys
+
+    def up_to_date(self) -> None:
+        """Note what steps have written; the answers that know of it are taken back."""
+        self._behind = frozenset()
+        for settled in [one for one in self._standing if isinstance(one, Settled) and one.behind]:
+            for tensor, intact in settled.as_written():
+                if intact:
+                    self.settle(tensor)
+                else:
+                    logger.warning("%s", UNSEEN_WRITE.format(self._name_of(tensor)))
+                    self.drop(storage_key(tensor))
+
+    def _name_of(self, tensor: Tensor) -> str:
+        record = self._records.get(storage_key(tensor))
+        return next((held.name for held in record.held.values()), "") if record is not None else ""
 
     def _note_uses(self) -> None:
         """Standing answers were given without touching what they stand on."""

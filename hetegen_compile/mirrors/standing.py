@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor
 
@@ -67,6 +68,13 @@ class Samples:
         return self._places[turn]
 
 
+class Sampled(Protocol):
+    """Something of the tensors' contents that is looked at in each step."""
+
+    def match(self) -> bool:
+        """Whether it is what it was."""
+
+
 class Standing:
     """An answer and what it stands on.
 
@@ -74,14 +82,16 @@ class Standing:
         values: the device values of the requests.
         used: the last step that was answered with them.
         samples: of the tensors that have fingerprints.
+        records: identities of the records that it stands on.
         valid: whether it has not been taken back.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], values: list[Value], samples: Samples) -> None:
+    def __init__(self, tensors: Sequence[Tensor], values: list[Value], samples: Sampled) -> None:
         """``tensors`` are those that the plan is given, none of them made in inference mode."""
         self.values = values
         self.used = -1
         self.samples = samples
+        self.records: frozenset[int] = frozenset()
         self.valid = True
         self._addresses = [tensor.data_ptr() for tensor in tensors]
         self._versions = [tensor._version for tensor in tensors]
@@ -103,4 +113,4 @@ class Standing:
             return False
 
 
-__all__ = ["SAMPLED_TENSORS", "Samples", "Standing"]
+__all__ = ["SAMPLED_TENSORS", "Sampled", "Samples", "Standing"]

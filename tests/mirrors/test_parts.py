@@ -57,7 +57,7 @@ def test_views_that_are_written_in_turn_are_not_uploaded_again(accelerator: Emul
         written = views[turn % 2]
         written.add_(1.0)
         values[turn % 2] = accelerator.launch(Op("write"), torch.Tensor.add_, (values[turn % 2], 1.0), mutates=(0,))
-        mirrors.settle(written)
+        mirrors.settle([written])
         accelerator.synchronize()
         moved.append(sum(accelerator.counters.uploaded_bytes.values()))
     assert moved == [storage.nbytes] * 6

@@ -276,8 +276,7 @@ def _step(bound: BoundStep, inputs: list[Any], accelerator: EmulatedAccelerator,
     values = mirrors.fetch(requests, accelerator.memory_bytes)
     outputs, twins = bound.run(list(inputs), values[: len(bound.mirrors)], values[len(bound.mirrors) :])
     accelerator.end_step()
-    for i in bound.settled:
-        mirrors.settle(inputs[i])
+    mirrors.settle([inputs[i] for i in bound.settled])
     mirrors.forget(inputs[i] for i in bound.outdated)
     for host, device in twins:
         mirrors.register(host, device)
