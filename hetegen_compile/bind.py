@@ -321,8 +321,7 @@ class _Chained:
                 self._source.add(self._dropped(node))
 
     def _may_precede(self, node: fx.Node) -> bool:
-        """Whether its line does nothing but find a value that was there before the launches, and drops none of theirs.
-        """
+        """Whether its line only finds a value that was there before the launches, and drops nothing they are given."""
         found = node.op in ("placeholder", "get_attr") or node.target in _FETCHED or self._rules.finds(node)
         if not found:
             return False

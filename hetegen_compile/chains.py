@@ -4,7 +4,6 @@ An accelerator may issue a chain launch by launch, or record it once and have al
 CUDA graph is. That needs launches which are the same in each step but for what their tensors hold:
 
 - no size among their arguments and results varies (attention to a cache that grows is launched by itself),
-- no random number is drawn,
 - no result outlives the step, for the next step's would be written over it,
 - results are small, for each of them keeps memory of its own.
 
@@ -56,7 +55,7 @@ class ChainRules:
             return False
         if self.passes_on(node):
             return False
-        if notes.random or ir.GENERATOR in notes.writes or notes.storages & self._kept:
+        if notes.storages & self._kept:
             return False
         arguments = node.all_input_nodes
         if not all(map(_tensors_alone, (node, *arguments))):

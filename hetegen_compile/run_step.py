@@ -8,6 +8,7 @@ from typing import Any
 
 from hetegen_compile.errors import AcceleratorMemoryError, clear_frames
 from hetegen_compile.mirrors import NoRoomError
+from hetegen_compile.passes.context import Refusal
 from hetegen_compile.quiet import quiet
 from hetegen_compile.runtime import Runtime
 from hetegen_compile.step_plan import StepPlan
@@ -58,6 +59,8 @@ def _run_noted(runtime: Runtime, plan: StepPlan, inputs: Sequence[Any]) -> Any:
                 mirrors.forget(inputs[i] for i in (*plan.bound.settled, *plan.bound.outdated))
         raise
     plan.schedule.note_step(seconds, accelerator.trace(False) if tracing else [])
+    if accelerator.cannot_record:
+        plan.schedule.note_refusal(Refusal("launches", accelerator.cannot_record))
     peak = max(plan.schedule.accelerator_peak_bytes, accelerator.counters.step_peak_bytes)
     plan.schedule.accelerator_peak_bytes = peak
     return outputs

@@ -141,6 +141,11 @@ class Schedule:
             ]
         write_private(Path(path), json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
+    def note_refusal(self, refusal: Refusal) -> None:
+        """Keep what was found to be impossible while steps ran."""
+        if refusal not in self.refusals:
+            self.refusals += (refusal,)
+
     def note_step(self, seconds: float, spans: list[Span]) -> None:
         """Keep one step's time (the last 1000) and, if it was traced, its spans on the rows."""
         self.step_times_s.append(seconds)

@@ -61,32 +61,50 @@ def complete_early(graph: fx.Graph, tasks: Precedence, context: Context) -> froz
     work = [node for node in graph.nodes if node in late and _is_work(node)]
     if not work:
         return frozenset()
-    waits = _Waits(graph, context)
-    complete: dict[fx.Node, int] = {}
-    free: dict[fx.Node, None] = {}
-
-    def place(node: fx.Node) -> None:
-        """In one of the next waits after it can begin, together with what it needs that could be at any place."""
-        before = [one for one in tasks.before[node] if one not in free or one in complete]
-        ready = max((complete.get(one, waits.place[one]) for one in before), default=0)
-        group = [*_free_before(node, tasks, free.keys() - complete.keys()), node]
-        wait = waits.take(ready, sum(node_work(one, context).seconds for one in group))
-        for one in group if wait is not None else ():
-            complete[one] = max([ready, *(waits.place[part] for part in wait.parts)])
-            for part in wait.parts:
-                tasks.add(part, one)
-            for behind in wait.behind:
-                tasks.add(one, behind)
-
+    placing = _Placing(_Waits(graph, context), tasks, context)
     for node in work:
-        if all(one in free or waits.precedes(one) for one in tasks.before[node]):
-            free[node] = None
+        placing.add(node)
+    return placing.complete()
+
+
+class _Placing:
+    """Late work on its way into the host's waits, in program order."""
+
+    def __init__(self, waits: _Waits, tasks: Precedence, context: Context) -> None:
+        self._waits = waits
+        self._tasks = tasks
+        self._context = context
+        self._complete: dict[fx.Node, int] = {}
+        self._free: dict[fx.Node, None] = {}
+
+    def add(self, node: fx.Node) -> None:
+        """Place a node, or leave it to what needs it if it could be at any place."""
+        if all(one in self._free or self._waits.precedes(one) for one in self._tasks.before[node]):
+            self._free[node] = None
         else:
-            place(node)
-    for node in free:
-        if node not in complete:
-            place(node)
-    return frozenset(complete)
+            self._place(node)
+
+    def complete(self) -> frozenset[fx.Node]:
+        """All that has a place, once what nobody needed has one, too."""
+        for node in self._free:
+            if node not in self._complete:
+                self._place(node)
+        return frozenset(self._complete)
+
+    def _place(self, node: fx.Node) -> None:
+        """In one of the next waits after it can begin, together with what it needs that could be at any place."""
+        before = [one for one in self._tasks.before[node] if one not in self._free or one in self._complete]
+        ready = max((self._complete.get(one, self._waits.place[one]) for one in before), default=0)
+        group = [*_free_before(node, self._tasks, self._free.keys() - self._complete.keys()), node]
+        wait = self._waits.take(ready, sum(node_work(one, self._context).seconds for one in group))
+        if wait is None:
+            return
+        for one in group:
+            self._complete[one] = max([ready, *(self._waits.place[part] for part in wait.parts)])
+            for part in wait.parts:
+                self._tasks.add(part, one)
+            for behind in wait.behind:
+                self._tasks.add(one, behind)
 
 
 def _free_before(node: fx.Node, tasks: Precedence, free: Collection[fx.Node]) -> list[fx.Node]:
@@ -151,8 +169,8 @@ class _Waits:
         return not self._begins or self.place[node] < self._begins[0]
 
     def take(self, ready: int, seconds: float) -> _Wait | None:
-        """The wait with most room of the next ones after place ``ready``, its room less ``seconds``; None without any.
-        """
+        """The wait with most room of the next ones after place ``ready``, its room less ``seconds``; None if there is
+        no wait."""
         if not self._waits:
             return None
         first = max(0, bisect_right(self._begins, ready) - 1)

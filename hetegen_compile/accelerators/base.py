@@ -146,6 +146,11 @@ class Accelerator(ABC):
         """Why it takes no work ahead of the host's parts (``receive`` and what follows it); "" says that it does."""
         return ""
 
+    @property
+    def cannot_record(self) -> str:
+        """Why it issues chains launch by launch although it would record them, found when it tried; "" as a rule."""
+        return ""
+
     # ---- memory ------------------------------------------------------------------------------------
     @abstractmethod
     def upload(self, op: Op, source: torch.Tensor, *, into: Value | None = None) -> Value:

@@ -72,3 +72,21 @@ def test_a_cache_is_not_uploaded_again(architecture: str, cache: str | None) -> 
     assert max(steps) < a_tokens_keys_and_values
     windows = architecture != "llama"  # of a prompt longer than a window the last tokens come down, and go up once
     assert behind_prompt < (PROMPT + 1 if windows else 1) * a_tokens_keys_and_values
+
+
+def test_the_hosts_copy_of_a_static_cache_is_written_while_later_layers_run() -> None:
+    """Positions of the new token need nothing of the step; what reads them does not follow the step for that."""
+    model, backend = tiny_model("llama"), RecordingBackend()
+    prompt = torch.randint(2, 256, (1, PROMPT), generator=torch.Generator().manual_seed(1))
+    options = {**emulated(gpu_memory=half_the_weights(model)), "split": 0.5}
+    model.compile(backend=backend, options=options)
+    model.generate(prompt, cache_implementation="static", do_sample=False, max_new_tokens=4)  # type: ignore[operator]
+    plan = backend.graphs[-1].plans[-1]
+    lines = plan.bound.source.splitlines()
+    written = [place for place, line in enumerate(lines) if line.lstrip().startswith("index_copy_")]
+    downloads = [place for place, line in enumerate(lines) if " = wait_host(" in line]
+    layers: int = model.config.num_hidden_layers
+    assert plan.schedule.host_bytes > 0
+    assert len(written) == 2 * layers
+    assert written[-1] < downloads[-1], "behind the last download comes nothing of them"
+    assert sum(place < downloads[-2] for place in written) >= 2 * (layers - 1)

@@ -47,7 +47,7 @@ def test_every_lane_is_delayed_and_results_stay(spins: list[int]) -> None:
         accelerator.reseed(seed)
         LOG.clear()
         torch.testing.assert_close(layers.step(x), expected)
-        assert {"on up", "on down", "on compute"} <= set(LOG)
+        assert {"on up", "on down", "on own"} <= set(LOG)
     assert len(spins) >= 3 * 3 * 4, "a prefetch, a download and a launch for each layer"
     accelerator.close()
 

@@ -14,7 +14,7 @@ from hetegen_compile.calibration import linears
 from hetegen_compile.calibration.kernels import make_arena
 from hetegen_compile.calibration.linears import linear_steps, measure_linears, points, usable_kernels
 from hetegen_compile.errors import HostKernelUnavailableError
-from hetegen_compile.host_kernels import INT8PACK, KERNELS, LINEAR, VECTORISED, HostKernel
+from hetegen_compile.host_kernels import INT8PACK, KERNELS, LINEAR, TILED, VECTORISED, HostKernel
 from tests.calibration.tiny import TINY, Clock
 
 Seconds = Callable[[str, int, int], float]
@@ -64,7 +64,7 @@ def test_each_number_of_tokens_gets_the_fastest_kernel_and_its_rates(
     assert small == (64.0, small[1])
     assert small[1].points == ((1.0, 1.0), (2.0, 1 / 2), (32.0, 1 / 32))
     assert large[1].points == small[1].points  # at 32 tokens the rate of the size that was timed
-    assert figures.comparison == "1 token(s): F.linear 2.5e-10, vectorised 1e-09"
+    assert figures.comparison == "1 token(s): F.linear 2.5e-10, vectorised 1e-09, vectorised, tiled 2.5e-10"
 
 
 def test_the_size_is_an_axis(clock: Clock, timed: Callable[[Seconds], None]) -> None:
@@ -98,7 +98,8 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise HostKernelUnavailableError("no compiler")
 
-    monkeypatch.setitem(KERNELS, "vectorised", replace(VECTORISED, prepare=fail))
+    for kernel in (VECTORISED, TILED):
+        monkeypatch.setitem(KERNELS, kernel.name, replace(kernel, prepare=fail))
 
 
 @pytest.mark.usefixtures("no_compiler")
@@ -112,5 +113,5 @@ def test_a_kernel_that_cannot_be_built_is_neither_timed_nor_recorded(
 
 
 def test_what_is_timed_for_a_dtype() -> None:
-    assert usable_kernels(torch.bfloat16) == (LINEAR, VECTORISED)
+    assert usable_kernels(torch.bfloat16) == (LINEAR, VECTORISED, TILED)
     assert usable_kernels(torch.int8) == (INT8PACK,)

@@ -106,13 +106,18 @@ def test_hostile_names_are_only_names() -> None:
     found = compiled_like_eager(model, run, options=emulated(gpu_memory=BUDGET))
     (graph,) = found.backend.graphs
     for plan in graph.plans:
-        (step,) = ast.parse(plan.bound.source).body
-        called = {name for name, _ in _calls(step)}
+        functions = ast.parse(plan.bound.source)
+        called = {name for name, _ in _calls(functions)}
         operations = {"prefetch", "wait", "release", "to_host", "wait_host", "to_accelerator", "launch", "host"}
-        operations.add("ahead")
-        assert {"prefetch", "host", "launch", "ahead"} <= called
+        operations |= {"ahead", "launch_chain", "_given.clear"}
+        assert {"prefetch", "host", "launch", "launch_chain", "ahead"} <= called
         assert all(name in operations or name.startswith(("_function_", "slice", "twins.append")) for name in called)
-        assert not any(isinstance(node, ast.Raise | ast.Import) for node in ast.walk(step))
+        assert not any(isinstance(node, ast.Raise | ast.Import) for node in ast.walk(functions))
+        assert all(
+            isinstance(one, ast.FunctionDef) and one.name == "step" or one.name.startswith("chain_")
+            for one in functions.body
+            if isinstance(one, ast.FunctionDef)
+        )
 
 
 def test_names_in_a_graph_made_elsewhere_are_made_safe_by_fx() -> None:

@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetegen_compile.errors import HostKernelUnavailableError
-from hetegen_compile.host_kernels import INT8PACK, KERNELS, LINEAR, VECTORISED, HostKernel, kernels_for, vectorised
+from hetegen_compile.host_kernels import (
+    INT8PACK,
+    KERNELS,
+    LINEAR,
+    TILED,
+    VECTORISED,
+    HostKernel,
+    kernels_for,
+    vectorised,
+)
 from hetegen_compile.host_kernels.vectorised import DTYPES
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -19,7 +28,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 SHAPES = [(1, 1), (7, 5), (64, 100), (77, 1003), (256, 512)]
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
-kernels = pytest.mark.parametrize("kernel", [LINEAR, VECTORISED], ids=lambda kernel: kernel.name)
+kernels = pytest.mark.parametrize("kernel", [LINEAR, VECTORISED, TILED], ids=lambda kernel: kernel.name)
 
 
 def assert_close(result: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
@@ -149,9 +158,25 @@ def test_int8_weights_are_multiplied_as_they_are(dtype: torch.dtype) -> None:
     assert "63 columns" in (INT8PACK.refusal(weight[:, :63]) or "")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 4, 7, 130])
+def test_tiles_for_one_token_and_the_rows_that_are_left(rows: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weight, bias = (torch.randn(*size, generator=generator).to(dtype) for size in ((rows, 1003), (rows,)))
+    x = torch.randn(1, 1003, generator=generator).to(dtype)
+    found = TILED.run(x, weight, bias, 0, rows, 0)
+    expected = VECTORISED.run(x, weight, bias, 0, rows, 0)
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
+    wide = torch.randn(rows, 2000, generator=generator).to(dtype)[:, 500:1503]  # lines with gaps between them
+    torch.testing.assert_close(
+        TILED.run(x, wide, None, 0, rows, 0), VECTORISED.run(x, wide, None, 0, rows, 0), rtol=TOLERANCE[dtype],
+        atol=10 * TOLERANCE[dtype],
+    )  # fmt: skip
+
+
 def test_the_registry() -> None:
     assert {name: kernel.name for name, kernel in KERNELS.items()} == {name: name for name in KERNELS}
-    assert kernels_for(torch.bfloat16) == (LINEAR, VECTORISED)
+    assert kernels_for(torch.bfloat16) == (LINEAR, VECTORISED, TILED)
     assert kernels_for(torch.float64) == (LINEAR,)
     assert kernels_for(torch.int8) == (INT8PACK,)
     assert kernels_for(torch.complex64) == ()

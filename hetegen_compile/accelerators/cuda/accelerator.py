@@ -76,6 +76,10 @@ class CudaAccelerator(Accelerator):
         return why_no_gates()
 
     @property
+    def cannot_record(self) -> str:
+        return self._replays.refusal
+
+    @property
     def pinned_bytes(self) -> int:
         return self._pins.pinned_bytes + self._prefetches.pinned.nbytes
 

@@ -37,6 +37,9 @@ COPIED_BYTES = 64 << 10
 _PATIENCE = 2
 """How often something may lie elsewhere before it is copied: a new cache is no reason."""
 
+_PAYS, _LONGEST = 8, 64
+"""After a recording that was replayed less often, what a chain is given has to lie still for twice as many steps."""
+
 Remake = Callable[[Sequence[Value]], Any]
 
 
@@ -51,11 +54,14 @@ class _Recording(NamedTuple):
 
 
 class _Seen:
-    """What is known of one chain."""
+    """What is known of one chain: how often each thing it is given has moved, how long all have been steady."""
 
     def __init__(self, count: int) -> None:
         self.recording: _Recording | None = None
+        self.replays = 0
         self.addresses: list[int] = []
+        self.steady = 0
+        self.needed = 1
         self.moves = [0] * count
         self.moving: tuple[int, ...] = ()
         self.refused = False
@@ -95,7 +101,7 @@ class Replays:
             addresses[i] = 0
         recording = seen.recording
         if recording is not None and recording.addresses == addresses:
-            return self._replay(recording, given)
+            return self._replay(seen, recording, given)
         if seen.refused or self._moved(seen, chain, given, addresses) or not self._records:
             return chain.function(given)
         if self._gated:
@@ -103,10 +109,11 @@ class Replays:
             return chain.function(given)
         return self._record(seen, chain, given)
 
-    def _replay(self, recording: _Recording, given: list[Value]) -> tuple[Any, ...]:
+    def _replay(self, seen: _Seen, recording: _Recording, given: list[Value]) -> tuple[Any, ...]:
         for i, place in recording.copied.items():
             copy_by_kernel(place, span(given[i]))
         recording.graph.replay()
+        seen.replays += 1
         self._counters.chains_replayed += 1
         if not self._gated:
             self._places |= recording.places
@@ -115,12 +122,14 @@ class Replays:
         return results
 
     def _moved(self, seen: _Seen, chain: Chain, given: Sequence[Value], addresses: list[int]) -> bool:
-        """Whether something lies elsewhere than when the chain was last launched one by one, and may do so again: not
-        the results of chains that have been recorded since."""
+        """Whether something has not lain where it does for long enough. What chains that have been recorded since the
+        last launch give will stay where it is."""
         before, seen.addresses = seen.addresses, addresses
         moved = [i for i, old in enumerate(before) if addresses[i] != old and addresses[i] not in self._places]
         if before and not moved:
-            return False
+            seen.steady += 1
+            return seen.steady < seen.needed
+        seen.steady = 0
         for i in moved:
             seen.moves[i] += 1
         small = {i for i, value in enumerate(given) if span_bytes(value) <= COPIED_BYTES} - set(chain.written)
@@ -131,14 +140,16 @@ class Replays:
 
     def _record(self, seen: _Seen, chain: Chain, given: list[Value]) -> tuple[Any, ...]:
         """Record and replay; where that is impossible the chain is launched one by one, now and later."""
+        if seen.recording is not None and seen.replays < _PAYS:
+            seen.needed = min(2 * seen.needed, _LONGEST)
         kept, before = list(given), reserved_now_bytes(self._device)
-        copied = {i: torch.empty_like(given[i]) for i in seen.moving}
+        given.clear()
+        copied = {i: torch.empty_like(kept[i]) for i in seen.moving}
         for i, place in copied.items():
-            copy_by_kernel(place, span(given[i]))
-            given[i] = place
+            copy_by_kernel(place, span(kept[i]))
         graph = torch.cuda.CUDAGraph()
         try:
-            results = self._recorded(graph, chain, given)
+            results = self._recorded(graph, chain, [copied.get(i, value) for i, value in enumerate(kept)])
             remakers = [_remaker(result, kept, seen.moving) for result in results]
         except (RuntimeError, AcceleratorError) as error:
             self._refuse(chain, seen, error)
@@ -150,9 +161,9 @@ class Replays:
             return chain.function(kept)
         self._hold(graph, taken)
         places = frozenset(tensor.data_ptr() for tensor in tensors_in(results))
-        seen.recording = _Recording(graph, list(seen.addresses), copied, remakers, places)
+        seen.recording, seen.replays = _Recording(graph, list(seen.addresses), copied, remakers, places), 0
         self._counters.chains_recorded += 1
-        return self._replay(seen.recording, kept)
+        return self._replay(seen, seen.recording, kept)
 
     def _recorded(self, graph: torch.cuda.CUDAGraph, chain: Chain, given: list[Value]) -> tuple[Any, ...]:
         if self._pool is None:
@@ -170,9 +181,9 @@ class Replays:
     def _refuse(self, chain: Chain, seen: _Seen, error: Exception) -> None:
         """Once is enough: what cannot be recorded here would be tried for each chain of a model."""
         seen.refused = True
-        self.refusal = f"launches are issued one by one, recording {chain.name} failed: {error}"
+        self.refusal = f"issued one by one, recording {chain.name} as a CUDA graph failed: {error}"
         self._records = False
-        logger.warning("%s", self.refusal)
+        logger.warning("launches are %s", self.refusal)
 
     def _hold(self, graph: torch.cuda.CUDAGraph, nbytes: int) -> None:
         self._held_bytes += nbytes

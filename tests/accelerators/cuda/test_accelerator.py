@@ -127,7 +127,8 @@ def test_a_step_asks_for_the_callers_stream_once(accelerator: CudaAccelerator, m
         accelerator.end_step()
         streams.reverse()
     assert set(asked) == {"one", "other"}
-    assert "host waits other" in LOG
+    assert {"own waits one", "own waits other"} <= set(LOG), "a step comes behind what its caller has issued"
+    assert "host waits own" in LOG
 
 
 def test_a_prefetch_for_the_next_step(accelerator: CudaAccelerator) -> None:
@@ -143,12 +144,13 @@ def test_a_prefetch_for_the_next_step(accelerator: CudaAccelerator) -> None:
     with pytest.raises(ScheduleError, match=r"wait waits for ahead, which is a prefetch_ahead"):
         accelerator.wait(Op("wait"), ahead)
     accelerator.end_step()
-    assert LOG == ["up waits compute@0", "on up", "host waits compute", "host waits down", "host waits up@0"]
+    assert LOG == ["up waits own@0", "on up", "on own", "host waits own", "host waits down", "host waits up@0"]
     assert accelerator.holds(ahead)
     LOG.clear()
     accelerator.begin_step([ahead])
     assert accelerator.wait(Op("wait"), ahead).tolist() == [1] * 4
-    assert LOG == ["up waits compute", "down waits compute", "compute waits up@1"]
+    behind_the_caller = [f"{name} waits compute" for name in ("own", "up", "down")]
+    assert [*behind_the_caller, "on own", "own waits up@1"] == LOG
     assert accelerator.release(Op("release"), ahead).node == "release"
     assert not accelerator.holds(ahead)
 

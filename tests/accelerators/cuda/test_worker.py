@@ -42,7 +42,13 @@ def test_the_issuing_threads_own_threads_end_where_the_worker_has_as_many(thread
         x.add_(1)  # as what generates does with a step's result
         assert own_threads() == threads
         thread.begin()
+        assert own_threads() == threads, "the worker is given something to do first"
+        thread.make_room()
         assert own_threads() == left
+        x.add_(1)
+        thread.make_room()
+        assert own_threads() == threads, "once a step"
+        openmp.end_own_threads()
     thread.close()
 
 
