@@ -18,7 +18,7 @@ import benchmarks.gpu as gpu
 from benchmarks.children import write_json
 from benchmarks.gpu.environment import hardware_line
 from benchmarks.gpu.settings import Settings
-from benchmarks.gpu.stages import REHEARSED, STAGES, Ended, run_stages, stages_for
+from benchmarks.gpu.stages import GROUPS, REHEARSED, STAGES, Ended, run_stages, stages_for
 from benchmarks.random_models import DTYPES
 
 RESULT = "result.json"
@@ -78,7 +78,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Settings, list[str]]:
     every = [stage.name for stage in STAGES]
     parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder for results (default: %(default)s)")
     parser.add_argument("--accelerator", default="auto", choices=["auto", "cuda", "emulated"])
-    parser.add_argument("--stages", nargs="+", default=[], choices=[*every, REHEARSED], help="default: all")
+    parser.add_argument("--stages", nargs="+", default=[], choices=[*GROUPS, *every, REHEARSED], help="default: all")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default: %(default)s)")
     parser.add_argument(
         "--hardware", help="profile where calibration did not run or fail; default: the preset of the device, else auto"
@@ -90,7 +90,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Settings, list[str]]:
         accelerator = "cuda" if torch.cuda.is_available() else "emulated"
     hardware = arguments.hardware or ("a10-xeon" if accelerator == "emulated" else preset_of_the_device())
     settings = Settings(accelerator, str(arguments.out.absolute()), hardware, arguments.minutes, arguments.dtype)
-    missing = set(arguments.stages) - {stage.name for stage in stages_for(settings, arguments.stages)}
+    missing = set(arguments.stages) - GROUPS.keys() - {one.name for one in stages_for(settings, arguments.stages)}
     if missing:
         parser.error(f"no stage with accelerator {accelerator}: {', '.join(sorted(missing))}")
     return settings, arguments.stages

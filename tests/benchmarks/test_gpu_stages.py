@@ -105,6 +105,11 @@ def test_every_stage_has_its_work_and_time_for_all_fits_in_order() -> None:
     assert callable(stages.stage_work("opt-tiny"))
     assert [one.name for one in emulated if one.name.startswith("opt")] == ["opt-tiny"]
     assert [one.name for one in stages_for(SETTINGS, ["floor", "contact"])] == ["contact", "floor"]
+    both = [{one.name for one in stages_for(SETTINGS, [group])} for group in stages.GROUPS]
+    assert {"kernel", "racecheck"} <= both[0]
+    assert {"calibration", "opt-6.7b", "floor"} <= both[1]
+    assert both[0] | both[1] == {one.name for one in stages.STAGES}
+    assert both[0] & both[1] == {"environment"}, "each says what it ran on"
     timed = [one.name for one in stages.STAGES if not one.correctness]
     alone = [one for one in stages.STAGES if one.name in timed and one.name not in ("environment", "kernel")]
     assert not any(one.together for one in alone), "what is timed runs alone"
