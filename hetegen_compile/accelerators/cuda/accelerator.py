@@ -166,11 +166,11 @@ class CudaAccelerator(Accelerator):
         self.abandon_step()
         self._prefetches.take_over(carried)
         self._ledger.begin_step()
-        self._streams.begin_step()
         gated = again and not self._replays.wants_open_gates and needs_bytes <= unclaimed_bytes(self.device)
+        self._in_step = True
+        self._streams.begin_step()
         self._ahead.begin_step(gated=gated)
         self._replays.begin_step(again=again, gated=gated)
-        self._in_step = True
 
     def end_step(self) -> None:
         self._check_open()

@@ -42,3 +42,31 @@ def test_copies_record_no_graph_and_make_ordinary_tensors(current: list[str], mo
             assert not torch.is_grad_enabled()
             assert not torch.ones(1).is_inference()
         assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
+
+
+@pytest.mark.parametrize("end", ["end_step", "abandon_step"])
+def test_a_step_runs_on_a_stream_of_its_own_and_gives_the_callers_back(current: list[str], end: str) -> None:
+    """The default stream, as a rule the caller's, cannot be recorded."""
+    accelerator = CudaAccelerator()
+    for _ in range(2):
+        accelerator.begin_step()
+        assert current == ["own"]
+        assert "own waits compute" in fake_cuda.LOG, "behind what the caller has issued"
+        getattr(accelerator, end)()
+        assert current == ["own", "compute"]
+        current.clear()
+    accelerator.abandon_step()
+    assert current == [], "there is no step to give up"
+
+
+def test_a_step_that_cannot_begin_is_given_up(current: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = CudaAccelerator()
+
+    def fail(**options: Any) -> None:
+        raise RuntimeError("no thread")
+
+    monkeypatch.setattr(accelerator._ahead, "begin_step", fail)
+    with pytest.raises(RuntimeError, match="no thread"):
+        accelerator.begin_step()
+    accelerator.abandon_step()
+    assert current == ["own", "compute"]
