@@ -34,7 +34,7 @@ from torch import Tensor, fx
 from hetegen_compile import ir
 from hetegen_compile.accelerators.base import Accelerator, Op, Slot
 from hetegen_compile.bound_step import BoundStep
-from hetegen_compile.chains import ChainRules, written_positions
+from hetegen_compile.chains import ChainRules
 from hetegen_compile.cost_model import KernelChoice
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.host_functions import host_function, in_place
@@ -340,7 +340,7 @@ class _Chained:
             [node.name for node in given],
             [node.name for node in nodes if node not in dead],
             dying=[node.name for node in given if node in dead],
-            written=written_positions(given, self._launched),
+            written=self._rules.written_positions(given),
         )
         self._lines, self._launched = {}, []
 

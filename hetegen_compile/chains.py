@@ -55,7 +55,7 @@ class ChainRules:
             return False
         if self.passes_on(node):
             return False
-        if notes.storages & self._kept:
+        if any(info(one).storages & self._kept for one in (node, *filter(self.passes_on, node.users))):
             return False
         arguments = node.all_input_nodes
         if not all(map(_tensors_alone, (node, *arguments))):
@@ -73,6 +73,10 @@ class ChainRules:
         """Whether it is a value of the device that is there already, and no launch."""
         return _on_device(node) and (node.target == operator.getitem or self.passes_on(node))
 
+    def written_positions(self, given: Iterable[fx.Node]) -> tuple[int, ...]:
+        """Of what a chain is given, the positions of what the step writes in place: here, or through a view later."""
+        return tuple(i for i, node in enumerate(given) if info(node).storages & self._written)
+
 
 def _on_device(node: fx.Node) -> bool:
     return info(node).side == "accelerator"
@@ -85,10 +89,4 @@ def _tensors_alone(node: fx.Node) -> bool:
     return len(tensors_in(value)) == len(leaves)
 
 
-def written_positions(given: Iterable[fx.Node], launched: Iterable[fx.Node]) -> tuple[int, ...]:
-    """Of what a chain is given, the positions of what its launches write in place."""
-    written = ir.written_storages(launched)
-    return tuple(i for i, node in enumerate(given) if info(node).storages & written)
-
-
-__all__ = ["RESULT_BYTES", "ChainRules", "written_positions"]
+__all__ = ["RESULT_BYTES", "ChainRules"]

@@ -93,9 +93,10 @@ class _Placing:
 
     def _place(self, node: fx.Node) -> None:
         """In one of the next waits after it can begin, together with what it needs that could be at any place."""
-        before = [one for one in self._tasks.before[node] if one not in self._free or one in self._complete]
+        group = self._free_before(node, {})
+        group[node] = None
+        before = {one for member in group for one in self._tasks.before[member]} - group.keys()
         ready = max((self._complete.get(one, self._waits.place[one]) for one in before), default=0)
-        group = [*_free_before(node, self._tasks, self._free.keys() - self._complete.keys()), node]
         wait = self._waits.take(ready, sum(node_work(one, self._context).seconds for one in group))
         if wait is None:
             return
@@ -106,14 +107,13 @@ class _Placing:
             for behind in wait.behind:
                 self._tasks.add(one, behind)
 
-
-def _free_before(node: fx.Node, tasks: Precedence, free: Collection[fx.Node]) -> list[fx.Node]:
-    """Of the free ones those that come before ``node``, in order: each behind what it needs."""
-    found: dict[fx.Node, None] = {}
-    for one in tasks.before[node]:
-        if one in free:
-            found.update(dict.fromkeys([*_free_before(one, tasks, free), one]))
-    return list(found)
+    def _free_before(self, node: fx.Node, found: dict[fx.Node, None]) -> dict[fx.Node, None]:
+        """What has no place yet and comes before ``node``, in order: each behind what it needs."""
+        for one in self._tasks.before[node]:
+            if one in self._free and one not in self._complete and one not in found:
+                self._free_before(one, found)
+                found[one] = None
+        return found
 
 
 def _is_work(node: fx.Node) -> bool:

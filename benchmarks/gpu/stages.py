@@ -161,8 +161,7 @@ def stage_work(name: str) -> Callable[[Settings, Notebook], None]:
 
 
 def stages_for(settings: Settings, names: Sequence[str]) -> list[Stage]:
-    """Those that were asked for, by name or group (all, if none was); emulated, a tiny model takes the place of the large
-    ones."""
+    """Those that were asked for, by name or group, or all; emulated, a tiny model takes the place of the large ones."""
     stages = list(STAGES)
     if not settings.cuda:
         first, *others = SHAPES

@@ -73,7 +73,7 @@ class Chain:
         name: of the first of them.
         function: launches all of them. It takes a list of values, which it empties so that each dies behind its last
             reader, and returns those that the step goes on with.
-        written: positions of the values that are written in place.
+        written: positions of the values that the step writes in place, in the chain or behind it.
         recorded: what an accelerator keeps of it, for as long as the step exists.
     """
 

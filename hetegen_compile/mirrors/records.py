@@ -91,11 +91,14 @@ class Records:
 
     def changed(self, record: Record) -> None:
         """What a record holds is no longer what it held: answers that stand on it are taken back."""
-        if record.stands:
-            for standing in [one for one in self._standing if id(record) in one.records]:
-                standing.take_back()
-                del self._standing[standing]
-            record.stands = False
+        if not record.stands:
+            return
+        record.stands = False
+        for standing in [one for one in self._standing if id(record) in one.records]:
+            del self._standing[standing]
+            known = standing.as_written() if isinstance(standing, Settled) and standing.behind else []
+            standing.take_back()
+            self._catch_up([pair for pair in known if storage_key(pair[0]) != record.storage.cdata])
 
     # ---- what steps write ------------------------------------------------------------------------------------
 
@@ -125,16 +128,19 @@ class Records:
         """Note what steps have written; the answers that know of it are taken back."""
         self._behind = frozenset()
         for settled in [one for one in self._standing if isinstance(one, Settled) and one.behind]:
-            for tensor, intact in settled.as_written():
-                if intact:
-                    self.settle(tensor)
-                else:
-                    logger.warning("%s", UNSEEN_WRITE.format(self._name_of(tensor)))
-                    self.drop(storage_key(tensor))
+            known = settled.as_written()
+            settled.behind = False
+            self._catch_up(known)
 
-    def _name_of(self, tensor: Tensor) -> str:
-        record = self._records.get(storage_key(tensor))
-        return next((held.name for held in record.held.values()), "") if record is not None else ""
+    def _catch_up(self, known: Sequence[tuple[Tensor, bool]]) -> None:
+        """Note what a step has written, but for what somebody has written since."""
+        for tensor, intact in known:
+            record = self._records.get(storage_key(tensor))
+            if intact:
+                self.settle(tensor)
+            elif record is not None:
+                logger.warning("%s", UNSEEN_WRITE.format(next((held.name for held in record.held.values()), "")))
+                self.drop(storage_key(tensor))
 
     def _note_uses(self) -> None:
         """Standing answers were given without touching what they stand on."""

@@ -47,6 +47,22 @@ def _first_bytes(tensor: Tensor) -> ctypes.Array[ctypes.c_char]:
     return (ctypes.c_char * length).from_address(tensor.data_ptr()) if length else (ctypes.c_char * 0)()
 
 
+class _Remembered:
+    """A tensor as long as somebody else has it; a view, which may be made anew each time, as long as what it is of."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        base = tensor._base
+        self._view = None if base is None else (tensor.size(), tensor.stride(), tensor.storage_offset())
+        self._dtype = tensor.dtype
+        self._owner = weakref.ref(tensor if base is None else base)
+
+    def __call__(self) -> Tensor | None:
+        owner = self._owner()
+        if owner is None or self._view is None:
+            return owner
+        return owner.as_strided(*self._view) if owner.dtype == self._dtype else None
+
+
 class Settled(Standing):
     """A standing answer for tensors that the plan's steps write.
 
@@ -58,7 +74,13 @@ class Settled(Standing):
         super().__init__(tensors, values, self._first)
         self.keys = frozenset(map(storage_key, tensors))
         self.behind = False
-        self._tensors = [weakref.ref(tensor) for tensor in tensors]
+        self._geometries = [(tensor.shape, tensor.stride()) for tensor in tensors]
+        self._tensors = list(map(_Remembered, tensors))
+
+    def holds_for(self, tensors: Sequence[Tensor]) -> bool:
+        """As for weights, and whether they are as large: a longer view of a cache has the same address and version."""
+        same = super().holds_for(tensors)
+        return same and [(tensor.shape, tensor.stride()) for tensor in tensors] == self._geometries
 
     def renew(self, tensors: Sequence[Tensor]) -> None:
         """A step has written them on both sides."""
@@ -69,8 +91,8 @@ class Settled(Standing):
     def as_written(self) -> list[tuple[Tensor, bool]]:
         """The tensors that nobody has written since the last step, as far as versions show; whether it is so."""
         found = []
-        for i, reference in enumerate(self._tensors):
-            tensor = reference()
+        for i, remembered in enumerate(self._tensors):
+            tensor = remembered()
             if tensor is not None and (tensor._version, tensor.data_ptr()) == (self._versions[i], self._addresses[i]):
                 found.append((tensor, self._first.matches(i)))
         return found

@@ -17,7 +17,16 @@ import pytest
 import torch
 
 from hetegen_compile.accelerators.base import Op
-from hetegen_compile.accelerators.cuda import accelerator, activations, copies, gates, lending, pinning, prefetches
+from hetegen_compile.accelerators.cuda import (
+    accelerator,
+    activations,
+    copies,
+    gates,
+    lending,
+    pinning,
+    prefetches,
+    replays,
+)
 from hetegen_compile.accelerators.geometry import empty_result, empty_twin
 from hetegen_compile.passes.tensors import tensors_in
 
@@ -202,7 +211,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     monkeypatch.setattr(gates, "_wait_function", lambda: wait_value_32)
     monkeypatch.setattr(accelerator, "why_no_gates", lambda: "")
     monkeypatch.setattr(accelerator.CudaAccelerator, "launch", _launch)
-    for module in (accelerator, activations, gates, lending, prefetches):
+    for module in (accelerator, activations, gates, lending, prefetches, replays):
         monkeypatch.setattr(module, "empty_twin", lambda tensor, device, pinned=False: empty_twin(tensor, device))
     for module in (accelerator, activations):
         monkeypatch.setattr(module, "empty_result", lambda value, pinned=False: empty_result(value))

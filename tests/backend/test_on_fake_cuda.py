@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import hetegen_compile
 from benchmarks.gpu.instrumented import hostile
@@ -111,3 +112,67 @@ def test_launches_that_cannot_be_recorded_are_told(monkeypatch: pytest.MonkeyPat
     assert len(told) == 1
     assert "left as it is: launches: issued one by one, recording" in plan.schedule.explain()
     assert backend.accelerator.counters.chains_recorded == 0
+
+
+class Keeps(nn.Module):
+    """Gives back a view of a Linear's result, which the next step is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        keys = self.first(x).view(2, 4, 16).transpose(0, 1)
+        y = (keys + kept).transpose(0, 1).reshape(2, 64)
+        return self.last(self.middle(y).relu()), keys
+
+
+class Writes(nn.Module):
+    """Writes through a view of a cache, which leaves one chain, in a later one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: Tensor, cache: Tensor) -> Tensor:
+        row = cache[0]
+        y = self.first(x + row)
+        row.add_(y[0])
+        return self.last(self.middle(y).relu() + cache.sum(0))  # type: ignore[no-any-return]
+
+
+def beside_eager(model: nn.Module, split: float, nbytes: int) -> tuple[nn.Module, RecordingBackend]:
+    """The model compiled, and one like it."""
+    eager, backend = type(model)().eval(), RecordingBackend()
+    eager.load_state_dict(model.state_dict())
+    model.compile(backend=backend, options={**OPTIONS, "split": split, "gpu_memory": budget(nbytes)})
+    return eager, backend
+
+
+def test_what_a_join_of_one_part_passes_on_outlives_the_step() -> None:
+    model = Keeps().eval()
+    eager, backend = beside_eager(model, 0.0, 28 << 10)
+    mine = theirs = torch.zeros(4, 2, 16)
+    with torch.no_grad():
+        for seed in range(14):
+            x = random(2, 64, seed=seed)
+            result, mine = model(x, mine)
+            expected, theirs = eager(x, theirs)
+            torch.testing.assert_close(result, expected)
+            torch.testing.assert_close(mine, theirs)
+    assert backend.accelerator.counters.chains_replayed > 0
+    assert "twins.append(" in backend.graphs[-1].plans[-1].bound.source
+
+
+def test_what_is_written_later_through_a_view_is_no_copy() -> None:
+    model = Writes().eval()
+    eager, backend = beside_eager(model, 0.25, 60 << 10)
+    with torch.no_grad():
+        for number in range(16):
+            if number % 2 == 0:  # another place in memory each second step
+                mine = random(4, 64, seed=number)
+                theirs = mine.clone()
+            x = random(2, 64, seed=100 + number)
+            torch.testing.assert_close(model(x, mine), eager(x, theirs))
+            torch.testing.assert_close(mine, theirs)
+    assert backend.accelerator.counters.chains_replayed > 0

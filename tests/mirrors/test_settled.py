@@ -156,3 +156,32 @@ def test_tensors_of_inference_mode_are_never_answered_for(accelerator: EmulatedA
         caches.tensors = [torch.zeros(2)]
     caches.fetch()
     assert caches.mirrors.settle(caches.tensors) is None
+
+
+def test_a_longer_view_of_the_same_memory_is_another_tensor(accelerator: EmulatedAccelerator) -> None:
+    """Its address, version and first bytes are the same."""
+    caches, buffer = Caches(accelerator), torch.zeros(8)
+    for length in (2, 2, 2, 3, 3, 5, 2):
+        caches.tensors = [buffer[:length]]
+        caches.step()
+        (held,) = caches.held()
+        assert torch.equal(held, buffer[:length])
+
+
+def test_views_that_are_made_anew_each_time_are_known_to_others(accelerator: EmulatedAccelerator) -> None:
+    caches, both = Caches(accelerator), torch.zeros(2, 8)
+    for _ in range(3):
+        caches.tensors = [both[0], both[1]]
+        caches.step()
+    before = caches.uploads()
+    caches.tensors = [both[0], both[1]]
+    assert [one[0].item() for one in caches.held()] == [3, 3]
+    assert caches.uploads() == before
+
+
+def test_one_that_is_replaced_goes_up_alone(caches: Caches, caplog: pytest.LogCaptureFixture) -> None:
+    before = caches.uploads()
+    caches.tensors[1] = torch.zeros(3)
+    caches.step()
+    assert caches.uploads() == before + caches.tensors[1].nbytes
+    assert not caplog.text

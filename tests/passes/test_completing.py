@@ -158,3 +158,35 @@ def test_a_graph_from_which_nothing_comes_down_is_scheduled() -> None:
     found = scheduled(lambda ids: (ids + 1) % 7, torch.arange(5))
     assert not found.nodes(TO_HOST)
     assert torch.equal(found.outputs()[0], torch.tensor([1, 2, 3, 4, 5]))
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_what_could_be_anywhere_may_depend_on_each_other(backwards: bool) -> None:
+    """Positions that are counted on from layer to layer, of caches that are completed in whatever order."""
+
+    def counting(x: Tensor, start: Tensor, *pasts: Tensor) -> tuple[Tensor, ...]:
+        keys = []
+        for layer in LAYERS[:12]:
+            x = layer(x).relu()
+            keys.append(x)
+        position, grown = torch.arange(2) + start, []
+        order = zip(pasts, keys, strict=True)
+        for past, key in reversed(list(order)) if backwards else order:
+            position = position + 1
+            grown.append(past.index_copy(0, position, key))
+        return (x, *grown)
+
+    assert_equal_to_eager(counting, X, torch.tensor(0), *[past[:64] for past in (*PASTS, *PASTS)], plan=halves)
+
+
+def test_host_work_that_meets_again_is_looked_at_once() -> None:
+    """Twenty times two ways lead to the same position."""
+
+    def meeting(x: Tensor, start: Tensor, past: Tensor) -> tuple[Tensor, ...]:
+        x = LAYERS[1](LAYERS[0](x).relu())
+        position = torch.arange(2) + start
+        for _ in range(20):
+            position = ((position + 1) + (position + 2)) // 2
+        return x, past.index_copy(0, position, x)
+
+    assert_equal_to_eager(meeting, X, torch.tensor(0), PASTS[0], plan=halves)

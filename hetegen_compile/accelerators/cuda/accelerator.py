@@ -282,7 +282,12 @@ class CudaAccelerator(Accelerator):
         self._check_open()
         if self._streams.tracer.enabled:  # each launch has a span of its own
             return chain.function(given)
-        return self._replays.launch(chain, given)
+        try:
+            return self._replays.launch(chain, given)
+        except AcceleratorError:
+            raise
+        except RuntimeError as error:
+            raise self._streams.failure(Op(chain.name), error) from error
 
     def host(self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._check_open()

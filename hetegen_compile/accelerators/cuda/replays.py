@@ -5,8 +5,11 @@ H200's virtual machine 45 us, and 100 us beside the worker's threads; a step of 
 
 A graph keeps the addresses that it was recorded with. A chain is recorded when it was given the same ones twice in a
 row, and replayed only while it is given them. What lies elsewhere from time to time is copied to a place of its own if
-it is small. Nothing that a chain is given is kept alive here; results are, in a pool of memory that all graphs share,
-which is safe because graphs run one after the other and no result outlives its step.
+it is small. Nothing that a chain is given is kept alive here; results are, in a pool of memory that all graphs share.
+
+What lies in that pool and is no result is used again by graphs that are recorded later. So graphs are replayed in the
+order in which they were recorded, and no result outlives its step: one that was recorded behind those that come after
+it in a step makes these be recorded anew.
 
 Nothing is recorded while gates are closed: instantiating a graph may wait for the device.
 """
@@ -25,7 +28,7 @@ from torch import Tensor
 from hetegen_compile.accelerators.base import Chain, Counters, Value
 from hetegen_compile.accelerators.cuda.activations import copy_by_kernel
 from hetegen_compile.accelerators.cuda.allocator import GRAPH_BYTES, RECORDED_BYTES, reserved_now_bytes
-from hetegen_compile.accelerators.geometry import span, span_bytes
+from hetegen_compile.accelerators.geometry import empty_twin, span, span_bytes
 from hetegen_compile.errors import AcceleratorError
 from hetegen_compile.passes.tensors import tensors_in
 
@@ -37,6 +40,9 @@ COPIED_BYTES = 64 << 10
 _PATIENCE = 2
 """How often something may lie elsewhere before it is copied: a new cache is no reason."""
 
+_OPEN_STEPS = 16
+"""How many steps are kept open for a chain that could be recorded: others' steps may come before its own."""
+
 _PAYS, _LONGEST = 8, 64
 """After a recording that was replayed less often, what a chain is given has to lie still for twice as many steps."""
 
@@ -44,8 +50,12 @@ Remake = Callable[[Sequence[Value]], Any]
 
 
 class _Recording(NamedTuple):
-    """A graph, the addresses that it reads (0 for what is ``copied``), how its results are found and where they lie."""
+    """A graph, the addresses that it reads (0 for what is ``copied``), how its results are found and where they lie.
 
+    ``number`` says in which order graphs were recorded.
+    """
+
+    number: int
     graph: torch.cuda.CUDAGraph
     addresses: list[int]
     copied: dict[int, Tensor]
@@ -77,19 +87,29 @@ class Replays:
         self._device = device
         self._counters = counters
         self._pool: Any = None
-        self._held_bytes = 0
+        self._pool_bytes = 0
+        self._graphs = 0
+        self._number = 0
+        self._replayed = 0
         self._records = False
         self._gated = False
         self._places: set[int] = set()
+        self._open_steps = 0
+        self._impossible = False
         self.wants_open_gates = False
         self.refusal = ""
 
     def begin_step(self, *, again: bool, gated: bool) -> None:
         """Whether all code of this step has been loaded (``again``), and whether gates are closed in it."""
-        self._records = again and not self.refusal
+        self._records = again and not self._impossible
         self._gated = gated
         self._places.clear()
-        self.wants_open_gates = False
+        self._replayed = 0
+        if self.wants_open_gates:
+            self._open_steps += 1
+            self.wants_open_gates = self._open_steps <= _OPEN_STEPS
+        if not self.wants_open_gates:
+            self._open_steps = 0
 
     def launch(self, chain: Chain, given: list[Value]) -> tuple[Any, ...]:
         """``Accelerator.launch_chain``."""
@@ -100,7 +120,7 @@ class Replays:
         for i in seen.moving:
             addresses[i] = 0
         recording = seen.recording
-        if recording is not None and recording.addresses == addresses:
+        if recording is not None and recording.addresses == addresses and recording.number > self._replayed:
             return self._replay(seen, recording, given)
         if seen.refused or self._moved(seen, chain, given, addresses) or not self._records:
             return chain.function(given)
@@ -113,6 +133,7 @@ class Replays:
         for i, place in recording.copied.items():
             copy_by_kernel(place, span(given[i]))
         recording.graph.replay()
+        self._replayed = recording.number
         seen.replays += 1
         self._counters.chains_replayed += 1
         if not self._gated:
@@ -140,60 +161,67 @@ class Replays:
 
     def _record(self, seen: _Seen, chain: Chain, given: list[Value]) -> tuple[Any, ...]:
         """Record and replay; where that is impossible the chain is launched one by one, now and later."""
-        if seen.recording is not None and seen.replays < _PAYS:
+        earlier = seen.recording
+        if earlier is not None and earlier.addresses != seen.addresses and seen.replays < _PAYS:
             seen.needed = min(2 * seen.needed, _LONGEST)
+        if not self._has_room():
+            seen.refused = True
+            return chain.function(given)
         kept, before = list(given), reserved_now_bytes(self._device)
         given.clear()
-        copied = {i: torch.empty_like(kept[i]) for i in seen.moving}
-        for i, place in copied.items():
-            copy_by_kernel(place, span(kept[i]))
-        graph = torch.cuda.CUDAGraph()
         try:
-            results = self._recorded(graph, chain, [copied.get(i, value) for i, value in enumerate(kept)])
+            copied = {i: empty_twin(kept[i], self._device) for i in seen.moving}
+            for i, place in copied.items():
+                copy_by_kernel(place, span(kept[i]))
+            graph, results = self._recorded(chain, [copied.get(i, value) for i, value in enumerate(kept)])
             remakers = [_remaker(result, kept, seen.moving) for result in results]
         except (RuntimeError, AcceleratorError) as error:
             self._refuse(chain, seen, error)
             return chain.function(kept)
-        taken = GRAPH_BYTES + max(0, reserved_now_bytes(self._device) - before)
-        if self._held_bytes + taken > RECORDED_BYTES:
-            logger.debug("%s is launched one by one: graphs hold %d bytes already", chain.name, self._held_bytes)
-            seen.refused = True
-            return chain.function(kept)
-        self._hold(graph, taken)
+        finally:
+            self._pool_bytes += max(0, reserved_now_bytes(self._device) - before)
         places = frozenset(tensor.data_ptr() for tensor in tensors_in(results))
-        seen.recording, seen.replays = _Recording(graph, list(seen.addresses), copied, remakers, places), 0
+        self._number += 1
+        seen.recording = _Recording(self._number, graph, list(seen.addresses), copied, remakers, places)
+        seen.replays = 0
         self._counters.chains_recorded += 1
+        self.wants_open_gates = False
         return self._replay(seen, seen.recording, kept)
 
-    def _recorded(self, graph: torch.cuda.CUDAGraph, chain: Chain, given: list[Value]) -> tuple[Any, ...]:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+    def _has_room(self) -> bool:
+        """Whether one more graph is within the share of all; torch ends a pool of memory with its last graph."""
+        if self._graphs == 0:
+            self._pool, self._pool_bytes = torch.cuda.graph_pool_handle(), 0
+        return self._pool_bytes + (self._graphs + 1) * GRAPH_BYTES <= RECORDED_BYTES
+
+    def _recorded(self, chain: Chain, given: list[Value]) -> tuple[torch.cuda.CUDAGraph, tuple[Any, ...]]:
+        graph = torch.cuda.CUDAGraph()
         try:
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             results = chain.function(given)
         except BaseException:
             with contextlib.suppress(RuntimeError):  # it says that the recording was broken off, which is why it ends
                 graph.capture_end()
             raise
         graph.capture_end()
-        return results
+        self._graphs += 1
+        weakref.finalize(graph, _forget, weakref.ref(self)).atexit = False
+        return graph, results
 
     def _refuse(self, chain: Chain, seen: _Seen, error: Exception) -> None:
-        """Once is enough: what cannot be recorded here would be tried for each chain of a model."""
+        """What one of its launches cannot, or memory, is the chain's own; what CUDA says is tried for no other one."""
         seen.refused = True
-        self.refusal = f"issued one by one, recording {chain.name} as a CUDA graph failed: {error}"
-        self._records = False
-        logger.warning("launches are %s", self.refusal)
-
-    def _hold(self, graph: torch.cuda.CUDAGraph, nbytes: int) -> None:
-        self._held_bytes += nbytes
-        weakref.finalize(graph, _forget, weakref.ref(self), nbytes).atexit = False
+        self._impossible = not isinstance(error, AcceleratorError | torch.OutOfMemoryError)
+        self._records = not self._impossible
+        if not self.refusal:
+            self.refusal = f"issued one by one, recording {chain.name} as a CUDA graph failed: {error}"
+            logger.warning("launches are %s", self.refusal)
 
 
-def _forget(replays: weakref.ref[Replays], nbytes: int) -> None:
+def _forget(replays: weakref.ref[Replays]) -> None:
     found = replays()
     if found is not None:
-        found._held_bytes -= nbytes
+        found._graphs -= 1
 
 
 def _remaker(result: Any, given: Sequence[Value], copied: Sequence[int]) -> Remake:
