@@ -180,12 +180,12 @@ def test_what_could_be_anywhere_may_depend_on_each_other(backwards: bool) -> Non
 
 
 def test_host_work_that_meets_again_is_looked_at_once() -> None:
-    """Twenty times two ways lead to the same position."""
+    """Forty times two ways lead to the same position: one by one, all ways would never come to an end."""
 
     def meeting(x: Tensor, start: Tensor, past: Tensor) -> tuple[Tensor, ...]:
         x = LAYERS[1](LAYERS[0](x).relu())
         position = torch.arange(2) + start
-        for _ in range(20):
+        for _ in range(40):
             position = ((position + 1) + (position + 2)) // 2
         return x, past.index_copy(0, position, x)
 
