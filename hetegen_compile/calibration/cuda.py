@@ -1,6 +1,6 @@
 """Measure the current CUDA device and the link to it, but for what gates cost (``gating``).
 
-Run on an H200, but for issuing behind host work, which was measured in a loop there. Tests use stand-ins.
+Run on an H200 (benchmarks/results/gpu_h200.md). Tests use stand-ins.
 
 Work that the device times itself is queued behind a kernel that spins, so that what lies between two events
 was issued before the first of them: the figures do not include the time that Python takes to issue it.
