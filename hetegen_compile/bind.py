@@ -61,13 +61,17 @@ def bind(
     accelerator: Accelerator,
     kernels: Mapping[str, KernelChoice] = MappingProxyType({}),
     workspace_bytes: Mapping[fx.Node, int] = MappingProxyType({}),
+    *,
+    chains: bool = True,
 ) -> BoundStep:
     """Generate the step function of a lowered schedule for one accelerator.
 
     Host parts are computed by ``kernels``: those of the hardware profile, by dtype; without one by ``F.linear``.
-    ``workspace_bytes`` are what nodes occupy while they run beside arguments and results.
+    ``workspace_bytes`` are what nodes occupy while they run beside arguments and results. ``chains``: launches that
+    follow each other are functions of their own.
     """
-    return _Binder(module, work, accelerator, kernels, workspace_bytes).bind()
+    rules = ChainRules(module, allowed=chains)
+    return _Binder(module, work, accelerator, kernels, workspace_bytes, rules).bind()
 
 
 _NO_WORK = Work("host", 0.0)
@@ -88,6 +92,7 @@ class _Binder:
         accelerator: Accelerator,
         kernels: Mapping[str, KernelChoice],
         workspace_bytes: Mapping[fx.Node, int],
+        rules: ChainRules,
     ) -> None:
         self._kernels = kernels
         self._refusals: dict[Refusal, None] = {}
@@ -100,7 +105,7 @@ class _Binder:
         self._source = StepSource({name: getattr(accelerator, name) for name in _METHODS})
         self._text, self._constant = self._source.text, self._source.constant
         self._written = ir.written_storages(node for node in module.graph.nodes if info(node).side == "accelerator")
-        self._rules = ChainRules(module)
+        self._rules = rules
         self._mirrors: list[fx.Node] = []
         self._residents: list[tuple[int, int, int]] = []
         self._carried = module.graph.find_nodes(op="call_function", target=ir.CARRIED)

@@ -39,10 +39,10 @@ _LAUNCHED = (ir.PARTIAL_LINEAR, ir.JOIN, ir.PAD)
 
 
 class ChainRules:
-    """Which nodes of a schedule can be part of a chain."""
+    """Which nodes of a schedule can be part of a chain; none unless ``allowed``."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        self._module = module
+    def __init__(self, module: fx.GraphModule, *, allowed: bool = True) -> None:
+        self._allowed = allowed
         kept = [node for node in module.graph.nodes if node.op == "output" or node.target == ir.TWIN]
         read = [argument for node in kept for argument in node.all_input_nodes]
         self._written = ir.written_storages(node for node in module.graph.nodes if _on_device(node))
@@ -53,7 +53,7 @@ class ChainRules:
         notes = info(node)
         if not _on_device(node) or (node.op != "call_module" and node.target not in _LAUNCHED):
             return False
-        if self.passes_on(node):
+        if not self._allowed or self.passes_on(node):
             return False
         if any(info(one).storages & self._kept for one in (node, *filter(self.passes_on, node.users))):
             return False

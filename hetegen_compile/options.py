@@ -46,6 +46,8 @@ class Options:
             leaves it to the cost model; True: every block, and nothing of them is resident; False: none.
         issue_ahead: whether the host's parts are computed by a worker thread, so that what needs them is issued
             meanwhile: "auto": where the hardware profile knows what a gate costs; True: wherever it is possible; False.
+        cuda_graphs: whether launches of a step that follow each other are chains, which a CUDA device issues as one graph
+            once it has recorded them; False: each launch is issued by itself.
         pace: emulated accelerator only: lanes take the hardware profile's time times this; None: no pacing.
         print_schedule: print the annotated table at compile time.
         seed: seed of the emulated accelerator's random delays; None: no delays.
@@ -60,6 +62,7 @@ class Options:
     split: float | Literal["auto"] = "auto"
     pair_mlp: bool | Literal["auto"] = "auto"
     issue_ahead: bool | Literal["auto"] = "auto"
+    cuda_graphs: bool = True
     pace: float | None = None
     print_schedule: bool = True
     seed: int | None = None
@@ -87,6 +90,7 @@ def parse_options(options: Mapping[str, object] | None) -> Options:
         split=_share("split", values),
         pair_mlp=_choice_or_flag("pair_mlp", values),
         issue_ahead=_choice_or_flag("issue_ahead", values),
+        cuda_graphs=_flag("cuda_graphs", values),
         pace=_factor("pace", values),
         print_schedule=_flag("print_schedule", values),
         seed=_optional_whole("seed", values, at_least=0),

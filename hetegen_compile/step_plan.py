@@ -92,7 +92,8 @@ def _bound(planned: ScheduledStep, runtime: Runtime) -> BoundStep:
     work = require(context.prediction, "predict_step").work
     need = require(context.memory, "measure_memory")
     workspace = {node: context.room(sympy.sympify(size, strict=True)) for node, size in need.workspace.items()}
-    return bind(planned.module, work, runtime.accelerator, context.profile.host.linear_kernels, workspace)
+    kernels, chains = context.profile.host.linear_kernels, context.options.cuda_graphs
+    return bind(planned.module, work, runtime.accelerator, kernels, workspace, chains=chains)
 
 
 __all__ = ["StepPlan"]

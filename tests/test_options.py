@@ -25,7 +25,7 @@ def test_nothing_given_means_the_defaults() -> None:
 def test_every_option_arrives_in_its_field() -> None:
     given_options: dict[str, object] = {
         "gpu_memory": "8GiB", "accelerator": "emulated", "hardware": "a100", "context": 4096, "max_batch": 3,
-        "split": 0.25, "pair_mlp": True, "issue_ahead": False, "pace": 20,
+        "split": 0.25, "pair_mlp": True, "issue_ahead": False, "cuda_graphs": False, "pace": 20,
         "print_schedule": True, "seed": 7, "unfold": True,
     }  # fmt: skip
     parsed = parse_options(given_options)

@@ -55,6 +55,12 @@ def test_all_launches_of_a_fixed_size_are_in_chains_as_long_as_nothing_comes_bet
     assert not any("launch_chain" in text or "wait(" in text for text in between), "their inputs are there"
 
 
+def test_without_cuda_graphs_each_launch_is_its_own() -> None:
+    backend, _ = compiled(Mlp().eval(), random(2, 64), split=0.25, cuda_graphs=False)
+    found, alone = launched(backend.graphs[0].plans[0].bound.source)
+    assert (found, len(alone) > 4) == ([], True)
+
+
 def test_a_cache_that_grows_is_read_by_launches_of_their_own() -> None:
     model, inputs = tiny_model("llama"), prompts(1)
     expected = generate(model, inputs, None)
@@ -63,7 +69,7 @@ def test_a_cache_that_grows_is_read_by_launches_of_their_own() -> None:
     assert_like_eager(generate(model, inputs, None), expected)
     layers: int = model.config.num_hidden_layers
     found, alone = launched(backend.graphs[-1].plans[-1].bound.source)
-    assert len(alone) == layers, "attention"
+    assert layers <= len(alone) <= layers + 1, "attention, and what makes its positions (torch 2.11)"
     assert all(name.startswith("segment") for name in alone)
     assert sum(map(len, found)) > 4 * layers
     static, _ = launched(_decoded(model, "static").bound.source)
