@@ -46,8 +46,8 @@ class Options:
             leaves it to the cost model; True: every block, and nothing of them is resident; False: none.
         issue_ahead: whether the host's parts are computed by a worker thread, so that what needs them is issued
             meanwhile: "auto": where the hardware profile knows what a gate costs; True: wherever it is possible; False.
-        cuda_graphs: whether launches of a step that follow each other are chains, which a CUDA device issues as one graph
-            once it has recorded them; False: each launch is issued by itself.
+        cuda_graphs: whether launches of a step that follow each other are chains, which a CUDA device records and
+            issues as one graph; False: each launch is issued by itself.
         pace: emulated accelerator only: lanes take the hardware profile's time times this; None: no pacing.
         print_schedule: print the annotated table at compile time.
         seed: seed of the emulated accelerator's random delays; None: no delays.
