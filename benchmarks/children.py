@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -129,7 +130,7 @@ def child_main(work: Callable[[dict[str, Any], Notebook], None]) -> int:
 
 
 def trust_what_was_built() -> None:
-    """Let Inductor believe that instructions can be used for which an earlier process has built its sample.
+    """Let Inductor believe that instructions can be used with which an earlier process has run its sample.
 
     Torch 2.11 starts a process that imports torch for each set of instructions, in every process that builds or loads
     code for the host: 36 s on a server with AMX, most of a stage's time.
@@ -143,13 +144,12 @@ def trust_what_was_built() -> None:
     built = Path(tempfile.gettempdir()) / f"hetegen-benchmarks-isa-{os.getuid()}"
 
     def check_build(self: Any, code: str) -> bool:
-        known = built / hashlib.sha256(f"{self} {code}".encode()).hexdigest()
-        if known.exists():
-            return known.read_text() == "True"
-        found = check(self, code)
+        known = built / hashlib.sha256(f"{version('torch')} {self} {code}".encode()).hexdigest()
+        if known.exists() or not check(self, code):  # what failed may do so for want of time: it is tried again
+            return known.exists()
         built.mkdir(exist_ok=True)
-        known.write_text(str(found))
-        return found
+        known.touch()
+        return True
 
     cpu_vec_isa.VecISA.check_build = check_build  # type: ignore[method-assign]
 
