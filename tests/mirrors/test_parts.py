@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -13,13 +11,6 @@ from hetegen_compile.accelerators import EmulatedAccelerator, Op
 from hetegen_compile.mirrors import WEIGHTS, Mirrors, Request
 
 PLENTY = 1 << 20
-
-
-@pytest.fixture
-def accelerator() -> Iterator[EmulatedAccelerator]:
-    opened = EmulatedAccelerator(PLENTY)
-    yield opened
-    opened.close()
 
 
 def held_on(accelerator: EmulatedAccelerator) -> int:

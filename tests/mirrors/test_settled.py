@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,13 +14,6 @@ from hetegen_compile.mirrors import Mirrors, Request
 from hetegen_compile.mirrors.settled import Settled
 
 LIMIT = 1 << 20
-
-
-@pytest.fixture
-def accelerator() -> Iterator[EmulatedAccelerator]:
-    accelerator = EmulatedAccelerator(LIMIT)
-    yield accelerator
-    accelerator.close()
 
 
 class Caches:

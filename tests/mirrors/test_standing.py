@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,13 +17,6 @@ from hetegen_compile.mirrors.standing import SAMPLED_TENSORS, STEPS_PER_BLOCK, S
 
 LIMIT = 1 << 20
 COUNT = 5
-
-
-@pytest.fixture
-def accelerator() -> Iterator[EmulatedAccelerator]:
-    found = EmulatedAccelerator(1 << 24)
-    yield found
-    found.close()
 
 
 class Weights:
