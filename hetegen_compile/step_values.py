@@ -68,8 +68,8 @@ class StepValues:
         self._varying = [place for place, (i, _, _) in enumerate(self._wanted) if i not in {*fixed, *bound.settled}]
         self._fixed_inputs = sorted({self._wanted[place][0] for place in self._fixed})
         self._standing: Standing | None = None
-        self._settled_inputs = bound.settled
         self._written_inputs = [self._wanted[place][0] for place in self._written]
+        self._settled_elsewhere = sorted(set(bound.settled) - set(self._written_inputs))
         self._settled: Settled | None = None
 
     def fetch(self, mirrors: Mirrors, inputs: Sequence[Any], limit_bytes: int) -> list[Value]:
@@ -94,9 +94,8 @@ class StepValues:
 
     def settle(self, mirrors: Mirrors, inputs: Sequence[Any]) -> None:
         """The step has written inputs on both sides."""
-        same = self._written_inputs == list(self._settled_inputs)
-        settled = mirrors.settle([inputs[i] for i in self._settled_inputs], self._settled if same else None)
-        self._settled = settled if same else None
+        self._settled = mirrors.settle([inputs[i] for i in self._written_inputs], self._settled)
+        mirrors.settle([inputs[i] for i in self._settled_elsewhere])
 
     def _answer_for_written(self, mirrors: Mirrors, inputs: Sequence[Any]) -> Settled | None:
         """What stands for all that the step writes on both sides, if that is what the last one left."""

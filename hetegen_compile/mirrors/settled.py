@@ -69,9 +69,10 @@ class Settled(Standing):
     ``behind`` says that the records have not been told of the last step that wrote them.
     """
 
+    samples: FirstBytes
+
     def __init__(self, tensors: Sequence[Tensor], values: list[Value]) -> None:
-        self._first = FirstBytes(tensors)
-        super().__init__(tensors, values, self._first)
+        super().__init__(tensors, values, FirstBytes(tensors))
         self.keys = frozenset(map(storage_key, tensors))
         self.behind = False
         self._geometries = [(tensor.shape, tensor.stride()) for tensor in tensors]
@@ -85,7 +86,7 @@ class Settled(Standing):
     def renew(self, tensors: Sequence[Tensor]) -> None:
         """A step has written them on both sides."""
         self._versions = [tensor._version for tensor in tensors]
-        self._first.renew()
+        self.samples.renew()
         self.behind = True
 
     def as_written(self) -> list[tuple[Tensor, bool]]:
@@ -94,7 +95,7 @@ class Settled(Standing):
         for i, remembered in enumerate(self._tensors):
             tensor = remembered()
             if tensor is not None and (tensor._version, tensor.data_ptr()) == (self._versions[i], self._addresses[i]):
-                found.append((tensor, self._first.matches(i)))
+                found.append((tensor, self.samples.matches(i)))
         return found
 
 
