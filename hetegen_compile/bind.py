@@ -34,7 +34,7 @@ from torch import Tensor, fx
 from hetegen_compile import ir
 from hetegen_compile.accelerators.base import Accelerator, Op, Slot
 from hetegen_compile.bound_step import BoundStep
-from hetegen_compile.chains import ChainRules
+from hetegen_compile.chains import ChainLines, ChainRules
 from hetegen_compile.cost_model import KernelChoice
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.host_functions import host_function, in_place
@@ -81,8 +81,6 @@ _METHODS = (
     "receive", "host_ahead", "deliver", "caught_up", "launch_chain",
 )  # fmt: skip
 
-_FETCHED = (ir.MIRROR, ir.RESIDENT)
-
 
 class _Binder:
     def __init__(
@@ -115,7 +113,7 @@ class _Binder:
     def bind(self) -> BoundStep:
         self._accelerator.reserve_pinned(self._pinned_ring_bytes)
         dying = last_uses(self._module.graph)
-        chain = _Chained(self._source, self._rules, dying)
+        chain = ChainLines(self._source, self._rules, dying)
         for node in self._module.graph.nodes:
             chain.add(node, self._line(node))
         run, source = self._source.function()
@@ -296,62 +294,6 @@ class _Binder:
         if not info(node).ahead and not info(node).aten and not info(node).writes and not tensors_in(info(node).value):
             return f"{node.name} = {name}(*{arguments}, **{keywords})"
         return self._host_call(node, name, arguments, keywords)
-
-
-class _Chained:
-    """Lines on their way into the step's text: those of launches that follow each other become chains.
-
-    What a node between them only looks up is looked up before them.
-    """
-
-    def __init__(self, source: StepSource, rules: ChainRules, dying: Mapping[fx.Node, Sequence[fx.Node]]) -> None:
-        self._source = source
-        self._rules = rules
-        self._dying = dying
-        self._lines: dict[fx.Node, str] = {}
-        self._launched: list[fx.Node] = []
-
-    def add(self, node: fx.Node, line: str) -> None:
-        """One more node of the schedule, in order."""
-        if self._rules.launches(node):
-            self._launched.append(node)
-            self._lines[node] = line
-        elif self._rules.finds(node) and any(one in self._lines for one in node.all_input_nodes):
-            self._lines[node] = line
-        else:
-            if not self._may_precede(node):
-                self._end()
-            self._source.add(line)
-            if node.op != "output":
-                self._source.add(self._dropped(node))
-
-    def _may_precede(self, node: fx.Node) -> bool:
-        """Whether its line only finds a value that was there before the launches, and drops nothing they are given."""
-        found = node.op in ("placeholder", "get_attr") or node.target in _FETCHED or self._rules.finds(node)
-        if not found:
-            return False
-        read = {one for launched in self._lines for one in launched.all_input_nodes}
-        return read.isdisjoint(self._dying.get(node, ()))
-
-    def _end(self) -> None:
-        if not self._launched:
-            return
-        nodes = list(self._lines)
-        given = list(dict.fromkeys(one for node in nodes for one in node.all_input_nodes if one not in self._lines))
-        dead = {one for node in nodes for one in self._dying.get(node, ())}
-        self._source.add_chain(
-            self._launched[0].name,
-            [text for node in nodes for text in (self._lines[node], self._dropped(node)) if text],
-            [node.name for node in given],
-            [node.name for node in nodes if node not in dead],
-            dying=[node.name for node in given if node in dead],
-            written=self._rules.written_positions(given),
-        )
-        self._lines, self._launched = {}, []
-
-    def _dropped(self, node: fx.Node) -> str:
-        dead = self._dying.get(node)
-        return f"del {', '.join(one.name for one in dead)}" if dead else ""
 
 
 _EMITTERS: dict[Any, Callable[[_Binder, fx.Node], str]] = {

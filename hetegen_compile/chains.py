@@ -24,18 +24,20 @@ Before:                                          After:
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import fx
 
 from hetegen_compile import ir
 from hetegen_compile.ir import info
 from hetegen_compile.passes.tensors import symbols_of, tensor_bytes, tensors_in
+from hetegen_compile.step_source import StepSource
 
 RESULT_BYTES = 256 << 10
 """Results of one launch that are not small any more: decode steps of a few sequences have less, prompts have more."""
 
 _LAUNCHED = (ir.PARTIAL_LINEAR, ir.JOIN, ir.PAD)
+_FETCHED = (ir.MIRROR, ir.RESIDENT)
 
 
 class ChainRules:
@@ -78,6 +80,62 @@ class ChainRules:
         return tuple(i for i, node in enumerate(given) if info(node).storages & self._written)
 
 
+class ChainLines:
+    """Lines on their way into the step's text: those of launches that follow each other become chains.
+
+    What a node between them only looks up is looked up before them.
+    """
+
+    def __init__(self, source: StepSource, rules: ChainRules, dying: Mapping[fx.Node, Sequence[fx.Node]]) -> None:
+        self._source = source
+        self._rules = rules
+        self._dying = dying
+        self._lines: dict[fx.Node, str] = {}
+        self._launched: list[fx.Node] = []
+
+    def add(self, node: fx.Node, line: str) -> None:
+        """One more node of the schedule, in order."""
+        if self._rules.launches(node):
+            self._launched.append(node)
+            self._lines[node] = line
+        elif self._rules.finds(node) and any(one in self._lines for one in node.all_input_nodes):
+            self._lines[node] = line
+        else:
+            if not self._may_precede(node):
+                self._end()
+            self._source.add(line)
+            if node.op != "output":
+                self._source.add(self._dropped(node))
+
+    def _may_precede(self, node: fx.Node) -> bool:
+        """Whether its line only finds a value that was there before the launches, and drops nothing they are given."""
+        found = node.op in ("placeholder", "get_attr") or node.target in _FETCHED or self._rules.finds(node)
+        if not found:
+            return False
+        read = {one for launched in self._lines for one in launched.all_input_nodes}
+        return read.isdisjoint(self._dying.get(node, ()))
+
+    def _end(self) -> None:
+        if not self._launched:
+            return
+        nodes = list(self._lines)
+        given = list(dict.fromkeys(one for node in nodes for one in node.all_input_nodes if one not in self._lines))
+        dead = {one for node in nodes for one in self._dying.get(node, ())}
+        self._source.add_chain(
+            self._launched[0].name,
+            [text for node in nodes for text in (self._lines[node], self._dropped(node)) if text],
+            [node.name for node in given],
+            [node.name for node in nodes if node not in dead],
+            dying=[node.name for node in given if node in dead],
+            written=self._rules.written_positions(given),
+        )
+        self._lines, self._launched = {}, []
+
+    def _dropped(self, node: fx.Node) -> str:
+        dead = self._dying.get(node)
+        return f"del {', '.join(one.name for one in dead)}" if dead else ""
+
+
 def _on_device(node: fx.Node) -> bool:
     return info(node).side == "accelerator"
 
@@ -89,4 +147,4 @@ def _tensors_alone(node: fx.Node) -> bool:
     return len(tensors_in(value)) == len(leaves)
 
 
-__all__ = ["RESULT_BYTES", "ChainRules"]
+__all__ = ["RESULT_BYTES", "ChainLines", "ChainRules"]
