@@ -16,7 +16,7 @@ RECORDED_BYTES = 48 << 20
 """What recorded launches (``replays.py``) may take: results and workspaces, for which torch's allocator reserves apart
 from everything else, and the driver's own of each graph."""
 
-GRAPH_BYTES = 128 << 10
+GRAPH_BYTES = 144 << 10
 """What the driver took of an H200 for a graph of up to eight launches, at most: 6 MiB for 45 of them."""
 
 
