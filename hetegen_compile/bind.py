@@ -13,6 +13,8 @@ through torch's dispatcher but the work itself.
         ...
         _given = [a, v]
         (b, c) = launch_chain(chain_1, _given)      # launches that follow each other: ``chains.py``
+        _run_1 = host(op_7, program_1, (w3[0:64], v), {})     # of host parts and what lies between: ``host_runs.py``
+        p = _run_1[0]
         ...
         ahead(0, op_6, w2, w2[0:64], slot_2, (r1,))
         return (y,), [(host, device), ...]
@@ -38,7 +40,8 @@ from hetegen_compile.chains import ChainLines, ChainRules
 from hetegen_compile.cost_model import KernelChoice
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.host_functions import host_function, in_place
-from hetegen_compile.host_kernels import bind_kernels
+from hetegen_compile.host_kernels import HostLinear, bind_kernels
+from hetegen_compile.host_runs import HostRun, dying_behind, host_runs
 from hetegen_compile.ir import info
 from hetegen_compile.last_uses import last_uses
 from hetegen_compile.linear_parts import join_parts, pad_parts, rows_function
@@ -112,10 +115,17 @@ class _Binder:
 
     def bind(self) -> BoundStep:
         self._accelerator.reserve_pinned(self._pinned_ring_bytes)
-        dying = last_uses(self._module.graph)
+        self._linears = {node: self._kernel(node) for node in self._module.graph.nodes if node.target == ir.HOST_LINEAR}
+        native = {node: kernel for node, kernel in self._linears.items() if not kernel.is_torchs}
+        runs = {run.nodes[-1]: run for run in host_runs(self._module.graph, native)}
+        dying = dying_behind(last_uses(self._module.graph), runs.values())
         chain = ChainLines(self._source, self._rules, dying)
+        inside = {node for run in runs.values() for node in run.nodes}
         for node in self._module.graph.nodes:
-            chain.add(node, self._line(node))
+            if node in runs:
+                chain.add(node, self._run(runs[node]))
+            elif node not in inside:
+                chain.add(node, self._line(node))
         run, source = self._source.function()
         settled, outdated = self._written_inputs()
         return BoundStep(
@@ -245,9 +255,33 @@ class _Binder:
         op = self._op(node, arguments=(x, rows, bias))
         return f"{node.name} = launch({op}, {function}, {self._text((x, rows, bias))})"
 
+    def _kernel(self, node: fx.Node) -> HostLinear:
+        _, weight, _, lo, hi, dim, axis = ir.linear_part(node)
+        return bind_kernels(self._kernels, info(weight).value, lo, hi, dim, self._refuse, axis)
+
+    def _run(self, run: HostRun) -> str:
+        """The lines of a run: one call, and the names of its results."""
+        last, name = run.nodes[-1], f"_run_{run.nodes[-1].name}"
+        arguments = [
+            self._rows(run.rows[index]) if index in run.rows else node.name for index, node in enumerate(run.given)
+        ]
+        works = [self._work.get(node, _NO_WORK) for node in run.nodes]
+        parts = tuple(node.name for node in run.nodes)
+        seconds, issue_s = sum(work.seconds for work in works), sum(work.issue_s for work in works)
+        op = Op(last.name, seconds, issue_s=issue_s, parts=parts, shares=run.program.shares)
+        call = "host_ahead" if info(last).ahead else "host"
+        names = self._constant("op", op), self._constant("program", run.program)
+        called = f"{call}({', '.join(names)}, ({', '.join(arguments)},), {{}})"
+        results = [f"{node.name} = {name}[{index}]" for index, node in enumerate(run.results)]
+        return "\n    ".join([f"{name} = {called}", *results, f"del {name}"])
+
+    def _rows(self, node: fx.Node) -> str:
+        part = ir.linear_part(node)
+        return _narrowed(part.weight, [part.lo, part.hi], part.axis)
+
     def _host_linear(self, node: fx.Node) -> str:
         x, weight, bias, lo, hi, dim, axis = ir.linear_part(node)
-        kernel = bind_kernels(self._kernels, info(weight).value, lo, hi, dim, self._refuse, axis)
+        kernel = self._linears[node]
         plain = rows_function(lo, hi, dim, axis, biased=bias is not None) if kernel.is_torchs else kernel
         function = self._constant("linear", plain)
         arguments = f"({x}, {_narrowed(weight, [lo, hi], axis)}, {self._text(bias)})"

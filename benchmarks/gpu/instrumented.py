@@ -18,6 +18,7 @@ from hetegen_compile.accelerators.cuda.streams import CudaStreams
 from hetegen_compile.accelerators.cuda.transfers import CudaToken, CudaTransfer
 from hetegen_compile.accelerators.promises import Promise
 from hetegen_compile.accelerators.ring import POISON
+from hetegen_compile.host_kernels.program import HostProgram
 
 OUT_OF_MEMORY = 2
 """What the driver returns where no more host memory can be pinned."""
@@ -95,6 +96,9 @@ class HostileCuda(CudaAccelerator):
         if delays is None:
             return super().host_ahead(op, function, args, kwargs)
         pause_s = delays.draw_s("worker")
+        if isinstance(function, HostProgram):  # a function around it would be no native trip any more
+            self._ahead.pause(pause_s)
+            return super().host_ahead(op, function, args, kwargs)
 
         def late(*arguments: Any, **options: Any) -> Any:
             time.sleep(pause_s)

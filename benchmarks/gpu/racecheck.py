@@ -52,12 +52,15 @@ def under_delays(
             require_identical(without, generate(model, 1, cache), f"seed {seed}")
         require(len(watched.made()) == plans, "steps were planned anew from one generation to the next")
         staged = sum(accelerator.counters.staged_bytes.values())
-        replayed = accelerator.counters.chains_replayed
+        replayed, native = accelerator.counters.chains_replayed, accelerator.counters.native_trips
         accelerator.reseed(None)
     require((staged > 0) == refuse_pins, f"{staged} bytes went through the pinned ring")
     require(replayed >= seeds or not settings.cuda, f"{replayed} chains of launches were replayed with {seeds} seeds")
+    require(native >= seeds or not (settings.cuda and ahead), f"{native} trips were one native call")
     offloaded = _offloaded(watched, refuse_pins=refuse_pins)
-    return {**offloaded, "seeds": seeds, "staged_bytes": staged, "chains_replayed": replayed}
+    return {
+        **offloaded, "seeds": seeds, "staged_bytes": staged, "chains_replayed": replayed, "native_trips": native,
+    }  # fmt: skip
 
 
 def require_identical(expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor], when: str) -> None:

@@ -35,6 +35,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ class Op:
     stated hardware and ``issue_s`` for issuing it (pacing), ``category`` what its bytes are counted under,
     ``workspace_bytes`` what it occupies while it runs beside its arguments and results. ``tensors`` are the positions
     of a launch's arguments that are tensors in the schedule: None there is a value that was lost, and not a bias that
-    does not exist.
+    does not exist. ``parts`` are the names of the nodes that it stands for, if they are several, and ``shares`` tells
+    how its last run's time was shared out among them.
     """
 
     name: str
@@ -63,6 +65,15 @@ class Op:
     workspace_bytes: int = 0
     tensors: tuple[int, ...] = ()
     issue_s: float = 0.0
+    parts: tuple[str, ...] = ()
+    shares: Callable[[], Sequence[float]] | None = None
+
+    def spans(self, resource: str, start_s: float, end_s: float) -> list[Span]:
+        """What a trace shows of a run of it that is over: each of its parts."""
+        if self.shares is None:
+            return [Span(self.name, resource, start_s, end_s)]
+        ends = list(accumulate((share * (end_s - start_s) for share in self.shares()), initial=start_s))
+        return [Span(part, resource, *times) for part, times in zip(self.parts, pairwise(ends), strict=True)]
 
 
 @dataclass(eq=False)
@@ -90,6 +101,7 @@ class Counters:
     ``peak_bytes`` is the most that was held at once, workspace included, ``step_peak_bytes`` that of the last step.
     ``staged_bytes`` went through the pinned ring on their way up. ``trips_down`` and ``trips_up`` count the schedule's
     transfers of activations (``to_host``, ``to_accelerator``), however many values each of them moved.
+    ``native_trips``: those of the worker's that were one native call each.
     ``chains_recorded`` and ``chains_replayed``: chains of launches that became one call, and how often they were.
     """
 
@@ -99,6 +111,7 @@ class Counters:
     held_bytes: dict[str, int] = field(default_factory=dict)
     trips_down: int = 0
     trips_up: int = 0
+    native_trips: int = 0
     chains_recorded: int = 0
     chains_replayed: int = 0
     peak_bytes: int = 0

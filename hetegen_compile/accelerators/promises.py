@@ -23,8 +23,17 @@ class Promise:
     def __getitem__(self, index: int) -> Self:
         return type(self)(self.node, self, index)
 
+    def place_in(self, source: Promise) -> int | None:
+        """Which item of ``source`` it is; None: it is none."""
+        return self._index if self._source is source else None
+
+    @property
+    def known(self) -> bool:
+        """Whether ``kept`` has an answer by now."""
+        return self._value is not _NOTHING if self._source is None else self._source.known
+
     def keep(self, value: Any) -> None:
-        """The worker has computed it."""
+        """The worker has computed it, or will have filled it."""
         self._value = value
 
     def kept(self) -> Any:

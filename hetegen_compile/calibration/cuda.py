@@ -199,7 +199,7 @@ class CudaMeter:
 
     @cached_property
     def _more_than_caches(self) -> Tensor:
-        return pinned_zeros(max(2 * last_level_cache_bytes(), _BATCH * self._pinned.nbytes))
+        return pinned_zeros(max(4 * last_level_cache_bytes(), _BATCH * self._pinned.nbytes))
 
     def issue_s(self) -> float:
         """Seconds of the host thread for issuing a Linear of one token."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from torch import Tensor
 from hetegen_compile.accelerators import Accelerator, CudaAccelerator, Op
 from hetegen_compile.accelerators.cuda.gates import Gates, why_no_gates
 from hetegen_compile.errors import HetegenError
+from hetegen_compile.host_kernels import LINEAR, VECTORISED, HostLinear
+from hetegen_compile.host_kernels.program import HostProgram, Place, Step
 
 logger = logging.getLogger("hetegen_compile")
 
@@ -45,7 +48,7 @@ _LAUNCHES = 6
 _ROUNDS = 12
 _WINDOW = 2
 
-Step = Callable[[Accelerator, "SmallModel"], Tensor]
+OneStep = Callable[[Accelerator, "SmallModel"], Tensor]
 
 
 class SmallModel:
@@ -59,6 +62,14 @@ class SmallModel:
         self.square = made[:64, :64].to(device)
         self.x = torch.randn((1, WIDTH), generator=generator).to(torch.bfloat16)
         self.like = [torch.empty((1, ROWS), dtype=torch.bfloat16, device="meta")]
+        self.part = _part(made)
+
+
+def _part(rows: Tensor) -> HostProgram:
+    """A host part as schedules have it: of a kernel of our own, if this machine can build it."""
+    kernel = LINEAR if VECTORISED.refusal(rows) else VECTORISED
+    linear = HostLinear(0, ROWS, 0, ((math.inf, kernel),))
+    return HostProgram([Step(linear, (0, 1, None), (Place(0), Place(1), None), {})], 2, (2,))
 
 
 def step_in_turn(acc: Accelerator, model: SmallModel) -> Tensor:
@@ -66,7 +77,7 @@ def step_in_turn(acc: Accelerator, model: SmallModel) -> Tensor:
     value = acc.upload(Op("x"), model.x)
     for weight in model.host:
         (x,) = acc.wait_host(Op("received"), acc.to_host(Op("down"), [value]))
-        sent = acc.to_accelerator(Op("up"), [acc.host(Op("part"), F.linear, (x, weight), {})])
+        sent = acc.to_accelerator(Op("up"), acc.host(Op("part"), model.part, (x, weight), {}))
         value = _layer(acc, model, acc.wait(Op("arrived"), sent)[0])
     return acc.download(Op("result"), value)
 
@@ -79,8 +90,8 @@ def step_ahead(acc: Accelerator, model: SmallModel) -> Tensor:
         down = acc.to_host(Op("down"), [value])
         if len(sent) >= _WINDOW:
             acc.caught_up(Op("caught up"), sent[-_WINDOW])
-        part = acc.host_ahead(Op("part"), F.linear, (acc.receive(Op("received"), down)[0], weight), {})
-        sent.append(acc.deliver(Op("up"), [part], model.like))
+        part = acc.host_ahead(Op("part"), model.part, (acc.receive(Op("received"), down)[0], weight), {})
+        sent.append(acc.deliver(Op("up"), [part[0]], model.like))
         value = _layer(acc, model, acc.wait(Op("arrived"), sent[-1])[0])
     return acc.download(Op("result"), value)
 
@@ -191,7 +202,7 @@ def _tried(accelerator: Accelerator, model: SmallModel) -> BothWays:
     return both_ways(accelerator, model) if found.same and found.why_not else found
 
 
-def _timed(accelerator: Accelerator, model: SmallModel, step: Step) -> tuple[list[Tensor], float]:
+def _timed(accelerator: Accelerator, model: SmallModel, step: OneStep) -> tuple[list[Tensor], float]:
     """The results of some steps, and the median seconds of those after the first two."""
     results, seconds = [], []
     for number in range(_ROUNDS):

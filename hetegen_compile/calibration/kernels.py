@@ -104,19 +104,30 @@ def in_place(kernel: HostKernel) -> Compute:
 
 
 def call_durations_s(
-    compute: Compute, weights: Sequence[Tensor], tokens: int, effort: Effort, forms: Sequence[Tensor] | None = None
+    compute: Compute,
+    weights: Sequence[Tensor],
+    tokens: int,
+    effort: Effort,
+    forms: Sequence[Tensor] | None = None,
+    start: float = 0.0,
 ) -> list[tuple[int, float]]:
-    """(bytes of the weight, seconds) call by call, rotating over ``weights``; ``forms`` are what is computed with."""
+    """(bytes of the weight, seconds) call by call, rotating over ``weights``; ``forms`` are what is computed with.
+
+    ``start``: the share of the weights that lies before the first. A budget may be over before all are read, and what
+    was read last may be in the cache: measurements that follow each other start elsewhere.
+    """
     dtype = activation_dtype(weights[0].dtype)
     widths = {weight.shape[1] for weight in weights}
     inputs = {width: torch.full((tokens, width), 0.5, dtype=dtype, device="cpu") for width in widths}
 
+    first = int(start * len(weights))
+
     def call(index: int) -> None:
-        which = index % len(weights)
+        which = (first + index) % len(weights)
         compute(inputs[weights[which].shape[1]], (forms or weights)[which])
 
     durations = durations_s(call, effort)
-    return [(weights[index % len(weights)].nbytes, seconds) for index, seconds in enumerate(durations)]
+    return [(weights[(first + index) % len(weights)].nbytes, seconds) for index, seconds in enumerate(durations)]
 
 
 def kernel_rate(compute: Compute, weights: Sequence[Tensor], tokens: int, effort: Effort) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -30,6 +30,9 @@ Point = tuple[int, int]
 """(number of tokens, bytes of the weight)."""
 
 Rates = Mapping[Point, float]
+
+_GOLDEN = 0.618
+"""Multiples of it are spread evenly over 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def measure_linears(arena: Tensor, effort: Effort, launch_s: float, step: Callab
     """Time all kernels for the arena's dtype; ``launch_s`` is taken off each call, as the cost model adds it."""
     usable = usable_kernels(arena.dtype)
     rates = _kernel_rates(usable, arena, effort, launch_s, step)
-    best = {tokens: _fastest(rates, tokens, effort) for tokens in effort.tokens}
+    best = {tokens: _fastest(rates, tokens) for tokens in effort.tokens}
     table = RateTable(
         tuple((float(nbytes), RateCurve(tuple(_curve(rates, best, nbytes, effort)))) for nbytes in effort.weight_bytes)
     )
@@ -86,11 +89,12 @@ def _kernel_rates(
     each = replace(effort, budget_s=effort.linear_budget_s, repeats=1)
     weights = {nbytes: cut_weights(arena, nbytes, effort.columns) for nbytes in effort.weight_bytes}
     samples: dict[str, dict[Point, list[float]]] = {kernel.name: {} for kernel in kernels}
+    starts = (number * _GOLDEN % 1.0 for number in itertools.count())
     for number in range(1, effort.repeats + 1):
         for tokens, nbytes in points(effort):
             step(f"host Linear, {dtype_name(arena.dtype)}, {tokens} token(s), {format_bytes(nbytes)}, round {number}")
             for kernel in kernels:
-                calls = call_durations_s(in_place(kernel), weights[nbytes], tokens, each)
+                calls = call_durations_s(in_place(kernel), weights[nbytes], tokens, each, start=next(starts))
                 found = samples[kernel.name].setdefault((tokens, nbytes), [])
                 found += [size / _net_s(seconds, launch_s) for size, seconds in calls]
     return {name: {point: median(found) for point, found in by.items()} for name, by in samples.items()}
@@ -101,13 +105,13 @@ def _net_s(seconds: float, launch_s: float) -> float:
     return seconds - min(launch_s, seconds / 2)
 
 
-def _fastest(rates: Mapping[str, Rates], tokens: int, effort: Effort) -> str:
-    """The kernel with the largest geometric mean of its rates over the sizes."""
+def _fastest(rates: Mapping[str, Rates], tokens: int) -> str:
+    """The kernel with the shortest time for one weight of each size, to which the largest ones come."""
 
-    def score(name: str) -> float:
-        return sum(math.log(rate) for (count, _), rate in rates[name].items() if count == tokens)
+    def seconds(name: str) -> float:
+        return sum(nbytes / rate for (count, nbytes), rate in rates[name].items() if count == tokens)
 
-    return max(rates, key=score)
+    return min(rates, key=seconds)
 
 
 def _curve(

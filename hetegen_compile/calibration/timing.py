@@ -25,7 +25,7 @@ class Effort:
         arithmetic_bytes: the one of them at which more tokens are timed.
         columns: in features of the weights, used in turn.
         kernel_tokens: numbers of tokens at which kernels that copy weights are timed too; some of ``tokens``.
-        rotate_bytes: weights to rotate over; None: 4 times the last-level cache, at least 128 MiB.
+        rotate_bytes: weights to rotate over; None: 16 times the last-level cache, at least 128 MiB.
         square: tokens, in and out features of the Linear that measures arithmetic.
         linear_budget_s: seconds for one kernel at one point in one round.
         budget_s: seconds for another figure, once it has been repeated often enough.

@@ -1,4 +1,4 @@
-"""A Linear on few tokens at the speed of main memory: ``linear.cpp``, built by torch's own C++ tool chain.
+"""Linears on few tokens at the speed of main memory: ``linear.cpp``, built by torch's own C++ tool chain.
 
 Why not ``F.linear``: at one token torch's 16-bit kernels reach half of the memory's read rate, and from two tokens on
 most of its kernels fall far below. Why C++ of our own and not an Inductor graph: one build serves every shape and
@@ -15,6 +15,7 @@ import ctypes
 from collections.abc import Callable, Mapping
 from functools import cache, cached_property
 from importlib.resources import files
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +26,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Element types of the weights that the kernel takes."""
 
 
+_SOURCES = ("linear.cpp", "program.cpp")
+"""Built as one, in this order."""
+
+
 class Library:
-    """The built library. ``linear``, ``tiled_linear`` and ``partial_linear`` are its functions by dtype."""
+    """The built library. ``linear``, ``tiled_linear`` and ``partial_linear`` are its functions by dtype.
+
+    ``run_program`` and ``run_trip`` take what ``program.py`` prepares.
+    """
 
     def __init__(self, handle: ctypes.CDLL) -> None:
         self._handle = handle
@@ -39,10 +47,15 @@ class Library:
         self.partial_linear = {
             dtype: self._function("partial_linear", dtype, [*operands, pointer, *[number] * 3]) for dtype in DTYPES
         }
+        self.run_program = self._typed("run_program", [pointer])
+        self.run_trip = self._typed("run_trip", [pointer, pointer, pointer, pointer, ctypes.c_uint32], number)
 
     def _function(self, prefix: str, dtype: torch.dtype, arguments: list[type]) -> Callable[..., None]:
-        function: ctypes._FuncPointer = getattr(self._handle, f"{prefix}_{str(dtype).removeprefix('torch.')}")
-        function.argtypes, function.restype = arguments, None
+        return self._typed(f"{prefix}_{str(dtype).removeprefix('torch.')}", arguments)
+
+    def _typed(self, name: str, arguments: list[type], returned: type | None = None) -> Callable[..., Any]:
+        function: ctypes._FuncPointer = getattr(self._handle, name)
+        function.argtypes, function.restype = arguments, returned
         return function
 
     @cached_property
@@ -68,7 +81,7 @@ def library() -> Library:
 
 @cache
 def _build() -> Library | str:
-    source = files(__package__).joinpath("linear.cpp").read_text()
+    source = "\n".join(files(__package__).joinpath(name).read_text() for name in _SOURCES)
     try:
         from torch._inductor.codecache import CppCodeCache
 

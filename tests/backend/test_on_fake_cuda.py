@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ import hetegen_compile
 from benchmarks.gpu.instrumented import hostile
 from hetegen_compile.accelerators import CudaAccelerator
 from hetegen_compile.accelerators.cuda import accelerator as cuda
+from hetegen_compile.calibration import write_profile
+from hetegen_compile.cost_model import KernelChoice, load_profile
+from hetegen_compile.host_kernels import TILED, VECTORISED
 from tests.accelerators import fake_cuda
 from tests.accelerators.fake_cuda import LOG
 from tests.backend.modules import Mlp, random
@@ -93,6 +97,30 @@ def test_a_language_model_generates_as_in_eager(*, ahead: bool) -> None:
     assert made
     assert any(entry.startswith("gate") for entry in LOG) == ahead
     assert all(schedule.host_bytes > 0 and schedule.streamed_bytes > 0 for schedule in made)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+def test_trips_of_the_workers_are_native_calls(tmp_path: Path, name: str) -> None:
+    """With the kernels of a calibrated profile: Linears by rows and by columns, activation functions between them."""
+    model, inputs = tiny_model(name), prompts(1)
+    expected = generate(model, inputs, "static")
+    hardware = own_kernels(tmp_path / "profile.json")
+    with hostile():
+        backend = RecordingBackend()
+        options = {**OPTIONS, "hardware": hardware, "gpu_memory": budget(200 << 10), "issue_ahead": True}
+        model.compile(backend=backend, options=options)
+        found = generate(model, inputs, "static")
+    assert torch.equal(found["sequences"], expected["sequences"])
+    counters = backend.accelerator.counters
+    assert counters.native_trips > counters.trips_up / 2
+
+
+def own_kernels(path: Path) -> str:
+    """A profile whose host parts are computed by kernels of our own."""
+    preset = load_profile("h100-server")
+    kernels = {"float32": KernelChoice(((1.0, TILED.name), (2.0, VECTORISED.name)))}
+    write_profile(path, replace(preset, host=replace(preset.host, linear_kernels=kernels)))
+    return str(path)
 
 
 def test_launches_that_cannot_be_recorded_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ def timed_as(monkeypatch: pytest.MonkeyPatch, seconds: dict[Callable[..., Any], 
     """Steps run as they do and are said to take this long."""
     real = gating._timed
 
-    def timed(accelerator: Accelerator, model: SmallModel, step: gating.Step) -> tuple[list[torch.Tensor], float]:
+    def timed(accelerator: Accelerator, model: SmallModel, step: gating.OneStep) -> tuple[list[torch.Tensor], float]:
         return real(accelerator, model, step)[0], seconds[step]
 
     monkeypatch.setattr(gating, "_timed", timed)
@@ -105,7 +105,7 @@ def test_another_result_rules_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
     host_ahead = accelerator.host_ahead
 
     def wrong(op: Any, function: Any, args: Any, kwargs: Any) -> Any:
-        return host_ahead(op, lambda *one: function(*one) + 1, args, kwargs)
+        return host_ahead(op, lambda *one: [part + 1 for part in function(*one)], args, kwargs)
 
     monkeypatch.setattr(accelerator, "host_ahead", wrong)
     assert gating._tried(accelerator, model).why_not == "a step on the worker gave another result"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from hetegen_compile.calibration import Effort, host
 from hetegen_compile.calibration.host import (
@@ -61,6 +63,42 @@ def test_arithmetic_is_never_slower_than_a_measured_linear(monkeypatch: pytest.M
     flops = measure_host(TINY, None, lambda name: None).profile.flops_per_s
     widest = 2 * 32 * 100
     assert flops == {"float32": 1700.0, "bfloat16": widest / 2, "float16": widest / 2, "int8": widest}
+
+
+def test_weights_of_every_dtype_lie_in_one_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a view of it reads as is a small number, and nothing of it is left over."""
+    arenas: list[Tensor] = []
+
+    def measured(arena: Tensor, *others: object) -> LinearFigures:
+        arenas.append(arena)
+        return FIGURES
+
+    monkeypatch.setattr(host, "measure_linears", measured)
+    monkeypatch.setattr(host, "remaining_share", lambda *_: 1.0)
+    measure_host(replace(TINY, rotate_bytes=2051), None, lambda name: None)
+    assert [arena.dtype for arena in arenas] == list(host.DTYPES)
+    assert {arena.data_ptr() for arena in arenas} == {arenas[0].data_ptr()}
+    assert {arena.nbytes for arena in arenas} == {2048}
+    assert all((arena == arena[0]).all() and 0.01 < arena[0].item() <= 60 for arena in arenas)
+
+
+def test_not_all_of_it_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+
+    def copy(nbytes: int) -> Callable[[], None]:
+        copied.append(nbytes)
+        return lambda: None
+
+    def rate(nbytes: int, effort: Effort) -> float:
+        copied.append(nbytes)
+        return 1.0
+
+    monkeypatch.setattr(host, "_COPIED_BYTES", 1000)
+    monkeypatch.setattr(host, "memory_copy", copy)
+    monkeypatch.setattr(host, "memory_bytes_per_s", rate)
+    for rotate_bytes in (2048, 512):
+        measure_host(replace(TINY, rotate_bytes=rotate_bytes), None, lambda name: None)
+    assert copied == [1000, 1000, 512, 512]
 
 
 FIGURES = LinearFigures(RateTable.of(RateCurve.constant(1.0)), KernelChoice(((1.0, "vectorised"),)), "")
@@ -126,7 +164,7 @@ def test_the_rotation_exceeds_the_cache_and_spares_main_memory(
     assert rotation_bytes(effort) == 128 << 20
     assert rotation_bytes(replace(effort, weight_bytes=(1 << 20, 80 << 20))) == 160 << 20
     monkeypatch.setattr(host, "last_level_cache_bytes", lambda: 256 << 20)
-    assert rotation_bytes(effort) == 1 << 30
+    assert rotation_bytes(effort) == 4 << 30
     assert not caplog.records
     monkeypatch.setattr(host, "host_memory_bytes", lambda: 1 << 30)
     with caplog.at_level(logging.WARNING, logger="hetegen_compile"):

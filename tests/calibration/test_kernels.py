@@ -49,6 +49,26 @@ def test_calls_rotate_over_all_weights_with_inputs_that_fit() -> None:
     assert [nbytes for nbytes, _ in calls] == [128] * 5
 
 
+def test_calls_begin_where_they_are_told_and_go_on_in_turn() -> None:
+    weights = cut_weights(make_arena(torch.float32, 448), 64, (8, 12))
+    assert [weight.nbytes for weight in weights] == [64, 48] * 4
+    seen: list[Tensor] = []
+    effort = replace(TINY, repeats=5)
+    calls = call_durations_s(lambda x, w: seen.append(w), weights, 1, effort, start=0.7)
+    order = [weights[which] for which in (5, 6, 7, 0, 1)]
+    assert [w.data_ptr() for w in seen[1:]] == [w.data_ptr() for w in order]
+    assert seen[0] is seen[1], "what is not counted is the first"
+    assert [nbytes for nbytes, _ in calls] == [w.nbytes for w in order]
+
+
+def test_forms_are_read_from_the_same_place() -> None:
+    weights = cut_weights(make_arena(torch.float32, 256), 64, (8,))
+    forms = [weight.clone() for weight in weights]
+    seen: list[Tensor] = []
+    call_durations_s(lambda x, w: seen.append(w), weights, 1, TINY, forms, start=0.5)
+    assert [form.data_ptr() for form in forms[2:]] == [w.data_ptr() for w in seen[1:3]]
+
+
 def test_a_rate_is_bytes_of_the_given_weights_over_the_median() -> None:
     clock = Clock()
     kernel = CopyingKernel("fp32", lambda weight, tokens: weight.float(), lambda x, weight: clock.advance(2.0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -45,8 +46,10 @@ def timed(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> Callable[[Seconds], 
 
 
 def measure(clock: Clock, launch_s: float = 0.0, steps: list[str] | None = None) -> linears.LinearFigures:
+    """Of weights of as many bytes as they are to have: a row of 32 columns would have more than 64."""
     said: list[str] = [] if steps is None else steps
-    return measure_linears(make_arena(torch.float32, 2048), replace(TINY, clock=clock), launch_s, said.append)
+    effort = replace(TINY, clock=clock, columns=(16,))
+    return measure_linears(make_arena(torch.float32, 2048), effort, launch_s, said.append)
 
 
 def test_many_tokens_are_timed_at_one_size() -> None:
@@ -65,6 +68,33 @@ def test_each_number_of_tokens_gets_the_fastest_kernel_and_its_rates(
     assert small[1].points == ((1.0, 1.0), (2.0, 1 / 2), (32.0, 1 / 32))
     assert large[1].points == small[1].points  # at 32 tokens the rate of the size that was timed
     assert figures.comparison == "1 token(s): F.linear 2.5e-10, vectorised 1e-09, vectorised, tiled 2.5e-10"
+
+
+@pytest.mark.parametrize(("small", "large", "chosen"), [(0.1, 1.5, "F.linear"), (4.0, 0.5, "vectorised")])
+def test_the_largest_weights_decide(
+    clock: Clock, timed: Callable[[Seconds], None], small: float, large: float, chosen: str
+) -> None:
+    """``vectorised`` takes so many times what the others take."""
+    times = {("vectorised", 64): small, ("vectorised", 512): large}
+    timed(lambda name, tokens, nbytes: nbytes * times.get((name, nbytes), 1.0))
+    kernels = measure(clock).kernels
+    assert [kernels.at(tokens) for tokens in (1, 2)] == [chosen] * 2
+    assert kernels.at(32) == ("vectorised" if small < 1.0 else "F.linear"), "timed at the small size alone"
+
+
+def test_measurements_begin_at_weights_all_over_the_memory(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[float] = []
+
+    def timed_from(*given: object, start: float) -> list[tuple[int, float]]:
+        starts.append(start)
+        return [(64, 1.0)]
+
+    monkeypatch.setattr(linears, "call_durations_s", timed_from)
+    measure(clock)
+    assert len(starts) == TINY.repeats * len(points(TINY)) * len(usable_kernels(torch.float32))
+    assert all(0.3 < (after - before) % 1.0 < 0.7 for before, after in pairwise(starts)), "far from the one before"
+    gaps = [after - before for before, after in pairwise([0.0, *sorted(starts), 1.0])]
+    assert max(gaps) < 3 / len(starts)
 
 
 def test_the_size_is_an_axis(clock: Clock, timed: Callable[[Seconds], None]) -> None:

@@ -292,7 +292,7 @@ class CudaAccelerator(Accelerator):
     def host(self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._check_open()
         _refuse_values(op, args, kwargs, (CudaTransfer, Promise))
-        with self._streams.tracer.host_span(op.name):
+        with self._streams.tracer.host_span(op):
             return call_on_host(op, function, args, kwargs)
 
     def receive(self, op: Op, transfer: CudaTransfer) -> Promise:

@@ -8,16 +8,20 @@ Device tensors die on the issuing thread only: torch's allocator may be waiting 
 
 A result goes up as any small upload does, through a pinned buffer that kernels read where it lies. The buffer is lent
 when the transfer is issued; the worker fills it and opens the gate that the compute stream waits at.
+
+A trip that is a download, one host program on it and the transfer of its results is one native call of the worker's
+(``native_trips.py``): its first two operations are kept back until the third one is issued.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +29,7 @@ from hetegen_compile.accelerators.base import Op, call_on_host
 from hetegen_compile.accelerators.cuda.collection import NoCollection
 from hetegen_compile.accelerators.cuda.gates import Gates
 from hetegen_compile.accelerators.cuda.lending import Lending
+from hetegen_compile.accelerators.cuda.native_trips import NativeTrip
 from hetegen_compile.accelerators.cuda.streams import CudaStreams
 from hetegen_compile.accelerators.cuda.transfers import CudaTransfer, started
 from hetegen_compile.accelerators.cuda.worker import Worker
@@ -33,6 +38,7 @@ from hetegen_compile.accelerators.ledger import MemoryLedger
 from hetegen_compile.accelerators.promises import Promise, as_promised, kept_in
 from hetegen_compile.accelerators.switching import QuickSwitching
 from hetegen_compile.errors import ScheduleError
+from hetegen_compile.host_kernels.program import HostProgram
 
 
 class Ahead:
@@ -47,6 +53,7 @@ class Ahead:
         self._worker = Worker(partial(torch.cuda.set_device, streams.device))
         self._gates: Gates | None = None
         self._given: deque[CudaTransfer] = deque()
+        self._kept_back: _Received | _Computed | None = None
         self._begun = False
         self._gated = False
 
@@ -59,6 +66,7 @@ class Ahead:
         """Wait for the worker and raise what it has raised. After a step without it, it ends, with its OpenMP threads:
         beside them those of the issuing thread would sleep between any two kernels (``openmp.py``)."""
         if self._begun:
+            self._submit_kept_back()
             self._worker.drain()
             self._worker.raise_failure()
             self._leave()
@@ -68,6 +76,7 @@ class Ahead:
     def abandon_step(self) -> None:
         """Pass over what the worker still has to do; every gate opens."""
         if self._begun:
+            self._kept_back = None
             self._worker.abandon()
             self._leave()
 
@@ -109,15 +118,16 @@ class Ahead:
         if not self._begun:
             self._begin()
         assert transfer.event is not None, "every download records its event"
+        self._submit_kept_back()
         promise = Promise(op.name)
+        promise.keep(transfer.value)  # its elements are there once the worker has waited
         self._given.append(transfer)
-        self._worker.submit(partial(self._receive, op, transfer.event, transfer.value, promise))
+        self._kept_back = _Received(op, transfer.event, promise)
         return promise
 
-    def _receive(self, op: Op, event: torch.cuda.Event, value: Any, promise: Promise) -> None:
+    def _receive(self, op: Op, event: torch.cuda.Event) -> None:
         with self._streams.work(op):
             event.synchronize()
-        promise.keep(value)
 
     def host_ahead(
         self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -126,14 +136,33 @@ class Ahead:
         if not self._begun:
             self._begin()
         promise = Promise(op.name)
+        received = self._kept_back
+        traced = self._streams.tracer.enabled  # each operation has a span of its own then
+        if isinstance(received, _Received) and isinstance(function, HostProgram) and not traced:
+            self._kept_back = _Computed(op, function, args, promise, received)
+            return promise
+        self._submit_kept_back()
         self._worker.submit(partial(self._compute, op, function, args, kwargs, promise))
         return promise
+
+    def _submit_kept_back(self) -> None:
+        """What was to be a part of a native trip is not."""
+        kept, self._kept_back = self._kept_back, None
+        if isinstance(kept, _Computed):
+            self._worker.submit(partial(self._receive, kept.received.op, kept.received.event))
+            self._worker.submit(partial(self._compute, kept.op, kept.program, kept.args, {}, kept.promise))
+        elif kept is not None:
+            self._worker.submit(partial(self._receive, kept.op, kept.event))
 
     def _compute(
         self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], promise: Promise
     ) -> None:
-        with self._streams.tracer.host_span(op.name, "worker"):
+        with self._streams.tracer.host_span(op, "worker"):
             promise.keep(call_on_host(op, function, kept_in(args), kept_in(kwargs)))
+
+    def pause(self, seconds: float) -> None:
+        """The worker sleeps before what it is given next: for checks of what waits for it."""
+        self._worker.submit(partial(time.sleep, seconds))
 
     def deliver(self, op: Op, promises: Sequence[Promise], like: Sequence[torch.Tensor]) -> CudaTransfer:
         """``Accelerator.deliver``."""
@@ -144,11 +173,33 @@ class Ahead:
         buffers, values = self._lending.lend_empty(like)
         number, sent = self._gates.number(), threading.Event()
         sending = _Sending(op, promises, buffers, partial(self._gates.open, number))
-        self._worker.submit(sending.send, finally_=sending.end, done=sent)
+        trip = self._native_trip(promises, buffers, number)
+        work = sending.send if trip is None else partial(self._travel, op, trip, sending)
+        self._worker.submit(work, finally_=sending.end, done=sent)
         self._worker.make_room()
         transfer = CudaTransfer(op.name, "to_accelerator", values, None, gate=number, sent=sent)
         self._given.append(transfer)
         return transfer
+
+    def _native_trip(self, promises: Sequence[Promise], buffers: list[torch.Tensor], number: int) -> NativeTrip | None:
+        """What was kept back as one call that fills ``buffers``; None, and it is submitted, where it cannot be."""
+        kept = self._kept_back
+        if isinstance(kept, _Computed) and kept.gives(promises):
+            arguments = kept_in(kept.args)
+            form = kept.program.form(arguments)
+            if form is not None and form.takes(buffers):
+                self._kept_back = None
+                kept.promise.keep(buffers)
+                self._ledger.counters.native_trips += 1
+                assert self._gates is not None, "made before anything is sent"
+                return NativeTrip(kept.received.event, form, arguments, buffers, self._gates, number)
+        self._submit_kept_back()
+        return None
+
+    def _travel(self, op: Op, trip: NativeTrip, sending: _Sending) -> None:
+        with self._streams.work(op):
+            trip.run()
+        sending.complete = True
 
     def wait(self, op: Op, transfer: CudaTransfer) -> None:
         """The compute stream waits for what the worker sends."""
@@ -162,10 +213,35 @@ class Ahead:
         transfer = started(op, transfer, ("to_accelerator",))
         if transfer.sent is None:
             raise ScheduleError(f"{op.name} waits for {transfer.node}, which the worker does not send")
+        self._submit_kept_back()
         transfer.sent.wait()
         self._worker.raise_failure()
         if transfer in self._given:
             self._let_go(transfer)
+
+
+class _Received(NamedTuple):
+    """A download that the worker is to wait for."""
+
+    op: Op
+    event: torch.cuda.Event
+    promise: Promise
+
+
+class _Computed(NamedTuple):
+    """A host program that is to run behind it."""
+
+    op: Op
+    program: HostProgram
+    args: tuple[Any, ...]
+    promise: Promise
+    received: _Received
+
+    def gives(self, promises: Sequence[Promise]) -> bool:
+        """Whether these are all of its results, in their order, and all that it reads is known where it lies."""
+        results = list(range(len(self.program.results)))
+        known = all(argument.known for argument in self.args if isinstance(argument, Promise))
+        return known and [one.place_in(self.promise) for one in promises] == results
 
 
 @dataclass

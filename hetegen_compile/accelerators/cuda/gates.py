@@ -35,6 +35,11 @@ class Gates:
         self._seen = ctypes.c_uint32.from_address(self._pinned.data_ptr())
         self._last = 0
 
+    @property
+    def address(self) -> int:
+        """Where the number lies that opens gates: 32 bits."""
+        return self._pinned.data_ptr()
+
     def number(self) -> int:
         """A new gate."""
         self._last = (self._last + 1) % _WRAP
@@ -70,13 +75,14 @@ def why_no_gates() -> str:
 @cache
 def _wait_function() -> Any:
     """``cuStreamWaitValue32`` of the driver, whose stream is that of the calling thread's context."""
-    function = _library().cuStreamWaitValue32_v2
+    function = cuda_library().cuStreamWaitValue32_v2
     function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
     function.restype = ctypes.c_int
     return function
 
 
-def _library() -> ctypes.CDLL:
+def cuda_library() -> ctypes.CDLL:
+    """The driver's library; OSError without one."""
     errors = []
     for name in _LIBRARIES:
         try:
@@ -86,4 +92,4 @@ def _library() -> ctypes.CDLL:
     raise OSError("; ".join(errors))
 
 
-__all__ = ["Gates", "why_no_gates"]
+__all__ = ["Gates", "cuda_library", "why_no_gates"]

@@ -104,7 +104,7 @@ class Prefetches:
         for transfer in earlier:
             assert transfer.event is not None, "the pin thread issued this upload before"
             transfer.event.synchronize()
-        with self._streams.tracer.host_span(op.name, "pin"):
+        with self._streams.tracer.host_span(op, "pin"):
             copy_rows(view, source)
         self._ledger.staged(op.category, span_bytes(view))
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from hetegen_compile.accelerators.base import Span
+from hetegen_compile.accelerators.base import Op, Span
 
 
 class CudaTracer:
@@ -35,12 +35,12 @@ class CudaTracer:
         self._pending.append((name, resource, start, end))
 
     @contextmanager
-    def host_span(self, name: str, resource: str = "host") -> Iterator[None]:
+    def host_span(self, op: Op, resource: str = "host") -> Iterator[None]:
         """Time what a thread of the host does inside the block."""
         start_s = time.perf_counter()
         yield
         if self.enabled:
-            self._spans.append(Span(name, resource, start_s, time.perf_counter()))
+            self._spans += op.spans(resource, start_s, time.perf_counter())
 
     def collect(self, enabled: bool) -> list[Span]:
         """Switch recording on or off; the spans so far, by their start (synchronises the device)."""

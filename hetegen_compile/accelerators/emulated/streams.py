@@ -84,7 +84,7 @@ class Shared:
         """An operation's work is over: sleep what its lane owes and record its span."""
         self.pacer.charge(lane, start_s, op.seconds)
         if self.tracing:
-            self.spans.append(Span(op.name, RESOURCES[lane], start_s, time.perf_counter()))
+            self.spans += op.spans(RESOURCES[lane], start_s, time.perf_counter())
 
 
 class Stream:

@@ -1,0 +1,186 @@
+// Host programs: Linears on few tokens and the pointwise operations between them, as one call. Behind linear.cpp.
+//
+// What lies between two operations stays in memory of the calling thread, which all programs share: it is in the cache.
+
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <vector>
+
+namespace {
+
+// One operation. Places are positions in the table of pointers; those from `given` on are offsets into scratch memory.
+struct Instruction {
+  int64_t operation;
+  int64_t dtype;   // 0: float32, 1: bfloat16, 2: float16
+  int64_t out, first, second, third;  // a Linear: x, weight, bias (-1: none)
+  int64_t wide;    // float32 copy of x, -1: not needed
+  int64_t sums;    // float32 sums of a partial Linear
+  int64_t x_offset, bias_offset;      // elements before the first that is read
+  int64_t m, n, k;  // tokens, columns of the result, columns that are read; elements for what is pointwise: n
+  int64_t ldx, ldw;
+};
+
+enum : int64_t { kLinear, kTiledLinear, kPartialLinear, kRelu, kSilu, kGelu, kGeluTanh, kMul };
+
+struct Places {
+  void* const* pointers;
+  int64_t given;
+  const int64_t* offsets;
+  char* scratch;
+  void* operator[](int64_t place) const {
+    if (place < 0) return nullptr;
+    return place < given ? pointers[place] : scratch + offsets[place - given];
+  }
+};
+
+template <typename T>
+HETEGEN_INLINE void store(const typename Ops<T>::Elements& e, T* p) {
+  if constexpr (Ops<T>::count == 1) {
+    e.part[0].store(p);
+  } else {
+    at::vec::convert_from_float<T>(e.part[0], e.part[1]).store(p);
+  }
+}
+
+struct Relu {
+  static HETEGEN_INLINE Vec of(Vec x, Vec) {
+    return at::vec::maximum(x, Vec(0.f));
+  }
+};
+struct Silu {
+  static HETEGEN_INLINE Vec of(Vec x, Vec) {
+    return x / (Vec(1.f) + x.neg().exp());
+  }
+};
+struct Gelu {
+  static HETEGEN_INLINE Vec of(Vec x, Vec) {
+    return x * Vec(0.5f) * (Vec(1.f) + (x * Vec(float(M_SQRT1_2))).erf());
+  }
+};
+struct GeluTanh {
+  static HETEGEN_INLINE Vec of(Vec x, Vec) {
+    const Vec inner = Vec(float(M_SQRT2 * M_2_SQRTPI * 0.5)) * (x + Vec(0.044715f) * x * x * x);
+    return Vec(0.5f) * x * (Vec(1.f) + inner.tanh());
+  }
+};
+struct Mul {
+  static HETEGEN_INLINE Vec of(Vec x, Vec y) {
+    return x * y;
+  }
+};
+
+template <typename T, typename F>
+HETEGEN_INLINE void pointwise_step(const T* a, const T* b, T* out) {
+  auto left = Ops<T>::load(a);
+  const auto right = Ops<T>::load(b);
+  HETEGEN_UNROLL for (int c = 0; c < Ops<T>::count; ++c) left.part[c] = F::of(left.part[c], right.part[c]);
+  store<T>(left, out);
+}
+
+// out = F(a, b), computed in float32, by one thread: these are few elements. What fills no step goes through buffers.
+template <typename T, typename F>
+void pointwise(const T* a, const T* b, T* out, int64_t n) {
+  constexpr int64_t step = Ops<T>::step;
+  int64_t i = 0;
+  for (; i + step <= n; i += step) pointwise_step<T, F>(a + i, b + i, out + i);
+  if (i < n) {
+    T x[step] = {}, y[step] = {}, z[step];
+    std::copy(a + i, a + n, x);
+    std::copy(b + i, b + n, y);
+    pointwise_step<T, F>(x, y, z);
+    std::copy(z, z + (n - i), out + i);
+  }
+}
+
+template <typename T>
+void between(const Instruction& i, const Places& at) {
+  const T* a = (const T*)at[i.first];
+  const T* b = i.operation == kMul ? (const T*)at[i.second] : a;
+  T* out = (T*)at[i.out];
+  if (i.operation == kRelu) return pointwise<T, Relu>(a, b, out, i.n);
+  if (i.operation == kSilu) return pointwise<T, Silu>(a, b, out, i.n);
+  if (i.operation == kGelu) return pointwise<T, Gelu>(a, b, out, i.n);
+  if (i.operation == kGeluTanh) return pointwise<T, GeluTanh>(a, b, out, i.n);
+  pointwise<T, Mul>(a, b, out, i.n);
+}
+
+template <typename T, typename X>
+const X* activations(const Instruction& i, const Places& at, int64_t& ldx) {
+  const T* x = (const T*)at[i.first] + i.x_offset;
+  ldx = i.ldx;
+  if constexpr (std::is_same_v<T, X>) return x;
+  X* wide = (X*)at[i.wide];
+  for (int64_t row = 0; row < i.m; ++row) std::copy(x + row * i.ldx, x + row * i.ldx + i.k, wide + row * i.k);
+  ldx = i.k;
+  return wide;
+}
+
+template <typename T>
+void execute(const Instruction& i, const Places& at) {
+  int64_t ldx;
+  const T *w = (const T*)at[i.second], *bias = (const T*)at[i.third];
+  if (bias) bias += i.bias_offset;
+  T* out = (T*)at[i.out];
+  if (i.operation == kPartialLinear) {
+    const float* x = activations<T, float>(i, at, ldx);
+    partial_linear<T>(x, ldx, w, i.ldw, bias, out, (float*)at[i.sums], i.m, i.n, i.k);
+  } else if (i.operation <= kTiledLinear) {
+    const auto* x = activations<T, typename DotOps<T>::X>(i, at, ldx);
+    if (i.operation == kTiledLinear) {
+      linear<T, true>(x, ldx, w, i.ldw, bias, out, i.m, i.n, i.k);
+    } else {
+      linear<T, false>(x, ldx, w, i.ldw, bias, out, i.m, i.n, i.k);
+    }
+  } else {
+    between<T>(i, at);
+  }
+}
+
+// Memory for what lies between the operations, 64 bytes aligned; it grows with the largest program of the thread.
+char* scratch(int64_t nbytes) {
+  static thread_local std::vector<char> memory;
+  if (int64_t(memory.size()) < nbytes + 64) memory.resize(nbytes + 64);
+  return (char*)((uintptr_t(memory.data()) + 63) / 64 * 64);
+}
+
+}  // namespace
+
+struct HetegenProgram {
+  const Instruction* instructions;
+  int64_t count;
+  void* const* pointers;
+  int64_t given;
+  const int64_t* offsets;
+  int64_t scratch_bytes;
+  double* ended_s;  // of each instruction, since the call began
+};
+
+extern "C" void run_program(const HetegenProgram* program) {
+  const auto began = std::chrono::steady_clock::now();
+  const Places at{program->pointers, program->given, program->offsets, scratch(program->scratch_bytes)};
+  for (int64_t i = 0; i < program->count; ++i) {
+    const Instruction& one = program->instructions[i];
+    if (one.dtype == 0) {
+      execute<float>(one, at);
+    } else if (one.dtype == 1) {
+      execute<c10::BFloat16>(one, at);
+    } else {
+      execute<c10::Half>(one, at);
+    }
+    program->ended_s[i] = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+  }
+}
+
+// A worker's trip: wait for what came down, compute, and let go of what waits for the results. Nonzero is what the wait
+// returned (nothing has been computed then). `wait` and `gate` may be missing.
+extern "C" int64_t run_trip(
+    int (*wait)(void*), void* event, const HetegenProgram* program, uint32_t* gate, uint32_t number) {
+  if (wait != nullptr) {
+    const int failed = wait(event);
+    if (failed) return failed;
+  }
+  run_program(program);
+  if (gate != nullptr) reinterpret_cast<std::atomic<uint32_t>*>(gate)->store(number, std::memory_order_release);
+  return 0;
+}

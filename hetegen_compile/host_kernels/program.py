@@ -1,0 +1,328 @@
+"""Host programs: host parts and the pointwise operations between them as one native call (``program.cpp``).
+
+Why: behind a host Linear nothing of Python is left in the processor's caches. On an H200's host what Python does for a
+Linear, its activation function and the next Linear took some hundred microseconds a layer, and the memory stood still.
+
+A program serves what our kernels serve: few tokens, activations of the weights' dtype, no autocast. Everything else is
+computed operation by operation, as the same program's ``plain`` way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+import operator
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hetegen_compile.host_kernels.choose import HostLinear
+from hetegen_compile.host_kernels.kernels import TILED, VECTORISED
+from hetegen_compile.host_kernels.vectorised import DTYPES, library
+
+_ALIGNMENT_BYTES = 64
+_NOWHERE = -1
+_FORMS = 64
+"""Geometries that are kept of one program."""
+_LINEAR, _TILED, _PARTIAL, _FIRST_POINTWISE = range(4)
+
+POINTWISE = ("relu", "silu", "gelu", "gelu_tanh", "mul")
+"""What may stand between two Linears, in the order of ``program.cpp``."""
+
+_FUNCTIONS: Mapping[Any, str] = {
+    torch.relu: "relu",
+    torch.nn.functional.relu: "relu",
+    torch.nn.functional.silu: "silu",
+    torch.nn.functional.gelu: "gelu",
+    torch.mul: "mul",
+    operator.mul: "mul",
+}
+
+
+def pointwise_name(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """The name in ``POINTWISE`` of a call, or "": it has no native form (written in place, other arguments)."""
+    try:
+        name = _FUNCTIONS.get(target, "")
+    except TypeError:  # a target that cannot be hashed
+        return ""
+    if not name:
+        return ""
+    operands = 2 if name == "mul" else 1
+    more = {**dict(zip(("inplace",), args[operands:], strict=False)), **kwargs}
+    if name == "gelu":
+        more = {"approximate": "none", **kwargs}
+        name = {"none": "gelu", "tanh": "gelu_tanh"}.get(more.pop("approximate"), "")
+    elif more.pop("inplace", False):
+        return ""
+    return name if not more and len(args) <= operands + 1 else ""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation of a program.
+
+    Attributes:
+        function: computes it by itself.
+        operands: places of its tensors; those of a Linear are x, rows and bias (None: there is no bias).
+        args, kwargs: what ``function`` is called with, ``Place`` standing for a tensor.
+        pointwise: its name in ``POINTWISE``; "": ``function`` is a ``HostLinear``.
+    """
+
+    function: Callable[..., Any]
+    operands: tuple[int | None, ...]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    pointwise: str = ""
+
+
+class Place(int):
+    """Where a value of a program is: the arguments first, then the steps' results."""
+
+
+class _Instruction(ctypes.Structure):
+    """``Instruction`` of ``program.cpp``; what is not set is 0."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            "operation", "dtype", "out", "first", "second", "third", "wide", "sums", "x_offset", "bias_offset", "m",
+            "n", "k", "ldx", "ldw",
+        )
+    )  # fmt: skip
+
+
+class _Program(ctypes.Structure):
+    """``HetegenProgram``."""
+
+    _fields_ = (
+        ("instructions", ctypes.c_void_p), ("count", ctypes.c_int64), ("pointers", ctypes.c_void_p),
+        ("given", ctypes.c_int64), ("offsets", ctypes.c_void_p), ("scratch_bytes", ctypes.c_int64),
+        ("ended_s", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+class _Value(NamedTuple):
+    """What lies at a place. ``lines``: whether it is a matrix of contiguous rows, ``row_stride`` elements apart."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    dense: bool
+    lines: bool = False
+    row_stride: int = 0
+
+    @property
+    def length(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Of a dense one."""
+        return self.length * self.dtype.itemsize
+
+    @property
+    def tokens(self) -> int:
+        """Elements over columns."""
+        return self.length // (self.shape[-1] or 1) if self.shape else 0
+
+
+def _value_of(tensor: Tensor) -> _Value:
+    lines = tensor.dim() == 2 and tensor.stride(1) == 1
+    return _Value(tuple(tensor.shape), tensor.dtype, tensor.is_contiguous(), lines, tensor.stride(0) if lines else 0)
+
+
+class _NotNativeError(Exception):
+    """These arguments are none that ``program.cpp`` takes."""
+
+
+class Form:
+    """A program for arguments of one geometry: its instructions, and the table of addresses that a call fills.
+
+    A program is called by one thread at a time, so the table is its own. ``ended_s``: when each step of the last call
+    had ended, since the call began. ``address``: what ``run_program`` and ``run_trip`` are called with.
+    """
+
+    def __init__(self, program: HostProgram, arguments: Sequence[_Value | None]) -> None:
+        builder = _Builder(program, arguments)
+        self.results = tuple(builder.values[place] for place in program.results)
+        self._code = (_Instruction * len(builder.code))(*builder.code)
+        self._offsets = (ctypes.c_int64 * max(1, len(builder.offsets)))(*builder.offsets)
+        self.ended_s = (ctypes.c_double * len(builder.code))()
+        given = len(arguments) + len(self.results)
+        self._pointers = (ctypes.c_void_p * given)()
+        self._native = _Program(
+            ctypes.addressof(self._code), len(builder.code), ctypes.addressof(self._pointers), given,
+            ctypes.addressof(self._offsets), builder.scratch_bytes, ctypes.addressof(self.ended_s),
+        )  # fmt: skip
+        self.address = ctypes.addressof(self._native)
+
+    def takes(self, results: Sequence[Tensor]) -> bool:
+        """Whether it can write its results into these tensors."""
+        return len(results) == len(self.results) and all(
+            tensor.shape == value.shape and tensor.dtype == value.dtype and tensor.is_contiguous()
+            for tensor, value in zip(results, self.results, strict=True)
+        )
+
+    def point(self, arguments: Sequence[Tensor | None], results: Sequence[Tensor]) -> None:
+        """Fill the table: the next call reads and writes these, which have to live until it is over."""
+        for index, tensor in enumerate((*arguments, *results)):
+            self._pointers[index] = None if tensor is None else tensor.data_ptr()
+
+    def run(self) -> None:
+        """Compute."""
+        library().run_program(self.address)
+
+
+class HostProgram:
+    """A callable of its arguments: the list of the results of some steps, at ``results``, new tensors each time.
+
+    ``arguments`` is their number; the first step is a Linear or reads one.
+    """
+
+    def __init__(self, steps: Sequence[Step], arguments: int, results: Sequence[int]) -> None:
+        self.steps = tuple(steps)
+        self.arguments = arguments
+        self.results = tuple(results)
+        self._weights = frozenset(
+            operand for step in steps if not step.pointwise for operand in step.operands[1:] if operand is not None
+        )
+        self._forms: dict[tuple[Any, ...], Form | None] = {}
+        self._ended_s = [1.0] * len(steps)
+        self._last_reader = {
+            operand: index for index, step in enumerate(self.steps) for operand in step.operands if operand is not None
+        }
+
+    def __call__(self, *arguments: Tensor | None) -> list[Tensor]:
+        """The results, natively where that is possible."""
+        form = self.form(arguments)
+        if form is None:
+            return self.plain(arguments)
+        results = [torch.empty(value.shape, dtype=value.dtype, device="cpu") for value in form.results]
+        form.point(arguments, results)
+        form.run()
+        self._ended_s = list(form.ended_s)
+        return results
+
+    def shares(self) -> list[float]:
+        """How the last call's time was shared out among the steps."""
+        ended_s = [0.0, *self._ended_s]
+        total_s = ended_s[-1] or 1.0
+        return [(after - before) / total_s for before, after in itertools.pairwise(ended_s)]
+
+    def form(self, arguments: Sequence[Tensor | None]) -> Form | None:
+        """How it is called natively with such arguments; None: it is not."""
+        if torch.is_autocast_enabled("cpu"):
+            return None
+        key = tuple(
+            None if tensor is None or index in self._weights else (tensor.shape, tensor.dtype, tensor.is_contiguous())
+            for index, tensor in enumerate(arguments)
+        )
+        if key not in self._forms:
+            if len(self._forms) >= _FORMS:
+                self._forms.clear()
+            self._forms[key] = self._made(arguments)
+        return self._forms[key]
+
+    def _made(self, arguments: Sequence[Tensor | None]) -> Form | None:
+        try:
+            return Form(self, [None if tensor is None else _value_of(tensor) for tensor in arguments])
+        except _NotNativeError:
+            return None
+
+    def plain(self, arguments: Sequence[Tensor | None]) -> list[Tensor]:
+        """Step by step, each by its own function; what nothing reads any more dies on the way."""
+        places: list[Any] = [*arguments, *(None for _ in self.steps)]
+        began_s, ended_s = time.perf_counter(), []
+        for index, step in enumerate(self.steps):
+            args = [places[one] if isinstance(one, Place) else one for one in step.args]
+            kwargs = {name: places[one] if isinstance(one, Place) else one for name, one in step.kwargs.items()}
+            places[self.arguments + index] = step.function(*args, **kwargs)
+            del args, kwargs
+            for operand in step.operands:
+                if operand is not None and operand not in self.results and self._last_reader[operand] == index:
+                    places[operand] = None
+            ended_s.append(time.perf_counter() - began_s)
+        self._ended_s = ended_s
+        return [places[place] for place in self.results]
+
+
+class _Builder:
+    """Instructions for arguments of one geometry.
+
+    Raises:
+        _NotNativeError: there are none.
+    """
+
+    def __init__(self, program: HostProgram, arguments: Sequence[_Value | None]) -> None:
+        self.values = {place: value for place, value in enumerate(arguments) if value is not None}
+        self.code: list[_Instruction] = []
+        self.offsets: list[int] = []
+        self.scratch_bytes = 0
+        self._table = {place: place for place in self.values}
+        self._table |= {place: len(arguments) + number for number, place in enumerate(program.results)}
+        self._given = len(arguments) + len(program.results)
+        for place, step in enumerate(program.steps, start=len(arguments)):
+            instruction, value = self._pointwise(step) if step.pointwise else self._linear(step)
+            if place not in self._table:
+                self._table[place] = self._scratch(value.nbytes)
+            instruction.out, self.values[place] = self._table[place], value
+            self.code.append(instruction)
+
+    def _scratch(self, nbytes: int) -> int:
+        self.offsets.append(self.scratch_bytes)
+        self.scratch_bytes += -(-nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        return self._given + len(self.offsets) - 1
+
+    def _pointwise(self, step: Step) -> tuple[_Instruction, _Value]:
+        places = [place for place in step.operands if place is not None]
+        value = self.values[places[0]]
+        alike = (self.values[place] for place in places)
+        _require(value.dtype in DTYPES and all(one.dense and one[:2] == value[:2] for one in alike))
+        operation = _FIRST_POINTWISE + POINTWISE.index(step.pointwise)
+        second = self._table[places[1]] if len(places) > 1 else _NOWHERE
+        instruction = _Instruction(operation, DTYPES.index(value.dtype), first=self._table[places[0]], second=second)
+        instruction.n = value.length
+        return instruction, _Value(value.shape, value.dtype, dense=True)
+
+    def _linear(self, step: Step) -> tuple[_Instruction, _Value]:
+        host = step.function
+        assert isinstance(host, HostLinear)
+        x_place, rows_place, bias_place = step.operands
+        assert x_place is not None
+        assert rows_place is not None
+        x, rows = self.values[x_place], self.values[rows_place]
+        _require(x.dense and x.tokens > 0 and x.dtype == rows.dtype and rows.dtype in DTYPES and rows.lines)
+        kernel, partial = host.kernel(x.tokens), host.dim == 1
+        columns, width = (rows.shape[1], rows.shape[0]) if partial else rows.shape
+        narrowed = host.axis != host.dim  # the range is one of the activations' columns, else of the result's
+        start = host.lo if narrowed else 0
+        _require(kernel in (VECTORISED, TILED) and (start + width <= x.shape[-1] if narrowed else width == x.shape[-1]))
+        _require(host.hi - host.lo == (width if narrowed else columns))
+        taken = torch.float32 if partial else library().activations[rows.dtype]
+        instruction = _Instruction(
+            _PARTIAL if partial else _TILED if kernel is TILED else _LINEAR, DTYPES.index(rows.dtype),
+            first=self._table[x_place], second=self._table[rows_place], third=_NOWHERE, wide=_NOWHERE, sums=_NOWHERE,
+            x_offset=start, m=x.tokens, n=columns, k=width, ldx=x.shape[-1], ldw=rows.row_stride,
+        )  # fmt: skip
+        if bias_place is not None:
+            instruction.third, instruction.bias_offset = self._table[bias_place], 0 if narrowed else host.lo
+            bias = self.values[bias_place]  # what is None in a Linear is no argument of its program
+            _require(bias.dtype == rows.dtype and bias.dense and instruction.bias_offset + columns <= bias.length)
+        if taken != rows.dtype:
+            instruction.wide = self._scratch(x.tokens * width * taken.itemsize)
+        if partial:
+            instruction.sums = self._scratch(x.tokens * columns * torch.float32.itemsize)
+        return instruction, _Value((*x.shape[:-1], columns), rows.dtype, dense=True)
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise _NotNativeError
+
+
+__all__ = ["POINTWISE", "Form", "HostProgram", "Place", "Step", "pointwise_name"]
