@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hetegen_compile.accelerators import Accelerator, Counters, Op, Span
-from hetegen_compile.accelerators.base import Slot, Token, Transfer, Value
+from hetegen_compile.accelerators.base import Chain, Slot, Token, Transfer, Value
 
 
 class NullAccelerator(Accelerator):
@@ -70,7 +70,14 @@ class NullAccelerator(Accelerator):
         """None."""
         return 0
 
-    def begin_step(self, carried: Sequence[Transfer] = (), *, again: bool = False, needs_bytes: int = 0) -> None:
+    def begin_step(
+        self,
+        carried: Sequence[Transfer] = (),
+        *,
+        again: bool = False,
+        needs_bytes: int = 0,
+        chains: Sequence[Chain] = (),
+    ) -> None:
         """Nothing."""
 
     def end_step(self) -> None:

@@ -138,6 +138,7 @@ class _Binder:
             sizes=self._sizes_behind_gates(),
             carried=tuple(self._position[node.args[0]] for node in self._carried),
             pinned_ring_bytes=self._pinned_ring_bytes,
+            chains=self._source.chains,
             source=source,
             refusals=tuple(self._refusals),
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hetegen_compile.accelerators.base import Chain
 from hetegen_compile.passes.context import Refusal
 
 
@@ -28,6 +29,7 @@ class BoundStep:
         sizes: positions of the inputs that are numbers which what is issued behind gates depends on.
         carried: position of the weight of each carried prefetch, in the order of ``carried``.
         pinned_ring_bytes: length of the pinned ring that the step uses.
+        chains: those that the step launches, in order.
         source: the generated code, for people.
         refusals: kernels of the hardware profile that cannot be used here.
     """
@@ -41,6 +43,7 @@ class BoundStep:
     sizes: tuple[int, ...]
     carried: tuple[int, ...]
     pinned_ring_bytes: int
+    chains: tuple[Chain, ...]
     source: str
     refusals: tuple[Refusal, ...]
 

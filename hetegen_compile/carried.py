@@ -87,7 +87,7 @@ class CarriedPrefetches:
         self._sizes = tuple(inputs[position] for position in plan.sizes)
         again = self._sizes == self._ran.get(plan)
         started = [transfer for transfer in found if transfer is not None]
-        self._accelerator.begin_step(started, again=again, needs_bytes=needs_bytes)
+        self._accelerator.begin_step(started, again=again, needs_bytes=needs_bytes, chains=plan.chains)
         return found
 
     def _take(self, index: int, weight: Tensor) -> Transfer | None:

@@ -92,6 +92,7 @@ class ChainLines:
         self._dying = dying
         self._lines: dict[fx.Node, str] = {}
         self._launched: list[fx.Node] = []
+        self._made: set[fx.Node] = set()
 
     def add(self, node: fx.Node, line: str) -> None:
         """One more node of the schedule, in order."""
@@ -128,7 +129,9 @@ class ChainLines:
             [node.name for node in nodes if node not in dead],
             dying=[node.name for node in given if node in dead],
             written=self._rules.written_positions(given),
+            made=tuple(i for i, node in enumerate(given) if node in self._made),
         )
+        self._made.update(nodes)
         self._lines, self._launched = {}, []
 
     def _dropped(self, node: fx.Node) -> str:

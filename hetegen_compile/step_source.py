@@ -38,10 +38,11 @@ class StepSource:
         *,
         dying: Sequence[str],
         written: tuple[int, ...],
+        made: tuple[int, ...],
     ) -> None:
         """Lines that launch, as a function of their own: of ``given`` values, some of which nothing reads after it."""
         function = f"chain_{len(self._chains) + 1}"
-        chain = self._chains[function] = Chain(name, _not_made, written)
+        chain = self._chains[function] = Chain(name, _not_made, written, made)
         body = [f"{', '.join(given)}, = {GIVEN}", f"{GIVEN}.clear()"] if given else []
         self._functions.append(_function(f"def {function}({GIVEN}):", [*body, *lines, f"return {_items(results)}"]))
         self.add(f"{GIVEN} = [{', '.join(given)}]")
@@ -69,6 +70,11 @@ class StepSource:
         if argument is None or isinstance(argument, (bool, int, str)):
             return repr(argument)
         return self.constant("constant", argument)
+
+    @property
+    def chains(self) -> tuple[Chain, ...]:
+        """Those that have been added."""
+        return tuple(self._chains.values())
 
     def function(self) -> tuple[Callable[..., Any], str]:
         """The function, and its text."""

@@ -85,12 +85,14 @@ class Chain:
         function: launches all of them. It takes a list of values, which it empties so that each dies behind its last
             reader, and returns those that the step goes on with.
         written: positions of the values that the step writes in place, in the chain or behind it.
+        made: positions of the values that other chains of the step give.
         recorded: what an accelerator keeps of it, for as long as the step exists.
     """
 
     name: str
     function: Callable[[list[Any]], tuple[Any, ...]]
     written: tuple[int, ...] = ()
+    made: tuple[int, ...] = ()
     recorded: Any = field(default=None, repr=False)
 
 
@@ -229,13 +231,21 @@ class Accelerator(ABC):
 
     # ---- operations of a schedule --------------------------------------------------------------------
     @abstractmethod
-    def begin_step(self, carried: Sequence[Transfer] = (), *, again: bool = False, needs_bytes: int = 0) -> None:
+    def begin_step(
+        self,
+        carried: Sequence[Transfer] = (),
+        *,
+        again: bool = False,
+        needs_bytes: int = 0,
+        chains: Sequence[Chain] = (),
+    ) -> None:
         """Order everything of this step after everything of the step before (the ring is free again).
 
         ``carried`` are results of ``prefetch_ahead`` that are still held (see ``holds``): from here on they are
         waited for and released like prefetches of this step. Those not among them are given up; their bytes of
         the ring may be overwritten. ``again``: this step has ended well when it last ran, and what it issues
         behind gates had the same sizes, so that has been loaded. ``needs_bytes``: the most that it may allocate.
+        ``chains`` are those that it launches.
         """
 
     @abstractmethod

@@ -140,7 +140,15 @@ def _launch(self: accelerator.CudaAccelerator, op: Op, function: Any, args: Any,
     return result
 
 
+def _copy_results(places: Any, results: Any) -> None:
+    """A copy within a chain, as a launch without results."""
+    _COPY_RESULTS(places, results)
+    if FakeGraph.recording is not None:
+        FakeGraph.recording.launched.append((_COPY_RESULTS, (places, results), None))
+
+
 _LAUNCH = accelerator.CudaAccelerator.launch
+_COPY_RESULTS = replays.copy_results
 
 POOL = (0, 1)
 
@@ -211,6 +219,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     monkeypatch.setattr(gates, "_wait_function", lambda: wait_value_32)
     monkeypatch.setattr(accelerator, "why_no_gates", lambda: "")
     monkeypatch.setattr(accelerator.CudaAccelerator, "launch", _launch)
+    monkeypatch.setattr(replays, "copy_results", _copy_results)
     for module in (accelerator, activations, gates, lending, prefetches, replays):
         monkeypatch.setattr(module, "empty_twin", lambda tensor, device, pinned=False: empty_twin(tensor, device))
     for module in (accelerator, activations):

@@ -196,8 +196,8 @@ def test_what_is_written_later_through_a_view_is_no_copy() -> None:
     model = Writes().eval()
     eager, backend = beside_eager(model, 0.25, 60 << 10)
     with torch.no_grad():
-        for number in range(16):
-            if number % 2 == 0:  # another place in memory each second step
+        for number in range(32):
+            if number % 8 == 0:  # another place in memory now and then
                 mine = random(4, 64, seed=number)
                 theirs = mine.clone()
             x = random(2, 64, seed=100 + number)

@@ -158,7 +158,14 @@ class CudaAccelerator(Accelerator):
         return self._prefetches.pinned.slot(offset, shape, dtype)
 
     # ---- steps -------------------------------------------------------------------------------------
-    def begin_step(self, carried: Sequence[CudaTransfer] = (), *, again: bool = False, needs_bytes: int = 0) -> None:
+    def begin_step(
+        self,
+        carried: Sequence[CudaTransfer] = (),
+        *,
+        again: bool = False,
+        needs_bytes: int = 0,
+        chains: Sequence[Chain] = (),
+    ) -> None:
         self._check_open()
         for transfer in carried:
             if not self.holds(transfer):
@@ -166,7 +173,8 @@ class CudaAccelerator(Accelerator):
         self.abandon_step()
         self._prefetches.take_over(carried)
         self._ledger.begin_step()
-        gated = again and not self._replays.wants_open_gates and needs_bytes <= unclaimed_bytes(self.device)
+        opened = self._replays.wants_open_gates(chains)
+        gated = again and not opened and needs_bytes <= unclaimed_bytes(self.device)
         self._in_step = True
         self._streams.begin_step()
         self._ahead.begin_step(gated=gated)

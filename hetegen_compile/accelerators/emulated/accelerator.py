@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, Value, call_on_host
+from hetegen_compile.accelerators.base import Accelerator, Chain, Counters, Op, Span, Value, call_on_host
 from hetegen_compile.accelerators.emulated.activations import Activations
 from hetegen_compile.accelerators.emulated.ahead import Ahead
 from hetegen_compile.accelerators.emulated.clocks import COMPUTE, HOST, UP, Access
@@ -162,8 +162,15 @@ class EmulatedAccelerator(Accelerator):
         return self._prefetches.pinned.slot(offset, shape, dtype)
 
     # ---- steps -------------------------------------------------------------------------------------
-    def begin_step(self, carried: Sequence[Transfer] = (), *, again: bool = False, needs_bytes: int = 0) -> None:
-        del needs_bytes  # nobody waits for memory
+    def begin_step(
+        self,
+        carried: Sequence[Transfer] = (),
+        *,
+        again: bool = False,
+        needs_bytes: int = 0,
+        chains: Sequence[Chain] = (),
+    ) -> None:
+        del needs_bytes, chains  # nobody waits for memory, and nothing is recorded
         self._engine.check_usable()
         self.abandon_step()
         self._finish_step()

@@ -30,9 +30,9 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaAccelerator]:
 class Layer:
     """A chain of two launches: y = 2x, z = y + w; gives z, and w's first element as a view."""
 
-    def __init__(self, accelerator: CudaAccelerator) -> None:
+    def __init__(self, accelerator: CudaAccelerator, made: tuple[int, ...] = ()) -> None:
         self.accelerator = accelerator
-        self.chain = Chain("double", self.run)
+        self.chain = Chain("double", self.run, made=made)
         self.runs = 0
 
     def run(self, given: list[Any]) -> tuple[Any, ...]:
@@ -44,7 +44,7 @@ class Layer:
         return z, w[:1]
 
     def step(self, x: Tensor, w: Tensor, *, again: bool = True) -> tuple[Tensor, Tensor]:
-        self.accelerator.begin_step(again=again)
+        self.accelerator.begin_step(again=again, chains=[self.chain])
         given = [x, w]
         z, first = self.accelerator.launch_chain(self.chain, given)
         assert given == [], "what is given may die on the way"
@@ -52,6 +52,10 @@ class Layer:
         assert torch.equal(z, 2 * x + w)
         assert torch.equal(first, w[:1])
         return z, first
+
+
+def wants(layer: Layer) -> bool:
+    return layer.accelerator._replays.wants_open_gates([layer.chain])
 
 
 def steps(layer: Layer, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
@@ -67,8 +71,8 @@ def steps(layer: Layer, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
 def test_what_lies_still_is_recorded_once_and_replayed(accelerator: CudaAccelerator) -> None:
     layer, x, w = Layer(accelerator), torch.randn(4), torch.randn(4)
     layer.step(x, w, again=False)
-    assert steps(layer, [(x, w)] * 5) == [False, True, True, True, True]
-    assert (layer.runs, LOG.count("recorded 2 launches"), accelerator.counters.chains_recorded) == (3, 1, 1)
+    assert steps(layer, [(x, w)] * 5) == [True] * 5
+    assert (layer.runs, LOG.count("recorded 2 launches"), accelerator.counters.chains_recorded) == (2, 1, 1)
     x.fill_(7.0)  # other contents
     w.fill_(3.0)
     z, first = layer.step(x, w)
@@ -81,12 +85,13 @@ def test_nothing_is_recorded_while_gates_are_closed_or_code_may_be_loaded(accele
     for _ in range(4):
         layer.step(x, w, again=False)
     assert accelerator.counters.chains_recorded == 0
+    layer.chain.recorded.wants = False
     layer.step(x, w)
-    assert accelerator._replays.wants_open_gates, "the next step closes none"
+    assert wants(layer), "the next step closes none"
     assert accelerator.counters.chains_recorded == 0
     layer.step(x, w)
     assert accelerator.counters.chains_recorded == 1
-    assert not accelerator._replays.wants_open_gates
+    assert not wants(layer)
 
 
 def test_traced_steps_have_a_span_for_each_launch(
@@ -115,7 +120,7 @@ def test_a_chain_whose_inputs_moved_is_launched_one_by_one_and_recorded_again(ac
     layer, x, w = Layer(accelerator), torch.randn(4), torch.randn(4)
     assert steps(layer, [(x, w)] * 12)[2:] == [True] * 10
     other = torch.randn(4)
-    assert steps(layer, [(x, other)] * 4) == [False, False, True, True], "one closes gates, one records"
+    assert steps(layer, [(x, other)] * 4) == [False, True, True, True], "gates are open in the second"
     assert accelerator.counters.chains_recorded == 2
 
 
@@ -137,7 +142,7 @@ def test_what_is_written_is_never_a_copy(accelerator: CudaAccelerator) -> None:
 
     chain, x = Chain("write", run, written=(0,)), torch.randn(4)
     for cache in [torch.zeros(4) for _ in range(10)]:
-        accelerator.begin_step(again=True)
+        accelerator.begin_step(again=True, chains=[chain])
         accelerator.launch_chain(chain, [cache, x])
         accelerator.end_step()
         assert torch.equal(cache, x)
@@ -145,20 +150,20 @@ def test_what_is_written_is_never_a_copy(accelerator: CudaAccelerator) -> None:
 
 
 def test_what_comes_and_goes_is_not_recorded_each_time(accelerator: CudaAccelerator) -> None:
-    """Two large caches by turns, three steps each: every second turn could be recorded anew, and replayed once."""
+    """Two large caches by turns, three steps each: every turn could be recorded anew, and replayed twice."""
     layer, x = Layer(accelerator), torch.randn(replays.COPIED_BYTES)
     caches = [torch.randn(replays.COPIED_BYTES) for _ in range(2)]
     steps(layer, [(x, caches[number // 3 % 2]) for number in range(120)])
-    assert accelerator.counters.chains_recorded < 10
+    assert accelerator.counters.chains_recorded < accelerator.counters.chains_replayed / 2
     assert all(steps(layer, [(x, caches[0])] * 80)[-8:]), "at last, when it stays"
 
 
 def test_a_chain_behind_another_is_recorded_in_the_same_step(accelerator: CudaAccelerator) -> None:
     """The first one's results lie elsewhere from then on, and stay there."""
-    first, second = Layer(accelerator), Layer(accelerator)
+    first, second = Layer(accelerator), Layer(accelerator, made=(0,))
     x, w = torch.randn(4), torch.randn(4)
     for _ in range(4):
-        accelerator.begin_step(again=True)
+        accelerator.begin_step(again=True, chains=[first.chain, second.chain])
         z, _ = accelerator.launch_chain(first.chain, [x, w])
         y, _ = accelerator.launch_chain(second.chain, [z, w])
         accelerator.end_step()
@@ -168,26 +173,87 @@ def test_a_chain_behind_another_is_recorded_in_the_same_step(accelerator: CudaAc
     assert accelerator.counters.chains_recorded == 2
 
 
-def test_graphs_are_replayed_in_the_order_in_which_they_were_recorded(accelerator: CudaAccelerator) -> None:
-    """Scratch of an earlier one may be a later one's result: those behind one that is recorded anew are, too."""
-    layers = [Layer(accelerator) for _ in range(3)]
-    large, w = [torch.randn(replays.COPIED_BYTES) for _ in range(2)], torch.ones(1)
+class Row:
+    """Layers that follow each other, the first of ``x`` and all of ``ws``."""
 
-    def numbers(x: Tensor) -> list[int]:
-        accelerator.begin_step(again=True)
-        value, found = x, []
-        for layer in layers:
-            value, _ = accelerator.launch_chain(layer.chain, [value, w])
-            recording = layer.chain.recorded.recording
-            found.append(recording.number if recording is not None else 0)
-        accelerator.end_step()
-        assert torch.equal(value, 2 * (2 * (2 * x + w) + w) + w)
+    def __init__(self, accelerator: CudaAccelerator, count: int = 3) -> None:
+        self.accelerator = accelerator
+        self.layers = [Layer(accelerator, made=(0,) if index else ()) for index in range(count)]
+
+    def step(self, x: Tensor, ws: Sequence[Tensor]) -> list[bool]:
+        """Whether each was replayed."""
+        self.accelerator.begin_step(again=True, chains=[layer.chain for layer in self.layers])
+        value, expected, found = x, x, []
+        for layer, w in zip(self.layers, ws, strict=True):
+            before = self.accelerator.counters.chains_replayed
+            value, _ = self.accelerator.launch_chain(layer.chain, [value, w])
+            expected = 2 * expected + w
+            found.append(self.accelerator.counters.chains_replayed > before)
+        self.accelerator.end_step()
+        assert torch.equal(value, expected)
         return found
 
-    assert [numbers(large[0]) for _ in range(12)][-1] == [1, 2, 3]
-    found = [numbers(large[1]) for _ in range(6)][-1]
-    assert found == sorted(found)
-    assert min(found) > 3
+    def recordings(self) -> list[Any]:
+        return [layer.chain.recorded.recording for layer in self.layers]
+
+
+def test_what_is_recorded_anew_leaves_its_results_where_they_were(accelerator: CudaAccelerator) -> None:
+    """Those behind it are given the same, and their graphs were recorded when its results had been born."""
+    row, x = Row(accelerator), torch.randn(replays.COPIED_BYTES)
+    w, caches = torch.ones(1), [torch.randn(replays.COPIED_BYTES) for _ in range(2)]
+    assert [row.step(x, [w, caches[0], w]) for _ in range(12)][-1] == [True] * 3
+    before = row.recordings()
+    assert row.step(x, [w, caches[1], w]) == [True, False, False], "its result lies elsewhere, for once"
+    assert row.step(x, [w, caches[1], w]) == [True] * 3
+    first, second, third = row.recordings()
+    assert (first, third) == (before[0], before[2])
+    assert second.number > before[1].number
+    assert (second.born, second.places) == (before[1].born, before[1].places)
+    assert accelerator.counters.chains_recorded == 4
+    assert all(row.step(x, [w, caches[1], w]) == [True] * 3 for _ in range(3))
+
+
+def test_results_that_were_made_in_inference_mode_stay_too(accelerator: CudaAccelerator) -> None:
+    layer, w = Layer(accelerator), torch.ones(1)
+    xs = [torch.randn(replays.COPIED_BYTES) for _ in range(2)]
+    with torch.inference_mode():
+        assert any(steps(layer, [(xs[0], w)] * 8))
+    place = layer.chain.recorded.recording.places
+    assert any(steps(layer, [(xs[1], w)] * 4))
+    assert layer.chain.recorded.recording.places == place
+
+
+def test_no_graph_is_replayed_behind_results_that_were_born_later(accelerator: CudaAccelerator) -> None:
+    """They may lie in its scratch. One that is recorded late has those behind it recorded once more."""
+    late, early, w = Layer(accelerator), Layer(accelerator), torch.ones(1)
+    xs = [torch.randn(replays.COPIED_BYTES) for _ in range(4)]
+
+    def step(x: Tensor) -> list[int]:
+        accelerator.begin_step(again=True, chains=[late.chain, early.chain])
+        for layer, value in ((late, x), (early, xs[0])):
+            z, _ = accelerator.launch_chain(layer.chain, [value, w])
+            assert torch.equal(z, 2 * value + w)
+        accelerator.end_step()
+        recordings = [layer.chain.recorded.recording for layer in (late, early)]
+        return [0 if one is None else one.number for one in recordings]
+
+    assert [step(x) for x in xs][-1] == [0, 1]
+    assert [step(xs[1]) for _ in range(12)][-1] == [2, 3]
+
+
+def test_results_of_another_geometry_are_born_anew(accelerator: CudaAccelerator) -> None:
+    layer, w = Layer(accelerator), torch.ones(1)
+    xs = [torch.randn(size) for size in (replays.COPIED_BYTES, replays.COPIED_BYTES + 8)]
+    for x in xs:
+        assert any(steps(layer, [(x, w)] * 12))
+    assert layer.chain.recorded.recording.born == layer.chain.recorded.recording.number == 2
+
+
+def test_what_another_chain_gives_is_never_a_copy(accelerator: CudaAccelerator) -> None:
+    """It lies elsewhere for a step where that one is recorded anew."""
+    layer, w = Layer(accelerator, made=(0,)), torch.randn(4)
+    assert not any(steps(layer, [(torch.randn(4), w) for _ in range(8)]))
+    assert layer.chain.recorded.moving == ()
 
 
 @pytest.mark.parametrize(
@@ -199,23 +265,26 @@ def test_copies_lie_in_memory_as_what_they_are_of(accelerator: CudaAccelerator, 
     assert steps(layer, [(x, w) for x in places])[-4:] == [True] * 4
 
 
-def test_steps_of_others_do_not_use_up_a_wish(accelerator: CudaAccelerator) -> None:
-    """Graphs that take turns, of which one has nothing to record; and a wish that nobody comes for ends."""
-    layer, x, w = Layer(accelerator), torch.randn(4), torch.randn(4)
-    for _ in range(4):
+def test_a_wish_is_for_the_next_step_of_ones_own(accelerator: CudaAccelerator) -> None:
+    """A prompt's chains that could be recorded leave the gates of the answer's steps alone."""
+    prompt, answer, x, w = Layer(accelerator), Layer(accelerator), torch.randn(4), torch.randn(4)
+    steps(answer, [(x, w)] * 4)
+    prompt.step(x, w)
+    assert wants(prompt)
+    for _ in range(40):
+        assert not wants(answer)
+        answer.step(x, w)
+    prompt.step(x, w)
+    assert accelerator.counters.chains_recorded == 2
+    assert not wants(prompt)
+
+
+def test_gates_stay_closed_for_what_moves_in_every_step(accelerator: CudaAccelerator) -> None:
+    layer, w, opened = Layer(accelerator), torch.ones(1), []
+    for x in [torch.randn(replays.COPIED_BYTES) for _ in range(12)]:
         layer.step(x, w)
-        accelerator.begin_step(again=True)  # another one's
-        accelerator.end_step()
-    assert accelerator.counters.chains_recorded == 1
-    assert not accelerator._replays.wants_open_gates
-    other = Layer(accelerator)
-    for _ in range(2):
-        other.step(x, w)
-    assert accelerator._replays.wants_open_gates
-    for _ in range(20):
-        accelerator.begin_step(again=True)
-        accelerator.end_step()
-    assert not accelerator._replays.wants_open_gates
+        opened.append(wants(layer))
+    assert sum(opened) == 1
 
 
 def test_a_replay_that_fails_names_its_first_launch(
@@ -263,12 +332,21 @@ def test_what_is_recorded_stays_within_its_share(accelerator: CudaAccelerator, m
         for layer in layers:
             layer.step(x, w)
     assert accelerator.counters.chains_recorded == 2, "two halves, after which there is no room"
+    steps(layers[2], [(x, w)] * 60)
+    assert accelerator.counters.chains_recorded == 3, "what was not used for long makes room"
+    assert [layer.chain.recorded.recording is None for layer in layers] == [True, True, False]
+
+
+def test_what_is_gone_takes_nothing(accelerator: CudaAccelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    reserved = iter(range(0, 1 << 40, RECORDED_BYTES // 2))
+    monkeypatch.setattr(replays, "reserved_now_bytes", lambda device: next(reserved))
+    layers, x, w = [Layer(accelerator) for _ in range(2)], torch.randn(4), torch.randn(4)
+    for layer in layers:
+        assert any(steps(layer, [(x, w)] * 4))
     del layer
     layers.clear()
     gc.collect()
-    layer = Layer(accelerator)
-    steps(layer, [(x, w)] * 4)
-    assert accelerator.counters.chains_recorded == 3, "what is gone takes nothing, in a pool of memory that is new"
+    assert any(steps(Layer(accelerator), [(x, w)] * 4)), "in a pool of memory that is new"
 
 
 def test_memory_that_ends_while_recording_is_no_error(
@@ -296,7 +374,7 @@ def test_a_view_of_another_type_of_what_was_given_is_not_recorded(accelerator: C
 
     chain, x = Chain("view", run), torch.randn(4)
     for _ in range(4):
-        accelerator.begin_step(again=True)
+        accelerator.begin_step(again=True, chains=[chain])
         (seen,) = accelerator.launch_chain(chain, [x])
         accelerator.end_step()
         assert seen.data_ptr() == x.data_ptr()
