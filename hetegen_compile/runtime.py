@@ -15,7 +15,7 @@ from torch import nn
 from hetegen_compile.accelerators import Accelerator, open_accelerator
 from hetegen_compile.carried import CarriedPrefetches
 from hetegen_compile.cost_model import HardwareProfile
-from hetegen_compile.host_memory import HostMemory
+from hetegen_compile.host_memory import HostMemory, HugePages
 from hetegen_compile.mirrors import Mirrors
 from hetegen_compile.model_lives import ModelLives
 from hetegen_compile.options import Options
@@ -45,7 +45,9 @@ class Runtime:
         self.carried = CarriedPrefetches(accelerator)
         self.ledger = ResidencyLedger(self.mirrors)
         self.lives = ModelLives(self.mirrors, self.rest)
-        self.host_memory = HostMemory(accelerator.pin, moved=functools.partial(_note_moves, self.ledger, self.lives))
+        moved = functools.partial(_note_moves, self.ledger, self.lives)
+        huge_pages = HugePages() if accelerator.kind == "cuda" else None
+        self.host_memory = HostMemory(accelerator.pin, moved=moved, huge_pages=huge_pages)
         self.limit_bytes = accelerator.memory_bytes
         self._ring_bytes = 0
         weakref.finalize(self, accelerator.close)

@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from hetegen_compile.host_memory.arena import Arena, drop_pages, move
 from hetegen_compile.host_memory.decide import Decision, Facts, decide, immovable
+from hetegen_compile.host_memory.huge_pages import HugePages
 from hetegen_compile.host_memory.limits import HostLimits, read_limits
 from hetegen_compile.host_memory.mappings import kind_of, read_mappings
 from hetegen_compile.options import format_bytes
@@ -46,10 +47,19 @@ class HostMemory:
         pin: pins a range of memory in place.
         limits: reads the limits on host memory.
         moved: is told what was adopted.
+        huge_pages: makes them where weights will be pinned in place; None: nobody does.
     """
 
-    def __init__(self, pin: Pin, limits: Callable[[], HostLimits] | None = None, moved: Moved | None = None) -> None:
+    def __init__(
+        self,
+        pin: Pin,
+        limits: Callable[[], HostLimits] | None = None,
+        moved: Moved | None = None,
+        huge_pages: HugePages | None = None,
+    ) -> None:
         self._pin = pin
+        self._huge_pages = huge_pages
+        self._begun: dict[int, StorageWeakRef] = {}
         self._moved = moved
         self._limits = limits or read_limits
         self._held: dict[int, tuple[StorageWeakRef, Holding]] = {}
@@ -69,7 +79,9 @@ class HostMemory:
         asked = {name: weights[name] for name in names if _in_host_memory(weights[name])}
         holdings = {name: self.holding(tensor) for name, tensor in asked.items()}
         undecided = [asked[name] for name, holding in holdings.items() if holding is None]
-        reasons = {key: decision.reason for key, decision in self._decide(undecided, weights.values()).items()}
+        decisions = self._decide(undecided, weights.values())
+        reasons = {key: decision.reason for key, decision in decisions.items()}
+        self._make_huge([tensor for tensor in undecided if decisions[_key(tensor)].action == "pin"])
         told = {
             name: reasons[_key(asked[name])] if holding is None else holding.reason
             for name, holding in holdings.items()
@@ -88,6 +100,8 @@ class HostMemory:
 
         ``visible`` gives all tensors that are known of.
         """
+        if self._huge_pages is not None and self._huge_pages.under_way:
+            self._huge_pages.end()
         held = [self._held.get(tensor.untyped_storage()._cdata) for tensor in wanted]  # every step comes here
         if None not in held:
             return not any(one[1].reason for one in held if one is not None)
@@ -136,6 +150,14 @@ class HostMemory:
             )
 
     # ---- doing -------------------------------------------------------------------------------------------
+
+    def _make_huge(self, tensors: Sequence[Tensor]) -> None:
+        """Begin with those that are new; what a later plan asks about once more is left to whoever pins it."""
+        new = {_key(tensor): tensor for tensor in tensors if _key(tensor) not in self._begun}
+        if self._huge_pages is None or not new:
+            return
+        self._begun |= {key: StorageWeakRef(tensor.untyped_storage()) for key, tensor in new.items()}
+        self._huge_pages.begin([_range(tensor) for tensor in new.values()])
 
     def _pin_in_place(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -192,6 +214,7 @@ class HostMemory:
         for key in dead:
             del self._held[key]
         self._told.difference_update(dead)
+        self._begun = {key: storage for key, storage in self._begun.items() if not storage.expired()}
 
 
 def _in_host_memory(tensor: Tensor) -> bool:

@@ -14,8 +14,8 @@ from hetegen_compile.accelerators.cuda.worker import Worker
 from hetegen_compile.accelerators.promises import Promise, kept_in
 
 
-@pytest.mark.parametrize(("threads", "worker"), [(1, 1), (2, 2), (3, 2)])
-def test_the_worker_leaves_a_processor_to_the_issuing_thread(threads: int, worker: int) -> None:
+@pytest.mark.parametrize(("threads", "worker"), [(1, 1), (2, 2), (3, 2), (7, 6), (8, 6), (16, 14)])
+def test_the_worker_leaves_processors_to_the_issuing_thread_and_others(threads: int, worker: int) -> None:
     found: list[int] = []
     thread = Worker(lambda: None)
     torch.set_num_threads(threads)
