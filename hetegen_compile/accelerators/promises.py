@@ -37,7 +37,7 @@ class Promise:
         self._value = value
 
     def kept(self) -> Any:
-        """The value; only the worker asks, and it asks for what it did before."""
+        """The value. The worker asks for what it did before; whoever prepares its work asks where it will lie."""
         if self._source is not None:
             return self._source.kept()[self._index]
         assert self._value is not _NOTHING, f"{self.node} is done before whatever reads it"

@@ -25,7 +25,7 @@ from hetegen_compile.accelerators import Accelerator, CudaAccelerator, Op
 from hetegen_compile.accelerators.cuda.pinning import cuda_view
 from hetegen_compile.calibration.host import copy_bytes
 from hetegen_compile.calibration.kernels import dtype_name
-from hetegen_compile.calibration.machine import last_level_cache_bytes
+from hetegen_compile.calibration.machine import host_memory_bytes, last_level_cache_bytes
 from hetegen_compile.calibration.timing import Effort, durations_s, median_s
 from hetegen_compile.cost_model import AcceleratorProfile, LinkDirection, LinkProfile, RateCurve
 from hetegen_compile.segments import inductor_compiler
@@ -199,7 +199,8 @@ class CudaMeter:
 
     @cached_property
     def _more_than_caches(self) -> Tensor:
-        return pinned_zeros(max(4 * last_level_cache_bytes(), _BATCH * self._pinned.nbytes))
+        most = host_memory_bytes() // 16
+        return pinned_zeros(max(min(4 * last_level_cache_bytes(), most), _BATCH * self._pinned.nbytes))
 
     def issue_s(self) -> float:
         """Seconds of the host thread for issuing a Linear of one token."""

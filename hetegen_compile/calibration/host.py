@@ -33,9 +33,6 @@ _CACHES = 16
 _ANY_DTYPE = 0x3C
 """A byte that repeated is a small number in every dtype: 0.01 in float32 and bfloat16, 1.06 in float16, 60 in int8."""
 
-_COPIED_BYTES = 1 << 30
-"""Of main memory, at most, to measure a copy."""
-
 _LAUNCHES = 100
 _ITEM_BYTES = max(dtype.itemsize for dtype in DTYPES)
 
@@ -63,7 +60,8 @@ def measure_host(effort: Effort, copy: Callable[[], object] | None, step: Callab
         step: called with the name of each figure before it is measured.
     """
     rotate_bytes = rotation_bytes(effort)
-    copy = copy or memory_copy(min(rotate_bytes, _COPIED_BYTES))
+    copied_bytes = max(rotate_bytes // 4, min(rotate_bytes, MIN_ROTATE_BYTES))
+    copy = copy or memory_copy(copied_bytes)
     memory = torch.full((rotate_bytes // _ITEM_BYTES * _ITEM_BYTES,), _ANY_DTYPE, dtype=torch.uint8, device="cpu")
     step("host launch")
     fixed_s = launch_s(effort)
@@ -86,7 +84,7 @@ def measure_host(effort: Effort, copy: Callable[[], object] | None, step: Callab
         name=cpu_model(),
         cores=torch.get_num_threads(),
         flops_per_s=flops,
-        memory_bytes_per_s=memory_bytes_per_s(min(rotate_bytes, _COPIED_BYTES), effort),
+        memory_bytes_per_s=memory_bytes_per_s(copied_bytes, effort),
         linear_bytes_per_s={name: figures.table for name, figures in linears.items()},
         launch_s=fixed_s,
         contention=median(shares),

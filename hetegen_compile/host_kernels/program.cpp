@@ -21,6 +21,8 @@ struct Instruction {
   int64_t ldx, ldw;
 };
 
+constexpr int64_t kManyElements = 1 << 15;  // from which further threads pay
+
 enum : int64_t { kLinear, kTiledLinear, kPartialLinear, kRelu, kSilu, kGelu, kGeluTanh, kMul };
 
 struct Places {
@@ -78,12 +80,14 @@ HETEGEN_INLINE void pointwise_step(const T* a, const T* b, T* out) {
   store<T>(left, out);
 }
 
-// out = F(a, b), computed in float32, by one thread: these are few elements. What fills no step goes through buffers.
+// out = F(a, b), computed in float32. What fills no step goes through buffers.
 template <typename T, typename F>
 void pointwise(const T* a, const T* b, T* out, int64_t n) {
   constexpr int64_t step = Ops<T>::step;
-  int64_t i = 0;
-  for (; i + step <= n; i += step) pointwise_step<T, F>(a + i, b + i, out + i);
+  const int64_t whole = n / step;
+#pragma omp parallel for if (n >= kManyElements)
+  for (int64_t j = 0; j < whole; ++j) pointwise_step<T, F>(a + j * step, b + j * step, out + j * step);
+  const int64_t i = whole * step;
   if (i < n) {
     T x[step] = {}, y[step] = {}, z[step];
     std::copy(a + i, a + n, x);

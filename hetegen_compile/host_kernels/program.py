@@ -29,6 +29,8 @@ _ALIGNMENT_BYTES = 64
 _NOWHERE = -1
 _FORMS = 64
 """Geometries that are kept of one program."""
+_SCRATCH_BYTES = 32 << 20
+"""A thread keeps this much at most for what lies between two steps."""
 _LINEAR, _TILED, _PARTIAL, _FIRST_POINTWISE = range(4)
 
 POINTWISE = ("relu", "silu", "gelu", "gelu_tanh", "mul")
@@ -141,25 +143,18 @@ class _NotNativeError(Exception):
 
 
 class Form:
-    """A program for arguments of one geometry: its instructions, and the table of addresses that a call fills.
+    """A program for arguments of one geometry.
 
-    A program is called by one thread at a time, so the table is its own. ``ended_s``: when each step of the last call
-    had ended, since the call began. ``address``: what ``run_program`` and ``run_trip`` are called with.
+    ``ended_s``: when each step of the last call had ended, since that began.
     """
 
     def __init__(self, program: HostProgram, arguments: Sequence[_Value | None]) -> None:
         builder = _Builder(program, arguments)
         self.results = tuple(builder.values[place] for place in program.results)
-        self._code = (_Instruction * len(builder.code))(*builder.code)
-        self._offsets = (ctypes.c_int64 * max(1, len(builder.offsets)))(*builder.offsets)
+        self.code = (_Instruction * len(builder.code))(*builder.code)
+        self.offsets = (ctypes.c_int64 * max(1, len(builder.offsets)))(*builder.offsets)
         self.ended_s = (ctypes.c_double * len(builder.code))()
-        given = len(arguments) + len(self.results)
-        self._pointers = (ctypes.c_void_p * given)()
-        self._native = _Program(
-            ctypes.addressof(self._code), len(builder.code), ctypes.addressof(self._pointers), given,
-            ctypes.addressof(self._offsets), builder.scratch_bytes, ctypes.addressof(self.ended_s),
-        )  # fmt: skip
-        self.address = ctypes.addressof(self._native)
+        self.scratch_bytes = builder.scratch_bytes
 
     def takes(self, results: Sequence[Tensor]) -> bool:
         """Whether it can write its results into these tensors."""
@@ -168,10 +163,22 @@ class Form:
             for tensor, value in zip(results, self.results, strict=True)
         )
 
-    def point(self, arguments: Sequence[Tensor | None], results: Sequence[Tensor]) -> None:
-        """Fill the table: the next call reads and writes these, which have to live until it is over."""
-        for index, tensor in enumerate((*arguments, *results)):
-            self._pointers[index] = None if tensor is None else tensor.data_ptr()
+
+class Call:
+    """One call of a form, prepared: of these arguments, into these results, which it keeps.
+
+    ``address``: what ``run_program`` and ``run_trip`` are called with, once or again.
+    """
+
+    def __init__(self, form: Form, arguments: Sequence[Tensor | None], results: Sequence[Tensor]) -> None:
+        self._kept = (form, *arguments, *results)
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in (*arguments, *results)]
+        self._pointers = (ctypes.c_void_p * len(addresses))(*addresses)
+        self._native = _Program(
+            ctypes.addressof(form.code), len(form.code), ctypes.addressof(self._pointers), len(addresses),
+            ctypes.addressof(form.offsets), form.scratch_bytes, ctypes.addressof(form.ended_s),
+        )  # fmt: skip
+        self.address = ctypes.addressof(self._native)
 
     def run(self) -> None:
         """Compute."""
@@ -188,9 +195,6 @@ class HostProgram:
         self.steps = tuple(steps)
         self.arguments = arguments
         self.results = tuple(results)
-        self._weights = frozenset(
-            operand for step in steps if not step.pointwise for operand in step.operands[1:] if operand is not None
-        )
         self._forms: dict[tuple[Any, ...], Form | None] = {}
         self._ended_s = [1.0] * len(steps)
         self._last_reader = {
@@ -203,8 +207,7 @@ class HostProgram:
         if form is None:
             return self.plain(arguments)
         results = [torch.empty(value.shape, dtype=value.dtype, device="cpu") for value in form.results]
-        form.point(arguments, results)
-        form.run()
+        Call(form, arguments, results).run()
         self._ended_s = list(form.ended_s)
         return results
 
@@ -219,8 +222,7 @@ class HostProgram:
         if torch.is_autocast_enabled("cpu"):
             return None
         key = tuple(
-            None if tensor is None or index in self._weights else (tensor.shape, tensor.dtype, tensor.is_contiguous())
-            for index, tensor in enumerate(arguments)
+            [tensor if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype) for tensor in arguments]
         )
         if key not in self._forms:
             if len(self._forms) >= _FORMS:
@@ -272,6 +274,7 @@ class _Builder:
                 self._table[place] = self._scratch(value.nbytes)
             instruction.out, self.values[place] = self._table[place], value
             self.code.append(instruction)
+        _require(self.scratch_bytes <= _SCRATCH_BYTES)
 
     def _scratch(self, nbytes: int) -> int:
         self.offsets.append(self.scratch_bytes)
@@ -325,4 +328,4 @@ def _require(condition: bool) -> None:
         raise _NotNativeError
 
 
-__all__ = ["POINTWISE", "Form", "HostProgram", "Place", "Step", "pointwise_name"]
+__all__ = ["POINTWISE", "Call", "Form", "HostProgram", "Place", "Step", "pointwise_name"]

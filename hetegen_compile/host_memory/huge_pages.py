@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import logging
+import queue
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ class HugePages:
     def __init__(self, collapse: Collapse | None = None) -> None:
         self._collapse = collapse or _collapse
         self._thread: threading.Thread | None = None
+        self._ranges: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         self.nbytes = 0
 
@@ -46,25 +48,27 @@ class HugePages:
         return self._thread is not None
 
     def begin(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Go through ranges (address, bytes) of anonymous memory; returns at once. What was under way ends."""
-        self.end()
-        if ranges:
-            self._stop.clear()
-            name = "hetegen-huge-pages"
-            self._thread = threading.Thread(target=self._go_through, args=(ranges,), name=name, daemon=True)
+        """Go through ranges (address, bytes) of anonymous memory, behind those under way; returns at once."""
+        for one in ranges:
+            self._ranges.put(one)
+        if ranges and self._thread is None:
+            self._thread = threading.Thread(target=self._go_through, name="hetegen-huge-pages", daemon=True)
             self._thread.start()
 
     def end(self) -> None:
         """Leave the rest as it is; on return nothing is being moved."""
         if self._thread is not None:
             self._stop.set()
+            self._ranges.put(None)
             self._thread.join()
-            self._thread = None
+            self._thread, self._ranges = None, queue.SimpleQueue()
+            self._stop.clear()
             logger.info("%s of weights lie in huge pages", format_bytes(self.nbytes))
 
-    def _go_through(self, ranges: Sequence[tuple[int, int]]) -> None:
+    def _go_through(self) -> None:
         """What the system refuses (an older one, memory of another kind, nothing free) stays as it is."""
-        for address, nbytes in ranges:
+        while (one := self._ranges.get()) is not None:
+            address, nbytes = one
             start = -(-address // HUGE_BYTES) * HUGE_BYTES
             end = (address + nbytes) // HUGE_BYTES * HUGE_BYTES
             for lo in range(start, end, _AT_ONCE_BYTES):

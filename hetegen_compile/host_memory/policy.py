@@ -19,7 +19,7 @@ from hetegen_compile.host_memory.arena import Arena, drop_pages, move
 from hetegen_compile.host_memory.decide import Decision, Facts, decide, immovable
 from hetegen_compile.host_memory.huge_pages import HugePages
 from hetegen_compile.host_memory.limits import HostLimits, read_limits
-from hetegen_compile.host_memory.mappings import kind_of, read_mappings
+from hetegen_compile.host_memory.mappings import Kind, kind_of, read_mappings
 from hetegen_compile.options import format_bytes
 
 logger = logging.getLogger("hetegen_compile")
@@ -157,7 +157,8 @@ class HostMemory:
         if self._huge_pages is None or not new:
             return
         self._begun |= {key: StorageWeakRef(tensor.untyped_storage()) for key, tensor in new.items()}
-        self._huge_pages.begin([_range(tensor) for tensor in new.values()])
+        mappings, ranges = read_mappings(), [_range(tensor) for tensor in new.values()]
+        self._huge_pages.begin([one for one in ranges if kind_of(mappings, *one) is Kind.ANONYMOUS])
 
     def _pin_in_place(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -93,12 +93,12 @@ def test_not_all_of_it_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
         copied.append(nbytes)
         return 1.0
 
-    monkeypatch.setattr(host, "_COPIED_BYTES", 1000)
+    monkeypatch.setattr(host, "MIN_ROTATE_BYTES", 1000)
     monkeypatch.setattr(host, "memory_copy", copy)
     monkeypatch.setattr(host, "memory_bytes_per_s", rate)
-    for rotate_bytes in (2048, 512):
+    for rotate_bytes in (8192, 2048, 512):
         measure_host(replace(TINY, rotate_bytes=rotate_bytes), None, lambda name: None)
-    assert copied == [1000, 1000, 512, 512]
+    assert copied == [2048, 2048, 1000, 1000, 512, 512]
 
 
 FIGURES = LinearFigures(RateTable.of(RateCurve.constant(1.0)), KernelChoice(((1.0, "vectorised"),)), "")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hetegen_compile.cost_model import KernelChoice
 from hetegen_compile.host_kernels import LINEAR, VECTORISED, HostLinear, bind_kernels
-from hetegen_compile.host_kernels.program import _FORMS, HostProgram, Step
+from hetegen_compile.host_kernels.program import _FORMS, _SCRATCH_BYTES, Call, HostProgram, Step
 from tests.host_kernels.programs import assert_equal, assert_native_as_plain, linear, mlp, native, one, part, pointwise
 from tests.host_kernels.programs import random as numbers
 
@@ -159,9 +159,40 @@ def test_a_form_writes_into_tensors_that_fit() -> None:
     wide = torch.empty(2, 16)[:, ::2]
     others = ([given[0]], [*given, x], given[::-1], [given[0], wide], [given[0].bfloat16(), given[1]])
     assert not any(map(form.takes, others))
-    form.point((x, *GIVEN), given)
-    form.run()
+    Call(form, (x, *GIVEN), given).run()
     assert_equal(given, program.plain((x, *GIVEN)))
+
+
+def test_calls_of_one_form_do_not_know_of_each_other() -> None:
+    """Two are under way where a worker is behind."""
+    program = HostProgram(PROGRAM.steps, 5, (7,))
+    xs = [numbers(1, 16, seed=seed) for seed in range(2)]
+    form = program.form((xs[0], *GIVEN))
+    assert form is not None
+    found = [[torch.empty(1, 8)] for _ in xs]
+    calls = [Call(form, (x, *GIVEN), results) for x, results in zip(xs, found, strict=True)]
+    for call in calls:
+        call.run()
+    for x, results in zip(xs, found, strict=True):
+        assert_equal(results, program.plain((x, *GIVEN)))
+
+
+def test_weights_of_another_geometry_have_a_form_of_their_own() -> None:
+    program, x = fresh(), numbers(1, 16)
+    up, *rest = GIVEN
+    assert isinstance(up, Tensor)
+    apart = torch.zeros(up.shape[0], 2 * up.shape[1])[:, : up.shape[1]].copy_(up)
+    for rows in (up, apart, up):
+        (found,) = native(program, x, rows, *rest)
+        torch.testing.assert_close(found, exact(x).float())
+    assert len(program._forms) == 2
+
+
+def test_what_would_take_much_memory_is_not_native() -> None:
+    program = fresh()
+    tokens = _SCRATCH_BYTES // (24 * torch.float32.itemsize) + 1  # of the first Linear's result alone
+    assert program.form((torch.zeros(tokens, 16), *GIVEN)) is None
+    assert program.form((torch.zeros(4, 16), *GIVEN)) is not None
 
 
 def test_steps_without_a_linear() -> None:

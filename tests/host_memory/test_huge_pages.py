@@ -39,6 +39,7 @@ class Collapses:
 def finished(pages: HugePages) -> None:
     """All of it, as if compilation took long."""
     assert pages._thread is not None
+    pages._ranges.put(None)
     pages._thread.join(10)
     pages.end()
 
@@ -74,6 +75,31 @@ def test_the_end_comes_between_two_parts() -> None:
     assert len(collapses.asked) < 100
     assert not pages.under_way
     assert not any(thread.name == "hetegen-huge-pages" for thread in threading.enumerate())
+
+
+def test_what_is_begun_later_comes_behind() -> None:
+    """The weights of a second graph."""
+    collapses = Collapses()
+    collapses.go_on.clear()
+    pages = HugePages(collapses)
+    pages.begin([(0, HUGE_BYTES)])
+    pages.begin([])
+    pages.begin([(4 * HUGE_BYTES, HUGE_BYTES)])
+    collapses.go_on.set()
+    finished(pages)
+    assert collapses.asked == [(0, HUGE_BYTES), (4 * HUGE_BYTES, HUGE_BYTES)]
+    pages.begin([(0, HUGE_BYTES)])
+    finished(pages)
+    assert len(collapses.asked) == 3
+
+
+def test_shared_memory_stays_as_it_is() -> None:
+    collapses = Collapses()
+    memory = HostMemory(Driver().pin, plenty, huge_pages=HugePages(collapses))
+    shared = torch.zeros(2 * HUGE_BYTES).share_memory_()
+    assert memory.staged({"w": shared}, {"w": shared}) == {}
+    assert memory._huge_pages is not None
+    assert not memory._huge_pages.under_way
 
 
 def test_weights_that_will_be_pinned_are_asked_for_once_until_they_are(tmp_path: Path) -> None:

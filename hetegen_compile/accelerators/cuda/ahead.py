@@ -38,7 +38,7 @@ from hetegen_compile.accelerators.ledger import MemoryLedger
 from hetegen_compile.accelerators.promises import Promise, as_promised, kept_in
 from hetegen_compile.accelerators.switching import QuickSwitching
 from hetegen_compile.errors import ScheduleError
-from hetegen_compile.host_kernels.program import HostProgram
+from hetegen_compile.host_kernels.program import Call, HostProgram
 
 
 class Ahead:
@@ -192,7 +192,7 @@ class Ahead:
                 kept.promise.keep(buffers)
                 self._ledger.counters.native_trips += 1
                 assert self._gates is not None, "made before anything is sent"
-                return NativeTrip(kept.received.event, form, arguments, buffers, self._gates, number)
+                return NativeTrip(kept.received.event, Call(form, arguments, buffers), self._gates, number)
         self._submit_kept_back()
         return None
 

@@ -8,34 +8,23 @@ as long as a third of the host's own work on an H200. A native call has all of i
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from functools import cache
 
 import torch
 
 from hetegen_compile.accelerators.cuda.gates import Gates, cuda_library
-from hetegen_compile.host_kernels.program import Form
+from hetegen_compile.host_kernels.program import Call
 from hetegen_compile.host_kernels.vectorised import library
 
 
 class NativeTrip:
-    """Prepared: what the program reads and writes lies still until it has run. ``event`` is that of the download."""
+    """Prepared: what the call reads and writes lies still until it has run. ``event`` is that of the download."""
 
-    def __init__(
-        self,
-        event: torch.cuda.Event,
-        form: Form,
-        arguments: Sequence[torch.Tensor | None],
-        buffers: Sequence[torch.Tensor],
-        gates: Gates,
-        number: int,
-    ) -> None:
+    def __init__(self, event: torch.cuda.Event, call: Call, gates: Gates, number: int) -> None:
         self._event = event
-        self._form = form
-        self._kept = (*arguments, *buffers)
+        self._prepared = call
         self._gates = gates
         self._number = number
-        form.point(arguments, buffers)
 
     def run(self) -> None:
         """On the worker. An error of the event is raised as torch raises it; nothing is computed then."""
@@ -45,7 +34,7 @@ class NativeTrip:
             self._call(None, None)
 
     def _call(self, wait: int | None, handle: int | None) -> int:
-        failed: int = library().run_trip(wait, handle, self._form.address, self._gates.address, self._number)
+        failed: int = library().run_trip(wait, handle, self._prepared.address, self._gates.address, self._number)
         return failed
 
 

@@ -5,7 +5,8 @@ H200's virtual machine 45 us, and 100 us beside the worker's threads; a step of 
 
 A graph keeps the addresses that it was recorded with. A chain is recorded when it was given the same ones twice in a
 row, those behind it in the same step, and replayed only while it is given them. What moves is copied to a place of its
-own if it is small and no other chain gives it. Nothing that a chain is given is kept alive here; results are.
+own if it is small and no other chain gives it. Behind a chain that is not replayed none is recorded. Nothing that a
+chain is given is kept alive here; results are.
 
 All graphs share a pool of memory. What lies in there and is no result is used again by graphs that are recorded later,
 for their results, too. So a graph is not replayed in a step behind results that were born after it was recorded. That
@@ -44,7 +45,10 @@ _PAYS, _LONGEST = 4, 64
 a chain is not replayed, no chain behind it is."""
 
 _STALE_STEPS = 16
-"""Where there is no room, what was not replayed for so many steps makes it, and who found none tries again then."""
+"""Where there is no room, what was not replayed for so many steps makes it. Who found none waits longer each time."""
+
+_OVERLAPS = 1
+"""``torch._debug_has_internal_overlap``: several elements lie at one address."""
 
 Remake = Callable[[Sequence[Value]], Any]
 
@@ -53,7 +57,7 @@ class _Recording(NamedTuple):
     """A graph, the addresses that it reads (0 for what is ``copied``), and how its results are found.
 
     ``number`` says when it was recorded, ``born`` when memory was found for its ``results`` (None for those that lie in
-    what the chain is given); ``places`` are where they lie.
+    what the chain is given); ``places`` are where they lie. ``views``: which results lie in what is given, in part.
     """
 
     number: int
@@ -64,6 +68,7 @@ class _Recording(NamedTuple):
     results: Any
     remakers: list[Remake]
     places: frozenset[int]
+    views: tuple[int, ...]
 
 
 class _Seen:
@@ -158,8 +163,9 @@ class Replays:
         seen.wants, seen.used = False, self._step
         seen.replays += 1
         self._counters.chains_replayed += 1
-        self._places |= recording.places
         results = tuple([remake(given) for remake in recording.remakers])
+        self._places |= recording.places
+        self._places.update([one.data_ptr() for i in recording.views for one in tensors_in(results[i])])
         given.clear()
         return results
 
@@ -181,7 +187,8 @@ class Replays:
         if moved:
             seen.needed = 1 if seen.replays >= _PAYS else min(2 * seen.needed, _LONGEST)
         if not self._has_room():
-            seen.ready_at = self._step + _STALE_STEPS
+            seen.needed = min(2 * seen.needed, _LONGEST)
+            seen.ready_at = self._step + _STALE_STEPS * seen.needed
             return chain.function(given)
         kept, before = list(given), reserved_now_bytes(self._device)
         given.clear()
@@ -201,7 +208,9 @@ class Replays:
         born = earlier.born if earlier is not None and results.stayed else self._number
         own = [_own(result, kept, seen.moving) for result in results.all]
         places = frozenset(tensor.data_ptr() for tensor in tensors_in(own))
-        seen.recording = _Recording(self._number, born, graph, list(seen.addresses), copied, own, remakers, places)
+        views = tuple(i for i, one in enumerate(own) if len(tensors_in(one)) < len(tensors_in(results.all[i])))
+        addresses = list(seen.addresses)
+        seen.recording = _Recording(self._number, born, graph, addresses, copied, own, remakers, places, views)
         seen.replays = 0
         self._counters.chains_recorded += 1
         return self._replay(seen, seen.recording, kept)
@@ -281,6 +290,8 @@ def _paired(new: Any, old: Any, given: Sequence[Value], pairs: list[tuple[Tensor
             raise ValueError
         return new
     if not isinstance(old, Tensor) or not same_geometry(new, old):
+        raise ValueError
+    if torch._debug_has_internal_overlap(old) == _OVERLAPS:  # expanded: nothing may be copied to it
         raise ValueError
     pairs.append((old, new))
     return old

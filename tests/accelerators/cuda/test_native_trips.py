@@ -77,6 +77,20 @@ def test_all_results_go_up_in_their_order(cuda: CudaAccelerator) -> None:
     assert cuda.counters.native_trips == 1
 
 
+def test_a_program_may_be_in_two_trips_at_a_time(cuda: CudaAccelerator) -> None:
+    """As in calibration's small step, whose layers are alike; the worker is behind."""
+    computed, weights, sent = program(), [rows(), -rows()], []
+    for weight in weights:
+        x = receive(cuda)
+        cuda._ahead.pause(0.05)
+        made = cuda.host_ahead(Op("h"), computed, (x, weight), {})
+        sent.append(cuda.deliver(Op("u"), [made[0]], like()))
+    cuda.end_step()
+    for transfer, weight in zip(sent, weights, strict=True):
+        torch.testing.assert_close(transfer.value[0], F.relu(F.linear(X, weight)))
+    assert cuda.counters.native_trips == 2
+
+
 def swapped(cuda: CudaAccelerator) -> tuple[Any, list[Tensor]]:
     made = cuda.host_ahead(Op("h"), program(results=2), (receive(cuda), rows()), {})
     return cuda.deliver(Op("u"), [made[1], made[0]], like(2)), [expected(), F.linear(X, rows())]

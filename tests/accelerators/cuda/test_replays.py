@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -247,6 +248,60 @@ def test_results_of_another_geometry_are_born_anew(accelerator: CudaAccelerator)
     for x in xs:
         assert any(steps(layer, [(x, w)] * 12))
     assert layer.chain.recorded.recording.born == layer.chain.recorded.recording.number == 2
+
+
+def test_results_that_are_expanded_are_born_anew(accelerator: CudaAccelerator) -> None:
+    """Nothing may be copied to them, which is no reason to record nothing any more."""
+
+    def run(given: list[Any]) -> tuple[Any, ...]:
+        (x,) = given
+        given.clear()
+        return (accelerator.launch(Op("expand"), lambda x: (x * 2)[:1].expand(3), (x,)),)
+
+    chain = Chain("expand", run)
+    for x in [torch.randn(replays.COPIED_BYTES) for _ in range(2)]:
+        for _ in range(6):
+            accelerator.begin_step(again=True, chains=[chain])
+            seen = chain.recorded
+            if seen is None or seen.recording is None or not accelerator.counters.chains_replayed:
+                accelerator.launch_chain(chain, [x])
+            else:  # the fake cannot replay it
+                seen.recording = seen.recording._replace(graph=_Nothing())
+                accelerator.launch_chain(chain, [x])
+            accelerator.end_step()
+    assert accelerator.counters.chains_recorded == 2
+    assert not accelerator.cannot_record
+    assert chain.recorded.recording.born == 2
+
+
+class _Nothing:
+    def replay(self) -> None: ...
+
+
+def test_behind_a_view_of_what_was_given_chains_are_recorded(accelerator: CudaAccelerator) -> None:
+    first, x, w = Layer(accelerator), torch.randn(4), torch.randn(4)
+    behind = Layer(accelerator, made=(1,))
+    for _ in range(6):
+        accelerator.begin_step(again=True, chains=[first.chain, behind.chain])
+        _, view = accelerator.launch_chain(first.chain, [x, w])
+        z, _ = accelerator.launch_chain(behind.chain, [x, view])
+        accelerator.end_step()
+        assert torch.equal(z, 2 * x + w[:1])
+    assert behind.chain.recorded.replays > 2
+
+
+def test_who_finds_no_room_asks_less_and_less(accelerator: CudaAccelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replays, "RECORDED_BYTES", 0)
+    layer, x, w, opened = Layer(accelerator), torch.randn(4), torch.randn(4), []
+    for step in range(400):
+        layer.step(x, w)
+        if wants(layer):
+            opened.append(step)
+    assert accelerator.counters.chains_recorded == 0
+    gaps = [after - before for before, after in itertools.pairwise(opened)]
+    assert 2 < len(gaps) < 6
+    assert gaps[1:] == sorted(gaps[1:])
+    assert gaps[-1] >= 2 * gaps[1]
 
 
 def test_what_another_chain_gives_is_never_a_copy(accelerator: CudaAccelerator) -> None:
