@@ -77,6 +77,7 @@ class NullAccelerator(Accelerator):
         again: bool = False,
         needs_bytes: int = 0,
         chains: Sequence[Chain] = (),
+        in_turn: bool = False,
     ) -> None:
         """Nothing."""
 

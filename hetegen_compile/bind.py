@@ -139,6 +139,7 @@ class _Binder:
             carried=tuple(self._position[node.args[0]] for node in self._carried),
             pinned_ring_bytes=self._pinned_ring_bytes,
             chains=self._source.chains,
+            in_turn=not any(info(node).ahead for node in self._module.graph.nodes),
             source=source,
             refusals=tuple(self._refusals),
         )

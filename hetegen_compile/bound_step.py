@@ -30,6 +30,7 @@ class BoundStep:
         carried: position of the weight of each carried prefetch, in the order of ``carried``.
         pinned_ring_bytes: length of the pinned ring that the step uses.
         chains: those that the step launches, in order.
+        in_turn: nothing in it is the worker's.
         source: the generated code, for people.
         refusals: kernels of the hardware profile that cannot be used here.
     """
@@ -44,6 +45,7 @@ class BoundStep:
     carried: tuple[int, ...]
     pinned_ring_bytes: int
     chains: tuple[Chain, ...]
+    in_turn: bool
     source: str
     refusals: tuple[Refusal, ...]
 

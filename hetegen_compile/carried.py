@@ -87,7 +87,9 @@ class CarriedPrefetches:
         self._sizes = tuple(inputs[position] for position in plan.sizes)
         again = self._sizes == self._ran.get(plan)
         started = [transfer for transfer in found if transfer is not None]
-        self._accelerator.begin_step(started, again=again, needs_bytes=needs_bytes, chains=plan.chains)
+        self._accelerator.begin_step(
+            started, again=again, needs_bytes=needs_bytes, chains=plan.chains, in_turn=plan.in_turn
+        )
         return found
 
     def _take(self, index: int, weight: Tensor) -> Transfer | None:

@@ -238,6 +238,7 @@ class Accelerator(ABC):
         again: bool = False,
         needs_bytes: int = 0,
         chains: Sequence[Chain] = (),
+        in_turn: bool = False,
     ) -> None:
         """Order everything of this step after everything of the step before (the ring is free again).
 
@@ -245,7 +246,7 @@ class Accelerator(ABC):
         waited for and released like prefetches of this step. Those not among them are given up; their bytes of
         the ring may be overwritten. ``again``: this step has ended well when it last ran, and what it issues
         behind gates had the same sizes, so that has been loaded. ``needs_bytes``: the most that it may allocate.
-        ``chains`` are those that it launches.
+        ``chains`` are those that it launches. ``in_turn``: nothing in it is the worker's.
         """
 
     @abstractmethod

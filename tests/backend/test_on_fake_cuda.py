@@ -95,6 +95,8 @@ def test_a_language_model_generates_as_in_eager(*, ahead: bool) -> None:
     assert torch.equal(found["sequences"], expected["sequences"])
     made = new_schedules(known)
     assert made
+    plans = [plan for graph in backend.graphs for plan in graph.plans]
+    assert {plan.bound.in_turn for plan in plans} == {not ahead}
     assert any(entry.startswith("gate") for entry in LOG) == ahead
     assert all(schedule.host_bytes > 0 and schedule.streamed_bytes > 0 for schedule in made)
 

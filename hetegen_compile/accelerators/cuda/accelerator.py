@@ -165,6 +165,7 @@ class CudaAccelerator(Accelerator):
         again: bool = False,
         needs_bytes: int = 0,
         chains: Sequence[Chain] = (),
+        in_turn: bool = False,
     ) -> None:
         self._check_open()
         for transfer in carried:
@@ -177,7 +178,7 @@ class CudaAccelerator(Accelerator):
         gated = again and not opened and needs_bytes <= unclaimed_bytes(self.device)
         self._in_step = True
         self._streams.begin_step()
-        self._ahead.begin_step(gated=gated)
+        self._ahead.begin_step(gated=gated, in_turn=in_turn)
         self._replays.begin_step(again=again, gated=gated)
 
     def end_step(self) -> None:

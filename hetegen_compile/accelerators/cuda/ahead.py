@@ -58,13 +58,19 @@ class Ahead:
         self._gated = False
 
     # ---- steps -------------------------------------------------------------------------------------
-    def begin_step(self, *, gated: bool) -> None:
-        """Gates are closed in a step that loads nothing and finds memory without waiting for the device."""
+    def begin_step(self, *, gated: bool, in_turn: bool) -> None:
+        """Gates are closed in a step that loads nothing and finds memory without waiting for the device.
+
+        For a step without the worker it ends, with its OpenMP threads: beside them those of the issuing thread would
+        sleep between any two kernels (``openmp.py``). On an H200 a model's prompts took 1.5 to 1.75 times as long where
+        its answers have a worker as where they have none; that these threads are why was not shown there.
+        """
         self._gated = gated
+        if in_turn and self._worker.started:
+            self._worker.close()
 
     def finish_step(self) -> None:
-        """Wait for the worker and raise what it has raised. After a step without it, it ends, with its OpenMP threads:
-        beside them those of the issuing thread would sleep between any two kernels (``openmp.py``)."""
+        """Wait for the worker and raise what it has raised. After a step that gave it nothing it ends."""
         if self._begun:
             self._submit_kept_back()
             self._worker.drain()

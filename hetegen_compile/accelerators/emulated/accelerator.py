@@ -169,8 +169,9 @@ class EmulatedAccelerator(Accelerator):
         again: bool = False,
         needs_bytes: int = 0,
         chains: Sequence[Chain] = (),
+        in_turn: bool = False,
     ) -> None:
-        del needs_bytes, chains  # nobody waits for memory, and nothing is recorded
+        del needs_bytes, chains, in_turn  # nobody waits for memory, nothing is recorded, the worker has one thread
         self._engine.check_usable()
         self.abandon_step()
         self._finish_step()

@@ -160,6 +160,10 @@ def test_the_worker_ends_with_a_step_that_has_no_use_for_it(cuda: CudaAccelerato
         assert workers() == 1
         cuda.end_step()
         assert workers() == 0
+    run(cuda)
+    cuda.begin_step(in_turn=True)
+    assert workers() == 0, "at once, where it is known"
+    cuda.end_step()
 
 
 def test_collection_stays_as_the_caller_has_it() -> None:
