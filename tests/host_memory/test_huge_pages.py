@@ -6,6 +6,7 @@ import errno
 import mmap
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from hetegen_compile.accelerators import EmulatedAccelerator
-from hetegen_compile.host_memory import HostMemory, HugePages
+from hetegen_compile.host_memory import HostMemory, HugePages, huge_pages
 from hetegen_compile.host_memory.huge_pages import _AT_ONCE_BYTES, HUGE_BYTES, _collapse
 from hetegen_compile.runtime import Runtime
 from tests.host_memory.driver import Driver, plenty
@@ -75,6 +76,21 @@ def test_the_end_comes_between_two_parts() -> None:
     assert len(collapses.asked) < 100
     assert not pages.under_way
     assert not any(thread.name == "hetegen-huge-pages" for thread in threading.enumerate())
+
+
+def test_it_takes_some_seconds_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huge_pages, "_LONGEST_S", 0.03)
+
+    def slow(address: int, nbytes: int) -> int:
+        time.sleep(0.02)
+        return 0
+
+    pages = HugePages(slow)
+    pages.begin([(number * HUGE_BYTES, HUGE_BYTES) for number in range(50)])
+    finished(pages)
+    assert pages.nbytes == 2 * HUGE_BYTES
+    pages.begin([(0, HUGE_BYTES)])
+    assert not pages.under_way
 
 
 def test_what_is_begun_later_comes_behind() -> None:
