@@ -12,10 +12,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import logging
-import queue
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from hetegen_compile.options import format_bytes
@@ -44,8 +44,10 @@ class HugePages:
     def __init__(self, collapse: Collapse | None = None) -> None:
         self._collapse = collapse or _collapse
         self._thread: threading.Thread | None = None
-        self._ranges: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
-        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._ranges: deque[tuple[int, int]] = deque()
+        self._idle = True
+        self._stop = False
         self._left_s = _LONGEST_S
         self.nbytes = 0
 
@@ -58,34 +60,41 @@ class HugePages:
         """Go through ranges (address, bytes) of anonymous memory, behind those under way; returns at once."""
         if not ranges or self._left_s <= 0:
             return
-        for one in ranges:
-            self._ranges.put(one)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._go_through, name="hetegen-huge-pages", daemon=True)
-            self._thread.start()
+        with self._lock:
+            self._ranges.extend(ranges)
+            if self._idle:
+                self._idle = False
+                self._thread = threading.Thread(target=self._go_through, name="hetegen-huge-pages", daemon=True)
+                self._thread.start()
 
     def end(self) -> None:
         """Leave the rest as it is; on return nothing is being moved."""
         if self._thread is not None:
-            self._stop.set()
-            self._ranges.put(None)
+            self._stop = True
             self._thread.join()
-            self._thread, self._ranges = None, queue.SimpleQueue()
-            self._stop.clear()
+            self._thread, self._stop = None, False
             logger.info("%s of weights lie in huge pages", format_bytes(self.nbytes))
 
     def _go_through(self) -> None:
         """What the system refuses (an older one, memory of another kind, nothing free) stays as it is."""
-        while (one := self._ranges.get()) is not None:
+        while (one := self._next()) is not None:
             address, nbytes = one
             start = -(-address // HUGE_BYTES) * HUGE_BYTES
             end = (address + nbytes) // HUGE_BYTES * HUGE_BYTES
             for lo in range(start, end, _AT_ONCE_BYTES):
-                if self._stop.is_set() or self._left_s <= 0:
-                    return
+                if self._stop or self._left_s <= 0:
+                    break
                 length, started_s = min(_AT_ONCE_BYTES, end - lo), time.monotonic()
                 self.nbytes += length if self._collapse(lo, length) == 0 else 0
                 self._left_s -= time.monotonic() - started_s
+
+    def _next(self) -> tuple[int, int] | None:
+        """The next range; None, and the thread is over: there is none, or it was told to end."""
+        with self._lock:
+            if self._stop or self._left_s <= 0:
+                self._ranges.clear()
+            self._idle = not self._ranges
+            return None if self._idle else self._ranges.popleft()
 
 
 def _collapse(address: int, nbytes: int) -> int:

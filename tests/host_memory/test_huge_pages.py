@@ -40,7 +40,6 @@ class Collapses:
 def finished(pages: HugePages) -> None:
     """All of it, as if compilation took long."""
     assert pages._thread is not None
-    pages._ranges.put(None)
     pages._thread.join(10)
     pages.end()
 
@@ -101,6 +100,7 @@ def test_what_is_begun_later_comes_behind() -> None:
     pages.begin([(0, HUGE_BYTES)])
     pages.begin([])
     pages.begin([(4 * HUGE_BYTES, HUGE_BYTES)])
+    assert sum(thread.name == "hetegen-huge-pages" for thread in threading.enumerate()) == 1
     collapses.go_on.set()
     finished(pages)
     assert collapses.asked == [(0, HUGE_BYTES), (4 * HUGE_BYTES, HUGE_BYTES)]
