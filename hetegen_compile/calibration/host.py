@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 MIN_ROTATE_BYTES = 128 << 20
 
-_CACHES = 16
+_CACHES, _FEW_CACHES = 16, 4
 
 _ANY_DTYPE = 0x3C
 """A byte that repeated is a small number in every dtype: 0.01 in float32 and bfloat16, 1.06 in float16, 60 in int8."""
@@ -102,9 +102,9 @@ def rotation_bytes(effort: Effort) -> int:
     """
     if effort.rotate_bytes is not None:
         return effort.rotate_bytes
-    wanted = max(_CACHES * last_level_cache_bytes(), MIN_ROTATE_BYTES, 2 * max(effort.weight_bytes))
-    most = host_memory_bytes() // 16
-    if wanted > most:
+    cache_bytes, least = last_level_cache_bytes(), max(MIN_ROTATE_BYTES, 2 * max(effort.weight_bytes))
+    wanted, most = max(_CACHES * cache_bytes, least), host_memory_bytes() // 16
+    if most < max(_FEW_CACHES * cache_bytes, least):
         logger.warning("weights rotate over %d MiB only (1/16 of main memory): rates may be the cache's", most >> 20)
     return min(wanted, most)
 

@@ -165,7 +165,9 @@ def test_the_rotation_exceeds_the_cache_and_spares_main_memory(
     assert rotation_bytes(replace(effort, weight_bytes=(1 << 20, 80 << 20))) == 160 << 20
     monkeypatch.setattr(host, "last_level_cache_bytes", lambda: 256 << 20)
     assert rotation_bytes(effort) == 4 << 30
-    assert not caplog.records
+    monkeypatch.setattr(host, "host_memory_bytes", lambda: 32 << 30)
+    assert rotation_bytes(effort) == 2 << 30
+    assert not caplog.records, "eight times the cache"
     monkeypatch.setattr(host, "host_memory_bytes", lambda: 1 << 30)
     with caplog.at_level(logging.WARNING, logger="hetegen_compile"):
         assert rotation_bytes(effort) == 64 << 20
