@@ -305,7 +305,7 @@ class _Builder:
         narrowed = host.axis != host.dim  # the range is one of the activations' columns, else of the result's
         start = host.lo if narrowed else 0
         _require(kernel in (VECTORISED, TILED) and (start + width <= x.shape[-1] if narrowed else width == x.shape[-1]))
-        _require(host.hi - host.lo == (width if narrowed else columns))
+        _require(host.hi - host.lo == (width if narrowed else columns) and library().programs)
         taken = torch.float32 if partial else library().activations[rows.dtype]
         instruction = _Instruction(
             _PARTIAL if partial else _TILED if kernel is TILED else _LINEAR, DTYPES.index(rows.dtype),

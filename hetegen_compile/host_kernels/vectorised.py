@@ -12,6 +12,7 @@ number of them, from the same OpenMP pool.
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable, Mapping
 from functools import cache, cached_property
 from importlib.resources import files
@@ -22,18 +23,20 @@ from torch import Tensor
 
 from hetegen_compile.errors import HostKernelUnavailableError
 
+logger = logging.getLogger("hetegen_compile")
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Element types of the weights that the kernel takes."""
 
 
-_SOURCES = ("linear.cpp", "program.cpp")
-"""Built as one, in this order."""
+_LINEARS, _PROGRAMS = "linear.cpp", "program.cpp"
+"""Built as one, or, where a compiler fails with the second, the first alone."""
 
 
 class Library:
     """The built library. ``linear``, ``tiled_linear`` and ``partial_linear`` are its functions by dtype.
 
-    ``run_program`` and ``run_trip`` take what ``program.py`` prepares.
+    ``run_program`` and ``run_trip`` take what ``program.py`` prepares, if it has ``programs``.
     """
 
     def __init__(self, handle: ctypes.CDLL) -> None:
@@ -47,6 +50,9 @@ class Library:
         self.partial_linear = {
             dtype: self._function("partial_linear", dtype, [*operands, pointer, *[number] * 3]) for dtype in DTYPES
         }
+        self.programs = hasattr(handle, "run_program")
+        if not self.programs:
+            return
         self.run_program = self._typed("run_program", [pointer])
         self.run_trip = self._typed("run_trip", [pointer, pointer, pointer, pointer, ctypes.c_uint32], number)
 
@@ -81,14 +87,25 @@ def library() -> Library:
 
 @cache
 def _build() -> Library | str:
-    source = "\n".join(files(__package__).joinpath(name).read_text() for name in _SOURCES)
+    both = _built(_LINEARS, _PROGRAMS)
+    if isinstance(both, Library):
+        return both
+    alone = _built(_LINEARS)
+    if isinstance(alone, Library):
+        logger.warning("host programs cannot be built, their operations are computed one by one: %s", both)
+        return alone
+    return f"the vectorised host kernel cannot be built, install a C++ compiler (g++ or CXX): {alone}"
+
+
+def _built(*names: str) -> Library | str:
+    """The library of these sources, or the first line of why there is none."""
+    source = "\n".join(files(__package__).joinpath(name).read_text() for name in names)
     try:
         from torch._inductor.codecache import CppCodeCache
 
         return Library(CppCodeCache.load(source))
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
-        return f"the vectorised host kernel cannot be built, install a C++ compiler (g++ or CXX): {first}"
+        return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def vectorised_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,11 @@ from hetegen_compile.host_kernels import (
     TILED,
     VECTORISED,
     HostKernel,
+    HostLinear,
     kernels_for,
     vectorised,
 )
+from hetegen_compile.host_kernels.program import HostProgram, Place, Step
 from hetegen_compile.host_kernels.vectorised import DTYPES
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -189,6 +192,36 @@ def test_a_kernel_says_what_it_cannot() -> None:
     assert LINEAR.refusal(torch.ones(4, 4).t()) is None
 
 
+def test_a_compiler_that_fails_with_programs_still_builds_the_linears(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from torch._inductor.codecache import CppCodeCache
+
+    load = CppCodeCache.load
+
+    def fail(source: str) -> Any:
+        if "run_program" in source:
+            raise RuntimeError("internal compiler error\nin a long trace")
+        return load(source)
+
+    monkeypatch.setattr(CppCodeCache, "load", fail)
+    for function in (vectorised.library, vectorised._build):
+        function.cache_clear()
+    try:
+        linear = HostLinear(0, 8, 0, ((float("inf"), VECTORISED),))
+        step = Step(linear, (0, 1, None), (Place(0), Place(1), None), {})
+        program, x, rows = HostProgram([step], 2, (2,)), torch.randn(1, 16), torch.randn(8, 16)
+        assert program.form((x, rows)) is None
+        torch.testing.assert_close(program(x, rows)[0], torch.nn.functional.linear(x, rows))
+        assert VECTORISED.refusal(rows) is None
+        assert caplog.text.count("host programs cannot be built") == 1
+        assert "internal compiler error" in caplog.text
+        assert "long trace" not in caplog.text
+    finally:
+        for function in (vectorised.library, vectorised._build):
+            function.cache_clear()
+
+
 def test_without_a_compiler_the_reason_is_given_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor.codecache import CppCodeCache
 
@@ -203,7 +236,7 @@ def test_without_a_compiler_the_reason_is_given_each_time(monkeypatch: pytest.Mo
         function.cache_clear()
     try:
         reasons = {VECTORISED.refusal(torch.ones(4, 4)) for _ in range(2)}
-        assert len(attempts) == 1
+        assert len(attempts) == 2, "with host programs and without"
         (reason,) = reasons
         assert reason is not None
         assert reason.endswith("no g++ here")
