@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hetegen_compile.accelerators import Accelerator, Counters, Op, Span
-from hetegen_compile.accelerators.base import Chain, Slot, Token, Transfer, Value
+from hetegen_compile.accelerators.base import NOTHING_KNOWN, Slot, StepFacts, Token, Transfer, Value
 
 
 class NullAccelerator(Accelerator):
@@ -70,15 +70,7 @@ class NullAccelerator(Accelerator):
         """None."""
         return 0
 
-    def begin_step(
-        self,
-        carried: Sequence[Transfer] = (),
-        *,
-        again: bool = False,
-        needs_bytes: int = 0,
-        chains: Sequence[Chain] = (),
-        in_turn: bool = False,
-    ) -> None:
+    def begin_step(self, carried: Sequence[Transfer] = (), facts: StepFacts = NOTHING_KNOWN) -> None:
         """Nothing."""
 
     def end_step(self) -> None:

@@ -282,11 +282,10 @@ class _Binder:
         return _narrowed(part.weight, [part.lo, part.hi], part.axis)
 
     def _host_linear(self, node: fx.Node) -> str:
-        x, weight, bias, lo, hi, dim, axis = ir.linear_part(node)
-        kernel = self._linears[node]
-        plain = rows_function(lo, hi, dim, axis, biased=bias is not None) if kernel.is_torchs else kernel
-        function = self._constant("linear", plain)
-        arguments = f"({x}, {_narrowed(weight, [lo, hi], axis)}, {self._text(bias)})"
+        """One that torch computes; those of our own kernels are in runs."""
+        x, _, bias, lo, hi, dim, axis = ir.linear_part(node)
+        function = self._constant("linear", rows_function(lo, hi, dim, axis, biased=bias is not None))
+        arguments = f"({x}, {self._rows(node)}, {self._text(bias)})"
         return self._host_call(node, function, arguments)
 
     def _refuse(self, reason: str) -> None:

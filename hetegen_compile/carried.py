@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hetegen_compile.accelerators.base import Accelerator, Op, Slot, Token, Transfer
+from hetegen_compile.accelerators.base import Accelerator, Op, Slot, StepFacts, Token, Transfer
 from hetegen_compile.accelerators.geometry import span_bytes
 from hetegen_compile.bound_step import BoundStep
 from hetegen_compile.mirrors.fingerprints import sampled
@@ -87,9 +87,8 @@ class CarriedPrefetches:
         self._sizes = tuple(inputs[position] for position in plan.sizes)
         again = self._sizes == self._ran.get(plan)
         started = [transfer for transfer in found if transfer is not None]
-        self._accelerator.begin_step(
-            started, again=again, needs_bytes=needs_bytes, chains=plan.chains, in_turn=plan.in_turn
-        )
+        facts = StepFacts(again=again, needs_bytes=needs_bytes, chains=plan.chains, in_turn=plan.in_turn)
+        self._accelerator.begin_step(started, facts)
         return found
 
     def _take(self, index: int, weight: Tensor) -> Transfer | None:

@@ -12,7 +12,7 @@ called with (``host_kernels.program``); what it computes is the same either way.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -50,32 +50,21 @@ class HostRun:
 
 def host_runs(graph: fx.Graph, linears: Linears) -> list[HostRun]:
     """All runs of the graph with a host part in them, in issue order."""
-    runs = []
-    for _, nodes in groupby(_numbered(graph.nodes, linears), key=lambda item: item[0]):
-        members = tuple(node for number, node in nodes if number >= 0)
-        if any(node in linears for node in members):
-            runs.append(_Builder(members, linears).run())
-    return runs
+    groups = [
+        tuple(nodes) for kind, nodes in groupby(graph.nodes, lambda node: _kind(node, linears)) if kind is not None
+    ]
+    return [_Builder(nodes, linears).run() for nodes in groups if any(node in linears for node in nodes)]
 
 
-def _numbered(nodes: Iterable[fx.Node], linears: Linears) -> Iterator[tuple[int, fx.Node]]:
-    """Nodes with the number of the run that they may be part of; -1: none."""
-    number, inside, ahead = 0, False, False
-    for node in nodes:
-        if not (node in linears or _is_pointwise(node)):
-            number, inside = number + inside, False
-            yield -1, node
-            continue
-        if inside and info(node).ahead != ahead:
-            number += 1
-        inside, ahead = True, info(node).ahead
-        yield number, node
+def _kind(node: fx.Node, linears: Linears) -> bool | None:
+    """Of what may be part of a run, whether it is the worker's: a run is of one of them."""
+    return info(node).ahead if node in linears or _is_pointwise(node) else None
 
 
 def _is_pointwise(node: fx.Node) -> bool:
     """Whether it has a native form, and tensors of the host alone to read."""
     notes = info(node)
-    if node.op != "call_function" or notes.side != "host" or notes.writes or notes.random or not ir.is_tensor(node):
+    if notes.side != "host" or notes.writes or notes.random or not ir.is_tensor(node):
         return False
     return bool(pointwise_name(node.target, node.args, node.kwargs)) and all(map(_is_host_tensor, _operands(node)))
 

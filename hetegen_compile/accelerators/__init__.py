@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span
+from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, StepFacts
 from hetegen_compile.accelerators.cuda import CudaAccelerator
 from hetegen_compile.accelerators.emulated import EmulatedAccelerator
 from hetegen_compile.errors import OptionError
@@ -18,6 +18,7 @@ __all__ = [
     "EmulatedAccelerator",
     "Op",
     "Span",
+    "StepFacts",
     "open_accelerator",
 ]
 

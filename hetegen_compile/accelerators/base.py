@@ -96,6 +96,27 @@ class Chain:
     recorded: Any = field(default=None, repr=False)
 
 
+@dataclass(frozen=True)
+class StepFacts:
+    """What is known of a step before it begins.
+
+    Attributes:
+        again: it has ended well when it last ran, and what it issues behind gates had the same sizes, so that has been
+            loaded.
+        needs_bytes: the most that it may allocate.
+        chains: those that it launches.
+        in_turn: nothing in it is the worker's.
+    """
+
+    again: bool = False
+    needs_bytes: int = 0
+    chains: Sequence[Chain] = ()
+    in_turn: bool = False
+
+
+NOTHING_KNOWN = StepFacts()
+
+
 @dataclass
 class Counters:
     """Bytes that moved and bytes that are held, by category (``weights``, ``mirrors``, ``activations``, ...).
@@ -231,22 +252,12 @@ class Accelerator(ABC):
 
     # ---- operations of a schedule --------------------------------------------------------------------
     @abstractmethod
-    def begin_step(
-        self,
-        carried: Sequence[Transfer] = (),
-        *,
-        again: bool = False,
-        needs_bytes: int = 0,
-        chains: Sequence[Chain] = (),
-        in_turn: bool = False,
-    ) -> None:
+    def begin_step(self, carried: Sequence[Transfer] = (), facts: StepFacts = NOTHING_KNOWN) -> None:
         """Order everything of this step after everything of the step before (the ring is free again).
 
         ``carried`` are results of ``prefetch_ahead`` that are still held (see ``holds``): from here on they are
         waited for and released like prefetches of this step. Those not among them are given up; their bytes of
-        the ring may be overwritten. ``again``: this step has ended well when it last ran, and what it issues
-        behind gates had the same sizes, so that has been loaded. ``needs_bytes``: the most that it may allocate.
-        ``chains`` are those that it launches. ``in_turn``: nothing in it is the worker's.
+        the ring may be overwritten.
         """
 
     @abstractmethod

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetegen_compile.accelerators import Accelerator, CudaAccelerator, Op
+from hetegen_compile.accelerators import Accelerator, CudaAccelerator, Op, StepFacts
 from hetegen_compile.accelerators.cuda.gates import Gates, why_no_gates
 from hetegen_compile.errors import HetegenError
 from hetegen_compile.host_kernels import LINEAR, VECTORISED, HostLinear
@@ -207,7 +207,7 @@ def _timed(accelerator: Accelerator, model: SmallModel, step: OneStep) -> tuple[
     results, seconds = [], []
     for number in range(_ROUNDS):
         started = time.perf_counter()
-        accelerator.begin_step(again=number > 0)
+        accelerator.begin_step(facts=StepFacts(again=number > 0))
         results.append(step(accelerator, model))
         accelerator.end_step()
         seconds.append(time.perf_counter() - started)

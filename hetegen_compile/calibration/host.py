@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetegen_compile.calibration.kernels import cut_weights, dtype_name, in_place, kernel_rate
+from hetegen_compile.calibration.kernels import cut_weights, dtype_name, in_place, kernel_rate, make_arena
 from hetegen_compile.calibration.linears import LinearFigures, linear_steps, measure_linears
 from hetegen_compile.calibration.machine import cpu_model, host_memory_bytes, last_level_cache_bytes
 from hetegen_compile.calibration.timing import Effort, median_s
@@ -30,11 +30,7 @@ MIN_ROTATE_BYTES = 128 << 20
 
 _CACHES, _FEW_CACHES = 16, 4
 
-_ANY_DTYPE = 0x3C
-"""A byte that repeated is a small number in every dtype: 0.01 in float32 and bfloat16, 1.06 in float16, 60 in int8."""
-
 _LAUNCHES = 100
-_ITEM_BYTES = max(dtype.itemsize for dtype in DTYPES)
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ def measure_host(effort: Effort, copy: Callable[[], object] | None, step: Callab
     rotate_bytes = rotation_bytes(effort)
     copied_bytes = max(rotate_bytes // 4, min(rotate_bytes, MIN_ROTATE_BYTES))
     copy = copy or memory_copy(copied_bytes)
-    memory = torch.full((rotate_bytes // _ITEM_BYTES * _ITEM_BYTES,), _ANY_DTYPE, dtype=torch.uint8, device="cpu")
+    memory = make_arena(torch.uint8, rotate_bytes)
     step("host launch")
     fixed_s = launch_s(effort)
     linears: dict[str, LinearFigures] = {}

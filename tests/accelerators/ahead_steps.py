@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from hetegen_compile.accelerators import Accelerator, Op
+from hetegen_compile.accelerators import Accelerator, Op, StepFacts
 from tests.accelerators.schedules import HOST_ROWS, WIDTH, make_weights, run_eager
 
 LIKE = [torch.empty(2, HOST_ROWS, device="meta")]
@@ -37,7 +37,7 @@ def step(acc: Accelerator, weights: list[torch.Tensor], x: torch.Tensor, linear:
 
 
 def run(acc: Accelerator, layers: int = 4, *, again: bool = True, **options: Any) -> torch.Tensor:
-    acc.begin_step(again=again)
+    acc.begin_step(facts=StepFacts(again=again))
     result = step(acc, make_weights(layers), torch.ones(2, WIDTH), **options)
     acc.end_step()
     return result

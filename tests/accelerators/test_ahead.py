@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hetegen_compile.accelerators import Accelerator, CudaAccelerator, EmulatedAccelerator, Op
+from hetegen_compile.accelerators import Accelerator, CudaAccelerator, EmulatedAccelerator, Op, StepFacts
 from hetegen_compile.errors import ScheduleError
 from tests.accelerators import fake_cuda
 from tests.accelerators.ahead_steps import LIKE, expected, run
@@ -73,7 +73,7 @@ def test_a_step_that_is_left_in_the_middle_leaves_the_next_one_working(accelerat
         return F.linear(x, rows)
 
     weights = make_weights(1)
-    accelerator.begin_step(again=True)
+    accelerator.begin_step(facts=StepFacts(again=True))
     value = accelerator.upload(Op("x"), torch.ones(2, WIDTH))
     received = accelerator.receive(Op("r"), accelerator.to_host(Op("d"), [value]))
     first = accelerator.host_ahead(Op("h"), slow, (received[0], weights[0][:HOST_ROWS]), {})
@@ -115,7 +115,7 @@ def test_the_worker_computes_in_the_modes_of_the_step(accelerator: Accelerator) 
 
     parameter = torch.nn.Parameter(torch.ones(HOST_ROWS, WIDTH))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        accelerator.begin_step(again=True)
+        accelerator.begin_step(facts=StepFacts(again=True))
         value = accelerator.upload(Op("x"), torch.ones(2, WIDTH))
         received = accelerator.receive(Op("r"), accelerator.to_host(Op("d"), [value]))
         made = accelerator.host_ahead(Op("h"), linear, (received[0], parameter), {})
@@ -138,7 +138,7 @@ def test_steps_leave_the_interpreters_interval_and_the_number_of_threads_as_they
 
 
 def test_a_download_may_be_waited_for_by_both_threads(accelerator: Accelerator) -> None:
-    accelerator.begin_step(again=True)
+    accelerator.begin_step(facts=StepFacts(again=True))
     value = accelerator.upload(Op("x"), torch.ones(2, WIDTH))
     down = accelerator.to_host(Op("d"), [value])
     received = accelerator.receive(Op("r"), down)

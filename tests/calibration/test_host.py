@@ -78,7 +78,7 @@ def test_weights_of_every_dtype_lie_in_one_memory(monkeypatch: pytest.MonkeyPatc
     measure_host(replace(TINY, rotate_bytes=2051), None, lambda name: None)
     assert [arena.dtype for arena in arenas] == list(host.DTYPES)
     assert {arena.data_ptr() for arena in arenas} == {arenas[0].data_ptr()}
-    assert {arena.nbytes for arena in arenas} == {2048}
+    assert {arena.nbytes for arena in arenas} == {2056}
     assert all((arena == arena[0]).all() and 0.01 < arena[0].item() <= 60 for arena in arenas)
 
 

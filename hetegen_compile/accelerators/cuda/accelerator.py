@@ -11,7 +11,17 @@ from typing import Any
 
 import torch
 
-from hetegen_compile.accelerators.base import Accelerator, Chain, Counters, Op, Span, Value, call_on_host
+from hetegen_compile.accelerators.base import (
+    NOTHING_KNOWN,
+    Accelerator,
+    Chain,
+    Counters,
+    Op,
+    Span,
+    StepFacts,
+    Value,
+    call_on_host,
+)
 from hetegen_compile.accelerators.cuda.activations import Activations
 from hetegen_compile.accelerators.cuda.ahead import Ahead
 from hetegen_compile.accelerators.cuda.allocator import (
@@ -158,15 +168,7 @@ class CudaAccelerator(Accelerator):
         return self._prefetches.pinned.slot(offset, shape, dtype)
 
     # ---- steps -------------------------------------------------------------------------------------
-    def begin_step(
-        self,
-        carried: Sequence[CudaTransfer] = (),
-        *,
-        again: bool = False,
-        needs_bytes: int = 0,
-        chains: Sequence[Chain] = (),
-        in_turn: bool = False,
-    ) -> None:
+    def begin_step(self, carried: Sequence[CudaTransfer] = (), facts: StepFacts = NOTHING_KNOWN) -> None:
         self._check_open()
         for transfer in carried:
             if not self.holds(transfer):
@@ -174,12 +176,12 @@ class CudaAccelerator(Accelerator):
         self.abandon_step()
         self._prefetches.take_over(carried)
         self._ledger.begin_step()
-        opened = self._replays.wants_open_gates(chains)
-        gated = again and not opened and needs_bytes <= unclaimed_bytes(self.device)
+        opened = self._replays.wants_open_gates(facts.chains)
+        gated = facts.again and not opened and facts.needs_bytes <= unclaimed_bytes(self.device)
         self._in_step = True
         self._streams.begin_step()
-        self._ahead.begin_step(gated=gated, in_turn=in_turn)
-        self._replays.begin_step(again=again, gated=gated)
+        self._ahead.begin_step(gated=gated, in_turn=facts.in_turn)
+        self._replays.begin_step(again=facts.again, gated=gated)
 
     def end_step(self) -> None:
         self._check_open()

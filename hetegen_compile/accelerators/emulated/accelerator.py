@@ -19,7 +19,16 @@ from typing import Any
 
 import torch
 
-from hetegen_compile.accelerators.base import Accelerator, Chain, Counters, Op, Span, Value, call_on_host
+from hetegen_compile.accelerators.base import (
+    NOTHING_KNOWN,
+    Accelerator,
+    Counters,
+    Op,
+    Span,
+    StepFacts,
+    Value,
+    call_on_host,
+)
 from hetegen_compile.accelerators.emulated.activations import Activations
 from hetegen_compile.accelerators.emulated.ahead import Ahead
 from hetegen_compile.accelerators.emulated.clocks import COMPUTE, HOST, UP, Access
@@ -162,16 +171,7 @@ class EmulatedAccelerator(Accelerator):
         return self._prefetches.pinned.slot(offset, shape, dtype)
 
     # ---- steps -------------------------------------------------------------------------------------
-    def begin_step(
-        self,
-        carried: Sequence[Transfer] = (),
-        *,
-        again: bool = False,
-        needs_bytes: int = 0,
-        chains: Sequence[Chain] = (),
-        in_turn: bool = False,
-    ) -> None:
-        del needs_bytes, chains, in_turn  # nobody waits for memory, nothing is recorded, the worker has one thread
+    def begin_step(self, carried: Sequence[Transfer] = (), facts: StepFacts = NOTHING_KNOWN) -> None:
         self._engine.check_usable()
         self.abandon_step()
         self._finish_step()
@@ -179,7 +179,7 @@ class EmulatedAccelerator(Accelerator):
         kept = [self._hazards.take_over(transfer) for transfer in carried]
         self._prefetches.give_up(*self._hazards.restart("begin_step", kept))
         self._ledger.begin_step()
-        self._ahead.begin_step(gated=again)
+        self._ahead.begin_step(gated=facts.again)
         self._engine.enter_step()
 
     def end_step(self) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hetegen_compile.accelerators import CudaAccelerator, Op
+from hetegen_compile.accelerators import CudaAccelerator, Op, StepFacts
 from hetegen_compile.accelerators.cuda import ahead, gates
 from hetegen_compile.accelerators.cuda.allocator import BLOCK_BYTES, unclaimed_bytes
 from hetegen_compile.accelerators.cuda.collection import NoCollection
@@ -52,7 +52,7 @@ def test_gates_are_closed_only_in_a_step_that_has_run(cuda: CudaAccelerator) -> 
 def test_no_gate_is_closed_where_the_allocator_may_have_to_wait(
     cuda: CudaAccelerator, needs_bytes: int, closed: int
 ) -> None:
-    cuda.begin_step(again=True, needs_bytes=needs_bytes)
+    cuda.begin_step(facts=StepFacts(again=True, needs_bytes=needs_bytes))
     torch.testing.assert_close(step(cuda, make_weights(4), torch.ones(2, WIDTH)), expected())
     cuda.end_step()
     assert len(gates_in_log()) == closed
@@ -67,7 +67,7 @@ def test_a_limit_of_the_allocators_own_counts(cuda: CudaAccelerator, monkeypatch
 def test_device_tensors_die_on_the_issuing_thread(cuda: CudaAccelerator) -> None:
     """The worker may hold the last reference to nothing of the device: torch's allocator could be waiting."""
     died: list[str] = []
-    cuda.begin_step(again=True)
+    cuda.begin_step(facts=StepFacts(again=True))
     value = cuda.upload(Op("x"), torch.ones(2, WIDTH))
     weakref.finalize(value.untyped_storage(), lambda: died.append(threading.current_thread().name))
     received = cuda.receive(Op("r"), cuda.to_host(Op("d"), [value]))
@@ -87,7 +87,7 @@ def test_what_was_not_sent_is_read_as_zeros(cuda: CudaAccelerator) -> None:
     def fails(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         raise ValueError("no")
 
-    cuda.begin_step(again=True)
+    cuda.begin_step(facts=StepFacts(again=True))
     received = cuda.receive(Op("r"), cuda.to_host(Op("d"), [cuda.upload(Op("x"), torch.ones(2, WIDTH))]))
     made = cuda.host_ahead(Op("h"), fails, (received[0], torch.ones(HOST_ROWS, WIDTH)), {})
     (up,) = cuda.wait(Op("w"), cuda.deliver(Op("u"), [made], LIKE))
@@ -101,7 +101,7 @@ def test_every_gate_of_an_abandoned_step_opens(cuda: CudaAccelerator, monkeypatc
     opened: list[int] = []
     monkeypatch.setattr(Gates, "open", lambda self, number: opened.append(number))
     go_on = threading.Event()
-    cuda.begin_step(again=False)
+    cuda.begin_step(facts=StepFacts(again=False))
     received = cuda.receive(Op("r"), cuda.to_host(Op("d"), [cuda.upload(Op("x"), torch.ones(2, WIDTH))]))
     made = cuda.host_ahead(Op("h"), lambda x: go_on.wait(10), (received[0],), {})
     for name in ("u1", "u2"):
@@ -161,7 +161,7 @@ def test_the_worker_ends_with_a_step_that_has_no_use_for_it(cuda: CudaAccelerato
         cuda.end_step()
         assert workers() == 0
     run(cuda)
-    cuda.begin_step(in_turn=True)
+    cuda.begin_step(facts=StepFacts(in_turn=True))
     assert workers() == 0, "at once, where it is known"
     cuda.end_step()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hetegen_compile.accelerators import CudaAccelerator, Op
+from hetegen_compile.accelerators import CudaAccelerator, Op, StepFacts
 from hetegen_compile.accelerators.cuda import native_trips
 from hetegen_compile.accelerators.cuda.gates import Gates
 from hetegen_compile.host_kernels import VECTORISED, HostLinear
@@ -29,7 +29,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaAccelerator]:
     """CUDA over the fake, in a step that closes gates."""
     fake_cuda.install(monkeypatch)
     opened = CudaAccelerator()
-    opened.begin_step(again=True)
+    opened.begin_step(facts=StepFacts(again=True))
     yield opened
     opened.close()
 
@@ -169,7 +169,7 @@ def test_what_is_computed_and_not_sent_is_computed(cuda: CudaAccelerator) -> Non
 def test_an_abandoned_step_forgets_what_was_kept_back(cuda: CudaAccelerator) -> None:
     receive(cuda)
     cuda.abandon_step()
-    cuda.begin_step(again=True)
+    cuda.begin_step(facts=StepFacts(again=True))
     made = cuda.host_ahead(Op("h"), program(), (X, rows()), {})
     cuda.end_step()
     torch.testing.assert_close(made.kept()[0], expected())

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hetegen_compile.accelerators import CudaAccelerator, Op
+from hetegen_compile.accelerators import CudaAccelerator, Op, StepFacts
 from hetegen_compile.accelerators.base import Chain
 from hetegen_compile.accelerators.cuda import replays
 from hetegen_compile.accelerators.cuda.allocator import RECORDED_BYTES
@@ -45,7 +45,7 @@ class Layer:
         return z, w[:1]
 
     def step(self, x: Tensor, w: Tensor, *, again: bool = True) -> tuple[Tensor, Tensor]:
-        self.accelerator.begin_step(again=again, chains=[self.chain])
+        self.accelerator.begin_step(facts=StepFacts(again=again, chains=[self.chain]))
         given = [x, w]
         z, first = self.accelerator.launch_chain(self.chain, given)
         assert given == [], "what is given may die on the way"
@@ -143,7 +143,7 @@ def test_what_is_written_is_never_a_copy(accelerator: CudaAccelerator) -> None:
 
     chain, x = Chain("write", run, written=(0,)), torch.randn(4)
     for cache in [torch.zeros(4) for _ in range(10)]:
-        accelerator.begin_step(again=True, chains=[chain])
+        accelerator.begin_step(facts=StepFacts(again=True, chains=[chain]))
         accelerator.launch_chain(chain, [cache, x])
         accelerator.end_step()
         assert torch.equal(cache, x)
@@ -164,7 +164,7 @@ def test_a_chain_behind_another_is_recorded_in_the_same_step(accelerator: CudaAc
     first, second = Layer(accelerator), Layer(accelerator, made=(0,))
     x, w = torch.randn(4), torch.randn(4)
     for _ in range(4):
-        accelerator.begin_step(again=True, chains=[first.chain, second.chain])
+        accelerator.begin_step(facts=StepFacts(again=True, chains=[first.chain, second.chain]))
         z, _ = accelerator.launch_chain(first.chain, [x, w])
         y, _ = accelerator.launch_chain(second.chain, [z, w])
         accelerator.end_step()
@@ -183,7 +183,7 @@ class Row:
 
     def step(self, x: Tensor, ws: Sequence[Tensor]) -> list[bool]:
         """Whether each was replayed."""
-        self.accelerator.begin_step(again=True, chains=[layer.chain for layer in self.layers])
+        self.accelerator.begin_step(facts=StepFacts(again=True, chains=[layer.chain for layer in self.layers]))
         value, expected, found = x, x, []
         for layer, w in zip(self.layers, ws, strict=True):
             before = self.accelerator.counters.chains_replayed
@@ -230,7 +230,7 @@ def test_no_graph_is_replayed_behind_results_that_were_born_later(accelerator: C
     xs = [torch.randn(replays.COPIED_BYTES) for _ in range(4)]
 
     def step(x: Tensor) -> list[int]:
-        accelerator.begin_step(again=True, chains=[late.chain, early.chain])
+        accelerator.begin_step(facts=StepFacts(again=True, chains=[late.chain, early.chain]))
         for layer, value in ((late, x), (early, xs[0])):
             z, _ = accelerator.launch_chain(layer.chain, [value, w])
             assert torch.equal(z, 2 * value + w)
@@ -261,7 +261,7 @@ def test_results_that_are_expanded_are_born_anew(accelerator: CudaAccelerator) -
     chain = Chain("expand", run)
     for x in [torch.randn(replays.COPIED_BYTES) for _ in range(2)]:
         for _ in range(6):
-            accelerator.begin_step(again=True, chains=[chain])
+            accelerator.begin_step(facts=StepFacts(again=True, chains=[chain]))
             seen = chain.recorded
             if seen is None or seen.recording is None or not accelerator.counters.chains_replayed:
                 accelerator.launch_chain(chain, [x])
@@ -282,7 +282,7 @@ def test_behind_a_view_of_what_was_given_chains_are_recorded(accelerator: CudaAc
     first, x, w = Layer(accelerator), torch.randn(4), torch.randn(4)
     behind = Layer(accelerator, made=(1,))
     for _ in range(6):
-        accelerator.begin_step(again=True, chains=[first.chain, behind.chain])
+        accelerator.begin_step(facts=StepFacts(again=True, chains=[first.chain, behind.chain]))
         _, view = accelerator.launch_chain(first.chain, [x, w])
         z, _ = accelerator.launch_chain(behind.chain, [x, view])
         accelerator.end_step()
@@ -429,7 +429,7 @@ def test_a_view_of_another_type_of_what_was_given_is_not_recorded(accelerator: C
 
     chain, x = Chain("view", run), torch.randn(4)
     for _ in range(4):
-        accelerator.begin_step(again=True, chains=[chain])
+        accelerator.begin_step(facts=StepFacts(again=True, chains=[chain]))
         (seen,) = accelerator.launch_chain(chain, [x])
         accelerator.end_step()
         assert seen.data_ptr() == x.data_ptr()

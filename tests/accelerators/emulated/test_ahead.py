@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hetegen_compile.accelerators import EmulatedAccelerator, Op
+from hetegen_compile.accelerators import EmulatedAccelerator, Op, StepFacts
 from hetegen_compile.errors import MissingWaitError, ScheduleError
 from tests.accelerators.ahead_steps import LIKE
 from tests.accelerators.schedules import HOST_ROWS, WIDTH
@@ -54,7 +54,7 @@ def test_nothing_runs_for_the_first_time_at_its_sizes_behind_a_gate(*, caught_up
     """The emulated accelerator refuses what would load code where a GPU's driver waits for the gate."""
     acc = EmulatedAccelerator()
     for tokens, again in ((3, False), (3, True), (4, True)):
-        acc.begin_step(again=again)
+        acc.begin_step(facts=StepFacts(again=again))
         value = acc.upload(Op("x"), torch.ones(2, WIDTH))
         received = acc.receive(Op("r"), acc.to_host(Op("d"), [value]))
         made = acc.host_ahead(Op("h"), F.linear, (received[0], torch.ones(HOST_ROWS, WIDTH)), {})
