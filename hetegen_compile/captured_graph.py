@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -84,10 +85,17 @@ class CapturedGraph:
         """The sizes of one call."""
         return {symbol: sympy.Integer(as_int(inputs[i])) for symbol, i in self.symbols.items()}
 
+    def size_numbers(self, inputs: Sequence[Any]) -> tuple[int, ...]:
+        """The same as plain numbers, in the order of ``symbols``."""
+        return tuple([as_int(inputs[i]) for i in self.symbols.values()])
+
     def anchor(self, inputs: Sequence[Any]) -> Tensor | None:
         """One of the model's weights: plans are void when it is gone."""
-        first = min(self.weights.values(), default=None)
-        return None if first is None else inputs[first]
+        return None if self._first_weight is None else inputs[self._first_weight]
+
+    @cached_property
+    def _first_weight(self) -> int | None:
+        return min(self.weights.values(), default=None)
 
     def model_of(self, inputs: Sequence[Any]) -> int:
         """Whose weights these are: the storage of one of them tells."""

@@ -119,11 +119,13 @@ def _linear_input(node: fx.Node) -> Tensor | None:
     return activations[0] if activations else None
 
 
-def number(expression: sympy.Expr, sizes: Mapping[sympy.Symbol, sympy.Integer]) -> int:
+def number(expression: sympy.Expr, sizes: Mapping[sympy.Symbol, sympy.Integer | int]) -> int:
     """An expression over the graph's symbols at these sizes."""
     return int(evaluate(expression, sizes))
 
 
 def as_int(value: Any) -> int:
     """A size as the step gets it (an int) or as the capture does (a SymInt with a hint)."""
+    if type(value) is int:  # in each step, for each layer's cache
+        return value
     return int(value.node.hint) if isinstance(value, py_sym_types) else int(value)

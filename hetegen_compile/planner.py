@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
+import sympy
 from torch import Tensor, fx
 
 from hetegen_compile.balance import balanced_splits
@@ -43,7 +44,7 @@ class Planner:
         self._tokens = token_count(module)
         self._search = ResidencySearch(module)
 
-    def bucket(self, sizes: Sizes) -> Bucket:
+    def bucket(self, sizes: Mapping[sympy.Symbol, sympy.Integer | int]) -> Bucket:
         """The bucket that a forward of these sizes belongs to."""
         return bucket_of(number(self._tokens, sizes))
 

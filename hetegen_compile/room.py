@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import sympy
@@ -26,6 +28,7 @@ class Room:
     mirrored: sympy.Expr
     free_bytes: int
     activation_bytes: int
+    _most: Sequence[int] | None = None
 
     @classmethod
     def of(cls, context: Context, mirrored: sympy.Expr, free_bytes: int) -> Room:
@@ -35,10 +38,16 @@ class Room:
 
     def covers(self, sizes: Sizes) -> bool:
         """Whether a forward of these sizes fits; looks further if it is larger than those before."""
-        known = {**self.context.sizes, **self.context.largest}
-        if all(size <= known[symbol] for symbol, size in sizes.items()):
+        if self.has([int(size) for size in sizes.values()]):
             return True
         return any(self._extends_to(sizes, factor) for factor in _FACTORS)
+
+    def has(self, numbers: Sequence[int]) -> bool:
+        """Whether a forward of these sizes, in their order in the context, is no larger than those before."""
+        if self._most is None:
+            known = {**self.context.sizes, **self.context.largest}
+            self._most = [int(known[symbol]) for symbol in self.context.sizes]
+        return all(map(operator.le, numbers, self._most))
 
     def _extends_to(self, sizes: Sizes, factor: tuple[int, int]) -> bool:
         times, parts = factor
@@ -48,7 +57,7 @@ class Room:
         activations = self.need.peak_bytes(context.room)
         if context.room(self.mirrored) + activations > self.free_bytes:
             return False
-        self.context, self.activation_bytes = context, activations
+        self.context, self.activation_bytes, self._most = context, activations, None
         return True
 
 

@@ -15,7 +15,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from hetegen_compile.captured_graph import CapturedGraph, Part
 from hetegen_compile.errors import BudgetError, UnforeseenMemoryError
-from hetegen_compile.graph_inputs import as_int
 from hetegen_compile.heap import large_heap
 from hetegen_compile.model_lives import ModelWeights
 from hetegen_compile.options import format_bytes
@@ -52,7 +51,7 @@ class StepPlans:
         self._buckets: dict[Part, BucketPlan] = {}
         self._outdated: dict[Part, BucketPlan] = {}
         self._plans: dict[tuple[Part, Variant], StepPlan] = {}
-        self._recent: tuple[tuple[Any, ...], StepPlan] | None = None
+        self._recent: tuple[tuple[Part, Variant], StepPlan] | None = None
         self._models: dict[int, ModelWeights] = {}
 
     @property
@@ -77,11 +76,14 @@ class StepPlans:
             UnforeseenMemoryError: verification counts more than was planned for.
             HostOnlyGraphError: the graph cannot be offloaded.
         """
-        variant = self._variant()
-        key = variant, self.graph.model_of(inputs), *(as_int(inputs[i]) for i in self.graph.symbols.values())
-        if self._recent is not None and self._recent[0] == key and self._recent[1].epoch == self.runtime.ledger.epoch:
-            return self._recent[1]
-        self._recent = key, self._find(inputs, variant)
+        numbers = self.graph.size_numbers(inputs)
+        bucket = self._planner.bucket(dict(zip(self.graph.symbols, numbers, strict=True)))
+        key = (bucket, self.graph.model_of(inputs)), self._variant()
+        if self._recent is not None and self._recent[0] == key:
+            plan = self._recent[1]
+            if plan.epoch == self.runtime.ledger.epoch and plan.room.has(numbers):
+                return plan
+        self._recent = key, self._find(inputs, *key)
         return self._recent[1]
 
     def _variant(self) -> Variant:
@@ -140,9 +142,8 @@ class StepPlans:
         for weights in self._models.values():
             weights.move(places)
 
-    def _find(self, inputs: Sequence[Any], variant: Variant) -> StepPlan:
+    def _find(self, inputs: Sequence[Any], part: Part, variant: Variant) -> StepPlan:
         sizes = self.graph.sizes(inputs)
-        part = self._planner.bucket(sizes), self.graph.model_of(inputs)
         plan = self._plans.get((part, variant))
         if plan is not None and not self._is_good(plan, inputs, sizes):
             self.outdate([part])

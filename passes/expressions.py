@@ -14,7 +14,7 @@ import sympy
 from torch.utils._sympy.printers import PythonPrinter
 
 
-def evaluate(expression: sympy.Expr, sizes: Mapping[sympy.Symbol, sympy.Integer]) -> float:
+def evaluate(expression: sympy.Expr, sizes: Mapping[sympy.Symbol, sympy.Integer | int]) -> float:
     """The expression at these sizes; a symbol that has none (it depends on data) counts as 1."""
     if expression.is_Integer:
         return float(expression.p)

@@ -16,7 +16,8 @@ and once one change was found. Of caches, which steps write themselves, the firs
     records       all of them, who relies on them, and what leaves to make room
     upload        how a tensor that is not there comes up: by itself, as a view of its storage, as rows of a weight
     standing      answers for weights that hold until something changes
-    settled       the same for what steps write themselves
+    returned      what a step returned, which the next one reads as it is
+    settled       answers for what steps write themselves
     fingerprints  what was uploaded, for writes that no version shows
 """
 

@@ -37,6 +37,13 @@ class Fingerprint:
         self._samples = [(offset, _bytes_at(address + offset, n)) for offset, n in _places(start, nbytes)]
         self._sums = self._block_sums(storage) if len(self._samples) > 1 else None
 
+    @classmethod
+    def of_first(cls, expected: bytes) -> Fingerprint:
+        """Of a storage's first bytes, at most one sample, as they were."""
+        found = cls.__new__(cls)
+        found._start, found._nbytes, found._samples, found._sums = 0, len(expected), [(0, expected)], None
+        return found
+
     def sample(self, address: int, turn: int) -> tuple[ctypes.Array[ctypes.c_char], bytes]:
         """The memory of one sample, another one each turn, and what it was; ``address`` is the storage's."""
         offset, expected = self._samples[turn % len(self._samples)]

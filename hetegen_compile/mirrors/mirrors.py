@@ -16,14 +16,13 @@ from hetegen_compile.mirrors.identity import Geometry, covers_storage, geometry_
 from hetegen_compile.mirrors.record import Held, Record
 from hetegen_compile.mirrors.records import UNSEEN_WRITE, Records
 from hetegen_compile.mirrors.request import MIRRORS, WEIGHTS, Request
+from hetegen_compile.mirrors.returned import RETURNED
 from hetegen_compile.mirrors.settled import Settled
 from hetegen_compile.mirrors.standing import Samples, Standing
 from hetegen_compile.mirrors.upload import Uploader, first_bytes, new_bytes
 from hetegen_compile.passes.claims import WeightKey
 
 logger = logging.getLogger("hetegen_compile")
-
-_RETURNED = "a tensor that a step returned"
 
 
 class Mirrors:
@@ -36,7 +35,6 @@ class Mirrors:
         self._random = random.Random(0)
         self.keep: frozenset[int] = frozenset()
         """Storages with weights that are resident by plan: only ``forget_weights`` drops those."""
-        self._most_bytes = 0  # all mirrors together are not more
 
     # ---- a step ----------------------------------------------------------------------------------------------
 
@@ -61,9 +59,9 @@ class Mirrors:
             found = [self._lookup(request) for request in requests]
         missing = [i for i, (record, geometry) in enumerate(found) if geometry not in record.held]
         added = new_bytes([(found[i][0], requests[i]) for i in missing]) if missing else 0
-        if self._most_bytes + added > limit_bytes:
-            self._most_bytes = self._records.make_room(limit_bytes - added, self._step, self.keep)
-        self._most_bytes += added
+        if self._records.most_bytes + added > limit_bytes:
+            self._records.make_room(limit_bytes - added, self._step, self.keep)
+        self._records.most_bytes += added
         for i in missing:
             record, geometry = found[i]
             if geometry not in record.held:  # the same tensor may be asked for twice
@@ -87,25 +85,27 @@ class Mirrors:
         Later views of a tensor that is all of its storage (a cache that was cropped) are views of ``value``. A
         tensor that is a part (a sliding window of what was concatenated) is mirrored by itself.
         """
-        if tensor.numel() == 0:
+        if tensor.numel() == 0 or (category == MIRRORS and self._records.note_returned(tensor, value, self._step)):
             return
         record, storage_bytes = self._returned(tensor), int(tensor.untyped_storage().nbytes())
-        self._most_bytes += storage_bytes
+        self._records.most_bytes += storage_bytes
         if covers_storage(tensor):
             record.base, record.base_bytes = value, tensor.nbytes
             held = Held(value, category, 0)
         else:  # the value keeps its storage, as the tensor does
             held = Held(self._uploader.laid_out_as(tensor, value, category), category, storage_bytes)
-        held = replace(held, name=_RETURNED, fingerprint=first_bytes(tensor), used=self._step)
+        held = replace(held, name=RETURNED, fingerprint=first_bytes(tensor), used=self._step)
         record.held[geometry_of(tensor)] = held
 
     def _returned(self, tensor: Tensor) -> Record:
         """The record of a storage that this step made: a new one, unless another view of it was returned, too."""
-        record = self._records.get(storage_key(tensor))
-        if record is None or record.returned != self._step or record.storage.expired():
-            record = self._records.renew(tensor)
+        record = self._records.get_returned(storage_key(tensor), self._step) or self._records.renew(tensor)
         record.returned = record.used = self._step
         return record
+
+    def returned(self, tensors: Sequence[Tensor]) -> list[Value | None]:
+        """Values of tensors that a step returned, as it returned them; None for all others, to be fetched."""
+        return [self._records.answer(tensor, self._step) for tensor in tensors]
 
     def settle(self, tensors: Sequence[Tensor], before: Settled | None = None) -> Settled | None:
         """The step wrote the host tensors and their mirrors alike: what the mirrors hold is current again.
@@ -168,7 +168,7 @@ class Mirrors:
         Raises:
             NoRoomError: what is resident by plan does not fit.
         """
-        self._most_bytes = self._records.make_room(limit_bytes, self._step + 1, self.keep)
+        self._records.make_room(limit_bytes, self._step + 1, self.keep)
 
     # ---- what is out of date ---------------------------------------------------------------------------------
 

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from hetegen_compile.accelerators.base import Value
 from hetegen_compile.mirrors.identity import Geometry, geometry_of, storage_key
 from hetegen_compile.mirrors.record import Held, Record
 from hetegen_compile.mirrors.request import MIRRORS, WEIGHTS
+from hetegen_compile.mirrors.returned import Returned, can_be_noted
 from hetegen_compile.mirrors.settled import Settled
 from hetegen_compile.mirrors.standing import Standing
 from hetegen_compile.mirrors.upload import first_bytes
@@ -33,19 +35,27 @@ class NoRoomError(Exception):
 
 
 class Records:
-    """By storage. Not thread-safe."""
+    """By storage. Not thread-safe.
+
+    All of them together hold ``most_bytes`` or less: whoever adds to one counts it there.
+    """
 
     def __init__(self) -> None:
         self._records: dict[int, Record] = {}
+        self._returned: dict[int, Returned] = {}
         self._standing: weakref.WeakKeyDictionary[Standing, Found] = weakref.WeakKeyDictionary()
         self._behind: frozenset[int] = frozenset()
+        self.most_bytes = 0
 
     def __iter__(self) -> Iterator[tuple[int, Record]]:
         """Keys of storages and their records; they may be dropped meanwhile."""
+        self._record_all()
         return iter(list(self._records.items()))
 
     def get(self, key: int) -> Record | None:
         """What is held of a storage."""
+        if key in self._returned:
+            self._record(key)
         return self._records.get(key)
 
     def current(self, tensor: Tensor, geometry: Geometry) -> Record:
@@ -53,7 +63,7 @@ class Records:
         key = storage_key(tensor)
         if key in self._behind:
             self.up_to_date()
-        record = self._records.get(key)
+        record = self.get(key)
         if record is None or not record.is_of(tensor):
             record = self.renew(tensor)
         elif not record.note(tensor, geometry):
@@ -70,15 +80,48 @@ class Records:
 
     def drop(self, key: int) -> None:
         """Let go of all that is held of a storage."""
+        returned = self._returned.pop(key, None)
+        if returned is not None:
+            self.most_bytes -= returned.nbytes
         record = self._records.pop(key, None)
         if record is not None:
+            self.most_bytes -= record.nbytes
             self.changed(record)
 
     def purge(self) -> None:
         """Forget the storages that no longer exist."""
-        expired = torch.UntypedStorage._expired  # a record's weak reference keeps its key valid
-        for key in [key for key in self._records if expired(key)]:
+        expired = torch.UntypedStorage._expired  # a weak reference to each keeps its key valid
+        for key in [*filter(expired, self._records), *filter(expired, self._returned)]:
             self.drop(key)
+
+    # ---- what steps return -----------------------------------------------------------------------------------
+
+    def note_returned(self, tensor: Tensor, value: Value, step: int) -> bool:
+        """Whether it is enough to note that a step returned the tensor, which it has made, with this value."""
+        key = storage_key(tensor)
+        if not can_be_noted(tensor) or self.get_returned(key, step) is not None:
+            return False
+        self.drop(key)
+        self._returned[key] = Returned(tensor, value, step)
+        self.most_bytes += tensor.nbytes
+        return True
+
+    def get_returned(self, key: int, step: int) -> Record | None:
+        """The record of a storage that this step returned a tensor of before."""
+        record = self.get(key)
+        return record if record is not None and record.returned == step and not record.storage.expired() else None
+
+    def answer(self, tensor: Tensor, step: int) -> Value | None:
+        """The value of a tensor that a step returned, if it is what it was then and nobody asked otherwise since."""
+        returned = self._returned.get(storage_key(tensor))
+        return None if returned is None else returned.answer(tensor, step)
+
+    def _record(self, key: int) -> None:
+        self._records[key] = self._returned.pop(key).as_record()
+
+    def _record_all(self) -> None:
+        for key in list(self._returned):
+            self._record(key)
 
     # ---- who relies on it ------------------------------------------------------------------------------------
 
@@ -104,7 +147,7 @@ class Records:
 
     def settle(self, tensor: Tensor) -> None:
         """A step wrote the tensor and its mirror alike: what the mirror holds is current again."""
-        record = self._records.get(storage_key(tensor))
+        record = self.get(storage_key(tensor))
         if record is None:
             return
         if record.base is not None:
@@ -135,7 +178,7 @@ class Records:
     def _catch_up(self, known: Sequence[tuple[Tensor, bool]]) -> None:
         """Note what a step has written, but for what somebody has written since."""
         for tensor, intact in known:
-            record = self._records.get(storage_key(tensor))
+            record = self.get(storage_key(tensor))
             if intact:
                 self.settle(tensor)
             elif record is not None:
@@ -152,14 +195,15 @@ class Records:
 
     # ---- room ------------------------------------------------------------------------------------------------
 
-    def make_room(self, limit_bytes: int, step: int, planned: frozenset[int]) -> int:
-        """Drop what ``step`` does not use, oldest use first, until the rest fits ``limit_bytes``; its bytes.
+    def make_room(self, limit_bytes: int, step: int, planned: frozenset[int]) -> None:
+        """Drop what ``step`` does not use, oldest use first, until the rest fits ``limit_bytes``.
 
         Nothing is lost: a mirror that is needed again is uploaded again. Weights in the storages ``planned`` stay.
 
         Raises:
             NoRoomError: what this step uses does not fit.
         """
+        self._record_all()
         self._note_uses()
         excess = sum(record.nbytes for record in self._records.values()) - limit_bytes
         for key, record in sorted(self._records.items(), key=lambda item: item[1].used):
@@ -168,7 +212,7 @@ class Records:
             excess -= self._give_up(key, record, step, stays=key in planned and record.holds(WEIGHTS))
         if excess > 0:
             raise NoRoomError(excess)
-        return limit_bytes + excess
+        self.most_bytes = limit_bytes + excess
 
     def _give_up(self, key: int, record: Record, step: int, *, stays: bool) -> int:
         """Drop what ``step`` does not use of one storage; returns the bytes."""

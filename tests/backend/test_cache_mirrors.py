@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 import hetegen_compile
-from hetegen_compile.accelerators.base import Accelerator
+from hetegen_compile.accelerators.base import Accelerator, Value
+from hetegen_compile.mirrors import Mirrors, Request
 from tests.models.architectures import tiny_model
 from tests.models.harness import (
     RecordingBackend,
@@ -72,6 +74,32 @@ def test_a_cache_is_not_uploaded_again(architecture: str, cache: str | None) -> 
     assert max(steps) < a_tokens_keys_and_values
     windows = architecture != "llama"  # of a prompt longer than a window the last tokens come down, and go up once
     assert behind_prompt < (PROMPT + 1 if windows else 1) * a_tokens_keys_and_values
+
+
+def test_a_growing_cache_is_read_without_a_record_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step returned the next one is given as it is; only what the caller makes anew is looked up."""
+    model, backend, known = tiny_model("llama"), RecordingBackend(), hetegen_compile.schedules()
+    prompt = torch.randint(2, 256, (1, PROMPT), generator=torch.Generator().manual_seed(1))
+    asked: list[list[str]] = []
+    fetch = Mirrors.fetch
+
+    def fetched(mirrors: Mirrors, requests: Sequence[Request], limit_bytes: int) -> list[Value]:
+        asked.append([request.name for request in requests])
+        return fetch(mirrors, requests, limit_bytes)
+
+    def run() -> Tensor:
+        tokens: Tensor = model.generate(prompt, do_sample=False, max_new_tokens=TOKENS, min_new_tokens=TOKENS)  # type: ignore[operator]
+        return tokens
+
+    expected, options = run(), emulated(gpu_memory=half_the_weights(model))
+    model.compile(backend=backend, options=options)
+    assert_like_eager(run(), expected)
+    assert_offloaded(backend, new_schedules(known), options)
+    monkeypatch.setattr(Mirrors, "fetch", fetched)
+    assert_like_eager(run(), expected)
+    assert len(asked) == TOKENS
+    caches = [name for names in asked[1:] for name in names if "past_key_values" in name]
+    assert not caches
 
 
 def test_the_hosts_copy_of_a_static_cache_is_written_while_later_layers_run() -> None:

@@ -25,10 +25,10 @@ from hetegen_compile.accelerators.base import (
 from hetegen_compile.accelerators.cuda.activations import Activations
 from hetegen_compile.accelerators.cuda.ahead import Ahead
 from hetegen_compile.accelerators.cuda.allocator import (
+    Unclaimed,
     beside_allocator_bytes,
     overhead_bytes,
     reserved_now_bytes,
-    unclaimed_bytes,
 )
 from hetegen_compile.accelerators.cuda.gates import why_no_gates
 from hetegen_compile.accelerators.cuda.lending import Lending
@@ -78,6 +78,7 @@ class CudaAccelerator(Accelerator):
         self._activations = Activations(self._streams, self._ledger, lending)
         self._ahead = Ahead(self._streams, self._ledger, lending)
         self._replays = Replays(self.device, self.counters)
+        self._unclaimed = Unclaimed(self.device)
         self._in_step = False
         self._closed = False
 
@@ -177,7 +178,7 @@ class CudaAccelerator(Accelerator):
         self._prefetches.take_over(carried)
         self._ledger.begin_step()
         opened = self._replays.wants_open_gates(facts.chains)
-        gated = facts.again and not opened and facts.needs_bytes <= unclaimed_bytes(self.device)
+        gated = facts.again and not opened and facts.needs_bytes <= self._unclaimed.nbytes()
         self._in_step = True
         self._streams.begin_step()
         self._ahead.begin_step(gated=gated, in_turn=facts.in_turn)

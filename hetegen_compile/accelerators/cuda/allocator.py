@@ -20,6 +20,10 @@ GRAPH_BYTES = 144 << 10
 """What the driver took of an H200 for a graph of up to eight launches, at most: 6 MiB for 45 of them."""
 
 
+ASKED_EVERY = 16
+"""Steps after which the driver is asked again what other processes have left."""
+
+
 def beside_allocator_bytes(device: torch.device | int) -> int:
     """Bytes of a GPU in use beside torch's allocator: the CUDA context, libraries' own memory, other processes.
 
@@ -34,11 +38,28 @@ def reserved_now_bytes(device: torch.device) -> int:
     return int(torch.cuda.memory_stats_as_nested_dict(device)["reserved_bytes"]["all"]["current"])
 
 
-def unclaimed_bytes(device: torch.device) -> int:
-    """What the allocator can get from the driver without giving anything back first, its rounding taken off."""
-    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total_bytes) - reserved_now_bytes(device)
-    return max(0, min(int(free_bytes), allowed) - 2 * BLOCK_BYTES)
+class Unclaimed:
+    """What the allocator can get from the driver without giving anything back first, its rounding taken off.
+
+    The driver, which takes a lock for it, is asked what is free when the allocator has reserved more or less since, and
+    every few steps: other processes may have taken some.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._reserved_bytes = -1
+        self._free_bytes = self._total_bytes = 0
+        self._asked = 0
+
+    def nbytes(self) -> int:
+        """What it can get now."""
+        device, reserved_bytes = self._device, reserved_now_bytes(self._device)
+        self._asked += 1
+        if reserved_bytes != self._reserved_bytes or self._asked >= ASKED_EVERY:
+            self._free_bytes, self._total_bytes = map(int, torch.cuda.mem_get_info(device))
+            self._reserved_bytes, self._asked = reserved_bytes, 0
+        allowed_bytes = int(torch.cuda.get_per_process_memory_fraction(device) * self._total_bytes) - reserved_bytes
+        return max(0, min(self._free_bytes, allowed_bytes) - 2 * BLOCK_BYTES)
 
 
 def overhead_bytes(device: torch.device) -> dict[str, int]:
