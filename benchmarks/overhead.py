@@ -1,9 +1,12 @@
-"""What hetegen costs beside the work itself: issuing a step, calling a resident model, compiling a deep one.
+"""What hetegen costs beside the work itself: issuing a step, what lies between two, a resident model, a deep one.
 
     python -m benchmarks.overhead --json overhead.json
 
 ``issue``: seconds of the host thread per split Linear in a decode step of a tiny Llama, on an accelerator whose
 operations return at once; torch's dispatch, the calls of segments and the check of the mirrors are in it.
+``between``: seconds of the host thread per layer in a decode step with a growing cache, from the call to its first
+operation and from its last one to the return: Dynamo's guards, finding the plan, looking up weights and caches, noting
+what is returned.
 ``resident``: a model that fits, compiled by hetegen, against plain Inductor, called by turns.
 ``compile``: the backend's own time (Dynamo's tracing aside) by depth, with a cold Inductor cache each time.
 No accelerator takes part and none is claimed: these are costs of the host. Exit status 1 if a limit is exceeded.
@@ -29,9 +32,11 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 from torch._inductor.utils import fresh_inductor_cache
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from benchmarks.null_accelerator import NullAccelerator
+from hetegen_compile.accelerators import Op
+from hetegen_compile.accelerators.base import NOTHING_KNOWN, StepFacts, Transfer
 from hetegen_compile.backend import compile_graph
 from hetegen_compile.calibration import this_machine
 from hetegen_compile.compiled import CompiledGraph
@@ -40,8 +45,8 @@ from hetegen_compile.options import parse_options
 from hetegen_compile.runtime import Runtime
 from hetegen_compile.segments import inductor_compiler
 
-LIMITS = {"issue": 40e-6, "resident": 1.15, "compile": 2.0}
-"""Seconds a split Linear; ratio to Inductor; ratio of the deepest to the shallowest."""
+LIMITS = {"issue": 40e-6, "between": 120e-6, "resident": 1.15, "compile": 2.0}
+"""Seconds a split Linear; seconds a layer; ratio to Inductor; ratio of the deepest to the shallowest."""
 
 LAYER_BYTES = 12 << 10
 """Budget of the issue and compile stages, a layer of 144 KiB: most of what is not on the host is streamed."""
@@ -67,15 +72,34 @@ class Figure:
         return self.value <= self.limit
 
 
-class NullBackend:
-    """A hetegen backend on a ``NullAccelerator`` that keeps its graphs, their inputs and the seconds that it took."""
+class Stamped(NullAccelerator):
+    """Notes when the first operation of a step begins and when its last one has ended."""
 
-    def __init__(self, **options: Any) -> None:
+    first_s = last_s = 0.0
+
+    def begin_step(self, carried: Sequence[Transfer] = (), facts: StepFacts = NOTHING_KNOWN) -> None:
+        """The first operation is not there yet."""
+        self.first_s = 0.0
+
+    def end_step(self) -> None:
+        """There are no more."""
+        self.last_s = time.perf_counter()
+
+    def host(self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the function now: a decode step begins with the embedding, which lies on the host."""
+        self.first_s = self.first_s or time.perf_counter()
+        return super().host(op, function, args, kwargs)
+
+
+class NullBackend:
+    """A hetegen backend on a ``NullAccelerator``: its graphs, the last inputs, the seconds that compiling took."""
+
+    def __init__(self, accelerator: NullAccelerator | None = None, **options: Any) -> None:
         self._options = parse_options({"accelerator": "emulated", "print_schedule": False, **options})
         self._profile = profile_for(self._options)
-        self._runtime = Runtime(NullAccelerator())
+        self._runtime = Runtime(accelerator or NullAccelerator())
         self.graphs: list[CompiledGraph] = []
-        self.inputs: list[Sequence[Any]] = []
+        self.inputs: Sequence[Any] = ()
         self.seconds = 0.0
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -88,7 +112,7 @@ class NullBackend:
         self.graphs.append(graph)
 
         def call(*inputs: Any) -> Any:
-            self.inputs.append(inputs)
+            self.inputs = inputs
             return graph(*inputs)
 
         return call
@@ -116,7 +140,7 @@ def issue(args: argparse.Namespace) -> Figure:
     model, backend = llama(args.layers, 64), NullBackend(split=0.5, gpu_memory=LAYER_BYTES * (4 + args.layers))
     model.compile(backend=backend)
     one_token(model)
-    (graph,), inputs = backend.graphs, backend.inputs[-1]
+    (graph,), inputs = backend.graphs, backend.inputs
     (plan,) = graph.plans
     linears = sum(row.placement == "split" for row in plan.schedule.rows)
     streamed = sum(bool(row.streamed_share) for row in plan.schedule.rows)
@@ -129,6 +153,31 @@ def issue(args: argparse.Namespace) -> Figure:
         "checked_mirrors": len(plan.bound.mirrors) + len(plan.bound.residents),
     }  # fmt: skip
     return Figure("issue", "host thread per split Linear", step_s / linears, LIMITS["issue"], "s", parts)
+
+
+def between(args: argparse.Namespace) -> Figure:
+    """Seconds a layer of decode steps beside their operations: the median step."""
+    accelerator, layers, steps = Stamped(), args.layers, args.steps + args.steps // 10
+    room = layers * LAYER_BYTES + 4 * (steps + 1) * layers * 256  # keys and values, old and new ones, and as many again
+    backend = NullBackend(accelerator, split=0.5, gpu_memory=LAYER_BYTES * 4 + room, context=steps + 1)
+    model, cache = llama(layers, 64), DynamicCache()
+    model.compile(backend=backend)
+    token = torch.ones(1, 1, dtype=torch.long)
+    before, behind = [], []
+    with no_collection():
+        for _ in range(steps + 1):
+            started = time.perf_counter()
+            model(token, past_key_values=cache)
+            returned = time.perf_counter()
+            before.append(accelerator.first_s - started)
+            behind.append(returned - accelerator.last_s)
+    plan = backend.graphs[-1].plans[0]
+    parts = {
+        "before_s": statistics.median(before[-args.steps :]), "behind_s": statistics.median(behind[-args.steps :]),
+        "layers": layers, "checked_mirrors": len(plan.bound.mirrors) + len(plan.bound.residents),
+    }  # fmt: skip
+    value = (parts["before_s"] + parts["behind_s"]) / layers
+    return Figure("between", "host thread beside a step, per layer", value, LIMITS["between"], "s", parts)
 
 
 def resident(args: argparse.Namespace) -> Figure:
@@ -190,6 +239,7 @@ def no_collection() -> Iterator[None]:
 
 STAGES: dict[str, Callable[[argparse.Namespace], Figure]] = {
     "issue": issue,
+    "between": between,
     "resident": resident,
     "compile": compile_depth,
 }

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import hetegen_compile
 from hetegen_compile.segments import inductor_compiler, plain_compiler
-from tests.backend.modules import BUDGET, Linear, Mlp, around, plain, random
+from tests.backend.modules import BUDGET, WIDTH, Linear, Mlp, around, plain, random
 from tests.models.harness import compiled_like_eager, emulated, through_inductor
 
 
@@ -90,6 +91,21 @@ def test_a_linear_whose_size_comes_from_data() -> None:
     model = around(body)
     run = _run(model, random(3, 64), torch.tensor(2.0))
     compiled_like_eager(model, run, options=emulated(gpu_memory=BUDGET))
+
+
+def test_guards_on_modules_may_be_left_out() -> None:
+    """torch's own option, which the README names, beside ours: new weights in place are still seen."""
+    model = Mlp(2).eval()
+    options = {**emulated(gpu_memory=BUDGET), "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    compiled = torch.compile(model, backend="hetegen", options=options)
+    for seed in range(3):
+        x = random(2, WIDTH, seed=seed)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x))
+            next(model.parameters()).mul_(0.5)
+    schedule = hetegen_compile.schedules()[-1]
+    assert schedule.host_bytes > 0
+    assert schedule.streamed_bytes > 0
 
 
 def test_threads_take_turns() -> None:

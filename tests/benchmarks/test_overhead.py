@@ -28,6 +28,18 @@ def test_the_issue_stage_counts_split_linears_that_are_prefetched(
     assert "host thread per split Linear" in capsys.readouterr().out
 
 
+@through_inductor
+def test_the_stage_between_sees_a_cache_that_grows(tmp_path: Path) -> None:
+    out = tmp_path / "overhead.json"
+    overhead.main(["--stages", "between", "--layers", "3", "--steps", "10", "--json", str(out)])
+    (figure,) = json.loads(out.read_text())["figures"]
+    parts = figure["parts"]
+    assert 0 < parts["before_s"] < 1
+    assert 0 < parts["behind_s"] < 1
+    assert figure["value"] == pytest.approx((parts["before_s"] + parts["behind_s"]) / 3)
+    assert parts["checked_mirrors"] > 3 * 7, "weights, keys and values"
+
+
 def test_processor_time_sees_one_thread_only() -> None:
     with pytest.raises(SystemExit):
         overhead.main(["--threads", "2", "--cpu-time"])
