@@ -27,17 +27,22 @@ class Activations:
         self._streams = streams
         self._ledger = ledger
         self._lending = lending
+        self._filling = Lending(
+            streams.device
+        )  # by itself: how much is new to a step varies, what it sends up does not
         self._kept: list[torch.Tensor] = []
 
     def finish_step(self) -> None:
         """All that read the step's buffers is over."""
         self._kept.clear()
         self._lending.take_back()
+        self._filling.take_back()
 
     def close(self) -> None:
         """Let go of all buffers."""
         self._kept.clear()
         self._lending.close()
+        self._filling.close()
 
     def to_host(self, op: Op, value: Value | Sequence[Value]) -> CudaTransfer:
         """``Accelerator.to_host``."""
@@ -113,7 +118,7 @@ class Activations:
         if not 0 < span_bytes(source) <= VIEWED_UPLOAD_BYTES:
             copy_span(target, source)  # blocks until the source was read
             return
-        (lent,) = self._lending.lend([source])
+        (lent,) = self._filling.lend([source])
         copy_by_kernel(target, span(lent))
 
 

@@ -1,12 +1,12 @@
 """Small host tensors for kernels to read where they lie: pinned buffers and CUDA views of them, used again and again.
 
-Making a pinned buffer and a view of it takes longer than filling it, and a step that is split makes hundreds. So a
-buffer that was lent in one step is lent again in later ones, unless somebody still holds a tensor on it.
+Making a pinned buffer and a view of it takes longer than filling it, and a step that is split makes hundreds. What was
+lent first in one step is lent first in the next one, and so on, unless somebody still holds a tensor on it: recorded
+launches (``replays.py``) find what they read where it was.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -20,11 +20,11 @@ ALIGNMENT_BYTES = 256
 """Where each tensor begins in a buffer: as the device's allocator aligns, which compiled kernels count on."""
 
 LEAST_BYTES = 1 << 12
-"""Buffers are as long as powers of two from here on, so that few lengths serve all."""
+"""Buffers are as long as powers of two from here on, so that few are made where lengths vary."""
 
 
 class _Lent(NamedTuple):
-    """A pinned buffer of bytes, seen from either side, and how often the device's side is held while it is not lent."""
+    """A pinned buffer of bytes, seen from either side, and how often the device's side is held if it is not lent."""
 
     host: torch.Tensor
     device: torch.Tensor
@@ -36,8 +36,13 @@ class Lending:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._free: dict[int, list[_Lent]] = defaultdict(list)
-        self._lent: list[_Lent] = []
+        self._in_turn: list[_Lent] = []
+        self._next = 0
+
+    @property
+    def lent(self) -> int:
+        """How many were lent since the last were taken back."""
+        return self._next
 
     def lend(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """CUDA views, of the tensors' geometry, of copies that lie behind each other in one buffer."""
@@ -50,26 +55,29 @@ class Lending:
         """Pinned tensors of this geometry to be filled, behind each other in one buffer, and CUDA views of them."""
         *offsets, nbytes = accumulate(map(_aligned_bytes, like), initial=0)
         lent = self._take(nbytes)
-        self._lent.append(lent)
         places = list(zip(offsets, like, strict=True))
         return [_lying_at(lent.host, *place) for place in places], [_lying_at(lent.device, *place) for place in places]
 
     def take_back(self) -> None:
-        """All kernels that read what was lent are over: whatever nobody holds any more may be lent again."""
-        for lent in reversed(self._lent):  # the last is taken first: an equal step is lent the same ones in turn
-            if _holders(lent.device) == lent.holders:
-                self._free[lent.host.numel()].append(lent)
-        self._lent.clear()
+        """All kernels that read what was lent are over: it may be lent again."""
+        self._next = 0
 
     def close(self) -> None:
         """Let go of all buffers."""
-        self._lent.clear()
-        self._free.clear()
+        self._in_turn.clear()
+        self._next = 0
 
     def _take(self, nbytes: int) -> _Lent:
-        length = max(LEAST_BYTES, 1 << (nbytes - 1).bit_length())
-        if self._free[length]:
-            return self._free[length].pop()
+        turn, self._next = self._next, self._next + 1
+        if turn < len(self._in_turn):
+            lent = self._in_turn[turn]
+            if nbytes <= lent.host.numel() and _holders(lent.device) == lent.holders:
+                return lent
+        made = self._made(max(LEAST_BYTES, 1 << (nbytes - 1).bit_length()))
+        self._in_turn[turn : turn + 1] = [made]
+        return made
+
+    def _made(self, length: int) -> _Lent:
         geometry = torch.empty(length, dtype=torch.uint8, device="meta")
         host = empty_twin(geometry, torch.device("cpu"), pinned=True)
         device = cuda_view(host, self._device)

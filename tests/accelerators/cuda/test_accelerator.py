@@ -211,12 +211,12 @@ def test_small_activations_stay_off_the_copy_engine(accelerator: CudaAccelerator
     assert read[1].stride() == sources[1].stride()
     assert LOG == []
     assert len(accelerator._activations._kept) == len(sources)
-    assert len(accelerator._activations._lending._lent) == 1
+    assert accelerator._activations._lending.lent == 1
     accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), [torch.ones((SMALL_UPLOAD_BYTES >> 2) + 1)]))
     assert LOG == ["on up", "compute waits up@0"]
     accelerator.end_step()
     assert not accelerator._activations._kept
-    assert not accelerator._activations._lending._lent
+    assert accelerator._activations._lending.lent == 0
 
 
 @pytest.mark.parametrize(
@@ -231,11 +231,25 @@ def test_small_uploads_are_read_by_a_kernel(accelerator: CudaAccelerator, source
     zeros = torch.zeros(16, dtype=source.dtype).as_strided(source.shape, source.stride())
     assert accelerator.upload(Op("tokens"), zeros, into=value) is value
     assert not value.any()
-    assert len(accelerator._activations._lending._lent) == 2
+    assert accelerator._activations._filling.lent == 2
     accelerator.upload(Op("weights"), torch.ones((VIEWED_UPLOAD_BYTES >> 2) + 1))
-    assert len(accelerator._activations._lending._lent) == 2
+    assert accelerator._activations._filling.lent == 2
     accelerator.end_step()
-    assert not accelerator._activations._lending._lent
+    assert accelerator._activations._filling.lent == 0
+
+
+def test_what_a_step_sends_up_lies_where_it_did_however_much_is_new_to_it(accelerator: CudaAccelerator) -> None:
+    """A mask that was looked up, a position that was not: recorded launches go on."""
+    places = set()
+    for new in range(3):
+        for _ in range(new):
+            accelerator.upload(Op("new"), torch.ones(2))
+        (value,) = accelerator.wait(Op("wait"), accelerator.to_accelerator(Op("up"), [torch.ones(3)]))
+        places.add(value.data_ptr())
+        del value
+        accelerator.end_step()
+        accelerator.begin_step()
+    assert len(places) == 1
 
 
 def test_faults_that_cost_nothing_to_find(accelerator: CudaAccelerator) -> None:
