@@ -5,8 +5,8 @@
 ``issue``: seconds of the host thread per split Linear in a decode step of a tiny Llama, on an accelerator whose
 operations return at once; torch's dispatch, the calls of segments and the check of the mirrors are in it.
 ``between``: seconds of the host thread per layer in a decode step with a growing cache, from the call to its first
-operation and from its last one to the return: Dynamo's guards, finding the plan, looking up weights and caches, noting
-what is returned.
+operation of the host and from its last one to the return: Dynamo's guards, finding the plan, looking up weights and
+caches, noting what is returned.
 ``resident``: a model that fits, compiled by hetegen, against plain Inductor, called by turns.
 ``compile``: the backend's own time (Dynamo's tracing aside) by depth, with a cold Inductor cache each time.
 No accelerator takes part and none is claimed: these are costs of the host. Exit status 1 if a limit is exceeded.
@@ -73,21 +73,26 @@ class Figure:
 
 
 class Stamped(NullAccelerator):
-    """Notes when the first operation of a step begins and when its last one has ended."""
+    """Notes when the host's first operation of a step begins, the embedding, and when the last of all has ended."""
 
-    first_s = last_s = 0.0
+    def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__()
+        self._clock = clock
+        self.first_s: float | None = None
+        self.last_s = 0.0
 
     def begin_step(self, carried: Sequence[Transfer] = (), facts: StepFacts = NOTHING_KNOWN) -> None:
         """The first operation is not there yet."""
-        self.first_s = 0.0
+        self.first_s = None
 
     def end_step(self) -> None:
         """There are no more."""
-        self.last_s = time.perf_counter()
+        self.last_s = self._clock()
 
     def host(self, op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the function now: a decode step begins with the embedding, which lies on the host."""
-        self.first_s = self.first_s or time.perf_counter()
+        """Run the function now."""
+        if self.first_s is None:
+            self.first_s = self._clock()
         return super().host(op, function, args, kwargs)
 
 
@@ -157,7 +162,8 @@ def issue(args: argparse.Namespace) -> Figure:
 
 def between(args: argparse.Namespace) -> Figure:
     """Seconds a layer of decode steps beside their operations: the median step."""
-    accelerator, layers, steps = Stamped(), args.layers, args.steps + args.steps // 10
+    clock, layers, steps = clock_of(args), args.layers, args.steps + args.steps // 10
+    accelerator = Stamped(clock)
     room = layers * LAYER_BYTES + 4 * (steps + 1) * layers * 256  # keys and values, old and new ones, and as many again
     backend = NullBackend(accelerator, split=0.5, gpu_memory=LAYER_BYTES * 4 + room, context=steps + 1)
     model, cache = llama(layers, 64), DynamicCache()
@@ -166,9 +172,10 @@ def between(args: argparse.Namespace) -> Figure:
     before, behind = [], []
     with no_collection():
         for _ in range(steps + 1):
-            started = time.perf_counter()
+            started = clock()
             model(token, past_key_values=cache)
-            returned = time.perf_counter()
+            returned = clock()
+            assert accelerator.first_s is not None, "a decode step begins with an embedding on the host"
             before.append(accelerator.first_s - started)
             behind.append(returned - accelerator.last_s)
     plan = backend.graphs[-1].plans[0]
@@ -215,7 +222,7 @@ def compile_s(layers: int) -> float:
 def seconds_of_calls(calls: Sequence[Callable[[], Any]], args: argparse.Namespace) -> list[list[float]]:
     """Seconds of each call, called by turns; the first tenth warms up and does not count."""
     seconds: list[list[float]] = [[] for _ in calls]
-    clock = time.thread_time if args.cpu_time else time.perf_counter
+    clock = clock_of(args)
     warm_up = args.steps // 10
     with no_collection():
         for _ in range(args.steps + warm_up):
@@ -224,6 +231,11 @@ def seconds_of_calls(calls: Sequence[Callable[[], Any]], args: argparse.Namespac
                 call()
                 found.append(clock() - started)
     return [found[warm_up:] for found in seconds]
+
+
+def clock_of(args: argparse.Namespace) -> Callable[[], float]:
+    """Of the thread's processor time or of the wall."""
+    return time.thread_time if args.cpu_time else time.perf_counter
 
 
 @contextmanager
@@ -278,7 +290,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--stages", default=",".join(STAGES), help="which, separated by commas")
-    parser.add_argument("--layers", type=int, default=24, help="layers of the model of the issue stage")
+    parser.add_argument("--layers", type=int, default=24, help="layers of the models of the stages issue and between")
     parser.add_argument("--width", type=int, default=512, help="hidden size of the model of the resident stage")
     parser.add_argument("--depths", type=int, nargs=2, default=(4, 80), help="layers of the two models to compile")
     parser.add_argument("--steps", type=int, default=300, help="measured calls")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import sympy
 
@@ -28,7 +27,7 @@ class Room:
     mirrored: sympy.Expr
     free_bytes: int
     activation_bytes: int
-    _most: Sequence[int] | None = None
+    _most: Sequence[int] | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def of(cls, context: Context, mirrored: sympy.Expr, free_bytes: int) -> Room:
@@ -47,7 +46,7 @@ class Room:
         if self._most is None:
             known = {**self.context.sizes, **self.context.largest}
             self._most = [int(known[symbol]) for symbol in self.context.sizes]
-        return all(map(operator.le, numbers, self._most))
+        return all(number <= most for number, most in zip(numbers, self._most, strict=True))
 
     def _extends_to(self, sizes: Sizes, factor: tuple[int, int]) -> bool:
         times, parts = factor

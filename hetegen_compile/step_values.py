@@ -65,10 +65,9 @@ class StepValues:
         fixed = facts.fixed - {*bound.settled, *bound.outdated}
         self._fixed = [place for place, (i, _, _) in enumerate(self._wanted) if i in fixed]
         self._written = [place for place, (i, _, _) in enumerate(self._wanted) if i in bound.settled]
-        self._varying = [place for place, (i, _, _) in enumerate(self._wanted) if i not in {*fixed, *bound.settled}]
-        self._not_fixed = [*self._written, *self._varying]
-        given = {i for i in bound.mirrors if i not in facts.aliased | facts.model}
-        self._new = [place for place in self._varying if self._wanted[place][0] in given]
+        self._not_fixed = [place for place, (i, _, _) in enumerate(self._wanted) if i not in fixed]
+        given = {*bound.mirrors} - facts.model - facts.aliased - {*bound.settled}  # each a tensor by itself
+        self._given = [place for place in self._not_fixed if self._wanted[place][0] in given]
         self._fixed_inputs = sorted({self._wanted[place][0] for place in self._fixed})
         self._standing: Standing | None = None
         self._written_inputs = [self._wanted[place][0] for place in self._written]
@@ -85,12 +84,15 @@ class StepValues:
         standing = self._standing
         if standing is not None and mirrors.stands(standing, fixed):
             written = self._answer_for_written(mirrors, inputs)
-            values = self._values_of(mirrors, inputs, self._varying if written else self._not_fixed, limit_bytes)
+            known = {} if written is None else dict(zip(self._written, written.values, strict=True))
+            returned = mirrors.returned([inputs[self._wanted[place][0]] for place in self._given])
+            known |= {place: value for place, value in zip(self._given, returned, strict=True) if value is not None}
+            asked = [place for place in self._not_fixed if place not in known]
+            found = mirrors.fetch([self._request(place, inputs) for place in asked], limit_bytes)
             if standing.valid and (written is None or written.valid):  # nothing dropped to make room, or out of date
-                for places, known in ((self._fixed, standing), (self._written, written)):
-                    for place, value in zip(places, known.values, strict=True) if known else ():
-                        values[place] = value
-                return values
+                known |= zip(asked, found, strict=True)
+                known |= zip(self._fixed, standing.values, strict=True)
+                return [known[place] for place in range(len(self._wanted))]
         requests = [self._request(place, inputs) for place in range(len(self._wanted))]
         values = mirrors.fetch(requests, limit_bytes)
         self._standing = mirrors.stand(fixed, [requests[place] for place in self._fixed])
@@ -107,20 +109,6 @@ class StepValues:
         if settled is None or not mirrors.stands(settled, [inputs[i] for i in self._written_inputs]):
             return None
         return settled
-
-    def _values_of(
-        self, mirrors: Mirrors, inputs: Sequence[Any], places: Sequence[int], limit_bytes: int
-    ) -> list[Value]:
-        """The values of some of what is wanted, in their places among all; those of what a step returned at once."""
-        values: list[Value] = [None] * len(self._wanted)
-        returned = mirrors.returned([inputs[self._wanted[place][0]] for place in self._new])
-        for place, value in zip(self._new, returned, strict=True):
-            values[place] = value
-        left = [place for place in places if values[place] is None]
-        found = mirrors.fetch([self._request(place, inputs) for place in left], limit_bytes)
-        for place, value in zip(left, found, strict=True):
-            values[place] = value
-        return values
 
     def _request(self, place: int, inputs: Sequence[Any]) -> Request:
         i, lo, hi = self._wanted[place]

@@ -37,13 +37,6 @@ class Fingerprint:
         self._samples = [(offset, _bytes_at(address + offset, n)) for offset, n in _places(start, nbytes)]
         self._sums = self._block_sums(storage) if len(self._samples) > 1 else None
 
-    @classmethod
-    def of_first(cls, expected: bytes) -> Fingerprint:
-        """Of a storage's first bytes, at most one sample, as they were."""
-        found = cls.__new__(cls)
-        found._start, found._nbytes, found._samples, found._sums = 0, len(expected), [(0, expected)], None
-        return found
-
     def sample(self, address: int, turn: int) -> tuple[ctypes.Array[ctypes.c_char], bytes]:
         """The memory of one sample, another one each turn, and what it was; ``address`` is the storage's."""
         offset, expected = self._samples[turn % len(self._samples)]
@@ -85,6 +78,14 @@ class Fingerprint:
         return self._start % _WORD == 0 and nbytes % _WORD == 0
 
 
+class FirstBytes(Fingerprint):
+    """Of the first bytes of a storage, at most one sample, that were read before."""
+
+    def __init__(self, expected: bytes) -> None:
+        self._start, self._nbytes = 0, len(expected)
+        self._samples, self._sums = [(0, expected)], None
+
+
 def sampled(address: int, nbytes: int) -> tuple[bytes, ...]:
     """A few bytes of host memory, evenly apart: what shows at once that all of it was changed."""
     length = min(SAMPLE_BYTES, nbytes)
@@ -112,4 +113,4 @@ def _sum_of(data: bytes, in_words: bool) -> int:
     return (sum(memoryview(data).cast("q")) + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-__all__ = ["Fingerprint", "sampled"]
+__all__ = ["FirstBytes", "Fingerprint", "sampled"]

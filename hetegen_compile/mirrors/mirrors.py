@@ -85,11 +85,13 @@ class Mirrors:
         Later views of a tensor that is all of its storage (a cache that was cropped) are views of ``value``. A
         tensor that is a part (a sliding window of what was concatenated) is mirrored by itself.
         """
-        if tensor.numel() == 0 or (category == MIRRORS and self._records.note_returned(tensor, value, self._step)):
+        if tensor.numel() == 0:
             return
-        record, storage_bytes = self._returned(tensor), int(tensor.untyped_storage().nbytes())
+        if category == MIRRORS and self._records.note_returned(tensor, value, self._step):
+            return
+        record, storage_bytes = self._record_of(tensor), int(tensor.untyped_storage().nbytes())
         self._records.most_bytes += storage_bytes
-        if covers_storage(tensor):
+        if covers_storage(tensor) and record.base is None:
             record.base, record.base_bytes = value, tensor.nbytes
             held = Held(value, category, 0)
         else:  # the value keeps its storage, as the tensor does
@@ -97,9 +99,9 @@ class Mirrors:
         held = replace(held, name=RETURNED, fingerprint=first_bytes(tensor), used=self._step)
         record.held[geometry_of(tensor)] = held
 
-    def _returned(self, tensor: Tensor) -> Record:
+    def _record_of(self, tensor: Tensor) -> Record:
         """The record of a storage that this step made: a new one, unless another view of it was returned, too."""
-        record = self._records.get_returned(storage_key(tensor), self._step) or self._records.renew(tensor)
+        record = self._records.of_step(storage_key(tensor), self._step) or self._records.renew(tensor)
         record.returned = record.used = self._step
         return record
 

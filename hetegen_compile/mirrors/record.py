@@ -104,6 +104,16 @@ class Record:
         self.base, self.base_bytes = None, 0
         self.held.clear()
 
+    def keep_what_shows(self, geometry: Geometry) -> None:
+        """Let go of what has memory of its own, and so knows nothing of a write through the value of this geometry."""
+        written = self.held.get(geometry)
+        if written is not None and written.nbytes:
+            self.base, self.base_bytes = None, 0
+        views = self.held if self.base is not None else {}
+        self.held = {place: one for place, one in views.items() if not one.nbytes}
+        if written is not None:
+            self.held[geometry] = written
+
     def drop_unused_parts(self, step: int, category: str | None) -> int:
         """Drop what earlier plans held (under one category or any) and ``step`` does not use; returns the bytes.
 

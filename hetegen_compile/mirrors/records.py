@@ -42,20 +42,20 @@ class Records:
 
     def __init__(self) -> None:
         self._records: dict[int, Record] = {}
-        self._returned: dict[int, Returned] = {}
+        self._noted: dict[int, Returned] = {}
         self._standing: weakref.WeakKeyDictionary[Standing, Found] = weakref.WeakKeyDictionary()
         self._behind: frozenset[int] = frozenset()
         self.most_bytes = 0
 
     def __iter__(self) -> Iterator[tuple[int, Record]]:
-        """Keys of storages and their records; they may be dropped meanwhile."""
-        self._record_all()
+        """Keys of storages and their records, made of what is only noted, too; they may be dropped meanwhile."""
+        self._make_records()
         return iter(list(self._records.items()))
 
     def get(self, key: int) -> Record | None:
-        """What is held of a storage."""
-        if key in self._returned:
-            self._record(key)
+        """What is held of a storage: its record, made now if it was only noted."""
+        if key in self._noted:
+            self._make_record(key)
         return self._records.get(key)
 
     def current(self, tensor: Tensor, geometry: Geometry) -> Record:
@@ -80,7 +80,7 @@ class Records:
 
     def drop(self, key: int) -> None:
         """Let go of all that is held of a storage."""
-        returned = self._returned.pop(key, None)
+        returned = self._noted.pop(key, None)
         if returned is not None:
             self.most_bytes -= returned.nbytes
         record = self._records.pop(key, None)
@@ -91,37 +91,37 @@ class Records:
     def purge(self) -> None:
         """Forget the storages that no longer exist."""
         expired = torch.UntypedStorage._expired  # a weak reference to each keeps its key valid
-        for key in [*filter(expired, self._records), *filter(expired, self._returned)]:
+        for key in [*filter(expired, self._records), *filter(expired, self._noted)]:
             self.drop(key)
 
     # ---- what steps return -----------------------------------------------------------------------------------
 
     def note_returned(self, tensor: Tensor, value: Value, step: int) -> bool:
         """Whether it is enough to note that a step returned the tensor, which it has made, with this value."""
-        key = storage_key(tensor)
-        if not can_be_noted(tensor) or self.get_returned(key, step) is not None:
+        if not can_be_noted(tensor):
             return False
+        key = storage_key(tensor)
         self.drop(key)
-        self._returned[key] = Returned(tensor, value, step)
-        self.most_bytes += tensor.nbytes
+        self.most_bytes += tensor.nbytes  # first: an interrupt comes behind any call
+        self._noted[key] = Returned(tensor, value, step)
         return True
 
-    def get_returned(self, key: int, step: int) -> Record | None:
+    def of_step(self, key: int, step: int) -> Record | None:
         """The record of a storage that this step returned a tensor of before."""
         record = self.get(key)
         return record if record is not None and record.returned == step and not record.storage.expired() else None
 
     def answer(self, tensor: Tensor, step: int) -> Value | None:
         """The value of a tensor that a step returned, if it is what it was then and nobody asked otherwise since."""
-        returned = self._returned.get(storage_key(tensor))
+        returned = self._noted.get(storage_key(tensor))
         return None if returned is None else returned.answer(tensor, step)
 
-    def _record(self, key: int) -> None:
-        self._records[key] = self._returned.pop(key).as_record()
+    def _make_record(self, key: int) -> None:
+        self._records[key] = self._noted.pop(key).as_record()
 
-    def _record_all(self) -> None:
-        for key in list(self._returned):
-            self._record(key)
+    def _make_records(self) -> None:
+        for key in list(self._noted):
+            self._make_record(key)
 
     # ---- who relies on it ------------------------------------------------------------------------------------
 
@@ -159,8 +159,7 @@ class Records:
             held.fingerprint = None
         if geometry in record.held:
             record.held[geometry].fingerprint = first_bytes(tensor)
-        if record.base is None:  # other views of the storage were uploaded by themselves and know nothing of it
-            record.held = {geometry: record.held[geometry]} if geometry in record.held else {}
+        record.keep_what_shows(geometry)
 
     def wrote_again(self, settled: Settled, tensors: Sequence[Tensor]) -> None:
         """As ``settle`` for all that an answer is of, but for what only others ask for (``up_to_date``)."""
@@ -203,7 +202,7 @@ class Records:
         Raises:
             NoRoomError: what this step uses does not fit.
         """
-        self._record_all()
+        self._make_records()
         self._note_uses()
         excess = sum(record.nbytes for record in self._records.values()) - limit_bytes
         for key, record in sorted(self._records.items(), key=lambda item: item[1].used):

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from hetegen_compile.accelerators.base import Value
-from hetegen_compile.mirrors.fingerprints import SAMPLE_BYTES, Fingerprint
+from hetegen_compile.mirrors.fingerprints import SAMPLE_BYTES, FirstBytes
 from hetegen_compile.mirrors.identity import Geometry, weak_storage
 from hetegen_compile.mirrors.record import Held, Record
 from hetegen_compile.mirrors.request import MIRRORS
@@ -67,14 +67,12 @@ class Returned:
         tensor = self._tensor()
         geometry = Geometry(self._dtype, self._shape, self._stride, 0)
         record = Record(self._storage, self._address, version=self._version, returned=self.step, used=self.used)
-        record.versions[geometry] = self._version
         if tensor is not None:
             itself: Any = geometry, int(tensor._cdata)
             record.versions[itself] = self._version
             record.noted[itself] = self._tensor
-        first = Fingerprint.of_first(self._first)
         record.base, record.base_bytes = self._value, self.nbytes
-        record.held[geometry] = Held(self._value, MIRRORS, 0, RETURNED, first, self.used)
+        record.held[geometry] = Held(self._value, MIRRORS, 0, RETURNED, FirstBytes(self._first), self.used)
         return record
 
 

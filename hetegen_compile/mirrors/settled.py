@@ -48,19 +48,29 @@ def _first_bytes(tensor: Tensor) -> ctypes.Array[ctypes.c_char]:
 
 
 class _Remembered:
-    """A tensor as long as somebody else has it; a view, which may be made anew each time, as long as what it is of."""
+    """A tensor as long as somebody else has it; a view, which may be made anew each time, as long as what it is of.
+
+    Not if that lies elsewhere since: its new memory may be too small for the view.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
         base = tensor._base
         self._view = None if base is None else (tensor.size(), tensor.stride(), tensor.storage_offset())
         self._dtype = tensor.dtype
         self._owner = weakref.ref(tensor if base is None else base)
+        self._memory = _memory(tensor)
 
     def __call__(self) -> Tensor | None:
         owner = self._owner()
         if owner is None or self._view is None:
             return owner
-        return owner.as_strided(*self._view) if owner.dtype == self._dtype else None
+        same = owner.dtype == self._dtype and _memory(owner) == self._memory
+        return owner.as_strided(*self._view) if same else None
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
 
 
 class Settled(Standing):

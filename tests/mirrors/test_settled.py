@@ -178,3 +178,17 @@ def test_one_that_is_replaced_goes_up_alone(caches: Caches, caplog: pytest.LogCa
     caches.step()
     assert caches.uploads() == before + caches.tensors[1].nbytes
     assert not caplog.text
+
+
+def test_a_view_whose_owner_lies_in_less_memory_is_forgotten(accelerator: EmulatedAccelerator) -> None:
+    """The view cannot be made again there; nothing is raised out of a later step."""
+    caches = Caches(accelerator)
+    owner = torch.zeros(8, 8)
+    caches.tensors = [owner.view(4, 16), torch.zeros(3)]
+    for _ in range(3):
+        caches.step()
+    assert caches.settled is not None
+    owner.data = torch.zeros(2, 2)
+    caches.tensors = [torch.zeros(4, 16), caches.tensors[1]]
+    caches.mirrors.check()
+    assert [one.flatten()[0].item() for one in caches.held()] == [0, 3]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 
 import torch
 
@@ -20,8 +21,8 @@ GRAPH_BYTES = 144 << 10
 """What the driver took of an H200 for a graph of up to eight launches, at most: 6 MiB for 45 of them."""
 
 
-ASKED_EVERY = 16
-"""Steps after which the driver is asked again what other processes have left."""
+ASKED_EVERY_S = 0.5
+"""After so many seconds the driver is asked again what other processes have left."""
 
 
 def beside_allocator_bytes(device: torch.device | int) -> int:
@@ -42,22 +43,22 @@ class Unclaimed:
     """What the allocator can get from the driver without giving anything back first, its rounding taken off.
 
     The driver, which takes a lock for it, is asked what is free when the allocator has reserved more or less since, and
-    every few steps: other processes may have taken some.
+    now and then: other processes may have taken some.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._reserved_bytes = -1
         self._free_bytes = self._total_bytes = 0
-        self._asked = 0
+        self._asked_s = 0.0
 
     def nbytes(self) -> int:
         """What it can get now."""
         device, reserved_bytes = self._device, reserved_now_bytes(self._device)
-        self._asked += 1
-        if reserved_bytes != self._reserved_bytes or self._asked >= ASKED_EVERY:
+        now_s = time.monotonic()
+        if reserved_bytes != self._reserved_bytes or now_s - self._asked_s > ASKED_EVERY_S:
             self._free_bytes, self._total_bytes = map(int, torch.cuda.mem_get_info(device))
-            self._reserved_bytes, self._asked = reserved_bytes, 0
+            self._reserved_bytes, self._asked_s = reserved_bytes, now_s
         allowed_bytes = int(torch.cuda.get_per_process_memory_fraction(device) * self._total_bytes) - reserved_bytes
         return max(0, min(self._free_bytes, allowed_bytes) - 2 * BLOCK_BYTES)
 

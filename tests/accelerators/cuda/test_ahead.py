@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from hetegen_compile.accelerators import CudaAccelerator, Op, StepFacts
 from hetegen_compile.accelerators.cuda import ahead, gates
-from hetegen_compile.accelerators.cuda.allocator import ASKED_EVERY, BLOCK_BYTES, Unclaimed
+from hetegen_compile.accelerators.cuda.allocator import BLOCK_BYTES, Unclaimed
 from hetegen_compile.accelerators.cuda.collection import NoCollection
 from hetegen_compile.accelerators.cuda.gates import Gates
 from hetegen_compile.accelerators.cuda.worker import Worker
@@ -68,10 +68,12 @@ def test_a_limit_of_the_allocators_own_counts(cuda: CudaAccelerator, monkeypatch
 def test_the_driver_is_asked_now_and_then_and_when_the_allocator_has_reserved(
     cuda: CudaAccelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left = iter([1 << 30, 1 << 29, 1 << 28])
+    left, now_s = iter([1 << 30, 1 << 29, 1 << 28]), [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now_s[0])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (next(left), 1 << 31))
     unclaimed = Unclaimed(cuda.device)
-    assert {unclaimed.nbytes() for _ in range(ASKED_EVERY)} == {(1 << 30) - 2 * BLOCK_BYTES}
+    assert {unclaimed.nbytes() for _ in range(50)} == {(1 << 30) - 2 * BLOCK_BYTES}
+    now_s[0] += 1
     assert unclaimed.nbytes() == (1 << 29) - 2 * BLOCK_BYTES
     monkeypatch.setitem(fake_cuda.RESERVED, "current", 654_321)
     assert unclaimed.nbytes() == (1 << 28) - 2 * BLOCK_BYTES
