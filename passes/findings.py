@@ -132,10 +132,14 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Prediction:
-    """The simulated step: per node its work and its interval, in seconds from the start of the step."""
+    """The simulated step: per node its work and its interval, in seconds from the start of the step.
+
+    ``path_s`` are the seconds that the same schedule takes if what is streamed is there at once.
+    """
 
     work: Mapping[fx.Node, Work]
     start_s: Mapping[fx.Node, float]
     end_s: Mapping[fx.Node, float]
     step_s: float
     busy_s: Mapping[str, float]
+    path_s: float

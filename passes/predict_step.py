@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import fx
 
@@ -41,6 +42,9 @@ WORKER = "worker"
 _COMPUTES = {ir.PARTIAL_LINEAR, ir.JOIN, ir.PAD}
 """What is launched by torch's own operations; copies are issued by less."""
 
+_FEEDS = {ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED}
+"""What the link works for, and the pin thread."""
+
 _FREE = {ir.MIRROR, ir.RESIDENT, ir.TWIN, ir.WAIT, ir.WAIT_ACCELERATOR, ir.RELEASE, operator.getitem}
 
 
@@ -50,16 +54,32 @@ def predict_step(module: fx.GraphModule, context: Context) -> Prediction:
     work = {node: node_work(node, context) for node in nodes}
     index = {node: position for position, node in enumerate(nodes)}
     tasks = [_task(node, work[node], index) for node in nodes]
-    if any(node.target == ir.CARRIED for node in nodes):
-        return _second_of_two(nodes, work, tasks)
-    timeline = simulate(tasks)
+    step = _step(nodes, tasks)
+    at_once = [task.lasting(0.0) if node.target in _FEEDS else task for node, task in zip(nodes, tasks, strict=True)]
     return Prediction(
         work=work,
-        start_s=dict(zip(nodes, timeline.start_s, strict=True)),
-        end_s=dict(zip(nodes, timeline.end_s, strict=True)),
-        step_s=timeline.makespan_s,
-        busy_s=timeline.busy_s,
+        start_s=dict(zip(nodes, step.start_s, strict=True)),
+        end_s=dict(zip(nodes, step.end_s, strict=True)),
+        step_s=step.seconds,
+        busy_s=step.busy_s,
+        path_s=_step(nodes, at_once).seconds,
     )
+
+
+class _Step(NamedTuple):
+    """A simulated step; ``start_s`` and ``end_s`` by task."""
+
+    start_s: Sequence[float]
+    end_s: Sequence[float]
+    seconds: float
+    busy_s: Mapping[str, float]
+
+
+def _step(nodes: list[fx.Node], tasks: list[Task]) -> _Step:
+    if any(node.target == ir.CARRIED for node in nodes):
+        return _second_of_two(nodes, tasks)
+    timeline = simulate(tasks)
+    return _Step(timeline.start_s, timeline.end_s, timeline.makespan_s, timeline.busy_s)
 
 
 def _task(node: fx.Node, work: Work, index: Mapping[fx.Node, int]) -> Task:
@@ -72,11 +92,11 @@ def _is_no_join(node: fx.Node) -> bool:
     return node.target == ir.JOIN and len(node.args[0]) == 1  # type: ignore[arg-type]
 
 
-def _second_of_two(nodes: list[fx.Node], work: Mapping[fx.Node, Work], first: list[Task]) -> Prediction:
+def _second_of_two(nodes: list[fx.Node], first: list[Task]) -> _Step:
     """A step after another one. The first starts its carried prefetches itself; the second finds them started.
 
     Nobody waits for the prefetches for a third step. No two steps follow each other faster than their busiest
-    resource works, so ``step_s`` is not less than that.
+    resource works, so it is not shorter than that.
     """
     border = len(first)
     ahead: list[int] = []
@@ -96,13 +116,8 @@ def _second_of_two(nodes: list[fx.Node], work: Mapping[fx.Node, Work], first: li
     start_s = [max(0.0, timeline.start_s[place[i]] - begin_s) for i in range(border)]
     end_s = [max(0.0, timeline.end_s[place[i]] - begin_s) for i in range(border)]
     busy = busy_s(second)
-    return Prediction(
-        work=work,
-        start_s=dict(zip(nodes, start_s, strict=True)),
-        end_s=dict(zip(nodes, end_s, strict=True)),
-        step_s=max([*(end_s[i] for i in waited_for), *busy.values()]),
-        busy_s=busy,
-    )
+    seconds = max([*(end_s[i] for i in waited_for), *busy.values()])
+    return _Step(start_s, end_s, seconds, busy)
 
 
 def node_work(node: fx.Node, context: Context) -> Work:

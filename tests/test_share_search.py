@@ -1,0 +1,62 @@
+"""What the search for shares tries beside the balance of the chain, where it pays."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from benchmarks.schedule_quality import Work
+from hetegen_compile import share_search
+from hetegen_compile.balance import balanced_splits
+from hetegen_compile.cost_model import HardwareProfile, RateCurve, load_profile
+from hetegen_compile.share_search import Search
+from hetegen_compile.share_ways import VARIATIONS
+from hetegen_compile.trials import Trials
+from tests.benchmarks.shapes import config
+
+
+@cache
+def work() -> Work:
+    return Work(config("gptj", layers=3), "decode-1")
+
+
+def dear_issue() -> HardwareProfile:
+    """Python and torch take 40 us for each launch."""
+    profile = load_profile("h200-server")
+    return replace(profile, accelerator=replace(profile.accelerator, issue_s=4e-5, segment_issue_s=4e-5))
+
+
+def dear_trips() -> HardwareProfile:
+    """A trip's fixed cost is 200 us, beside a link of a third of the rate."""
+    profile = load_profile("h100-server")
+    points = tuple((size, 0.3 * rate) for size, rate in profile.link.up.pinned.points)
+    up = replace(profile.link.up, pinned=RateCurve(points))
+    return replace(profile, link=replace(profile.link, up=up), fixed_s_per_split=2e-4)
+
+
+def test_where_issue_is_dear_what_is_streamed_is_not_cut_at_the_end_of_the_ring(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = work().result(dear_issue(), 0.1)
+    cutting = tuple(line for line in VARIATIONS if "_uncut" not in {variation.__name__ for variation in line})
+    assert len(cutting) == len(VARIATIONS) - 1
+    monkeypatch.setattr(share_search, "VARIATIONS", cutting)
+    assert found.step_s < 0.99 * work().result(dear_issue(), 0.1).step_s
+
+
+def test_a_corrected_chain_may_make_other_trips_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = work().result(dear_trips(), 0.4)
+    monkeypatch.setattr(Search, "_reopened", lambda _, way: way)
+    assert found.step_s < 0.98 * work().result(dear_trips(), 0.4).step_s
+
+
+def test_the_way_with_other_trips_is_varied_if_it_is_not_much_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Work(config("opt", layers=3), "decode-1").base(dear_issue(), 0.1)
+    monkeypatch.setattr(share_search, "_FAR", 0.0)
+    found = []
+    for limit in (2.0, 0.0):
+        monkeypatch.setattr(share_search, "_NEAR", limit)
+        found.append(balanced_splits(base.module, base.context, Trials(base.module)))
+    assert len(found[0]) > len(found[1])
