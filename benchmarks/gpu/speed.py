@@ -67,7 +67,8 @@ def overhead(settings: Settings, notebook: Notebook) -> None:
     path = settings.path / "overhead-figures.json"
     steps = "300" if settings.cuda else "20"
     layers = "24" if settings.cuda else "4"
-    overhead_benchmark.main(["--stages", "issue,resident", "--steps", steps, "--layers", layers, "--json", str(path)])
+    stages = "issue,between,resident"
+    overhead_benchmark.main(["--stages", stages, "--steps", steps, "--layers", layers, "--json", str(path)])
     notebook.note("overhead", json.loads(path.read_text()))
 
 
