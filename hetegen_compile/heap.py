@@ -8,6 +8,9 @@ import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
+_INTERPRETERS = 2_000
+"""Python 3.12 freezes some hundred objects of its own when it starts; a program has a hundred thousand with torch."""
+
 _THRESHOLDS = (50_000, 10, 10)
 """New objects until the young ones are gone through, and of these rounds until the older ones are, too."""
 
@@ -35,7 +38,7 @@ def large_heap() -> Iterator[None]:
 
 class _Before(NamedTuple):
     thresholds: tuple[int, int, int]
-    frozen: int
+    frozen: bool
 
 
 _LOCK = threading.Lock()
@@ -43,7 +46,7 @@ _blocks: list[_Before] = []  # one for each block that has begun, in whatever th
 
 
 def _freeze() -> _Before:
-    before = _Before(gc.get_threshold(), gc.get_freeze_count())
+    before = _Before(gc.get_threshold(), gc.get_freeze_count() > _INTERPRETERS)
     if not before.frozen:
         gc.freeze()
     if before.thresholds[0]:  # 0 switches the collector off

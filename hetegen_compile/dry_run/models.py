@@ -85,7 +85,7 @@ def named_config(source: str | Path) -> Any:
         raise UnsupportedModelError(f"no config of {str(source)!r}: there is no such file or folder")
     try:
         return AutoConfig.from_pretrained(str(source), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError(
             f"no config of {str(source)!r}: {reason} It has to be a folder with a config.json, such a file, or a model "

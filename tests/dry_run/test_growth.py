@@ -55,4 +55,4 @@ def test_work_grows_no_faster_than_depth(monkeypatch: pytest.MonkeyPatch) -> Non
     two, four, six = (work(layers, monkeypatch) for layers in (2, 4, 6))
     assert 0 < six.nodes - four.nodes <= 1.1 * (four.nodes - two.nodes)
     assert 0 < six.calls - four.calls <= 1.1 * (four.calls - two.calls)
-    assert max(two.schedules, four.schedules, six.schedules) <= 42  # whatever the depth
+    assert max(two.schedules, four.schedules, six.schedules) <= 60  # whatever the depth
