@@ -15,7 +15,6 @@ from hetegen_compile.cost_model import Chain
 from hetegen_compile.passes.findings import Prediction
 from hetegen_compile.trips import Trips
 
-_CLOSE = 0.01  # of the step: a lane that idles for less works all the time
 _SHIFT = 0.06  # of the link's time, to try whether more or less of it shortens the step
 
 
@@ -55,15 +54,14 @@ class Attempt:
     def corrected(self) -> Chain:
         """The chain with what the simulation took longer: the link in proportion, the rest beside the trips.
 
-        Where the link worked all the time, the rest is what the step takes without it: less than the chain says where
-        more can be computed on the host.
+        Where the link works all the time, that rest may be less than the chain says: more can be computed on the host.
         """
         chain = self.way.chain
         link_s = chain.link_s(self.shares)
         busy_s = max(self.prediction.busy_s.get(lane, 0.0) for lane in ("up", "pin"))
         longer = _with_link(chain, busy_s / link_s) if link_s > 0 else chain
-        rest_s = self.prediction.path_s if busy_s > (1 - _CLOSE) * self.step_s else self.step_s
-        return replace(longer, serial_s=max(0.0, chain.serial_s + rest_s - chain.path_s(self.shares)))
+        rest_s = self.prediction.beside_link_s - chain.path_s(self.shares)
+        return replace(longer, serial_s=max(0.0, chain.serial_s + rest_s))
 
 
 Variation = Callable[[Attempt], Way]

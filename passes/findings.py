@@ -134,7 +134,8 @@ class Work(NamedTuple):
 class Prediction:
     """The simulated step: per node its work and its interval, in seconds from the start of the step.
 
-    ``path_s`` are the seconds that the same schedule takes if what is streamed is there at once.
+    ``beside_link_s``: what the step takes for other reasons than the link. Where that works all the time, the seconds
+    of the same schedule if what is streamed is there at once; else those of the step.
     """
 
     work: Mapping[fx.Node, Work]
@@ -142,4 +143,4 @@ class Prediction:
     end_s: Mapping[fx.Node, float]
     step_s: float
     busy_s: Mapping[str, float]
-    path_s: float
+    beside_link_s: float

@@ -45,6 +45,8 @@ _COMPUTES = {ir.PARTIAL_LINEAR, ir.JOIN, ir.PAD}
 _FEEDS = {ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED}
 """What the link works for, and the pin thread."""
 
+_IDLE = 0.01  # of the step: a lane that idles for less works all the time
+
 _FREE = {ir.MIRROR, ir.RESIDENT, ir.TWIN, ir.WAIT, ir.WAIT_ACCELERATOR, ir.RELEASE, operator.getitem}
 
 
@@ -55,14 +57,13 @@ def predict_step(module: fx.GraphModule, context: Context) -> Prediction:
     index = {node: position for position, node in enumerate(nodes)}
     tasks = [_task(node, work[node], index) for node in nodes]
     step = _step(nodes, tasks)
-    at_once = [task.lasting(0.0) if node.target in _FEEDS else task for node, task in zip(nodes, tasks, strict=True)]
     return Prediction(
         work=work,
         start_s=dict(zip(nodes, step.start_s, strict=True)),
         end_s=dict(zip(nodes, step.end_s, strict=True)),
         step_s=step.seconds,
         busy_s=step.busy_s,
-        path_s=_step(nodes, at_once).seconds,
+        beside_link_s=_at_once(nodes, tasks).seconds if step.link_is_busy else step.seconds,
     )
 
 
@@ -73,6 +74,17 @@ class _Step(NamedTuple):
     end_s: Sequence[float]
     seconds: float
     busy_s: Mapping[str, float]
+
+    @property
+    def link_is_busy(self) -> bool:
+        """Whether link or pin thread work all the time."""
+        return max(self.busy_s.get(lane, 0.0) for lane in ("up", "pin")) > (1 - _IDLE) * self.seconds
+
+
+def _at_once(nodes: list[fx.Node], tasks: list[Task]) -> _Step:
+    """The step if what is streamed takes no time."""
+    pairs = zip(nodes, tasks, strict=True)
+    return _step(nodes, [task.lasting(0.0) if node.target in _FEEDS else task for node, task in pairs])
 
 
 def _step(nodes: list[fx.Node], tasks: list[Task]) -> _Step:

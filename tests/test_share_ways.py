@@ -15,8 +15,8 @@ CHAIN = Chain((TRIP, TRIP), serial_s=2.0)
 SHARES = (0.5, 0.5)
 
 
-def attempt(step_s: float, link_s: float, path_s: float) -> Attempt:
-    prediction = Prediction({}, {}, {}, step_s, {"up": link_s, "host": 1.0}, path_s)
+def attempt(step_s: float, link_s: float, beside_link_s: float) -> Attempt:
+    prediction = Prediction({}, {}, {}, step_s, {"up": link_s, "host": 1.0}, beside_link_s)
     return Attempt(Way([], CHAIN, frozenset({0, 1})), SHARES, prediction)
 
 
@@ -25,25 +25,25 @@ def test_a_link_that_works_all_the_time_says_nothing_of_the_rest_but_the_path_do
     path_s: float, serial_s: float
 ) -> None:
     assert CHAIN.path_s(SHARES) == 6.5
-    corrected = attempt(step_s=8.0, link_s=8.0, path_s=path_s).corrected()
+    corrected = attempt(step_s=8.0, link_s=8.0, beside_link_s=path_s).corrected()
     assert corrected.serial_s == serial_s
     assert corrected.path_s(SHARES) == path_s
     assert corrected.link_s(SHARES) == 8.0
 
 
 def test_what_a_step_takes_longer_than_chain_and_link_is_beside_the_trips() -> None:
-    corrected = attempt(step_s=9.0, link_s=8.0, path_s=6.0).corrected()
+    corrected = attempt(step_s=9.0, link_s=8.0, beside_link_s=9.0).corrected()
     assert corrected.path_s(SHARES) == 9.0
 
 
 def test_a_link_that_takes_longer_than_the_chain_says_does_so_in_proportion() -> None:
-    corrected = attempt(step_s=10.0, link_s=10.0, path_s=6.5).corrected()
+    corrected = attempt(step_s=10.0, link_s=10.0, beside_link_s=6.5).corrected()
     assert [trip.link_s for trip in corrected.trips] == [10.0, 10.0]
     assert corrected.serial_s == 2.0
 
 
 def test_each_variation_changes_one_thing_and_no_trips() -> None:
-    best = attempt(step_s=9.0, link_s=8.0, path_s=6.0)
+    best = attempt(step_s=9.0, link_s=8.0, beside_link_s=9.0)
     for variation in {variation for line in VARIATIONS for variation in line}:
         way = variation(best)
         names = ("chain", "slack", "chunks", "fitted")

@@ -125,17 +125,17 @@ def test_a_slower_link_delays_only_plans_that_use_it() -> None:
         assert (after > 2 * before) is delayed
 
 
-def test_a_path_is_what_a_step_takes_if_what_is_streamed_is_there_at_once() -> None:
+def test_beside_a_link_that_works_all_the_time_a_step_takes_what_it_does_without() -> None:
     slow, at_once = (
         replace(PROFILE, link=replace(PROFILE.link, up=replace(PROFILE.link.up, pinned=RateCurve.constant(rate))))
         for rate in (1e7, 1e18)
     )
     for plan in (streamed, halves):
         _, prediction = predicted(plan, profile=slow)
-        assert predicted(plan, profile=at_once)[1].step_s <= prediction.path_s < 0.5 * prediction.step_s
+        assert predicted(plan, profile=at_once)[1].step_s <= prediction.beside_link_s < 0.5 * prediction.step_s
     for plan in (resident, on_host):
         _, prediction = predicted(plan)
-        assert prediction.path_s == prediction.step_s
+        assert prediction.beside_link_s == prediction.step_s
 
 
 def test_resident_weights_are_the_fastest_plan() -> None:
