@@ -11,7 +11,7 @@ from typing import NamedTuple
 _INTERPRETERS = 2_000
 """Python 3.12 freezes some hundred objects of its own when it starts; a program has a hundred thousand with torch."""
 
-_THRESHOLDS = (50_000, 10, 10)
+_THRESHOLDS = (200_000, 10, 10)
 """New objects until the young ones are gone through, and of these rounds until the older ones are, too."""
 
 
