@@ -101,7 +101,7 @@ def test_a_quantized_cache_and_beams() -> None:
 
 
 def _named(name: str, **config: str) -> Callable[[PreTrainedModel], dict[str, Any]]:
-    return lambda model: {"cache_implementation": name, **({"cache_config": config} if config else {})}
+    return lambda model: {"cache_implementation": name, **({"cache_config": dict(config)} if config else {})}
 
 
 REFUSED: list[Callable[[PreTrainedModel], dict[str, Any]]] = [
