@@ -298,6 +298,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures to this file")
     parser.add_argument("--cpu-time", action="store_true", help="processor time instead of wall time")
     args = parser.parse_args(argv)
+    unknown = [stage for stage in args.stages.split(",") if stage not in STAGES]
+    if unknown:
+        parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
     if args.cpu_time and args.threads != 1:
         parser.error("--cpu-time sees one thread only: leave --threads at 1")
     return args

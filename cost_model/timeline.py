@@ -44,10 +44,6 @@ class Task(NamedTuple):
         """The same task waiting for others (``_replace`` takes twice as long)."""
         return Task(self.name, self.resource, self.duration_s, after, self.issue_s, self.allocates, self.frees)
 
-    def lasting(self, duration_s: float) -> Task:
-        """The same task with another duration."""
-        return Task(self.name, self.resource, duration_s, self.after, self.issue_s, self.allocates, self.frees)
-
 
 @dataclass(frozen=True)
 class Timeline:

@@ -44,6 +44,11 @@ class Planner:
         self._tokens = token_count(module)
         self._search = ResidencySearch(module)
 
+    @property
+    def counted(self) -> frozenset[sympy.Symbol]:
+        """The symbols of the sizes that tell a forward's tokens."""
+        return frozenset(self._tokens.free_symbols)
+
     def bucket(self, sizes: Mapping[sympy.Symbol, sympy.Integer | int]) -> Bucket:
         """The bucket that a forward of these sizes belongs to."""
         return bucket_of(number(self._tokens, sizes))

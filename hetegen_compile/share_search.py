@@ -37,7 +37,7 @@ class Search:
         self._context = context
         self._found: dict[Hashable, tuple[Prediction, Splits]] = {}
         self.simulate(splits, keep=True)
-        self._best: dict[int, Attempt] = {}  # by the number of trips: with blocks that are cut as one and without
+        self._best: dict[bool, Attempt] = {}  # by whether blocks are cut as one
         self._bound_s = math.inf
 
     @property
@@ -97,8 +97,8 @@ class Search:
         Not where another step is much shorter: what the chain does not know decides there.
         """
         by_step = sorted(self._best.values(), key=lambda attempt: attempt.step_s)
-        known = VARIATIONS, ((corrected,), *VARIATIONS)
-        for limit, variations, best in zip((_HOPELESS, _NEAR), known, by_step, strict=False):
+        ways = ((_HOPELESS, VARIATIONS), (_NEAR, ((corrected,), *VARIATIONS)))
+        for (limit, variations), best in zip(ways, by_step, strict=False):
             if best.step_s > limit * self._step_s:
                 return
             self._vary(best, variations)
@@ -129,8 +129,8 @@ class Search:
         rows = with_shares(way.trips, shares, self._context)
         splits = fit_ring(self._trials.module, rows, self._context, way.chunks) if way.fitted else rows
         attempt = Attempt(way, shares, self.simulate(splits))
-        known = self._best.get(len(way.trips), attempt)
-        self._best[len(way.trips)] = min(known, attempt, key=lambda one: one.step_s)
+        known = self._best.get(way.cuts_blocks, attempt)
+        self._best[way.cuts_blocks] = min(known, attempt, key=lambda one: one.step_s)
         return attempt
 
     def _shares(self, way: Way) -> tuple[float, ...]:

@@ -37,6 +37,11 @@ class Way:
     chunks: int | None = None
     fitted: bool = True
 
+    @property
+    def cuts_blocks(self) -> bool:
+        """Whether blocks are cut as one."""
+        return any(group.block is not None for group in self.trips)
+
 
 @dataclass(frozen=True)
 class Attempt:

@@ -15,6 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from hetegen_compile.captured_graph import CapturedGraph, Part
 from hetegen_compile.errors import BudgetError, UnforeseenMemoryError
+from hetegen_compile.graph_inputs import as_int
 from hetegen_compile.heap import large_heap
 from hetegen_compile.model_lives import ModelWeights
 from hetegen_compile.options import format_bytes
@@ -48,6 +49,7 @@ class StepPlans:
         self._own_bytes = budget_bytes(graph.options.gpu_memory, accelerator.memory_bytes, accelerator.kind)
         self.notes: tuple[Refusal, ...] = ()
         self._planner = Planner(graph.module, options=graph.options, profile=graph.profile, segments=graph.segments)
+        self._counted = {symbol: i for symbol, i in graph.symbols.items() if symbol in self._planner.counted}
         self._buckets: dict[Part, BucketPlan] = {}
         self._outdated: dict[Part, BucketPlan] = {}
         self._plans: dict[tuple[Part, Variant], StepPlan] = {}
@@ -77,8 +79,8 @@ class StepPlans:
             HostOnlyGraphError: the graph cannot be offloaded.
         """
         numbers = self.graph.size_numbers(inputs)
-        bucket = self._planner.bucket(dict(zip(self.graph.symbols, numbers, strict=True)))
-        key = (bucket, self.graph.model_of(inputs)), self._variant()
+        tokens = {symbol: as_int(inputs[i]) for symbol, i in self._counted.items()}
+        key = (self._planner.bucket(tokens), self.graph.model_of(inputs)), self._variant()
         if self._recent is not None and self._recent[0] == key:
             plan = self._recent[1]
             if plan.epoch == self.runtime.ledger.epoch and plan.room.has(numbers):

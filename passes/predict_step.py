@@ -84,7 +84,7 @@ class _Step(NamedTuple):
 def _at_once(nodes: list[fx.Node], tasks: list[Task]) -> _Step:
     """The step if what is streamed takes no time."""
     pairs = zip(nodes, tasks, strict=True)
-    return _step(nodes, [task.lasting(0.0) if node.target in _FEEDS else task for node, task in pairs])
+    return _step(nodes, [task._replace(duration_s=0.0) if node.target in _FEEDS else task for node, task in pairs])
 
 
 def _step(nodes: list[fx.Node], tasks: list[Task]) -> _Step:

@@ -78,7 +78,7 @@ class Fingerprint:
         return self._start % _WORD == 0 and nbytes % _WORD == 0
 
 
-class FirstBytes(Fingerprint):
+class EarlierSample(Fingerprint):
     """Of the first bytes of a storage, at most one sample, that were read before."""
 
     def __init__(self, expected: bytes) -> None:
@@ -113,4 +113,4 @@ def _sum_of(data: bytes, in_words: bool) -> int:
     return (sum(memoryview(data).cast("q")) + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-__all__ = ["FirstBytes", "Fingerprint", "sampled"]
+__all__ = ["EarlierSample", "Fingerprint", "sampled"]

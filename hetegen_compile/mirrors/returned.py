@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from hetegen_compile.accelerators.base import Value
-from hetegen_compile.mirrors.fingerprints import SAMPLE_BYTES, FirstBytes
+from hetegen_compile.mirrors.fingerprints import SAMPLE_BYTES, EarlierSample
 from hetegen_compile.mirrors.identity import Geometry, weak_storage
 from hetegen_compile.mirrors.record import Held, Record
 from hetegen_compile.mirrors.request import MIRRORS
@@ -72,7 +72,7 @@ class Returned:
             record.versions[itself] = self._version
             record.noted[itself] = self._tensor
         record.base, record.base_bytes = self._value, self.nbytes
-        record.held[geometry] = Held(self._value, MIRRORS, 0, RETURNED, FirstBytes(self._first), self.used)
+        record.held[geometry] = Held(self._value, MIRRORS, 0, RETURNED, EarlierSample(self._first), self.used)
         return record
 
 

@@ -40,6 +40,12 @@ def test_the_stage_between_sees_a_cache_that_grows(tmp_path: Path) -> None:
     assert parts["checked_mirrors"] > 3 * 7, "weights, keys and values"
 
 
+def test_a_stage_that_is_not_there_is_told_with_those_that_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        overhead.main(["--stages", "issue,betwen"])
+    assert "no stage betwen; there are issue, between, resident, compile" in capsys.readouterr().err
+
+
 def test_processor_time_sees_one_thread_only() -> None:
     with pytest.raises(SystemExit):
         overhead.main(["--threads", "2", "--cpu-time"])

@@ -165,8 +165,3 @@ def test_a_hundred_thousand_tasks_take_less_than_two_seconds() -> None:
     bound_s = lower_bound_s(tasks)
     assert time.process_time() - begin < 2.0
     assert bound_s <= timeline.makespan_s
-
-
-def test_a_task_of_another_duration_is_the_same_otherwise() -> None:
-    task = Task("t", "up", 2.0, (0, 1), 0.5, (("slots", 8),), (("slots", 8),))
-    assert task.lasting(3.0) == task._replace(duration_s=3.0)

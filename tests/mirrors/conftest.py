@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from hetegen_compile.accelerators import EmulatedAccelerator
+from tests.mirrors.steps import Steps
 
 
 @pytest.fixture
@@ -14,3 +15,8 @@ def accelerator() -> Iterator[EmulatedAccelerator]:
     opened = EmulatedAccelerator(1 << 24)
     yield opened
     opened.close()
+
+
+@pytest.fixture
+def steps(accelerator: EmulatedAccelerator) -> Steps:
+    return Steps(accelerator)

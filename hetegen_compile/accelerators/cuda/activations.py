@@ -21,15 +21,17 @@ _HOST = torch.device("cpu")
 
 
 class Activations:
-    """Copies of activations. ``_kept`` are pinned buffers that copies of the step under way read."""
+    """Copies of activations.
+
+    ``_kept`` are pinned buffers that copies of the step under way read. What fills mirrors is lent by itself
+    (``_filling``): how much is new to a step varies, and what it sends up should lie where it did.
+    """
 
     def __init__(self, streams: CudaStreams, ledger: MemoryLedger, lending: Lending) -> None:
         self._streams = streams
         self._ledger = ledger
         self._lending = lending
-        self._filling = Lending(
-            streams.device
-        )  # by itself: how much is new to a step varies, what it sends up does not
+        self._filling = Lending(streams.device)
         self._kept: list[torch.Tensor] = []
 
     def finish_step(self) -> None:

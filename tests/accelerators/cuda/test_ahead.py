@@ -7,7 +7,6 @@ import platform
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,15 +25,6 @@ from tests.accelerators import fake_cuda
 from tests.accelerators.ahead_steps import LIKE, expected, run, step
 from tests.accelerators.fake_cuda import LOG
 from tests.accelerators.schedules import HOST_ROWS, WIDTH, make_weights
-
-
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaAccelerator]:
-    """CUDA over the fake, closed afterwards."""
-    fake_cuda.install(monkeypatch)
-    opened = CudaAccelerator()
-    yield opened
-    opened.close()
 
 
 def gates_in_log() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +17,6 @@ from hetegen_compile.accelerators.cuda import native_trips
 from hetegen_compile.accelerators.cuda.gates import Gates
 from hetegen_compile.host_kernels import VECTORISED, HostLinear
 from hetegen_compile.host_kernels.program import HostProgram, Place, Step
-from tests.accelerators import fake_cuda
 from tests.accelerators.fake_cuda import LOG, FakeEvent
 
 WIDTH, ROWS = 48, 64
@@ -25,13 +24,10 @@ HANDLE = 4321
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaAccelerator]:
-    """CUDA over the fake, in a step that closes gates."""
-    fake_cuda.install(monkeypatch)
-    opened = CudaAccelerator()
-    opened.begin_step(facts=StepFacts(again=True))
-    yield opened
-    opened.close()
+def cuda(cuda: CudaAccelerator) -> CudaAccelerator:
+    """In a step that closes gates."""
+    cuda.begin_step(facts=StepFacts(again=True))
+    return cuda
 
 
 def program(*, results: int = 1) -> HostProgram:

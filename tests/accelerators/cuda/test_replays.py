@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,19 +18,11 @@ from tests.accelerators.cuda.chained_layers import Layer, steps, wants
 from tests.accelerators.fake_cuda import LOG, FakeGraph
 
 
-@pytest.fixture
-def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaAccelerator]:
-    fake_cuda.install(monkeypatch)
-    accelerator = CudaAccelerator()
-    yield accelerator
-    accelerator.close()
-
-
-def test_what_lies_still_is_recorded_once_and_replayed(accelerator: CudaAccelerator) -> None:
-    layer, x, w = Layer(accelerator), torch.randn(4), torch.randn(4)
+def test_what_lies_still_is_recorded_once_and_replayed(cuda: CudaAccelerator) -> None:
+    layer, x, w = Layer(cuda), torch.randn(4), torch.randn(4)
     layer.step(x, w, again=False)
     assert steps(layer, [(x, w)] * 5) == [True] * 5
-    assert (layer.runs, LOG.count("recorded 2 launches"), accelerator.counters.chains_recorded) == (2, 1, 1)
+    assert (layer.runs, LOG.count("recorded 2 launches"), cuda.counters.chains_recorded) == (2, 1, 1)
     x.fill_(7.0)  # other contents
     w.fill_(3.0)
     z, first = layer.step(x, w)
@@ -38,27 +30,25 @@ def test_what_lies_still_is_recorded_once_and_replayed(accelerator: CudaAccelera
     assert layer.step(x, w)[0].data_ptr() == z.data_ptr()
 
 
-def test_nothing_is_recorded_while_gates_are_closed_or_code_may_be_loaded(accelerator: CudaAccelerator) -> None:
-    layer, x, w = Layer(accelerator), torch.randn(4), torch.randn(4)
+def test_nothing_is_recorded_while_gates_are_closed_or_code_may_be_loaded(cuda: CudaAccelerator) -> None:
+    layer, x, w = Layer(cuda), torch.randn(4), torch.randn(4)
     for _ in range(4):
         layer.step(x, w, again=False)
-    assert accelerator.counters.chains_recorded == 0
+    assert cuda.counters.chains_recorded == 0
     layer.chain.recorded.wants = False
     layer.step(x, w)
     assert wants(layer), "the next step closes none"
-    assert accelerator.counters.chains_recorded == 0
+    assert cuda.counters.chains_recorded == 0
     layer.step(x, w)
-    assert accelerator.counters.chains_recorded == 1
+    assert cuda.counters.chains_recorded == 1
     assert not wants(layer)
 
 
-def test_traced_steps_have_a_span_for_each_launch(
-    accelerator: CudaAccelerator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layer, x, w = Layer(accelerator), torch.randn(4), torch.randn(4)
+def test_traced_steps_have_a_span_for_each_launch(cuda: CudaAccelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, w = Layer(cuda), torch.randn(4), torch.randn(4)
     steps(layer, [(x, w)] * 4)
-    monkeypatch.setattr(accelerator._streams.tracer, "enabled", True)
-    monkeypatch.setattr(accelerator._streams.tracer, "stream_span", lambda name, *rest: _Noted(name))
+    monkeypatch.setattr(cuda._streams.tracer, "enabled", True)
+    monkeypatch.setattr(cuda._streams.tracer, "stream_span", lambda name, *rest: _Noted(name))
     layer.step(x, w)
     assert _Noted.names == ["double", "add"]
 
@@ -74,75 +64,75 @@ class _Noted:
     def __exit__(self, *raised: object) -> None: ...
 
 
-def test_a_chain_whose_inputs_moved_is_launched_one_by_one_and_recorded_again(accelerator: CudaAccelerator) -> None:
-    layer, x, w = Layer(accelerator), torch.randn(4), torch.randn(4)
+def test_a_chain_whose_inputs_moved_is_launched_one_by_one_and_recorded_again(cuda: CudaAccelerator) -> None:
+    layer, x, w = Layer(cuda), torch.randn(4), torch.randn(4)
     assert steps(layer, [(x, w)] * 12)[2:] == [True] * 10
     other = torch.randn(4)
     assert steps(layer, [(x, other)] * 4) == [False, True, True, True], "gates are open in the second"
-    assert accelerator.counters.chains_recorded == 2
+    assert cuda.counters.chains_recorded == 2
 
 
-def test_what_moves_each_time_is_copied_if_it_is_small(accelerator: CudaAccelerator) -> None:
-    layer, w = Layer(accelerator), torch.randn(4)
+def test_what_moves_each_time_is_copied_if_it_is_small(cuda: CudaAccelerator) -> None:
+    layer, w = Layer(cuda), torch.randn(4)
     places = [torch.randn(4) for _ in range(12)]
     assert steps(layer, [(x, w) for x in places])[-4:] == [True] * 4
-    assert accelerator.counters.chains_recorded == 1
+    assert cuda.counters.chains_recorded == 1
     large = [torch.randn(replays.COPIED_BYTES) for _ in range(8)]
-    layer = Layer(accelerator)
+    layer = Layer(cuda)
     assert not any(steps(layer, [(x, torch.ones(1)) for x in large]))
 
 
-def test_what_is_written_is_never_a_copy(accelerator: CudaAccelerator) -> None:
+def test_what_is_written_is_never_a_copy(cuda: CudaAccelerator) -> None:
     def run(given: list[Any]) -> tuple[Any, ...]:
         cache, x = given
         given.clear()
-        return (accelerator.launch(Op("write"), lambda cache, x: cache.copy_(x), (cache, x), mutates=(0,)),)
+        return (cuda.launch(Op("write"), lambda cache, x: cache.copy_(x), (cache, x), mutates=(0,)),)
 
     chain, x = Chain("write", run, written=(0,)), torch.randn(4)
     for cache in [torch.zeros(4) for _ in range(10)]:
-        accelerator.begin_step(facts=StepFacts(again=True, chains=[chain]))
-        accelerator.launch_chain(chain, [cache, x])
-        accelerator.end_step()
+        cuda.begin_step(facts=StepFacts(again=True, chains=[chain]))
+        cuda.launch_chain(chain, [cache, x])
+        cuda.end_step()
         assert torch.equal(cache, x)
-    assert accelerator.counters.chains_recorded == 0
+    assert cuda.counters.chains_recorded == 0
 
 
-def test_what_comes_and_goes_is_not_recorded_each_time(accelerator: CudaAccelerator) -> None:
+def test_what_comes_and_goes_is_not_recorded_each_time(cuda: CudaAccelerator) -> None:
     """Two large caches by turns, three steps each: every turn could be recorded anew, and replayed twice."""
-    layer, x = Layer(accelerator), torch.randn(replays.COPIED_BYTES)
+    layer, x = Layer(cuda), torch.randn(replays.COPIED_BYTES)
     caches = [torch.randn(replays.COPIED_BYTES) for _ in range(2)]
     steps(layer, [(x, caches[number // 3 % 2]) for number in range(120)])
-    assert accelerator.counters.chains_recorded < accelerator.counters.chains_replayed / 2
+    assert cuda.counters.chains_recorded < cuda.counters.chains_replayed / 2
     assert all(steps(layer, [(x, caches[0])] * 80)[-8:]), "at last, when it stays"
 
 
-def test_a_chain_behind_another_is_recorded_in_the_same_step(accelerator: CudaAccelerator) -> None:
+def test_a_chain_behind_another_is_recorded_in_the_same_step(cuda: CudaAccelerator) -> None:
     """The first one's results lie elsewhere from then on, and stay there."""
-    first, second = Layer(accelerator), Layer(accelerator, made=(0,))
+    first, second = Layer(cuda), Layer(cuda, made=(0,))
     x, w = torch.randn(4), torch.randn(4)
     for _ in range(4):
-        accelerator.begin_step(facts=StepFacts(again=True, chains=[first.chain, second.chain]))
-        z, _ = accelerator.launch_chain(first.chain, [x, w])
-        y, _ = accelerator.launch_chain(second.chain, [z, w])
-        accelerator.end_step()
+        cuda.begin_step(facts=StepFacts(again=True, chains=[first.chain, second.chain]))
+        z, _ = cuda.launch_chain(first.chain, [x, w])
+        y, _ = cuda.launch_chain(second.chain, [z, w])
+        cuda.end_step()
         assert torch.equal(y, 2 * (2 * x + w) + w)
-        if accelerator.counters.chains_recorded:
+        if cuda.counters.chains_recorded:
             break
-    assert accelerator.counters.chains_recorded == 2
+    assert cuda.counters.chains_recorded == 2
 
 
 @pytest.mark.parametrize(
     "place", [lambda: torch.randn(2, 8)[:, :3], lambda: torch.randn(2, 1).expand(2, 3), lambda: torch.randn(3, 2).t()]
 )
-def test_copies_lie_in_memory_as_what_they_are_of(accelerator: CudaAccelerator, place: Callable[[], Tensor]) -> None:
-    layer, w = Layer(accelerator), torch.randn(2, 3)
+def test_copies_lie_in_memory_as_what_they_are_of(cuda: CudaAccelerator, place: Callable[[], Tensor]) -> None:
+    layer, w = Layer(cuda), torch.randn(2, 3)
     places = [place() for _ in range(12)]
     assert steps(layer, [(x, w) for x in places])[-4:] == [True] * 4
 
 
-def test_a_wish_is_for_the_next_step_of_ones_own(accelerator: CudaAccelerator) -> None:
+def test_a_wish_is_for_the_next_step_of_ones_own(cuda: CudaAccelerator) -> None:
     """A prompt's chains that could be recorded leave the gates of the answer's steps alone."""
-    prompt, answer, x, w = Layer(accelerator), Layer(accelerator), torch.randn(4), torch.randn(4)
+    prompt, answer, x, w = Layer(cuda), Layer(cuda), torch.randn(4), torch.randn(4)
     steps(answer, [(x, w)] * 4)
     prompt.step(x, w)
     assert wants(prompt)
@@ -150,22 +140,20 @@ def test_a_wish_is_for_the_next_step_of_ones_own(accelerator: CudaAccelerator) -
         assert not wants(answer)
         answer.step(x, w)
     prompt.step(x, w)
-    assert accelerator.counters.chains_recorded == 2
+    assert cuda.counters.chains_recorded == 2
     assert not wants(prompt)
 
 
-def test_gates_stay_closed_for_what_moves_in_every_step(accelerator: CudaAccelerator) -> None:
-    layer, w, opened = Layer(accelerator), torch.ones(1), []
+def test_gates_stay_closed_for_what_moves_in_every_step(cuda: CudaAccelerator) -> None:
+    layer, w, opened = Layer(cuda), torch.ones(1), []
     for x in [torch.randn(replays.COPIED_BYTES) for _ in range(12)]:
         layer.step(x, w)
         opened.append(wants(layer))
     assert sum(opened) == 1
 
 
-def test_a_replay_that_fails_names_its_first_launch(
-    accelerator: CudaAccelerator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layer, x, w = Layer(accelerator), torch.randn(4), torch.randn(4)
+def test_a_replay_that_fails_names_its_first_launch(cuda: CudaAccelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, w = Layer(cuda), torch.randn(4), torch.randn(4)
     assert any(steps(layer, [(x, w)] * 4))
 
     def fail(graph: FakeGraph) -> None:
@@ -178,9 +166,9 @@ def test_a_replay_that_fails_names_its_first_launch(
 
 @pytest.mark.parametrize("where", ["capture_begin", "capture_end", "a launch"])
 def test_what_cannot_be_recorded_is_launched_one_by_one_and_said_once(
-    accelerator: CudaAccelerator, where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    cuda: CudaAccelerator, where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    layer, x, w = Layer(accelerator), torch.randn(4), torch.randn(4)
+    layer, x, w = Layer(cuda), torch.randn(4), torch.randn(4)
 
     def fail(*args: Any, **options: Any) -> None:
         FakeGraph.recording = None
@@ -190,43 +178,41 @@ def test_what_cannot_be_recorded_is_launched_one_by_one_and_said_once(
         return fail() if FakeGraph.recording is not None else function(*args)
 
     if where == "a launch":
-        monkeypatch.setattr(accelerator, "launch", launch)
+        monkeypatch.setattr(cuda, "launch", launch)
     else:
         monkeypatch.setattr(FakeGraph, where, fail)
     assert not any(steps(layer, [(x, w)] * 6))
     reason = "issued one by one, recording double as a CUDA graph failed: operation not permitted"
     assert caplog.text.count(f"launches are {reason}") == 1
-    assert accelerator.cannot_record.startswith(reason)
+    assert cuda.cannot_record.startswith(reason)
 
 
-def test_memory_that_ends_while_recording_is_no_error(
-    accelerator: CudaAccelerator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layer, x, w = Layer(accelerator), torch.randn(4), torch.randn(4)
+def test_memory_that_ends_while_recording_is_no_error(cuda: CudaAccelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, w = Layer(cuda), torch.randn(4), torch.randn(4)
 
     def launch(op: Op, function: Any, args: Any, **options: Any) -> Any:
         if FakeGraph.recording is not None:
             raise AcceleratorMemoryError("no memory")
         return function(*args)
 
-    monkeypatch.setattr(accelerator, "launch", launch)
+    monkeypatch.setattr(cuda, "launch", launch)
     assert not any(steps(layer, [(x, w)] * 4))
     monkeypatch.undo()
     fake_cuda.install(monkeypatch)
-    assert any(steps(Layer(accelerator), [(x, w)] * 4)), "another chain may find some"
+    assert any(steps(Layer(cuda), [(x, w)] * 4)), "another chain may find some"
 
 
-def test_a_view_of_another_type_of_what_was_given_is_not_recorded(accelerator: CudaAccelerator) -> None:
+def test_a_view_of_another_type_of_what_was_given_is_not_recorded(cuda: CudaAccelerator) -> None:
     def run(given: list[Any]) -> tuple[Any, ...]:
         (x,) = given
         given.clear()
-        return (accelerator.launch(Op("view"), lambda x: x.view(torch.int32), (x,)),)
+        return (cuda.launch(Op("view"), lambda x: x.view(torch.int32), (x,)),)
 
     chain, x = Chain("view", run), torch.randn(4)
     for _ in range(4):
-        accelerator.begin_step(facts=StepFacts(again=True, chains=[chain]))
-        (seen,) = accelerator.launch_chain(chain, [x])
-        accelerator.end_step()
+        cuda.begin_step(facts=StepFacts(again=True, chains=[chain]))
+        (seen,) = cuda.launch_chain(chain, [x])
+        cuda.end_step()
         assert seen.data_ptr() == x.data_ptr()
-    assert accelerator.counters.chains_recorded == 0
-    assert any(steps(Layer(accelerator), [(x, x)] * 4)), "others are"
+    assert cuda.counters.chains_recorded == 0
+    assert any(steps(Layer(cuda), [(x, x)] * 4)), "others are"
