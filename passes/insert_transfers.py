@@ -43,6 +43,9 @@ from hetegen_compile.passes.tensors import tensors_in
 LARGE_DOWNLOAD_BYTES = 1 << 20
 """From this size on a value that only completes the results goes down as soon as it is made, by itself."""
 
+_WORTH = 6.0
+"""Times the fixed cost of a transfer down: host work of so many seconds is let begin by one of its own."""
+
 _READS_HOST = {
     ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.RESIDENT, ir.MIRROR, ir.TO_ACCELERATOR, ir.WRITE_BACK,
 }  # fmt: skip
@@ -136,19 +139,32 @@ class _Inserter:
     def _join_in(self, transfers: list[_Transfer], together: list[_Version], late: set[fx.Node]) -> None:
         """Add to ``transfers`` what host work needs that only completes the results (``completing``).
 
-        What is made between two segments goes with the next transfer, or in one of its own if none follows before
-        more is made.
+        What is made between two segments goes with the next transfer, if one follows before more is made. If not, it
+        waits for more to share a transfer with, which costs its issue and a wait: until the work that it is for is
+        worth that, or until no more than that is still to come, so that the end of the step is not left with it all.
         """
         groups = self._of_near_levels(self._completing(together, late))
         made = [max(key[0] for key in group) for group in groups]
+        waiting: list[list[_Version]] = []
         for i, (group, last) in enumerate(zip(groups, made, strict=True)):
-            more = made[i + 1 : i + 2]
-            near = (keys for keys, before in transfers if last < before and not any(after < before for after in more))
-            joined = next(near, None)
+            if waiting and not self._is_small(_flat([*waiting, group])):
+                transfers.append((_flat(waiting), made[i - 1].next))
+                waiting = []
+            waiting.append(group)
+            joined = _next_of(transfers, last, made[i + 1 : i + 2])
             if joined is not None:
-                joined += group
-            else:
-                transfers.append((group, last.next))
+                joined += _flat(waiting)
+                waiting = []
+            elif len(waiting) > len(groups) - i - 1 or self._is_worth_a_transfer(_flat(waiting), late):
+                transfers.append((_flat(waiting), last.next))
+                waiting = []
+
+    def _is_worth_a_transfer(self, keys: list[_Version], late: set[fx.Node]) -> bool:
+        """Whether these are large, or the host work that they are for takes far longer than their transfer does."""
+        profile = self._context.profile
+        fixed_s = profile.accelerator.launch_s + profile.synchronise_s
+        work_s = completing_s([key[0] for key in keys], late, self._context)
+        return work_s >= _WORTH * fixed_s or not self._is_small(keys)
 
     def _completing(self, keys: list[_Version], late: set[fx.Node]) -> list[_Version]:
         """Those that late work on the host needs and that nothing writes."""
@@ -161,8 +177,8 @@ class _Inserter:
     def _of_near_levels(self, keys: list[_Version]) -> list[list[_Version]]:
         """Keys in groups: those between the same two segments, small ones with those behind the next segment.
 
-        Keys and values of one token are made before and behind a layer's attention; each transfer costs its issue and a
-        wait. Large ones go down as soon as they can.
+        Keys and values of one token are made before and behind a layer's attention. Large ones go down as soon as they
+        can.
         """
         segments = list(self._graph.find_nodes(op="call_module"))
         levels: dict[int, list[_Version]] = {}
@@ -173,7 +189,7 @@ class _Inserter:
         for level, own in levels.items():
             if last == level - 1 and self._is_small([*groups[-1], *own]):
                 groups[-1] += own
-                last = None  # two levels at most: what completes the results is not put off to the end
+                last = None  # two levels at most: those of a layer
             else:
                 groups.append(own)
                 last = level
@@ -258,6 +274,16 @@ class _Inserter:
         for item, operand in zip(items, operands, strict=True):
             annotate(item, _moved(operand), side="host")
         return dict(zip(keys, items, strict=True))
+
+
+def _next_of(transfers: list[_Transfer], made: fx.Node, more: list[fx.Node]) -> list[_Version] | None:
+    """What the next transfer behind ``made`` brings; None if there is none, or only behind the first of ``more``."""
+    near = (keys for keys, before in transfers if made < before and not any(after < before for after in more))
+    return next(near, None)
+
+
+def _flat(groups: list[list[_Version]]) -> list[_Version]:
+    return [key for group in groups for key in group]
 
 
 def _transfer_info(operands: list[fx.Node], side: Side) -> NodeInfo:

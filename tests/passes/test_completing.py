@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hetegen_compile.ir import HOST_LINEAR, TO_HOST, TWIN, WAIT_HOST, info
+from hetegen_compile.passes.insert_transfers import LARGE_DOWNLOAD_BYTES
 from hetegen_compile.passes.plans import LinearPlan
 from hetegen_compile.passes.predict_step import predict_step
 from tests.passes.graphs import Case, assert_equal_to_eager, halves, quarters, resident, scheduled, streamed
@@ -17,6 +18,7 @@ from tests.passes.graphs import Case, assert_equal_to_eager, halves, quarters, r
 LAYERS = nn.ModuleList([nn.Linear(64, 64) for _ in range(18)])
 X = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
 PASTS = [torch.randn(512, 64, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+LONG_PASTS = [past.repeat(64, 1) for past in PASTS]
 
 
 def growing(x: Tensor, *pasts: Tensor) -> tuple[Tensor, ...]:
@@ -37,20 +39,39 @@ def places(found: Case) -> dict[fx.Node, int]:
     return {node: place for place, node in enumerate(found.module.graph.nodes)}
 
 
-@pytest.mark.parametrize("plan", [halves, streamed])
-def test_caches_are_appended_to_while_later_layers_run(plan: Callable[[int], LinearPlan]) -> None:
-    found = scheduled(growing, X, *PASTS, plan=plan)
+@pytest.mark.parametrize(("plan", "pasts", "early"), [(halves, PASTS, 5), (streamed, LONG_PASTS, 1)])
+def test_caches_are_appended_to_while_later_layers_run(
+    plan: Callable[[int], LinearPlan], pasts: list[Tensor], early: int
+) -> None:
+    found = scheduled(growing, X, *pasts, plan=plan)
     work, place = appending(found), places(found)
-    assert len(work) == len(PASTS)
+    assert len(work) == len(pasts)
     last = max(place[node] for node in found.module.graph.find_nodes(op="call_module"))
-    assert sum(place[node] < last for node in work) >= (len(PASTS) - 1 if plan is halves else 1)
+    assert sum(place[node] < last for node in work) >= early
 
 
 def test_what_they_need_comes_down_with_the_next_activation() -> None:
     found = scheduled(growing, X, *PASTS, plan=halves)
     parts = len(found.nodes(HOST_LINEAR)) - len(PASTS)  # of each layer two read one activation
     assert len(found.nodes(TO_HOST)) == parts  # and the first reads the input where it lies: the result takes its place
-    assert len(scheduled(growing, X, *PASTS, plan=streamed).nodes(TO_HOST)) == len(PASTS) + 1
+
+
+def values_of_transfers(found: Case) -> list[int]:
+    return [len(node.args[0]) for node in found.nodes(TO_HOST)]  # type: ignore[arg-type]
+
+
+def test_a_transfer_of_its_own_is_for_work_that_takes_far_longer() -> None:
+    assert values_of_transfers(scheduled(growing, X, *LONG_PASTS, plan=streamed)) == [1] * len(PASTS) + [1]
+
+
+def test_less_work_waits_for_more_until_as_little_is_still_to_come() -> None:
+    assert values_of_transfers(scheduled(growing, X, *PASTS, plan=streamed)) == [4, 2, 1]
+
+
+def test_large_values_do_not_wait_for_more() -> None:
+    x = torch.randn(LARGE_DOWNLOAD_BYTES // X[0].nbytes + 1, 64)
+    transfers = values_of_transfers(scheduled(growing, x, *PASTS, plan=streamed))
+    assert transfers == [1] * len(transfers)
 
 
 def attending(x: Tensor, *pasts: Tensor) -> tuple[Tensor, ...]:
@@ -65,10 +86,9 @@ def attending(x: Tensor, *pasts: Tensor) -> tuple[Tensor, ...]:
 
 
 def test_small_values_from_before_and_behind_a_segment_come_down_together() -> None:
-    pasts = PASTS[:2]
+    pasts = LONG_PASTS[:2]
     found = scheduled(attending, X, *pasts, plan=streamed)
-    downloads = [node.args[0] for node in found.nodes(TO_HOST)]
-    assert [len(values) for values in downloads] == [2, 2, 1]
+    assert values_of_transfers(found) == [2, 2, 1]
 
 
 def test_host_parts_of_the_same_download_come_first() -> None:
