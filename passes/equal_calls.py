@@ -3,12 +3,11 @@
 Why: the layers of a deep model run the same operations on tensors of the same shapes, and a call on fake tensors takes
 a few hundred microseconds, mostly in torch's decompositions. What a call makes of operands of the same dtypes, sizes
 and strides is another tensor of the same geometry, as long as it only reads them and makes new memory. Everything else
-(views, writes, random numbers, what depends on data) is propagated each time.
+(views, writes, random numbers, what depends on data) is propagated each time: of a view torch knows that it is one.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
@@ -17,8 +16,9 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from hetegen_compile.passes.fake_inputs import another_fake
 from hetegen_compile.passes.tensors import storage_id, to_expr
 
 _PLAIN = (
@@ -59,7 +59,7 @@ class EqualCalls:
     def again(self, key: Hashable | None) -> _Call | None:
         """A new result as the call with this key has made, and what it does; None if there was none."""
         known = self._calls.get(key)
-        return None if known is None else _Call(self._like(known.result), dict(known.heard))
+        return None if known is None else _Call(another_fake(known.result, self._mode), dict(known.heard))
 
     def note(self, key: Hashable | None, result: Any, heard: dict[str, Any], operands: Sequence[Tensor]) -> None:
         """Keep a call that was propagated, if another one would be the same."""
@@ -73,14 +73,7 @@ class EqualCalls:
         """Whether it lies in memory of its own, all of which it shows."""
         if storage_id(result) in self._seen or result.constant is not None or not _is_ordinary(result):
             return False
-        return bool(_storage_bytes(self._like(result)) == _storage_bytes(result))
-
-    def _like(self, result: Tensor) -> Tensor:
-        """Made as the fake mode makes what it has cached: neither dispatched, which takes longest, nor listened to."""
-        env = self._mode.shape_env
-        with in_kernel_invocation_manager(self._mode), env.suppress_guards() if env else contextlib.nullcontext():
-            empty = torch.empty_strided(result.size(), result.stride(), dtype=result.dtype, device="meta")
-        return FakeTensor(self._mode, empty, result.device)
+        return bool(_storage_bytes(another_fake(result, self._mode)) == _storage_bytes(result))
 
 
 def _does_more(heard: dict[str, Any]) -> bool:

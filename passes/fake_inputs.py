@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
 from hetegen_compile.errors import UnsupportedModelError
 from hetegen_compile.passes.sources import source_name
@@ -69,13 +70,24 @@ def _fake_like(example: Any, real: Any, mode: FakeTensorMode, shared: dict[int, 
         return mode.from_tensor(example)
     geometry = (tuple(example.shape), tuple(example.stride()), example.storage_offset())
     key = storage_id(real) if isinstance(real, Tensor) else id(real)
+    if key not in shared:
+        shared[key] = another_fake(example, mode)
+        return shared[key]
     with mode:
-        if key not in shared:
-            shared[key] = torch.empty_strided(*geometry[:2], dtype=example.dtype, device=example.device)
-            return shared[key]
         base = shared[key]
         same_type = base if base.dtype == example.dtype else base.view(example.dtype)
         return same_type.as_strided(*geometry)
 
 
-__all__ = ["check_devices", "fake_inputs", "fake_mode"]
+def another_fake(example: Tensor, mode: FakeTensorMode) -> FakeTensor:
+    """A fake of the same geometry in memory of its own.
+
+    Made as the fake mode makes what it has cached: neither dispatched, which takes longest, nor listened to.
+    """
+    env = mode.shape_env
+    with in_kernel_invocation_manager(mode), env.suppress_guards() if env else contextlib.nullcontext():
+        empty = torch.empty_strided(example.size(), example.stride(), dtype=example.dtype, device="meta")
+    return FakeTensor(mode, empty, example.device)
+
+
+__all__ = ["another_fake", "check_devices", "fake_inputs", "fake_mode"]

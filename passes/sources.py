@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from torch import fx
 
@@ -20,8 +21,12 @@ def source_name(node: fx.Node) -> str:
     return _dotted(text)
 
 
+@lru_cache(maxsize=4096)
 def _dotted(source: str) -> str:
-    """Dynamo's source text less its own words: the root (``self``) and the dictionaries of a module."""
+    """Dynamo's source text less its own words: the root (``self``) and the dictionaries of a module.
+
+    Some ten nodes in a row come from one module.
+    """
     steps = [a or b or c for a, b, c in _SOURCE_STEP.findall(source)]
     steps = steps[1:] if len(steps) > 1 and steps[0] in _ROOT_NOISE else steps
     return ".".join(step for step in steps if step not in _SOURCE_NOISE)

@@ -57,7 +57,7 @@ def test_what_they_need_comes_down_with_the_next_activation() -> None:
 
 
 def values_of_transfers(found: Case) -> list[int]:
-    return [len(node.args[0]) for node in found.nodes(TO_HOST)]  # type: ignore[arg-type]
+    return [len(node.args[0]) for node in found.nodes(TO_HOST)]
 
 
 def test_a_transfer_of_its_own_is_for_work_that_takes_far_longer() -> None:
