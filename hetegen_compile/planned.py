@@ -13,6 +13,7 @@ from torch import fx
 from hetegen_compile.passes.claims import HostWeights, ResidentWeights
 from hetegen_compile.passes.context import Context
 from hetegen_compile.schedule import LinearSite, Schedule
+from hetegen_compile.trials import Trial, Trials
 
 DRY_RUN = "dry run"
 """What a plan is made for if nothing will run."""
@@ -58,7 +59,8 @@ class Target:
 class BucketPlan:
     """What the stages that do not depend on the split left: the graph with its segments, and the context.
 
-    ``linears`` is the graph before it was grouped, which decisions are taken on.
+    ``linears`` is the graph before it was grouped, which decisions are taken on. ``measured`` are schedules that were
+    made to see what they occupy: most of them are asked for again when the split is chosen, and by nobody afterwards.
     """
 
     module: fx.GraphModule
@@ -66,6 +68,13 @@ class BucketPlan:
     context: Context
     sites: Mapping[int, LinearSite]
     kind: str
+    measured: list[Trial] = field(default_factory=list)
+
+    def trials(self) -> Trials:
+        """Schedules to choose the split from; the first ones called for take over those that were measured."""
+        found = Trials(self.module, self.measured)
+        self.measured.clear()
+        return found
 
 
 class Graphs(NamedTuple):

@@ -95,11 +95,12 @@ class Planner:
 
     def _decided(self, context: Context, kind: str, base: BucketPlan | None) -> BucketPlan:
         try:
-            graphs, context = self._search.within_budget(self._with_room(context, spare=True), base)
+            graphs, context, measured = self._search.within_budget(self._with_room(context, spare=True), base)
         except BudgetError:  # no room beyond what the options state: what a larger forward needs is decided then
-            graphs, context = self._search.within_budget(self._with_room(context, spare=False), base)
+            graphs, context, measured = self._search.within_budget(self._with_room(context, spare=False), base)
         context = replace(context, weights={})
-        return BucketPlan(graphs.grouped, graphs.linears, context, linear_sites(graphs.grouped, context), kind)
+        sites = linear_sites(graphs.grouped, context)
+        return BucketPlan(graphs.grouped, graphs.linears, context, sites, kind, list(measured))
 
     def plan_split(
         self,
@@ -115,7 +116,7 @@ class Planner:
         ``trials`` (those of ``base``) is given where they will be asked for again, ``issue_ahead`` where it is not that
         of the options.
         """
-        trials = Trials(base.module) if trials is None else trials
+        trials = base.trials() if trials is None else trials
         context = replace(base.context, options=replace(self._with(issue_ahead), split=split))
         module, done = _finished(base.module, context, stages, trials)
         if _excess_bytes(done) > 0 and issues_ahead(context):

@@ -1,13 +1,13 @@
 """Schedules of one grouped graph that are made to be simulated, each once.
 
-Why: the balance and the baselines ask for the same ones (nothing on the host, each Linear by itself), a dry run asks
-again what they would take at other sizes, and the one that wins becomes the plan. Making a schedule is most of what
-planning costs.
+Why: residency, the balance and the baselines ask for the same ones (nothing on the host, each Linear by itself), a dry
+run asks again what they would take at other sizes, and the one that wins becomes the plan. Making a schedule is most of
+what planning costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -17,12 +17,14 @@ from hetegen_compile.passes import predict_step
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import Prediction
 from hetegen_compile.passes.plans import Splits
-from hetegen_compile.pipeline import SIMULATED, Stage, run_pipeline
+from hetegen_compile.pipeline import SIMULATED, UNTIL_MEASURED, Stage, run_pipeline
+
+_NOT_MEASURED = tuple(stage for stage in SIMULATED if stage not in UNTIL_MEASURED)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A schedule and the context that it was made in, its prediction included."""
+    """A schedule and the context that it was made in, with its prediction once it has been simulated."""
 
     module: fx.GraphModule
     context: Context
@@ -33,14 +35,25 @@ class Trial:
         return require(self.context.prediction, "predict_step")
 
 
+def measured_trial(module: fx.GraphModule, context: Context, splits: Splits) -> Trial:
+    """A schedule of ``module`` with these rows and what it occupies; it has not been simulated.
+
+    The weights are those of a model, which a schedule must not keep: it does not need them.
+    """
+    copy = copy_module(module)
+    return Trial(copy, run_pipeline(copy, replace(context, weights={}, splits=splits), UNTIL_MEASURED, lint=False))
+
+
 class Trials:
     """The schedules made of ``module``, a graph with its segments and its Linears whole.
 
-    What is kept are the fastest and those that will be asked for again.
+    What is kept are the fastest and those that will be asked for again, and of ``measured``, which others have made of
+    the module already, those that nobody has asked for until the first schedule is finished.
     """
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, measured: Iterable[Trial] = ()) -> None:
         self.module = module
+        self._measured = list(measured)
         self._kept: list[Trial] = []
         self._best: Trial | None = None
 
@@ -65,6 +78,7 @@ class Trials:
         To be called once for the same rows: stages that rewrite change what is kept here.
         """
         trial = self._trial(context, splits)
+        self._measured.clear()
         rest = tuple(stage for stage in stages if stage not in SIMULATED)
         return trial.module, run_pipeline(trial.module, trial.context, rest)
 
@@ -73,6 +87,10 @@ class Trials:
         for trial in (self._best, *self._kept):
             if trial is not None and _what_matters(trial.context) == wanted:
                 return trial
+        for place, trial in enumerate(self._measured):
+            if _what_matters(trial.context) == wanted:
+                del self._measured[place]
+                return Trial(trial.module, run_pipeline(trial.module, trial.context, _NOT_MEASURED, lint=False))
         module = copy_module(self.module)
         return Trial(module, run_pipeline(module, replace(context, splits=splits), SIMULATED, lint=False))
 
@@ -86,4 +104,4 @@ def _what_matters(context: Context) -> Context:
     return replace(context, options=options, sizes={}, refused={}, costs=None, memory=None, prediction=None)
 
 
-__all__ = ["Trials"]
+__all__ = ["Trial", "Trials", "measured_trial"]

@@ -7,7 +7,7 @@ so one is decided, its schedule measured, and the next decided with what was mea
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,11 +18,11 @@ from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import copy_module
 from hetegen_compile.passes import choose_splits
 from hetegen_compile.passes.context import Context, require
-from hetegen_compile.passes.findings import MemoryNeed
 from hetegen_compile.passes.issue_ahead import NO_ROOM_AHEAD, issues_ahead
-from hetegen_compile.passes.plans import ACTIVATIONS, Splits
-from hetegen_compile.pipeline import DECISIONS, GROUPING, NORMALISATION, UNTIL_MEASURED, Stage, run_pipeline
+from hetegen_compile.passes.plans import ACTIVATIONS
+from hetegen_compile.pipeline import DECISIONS, GROUPING, NORMALISATION, Stage, run_pipeline
 from hetegen_compile.planned import BucketPlan, Graphs
+from hetegen_compile.trials import Trial, measured_trial
 
 _ATTEMPTS = 3
 """Residencies that are tried, each with what the schedule of the one before needed."""
@@ -33,10 +33,11 @@ decided later, and a split that needs some bytes more than those measured here w
 
 
 class _Cut(NamedTuple):
-    """A graph that has been grouped into segments, and the context that it was cut in."""
+    """A graph that has been grouped into segments, the context that it was cut in, and schedules made of it."""
 
     graphs: Graphs
     context: Context
+    measured: Sequence[Trial] = ()
 
 
 class ResidencySearch:
@@ -46,8 +47,10 @@ class ResidencySearch:
         self._module = module
         self._needed: dict[Hashable, int] = {}
 
-    def within_budget(self, context: Context, base: BucketPlan | None) -> tuple[Graphs, Context]:
+    def within_budget(self, context: Context, base: BucketPlan | None) -> tuple[Graphs, Context, Sequence[Trial]]:
         """Run the stages that do not depend on the split until residency leaves room for its own schedule.
+
+        The last value are the schedules that were measured for that.
 
         What a schedule needs for activations depends on the residency that it was made with, so the first is decided
         with an estimate and the next with what the schedule before needed. Another plan for the same sizes begins
@@ -64,9 +67,9 @@ class ResidencySearch:
         if found is None and issues_ahead(context):
             with contextlib.suppress(BudgetError):
                 found = self._settled(replace(context, cannot_issue_ahead=NO_ROOM_AHEAD, activation_bytes=None), cut)
-        graphs, done = found if found is not None else self._within_tight_budget(context, cut)
+        graphs, done, measured = found if found is not None else self._within_tight_budget(context, cut)
         self._needed[made_for] = require(done.residency, "choose_residency").budget[ACTIVATIONS]
-        return graphs, done
+        return graphs, done, measured
 
     def _within_tight_budget(self, context: Context, cut: _Cut | None) -> _Cut:
         """The same, begun with what the leanest residency (no weights, the smallest ring) needs.
@@ -75,6 +78,7 @@ class ResidencySearch:
         has many small transfers and takes long to make, so it is made only where an estimate does not do.
         """
         lean, needed = self._tried(replace(context, lean=True), cut)
+        lean = lean._replace(measured=())  # nobody asks for them again, and they are large
         start = replace(context, activation_bytes=needed)
         found = self._settled(start, lean, spare=False)
         if found is None and lean.context.blocks and context.options.pair_mlp == "auto":
@@ -103,6 +107,7 @@ class ResidencySearch:
             reserved = require(cut.context.residency, "choose_residency").budget[ACTIVATIONS]
             if needed == reserved or (needed < reserved and context.activation_bytes is not None):
                 return cut
+            cut = cut._replace(measured=())
             context = replace(context, activation_bytes=needed + (needed // _SPARE if spare else 0))
         return None
 
@@ -112,15 +117,17 @@ class ResidencySearch:
         The splits are chosen later, and shares that the options force may be overridden. With fewer rows on the host
         fewer values come down early, so the schedule without any has to fit as well.
         """
-        graphs, context = self._cut(context, cut)
+        graphs, context, _ = self._cut(context, cut)
         module = graphs.grouped
         splits = [require(context.splits, "choose_splits")]
         if any(plan.host for plan in splits[0].values()):
             splits.append(choose_splits(module, replace(context, options=replace(context.options, split=0.0))))
         paired = None if context.lean else promising_blocks(module, context)
-        needs = [_need(module, context, each) for each in (*splits, *([paired] if paired else []))]
+        measured = [measured_trial(module, context, each) for each in (*splits, *([paired] if paired else []))]
+        needs = [require(trial.context.memory, "measure_memory") for trial in measured]
         need = max(needs, key=lambda memory: memory.peak_bytes(context.room))
-        return _Cut(graphs, replace(context, memory=need)), need.peak_bytes(context.room)
+        need = replace(need, workspace={})  # its nodes would keep the schedule alive
+        return _Cut(graphs, replace(context, memory=need), measured), need.peak_bytes(context.room)
 
     def _cut(self, context: Context, before: _Cut | None) -> _Cut:
         """Decisions, and the graph with its segments: those of ``before`` if they are cut at the same places."""
@@ -141,12 +148,6 @@ def _as_left(before: Context, context: Context, stages: Iterable[Stage]) -> Cont
     found = {stage.leaves: getattr(before, stage.leaves) for stage in stages if stage.leaves is not None}
     refused = {stage.name: before.refused[stage.name] for stage in stages}
     return replace(context, refused={**context.refused, **refused}, **found)
-
-
-def _need(module: fx.GraphModule, context: Context, splits: Splits) -> MemoryNeed:
-    """What the schedule of some splits occupies."""
-    scheduled = run_pipeline(copy_module(module), replace(context, splits=splits), UNTIL_MEASURED, lint=False)
-    return require(scheduled.memory, "measure_memory")
 
 
 def _cuts(context: Context) -> object:

@@ -161,7 +161,7 @@ class PlannedGraph:
     @cached_property
     def trials(self) -> Trials:
         """The schedules that it was chosen from and that it is compared with."""
-        return Trials(self.base.module)
+        return self.base.trials()
 
     @property
     def residency(self) -> Residency:
