@@ -132,8 +132,10 @@ def _whole_shares(group: Group, context: Context) -> tuple[float, ...]:
 
 
 def _offloaded_bytes(node: fx.Node, context: Context) -> int:
-    plan = with_host_rows(node, 0, context)
-    return (plan.rows - plan.resident_rows) * slice_bytes(node.args[1], 0)  # type: ignore[arg-type]
+    weight: fx.Node = node.args[1]  # type: ignore[assignment]
+    residency = require(context.residency, "choose_residency")
+    first_resident = residency.weights.get(weight.name, int(info(weight).value.shape[0]))
+    return first_resident * slice_bytes(weight, 0)
 
 
 def _one_after_the_other(linears: Mapping[int, fx.Node], share: float, context: Context) -> Splits:
@@ -142,12 +144,15 @@ def _one_after_the_other(linears: Mapping[int, fx.Node], share: float, context: 
     At most one of them is in two places then. The same share of each would cost a prefetch, a product and a join more
     for each of them.
     """
-    left = share * sum(_offloaded_bytes(node, context) for node in linears.values())
+    offloaded = [_offloaded_bytes(node, context) for node in linears.values()]
+    left = share * sum(offloaded)
     splits: dict[int, LinearPlan] = {}
-    for position, node in linears.items():
-        nbytes, plan = _offloaded_bytes(node, context), with_host_rows(node, 0, context)
+    for (position, node), nbytes in zip(linears.items(), offloaded, strict=True):
+        weight: fx.Node = node.args[1]  # type: ignore[assignment]
+        row_bytes = slice_bytes(weight, 0)
         part = min(1.0, max(0.0, left / nbytes)) if nbytes else 0.0
-        host = nearest_rows(part, plan.rows - plan.resident_rows, row_granularity(plan.rows))
-        left -= host * slice_bytes(node.args[1], 0)  # type: ignore[arg-type]
+        step = row_granularity(int(info(weight).value.shape[0]))
+        host = nearest_rows(part, nbytes // row_bytes, step) if nbytes else 0
+        left -= host * row_bytes
         splits[position] = with_host_rows(node, host, context)
     return splits

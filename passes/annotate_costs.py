@@ -6,7 +6,10 @@ left on the nodes; here they become numbers for one bucket of tokens and seconds
 
 from __future__ import annotations
 
+from functools import cache
+
 import sympy
+import torch
 from torch import Tensor, fx
 
 from hetegen_compile.cost_model import (
@@ -71,8 +74,13 @@ def _other(node: fx.Node, context: Context) -> NodeCost:
 
 def dtype_name(value: object) -> str:
     """The profile's name for a value's dtype; float32 for what holds no floating-point tensor."""
-    floating = [t.dtype for t in tensors_in(value) if isinstance(t, Tensor) and t.dtype.is_floating_point]
-    return str(floating[0]).removeprefix("torch.") if floating else "float32"
+    dtypes = (tensor.dtype for tensor in tensors_in(value))
+    return _name(next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32))
+
+
+@cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def value_size(node: fx.Node) -> sympy.Expr:
@@ -82,4 +90,9 @@ def value_size(node: fx.Node) -> sympy.Expr:
 
 def value_bytes(node: fx.Node, context: Context) -> int:
     """Bytes of all tensors in the node's result at the context's sizes."""
-    return int(sum(context.number(tensor_bytes(tensor)) for tensor in tensors_in(info(node).value)))
+    return int(sum(_bytes(tensor, context) for tensor in tensors_in(info(node).value)))
+
+
+def _bytes(tensor: Tensor, context: Context) -> float:
+    elements = tensor.numel()  # a number already in nearly all graphs: no algebra
+    return elements * tensor.element_size() if type(elements) is int else context.number(tensor_bytes(tensor))

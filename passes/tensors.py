@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 from typing import Any
 
 import sympy
@@ -37,7 +38,12 @@ def is_ids(tensor: Tensor) -> bool:
 
 def tensor_bytes(tensor: Tensor) -> sympy.Expr:
     """Bytes of the tensor's elements (not of its storage), a sympy expression."""
-    return to_expr(tensor.numel()) * tensor.element_size()
+    return _times(tensor.numel(), tensor.element_size())
+
+
+def _times(number: Any, factor: int) -> sympy.Expr:
+    """The product; of numbers it is taken before there is any algebra."""
+    return sympy.Integer(number * factor) if type(number) is int else to_expr(number) * factor
 
 
 def held_sizes(tensor: Tensor) -> list[Any]:
@@ -47,7 +53,10 @@ def held_sizes(tensor: Tensor) -> list[Any]:
 
 def held_bytes(tensor: Tensor) -> sympy.Expr:
     """Bytes of the tensor's different elements, a sympy expression."""
-    return sympy.Mul(*map(to_expr, held_sizes(tensor))) * tensor.element_size()
+    sizes = held_sizes(tensor)
+    if all(type(size) is int for size in sizes):
+        return sympy.Integer(prod(sizes) * tensor.element_size())
+    return sympy.Mul(*map(to_expr, sizes)) * tensor.element_size()
 
 
 def symbols_in(sizes: Iterable[Any]) -> set[sympy.Symbol]:
