@@ -20,7 +20,7 @@ so what lies between stays where it is (``find_blocks``).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -150,12 +150,18 @@ def copy_module(module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
-        copy = copies[node] = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
-        set_args(copy, fx.map_arg(node.args, copies.__getitem__))  # later: see ``call``
-        if node.kwargs:
-            copy.kwargs = fx.map_arg(node.kwargs, copies.__getitem__)
-        copy.meta.update(node.meta)
+        copies[node] = copy_node(graph, node, copies.__getitem__)
     return lazy_module(module, graph)
+
+
+def copy_node(graph: fx.Graph, node: fx.Node, operand: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    """``graph.node_copy``; arguments are set after the node was made, as ``call`` does."""
+    copy = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+    set_args(copy, fx.map_arg(node.args, operand))
+    if node.kwargs:
+        copy.kwargs = fx.map_arg(node.kwargs, operand)
+    copy.meta.update(node.meta)
+    return copy
 
 
 def call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:

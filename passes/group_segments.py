@@ -33,6 +33,7 @@ from hetegen_compile.ir import (
     WRITE_BACK,
     NodeInfo,
     annotate,
+    copy_node,
     info,
     is_tensor,
     lazy_module,
@@ -218,7 +219,7 @@ def _submodule(
         for arg in node.all_input_nodes:
             if arg not in env:  # a submodule of a higher-order operation
                 env[arg] = graph.get_attr(str(arg.target))
-        env[node] = graph.node_copy(node, env.__getitem__)
+        env[node] = copy_node(graph, node, env.__getitem__)
     graph.output(tuple(env[node] for node in outputs))
     return lazy_module(owner, graph)
 

@@ -155,7 +155,8 @@ class _Splitter:
 
     def _fake(self, whole: Tensor, dim: int, lo: int, hi: int) -> Tensor:
         """A fresh fake of ``whole`` narrowed to ``lo:hi``; equal layers share one, nothing tells them apart."""
-        shape = (*whole.shape[:dim], hi - lo, *whole.shape[dim + 1 :])
+        old = whole.shape
+        shape = (*old[:dim], hi - lo, *old[dim + 1 :])
         key = (tuple(size if type(size) is int else str(size) for size in shape), whole.dtype)
         if key not in self.shapes:
             self.shapes[key] = whole.new_empty(shape)
