@@ -55,6 +55,21 @@ def test_what_the_accelerator_does_before_it_needs_the_host_is_its_part_of_a_tri
     )
 
 
+def test_a_share_is_of_the_rows_that_are_not_resident(base: BucketPlan) -> None:
+    trips = trips_of(base.module)
+    linear = trips[0].linears[0]
+    rows = int(info(linear.args[1]).value.shape[0])  # type: ignore[arg-type]
+    residency = require(base.context.residency, "choose_residency")
+    names = {str(node.args[1]): 0 for trip in trips for node in trip.linears if node is not linear}
+    weights = {**names, str(linear.args[1]): rows // 2}
+    context = replace(base.context, residency=replace(residency, weights=weights))
+    for share, host in ((0.0, 0), (0.5, rows // 4), (1.0, rows // 2)):
+        splits = with_shares(trips, [share] * len(trips), context)
+        assert splits[info(linear).position].host == pytest.approx(host, abs=64)
+        assert splits[info(linear).position].resident_rows == rows // 2
+        assert not any(plan.host for position, plan in splits.items() if position != info(linear).position)
+
+
 def test_whole_shares_leave_no_linear_in_two_places(base: BucketPlan) -> None:
     trips = trips_of(base.module)
     whole = whole_shares(trips, base.context)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import sympy
 import torch
 from torch import Tensor
 
-from hetegen_compile.passes.liveness import activation_peak_bytes
+from hetegen_compile.ir import info
+from hetegen_compile.passes.annotate_costs import value_bytes, value_size
+from hetegen_compile.passes.liveness import activation_peak_bytes, larger
+from hetegen_compile.passes.tensors import held_bytes
 from tests.passes.graphs import case
 
 N = 1000 * 4  # bytes of one float32 tensor of 1000
@@ -60,3 +64,30 @@ def test_a_view_keeps_its_base_alive() -> None:
 def test_symbols_count_at_the_contexts_sizes() -> None:
     found = case(chain, torch.zeros(7), dynamic=True)
     assert activation_peak_bytes(found.module, found.context) == 2 * 7 * 4
+
+
+def test_bytes_are_the_same_whether_sizes_are_numbers_or_symbols() -> None:
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        made = x.half() + 1
+        return made, made.unsqueeze(0).expand(5, *made.shape)
+
+    known, found = [], []
+    for dynamic in (False, True):
+        x = torch.randn(6, 4)
+        if dynamic:
+            torch._dynamo.mark_dynamic(x, 0)
+        given = case(function, x)
+        nodes = [node for node in given.module.graph.nodes if isinstance(info(node).value, Tensor)]
+        sizes = [(held_bytes(info(node).value), value_size(node)) for node in nodes]
+        known.append(all(size.is_Integer for pair in sizes for size in pair))
+        found.append([(*map(given.context.number, pair), value_bytes(node, given.context)) for node, pair in
+                      zip(nodes, sizes, strict=True)])  # fmt: skip
+    assert known == [True, False]
+    assert set(found[0]) == set(found[1]) == {(96, 96, 96), (48, 48, 48), (48, 240, 240)}
+
+
+def test_the_larger_of_numbers_and_of_symbols() -> None:
+    two, three, symbol = sympy.Integer(2), sympy.Integer(3), sympy.Symbol("s", positive=True, integer=True)
+    assert larger(two, three) == larger(three, two) == larger(three, three) == 3
+    assert larger(sympy.S.Zero, symbol) == symbol
+    assert larger(two, symbol) == sympy.Max(2, symbol)
