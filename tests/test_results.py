@@ -28,6 +28,13 @@ def test_a_prefill_says_which_results_grow_and_which_are_views() -> None:
     assert results.views == (1, 3)
 
 
+def test_views_of_each_layer_are_views() -> None:
+    found = case(
+        lambda x, y: tuple(view for one in (x, y) for view in (one.t(), one[1:], one.relu())), *torch.randn(2, 4, 4)
+    )
+    assert Results.of(found.module, 0).views == (0, 1, 3, 4)
+
+
 def test_a_graph_whose_tokens_are_not_fixed_leaves_it_to_dynamo() -> None:
     found: Case = case(_kinds_of_results, torch.randn(1, 2, TOKENS, 4), dynamic=True)
     assert Results.of(found.module, 0).varying == {}

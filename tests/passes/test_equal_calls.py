@@ -33,9 +33,7 @@ def _told(node: fx.Node, names: dict[int, int]) -> dict[str, Any]:
     for kind in ("storages", "reads", "writes"):
         notes[kind] = sorted(names.get(key, key) for key in notes[kind])
     leaves = tensors_in(notes.pop("value"))
-    geometry = [
-        (t.dtype, t._is_view(), *map(str, (*t.shape, *t.stride(), t.storage_offset()))) for t in leaves
-    ]
+    geometry = [(t.dtype, *map(str, (*t.shape, *t.stride(), t.storage_offset()))) for t in leaves]
     return {"node": node.name, "geometry": geometry, **notes}
 
 
