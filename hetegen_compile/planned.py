@@ -71,7 +71,7 @@ class BucketPlan:
     measured: list[Trial] = field(default_factory=list)
 
     def trials(self) -> Trials:
-        """Schedules to choose the split from; the first ones called for take over those that were measured."""
+        """Schedules to choose the split from. The first caller gets those that were measured, later ones get none."""
         found = Trials(self.module, self.measured)
         self.measured.clear()
         return found

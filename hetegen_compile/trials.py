@@ -47,8 +47,8 @@ def measured_trial(module: fx.GraphModule, context: Context, splits: Splits) -> 
 class Trials:
     """The schedules made of ``module``, a graph with its segments and its Linears whole.
 
-    What is kept are the fastest and those that will be asked for again, and of ``measured``, which others have made of
-    the module already, those that nobody has asked for until the first schedule is finished.
+    What is kept are the fastest and those that will be asked for again. ``measured`` were made of the module before:
+    they wait for who asks for them, until the first schedule is finished.
     """
 
     def __init__(self, module: fx.GraphModule, measured: Iterable[Trial] = ()) -> None:

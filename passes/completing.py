@@ -3,10 +3,10 @@
 Why: a cache that grows is returned to the caller, so the host appends the new keys and values to its copy, too. Nothing
 on the accelerator needs that. At the end of the step it would come on top of everything; but the host waits for the
 accelerator after each Linear that it took part in, and there the appending of a layer costs little or nothing. So
-``insert_transfers`` lets such values come down with the next activation, and ``reorder`` issues their readers after
-the host parts that the same transfer is for and before the host waits for a later one. A transfer that is for no host
-part comes behind the parts of the one before it: its source may be far from ready (attention beside an MLP that reads
-the same input), and the host would wait for it with work at hand.
+``insert_transfers`` lets such values come down with an activation, or some of them together, and ``reorder`` issues
+their readers after the host parts that the same transfer is for and before the host waits for a later one. A transfer
+that is for no host part comes behind the parts of the one before it: its source may be far from ready (attention beside
+an MLP that reads the same input), and the host would wait for it with work at hand.
 
 What needs nothing of the step (positions of the new tokens) could be anywhere. It is done where what needs it is.
 """

@@ -3,7 +3,8 @@
 Why: the layers of a deep model run the same operations on tensors of the same shapes, and a call on fake tensors takes
 a few hundred microseconds, mostly in torch's decompositions. What a call makes of operands of the same dtypes, sizes
 and strides is another tensor of the same geometry, as long as it only reads them and makes new memory. Everything else
-(views, writes, random numbers, what depends on data) is propagated each time: of a view torch knows that it is one.
+(writes, random numbers, what depends on data, and views, which only torch's own dispatch marks as such) is propagated
+each time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Start and wait nodes at every border between the host and the accelerator.
 
 Why: nothing crosses by itself. A value that a host part of a Linear needs goes down alone and at once, for all
-Linears that read it; their results go up together (``share_uploads``). The values that only complete what the caller
-gets back go down together at the end, in one transfer, but for large ones.
+Linears that read it; their results go up together (``share_uploads``). Values that only complete what the caller
+gets back go with it, or some of them in one transfer where host work needs them; the others at the end, in one, but for
+large ones.
 
 Before:
 
@@ -140,8 +141,8 @@ class _Inserter:
         """Add to ``transfers`` what host work needs that only completes the results (``completing``).
 
         What is made between two segments goes with the next transfer, if one follows before more is made. If not, it
-        waits for more to share a transfer with, which costs its issue and a wait: until the work that it is for is
-        worth that, or until no more than that is still to come, so that the end of the step is not left with it all.
+        waits for more to share one with, since a transfer costs its issue and a wait: until the work that it is for
+        takes far longer, or until fewer groups are still to come than wait (the nearer the end, the fewer wait).
         """
         groups = self._of_near_levels(self._completing(together, late))
         made = [max(key[0] for key in group) for group in groups]

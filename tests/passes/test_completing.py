@@ -64,7 +64,7 @@ def test_a_transfer_of_its_own_is_for_work_that_takes_far_longer() -> None:
     assert values_of_transfers(scheduled(growing, X, *LONG_PASTS, plan=streamed)) == [1] * len(PASTS) + [1]
 
 
-def test_less_work_waits_for_more_until_as_little_is_still_to_come() -> None:
+def test_less_work_waits_for_more_until_less_is_still_to_come() -> None:
     assert values_of_transfers(scheduled(growing, X, *PASTS, plan=streamed)) == [4, 2, 1]
 
 
