@@ -145,7 +145,8 @@ class _Sharing:
         ]  # fmt: skip
         typical = _typical([aligned(value_bytes(weight, self._context)) for weight in self._weights])
         rest = tuple(claim for claim in claims if claim.rank != BEFORE_LINEARS)
-        return *before, *ordered_claims(rest, work, free - _nbytes(before), ring, typical, self._context.profile)
+        ahead = ring - self._chunk_bytes(ring)
+        return *before, *ordered_claims(rest, work, free - _nbytes(before), ahead, typical, self._context.profile)
 
     def _with_tables(self, whole: Residency, left: int) -> Residency:
         """Embedding tables on the accelerator as well, if ``left`` bytes hold them: the host then looks nothing up."""
@@ -161,7 +162,7 @@ class _Sharing:
     ) -> Residency:  # fmt: skip
         own = {claim.key for claim in claims}
         weights = {w.name: first_rows[key] for w, key in self._keys.items() if key in own and key in first_rows}
-        chunk = 0 if whole else max(self._smallest // _WINDOW, _chunk_bytes(ring, self._context.profile))
+        chunk = 0 if whole else self._chunk_bytes(ring)
         on_host = frozenset(node.name for node in self._unsplit if node.name not in weights)
         unsplit_bytes = sum(value_bytes(node, self._context) for node in self._unsplit if node.name in weights)
         staged = max(STAGED_CHUNK_BYTES, sum(value_bytes(weight, self._context) for weight in self._weights) // _STAGED)
@@ -195,6 +196,9 @@ class _Sharing:
             claim = Claim(self._keys[stack], 1, 0, value_bytes(stack, self._context), 0.0, rank)
             found.setdefault(claim.key, claim)
         return tuple(claim for claim in found.values() if claim.nbytes)
+
+    def _chunk_bytes(self, ring: int) -> int:
+        return max(self._smallest // _WINDOW, _chunk_bytes(ring, self._context.profile))
 
     def _ring_bytes(self, free: int) -> int:
         """All graphs share the ring, so it is as long as others made it unless that takes more than half."""

@@ -50,11 +50,15 @@ class LinearWork:
 
 
 def ordered_claims(
-    claims: Sequence[Claim], work: Sequence[LinearWork], free_bytes: int, ring_bytes: int, typical_bytes: int,
+    claims: Sequence[Claim], work: Sequence[LinearWork], free_bytes: int, ahead_bytes: int, typical_bytes: int,
     profile: HardwareProfile,
 ) -> Sequence[Claim]:  # fmt: skip
-    """The claims, with the rows that come before all others if that makes the step shorter."""
-    estimate = _Estimate(work, ring_bytes, profile)
+    """The claims, with the rows that come before all others if that makes the step shorter.
+
+    ``ahead_bytes`` is what the link has brought at most before it is used: the staging ring less the slot that is
+    being filled.
+    """
+    estimate = _Estimate(work, ahead_bytes, profile)
 
     def step_s(order: Sequence[Claim]) -> float:
         return estimate.step_s(residency_shares([order], free_bytes))
@@ -110,7 +114,7 @@ class _Estimate:
     """A decode step of the Linears alone, each segment between them a launch."""
 
     work: Sequence[LinearWork]
-    ring_bytes: int
+    ahead_bytes: int
     profile: HardwareProfile
 
     def step_s(self, first_rows: Mapping[Hashable, int]) -> float:
@@ -120,7 +124,7 @@ class _Estimate:
         accelerator = self.profile.accelerator
         launch_s = accelerator.launch_s
         chain = Chain(trips, max(launch_s, accelerator.issuing_s(segment=True)) * len(trips))
-        ring_s = upload_s(self.profile, self.ring_bytes)
+        ring_s = upload_s(self.profile, self.ahead_bytes)
         relaxation, issuing_s = relax(chain), self._issuing_s(offloaded, len(trips))
         found = []
         every = frozenset(range(len(trips)))

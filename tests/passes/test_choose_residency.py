@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -120,6 +121,13 @@ def test_chunks_are_longer_where_issuing_them_takes_long(chain: Case) -> None:
     short, long = (decide(chain, budget, split=0.0, profile=one) for one in (free, dear))
     assert short.ring_bytes == long.ring_bytes
     assert short.chunk_bytes < long.chunk_bytes == long.ring_bytes // 2 // 256 * 256
+
+
+def test_orders_are_compared_beside_a_link_that_is_ahead_by_the_ring_less_the_slot_being_filled(chain: Case) -> None:
+    with mock.patch(f"{choose_residency.__module__}.ordered_claims", side_effect=lambda claims, *_: claims) as compared:
+        decided = decide(chain, named_budget(chain) + 3 * 4096)
+    ahead_bytes = compared.call_args.args[3]
+    assert ahead_bytes == decided.ring_bytes - decided.chunk_bytes > 0
 
 
 def test_everything_fits() -> None:
