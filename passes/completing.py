@@ -27,7 +27,7 @@ from hetegen_compile.passes.precedence import Precedence
 from hetegen_compile.passes.predict_step import node_work
 
 RUN_AHEAD = 4
-"""Downloads under way at once, after which the work that the first is for has to be done: each keeps its source."""
+"""Downloads under way at once, after which the work that the first is for has to be done: each keeps its sources."""
 
 
 def late_readers(graph: fx.Graph) -> set[fx.Node]:
