@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #define HETEGEN_INLINE inline __attribute__((always_inline))
 #define HETEGEN_UNROLL _Pragma("GCC unroll 8")
@@ -21,6 +22,9 @@ using Vec = at::vec::Vectorized<float>;
 constexpr int64_t kAhead = 1024;        // bytes that each row of a tile is prefetched ahead
 constexpr int64_t kAheadOneRow = 4096;  // the same where rows are read one after the other: the next page
 constexpr int64_t kParallel = 1 << 16;  // multiply-adds from which further threads pay
+constexpr int64_t kTogether = 64;       // columns whose sums are added up together
+constexpr int64_t kManySums = 1 << 17;  // sums of blocks from which further threads pay
+constexpr int64_t kShares = 24;         // chunks for each thread: the last ones are waited for
 
 // Elements of T, `step` at a time: as float32 vectors.
 template <typename T>
@@ -129,7 +133,7 @@ void dot_linear(
     const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* out, int64_t m,
     int64_t n, int64_t k) {
   const int64_t tiles = n / R;
-  const int64_t chunk = std::max<int64_t>(1, tiles / (8 * omp_get_max_threads()));
+  const int64_t chunk = std::max<int64_t>(1, tiles / (kShares * omp_get_max_threads()));
 #pragma omp parallel for schedule(dynamic, chunk) if (m * n * k >= kParallel)
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t r = tile * R;
@@ -148,7 +152,7 @@ void linear(
     const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* out, int64_t m,
     int64_t n, int64_t k) {
   if (tiled && m == 1) {
-    dot_linear<T, 4, 1, true>(x, ldx, w, ldw, bias, out, m, n, k);
+    dot_linear<T, 8, 1, true>(x, ldx, w, ldw, bias, out, m, n, k);
   } else if (m <= 2) {
     dot_linear<T, 1, 4>(x, ldx, w, ldw, bias, out, m, n, k);
   } else {
@@ -156,8 +160,9 @@ void linear(
   }
 }
 
-// sums[m, j] += sum over R rows of x[m, r] * w[r, j], for columns of whole steps and then one by one.
-template <typename T, int M, int R>
+// sums[m, j] += sum over R rows of x[m, r] * w[r, j], for columns of whole steps and then one by one. `ahead`: the program
+// prefetches the rows.
+template <typename T, int M, int R, bool ahead>
 HETEGEN_INLINE void axpy_rows(
     const float* x, int64_t ldx, const T* w, int64_t ldw, float* sums, int64_t lds, int64_t n) {
   using O = Ops<T>;
@@ -168,7 +173,9 @@ HETEGEN_INLINE void axpy_rows(
       HETEGEN_UNROLL for (int c = 0; c < O::count; ++c) sum[m][c] = Vec::loadu(sums + m * lds + j + c * Vec::size());
     }
     HETEGEN_UNROLL for (int r = 0; r < R; ++r) {
-      const auto elements = O::load(w + r * ldw + j);
+      const T* p = w + r * ldw + j;
+      if constexpr (ahead) __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead);
+      const auto elements = O::load(p);
       HETEGEN_UNROLL for (int m = 0; m < M; ++m) {
         HETEGEN_UNROLL for (int c = 0; c < O::count; ++c) {
           sum[m][c] = at::vec::fmadd(elements.part[c], Vec(x[m * ldx + r]), sum[m][c]);
@@ -186,38 +193,80 @@ HETEGEN_INLINE void axpy_rows(
   }
 }
 
-// The columns j0:j1 of all tokens: rows in groups of R, the sums stay in the cache.
-template <typename T, int M, int R>
-void axpy_columns(
-    const float* x, int64_t ldx, const T* w, int64_t ldw, float* sums, int64_t lds, int64_t n, int64_t k) {
-  int64_t r = 0;
-  for (; r + R <= k; r += R) axpy_rows<T, M, R>(x + r, ldx, w + r * ldw, ldw, sums, lds, n);
-  for (; r < k; ++r) axpy_rows<T, M, 1>(x + r, ldx, w + r * ldw, ldw, sums, lds, n);
+// R rows for all tokens but one at a time; from the second group of tokens on the rows come from a cache.
+template <typename T, int R, bool ahead>
+HETEGEN_INLINE void axpy_tokens(
+    const float* x, int64_t ldx, const T* w, int64_t ldw, float* sums, int64_t m, int64_t n) {
+  int64_t i = 0;
+  if (m >= 4) {
+    axpy_rows<T, 4, R, ahead>(x, ldx, w, ldw, sums, n, n);
+    for (i = 4; i + 4 <= m; i += 4) axpy_rows<T, 4, R, false>(x + i * ldx, ldx, w, ldw, sums + i * n, n, n);
+  } else if (m >= 2) {
+    axpy_rows<T, 2, R, ahead>(x, ldx, w, ldw, sums, n, n);
+    i = 2;
+  } else {
+    axpy_rows<T, 1, R, ahead>(x, ldx, w, ldw, sums, n, n);
+    i = 1;
+  }
+  for (; i < m; ++i) axpy_rows<T, 1, R, false>(x + i * ldx, ldx, w, ldw, sums + i * n, n, n);
 }
 
-// out[m, j] = sum over k rows of x[m, k] * w[k, j] (+ bias[j]); `sums` is [m, n] of float32 to work in.
-// Each thread has columns of its own, cut at multiples of 64 bytes of sums.
-template <typename T>
+// The rows of a partial Linear are cut into blocks, each with sums of its own, which are added up in their order: so the
+// result is the same bits whichever thread computes which block, and however many there are. Each block has a share
+// of the rows that are left, so that the last ones, which threads wait for, are small.
+struct RowBlocks {
+  int64_t least, share;
+  RowBlocks(int64_t m, int64_t n, int64_t k)
+      : least(m * n * k < kParallel ? k : kLeastRows * m), share(2 * omp_get_num_procs()) {}
+  // Rows of the next block where so many are left: whole groups, or all.
+  int64_t rows(int64_t left) const {
+    return std::min(left, std::max(least, (left / share + kGroup - 1) / kGroup * kGroup));
+  }
+  std::vector<int64_t> starts(int64_t k) const {
+    std::vector<int64_t> found{0};
+    do found.push_back(found.back() + rows(k - found.back())); while (found.back() < k);
+    return found;
+  }
+  static constexpr int64_t kGroup = 8, kLeastRows = 16;
+};
+
+// The sums of a block of rows of all tokens, R rows at once.
+template <typename T, int R, bool ahead>
+void partial_sums(
+    const float* x, int64_t ldx, const T* w, int64_t ldw, float* sums, int64_t m, int64_t n, int64_t rows) {
+  std::fill_n(sums, m * n, 0.f);
+  int64_t r = 0;
+  for (; r + R <= rows; r += R) axpy_tokens<T, R, ahead>(x + r, ldx, w + r * ldw, ldw, sums, m, n);
+  for (; r < rows; ++r) axpy_tokens<T, 1, ahead>(x + r, ldx, w + r * ldw, ldw, sums, m, n);
+}
+
+// out[m, j] = sum over k rows of x[m, k] * w[k, j] (+ bias[j]); `sums` is [blocks, m, n] of float32 to work in.
+// With `tiled` the program prefetches the rows.
+template <typename T, bool tiled>
 void partial_linear(
     const float* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* out, float* sums, int64_t m, int64_t n,
     int64_t k) {
-  const int64_t threads = m * n * k >= kParallel ? omp_get_max_threads() : 1;
-  const int64_t width = std::max<int64_t>(64, ((n + threads - 1) / threads + 63) / 64 * 64);
-#pragma omp parallel for schedule(static, 1) if (threads > 1)
-  for (int64_t lo = 0; lo < n; lo += width) {
-    const int64_t columns = std::min(width, n - lo);
-    for (int64_t i = 0; i < m; ++i) std::fill_n(sums + i * n + lo, columns, 0.f);
-    int64_t i = 0;
-    for (; i + 4 <= m; i += 4) axpy_columns<T, 4, 4>(x + i * ldx, ldx, w + lo, ldw, sums + i * n + lo, n, columns, k);
-    if (i + 2 <= m) {
-      axpy_columns<T, 2, 4>(x + i * ldx, ldx, w + lo, ldw, sums + i * n + lo, n, columns, k);
-      i += 2;
+  const std::vector<int64_t> starts = RowBlocks(m, n, k).starts(k);
+  const int64_t blocks = int64_t(starts.size()) - 1;
+#pragma omp parallel for schedule(dynamic, 1) if (blocks > 1)
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t r = starts[b], rows = starts[b + 1] - r;
+    float* own = sums + b * m * n;
+    if (m == 1) {
+      partial_sums<T, 8, tiled>(x + r, ldx, w + r * ldw, ldw, own, m, n, rows);
+    } else {
+      partial_sums<T, 4, tiled>(x + r, ldx, w + r * ldw, ldw, own, m, n, rows);
     }
-    if (i < m) axpy_columns<T, 1, 8>(x + i * ldx, ldx, w + lo, ldw, sums + i * n + lo, n, columns, k);
-    for (i = 0; i < m; ++i) {
-      for (int64_t j = lo; j < lo + columns; ++j) {
-        out[i * n + j] = T(sums[i * n + j] + (bias ? float(bias[j]) : 0.f));
+  }
+#pragma omp parallel for if (blocks * m * n >= kManySums)
+  for (int64_t lo = 0; lo < n; lo += kTogether) {
+    const int64_t columns = std::min(kTogether, n - lo);
+    for (int64_t i = 0; i < m; ++i) {
+      float* total = sums + i * n + lo;
+      for (int64_t b = 1; b < blocks; ++b) {
+        for (int64_t j = 0; j < columns; ++j) total[j] += total[b * m * n + j];
       }
+      for (int64_t j = 0; j < columns; ++j) out[i * n + lo + j] = T(total[j] + (bias ? float(bias[lo + j]) : 0.f));
     }
   }
 }
@@ -238,12 +287,22 @@ void partial_linear(
   extern "C" void partial_linear_##NAME(                                                                       \
       const void* x, int64_t ldx, const void* w, int64_t ldw, const void* bias, void* out, void* sums, int64_t m, \
       int64_t n, int64_t k) {                                                                                  \
-    partial_linear<T>((const float*)x, ldx, (const T*)w, ldw, (const T*)bias, (T*)out, (float*)sums, m, n, k); \
+    partial_linear<T, false>((const float*)x, ldx, (const T*)w, ldw, (const T*)bias, (T*)out, (float*)sums, m, n, k); \
+  }                                                                                                            \
+  extern "C" void tiled_partial_linear_##NAME(                                                                 \
+      const void* x, int64_t ldx, const void* w, int64_t ldw, const void* bias, void* out, void* sums, int64_t m, \
+      int64_t n, int64_t k) {                                                                                  \
+    partial_linear<T, true>((const float*)x, ldx, (const T*)w, ldw, (const T*)bias, (T*)out, (float*)sums, m, n, k); \
   }
 
 HETEGEN_EXPORT(float32, float)
 HETEGEN_EXPORT(bfloat16, c10::BFloat16)
 HETEGEN_EXPORT(float16, c10::Half)
+
+// Blocks of a partial Linear, which is given sums for each.
+extern "C" int64_t partial_blocks(int64_t m, int64_t n, int64_t k) {
+  return int64_t(RowBlocks(m, n, k).starts(k).size()) - 1;
+}
 
 // Whether linear_bfloat16 takes its activations in bfloat16 (else in float32).
 extern "C" int64_t bfloat16_dot() {

@@ -23,7 +23,7 @@ struct Instruction {
 
 constexpr int64_t kManyElements = 1 << 15;  // from which further threads pay
 
-enum : int64_t { kLinear, kTiledLinear, kPartialLinear, kRelu, kSilu, kGelu, kGeluTanh, kMul };
+enum : int64_t { kLinear, kTiledLinear, kPartialLinear, kTiledPartialLinear, kRelu, kSilu, kGelu, kGeluTanh, kMul };
 
 struct Places {
   void* const* pointers;
@@ -128,7 +128,10 @@ void execute(const Instruction& i, const Places& at) {
   T* out = (T*)at[i.out];
   if (i.operation == kPartialLinear) {
     const float* x = activations<T, float>(i, at, ldx);
-    partial_linear<T>(x, ldx, w, i.ldw, bias, out, (float*)at[i.sums], i.m, i.n, i.k);
+    partial_linear<T, false>(x, ldx, w, i.ldw, bias, out, (float*)at[i.sums], i.m, i.n, i.k);
+  } else if (i.operation == kTiledPartialLinear) {
+    const float* x = activations<T, float>(i, at, ldx);
+    partial_linear<T, true>(x, ldx, w, i.ldw, bias, out, (float*)at[i.sums], i.m, i.n, i.k);
   } else if (i.operation <= kTiledLinear) {
     const auto* x = activations<T, typename DotOps<T>::X>(i, at, ldx);
     if (i.operation == kTiledLinear) {

@@ -31,7 +31,11 @@ _FORMS = 64
 """Geometries that are kept of one program."""
 _SCRATCH_BYTES = 32 << 20
 """A thread keeps this much at most for what lies between two steps."""
-_LINEAR, _TILED, _PARTIAL, _FIRST_POINTWISE = range(4)
+_LINEAR, _TILED, _PARTIAL, _TILED_PARTIAL, _FIRST_POINTWISE = range(5)
+_OPERATIONS = {
+    (False, False): _LINEAR, (False, True): _TILED, (True, False): _PARTIAL, (True, True): _TILED_PARTIAL,
+}  # fmt: skip
+"""Of a Linear, by whether it is partial and whether its kernel is the tiled one."""
 
 POINTWISE = ("relu", "silu", "gelu", "gelu_tanh", "mul")
 """What may stand between two Linears, in the order of ``program.cpp``."""
@@ -308,7 +312,7 @@ class _Builder:
         _require(host.hi - host.lo == (width if narrowed else columns) and library().programs)
         taken = torch.float32 if partial else library().activations[rows.dtype]
         instruction = _Instruction(
-            _PARTIAL if partial else _TILED if kernel is TILED else _LINEAR, DTYPES.index(rows.dtype),
+            _OPERATIONS[partial, kernel is TILED], DTYPES.index(rows.dtype),
             first=self._table[x_place], second=self._table[rows_place], third=_NOWHERE, wide=_NOWHERE, sums=_NOWHERE,
             x_offset=start, m=x.tokens, n=columns, k=width, ldx=x.shape[-1], ldw=rows.row_stride,
         )  # fmt: skip
@@ -319,7 +323,8 @@ class _Builder:
         if taken != rows.dtype:
             instruction.wide = self._scratch(x.tokens * width * taken.itemsize)
         if partial:
-            instruction.sums = self._scratch(x.tokens * columns * torch.float32.itemsize)
+            blocks = library().partial_blocks(x.tokens, columns, width)
+            instruction.sums = self._scratch(blocks * x.tokens * columns * torch.float32.itemsize)
         return instruction, _Value((*x.shape[:-1], columns), rows.dtype, dense=True)
 
 

@@ -34,7 +34,9 @@ _LINEARS, _PROGRAMS = "linear.cpp", "program.cpp"
 
 
 class Library:
-    """The built library. ``linear``, ``tiled_linear`` and ``partial_linear`` are its functions by dtype.
+    """The built library. ``linear``, ``partial_linear`` and their ``tiled`` forms are its functions by dtype.
+
+    ``partial_blocks`` of (tokens, columns of the result, rows): for so many a partial Linear is given sums.
 
     ``run_program`` and ``run_trip`` take what ``program.py`` prepares, if it has ``programs``.
     """
@@ -47,9 +49,11 @@ class Library:
             {dtype: self._function(name, dtype, [*operands, *[number] * 3]) for dtype in DTYPES}
             for name in ("linear", "tiled_linear")
         )
-        self.partial_linear = {
-            dtype: self._function("partial_linear", dtype, [*operands, pointer, *[number] * 3]) for dtype in DTYPES
-        }
+        self.partial_linear, self.tiled_partial_linear = (
+            {dtype: self._function(name, dtype, [*operands, pointer, *[number] * 3]) for dtype in DTYPES}
+            for name in ("partial_linear", "tiled_partial_linear")
+        )
+        self.partial_blocks = self._typed("partial_blocks", [number] * 3, number)
         self.programs = hasattr(handle, "run_program")
         if not self.programs:
             return
@@ -116,7 +120,7 @@ def vectorised_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: i
     """
     if dim == 0:
         return _columns(x, rows, None if bias is None else bias[lo:hi], library().linear)
-    return _partial_sum(x[..., lo:hi], rows, bias)
+    return _partial_sum(x[..., lo:hi], rows, bias, library().partial_linear)
 
 
 def tiled_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int) -> Tensor:
@@ -127,7 +131,7 @@ def tiled_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, d
     """
     if dim == 0:
         return _columns(x, rows, None if bias is None else bias[lo:hi], library().tiled_linear)
-    return _partial_sum(x[..., lo:hi], rows, bias)
+    return _partial_sum(x[..., lo:hi], rows, bias, library().tiled_partial_linear)
 
 
 def _columns(x: Tensor, rows: Tensor, bias: Tensor | None, linear: Mapping[torch.dtype, Callable[..., None]]) -> Tensor:
@@ -142,13 +146,15 @@ def _columns(x: Tensor, rows: Tensor, bias: Tensor | None, linear: Mapping[torch
     return out
 
 
-def _partial_sum(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+def _partial_sum(
+    x: Tensor, rows: Tensor, bias: Tensor | None, linear: Mapping[torch.dtype, Callable[..., None]]
+) -> Tensor:
     kernel = library()
     tokens, stride, flat = _flat(x, torch.float32)
     count, width = rows.shape
     out = x.new_empty((*x.shape[:-1], width))
-    sums = torch.empty((tokens, width), dtype=torch.float32, device="cpu")
-    kernel.partial_linear[rows.dtype](
+    sums = torch.empty((kernel.partial_blocks(tokens, width, count), tokens, width), dtype=torch.float32, device="cpu")
+    linear[rows.dtype](
         flat.data_ptr(), stride, rows.data_ptr(), rows.stride(0), _address(bias), out.data_ptr(), sums.data_ptr(),
         tokens, width, count,
     )  # fmt: skip

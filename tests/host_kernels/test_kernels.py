@@ -24,7 +24,7 @@ from hetegen_compile.host_kernels import (
     vectorised,
 )
 from hetegen_compile.host_kernels.program import HostProgram, Place, Step
-from hetegen_compile.host_kernels.vectorised import DTYPES
+from hetegen_compile.host_kernels.vectorised import DTYPES, library
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 """Largest difference, relative to the largest result: half a unit of the result's type, and sums in float32."""
@@ -109,15 +109,37 @@ def test_sums_are_float32(dtype: torch.dtype, dim: int) -> None:
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-def test_threads_do_not_change_the_result(dim: int) -> None:
-    weight, x = torch.randn(500, 300), torch.randn(5, 300 if dim == 0 else 500)
-    expected = VECTORISED.run(x, weight, None, 0, 500, dim)
+@pytest.mark.parametrize("kernel", [VECTORISED, TILED], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_threads_do_not_change_the_result(kernel: HostKernel, tokens: int, dim: int) -> None:
+    weight, x = torch.randn(1500, 300), torch.randn(tokens, 300 if dim == 0 else 1500)
+    results = []
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
     try:
-        assert torch.equal(VECTORISED.run(x, weight, None, 0, 500, dim), expected)
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            results.append(kernel.run(x, weight, None, 0, 1500, dim))
     finally:
         torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+@dtypes
+@pytest.mark.parametrize("kernel", [VECTORISED, TILED], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("rows", [999, 3001])
+def test_blocks_of_rows_are_added_up(kernel: HostKernel, dtype: torch.dtype, tokens: int, rows: int) -> None:
+    torch.manual_seed(0)
+    out = 130
+    assert library().partial_blocks(tokens, out, rows) > 1
+    weight, bias, x = (torch.randn(*shape).to(dtype) for shape in ((rows, out), (out,), (tokens, rows)))
+    exact = x.double() @ weight.double() + bias.double()
+    assert_close(kernel.run(x, weight, bias, 0, rows, 1), exact, dtype)
+
+
+def test_what_one_thread_computes_is_one_block() -> None:
+    assert library().partial_blocks(1, 64, 1000) == 1
+    assert library().partial_blocks(4, 64, 1000) > 1
 
 
 def test_nothing_of_the_weights_is_kept() -> None:
