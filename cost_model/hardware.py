@@ -71,6 +71,11 @@ class RateCurve:
         weight = math.log(x / x0) / math.log(x1 / x0)
         return rate0 * math.exp(weight * math.log(rate1 / rate0))
 
+    @property
+    def peak(self) -> float:
+        """The largest rate."""
+        return max(rate for _, rate in self.points)
+
 
 @dataclass(frozen=True)
 class RateTable:
@@ -110,7 +115,7 @@ class RateTable:
     @property
     def peak(self) -> float:
         """The largest rate: reading weights at the speed of memory."""
-        return max(rate for _, curve in self.curves for _, rate in curve.points)
+        return max(curve.peak for _, curve in self.curves)
 
 
 @dataclass(frozen=True)
@@ -220,11 +225,19 @@ class LinkDirection:
 
 @dataclass(frozen=True)
 class LinkProfile:
-    """Both directions, and ``view_s``: a kernel reading a small pinned activation without a copy."""
+    """Both directions.
+
+    Attributes:
+        up, down: host to accelerator and back.
+        view_s: a kernel reading a small pinned activation without a copy.
+        contention: share of the rate of long pinned transfers up that remains while the host reads weights from the
+            same memory. Short ones, which their start-up limits, lose nothing.
+    """
 
     up: LinkDirection
     down: LinkDirection
     view_s: Seconds
+    contention: Share = 1.0
 
 
 @dataclass(frozen=True)

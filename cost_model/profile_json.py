@@ -127,7 +127,7 @@ def _check_version(data: object) -> None:
 
 
 def _check_paths(profile: HardwareProfile) -> None:
-    valid = set(_paths(encode(profile), leaves_only=False))
+    valid = set(_paths(encode(profile, whole=True), leaves_only=False))
     for path in (*profile.sources, *profile.inferred):
         if path not in valid:
             where = "an entry of sources" if path in profile.sources else "an entry of inferred"

@@ -46,20 +46,20 @@ def decode(hint: Any, value: object, path: str) -> Any:
     return tuple(decode(str, item, f"{path}[{index}]") for index, item in enumerate(_items(value, path)))
 
 
-def encode(value: object) -> Any:
-    """The inverse of ``decode``: plain dicts and lists, without optional fields that are empty."""
+def encode(value: object, *, whole: bool = False) -> Any:
+    """The inverse of ``decode``: plain dicts and lists; optional fields that are as by default only if ``whole``."""
     if isinstance(value, RateTable):
         return _encode_table(value)
     if isinstance(value, RateCurve | KernelChoice):
         return [list(point) for point in value.points]
     if is_dataclass(value):
         return {
-            item.name: encode(getattr(value, item.name))
+            item.name: encode(getattr(value, item.name), whole=whole)
             for item in fields(value)
-            if not (_optional(item) and not getattr(value, item.name))
+            if whole or not (_optional(item) and getattr(value, item.name) in (item.default, {}))
         }
     if isinstance(value, Mapping):
-        return {key: encode(item) for key, item in value.items()}
+        return {key: encode(item, whole=whole) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
 
 

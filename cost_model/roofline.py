@@ -114,13 +114,21 @@ LINE_OVERHEAD_BYTES = 300
 lines of 64 bytes, 390 for 256, 300 for 1 KiB, 260 for 4 KiB; those of schedules are of 1 KiB and more."""
 
 
-def upload_s(profile: HardwareProfile, nbytes: float, pinned: bool = True, line_bytes: int | None = None) -> float:
+def upload_s(
+    profile: HardwareProfile,
+    nbytes: float,
+    pinned: bool = True,
+    line_bytes: int | None = None,
+    contended: bool = True,
+) -> float:
     """Seconds of one transfer from host memory to the accelerator (0 for no bytes).
 
-    ``line_bytes``: of a 2-D copy, the bytes that lie together; None for a contiguous one.
+    ``line_bytes``: of a 2-D copy, the bytes that lie together; None for a contiguous one. ``contended`` (the host
+    reading weights at the same time) limits the rate from pinned memory to the share of the peak that it leaves.
     """
     lines = nbytes / line_bytes if line_bytes else 0.0
-    return _transfer_s(profile.link.up, nbytes + lines * LINE_OVERHEAD_BYTES, pinned)
+    ceiling = profile.link.contention if contended and pinned else math.inf
+    return _transfer_s(profile.link.up, nbytes + lines * LINE_OVERHEAD_BYTES, pinned, ceiling)
 
 
 def read_up_s(profile: HardwareProfile, nbytes: float) -> float:
@@ -136,9 +144,9 @@ def download_s(profile: HardwareProfile, nbytes: float, pinned: bool = True) -> 
     return _transfer_s(profile.link.down, nbytes, pinned)
 
 
-def _transfer_s(direction: LinkDirection, nbytes: float, pinned: bool) -> float:
+def _transfer_s(direction: LinkDirection, nbytes: float, pinned: bool, ceiling: float = math.inf) -> float:
     """The curve's rates include the start-up, so the latency is a floor and not a summand."""
     if nbytes <= 0:
         return 0.0
     curve = direction.pinned if pinned else direction.pageable
-    return max(direction.latency_s, nbytes / curve.at(nbytes))
+    return max(direction.latency_s, nbytes / min(curve.at(nbytes), ceiling * curve.peak))

@@ -3,7 +3,7 @@
 It is the largest of four bounds. The simulation charges the same rates, so no simulated step is below it:
 
 - **bytes**: host and link share the offloaded bytes of all Linears, both at work all the time at the rates of the
-  profile's tables for these tokens and sizes, the host beside a working link. For one rate each this is
+  profile's tables for these tokens and sizes, each beside the other. For one rate each this is
   S / (V_link + V_cpu) for S offloaded bytes.
 - **accelerator**: its segments, and its part of the Linears with as few rows as residency allows. It reads what the
   host makes of the others, or has all of their rows itself.
@@ -14,6 +14,9 @@ It is the largest of four bounds. The simulation charges the same rates, so no s
   operations (appending to a cache that the caller gets back), waits, and issuing segments, Linears and one prefetch of
   each that is streamed. Where a worker computes the host's parts (``issue_ahead``) the larger of the two threads' work
   counts.
+
+Where the host takes some of the link's rate (``LinkProfile.contention``) a schedule may leave the host out: the floor
+is the smaller one of the two kinds, of the second the link's bytes at its own rate and the accelerator's work.
 """
 
 from __future__ import annotations
@@ -63,6 +66,16 @@ def floor_s(module: fx.GraphModule, context: Context) -> float:
 
 def floor(module: fx.GraphModule, context: Context) -> Floor:
     """The bounds of a step of a grouped graph at the context's residency and sizes."""
+    found = _with_host(module, context)
+    if context.profile.link.contention < 1.0:
+        streamed_s = sum(_streamed_alone_s(node, context) for node in linears_of(module).values())
+        streamed = Floor(streamed_s, found.accelerator_s, path_s=0.0, thread_s=0.0)
+        return min(found, streamed, key=lambda one: one.seconds)
+    return found
+
+
+def _with_host(module: fx.GraphModule, context: Context) -> Floor:
+    """The bounds where the link has the rate that a host at work leaves it."""
     linears = {node: _linear_alone(node, context) for node in linears_of(module).values()}
     order = Order(module.graph)
     blocks = _blocks(module, order, context)
@@ -111,11 +124,22 @@ def _seconds(node: fx.Node, resource: str, context: Context) -> float:
     return work.seconds if work.resource == resource else 0.0
 
 
+def _offloaded(node: fx.Node, context: Context) -> float:
+    """The share of a Linear's rows that is not resident."""
+    plan = require(context.splits, "choose_splits")[info(node).position]
+    return 1.0 - plan.resident_rows / plan.rows
+
+
+def _streamed_alone_s(node: fx.Node, context: Context) -> float:
+    """The link bringing a Linear's rows while the host computes none."""
+    cost = require(context.costs, "annotate_costs")[info(node).position]
+    return _offloaded(node, context) * _least_feed_s(node, cost, context, contended=False)
+
+
 def _linear_alone(node: fx.Node, context: Context) -> Trip:
     """A Linear at the best rates that any part of its rows could have; the trip itself is not in it."""
-    plan = require(context.splits, "choose_splits")[info(node).position]
     cost = require(context.costs, "annotate_costs")[info(node).position]
-    offloaded = 1.0 - plan.resident_rows / plan.rows
+    offloaded = _offloaded(node, context)
     launch_s = context.profile.accelerator.launch_s if 0.0 < offloaded < 1.0 else 0.0
     return Trip(
         host_s=offloaded * _least_host_s(node, cost, context),
@@ -147,11 +171,12 @@ def _least_host_s(node: fx.Node, cost: NodeCost, context: Context) -> float:
     ) * cost.weight_bytes  # fmt: skip
 
 
-def _least_feed_s(node: fx.Node, cost: NodeCost, context: Context) -> float:
+def _least_feed_s(node: fx.Node, cost: NodeCost, context: Context, *, contended: bool = True) -> float:
     """The link bringing all rows in parts of whatever size moves fastest, by way of the pinned ring if staged."""
     weight: fx.Node = node.args[1]  # type: ignore[assignment]
     sizes = {size for size, _ in context.profile.link.up.pinned.points}
-    byte_s = min(upload_s(context.profile, size) / size for size in _up_to(sizes, cost))
+    sizes = _up_to(sizes, cost)
+    byte_s = min(upload_s(context.profile, size, contended=contended) / size for size in sizes)
     if weight.name in context.staged:
         byte_s = max(byte_s, 1.0 / context.profile.pin_bytes_per_s)
     return byte_s * cost.weight_bytes

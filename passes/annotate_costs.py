@@ -41,10 +41,12 @@ def linear_cost(node: fx.Node, context: Context, tokens: int | None = None) -> N
     own = max(1, round(context.number(to_expr(x.numel())) / max(1, int(x.shape[-1]))))
     flops = context.number(info(node).flops) * ((tokens or own) / own)
     nbytes = int(weight.numel()) * weight.element_size()
-    return _linear_seconds(context.profile, dtype_name(weight), tokens or own, nbytes, flops)
+    return _linear_seconds(context.profile, dtype_name(weight), tokens or own, nbytes, flops, context.host_reads)
 
 
-def _linear_seconds(profile: HardwareProfile, dtype: str, tokens: int, nbytes: int, flops: float) -> NodeCost:
+def _linear_seconds(
+    profile: HardwareProfile, dtype: str, tokens: int, nbytes: int, flops: float, contended: bool
+) -> NodeCost:
     return NodeCost(
         flops=flops,
         traffic_bytes=float(nbytes),
@@ -52,7 +54,7 @@ def _linear_seconds(profile: HardwareProfile, dtype: str, tokens: int, nbytes: i
         tokens=tokens,
         host_s=host_linear_s(profile, dtype, tokens, nbytes, flops),
         accelerator_s=accelerator_linear_s(profile, dtype, tokens, nbytes, flops),
-        link_s=upload_s(profile, nbytes),
+        link_s=upload_s(profile, nbytes, contended=contended),
         host_alone_s=host_linear_s(profile, dtype, tokens, nbytes, flops, contended=False),
     )
 

@@ -170,7 +170,7 @@ def _on_resource(node: fx.Node, context: Context) -> Work:
     if node.target == ir.STAGE:
         return Work("pin", value_bytes(node, context) / profile.pin_bytes_per_s)
     if node.target in (ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED):
-        return Work("up", upload_s(profile, value_bytes(node, context), line_bytes=_line_bytes(node)))
+        return Work("up", _upload_s(value_bytes(node, context), context, _line_bytes(node)))
     if node.target == ir.TO_HOST:
         return Work("down", download_s(profile, value_bytes(node, context)))
     if node.target in (ir.WAIT_HOST, ir.CAUGHT_UP):
@@ -186,7 +186,12 @@ def _up(nbytes: float, context: Context) -> Work:
     """What of this size goes up: read by a kernel, or queued behind prefetches."""
     if nbytes <= ir.SMALL_UPLOAD_BYTES:
         return Work("accelerator", read_up_s(context.profile, nbytes))
-    return Work("up", upload_s(context.profile, nbytes))
+    return Work("up", _upload_s(nbytes, context))
+
+
+def _upload_s(nbytes: float, context: Context, line_bytes: int | None = None) -> float:
+    """Of a copy, beside the host where it computes."""
+    return upload_s(context.profile, nbytes, line_bytes=line_bytes, contended=context.host_reads)
 
 
 def up_s(nbytes: float, context: Context) -> float:

@@ -23,7 +23,7 @@ from hetegen_compile.passes.choose_splits import (
     pairable_blocks,
     with_host_rows,
 )
-from hetegen_compile.passes.context import require
+from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.plans import LinearPlan, Splits
 from hetegen_compile.planned import BucketPlan
 from hetegen_compile.trials import Trials
@@ -38,10 +38,12 @@ def work(model_type: str) -> Work:
 
 @cache
 def plan(model_type: str, hardware: str) -> BucketPlan:
-    name, _, dear = hardware.partition(", ")
+    name, _, more = hardware.partition(", ")
     profile = load_profile(name)
-    issuing: dict[str, Any] = {"issue_s": 4e-5, "segment_issue_s": 8e-5} if dear else {}
-    return work(model_type).base(replace(profile, accelerator=replace(profile.accelerator, **issuing)), 0.4)
+    issuing: dict[str, Any] = {"issue_s": 4e-5, "segment_issue_s": 8e-5} if more == "issuing is dear" else {}
+    link = replace(profile.link, contention=0.6 if more == "the host slows the link" else 1.0)
+    accelerator = replace(profile.accelerator, **issuing)
+    return work(model_type).base(replace(profile, accelerator=accelerator, link=link), 0.4)
 
 
 def with_residency(base: BucketPlan, kept: list[float], ring_share: float) -> BucketPlan:
@@ -62,7 +64,9 @@ shares = st.lists(st.sampled_from([0.0, 0.0, 0.3, 0.7, 1.0, 1.0]), min_size=9, m
 kept = st.lists(st.sampled_from([0.0, 0.0, 0.4, 0.9, 1.0]), min_size=7, max_size=7) | st.just([0.0] * 7)
 
 
-hardware = st.sampled_from(["a10-xeon", "cpu-emulated", "h100-server", "h200-server, issuing is dear"])
+hardware = st.sampled_from(
+    ["a10-xeon", "cpu-emulated", "h100-server", "h200-server, issuing is dear", "a10-xeon, the host slows the link"]
+)
 
 
 cut = st.lists(st.sampled_from([None, 0.2, 0.6, 1.0]), min_size=3, max_size=3)
@@ -227,3 +231,28 @@ def test_a_block_that_may_be_cut_costs_one_trip_if_the_host_has_any_of_it(functi
     result_s = 1e-3  # the wait for what the caller gets
     assert dear.path_s - base.path_s == pytest.approx(trips * 1e-3 + result_s, rel=1e-3)
     assert dear.thread_s - base.thread_s == pytest.approx(trips * 1e-3 + result_s, rel=1e-3)
+
+
+def test_a_link_that_the_host_slows_is_slow_where_the_host_computes() -> None:
+    """With no row on the host a step takes what it takes on the same machine without contention, and so does its floor
+    where the host could do little."""
+    slowed, free = (plan("llama", name) for name in ("a10-xeon, the host slows the link", "a10-xeon"))
+    (streamed_s, alone_s), (split_s, split_alone_s) = (
+        [
+            Trials(base.module).step_s(base.context, choose_splits(base.module, context_with(base, split)))
+            for base in (slowed, free)
+        ]
+        for split in (0.0, 0.3)
+    )
+    assert streamed_s == pytest.approx(alone_s, rel=0.02)
+    assert split_s > 1.2 * split_alone_s
+    together_s = offloaded_together_s(slowed.module, slowed.context)
+    assert together_s > offloaded_together_s(free.module, free.context)
+    assert floor(slowed.module, slowed.context).bytes_s == pytest.approx(together_s, rel=0.05)
+    nothing = replace(slowed.context.profile.host, contention=1e-3)
+    idle = replace(slowed.context, profile=replace(slowed.context.profile, host=nothing))
+    assert floor(slowed.module, idle).seconds == pytest.approx(streamed_s, rel=0.1)
+
+
+def context_with(base: BucketPlan, split: float) -> Context:
+    return replace(base.context, options=replace(base.context.options, split=split), splits=None)

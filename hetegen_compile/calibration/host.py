@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +35,20 @@ _CACHES, _FEW_CACHES = 16, 4
 _LAUNCHES = 100
 
 
+class Remaining(NamedTuple):
+    """Shares in (0, 1] of their rates that remain to large one-token Linears and to copies while both are at work."""
+
+    linears: float
+    copies: float
+
+
 @dataclass(frozen=True)
 class HostFigures:
-    """The host's profile, and per dtype how its kernels compare, as text."""
+    """The host's profile, per dtype how its kernels compare, as text, and the copies' ``Remaining``."""
 
     profile: HostProfile
     comparison: Mapping[str, str]
+    copies: float
 
 
 def host_steps(effort: Effort) -> int:
@@ -47,13 +57,16 @@ def host_steps(effort: Effort) -> int:
     return linear_steps(DTYPES, effort) + 2 * floating + 2
 
 
-def measure_host(effort: Effort, copy: Callable[[], object] | None, step: Callable[[str], None]) -> HostFigures:
+def measure_host(
+    effort: Effort, copy: Callable[[], object] | None, step: Callable[[str], None], threads: int | None = None
+) -> HostFigures:
     """Measure the host.
 
     Args:
         effort: how much is measured.
         copy: moves some data over the link, which competes for main memory; None: a copy within main memory.
         step: called with the name of each figure before it is measured.
+        threads: that compute beside copies; None: all.
     """
     rotate_bytes = rotation_bytes(effort)
     copied_bytes = max(rotate_bytes // 4, min(rotate_bytes, MIN_ROTATE_BYTES))
@@ -63,7 +76,7 @@ def measure_host(effort: Effort, copy: Callable[[], object] | None, step: Callab
     fixed_s = launch_s(effort)
     linears: dict[str, LinearFigures] = {}
     flops: dict[str, float] = {}
-    shares: list[float] = []
+    shares: list[Remaining] = []
     for dtype in DTYPES:
         name = dtype_name(dtype)
         arena = memory.view(dtype)
@@ -73,7 +86,7 @@ def measure_host(effort: Effort, copy: Callable[[], object] | None, step: Callab
             step(f"host arithmetic, {name}")
             flops[name] = max(flops[name], arithmetic_rate(dtype, effort))
             step(f"host Linear during copies, {name}")
-            shares.append(remaining_share(arena, linears[name], copy, effort))
+            shares.append(remaining(arena, linears[name], copy, effort, threads))
     del memory, arena
     step("host memory")
     profile = HostProfile(
@@ -83,11 +96,12 @@ def measure_host(effort: Effort, copy: Callable[[], object] | None, step: Callab
         memory_bytes_per_s=memory_bytes_per_s(copied_bytes, effort),
         linear_bytes_per_s={name: figures.table for name, figures in linears.items()},
         launch_s=fixed_s,
-        contention=median(shares),
+        contention=median(share.linears for share in shares),
         memory_bytes=host_memory_bytes(),
         linear_kernels={name: figures.kernels for name, figures in linears.items()},
     )
-    return HostFigures(profile, {name: figures.comparison for name, figures in linears.items()})
+    comparison = {name: figures.comparison for name, figures in linears.items()}
+    return HostFigures(profile, comparison, median(share.copies for share in shares))
 
 
 def rotation_bytes(effort: Effort) -> int:
@@ -131,41 +145,59 @@ def launch_s(effort: Effort) -> float:
     return median_s(launch, effort) / _LAUNCHES
 
 
-def remaining_share(arena: Tensor, figures: LinearFigures, copy: Callable[[], object], effort: Effort) -> float:
-    """Share in (0, 1] of the rate of large one-token Linears that remains while ``copy`` runs in another thread.
+def remaining(
+    arena: Tensor, figures: LinearFigures, copy: Callable[[], object], effort: Effort, threads: int | None = None
+) -> Remaining:
+    """What is left of the rates of large one-token Linears, by ``threads`` of those that they had alone (None: by all),
+    and of ``copy`` in another thread while both are at work.
 
-    Median over pairs of a quiet and a busy measurement that follow each other, so that other load on the
-    machine, which changes slowly, hits both.
+    Medians over pairs of quiet and busy measurements that follow each other, so that other load on the machine, which
+    changes slowly, hits both.
     """
     each = replace(effort, budget_s=effort.budget_s / 2)
     compute = in_place(KERNELS[figures.kernels.at(1)])
     weights = cut_weights(arena, max(effort.weight_bytes), effort.columns)
-    ratios = []
+    linears, copies = [], []
     for _ in range(effort.repeats):
-        quiet = kernel_rate(compute, weights, 1, each)
-        with repeatedly(copy):
-            ratios.append(kernel_rate(compute, weights, 1, each) / quiet)
-    return min(1.0, median(ratios))
+        quiet, copy_s = kernel_rate(compute, weights, 1, each), median_s(copy, each)
+        with repeatedly(copy, effort.clock) as rounds_s, computing_with(threads):
+            linears.append(kernel_rate(compute, weights, 1, each) / quiet)
+            copies.append(copy_s / median(rounds_s) if rounds_s else 1.0)
+    return Remaining(min(1.0, median(linears)), min(1.0, median(copies)))
 
 
 @contextmanager
-def repeatedly(work: Callable[[], object]) -> Iterator[None]:
+def computing_with(threads: int | None) -> Iterator[None]:
+    """torch's number of threads inside the block; None: as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def repeatedly(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> Iterator[list[float]]:
     """Run ``work`` again and again in another thread, begun before the block and ended after it.
 
-    What ``work`` raises is raised here, after the block.
+    Yields the seconds of the rounds that are over. What ``work`` raises is raised here, after the block.
     """
     begun, stop = threading.Event(), threading.Event()
+    rounds_s: list[float] = []
 
     def loop() -> None:
         begun.set()
         while not stop.is_set():
+            started_s = clock()
             work()
+            rounds_s.append(max(clock() - started_s, 1e-9))
 
     with ThreadPoolExecutor(1, "hetegen-calibrate") as executor:
         ended = executor.submit(loop)
         begun.wait()
         try:
-            yield
+            yield rounds_s
         finally:
             stop.set()
     ended.result()

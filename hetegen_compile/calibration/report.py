@@ -51,6 +51,7 @@ def _others(profile: HardwareProfile) -> str:
         ("accelerator memory, size", format_bytes(accelerator.memory_bytes), "accelerator"),
         ("accelerator launch", _microseconds(accelerator.launch_s), "accelerator"),
         ("link up", _direction(link.up), "link"),
+        ("link's rate left beside the host", f"{link.contention:.0%}", "link.contention"),
         ("link down", _direction(link.down), "link"),
         ("view of a small buffer", _microseconds(link.view_s), "link"),
         ("synchronisation", _microseconds(profile.synchronise_s), "synchronise_s"),
@@ -74,7 +75,7 @@ def _direction(direction: LinkDirection) -> str:
 
 
 def _peak(curve: RateCurve) -> str:
-    return f"{max(rate for _, rate in curve.points) / 1e9:.3g}"
+    return f"{curve.peak / 1e9:.3g}"
 
 
 def _microseconds(seconds: float) -> str:

@@ -10,6 +10,8 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
+from hetegen_compile.accelerators.cuda.gates import why_no_gates
+from hetegen_compile.accelerators.cuda.worker import worker_threads
 from hetegen_compile.calibration import gating
 from hetegen_compile.calibration.cuda import STEPS as CUDA_STEPS
 from hetegen_compile.calibration.cuda import AcceleratorFigures, CudaMeter, CudaSizes, measure_cuda
@@ -96,15 +98,21 @@ def _calibrate_cuda(effort: Effort, step: Step) -> HardwareProfile:
     with torch.autocast("cuda", enabled=False):
         meter = CudaMeter(device, effort, CudaSizes())
         figures = measure_cuda(meter, step)
-        host = measure_host(effort, meter.load, step)
+        threads = torch.get_num_threads()
+        host = measure_host(effort, meter.load, step, threads if why_no_gates() else worker_threads(threads))
     del meter
     torch.cuda.empty_cache()  # what stays reserved would count against the budget of the model
     step("gates")  # last: nothing else of this process uses the device meanwhile
     gates = gating.ask(device)
-    figures = replace(figures, accelerator=replace(figures.accelerator, gate_s=gates.gate_s))
+    figures = replace(
+        figures,
+        accelerator=replace(figures.accelerator, gate_s=gates.gate_s),
+        link=replace(figures.link, contention=host.copies),
+    )
     measured = "measured by hetegen calibrate with CUDA events and blocking copies, medians"
     sources = {field: measured for field in _ACCELERATOR_FIELDS}
-    sources["host.contention"] = "measured while pinned uploads run"
+    sources["host.contention"] = "measured while pinned uploads run, with the threads that a step's worker has"
+    sources["link.contention"] = "measured: pinned uploads while these Linears are computed"
     sources["accelerator"] = f"{measured}; gates: {gates.source}"
     return _profile(this_machine(cuda=True), effort, host, figures, sources, ())
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from hetegen_compile.accelerators import Op
-from hetegen_compile.calibration import cuda, gating, runner
+from hetegen_compile.calibration import cuda, gating, host, runner
 from hetegen_compile.calibration.cuda import CudaMeter, CudaSizes, measure_cuda
 from hetegen_compile.calibration.gating import Answer
+from hetegen_compile.calibration.host import Remaining
 from hetegen_compile.cost_model import profile_from_json, profile_to_json, unsourced_fields
 from tests.calibration.tiny import TINY
 from tests.models.harness import through_inductor
@@ -179,12 +180,23 @@ def test_a_profile_of_a_machine_with_cuda(meter: CudaMeter, monkeypatch: pytest.
 
     monkeypatch.setattr(runner, "CudaMeter", same_meter)
     monkeypatch.setattr(gating, "ask", ask)
-    profile = runner.calibrate(accelerator="cuda", progress=False, effort=TINY)
+    found: list[int | None] = []
+
+    def remaining(*arguments: object) -> Remaining:
+        found[:] = [arguments[-1]]  # type: ignore[list-item]
+        return Remaining(0.8, 0.9)
+
+    monkeypatch.setattr(host, "remaining", remaining)
+    monkeypatch.setattr(runner, "why_no_gates", lambda: "")
+    with host.computing_with(16):
+        profile = runner.calibrate(accelerator="cuda", progress=False, effort=TINY)
     assert profile_from_json(profile_to_json(profile), "here") == profile
     assert unsourced_fields(profile) == ()
     assert profile.inferred == ()
     assert "a fake GPU" in profile.description
     assert profile.accelerator.gate_s == gates.gate_s
+    assert (profile.host.contention, profile.link.contention) == (0.8, 0.9)
+    assert found == [14], "a worker's threads, of 16"
     assert profile.sources["accelerator"].endswith("measured; faster" if gates.gate_s else "ahead: no faster")
     assert LOG[-2:] == ["empty_cache", "gates"], "a trial that hangs costs no other figure's time"
 

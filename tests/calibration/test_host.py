@@ -13,13 +13,15 @@ from torch import Tensor
 
 from hetegen_compile.calibration import Effort, host
 from hetegen_compile.calibration.host import (
+    Remaining,
     arithmetic_rate,
+    computing_with,
     host_steps,
     launch_s,
     measure_host,
     memory_bytes_per_s,
     memory_copy,
-    remaining_share,
+    remaining,
     repeatedly,
     rotation_bytes,
 )
@@ -59,7 +61,7 @@ def test_arithmetic_is_never_slower_than_a_measured_linear(monkeypatch: pytest.M
     figures = LinearFigures(table, KernelChoice(((1.0, "F.linear"),)), "")
     monkeypatch.setattr(host, "measure_linears", lambda arena, effort, fixed_s, step: figures)
     monkeypatch.setattr(host, "arithmetic_rate", lambda dtype, effort: 1700.0)
-    monkeypatch.setattr(host, "remaining_share", lambda *_: 1.0)
+    monkeypatch.setattr(host, "remaining", lambda *_: Remaining(1.0, 1.0))
     flops = measure_host(TINY, None, lambda name: None).profile.flops_per_s
     widest = 2 * 32 * 100
     assert flops == {"float32": 1700.0, "bfloat16": widest / 2, "float16": widest / 2, "int8": widest}
@@ -74,7 +76,7 @@ def test_weights_of_every_dtype_lie_in_one_memory(monkeypatch: pytest.MonkeyPatc
         return FIGURES
 
     monkeypatch.setattr(host, "measure_linears", measured)
-    monkeypatch.setattr(host, "remaining_share", lambda *_: 1.0)
+    monkeypatch.setattr(host, "remaining", lambda *_: Remaining(1.0, 1.0))
     measure_host(replace(TINY, rotate_bytes=2051), None, lambda name: None)
     assert [arena.dtype for arena in arenas] == list(host.DTYPES)
     assert {arena.data_ptr() for arena in arenas} == {arenas[0].data_ptr()}
@@ -104,22 +106,54 @@ def test_not_all_of_it_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
 FIGURES = LinearFigures(RateTable.of(RateCurve.constant(1.0)), KernelChoice(((1.0, "vectorised"),)), "")
 
 
-def test_the_share_compares_busy_with_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    copying = threading.Event()
+def is_busy() -> bool:
+    return any(thread.name.startswith("hetegen-calibrate") for thread in threading.enumerate())
+
+
+def test_the_shares_compare_busy_with_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that each copy moves on: by 2 s alone, by 5 s beside Linears, which wait for a whole one."""
+    now_s, copied = 0.0, threading.Semaphore(0)
+
+    def copy() -> None:
+        nonlocal now_s
+        now_s += 5.0 if is_busy() else 2.0
+        copied.release()
 
     def rate(compute: object, weights: object, tokens: int, effort: Effort) -> float:
-        busy = any(thread.name.startswith("hetegen-calibrate") for thread in threading.enumerate())
-        return 3.0 if busy else 4.0
+        if not is_busy():
+            return 4.0
+        while copied.acquire(blocking=False):
+            pass
+        assert all(copied.acquire(timeout=10) for _ in range(2))
+        return 3.0
 
     monkeypatch.setattr(host, "kernel_rate", rate)
-    assert remaining_share(make_arena(torch.float32, 2048), FIGURES, copying.set, TINY) == 0.75
-    assert copying.is_set()
+    effort = replace(TINY, clock=lambda: now_s)
+    assert remaining(make_arena(torch.float32, 2048), FIGURES, copy, effort) == Remaining(linears=0.75, copies=0.4)
 
 
-def test_a_share_is_at_most_1(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_threads_compute_beside_copies_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[tuple[bool, int]] = []
+
+    def rate(compute: object, weights: object, tokens: int, effort: Effort) -> float:
+        found.append((is_busy(), torch.get_num_threads()))
+        return 1.0
+
+    monkeypatch.setattr(host, "kernel_rate", rate)
+    with computing_with(3):
+        remaining(make_arena(torch.float32, 2048), FIGURES, lambda: None, TINY, threads=2)
+        assert torch.get_num_threads() == 3
+        assert found == [(False, 3), (True, 2)] * TINY.repeats
+        found.clear()
+        remaining(make_arena(torch.float32, 2048), FIGURES, lambda: None, TINY)
+        assert {threads for _, threads in found} == {3}
+
+
+def test_shares_are_at_most_1(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = iter([1.0, 2.0] * 3)
     monkeypatch.setattr(host, "kernel_rate", lambda *_: next(rates))
-    assert remaining_share(make_arena(torch.float32, 2048), FIGURES, lambda: None, TINY) == 1.0
+    monkeypatch.setattr(host, "median_s", lambda *_: 1e9)
+    assert remaining(make_arena(torch.float32, 2048), FIGURES, lambda: None, TINY) == Remaining(1.0, 1.0)
 
 
 def test_work_runs_again_and_again_and_ends_with_the_block() -> None:

@@ -107,6 +107,15 @@ def test_a_transfer_takes_its_direction_and_kind_of_memory() -> None:
     assert download_s(PROFILE, 1e6, pinned=False) == pytest.approx(5e-4)
 
 
+def test_a_host_at_work_slows_long_transfers_from_pinned_memory() -> None:
+    profile = replace(PROFILE, link=replace(PROFILE.link, contention=0.8))
+    assert upload_s(profile, 1e6) == pytest.approx(1e6 / 8e9)
+    assert upload_s(profile, 1e6, contended=False) == upload_s(PROFILE, 1e6)
+    assert upload_s(profile, 1e4) == upload_s(PROFILE, 1e4), "its start-up limits it"
+    assert upload_s(profile, 1e6, pinned=False) == upload_s(PROFILE, 1e6, pinned=False)
+    assert download_s(profile, 1e6) == download_s(PROFILE, 1e6)
+
+
 def test_a_kernel_that_reads_host_memory_takes_its_start_and_the_bytes_at_the_links_best_rate() -> None:
     assert read_up_s(PROFILE, 0) == 3e-5
     assert read_up_s(PROFILE, 1e6) == pytest.approx(3e-5 + 1e6 / UP.pinned.points[-1][1])

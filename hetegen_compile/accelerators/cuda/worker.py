@@ -71,6 +71,11 @@ class _Step:
                 job.done.set()
 
 
+def worker_threads(threads: int) -> int:
+    """How many of a process's threads the worker computes with."""
+    return threads - (0 if threads <= _FEW else 1 if threads < _MANY else 2)
+
+
 class Worker:
     """The thread, started with the first step that gives it something; ``prepare`` is what it does first."""
 
@@ -105,8 +110,7 @@ class Worker:
 
     def _set_threads(self, threads: int) -> None:
         """``torch.set_num_threads`` sets the calling thread's own and the default of threads to come: set that back."""
-        free = 0 if threads <= _FEW else 1 if threads < _MANY else 2
-        self.submit(lambda: torch.set_num_threads(threads - free))
+        self.submit(lambda: torch.set_num_threads(worker_threads(threads)))
         self.drain()
         torch.set_num_threads(threads)
         self._threads = threads
@@ -140,4 +144,4 @@ class Worker:
         self._thread.close()
 
 
-__all__ = ["Worker"]
+__all__ = ["Worker", "worker_threads"]
