@@ -7,7 +7,7 @@ import datetime
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,9 @@ def jobs_of(arguments: argparse.Namespace) -> list[Job]:
     for way in ways:
         for number, limit in enumerate(arguments.gpu_memory if way in LIMITED else [None]):
             traced = arguments.trace if way == HETEGEN and number == 0 else None
-            jobs.append(Job(way, gpu_memory=limit, trace=traced and str(traced), **common))
+            job = Job(way, gpu_memory=limit, trace=traced and str(traced), **common)
+            fewer = way != HETEGEN and arguments.peer_tokens
+            jobs.append(replace(job, new_tokens=arguments.peer_tokens) if fewer else job)
     return jobs
 
 
@@ -110,6 +112,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="default: all; emulated: hetegen's own")
     add("--prompt", type=int, default=32, help="tokens (default: %(default)s)")
     add("--new-tokens", type=int, default=16, help="tokens (default: %(default)s)")
+    add(
+        "--peer-tokens",
+        type=int,
+        help="new tokens of ways that are not hetegen's, which may be slow (default: as many)",
+    )
     add("--accelerator", default="auto", choices=["auto", "cuda", "emulated"])
     add("--hardware", default=None, help="profile; default: calibrated on CUDA, a10-xeon where emulated")
     add("--step-s", type=float, default=0.5, help="emulated: seconds of a paced decode step (default: %(default)s)")

@@ -81,8 +81,8 @@ def equal_prefix(one: Sequence[int], other: Sequence[int]) -> int:
 def _equal(row: Row, reference: Row | None) -> str:
     if reference is None or not row.tokens:
         return ""
-    equal = equal_prefix(row.tokens, reference.tokens)
-    return "all" if equal == len(reference.tokens) else f"first {equal} of {len(reference.tokens)}"
+    equal, both = equal_prefix(row.tokens, reference.tokens), min(len(row.tokens), len(reference.tokens))
+    return "all" if equal == both else f"first {equal} of {both}"
 
 
 def _number(value: float | None) -> str:

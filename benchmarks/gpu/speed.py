@@ -34,7 +34,8 @@ LIMITS = ("0.3", "0.6")
 SUITE = Effort(kernel_tokens=())
 """All that a profile holds; kernels that need copies of the weights are left to ``benchmarks.host_linear``."""
 
-PROMPT, NEW_TOKENS = 64, 12
+PROMPT, NEW_TOKENS, PEER_TOKENS = 64, 40, 12
+"""hetegen records its launches in the first steps of each generation: a median of eleven was of those."""
 CHILD_LIMIT_S = 120.0
 
 _END_S, _LEAST_S = 5.0, 15.0
@@ -82,8 +83,8 @@ def compare_shape(shape: str, settings: Settings, notebook: Notebook, *, ways: S
         [
             "--model", shape, "--dtype", settings.dtype, "--accelerator", settings.accelerator,
             "--hardware", settings.measured_hardware, "--gpu-memory", *LIMITS, "--prompt", str(PROMPT),
-            "--new-tokens", str(NEW_TOKENS if settings.cuda else 4), "--step-s", "0.3",
-            "--trace", str(settings.path / f"trace-{shape}.json"), "--ways", *ways,
+            "--new-tokens", str(NEW_TOKENS if settings.cuda else 4), "--peer-tokens", str(PEER_TOKENS),
+            "--step-s", "0.3", "--trace", str(settings.path / f"trace-{shape}.json"), "--ways", *ways,
         ]
     )  # fmt: skip
     notebook.note("what", compare.heading(arguments))

@@ -81,6 +81,9 @@ def test_each_way_and_limit_is_a_child(tmp_path: Path) -> None:
         ("Accelerate map", 20 << 20), ("diffusers", None), ("eager GPU", None), ("CPU, Inductor", None),
     ]  # fmt: skip
     assert [job.trace for job in jobs if job.trace] == [str(tmp_path / "trace.json")]
+    fewer = program.parse_arguments(["--accelerator", "cuda", "--new-tokens", "9", "--peer-tokens", "3"])
+    assert {job.new_tokens for job in program.jobs_of(fewer) if job.way == HETEGEN} == {9}
+    assert {job.new_tokens for job in program.jobs_of(fewer) if job.way != HETEGEN} == {3}
     emulated = program.parse_arguments(["--accelerator", "emulated"])
     assert [job.way for job in program.jobs_of(emulated)] == [HETEGEN, HETEGEN]
     assert "emulated" in program.heading(emulated)["hardware"]
