@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,9 +28,12 @@ class Mlp(torch.nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def nothing_frozen() -> None:
-    """Python 3.12 freezes objects of its own when it starts."""
+def nothing_frozen() -> Iterator[None]:
+    """Python 3.12 freezes objects of its own when it starts, and ``tests/conftest.py`` what was there by then."""
     gc.unfreeze()
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 def collector() -> tuple[object, ...]:
