@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 
@@ -11,9 +12,15 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch  # noqa: E402
+import torch._dynamo.config as dynamo_config  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 torch.set_num_threads(1)
+
+# Dynamo writes no logs that nobody reads: where each side effect came from, and each graph and its guards for
+# tlparse, which it does as soon as a logger has handlers, and pytest gives them to each that does not propagate
+dynamo_config.side_effect_replay_policy = "silent"
+logging.getLogger("torch.__trace").propagate = True
 
 # the same examples each time, as of random models (tests/properties/examples.py); new ones with HETEGEN_EXAMPLES
 settings.register_profile("shared machine", deadline=None, derandomize="HETEGEN_EXAMPLES" not in os.environ)
