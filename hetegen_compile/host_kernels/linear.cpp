@@ -77,14 +77,37 @@ template <>
 struct DotOps<c10::BFloat16> : Bfloat16Dot {};
 #endif
 
-// out[m, r] = sum over k of x[m, k] * w[r, k] (+ bias[r]) for M tokens and R rows, U steps at a time.
+// Adds columns from:to of x[m, k] * w[r, k] to the sums, U steps at a time; returns where it ends. `ahead`: where what is
+// prefetched lies, as w does; null: nothing is.
+template <typename T, int M, int R, int U>
+HETEGEN_INLINE int64_t dot_columns(
+    const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* ahead, Vec (&sum)[U][R][M],
+    int64_t from, int64_t to) {
+  using O = DotOps<T>;
+  int64_t i = from;
+  for (; i + U * O::step <= to; i += U * O::step) {
+    HETEGEN_UNROLL for (int u = 0; u < U; ++u) {
+      HETEGEN_UNROLL for (int r = 0; r < R; ++r) {
+        const int64_t place = r * ldw + i + u * O::step;
+        if (ahead != nullptr) __builtin_prefetch(ahead + place);
+        const auto elements = O::load(w + place);
+        HETEGEN_UNROLL for (int m = 0; m < M; ++m) {
+          sum[u][r][m] = O::dot(elements, x + m * ldx + i + u * O::step, sum[u][r][m]);
+        }
+      }
+    }
+  }
+  return i;
+}
+
+// out[m, r] = sum over k of x[m, k] * w[r, k] (+ bias[r]) for M tokens and R rows, U steps at a time. The last columns
+// prefetch the first ones of the rows that follow, `then`, if it is not null.
 template <typename T, int M, int R, int U>
 HETEGEN_INLINE void dot_tile(
-    const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* out, int64_t ldo,
-    int64_t k) {
-  using O = DotOps<T>;
+    const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* then, const T* bias, T* out,
+    int64_t ldo, int64_t k) {
   // One row and one token is a pure stream, which some hardware prefetches best when left alone.
-  constexpr int64_t ahead = R > 1 ? kAhead : M > 1 ? kAheadOneRow : 0;
+  constexpr int64_t ahead = (R > 1 ? kAhead : M > 1 ? kAheadOneRow : 0) / int64_t(sizeof(T));
   Vec sum[U][R][M];
   HETEGEN_UNROLL for (int u = 0; u < U; ++u) {
     HETEGEN_UNROLL for (int r = 0; r < R; ++r) {
@@ -92,18 +115,11 @@ HETEGEN_INLINE void dot_tile(
     }
   }
   int64_t i = 0;
-  for (; i + U * O::step <= k; i += U * O::step) {
-    HETEGEN_UNROLL for (int u = 0; u < U; ++u) {
-      HETEGEN_UNROLL for (int r = 0; r < R; ++r) {
-        const T* p = w + r * ldw + i + u * O::step;
-        if constexpr (ahead > 0) __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead);
-        const auto elements = O::load(p);
-        HETEGEN_UNROLL for (int m = 0; m < M; ++m) {
-          sum[u][r][m] = O::dot(elements, x + m * ldx + i + u * O::step, sum[u][r][m]);
-        }
-      }
-    }
+  if constexpr (ahead > 0) {
+    i = dot_columns<T, M, R, U>(x, ldx, w, ldw, w + ahead, sum, 0, k - ahead);
+    if (then != nullptr) i = dot_columns<T, M, R, U>(x, ldx, w, ldw, then + ahead - k, sum, i, k);
   }
+  i = dot_columns<T, M, R, U>(x, ldx, w, ldw, nullptr, sum, i, k);
   HETEGEN_UNROLL for (int r = 0; r < R; ++r) {
     HETEGEN_UNROLL for (int m = 0; m < M; ++m) {
       Vec total = sum[0][r][m];
@@ -118,13 +134,13 @@ HETEGEN_INLINE void dot_tile(
 // All tokens (or the only one) with R rows; from the second block of tokens on the rows come from the first-level cache.
 template <typename T, int R, int U, bool one>
 HETEGEN_INLINE void dot_rows(
-    const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* out, int64_t ldo,
-    int64_t m, int64_t k) {
-  if constexpr (one) return dot_tile<T, 1, R, U>(x, ldx, w, ldw, bias, out, ldo, k);
-  for (; m >= 4; m -= 4, x += 4 * ldx, out += 4 * ldo) dot_tile<T, 4, R, 1>(x, ldx, w, ldw, bias, out, ldo, k);
-  if (m == 3) dot_tile<T, 3, R, 1>(x, ldx, w, ldw, bias, out, ldo, k);
-  if (m == 2) dot_tile<T, 2, R, U>(x, ldx, w, ldw, bias, out, ldo, k);
-  if (m == 1) dot_tile<T, 1, R, U>(x, ldx, w, ldw, bias, out, ldo, k);
+    const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* then, const T* bias, T* out,
+    int64_t ldo, int64_t m, int64_t k) {
+  if constexpr (one) return dot_tile<T, 1, R, U>(x, ldx, w, ldw, then, bias, out, ldo, k);
+  for (; m >= 4; m -= 4, x += 4 * ldx, out += 4 * ldo) dot_tile<T, 4, R, 1>(x, ldx, w, ldw, then, bias, out, ldo, k);
+  if (m == 3) dot_tile<T, 3, R, 1>(x, ldx, w, ldw, then, bias, out, ldo, k);
+  if (m == 2) dot_tile<T, 2, R, U>(x, ldx, w, ldw, then, bias, out, ldo, k);
+  if (m == 1) dot_tile<T, 1, R, U>(x, ldx, w, ldw, then, bias, out, ldo, k);
 }
 
 // Tiles of R rows are shared out among the threads in chunks, as each becomes free.
@@ -137,10 +153,12 @@ void dot_linear(
 #pragma omp parallel for schedule(dynamic, chunk) if (m * n * k >= kParallel)
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t r = tile * R;
-    dot_rows<T, R, U, one>(x, ldx, w + r * ldw, ldw, bias ? bias + r : nullptr, out + r, n, m, k);
+    const bool last = (tile + 1) % chunk == 0 || tile + 1 == tiles;  // the next one may be another thread's
+    const T* then = last ? nullptr : w + (r + R) * ldw;
+    dot_rows<T, R, U, one>(x, ldx, w + r * ldw, ldw, then, bias ? bias + r : nullptr, out + r, n, m, k);
   }
   for (int64_t r = tiles * R; r < n; ++r) {
-    dot_rows<T, 1, U, one>(x, ldx, w + r * ldw, ldw, bias ? bias + r : nullptr, out + r, n, m, k);
+    dot_rows<T, 1, U, one>(x, ldx, w + r * ldw, ldw, nullptr, bias ? bias + r : nullptr, out + r, n, m, k);
   }
 }
 
@@ -160,22 +178,22 @@ void linear(
   }
 }
 
-// sums[m, j] += sum over R rows of x[m, r] * w[r, j], for columns of whole steps and then one by one. `ahead`: the program
-// prefetches the rows.
-template <typename T, int M, int R, bool ahead>
-HETEGEN_INLINE void axpy_rows(
-    const float* x, int64_t ldx, const T* w, int64_t ldw, float* sums, int64_t lds, int64_t n) {
+// sums[m, j] += sum over R rows of x[m, r] * w[r, j] for whole steps of columns from:to; returns where it ends. `ahead` as
+// for dot_columns.
+template <typename T, int M, int R>
+HETEGEN_INLINE int64_t axpy_columns(
+    const float* x, int64_t ldx, const T* w, int64_t ldw, const T* ahead, float* sums, int64_t lds, int64_t from,
+    int64_t to) {
   using O = Ops<T>;
-  int64_t j = 0;
-  for (; j + O::step <= n; j += O::step) {
+  int64_t j = from;
+  for (; j + O::step <= to; j += O::step) {
     Vec sum[M][O::count];
     HETEGEN_UNROLL for (int m = 0; m < M; ++m) {
       HETEGEN_UNROLL for (int c = 0; c < O::count; ++c) sum[m][c] = Vec::loadu(sums + m * lds + j + c * Vec::size());
     }
     HETEGEN_UNROLL for (int r = 0; r < R; ++r) {
-      const T* p = w + r * ldw + j;
-      if constexpr (ahead) __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead);
-      const auto elements = O::load(p);
+      if (ahead != nullptr) __builtin_prefetch(ahead + r * ldw + j);
+      const auto elements = O::load(w + r * ldw + j);
       HETEGEN_UNROLL for (int m = 0; m < M; ++m) {
         HETEGEN_UNROLL for (int c = 0; c < O::count; ++c) {
           sum[m][c] = at::vec::fmadd(elements.part[c], Vec(x[m * ldx + r]), sum[m][c]);
@@ -186,6 +204,20 @@ HETEGEN_INLINE void axpy_rows(
       HETEGEN_UNROLL for (int c = 0; c < O::count; ++c) sum[m][c].store(sums + m * lds + j + c * Vec::size());
     }
   }
+  return j;
+}
+
+// The same for all n columns. `then`: the rows that follow, if they are to be prefetched as these are.
+template <typename T, int M, int R>
+HETEGEN_INLINE void axpy_rows(
+    const float* x, int64_t ldx, const T* w, int64_t ldw, const T* then, float* sums, int64_t lds, int64_t n) {
+  constexpr int64_t ahead = kAhead / int64_t(sizeof(T));
+  int64_t j = 0;
+  if (then != nullptr) {
+    j = axpy_columns<T, M, R>(x, ldx, w, ldw, w + ahead, sums, lds, 0, n - ahead);
+    j = axpy_columns<T, M, R>(x, ldx, w, ldw, then + ahead - n, sums, lds, j, n);
+  }
+  j = axpy_columns<T, M, R>(x, ldx, w, ldw, nullptr, sums, lds, j, n);
   for (; j < n; ++j) {
     for (int m = 0; m < M; ++m) {
       for (int r = 0; r < R; ++r) sums[m * lds + j] += x[m * ldx + r] * float(w[r * ldw + j]);
@@ -194,21 +226,21 @@ HETEGEN_INLINE void axpy_rows(
 }
 
 // R rows for all tokens but one at a time; from the second group of tokens on the rows come from a cache.
-template <typename T, int R, bool ahead>
+template <typename T, int R>
 HETEGEN_INLINE void axpy_tokens(
-    const float* x, int64_t ldx, const T* w, int64_t ldw, float* sums, int64_t m, int64_t n) {
+    const float* x, int64_t ldx, const T* w, int64_t ldw, const T* then, float* sums, int64_t m, int64_t n) {
   int64_t i = 0;
   if (m >= 4) {
-    axpy_rows<T, 4, R, ahead>(x, ldx, w, ldw, sums, n, n);
-    for (i = 4; i + 4 <= m; i += 4) axpy_rows<T, 4, R, false>(x + i * ldx, ldx, w, ldw, sums + i * n, n, n);
+    axpy_rows<T, 4, R>(x, ldx, w, ldw, then, sums, n, n);
+    for (i = 4; i + 4 <= m; i += 4) axpy_rows<T, 4, R>(x + i * ldx, ldx, w, ldw, nullptr, sums + i * n, n, n);
   } else if (m >= 2) {
-    axpy_rows<T, 2, R, ahead>(x, ldx, w, ldw, sums, n, n);
+    axpy_rows<T, 2, R>(x, ldx, w, ldw, then, sums, n, n);
     i = 2;
   } else {
-    axpy_rows<T, 1, R, ahead>(x, ldx, w, ldw, sums, n, n);
+    axpy_rows<T, 1, R>(x, ldx, w, ldw, then, sums, n, n);
     i = 1;
   }
-  for (; i < m; ++i) axpy_rows<T, 1, R, false>(x + i * ldx, ldx, w, ldw, sums + i * n, n, n);
+  for (; i < m; ++i) axpy_rows<T, 1, R>(x + i * ldx, ldx, w, ldw, nullptr, sums + i * n, n, n);
 }
 
 // The rows of a partial Linear are cut into blocks, each with sums of its own, which are added up in their order: so the
@@ -236,8 +268,11 @@ void partial_sums(
     const float* x, int64_t ldx, const T* w, int64_t ldw, float* sums, int64_t m, int64_t n, int64_t rows) {
   std::fill_n(sums, m * n, 0.f);
   int64_t r = 0;
-  for (; r + R <= rows; r += R) axpy_tokens<T, R, ahead>(x + r, ldx, w + r * ldw, ldw, sums, m, n);
-  for (; r < rows; ++r) axpy_tokens<T, 1, ahead>(x + r, ldx, w + r * ldw, ldw, sums, m, n);
+  for (; r + R <= rows; r += R) {
+    const T* then = ahead && r + 2 * R <= rows ? w + (r + R) * ldw : nullptr;
+    axpy_tokens<T, R>(x + r, ldx, w + r * ldw, ldw, then, sums, m, n);
+  }
+  for (; r < rows; ++r) axpy_tokens<T, 1>(x + r, ldx, w + r * ldw, ldw, nullptr, sums, m, n);
 }
 
 // out[m, j] = sum over k rows of x[m, k] * w[k, j] (+ bias[j]); `sums` is [blocks, m, n] of float32 to work in.
