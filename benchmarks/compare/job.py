@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -64,6 +65,7 @@ class Row:
         peak_bytes: of accelerator memory that the process reserved.
         predicted_tokens_per_s, floor_tokens_per_s: of decode, by the cost model.
         tokens: what was generated.
+        steps: on CUDA what each decode step spent its time on (``recorder.Step``).
         note: why there are no figures, or what to know about them.
     """
 
@@ -77,6 +79,7 @@ class Row:
     floor_tokens_per_s: float | None = None
     tokens: tuple[int, ...] = ()
     note: str = ""
+    steps: tuple[Mapping[str, float], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; ``Row(**values)`` makes it again."""

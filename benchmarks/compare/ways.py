@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.compare.job import AHEAD, HETEGEN, HOST_ROWS, IN_TURN, STREAMED, Job, Row
 from benchmarks.compare.peers import accelerate_map, accelerate_offload, diffusers_groups
+from benchmarks.compare.recorder import recording
 from benchmarks.random_models import DTYPES, SHAPES
 from hetegen_compile.bench.measure import Measured, Way, compile_anew, decode_schedule, measure_splits
 from hetegen_compile.bench.timing import Timing, generate_timed, warm_and_timed, with_peak
@@ -33,18 +34,20 @@ def hetegen_splits(job: Job) -> Iterator[Row]:
     if job.accelerator != "cuda":
         options["pace"] = _pace(model, prompt, options, job.step_s)
     ways = own_ways(job, measured, started)
-    for found in measure_splits(model, prompt, job.new_tokens, options, ways):
-        measured.append(found)
-        schedule = found.schedule
-        yield replace(
-            _row(found.way, found.timing, job, found.pace, found.peak_bytes), gpu_memory=job.gpu_memory,
-            note=_paced(found.pace, job) or how_issued(schedule),
-            predicted_tokens_per_s=1 / schedule.predicted_step_s, floor_tokens_per_s=1 / schedule.floor_s,
-        )  # fmt: skip
-        if found.way == HETEGEN:
-            yield from _predicted(schedule, job)
-            if job.trace is not None:
-                schedule.save_trace(job.trace)
+    with recording() as recorder:
+        for found in measure_splits(model, prompt, job.new_tokens, options, ways):
+            measured.append(found)
+            schedule = found.schedule
+            yield replace(
+                _row(found.way, found.timing, job, found.pace, found.peak_bytes), gpu_memory=job.gpu_memory,
+                note=_paced(found.pace, job) or how_issued(schedule),
+                predicted_tokens_per_s=1 / schedule.predicted_step_s, floor_tokens_per_s=1 / schedule.floor_s,
+                steps=tuple(map(asdict, recorder.take(len(found.timing.steps_s)))),
+            )  # fmt: skip
+            if found.way == HETEGEN:
+                yield from _predicted(schedule, job)
+                if job.trace is not None:
+                    schedule.save_trace(job.trace)
 
 
 def own_ways(job: Job, measured: Sequence[Measured], started_s: float) -> Iterator[tuple[str, Way]]:

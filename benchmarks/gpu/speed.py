@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import re
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -151,9 +152,15 @@ def summary(rows: list[Row], limit: int) -> dict[str, Any]:
         "decode_tokens_per_s": measured,
         "of_the_floor": measured / own.floor_tokens_per_s if own.floor_tokens_per_s else None,
         "predicted_over_measured": own.predicted_tokens_per_s / measured if own.predicted_tokens_per_s else None,
+        "steps": median_step(own.steps),
         "own_ways": {row.way: of_the_floor(row) for row in found if row.way in OWN and row.decode_tokens_per_s},
         "best_peer": peer and {"way": peer[0], "hetegen_over_it": peer[1]},
     }
+
+
+def median_step(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of each figure of the recorded steps the median."""
+    return {name: statistics.median(step[name] for step in steps) for name in steps[0]} if steps else {}
 
 
 def of_the_floor(row: Row) -> dict[str, Any]:

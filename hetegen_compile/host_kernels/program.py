@@ -175,7 +175,7 @@ class Call:
     """
 
     def __init__(self, form: Form, arguments: Sequence[Tensor | None], results: Sequence[Tensor]) -> None:
-        self._kept = (form, *arguments, *results)
+        self._form, self._kept = form, (*arguments, *results)
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in (*arguments, *results)]
         self._pointers = (ctypes.c_void_p * len(addresses))(*addresses)
         self._native = _Program(
@@ -187,6 +187,11 @@ class Call:
     def run(self) -> None:
         """Compute."""
         library().run_program(self.address)
+
+    @property
+    def ended_s(self) -> float:
+        """Seconds that the form's last call took."""
+        return float(self._form.ended_s[-1])
 
 
 class HostProgram:

@@ -6,6 +6,7 @@ It says nothing about a GPU: everything lies in host memory and happens at once.
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import hetegen_compile
+from benchmarks.compare.recorder import recording
 from benchmarks.gpu.instrumented import hostile
 from hetegen_compile.accelerators import CudaAccelerator
 from hetegen_compile.accelerators.cuda import accelerator as cuda
@@ -115,6 +117,31 @@ def test_trips_of_the_workers_are_native_calls(tmp_path: Path, name: str) -> Non
     assert torch.equal(found["sequences"], expected["sequences"])
     counters = backend.accelerator.counters
     assert counters.native_trips > counters.trips_up / 2
+
+
+def test_what_steps_spend_their_time_on_is_recorded(tmp_path: Path) -> None:
+    model, inputs = tiny_model("opt"), prompts(1)
+    hardware = own_kernels(tmp_path / "profile.json")
+    with hostile(), recording() as recorder:
+        options = {**OPTIONS, "hardware": hardware, "gpu_memory": budget(200 << 10), "issue_ahead": True}
+        model.compile(backend=RecordingBackend(), options=options)
+        began_s = time.perf_counter()
+        tokens = generate(model, inputs, "static")["sequences"].shape[1] - inputs["input_ids"].shape[1]
+        took_s = time.perf_counter() - began_s
+    steps = recorder.take(tokens - 1)
+    assert len(steps) == tokens - 1 > 3, "the prompt's step is none of decode"
+    assert recorder.take(1) == ()
+    assert not steps[0].gated
+    assert any(step.gated for step in steps)
+    assert sum(step.recorded for step in steps) > 0
+    assert sum(step.replayed for step in steps) > 0
+    traced = [step for step in steps if not step.trips]
+    assert len(traced) <= 1, "once, for the schedule's spans"
+    assert {step.trips for step in steps if step not in traced} == {steps[0].trips}
+    assert steps[0].trips > 1
+    parts = [(s.between_s, s.first_s, s.computed_s, s.gaps_s, s.tail_s) for s in steps]
+    assert all(part > 0 for step, known in zip(parts, steps, strict=True) if known.trips for part in step)
+    assert sum(map(sum, parts)) < took_s, "each second once"
 
 
 def own_kernels(path: Path) -> str:

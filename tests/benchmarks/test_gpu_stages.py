@@ -189,9 +189,12 @@ def test_peaks_of_checks_with_several_figures_count() -> None:
         budgets_kept([{"check": "b", "detail": {"0.0": kept, "1.0": over}}])
 
 
+STEPS = ({"gated": False, "gaps_s": 0.5}, {"gated": True, "gaps_s": 0.02}, {"gated": True, "gaps_s": 0.01})
+
+
 def test_what_is_said_of_a_model_at_one_limit() -> None:
     rows = [
-        Row(HETEGEN, 100, 1.0, 9.0, predicted_tokens_per_s=9.9, floor_tokens_per_s=10.0),
+        Row(HETEGEN, 100, 1.0, 9.0, predicted_tokens_per_s=9.9, floor_tokens_per_s=10.0, steps=STEPS),
         Row("Accelerate", None, 1.0, 3.0),
     ]
     assert speed.summary(rows, 100) == {
@@ -199,6 +202,7 @@ def test_what_is_said_of_a_model_at_one_limit() -> None:
         "decode_tokens_per_s": 9.0,
         "of_the_floor": 0.9,
         "predicted_over_measured": pytest.approx(1.1),
+        "steps": {"gated": 1, "gaps_s": 0.02},
         "own_ways": {HETEGEN: {"decode_tokens_per_s": 9.0, "of_the_floor": 0.9, "note": ""}},
         "best_peer": {"way": "Accelerate", "hetegen_over_it": 3.0},
     }

@@ -91,6 +91,11 @@ class CudaAccelerator(Accelerator):
         return self._replays.refusal
 
     @property
+    def gated(self) -> bool:
+        """Whether the step under way closes gates."""
+        return self._ahead.gated
+
+    @property
     def pinned_bytes(self) -> int:
         return self._pins.pinned_bytes + self._prefetches.pinned.nbytes
 

@@ -55,7 +55,7 @@ class Ahead:
         self._given: deque[CudaTransfer] = deque()
         self._kept_back: _Received | _Computed | None = None
         self._begun = False
-        self._gated = False
+        self.gated = False
 
     # ---- steps -------------------------------------------------------------------------------------
     def begin_step(self, *, gated: bool, in_turn: bool) -> None:
@@ -65,7 +65,7 @@ class Ahead:
         sleep between any two kernels (``openmp.py``). On an H200 a model's prompts took 1.5 to 1.75 times as long where
         its answers have a worker as where they have none; that these threads are why was not shown there.
         """
-        self._gated = gated
+        self.gated = gated
         if in_turn and self._worker.started:
             self._worker.close()
 
@@ -209,7 +209,7 @@ class Ahead:
 
     def wait(self, op: Op, transfer: CudaTransfer) -> None:
         """The compute stream waits for what the worker sends."""
-        if not self._gated:
+        if not self.gated:
             self.caught_up(op, transfer)
         elif self._gates is not None and transfer.gate is not None:
             self._gates.close(transfer.gate, self._streams.compute)

@@ -26,6 +26,11 @@ class NativeTrip:
         self._gates = gates
         self._number = number
 
+    @property
+    def computed_s(self) -> float:
+        """Seconds that it has computed, once it has run."""
+        return self._prepared.ended_s
+
     def run(self) -> None:
         """On the worker. An error of the event is raised as torch raises it; nothing is computed then."""
         handle, wait = _handle(self._event), wait_address()
