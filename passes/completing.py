@@ -125,27 +125,20 @@ def _is_work(node: fx.Node) -> bool:
 class _Wait:
     """What the host has to wait after the host parts that a download is for, until the next download can begin.
 
-    ``parts`` are those of the last download before it, if it is for none. ``meanwhile`` is what the accelerator does,
-    ``taken_s`` what has been put there already. ``behind`` is accelerator work that comes after the last download
+    ``parts`` are those of the last download before it, if it is for none. ``left_s`` is what the accelerator does
+    meanwhile, less what has been put there already. ``behind`` is accelerator work that comes after the last download
     before which the host must be done.
     """
 
-    begins: int
     parts: list[fx.Node]
-    meanwhile: list[fx.Node]
     behind: list[fx.Node]
-    taken_s: float = 0.0
-
-    def seconds(self, context: Context) -> float:
-        """What the accelerator does meanwhile, less what has been put there."""
-        return sum(node_work(node, context).seconds for node in self.meanwhile) - self.taken_s
+    left_s: float
 
 
 class _Waits:
     """The host's waits in program order, as far as the accelerator's own work makes them."""
 
     def __init__(self, graph: fx.Graph, context: Context) -> None:
-        self._context = context
         self.place = {node: position for position, node in enumerate(graph.nodes)}
         downloads = graph.find_nodes(op="call_function", target=ir.TO_HOST)
         busy = [node for node in graph.nodes if node.op == "call_module" or node.target == ir.PARTIAL_LINEAR]
@@ -156,10 +149,9 @@ class _Waits:
         self._begins = [self.place[download] for download in downloads]
         self._waits = [
             _Wait(
-                begins=self.place[download],
                 parts=parts[i],
-                meanwhile=self._between(busy, download, following),
                 behind=self._first_after(busy, downloads[i + RUN_AHEAD :]),
+                left_s=sum(node_work(node, context).seconds for node in self._between(busy, download, following)),
             )
             for i, (download, following) in enumerate(pairwise([*downloads, None]))
         ]
@@ -174,8 +166,8 @@ class _Waits:
         if not self._waits:
             return None
         first = max(0, bisect_right(self._begins, ready) - 1)
-        found = max(self._waits[first : first + RUN_AHEAD], key=lambda wait: wait.seconds(self._context))
-        found.taken_s += seconds
+        found = max(self._waits[first : first + RUN_AHEAD], key=lambda wait: wait.left_s)
+        found.left_s -= seconds
         return found
 
     def _between(self, busy: list[fx.Node], download: fx.Node, following: fx.Node | None) -> list[fx.Node]:
