@@ -23,6 +23,7 @@ constexpr int64_t kAhead = 1024;        // bytes that each row of a tile is pref
 constexpr int64_t kAheadOneRow = 4096;  // the same where rows are read one after the other: the next page
 constexpr int64_t kParallel = 1 << 16;  // multiply-adds from which further threads pay
 constexpr int64_t kTogether = 64;       // columns whose sums are added up together
+constexpr int64_t kMostSums = 1 << 22;  // of all blocks
 constexpr int64_t kManySums = 1 << 17;  // sums of blocks from which further threads pay
 constexpr int64_t kShares = 24;         // chunks for each thread: the last ones are waited for
 
@@ -249,10 +250,14 @@ HETEGEN_INLINE void axpy_tokens(
 struct RowBlocks {
   int64_t least, share;
   RowBlocks(int64_t m, int64_t n, int64_t k)
-      : least(m * n * k < kParallel ? k : kLeastRows * m), share(2 * omp_get_num_procs()) {}
+      : least(m * n * k < kParallel ? k : groups(std::max(kLeastRows * m, m * n * k / kMostSums))),
+        share(2 * omp_get_num_procs()) {}
+  static int64_t groups(int64_t rows) {
+    return (rows + kGroup - 1) / kGroup * kGroup;
+  }
   // Rows of the next block where so many are left: whole groups, or all.
   int64_t rows(int64_t left) const {
-    return std::min(left, std::max(least, (left / share + kGroup - 1) / kGroup * kGroup));
+    return std::min(left, std::max(least, groups(left / share)));
   }
   std::vector<int64_t> starts(int64_t k) const {
     std::vector<int64_t> found{0};

@@ -142,6 +142,12 @@ def test_what_one_thread_computes_is_one_block() -> None:
     assert library().partial_blocks(4, 64, 1000) > 1
 
 
+@pytest.mark.parametrize(("tokens", "out", "rows"), [(1, 16384, 53248), (16, 8192, 28672), (3, 5000, 100_001)])
+def test_sums_of_all_blocks_are_16_mib_at_most(tokens: int, out: int, rows: int) -> None:
+    blocks = library().partial_blocks(tokens, out, rows)
+    assert 1 < blocks <= (1 << 22) // (tokens * out) + 1
+
+
 def test_nothing_of_the_weights_is_kept() -> None:
     weight, x = torch.randn(64, 64), torch.randn(1, 64)
     VECTORISED.run(x, weight, None, 0, 64, 0)
