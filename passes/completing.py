@@ -16,6 +16,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from torch import fx
@@ -125,14 +126,25 @@ def _is_work(node: fx.Node) -> bool:
 class _Wait:
     """What the host has to wait after the host parts that a download is for, until the next download can begin.
 
-    ``parts`` are those of the last download before it, if it is for none. ``left_s`` is what the accelerator does
-    meanwhile, less what has been put there already. ``behind`` is accelerator work that comes after the last download
+    ``parts`` are those of the last download before it, if it is for none. ``meanwhile`` is what the accelerator does,
+    ``taken_s`` what has been put there already. ``behind`` is accelerator work that comes after the last download
     before which the host must be done.
     """
 
     parts: list[fx.Node]
+    meanwhile: list[fx.Node]
     behind: list[fx.Node]
-    left_s: float
+    context: Context
+    taken_s: float = 0.0
+
+    @property
+    def left_s(self) -> float:
+        """What the accelerator does meanwhile, less what has been put there."""
+        return self._meanwhile_s - self.taken_s
+
+    @cached_property
+    def _meanwhile_s(self) -> float:
+        return sum(node_work(node, self.context).seconds for node in self.meanwhile)
 
 
 class _Waits:
@@ -150,8 +162,9 @@ class _Waits:
         self._waits = [
             _Wait(
                 parts=parts[i],
+                meanwhile=self._between(busy, download, following),
                 behind=self._first_after(busy, downloads[i + RUN_AHEAD :]),
-                left_s=sum(node_work(node, context).seconds for node in self._between(busy, download, following)),
+                context=context,
             )
             for i, (download, following) in enumerate(pairwise([*downloads, None]))
         ]
@@ -167,7 +180,7 @@ class _Waits:
             return None
         first = max(0, bisect_right(self._begins, ready) - 1)
         found = max(self._waits[first : first + RUN_AHEAD], key=lambda wait: wait.left_s)
-        found.left_s -= seconds
+        found.taken_s += seconds
         return found
 
     def _between(self, busy: list[fx.Node], download: fx.Node, following: fx.Node | None) -> list[fx.Node]:
