@@ -147,24 +147,26 @@ class _Inserter:
         """
         groups = self._of_near_levels(self._completing(together, late))
         made = [max(key[0] for key in group) for group in groups]
-        nbytes = [self._nbytes(group) for group in groups]
-        work_s = [completing_s([key[0] for key in group], late, self._context) for group in groups]
-        profile = self._context.profile
-        worth_s = _WORTH * (profile.accelerator.launch_s + profile.synchronise_s)
-        first = 0  # of the groups that wait
-        for i, last in enumerate(made):
-            if first < i and sum(nbytes[first : i + 1]) >= LARGE_DOWNLOAD_BYTES:
-                transfers.append((_flat(groups[first:i]), made[i - 1].next))
-                first = i
-            waiting, left = i + 1 - first, len(groups) - i - 1
+        waiting: list[list[_Version]] = []
+        for i, (group, last) in enumerate(zip(groups, made, strict=True)):
+            if waiting and not self._is_small(_flat([*waiting, group])):
+                transfers.append((_flat(waiting), made[i - 1].next))
+                waiting = []
+            waiting.append(group)
             joined = _next_of(transfers, last, made[i + 1 : i + 2])
             if joined is not None:
-                joined += _flat(groups[first : i + 1])
-            elif waiting > left or sum(work_s[first : i + 1]) >= worth_s or nbytes[i] >= LARGE_DOWNLOAD_BYTES:
-                transfers.append((_flat(groups[first : i + 1]), last.next))
-            else:
-                continue
-            first = i + 1
+                joined += _flat(waiting)
+                waiting = []
+            elif len(waiting) > len(groups) - i - 1 or self._is_worth_a_transfer(_flat(waiting), late):
+                transfers.append((_flat(waiting), last.next))
+                waiting = []
+
+    def _is_worth_a_transfer(self, keys: list[_Version], late: set[fx.Node]) -> bool:
+        """Whether these are large, or the host work that they are for takes far longer than their transfer does."""
+        profile = self._context.profile
+        fixed_s = profile.accelerator.launch_s + profile.synchronise_s
+        work_s = completing_s([key[0] for key in keys], late, self._context)
+        return work_s >= _WORTH * fixed_s or not self._is_small(keys)
 
     def _completing(self, keys: list[_Version], late: set[fx.Node]) -> list[_Version]:
         """Those that late work on the host needs and that nothing writes."""
@@ -196,10 +198,7 @@ class _Inserter:
         return groups
 
     def _is_small(self, keys: list[_Version]) -> bool:
-        return self._nbytes(keys) < LARGE_DOWNLOAD_BYTES
-
-    def _nbytes(self, keys: list[_Version]) -> int:
-        return sum(value_bytes(key[0], self._context) for key in keys)
+        return sum(value_bytes(key[0], self._context) for key in keys) < LARGE_DOWNLOAD_BYTES
 
     def _late_transfers(self, keys: list[_Version]) -> list[list[_Version]]:
         """Small values in one transfer; each large one by itself, so that it need not be kept to the end."""

@@ -162,7 +162,9 @@ def remaining(
         quiet, copy_s = kernel_rate(compute, weights, 1, each), median_s(copy, each)
         with repeatedly(copy, effort.clock) as rounds_s, computing_with(threads):
             linears.append(kernel_rate(compute, weights, 1, each) / quiet)
-            copies.append(copy_s / median(rounds_s) if rounds_s else 1.0)
+            while not rounds_s:  # a copy takes longer than what is computed
+                kernel_rate(compute, weights, 1, each)
+            copies.append(copy_s / median(rounds_s))
     return Remaining(min(1.0, median(linears)), min(1.0, median(copies)))
 
 
@@ -181,7 +183,8 @@ def computing_with(threads: int | None) -> Iterator[None]:
 def repeatedly(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> Iterator[list[float]]:
     """Run ``work`` again and again in another thread, begun before the block and ended after it.
 
-    Yields the seconds of the rounds that are over. What ``work`` raises is raised here, after the block.
+    Yields the seconds of the rounds that are over, one that failed included. What ``work`` raises is raised here, after
+    the block.
     """
     begun, stop = threading.Event(), threading.Event()
     rounds_s: list[float] = []
@@ -190,8 +193,10 @@ def repeatedly(work: Callable[[], object], clock: Callable[[], float] = time.per
         begun.set()
         while not stop.is_set():
             started_s = clock()
-            work()
-            rounds_s.append(max(clock() - started_s, 1e-9))
+            try:
+                work()
+            finally:
+                rounds_s.append(max(clock() - started_s, 1e-9))
 
     with ThreadPoolExecutor(1, "hetegen-calibrate") as executor:
         ended = executor.submit(loop)

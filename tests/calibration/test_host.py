@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -130,6 +131,43 @@ def test_the_shares_compare_busy_with_quiet(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(host, "kernel_rate", rate)
     effort = replace(TINY, clock=lambda: now_s)
     assert remaining(make_arena(torch.float32, 2048), FIGURES, copy, effort) == Remaining(linears=0.75, copies=0.4)
+
+
+def test_linears_are_computed_until_a_copy_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow link: its copy ends behind the third measurement beside it."""
+    now_s, busy, third = 0.0, 0, threading.Event()
+
+    def copy() -> None:
+        nonlocal now_s
+        assert not is_busy() or third.wait(10)
+        now_s += 5.0 if is_busy() else 2.0
+
+    def rate(compute: object, weights: object, tokens: int, effort: Effort) -> float:
+        nonlocal busy
+        busy += is_busy()
+        if busy == 3:
+            third.set()
+        return 1.0
+
+    monkeypatch.setattr(host, "kernel_rate", rate)
+    effort = replace(TINY, repeats=1, clock=lambda: now_s)
+    assert remaining(make_arena(torch.float32, 2048), FIGURES, copy, effort).copies == 0.4
+    assert busy >= 3
+
+
+def test_a_round_that_fails_is_over() -> None:
+    """Who waits for one does not wait for ever."""
+
+    def fail() -> None:
+        raise OSError("no copies")
+
+    def wait(rounds_s: list[float]) -> None:
+        deadline_s = time.monotonic() + 10
+        while not rounds_s:
+            assert time.monotonic() < deadline_s
+
+    with pytest.raises(OSError, match="no copies"), repeatedly(fail) as rounds_s:
+        wait(rounds_s)
 
 
 def test_fewer_threads_compute_beside_copies_alone(monkeypatch: pytest.MonkeyPatch) -> None:
