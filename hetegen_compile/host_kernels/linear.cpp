@@ -9,6 +9,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -26,6 +27,8 @@ constexpr int64_t kTogether = 64;       // columns whose sums are added up toget
 constexpr int64_t kMostSums = 1 << 22;  // of all blocks
 constexpr int64_t kManySums = 1 << 17;  // sums of blocks from which further threads pay
 constexpr int64_t kShares = 24;         // chunks for each thread: the last ones are waited for
+constexpr int64_t kLeastPiece = 1024;   // bytes of a row that one thread reads, where rows are cut for more threads
+const int64_t kProcessors = omp_get_num_procs();  // that the process had when this was loaded: a thread may have fewer
 
 // Elements of T, `step` at a time: as float32 vectors.
 template <typename T>
@@ -77,6 +80,42 @@ struct DotOps : Ops<T> {};
 template <>
 struct DotOps<c10::BFloat16> : Bfloat16Dot {};
 #endif
+
+// Items 0:count, handed out to the threads in chunks as each becomes free.
+class Items {
+ public:
+  Items(int64_t count, int64_t chunk) : count_(count), chunk_(chunk) {}
+  // Of one thread: its items in order. The next one is known, and taken, before the work on one begins.
+  class Mine {
+   public:
+    explicit Mine(Items& all) : all_(all) {
+      take();
+    }
+    bool more() const {
+      return next_ < end_;
+    }
+    int64_t next() const {
+      return next_;
+    }
+    int64_t pop() {
+      const int64_t item = next_++;
+      if (next_ == end_) take();
+      return item;
+    }
+
+   private:
+    void take() {
+      next_ = all_.taken_.fetch_add(all_.chunk_, std::memory_order_relaxed);
+      end_ = std::min(next_ + all_.chunk_, all_.count_);
+    }
+    Items& all_;
+    int64_t next_, end_;
+  };
+
+ private:
+  const int64_t count_, chunk_;
+  std::atomic<int64_t> taken_{0};
+};
 
 // Adds columns from:to of x[m, k] * w[r, k] to the sums, U steps at a time; returns where it ends. `ahead`: where what is
 // prefetched lies, as w does; null: nothing is.
@@ -144,18 +183,17 @@ HETEGEN_INLINE void dot_rows(
   if (m == 1) dot_tile<T, 1, R, U>(x, ldx, w, ldw, then, bias, out, ldo, k);
 }
 
-// Tiles of R rows are shared out among the threads in chunks, as each becomes free.
+// Tiles of R rows are shared out among the threads. The end of each prefetches the beginning of the thread's next one.
 template <typename T, int R, int U, bool one = false>
 void dot_linear(
     const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* out, int64_t m,
     int64_t n, int64_t k) {
   const int64_t tiles = n / R;
-  const int64_t chunk = std::max<int64_t>(1, tiles / (kShares * omp_get_max_threads()));
-#pragma omp parallel for schedule(dynamic, chunk) if (m * n * k >= kParallel)
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t r = tile * R;
-    const bool last = (tile + 1) % chunk == 0 || tile + 1 == tiles;  // the next one may be another thread's
-    const T* then = last ? nullptr : w + (r + R) * ldw;
+  Items items(tiles, std::max<int64_t>(1, tiles / (kShares * omp_get_max_threads())));
+#pragma omp parallel if (m * n * k >= kParallel)
+  for (Items::Mine mine(items); mine.more();) {
+    const int64_t r = mine.pop() * R;
+    const T* then = mine.more() ? w + mine.next() * R * ldw : nullptr;
     dot_rows<T, R, U, one>(x, ldx, w + r * ldw, ldw, then, bias ? bias + r : nullptr, out + r, n, m, k);
   }
   for (int64_t r = tiles * R; r < n; ++r) {
@@ -208,15 +246,16 @@ HETEGEN_INLINE int64_t axpy_columns(
   return j;
 }
 
-// The same for all n columns. `then`: the rows that follow, if they are to be prefetched as these are.
-template <typename T, int M, int R>
+// The same for all n columns. With `ahead` the program prefetches, at the end the beginning of the rows that follow,
+// `then`, if it is not null.
+template <typename T, int M, int R, bool ahead>
 HETEGEN_INLINE void axpy_rows(
     const float* x, int64_t ldx, const T* w, int64_t ldw, const T* then, float* sums, int64_t lds, int64_t n) {
-  constexpr int64_t ahead = kAhead / int64_t(sizeof(T));
+  constexpr int64_t distance = kAhead / int64_t(sizeof(T));
   int64_t j = 0;
-  if (then != nullptr) {
-    j = axpy_columns<T, M, R>(x, ldx, w, ldw, w + ahead, sums, lds, 0, n - ahead);
-    j = axpy_columns<T, M, R>(x, ldx, w, ldw, then + ahead - n, sums, lds, j, n);
+  if constexpr (ahead) {
+    j = axpy_columns<T, M, R>(x, ldx, w, ldw, w + distance, sums, lds, 0, n - distance);
+    if (then != nullptr) j = axpy_columns<T, M, R>(x, ldx, w, ldw, then + distance - n, sums, lds, j, n);
   }
   j = axpy_columns<T, M, R>(x, ldx, w, ldw, nullptr, sums, lds, j, n);
   for (; j < n; ++j) {
@@ -226,38 +265,42 @@ HETEGEN_INLINE void axpy_rows(
   }
 }
 
-// R rows for all tokens but one at a time; from the second group of tokens on the rows come from a cache.
-template <typename T, int R>
+// R rows for all tokens; from the second group of tokens on the rows come from a cache.
+template <typename T, int R, bool ahead>
 HETEGEN_INLINE void axpy_tokens(
-    const float* x, int64_t ldx, const T* w, int64_t ldw, const T* then, float* sums, int64_t m, int64_t n) {
+    const float* x, int64_t ldx, const T* w, int64_t ldw, const T* then, float* sums, int64_t lds, int64_t m,
+    int64_t n) {
   int64_t i = 0;
   if (m >= 4) {
-    axpy_rows<T, 4, R>(x, ldx, w, ldw, then, sums, n, n);
-    for (i = 4; i + 4 <= m; i += 4) axpy_rows<T, 4, R>(x + i * ldx, ldx, w, ldw, nullptr, sums + i * n, n, n);
+    axpy_rows<T, 4, R, ahead>(x, ldx, w, ldw, then, sums, lds, n);
+    for (i = 4; i + 4 <= m; i += 4) axpy_rows<T, 4, R, false>(x + i * ldx, ldx, w, ldw, nullptr, sums + i * lds, lds, n);
   } else if (m >= 2) {
-    axpy_rows<T, 2, R>(x, ldx, w, ldw, then, sums, n, n);
+    axpy_rows<T, 2, R, ahead>(x, ldx, w, ldw, then, sums, lds, n);
     i = 2;
   } else {
-    axpy_rows<T, 1, R>(x, ldx, w, ldw, then, sums, n, n);
+    axpy_rows<T, 1, R, ahead>(x, ldx, w, ldw, then, sums, lds, n);
     i = 1;
   }
-  for (; i < m; ++i) axpy_rows<T, 1, R>(x + i * ldx, ldx, w, ldw, nullptr, sums + i * n, n, n);
+  for (; i < m; ++i) axpy_rows<T, 1, R, false>(x + i * ldx, ldx, w, ldw, nullptr, sums + i * lds, lds, n);
 }
 
 // The rows of a partial Linear are cut into blocks, each with sums of its own, which are added up in their order: so the
 // result is the same bits whichever thread computes which block, and however many there are. Each block has a share
 // of the rows that are left, so that the last ones, which threads wait for, are small.
 struct RowBlocks {
-  int64_t least, share;
+  int64_t least;
   RowBlocks(int64_t m, int64_t n, int64_t k)
-      : least(m * n * k < kParallel ? k : groups(std::max(kLeastRows * m, m * n * k / kMostSums))),
-        share(2 * omp_get_num_procs()) {}
+      : least(m * n * k < kParallel ? k : groups(std::max(kLeastRows * m, (k + most(m * n) - 1) / most(m * n)))) {}
   static int64_t groups(int64_t rows) {
     return (rows + kGroup - 1) / kGroup * kGroup;
   }
+  // Blocks whose sums, so many each, have room.
+  static int64_t most(int64_t sums) {
+    return std::max<int64_t>(1, kMostSums / sums);
+  }
   // Rows of the next block where so many are left: whole groups, or all.
   int64_t rows(int64_t left) const {
-    return std::min(left, std::max(least, groups(left / share)));
+    return std::min(left, std::max(least, groups(left / (2 * kProcessors))));
   }
   std::vector<int64_t> starts(int64_t k) const {
     std::vector<int64_t> found{0};
@@ -267,35 +310,54 @@ struct RowBlocks {
   static constexpr int64_t kGroup = 8, kLeastRows = 16;
 };
 
-// The sums of a block of rows of all tokens, R rows at once.
+// The sums of a block of rows of all tokens, R rows at once, in n columns. `next` is where what the thread reads after
+// it begins.
 template <typename T, int R, bool ahead>
 void partial_sums(
-    const float* x, int64_t ldx, const T* w, int64_t ldw, float* sums, int64_t m, int64_t n, int64_t rows) {
-  std::fill_n(sums, m * n, 0.f);
+    const float* x, int64_t ldx, const T* w, int64_t ldw, const T* next, float* sums, int64_t lds, int64_t m, int64_t n,
+    int64_t rows) {
+  for (int64_t i = 0; i < m; ++i) std::fill_n(sums + i * lds, n, 0.f);
   int64_t r = 0;
   for (; r + R <= rows; r += R) {
-    const T* then = ahead && r + 2 * R <= rows ? w + (r + R) * ldw : nullptr;
-    axpy_tokens<T, R>(x + r, ldx, w + r * ldw, ldw, then, sums, m, n);
+    const T* then = r + 2 * R <= rows ? w + (r + R) * ldw : next;
+    axpy_tokens<T, R, ahead>(x + r, ldx, w + r * ldw, ldw, then, sums, lds, m, n);
   }
-  for (; r < rows; ++r) axpy_tokens<T, 1>(x + r, ldx, w + r * ldw, ldw, nullptr, sums, m, n);
+  for (; r < rows; ++r) axpy_tokens<T, 1, ahead>(x + r, ldx, w + r * ldw, ldw, nullptr, sums, lds, m, n);
+}
+
+// Columns of each of so many pieces of n: a multiple of kTogether.
+inline int64_t piece_width(int64_t n, int64_t pieces) {
+  const int64_t most = pieces * kTogether;
+  return (n + most - 1) / most * kTogether;
 }
 
 // out[m, j] = sum over k rows of x[m, k] * w[k, j] (+ bias[j]); `sums` is [blocks, m, n] of float32 to work in.
-// With `tiled` the program prefetches the rows.
+// With `tiled` the program prefetches the rows. Where there are fewer blocks than threads are kept busy with (many tokens,
+// whose sums are large), each is cut into pieces of the columns.
 template <typename T, bool tiled>
 void partial_linear(
     const float* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* out, float* sums, int64_t m, int64_t n,
     int64_t k) {
+  if (m == 0 || n == 0) return;
   const std::vector<int64_t> starts = RowBlocks(m, n, k).starts(k);
   const int64_t blocks = int64_t(starts.size()) - 1;
-#pragma omp parallel for schedule(dynamic, 1) if (blocks > 1)
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t r = starts[b], rows = starts[b + 1] - r;
-    float* own = sums + b * m * n;
+  const bool parallel = m * n * k >= kParallel;
+  const int64_t wanted = parallel ? (m == 1 ? 1 : 4) * omp_get_max_threads() : 1;
+  const int64_t most = std::max<int64_t>(1, n * int64_t(sizeof(T)) / kLeastPiece);
+  const int64_t width = piece_width(n, std::min(most, (wanted + blocks - 1) / blocks));
+  const int64_t pieces = (n + width - 1) / width;
+  Items items(blocks * pieces, 1);
+#pragma omp parallel if (parallel && blocks * pieces > 1)
+  for (Items::Mine mine(items); mine.more();) {
+    const int64_t item = mine.pop(), b = item / pieces, lo = item % pieces * width;
+    const int64_t r = starts[b], rows = starts[b + 1] - r, columns = std::min(width, n - lo);
+    const int64_t then = mine.next();
+    const T* next = mine.more() ? w + starts[then / pieces] * ldw + then % pieces * width : nullptr;
+    float* own = sums + b * m * n + lo;
     if (m == 1) {
-      partial_sums<T, 8, tiled>(x + r, ldx, w + r * ldw, ldw, own, m, n, rows);
+      partial_sums<T, 8, tiled>(x + r, ldx, w + r * ldw + lo, ldw, next, own, n, m, columns, rows);
     } else {
-      partial_sums<T, 4, tiled>(x + r, ldx, w + r * ldw, ldw, own, m, n, rows);
+      partial_sums<T, 4, tiled>(x + r, ldx, w + r * ldw + lo, ldw, next, own, n, m, columns, rows);
     }
   }
 #pragma omp parallel for if (blocks * m * n >= kManySums)

@@ -23,6 +23,7 @@ struct Instruction {
 
 constexpr int64_t kManyElements = 1 << 15;  // from which further threads pay
 
+// The first four are two bits.
 enum : int64_t { kLinear, kTiledLinear, kPartialLinear, kTiledPartialLinear, kRelu, kSilu, kGelu, kGeluTanh, kMul };
 
 struct Places {
@@ -120,28 +121,26 @@ const X* activations(const Instruction& i, const Places& at, int64_t& ldx) {
   return wide;
 }
 
-template <typename T>
-void execute(const Instruction& i, const Places& at) {
+template <typename T, bool tiled>
+void whole_or_partial(const Instruction& i, const Places& at, bool partial) {
   int64_t ldx;
   const T *w = (const T*)at[i.second], *bias = (const T*)at[i.third];
   if (bias) bias += i.bias_offset;
   T* out = (T*)at[i.out];
-  if (i.operation == kPartialLinear) {
+  if (partial) {
     const float* x = activations<T, float>(i, at, ldx);
-    partial_linear<T, false>(x, ldx, w, i.ldw, bias, out, (float*)at[i.sums], i.m, i.n, i.k);
-  } else if (i.operation == kTiledPartialLinear) {
-    const float* x = activations<T, float>(i, at, ldx);
-    partial_linear<T, true>(x, ldx, w, i.ldw, bias, out, (float*)at[i.sums], i.m, i.n, i.k);
-  } else if (i.operation <= kTiledLinear) {
-    const auto* x = activations<T, typename DotOps<T>::X>(i, at, ldx);
-    if (i.operation == kTiledLinear) {
-      linear<T, true>(x, ldx, w, i.ldw, bias, out, i.m, i.n, i.k);
-    } else {
-      linear<T, false>(x, ldx, w, i.ldw, bias, out, i.m, i.n, i.k);
-    }
+    partial_linear<T, tiled>(x, ldx, w, i.ldw, bias, out, (float*)at[i.sums], i.m, i.n, i.k);
   } else {
-    between<T>(i, at);
+    const auto* x = activations<T, typename DotOps<T>::X>(i, at, ldx);
+    linear<T, tiled>(x, ldx, w, i.ldw, bias, out, i.m, i.n, i.k);
   }
+}
+
+template <typename T>
+void execute(const Instruction& i, const Places& at) {
+  if (i.operation > kTiledPartialLinear) return between<T>(i, at);
+  const bool tiled = i.operation & kTiledLinear, partial = i.operation & kPartialLinear;
+  tiled ? whole_or_partial<T, true>(i, at, partial) : whole_or_partial<T, false>(i, at, partial);
 }
 
 // Memory for what lies between the operations, 64 bytes aligned; it grows with the largest program of the thread.

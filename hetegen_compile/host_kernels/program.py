@@ -31,11 +31,8 @@ _FORMS = 64
 """Geometries that are kept of one program."""
 _SCRATCH_BYTES = 32 << 20
 """A thread keeps this much at most for what lies between two steps."""
-_LINEAR, _TILED, _PARTIAL, _TILED_PARTIAL, _FIRST_POINTWISE = range(5)
-_OPERATIONS = {
-    (False, False): _LINEAR, (False, True): _TILED, (True, False): _PARTIAL, (True, True): _TILED_PARTIAL,
-}  # fmt: skip
-"""Of a Linear, by whether it is partial and whether its kernel is the tiled one."""
+_TILED, _PARTIAL, _FIRST_POINTWISE = 1, 2, 4
+"""Operations: below the first pointwise one they are Linears, of the tiled kernel or not, partial or not."""
 
 POINTWISE = ("relu", "silu", "gelu", "gelu_tanh", "mul")
 """What may stand between two Linears, in the order of ``program.cpp``."""
@@ -317,7 +314,7 @@ class _Builder:
         _require(host.hi - host.lo == (width if narrowed else columns) and library().programs)
         taken = torch.float32 if partial else library().activations[rows.dtype]
         instruction = _Instruction(
-            _OPERATIONS[partial, kernel is TILED], DTYPES.index(rows.dtype),
+            _TILED * (kernel is TILED) + _PARTIAL * partial, DTYPES.index(rows.dtype),
             first=self._table[x_place], second=self._table[rows_place], third=_NOWHERE, wide=_NOWHERE, sums=_NOWHERE,
             x_offset=start, m=x.tokens, n=columns, k=width, ldx=x.shape[-1], ldw=rows.row_stride,
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from typing import Any
@@ -110,7 +111,7 @@ def test_sums_are_float32(dtype: torch.dtype, dim: int) -> None:
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("kernel", [VECTORISED, TILED], ids=lambda kernel: kernel.name)
-@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("tokens", [1, 5, 100])
 def test_threads_do_not_change_the_result(kernel: HostKernel, tokens: int, dim: int) -> None:
     weight, x = torch.randn(1500, 300), torch.randn(tokens, 300 if dim == 0 else 1500)
     results = []
@@ -137,6 +138,46 @@ def test_blocks_of_rows_are_added_up(kernel: HostKernel, dtype: torch.dtype, tok
     assert_close(kernel.run(x, weight, bias, 0, rows, 1), exact, dtype)
 
 
+@pytest.mark.parametrize("kernel", [VECTORISED, TILED], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize(("tokens", "out", "rows"), [(64, 2001, 300), (9, 1030, 150), (1, 2001, 70)])
+def test_few_blocks_are_cut_for_more_threads(kernel: HostKernel, tokens: int, out: int, rows: int) -> None:
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    assert library().partial_blocks(tokens, out, rows) <= 5
+    weight, bias, x = torch.randn(rows, out), torch.randn(out), torch.randn(tokens, rows)
+    try:
+        torch.set_num_threads(8)
+        found = kernel.run(x, weight, bias, 0, rows, 1)
+    finally:
+        torch.set_num_threads(threads)
+    assert_close(found, x.double() @ weight.double() + bias.double(), torch.float32)
+
+
+@pytest.mark.parametrize("kernel", [VECTORISED, TILED], ids=lambda kernel: kernel.name)
+def test_no_tokens(kernel: HostKernel) -> None:
+    for dim, columns in ((0, 48), (1, 1500)):
+        assert kernel.run(torch.ones(0, 1500 if dim == 0 else 48), torch.ones(48, 1500), None, 0, 48, dim).shape == (
+            0,
+            columns,
+        )
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads are on all processors")
+def test_a_thread_that_has_one_processor_makes_the_same_blocks() -> None:
+    """Who makes room for sums and who computes them may be threads with other processors."""
+    found: list[int] = []
+
+    def count() -> None:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # of this thread
+        found.append(library().partial_blocks(1, 4096, 4900))
+
+    expected = library().partial_blocks(1, 4096, 4900)
+    thread = threading.Thread(target=count)
+    thread.start()
+    thread.join()
+    assert found == [expected]
+
+
 def test_what_one_thread_computes_is_one_block() -> None:
     assert library().partial_blocks(1, 64, 1000) == 1
     assert library().partial_blocks(4, 64, 1000) > 1
@@ -145,7 +186,8 @@ def test_what_one_thread_computes_is_one_block() -> None:
 @pytest.mark.parametrize(("tokens", "out", "rows"), [(1, 16384, 53248), (16, 8192, 28672), (3, 5000, 100_001)])
 def test_sums_of_all_blocks_are_16_mib_at_most(tokens: int, out: int, rows: int) -> None:
     blocks = library().partial_blocks(tokens, out, rows)
-    assert 1 < blocks <= (1 << 22) // (tokens * out) + 1
+    assert blocks > 1
+    assert 4 * blocks * tokens * out <= 16 << 20
 
 
 def test_nothing_of_the_weights_is_kept() -> None:
