@@ -8,7 +8,7 @@ With the share ``a`` of a trip's offloaded rows on the host,
 
     trip_s(a)  = max(fixed_s [a > 0] + a host_s, accelerator_s - a accelerator_saved_s)
     chain_s    = serial_s + sum trip_s(a)
-    link_s     = sum (1 - a) link_s
+    link_s     = sum (1 - a) link_s + a lost_s
     step_s     = max(chain_s, link_s)
 
 Which trips are worth their fixed costs: each ``trip_s`` is replaced by its lower convex envelope, and the pieces of all
@@ -35,10 +35,11 @@ class Trip:
 
     Attributes:
         host_s: the host computing all rows that are not resident.
-        link_s: the link carrying them.
+        link_s: the link carrying them while the host reads nothing.
         accelerator_s: the accelerator computing all rows, the resident ones included.
         accelerator_saved_s: the part of that which falls away when no offloaded row is left to it.
         fixed_s: what the chain pays for the trip itself, once, as soon as the host has a row of any of its Linears.
+        lost_s: what the link loses while the host reads all of the rows.
     """
 
     host_s: float
@@ -46,6 +47,16 @@ class Trip:
     accelerator_s: float
     accelerator_saved_s: float
     fixed_s: float = 0.0
+    lost_s: float = 0.0
+
+    @property
+    def link_saved_s(self) -> float:
+        """The part of the link's seconds that falls away when all rows are on the host; never less than nothing."""
+        return max(0.0, self.link_s - self.lost_s)
+
+    def streamed_s(self, share: float) -> float:
+        """Seconds of the link with this share of the offloaded rows on the host."""
+        return self.link_s - share * self.link_saved_s
 
     @property
     def least_s(self) -> float:
@@ -68,8 +79,8 @@ class Trip:
 
         ``behind_s``: what the link is behind before it, less what the chain spends beside the trip.
         """
-        on_host = (behind_s + self.link_s - self.fixed_s) / ((self.host_s + self.link_s) or math.inf)
-        rate_s = self.link_s - self.accelerator_saved_s
+        on_host = (behind_s + self.link_s - self.fixed_s) / ((self.host_s + self.link_saved_s) or math.inf)
+        rate_s = self.link_saved_s - self.accelerator_saved_s
         on_accelerator = (behind_s + self.link_s - self.accelerator_s) / rate_s if rate_s > 0 else 1.0
         return min(1.0, max(0.0, min(on_host, on_accelerator)))
 
@@ -87,7 +98,10 @@ class Chain:
 
     def between(self, other: Chain) -> Chain:
         """Half way to a chain of the same trips with other seconds of the link and beside them."""
-        trips = (replace(a, link_s=(a.link_s + b.link_s) / 2) for a, b in zip(self.trips, other.trips, strict=True))
+        trips = (
+            replace(a, link_s=(a.link_s + b.link_s) / 2, lost_s=(a.lost_s + b.lost_s) / 2)
+            for a, b in zip(self.trips, other.trips, strict=True)
+        )
         return Chain(tuple(trips), (self.serial_s + other.serial_s) / 2)
 
     def path_s(self, shares: Sequence[float]) -> float:
@@ -96,7 +110,7 @@ class Chain:
 
     def link_s(self, shares: Sequence[float]) -> float:
         """Seconds of the link, with these shares on the host."""
-        return sum(trip.link_s * (1.0 - share) for trip, share in zip(self.trips, shares, strict=True))
+        return sum(trip.streamed_s(share) for trip, share in zip(self.trips, shares, strict=True))
 
 
 @dataclass(frozen=True)
@@ -159,7 +173,7 @@ def balance_along(
                     shares[index] = max(shares[index], trip.free_share)
                 if slack_s and index != max(opened):
                     shares[index] = _nearest_whole(trip, shares[index], whole[index], slack_s)
-            behind_s += trip.link_s * (1.0 - shares[index]) - trip.seconds(shares[index]) - between_s
+            behind_s += trip.streamed_s(shares[index]) - trip.seconds(shares[index]) - between_s
             if ring_s:
                 behind_s = max(behind_s, -ring_s)
     return tuple(shares)
@@ -168,7 +182,7 @@ def balance_along(
 def _nearest_whole(trip: Trip, share: float, whole: Sequence[float], slack_s: float) -> float:
     """The nearest of these shares, if it puts the link at most ``slack_s`` elsewhere."""
     nearest = min(whole, key=lambda other: abs(other - share))
-    return nearest if abs(nearest - share) * (trip.host_s + trip.link_s) <= slack_s else share
+    return nearest if abs(nearest - share) * (trip.host_s + trip.link_saved_s) <= slack_s else share
 
 
 @dataclass(frozen=True)
@@ -187,7 +201,7 @@ class _Piece:
 
 def _fraction(piece: _Piece, chain_s: float, link_s: float) -> float:
     """How much of the piece to take: all while it shortens the chain, part where chain and link meet."""
-    if piece.chain_s <= 0 and piece.saved_s > 0:
+    if piece.chain_s < 0 or piece.chain_s == 0 < piece.saved_s:
         return 1.0
     if link_s <= chain_s or piece.saved_s <= 0:
         return 0.0
@@ -202,7 +216,8 @@ def _envelope(index: int, trip: Trip) -> list[_Piece]:
         while len(hull) > 1 and _is_above(hull[-2], hull[-1], point):
             hull.pop()
         hull.append(point)
-    return [_Piece(index, a[0], b[1] - a[1], (b[0] - a[0]) * trip.link_s) for a, b in zip(hull, hull[1:], strict=False)]
+    saved_s = trip.link_saved_s
+    return [_Piece(index, a[0], b[1] - a[1], (b[0] - a[0]) * saved_s) for a, b in zip(hull, hull[1:], strict=False)]
 
 
 def _break_even(trip: Trip) -> Iterable[float]:

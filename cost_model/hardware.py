@@ -231,7 +231,7 @@ class LinkProfile:
         up, down: host to accelerator and back.
         view_s: a kernel reading a small pinned activation without a copy.
         contention: share of the rate of long pinned transfers up that remains while the host reads weights from the
-            same memory. Short ones, which their start-up limits, lose nothing.
+            same memory as fast as it can (``link_lost_s``).
     """
 
     up: LinkDirection

@@ -24,7 +24,7 @@ def step_with_ring(chain: Chain, shares: Sequence[float], ring_s: float) -> floa
         step_s = 0.0
         for trip, share in zip(chain.trips, shares, strict=True):
             ahead_s = min(ring_s, ahead_s + between_s)
-            streamed_s = (1.0 - share) * trip.link_s
+            streamed_s = trip.streamed_s(share)
             trip_s = max(trip.seconds(share), streamed_s - ahead_s)
             ahead_s = min(ring_s, ahead_s + trip_s - streamed_s)
             step_s += between_s + trip_s

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from hetegen_compile.cost_model.hardware import HardwareProfile, LinkDirection, RateTable
 
@@ -53,9 +53,14 @@ def linear_rate(
     """
     if dtype in tables:
         return _granted(tables[dtype], tokens, weight_bytes, ceiling)
-    width = min(1.0, item_bytes(dtype) / 4.0)
-    base = [tables["float32"]] if "float32" in tables else tables.values()
+    width, base = _as_float32(tables, dtype)
     return width * min(_granted(table, tokens, weight_bytes / width, ceiling) for table in base)
+
+
+def _as_float32(tables: Mapping[str, RateTable], dtype: str) -> tuple[float, Collection[RateTable]]:
+    """For a dtype without a table: its bytes for each byte of float32, at most 1, and the tables that stand for it."""
+    base = [tables["float32"]] if "float32" in tables else tables.values()
+    return min(1.0, item_bytes(dtype) / 4.0), base
 
 
 def _granted(table: RateTable, tokens: float, weight_bytes: float, ceiling: float) -> float:
@@ -80,6 +85,19 @@ def host_linear_s(
     ceiling = host.contention if contended else math.inf
     rate = linear_rate(host.linear_bytes_per_s, dtype, tokens, weight_bytes, ceiling)
     return operation_s(flops, weight_bytes, arithmetic_rate(host.flops_per_s, dtype), rate, host.launch_s)
+
+
+def link_lost_s(profile: HardwareProfile, dtype: str, weight_bytes: float) -> float:
+    """Seconds of the link that are lost while the host reads so many bytes of weights.
+
+    Memory serves both: while the host reads as fast as it can beside a working link, the link keeps ``contention`` of
+    its rate. So in any time T in which the host reads for h seconds the link moves what takes it T - (1 - contention) h
+    alone. A host that reads slowly (because of its arithmetic) takes that much in all, over a longer time.
+    """
+    tables, host = profile.host.linear_bytes_per_s, profile.host
+    width, base = (1.0, [tables[dtype]]) if dtype in tables else _as_float32(tables, dtype)
+    read_s = weight_bytes / (width * host.contention * min(table.peak for table in base))
+    return (1.0 - profile.link.contention) * read_s
 
 
 def accelerator_linear_s(
@@ -119,16 +137,13 @@ def upload_s(
     nbytes: float,
     pinned: bool = True,
     line_bytes: int | None = None,
-    contended: bool = True,
 ) -> float:
-    """Seconds of one transfer from host memory to the accelerator (0 for no bytes).
+    """Seconds of one transfer from host memory to the accelerator (0 for no bytes); the host reads nothing meanwhile.
 
-    ``line_bytes``: of a 2-D copy, the bytes that lie together; None for a contiguous one. ``contended`` (the host
-    reading weights at the same time) limits the rate from pinned memory to the share of the peak that it leaves.
+    ``line_bytes``: of a 2-D copy, the bytes that lie together; None for a contiguous one.
     """
     lines = nbytes / line_bytes if line_bytes else 0.0
-    ceiling = profile.link.contention if contended and pinned else math.inf
-    return _transfer_s(profile.link.up, nbytes + lines * LINE_OVERHEAD_BYTES, pinned, ceiling)
+    return _transfer_s(profile.link.up, nbytes + lines * LINE_OVERHEAD_BYTES, pinned)
 
 
 def read_up_s(profile: HardwareProfile, nbytes: float) -> float:
@@ -144,9 +159,9 @@ def download_s(profile: HardwareProfile, nbytes: float, pinned: bool = True) -> 
     return _transfer_s(profile.link.down, nbytes, pinned)
 
 
-def _transfer_s(direction: LinkDirection, nbytes: float, pinned: bool, ceiling: float = math.inf) -> float:
+def _transfer_s(direction: LinkDirection, nbytes: float, pinned: bool) -> float:
     """The curve's rates include the start-up, so the latency is a floor and not a summand."""
     if nbytes <= 0:
         return 0.0
     curve = direction.pinned if pinned else direction.pageable
-    return max(direction.latency_s, nbytes / min(curve.at(nbytes), ceiling * curve.peak))
+    return max(direction.latency_s, nbytes / curve.at(nbytes))

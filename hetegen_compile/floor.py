@@ -3,8 +3,8 @@
 It is the largest of four bounds. The simulation charges the same rates, so no simulated step is below it:
 
 - **bytes**: host and link share the offloaded bytes of all Linears, both at work all the time at the rates of the
-  profile's tables for these tokens and sizes, each beside the other. For one rate each this is
-  S / (V_link + V_cpu) for S offloaded bytes.
+  profile's tables for these tokens and sizes, each beside the other: what the host reads costs the link some of its
+  time (``cost_model.link_lost_s``). For one rate each this is S / (V_link + V_cpu) for S offloaded bytes.
 - **accelerator**: its segments, and its part of the Linears with as few rows as residency allows. It reads what the
   host makes of the others, or has all of their rows itself.
 - **path** (``floor_path``): the longest chain of trips and segments of which each needs the results of the one before,
@@ -14,9 +14,6 @@ It is the largest of four bounds. The simulation charges the same rates, so no s
   operations (appending to a cache that the caller gets back), waits, and issuing segments, Linears and one prefetch of
   each that is streamed. Where a worker computes the host's parts (``issue_ahead``) the larger of the two threads' work
   counts.
-
-Where the host takes some of the link's rate (``LinkProfile.contention``) a schedule may leave the host out: the floor
-is the smaller one of the two kinds, of the second the link's bytes at its own rate and the accelerator's work.
 """
 
 from __future__ import annotations
@@ -31,7 +28,7 @@ from hetegen_compile.floor_path import Blocks, Order, by_trip, chain_of, longest
 from hetegen_compile.floor_ring import short_ring_s
 from hetegen_compile.ir import info
 from hetegen_compile.passes.annotate_costs import dtype_name
-from hetegen_compile.passes.choose_splits import linears_of, pairable_blocks
+from hetegen_compile.passes.choose_splits import linears_of, lost_feed_s, pairable_blocks
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import NodeCost
 from hetegen_compile.passes.issue_ahead import issues_ahead
@@ -66,16 +63,6 @@ def floor_s(module: fx.GraphModule, context: Context) -> float:
 
 def floor(module: fx.GraphModule, context: Context) -> Floor:
     """The bounds of a step of a grouped graph at the context's residency and sizes."""
-    found = _with_host(module, context)
-    if context.profile.link.contention < 1.0:
-        streamed_s = sum(_streamed_alone_s(node, context) for node in linears_of(module).values())
-        streamed = Floor(streamed_s, found.accelerator_s, path_s=0.0, thread_s=0.0)
-        return min(found, streamed, key=lambda one: one.seconds)
-    return found
-
-
-def _with_host(module: fx.GraphModule, context: Context) -> Floor:
-    """The bounds where the link has the rate that a host at work leaves it."""
     linears = {node: _linear_alone(node, context) for node in linears_of(module).values()}
     order = Order(module.graph)
     blocks = _blocks(module, order, context)
@@ -96,7 +83,7 @@ def offloaded_together_s(module: fx.GraphModule, context: Context) -> float:
     """S / (V_link + V_cpu): the offloaded bytes of all Linears with the same share of each on the host."""
     linears = [_linear_alone(node, context) for node in linears_of(module).values()]
     host_s, link_s = sum(trip.host_s for trip in linears), sum(trip.link_s for trip in linears)
-    return host_s * link_s / (host_s + link_s) if link_s else 0.0
+    return host_s * link_s / (host_s + sum(trip.link_saved_s for trip in linears)) if link_s else 0.0
 
 
 def _blocks(module: fx.GraphModule, order: Order, context: Context) -> Blocks:
@@ -114,7 +101,7 @@ def _blocks(module: fx.GraphModule, order: Order, context: Context) -> Blocks:
 
 
 def _bytes_only(trip: Trip) -> Trip:
-    return Trip(trip.host_s, trip.link_s, accelerator_s=0.0, accelerator_saved_s=0.0)
+    return replace(trip, accelerator_s=0.0, accelerator_saved_s=0.0)
 
 
 def _seconds(node: fx.Node, resource: str, context: Context) -> float:
@@ -130,12 +117,6 @@ def _offloaded(node: fx.Node, context: Context) -> float:
     return 1.0 - plan.resident_rows / plan.rows
 
 
-def _streamed_alone_s(node: fx.Node, context: Context) -> float:
-    """The link bringing a Linear's rows while the host computes none."""
-    cost = require(context.costs, "annotate_costs")[info(node).position]
-    return _offloaded(node, context) * _least_feed_s(node, cost, context, contended=False)
-
-
 def _linear_alone(node: fx.Node, context: Context) -> Trip:
     """A Linear at the best rates that any part of its rows could have; the trip itself is not in it."""
     cost = require(context.costs, "annotate_costs")[info(node).position]
@@ -146,6 +127,7 @@ def _linear_alone(node: fx.Node, context: Context) -> Trip:
         link_s=offloaded * _least_feed_s(node, cost, context),
         accelerator_s=cost.accelerator_s + 2 * launch_s,  # a product more, if any rows are streamed, and the join
         accelerator_saved_s=offloaded * cost.accelerator_s + launch_s,
+        lost_s=offloaded * lost_feed_s(node, cost, context),
     )
 
 
@@ -171,12 +153,12 @@ def _least_host_s(node: fx.Node, cost: NodeCost, context: Context) -> float:
     ) * cost.weight_bytes  # fmt: skip
 
 
-def _least_feed_s(node: fx.Node, cost: NodeCost, context: Context, *, contended: bool = True) -> float:
+def _least_feed_s(node: fx.Node, cost: NodeCost, context: Context) -> float:
     """The link bringing all rows in parts of whatever size moves fastest, by way of the pinned ring if staged."""
     weight: fx.Node = node.args[1]  # type: ignore[assignment]
     sizes = {size for size, _ in context.profile.link.up.pinned.points}
     sizes = _up_to(sizes, cost)
-    byte_s = min(upload_s(context.profile, size, contended=contended) / size for size in sizes)
+    byte_s = min(upload_s(context.profile, size) / size for size in sizes)
     if weight.name in context.staged:
         byte_s = max(byte_s, 1.0 / context.profile.pin_bytes_per_s)
     return byte_s * cost.weight_bytes

@@ -119,6 +119,7 @@ def together(parts: Iterable[Trip], fixed_s: float) -> Trip:
         accelerator_s=sum(part.accelerator_s for part in parts),
         accelerator_saved_s=sum(part.accelerator_saved_s for part in parts),
         fixed_s=fixed_s,
+        lost_s=link_s * min((part.lost_s / part.link_s for part in parts if part.link_s > 0), default=0.0),
     )
 
 

@@ -75,7 +75,8 @@ Variations = tuple[tuple[Variation, ...], ...]
 
 def _with_link(chain: Chain, factor: float) -> Chain:
     """A chain whose link takes that many times as long."""
-    return replace(chain, trips=tuple(replace(trip, link_s=trip.link_s * factor) for trip in chain.trips))
+    longer = (replace(trip, link_s=trip.link_s * factor, lost_s=trip.lost_s * factor) for trip in chain.trips)
+    return replace(chain, trips=tuple(longer))
 
 
 def corrected(best: Attempt) -> Way:

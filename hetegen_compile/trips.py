@@ -15,6 +15,7 @@ from hetegen_compile.passes.choose_splits import (
     feed_s,
     linears_of,
     lines_s,
+    lost_feed_s,
     nearest_rows,
     slice_bytes,
     with_host_rows,
@@ -89,13 +90,14 @@ def _with_beside(trip: Trip, seconds: float) -> Trip:
 
 def _trip(group: Group, context: Context) -> Trip:
     costs = require(context.costs, "annotate_costs")
-    host_s = link_s = accelerator_s = saved_s = 0.0
+    host_s = link_s = lost_s = accelerator_s = saved_s = 0.0
     for node in group.linears:
         cost = costs[info(node).position]
         plan = with_host_rows(node, 0, context)
         offloaded = 1.0 - plan.resident_rows / plan.rows
         host_s += offloaded * cost.host_s
         link_s += offloaded * feed_s(node, cost, context)
+        lost_s += offloaded * lost_feed_s(node, cost, context)
         accelerator_s += cost.accelerator_s
         saved_s += offloaded * cost.accelerator_s
     launch_s = context.profile.accelerator.launch_s
@@ -103,7 +105,7 @@ def _trip(group: Group, context: Context) -> Trip:
     if group.block is not None:
         link_s += lines_s(group.block, {info(node).position: node for node in group.linears}, context)
         fixed_s += sum(costs[position].host_s for position in group.block.region)
-    return Trip(host_s, link_s, accelerator_s, saved_s, fixed_s=fixed_s)
+    return Trip(host_s, link_s, accelerator_s, saved_s, fixed_s, lost_s)
 
 
 def with_shares(trips: Trips, shares: Sequence[float], context: Context) -> Splits:

@@ -18,6 +18,7 @@ from hetegen_compile.cost_model import (
     accelerator_op_s,
     host_linear_s,
     host_op_s,
+    link_lost_s,
     upload_s,
 )
 from hetegen_compile.ir import LINEAR, info
@@ -41,12 +42,10 @@ def linear_cost(node: fx.Node, context: Context, tokens: int | None = None) -> N
     own = max(1, round(context.number(to_expr(x.numel())) / max(1, int(x.shape[-1]))))
     flops = context.number(info(node).flops) * ((tokens or own) / own)
     nbytes = int(weight.numel()) * weight.element_size()
-    return _linear_seconds(context.profile, dtype_name(weight), tokens or own, nbytes, flops, context.host_reads)
+    return _linear_seconds(context.profile, dtype_name(weight), tokens or own, nbytes, flops)
 
 
-def _linear_seconds(
-    profile: HardwareProfile, dtype: str, tokens: int, nbytes: int, flops: float, contended: bool
-) -> NodeCost:
+def _linear_seconds(profile: HardwareProfile, dtype: str, tokens: int, nbytes: int, flops: float) -> NodeCost:
     return NodeCost(
         flops=flops,
         traffic_bytes=float(nbytes),
@@ -54,8 +53,9 @@ def _linear_seconds(
         tokens=tokens,
         host_s=host_linear_s(profile, dtype, tokens, nbytes, flops),
         accelerator_s=accelerator_linear_s(profile, dtype, tokens, nbytes, flops),
-        link_s=upload_s(profile, nbytes, contended=contended),
+        link_s=upload_s(profile, nbytes),
         host_alone_s=host_linear_s(profile, dtype, tokens, nbytes, flops, contended=False),
+        link_lost_s=link_lost_s(profile, dtype, nbytes),
     )
 
 

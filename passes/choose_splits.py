@@ -124,6 +124,15 @@ def feed_s(linear: fx.Node, cost: NodeCost, context: Context) -> float:
     return max(cost.link_s, cost.weight_bytes / context.profile.pin_bytes_per_s)
 
 
+def lost_feed_s(linear: fx.Node, cost: NodeCost, context: Context) -> float:
+    """What ``feed_s`` of others is longer by while the host reads a Linear's whole weight.
+
+    None if that would be staged: then the pin thread is the slower of the two.
+    """
+    weight: fx.Node = linear.args[1]  # type: ignore[assignment]
+    return 0.0 if weight.name in context.staged else cost.link_lost_s
+
+
 def best_split(
     rows: int, cost: NodeCost, context: Context, *, resident_rows: int = 0, staged: bool = False
 ) -> SplitSolution:
@@ -138,7 +147,7 @@ def best_split(
         rows=rows,
         host_fixed_s=profile.fixed_s_per_split,
         host_s_per_row=cost.host_s / rows,
-        link_s_per_row=cost.link_s / rows,
+        link_s_per_row=cost.link_s / profile.link.contention / rows,
         accelerator_s_per_row=cost.accelerator_s / rows,
         pin_s_per_row=cost.weight_bytes / rows / profile.pin_bytes_per_s if staged else 0.0,
         resident_rows=resident_rows,

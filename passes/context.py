@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, TypeVar
 
 import sympy
@@ -124,13 +123,6 @@ class Context:
     def limit_bytes(self) -> int:
         """What a step may hold: what was not foreseen, too."""
         return self.usable_bytes + self.overhead_bytes.get(UNFORESEEN, 0)
-
-    @cached_property
-    def host_reads(self) -> bool:
-        """Whether the host reads weights while the link works, or may: then the link is slower, too."""
-        if self.splits is None:
-            return self.options.split != 0.0
-        return any(plan.host for plan in self.splits.values())
 
     @property
     def largest_twice(self) -> bool:

@@ -19,8 +19,8 @@ class NodeCost:
     """One node's work at the context's sizes and what each resource needs for all of it.
 
     ``flops`` and bytes are plain numbers; ``link_s`` is the time to stream a Linear's whole weight (0 for
-    other nodes). ``host_s`` is beside a working link, ``host_alone_s`` without. ``tokens`` is the number of rows of a
-    Linear's activations.
+    other nodes), ``link_lost_s`` what the link loses while the host reads that weight. ``host_s`` is beside a working
+    link, ``host_alone_s`` without. ``tokens`` is the number of rows of a Linear's activations.
     """
 
     flops: float
@@ -31,6 +31,7 @@ class NodeCost:
     accelerator_s: float
     link_s: float
     host_alone_s: float | None = None
+    link_lost_s: float = 0.0
 
     @property
     def contention(self) -> float:

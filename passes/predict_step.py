@@ -23,6 +23,7 @@ from hetegen_compile.cost_model import (
     download_s,
     host_linear_s,
     host_op_s,
+    link_lost_s,
     read_up_s,
     simulate,
     upload_s,
@@ -54,6 +55,8 @@ def predict_step(module: fx.GraphModule, context: Context) -> Prediction:
     """Simulate one step of a scheduled graph on the context's hardware."""
     nodes = [node for node in module.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     work = {node: node_work(node, context) for node in nodes}
+    if context.profile.link.contention < 1.0:
+        _slow_down_link(work, context)
     index = {node: position for position, node in enumerate(nodes)}
     tasks = [_task(node, work[node], index) for node in nodes]
     step = _step(nodes, tasks)
@@ -65,6 +68,25 @@ def predict_step(module: fx.GraphModule, context: Context) -> Prediction:
         busy_s=step.busy_s,
         beside_link_s=_at_once(nodes, tasks).seconds if step.link_is_busy else step.seconds,
     )
+
+
+def _slow_down_link(work: dict[fx.Node, Work], context: Context) -> None:
+    """What is streamed takes longer by what the link loses while the host reads weights, each prefetch as much.
+
+    Where the host reads longer than the link works, all of the link's work is beside it.
+    """
+    fed = [node for node in work if node.target in (ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED)]
+    link_s = sum(work[node].seconds for node in fed if node.target != ir.PREFETCH_AHEAD)  # carried in the next step
+    lost_s = sum(_lost_s(node, context) for node in work if node.target == ir.HOST_LINEAR)
+    longest = 1.0 / context.profile.link.contention
+    longer = min(longest, 1.0 + lost_s / link_s) if link_s > 0 else longest
+    for node in fed:
+        work[node] = work[node]._replace(seconds=longer * work[node].seconds)
+
+
+def _lost_s(host_linear: fx.Node, context: Context) -> float:
+    part = ir.linear_part(host_linear)
+    return link_lost_s(context.profile, dtype_name(info(part.weight).value), _part_bytes(part))
 
 
 class _Step(NamedTuple):
@@ -170,7 +192,7 @@ def _on_resource(node: fx.Node, context: Context) -> Work:
     if node.target == ir.STAGE:
         return Work("pin", value_bytes(node, context) / profile.pin_bytes_per_s)
     if node.target in (ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED):
-        return Work("up", _upload_s(value_bytes(node, context), context, _line_bytes(node)))
+        return Work("up", upload_s(profile, value_bytes(node, context), line_bytes=_line_bytes(node)))
     if node.target == ir.TO_HOST:
         return Work("down", download_s(profile, value_bytes(node, context)))
     if node.target in (ir.WAIT_HOST, ir.CAUGHT_UP):
@@ -186,12 +208,7 @@ def _up(nbytes: float, context: Context) -> Work:
     """What of this size goes up: read by a kernel, or queued behind prefetches."""
     if nbytes <= ir.SMALL_UPLOAD_BYTES:
         return Work("accelerator", read_up_s(context.profile, nbytes))
-    return Work("up", _upload_s(nbytes, context))
-
-
-def _upload_s(nbytes: float, context: Context, line_bytes: int | None = None) -> float:
-    """Of a copy, beside the host where it computes."""
-    return upload_s(context.profile, nbytes, line_bytes=line_bytes, contended=context.host_reads)
+    return Work("up", upload_s(context.profile, nbytes))
 
 
 def up_s(nbytes: float, context: Context) -> float:
@@ -203,13 +220,18 @@ def _linear_work(node: fx.Node, context: Context) -> Work:
     part = ir.linear_part(node)
     value, rows = info(part.x).value, info(part.weight).value
     tokens = max(1, round(context.number(to_expr(value.numel())) / max(1, int(value.shape[-1]))))
-    nbytes = (part.hi - part.lo) * int(rows.shape[1 - part.axis]) * rows.element_size()
+    nbytes = _part_bytes(part)
     flops = context.number(info(node).flops)
     dtype = dtype_name(rows)
     if node.target == ir.PARTIAL_LINEAR:
         return Work("accelerator", accelerator_linear_s(context.profile, dtype, tokens, nbytes, flops))
     seconds = host_linear_s(context.profile, dtype, tokens, nbytes, flops)
     return Work("host", seconds + (_untold_trip_s(context) if _ends_trip(node) else 0.0))
+
+
+def _part_bytes(part: ir.LinearPart) -> int:
+    rows = info(part.weight).value
+    return (part.hi - part.lo) * int(rows.shape[1 - part.axis]) * int(rows.element_size())
 
 
 def _ends_trip(host_linear: fx.Node) -> bool:

@@ -157,6 +157,7 @@ class _Estimate:
             accelerator_s=sum(max(cost.accelerator_s, issue_s) for cost, _ in pairs) + 2 * both * paced_s,
             accelerator_saved_s=sum(share * cost.accelerator_s for cost, share in pairs),
             fixed_s=self.profile.fixed_s_per_split + launch_s,
+            lost_s=sum(share * cost.link_lost_s for cost, share in pairs),
         )
 
     def _issuing_s(self, offloaded: Sequence[float], segments: int) -> float:

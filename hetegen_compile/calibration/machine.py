@@ -21,7 +21,7 @@ from hetegen_compile.cost_model import SCHEMA_VERSION
 
 logger = logging.getLogger("hetegen_compile")
 
-METHOD_VERSION = 4
+METHOD_VERSION = 5
 """Of what a calibration measures and how; a profile that an earlier method measured is measured anew."""
 
 ROOT = Path("/")

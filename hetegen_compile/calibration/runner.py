@@ -10,7 +10,6 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from hetegen_compile.accelerators.cuda.gates import why_no_gates
 from hetegen_compile.accelerators.cuda.worker import worker_threads
 from hetegen_compile.calibration import gating
 from hetegen_compile.calibration.cuda import STEPS as CUDA_STEPS
@@ -98,12 +97,13 @@ def _calibrate_cuda(effort: Effort, step: Step) -> HardwareProfile:
     with torch.autocast("cuda", enabled=False):
         meter = CudaMeter(device, effort, CudaSizes())
         figures = measure_cuda(meter, step)
+        step("gates")
+        gates = gating.ask(device)  # nothing of this process uses the device meanwhile
         threads = torch.get_num_threads()
-        host = measure_host(effort, meter.load, step, threads if why_no_gates() else worker_threads(threads))
+        threads = worker_threads(threads) if gates.gate_s else threads  # else the host's thread computes with all
+        host = measure_host(effort, meter.load, step, threads)
     del meter
     torch.cuda.empty_cache()  # what stays reserved would count against the budget of the model
-    step("gates")  # last: nothing else of this process uses the device meanwhile
-    gates = gating.ask(device)
     figures = replace(
         figures,
         accelerator=replace(figures.accelerator, gate_s=gates.gate_s),
@@ -111,7 +111,7 @@ def _calibrate_cuda(effort: Effort, step: Step) -> HardwareProfile:
     )
     measured = "measured by hetegen calibrate with CUDA events and blocking copies, medians"
     sources = {field: measured for field in _ACCELERATOR_FIELDS}
-    sources["host.contention"] = "measured while pinned uploads run, with the threads that a step's worker has"
+    sources["host.contention"] = f"measured while pinned uploads run, with {threads} threads, as in a step"
     sources["link.contention"] = "measured: pinned uploads while these Linears are computed"
     sources["accelerator"] = f"{measured}; gates: {gates.source}"
     return _profile(this_machine(cuda=True), effort, host, figures, sources, ())

@@ -187,7 +187,6 @@ def test_a_profile_of_a_machine_with_cuda(meter: CudaMeter, monkeypatch: pytest.
         return Remaining(0.8, 0.9)
 
     monkeypatch.setattr(host, "remaining", remaining)
-    monkeypatch.setattr(runner, "why_no_gates", lambda: "")
     with host.computing_with(16):
         profile = runner.calibrate(accelerator="cuda", progress=False, effort=TINY)
     assert profile_from_json(profile_to_json(profile), "here") == profile
@@ -196,9 +195,9 @@ def test_a_profile_of_a_machine_with_cuda(meter: CudaMeter, monkeypatch: pytest.
     assert "a fake GPU" in profile.description
     assert profile.accelerator.gate_s == gates.gate_s
     assert (profile.host.contention, profile.link.contention) == (0.8, 0.9)
-    assert found == [14], "a worker's threads, of 16"
+    assert found == [14 if gates.gate_s else 16], "of 16: a worker's threads, if there will be one"
     assert profile.sources["accelerator"].endswith("measured; faster" if gates.gate_s else "ahead: no faster")
-    assert LOG[-2:] == ["empty_cache", "gates"], "a trial that hangs costs no other figure's time"
+    assert LOG[-1] == "empty_cache"
 
 
 def test_the_load_during_contention_is_uploads(meter: CudaMeter, monkeypatch: pytest.MonkeyPatch) -> None:

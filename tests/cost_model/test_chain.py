@@ -17,7 +17,7 @@ positive = st.floats(0.1, 10.0, allow_nan=False).map(lambda x: round(x, 3))
 @st.composite
 def trips(draw: st.DrawFn) -> Trip:
     saved = draw(seconds)
-    return Trip(draw(positive), draw(positive), saved + draw(seconds), saved, draw(seconds))
+    return Trip(draw(positive), draw(positive), saved + draw(seconds), saved, draw(seconds), draw(seconds))
 
 
 chains = st.builds(Chain, st.lists(trips(), min_size=1, max_size=3).map(tuple), seconds)

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from hetegen_compile import ir
-from hetegen_compile.cost_model import RateCurve, accelerator_linear_s, download_s, host_linear_s, read_up_s, upload_s
+from hetegen_compile.cost_model import (
+    RateCurve,
+    accelerator_linear_s,
+    download_s,
+    host_linear_s,
+    link_lost_s,
+    read_up_s,
+    upload_s,
+)
 from hetegen_compile.ir import info
 from hetegen_compile.passes import predict_step
 from hetegen_compile.passes.annotate_costs import value_bytes
@@ -136,6 +144,22 @@ def test_beside_a_link_that_works_all_the_time_a_step_takes_what_it_does_without
     for plan in (resident, on_host):
         _, prediction = predicted(plan)
         assert prediction.beside_link_s == prediction.step_s
+
+
+@pytest.mark.parametrize(("rate", "all_beside"), [(1e7, [False, False, False]), (1e12, [False, True, True])])
+def test_the_link_loses_time_to_a_host_that_reads(rate: float, all_beside: list[bool]) -> None:
+    """What that costs is in proportion to the rows on the host, up to all of the link's time beside it."""
+    up = replace(PROFILE.link.up, pinned=RateCurve.constant(rate), latency_s=0.0)
+    link = replace(PROFILE.link, up=up)
+    shared = replace(PROFILE, link=replace(link, contention=0.5))
+    found = []
+    for plan, host_share in ((streamed, 0.0), (quarters, 0.25), (halves, 0.5)):
+        alone_s = predicted(plan, profile=replace(PROFILE, link=link))[1].busy_s["up"]
+        lost_s = link_lost_s(shared, "float32", len(LAYERS) * host_share * 256 * 256 * 4)
+        prediction = predicted(plan, profile=shared)[1]
+        assert prediction.busy_s["up"] == pytest.approx(min(2 * alone_s, alone_s + lost_s))
+        found.append(2 * alone_s < alone_s + lost_s)
+    assert found == all_beside
 
 
 def test_resident_weights_are_the_fastest_plan() -> None:
