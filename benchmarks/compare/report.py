@@ -82,7 +82,8 @@ def _equal(row: Row, reference: Row | None) -> str:
     if reference is None or not row.tokens:
         return ""
     equal, both = equal_prefix(row.tokens, reference.tokens), min(len(row.tokens), len(reference.tokens))
-    return "all" if equal == both else f"first {equal} of {both}"
+    all_of_them = "all" if both == len(reference.tokens) else f"all of {both}"
+    return all_of_them if equal == both else f"first {equal} of {both}"
 
 
 def _number(value: float | None) -> str:

@@ -65,6 +65,8 @@ def test_the_table_says_what_is_equal_and_why_figures_are_missing() -> None:
     assert "first 0 of 3" in found["Accelerate map"]
     assert "first 2 of 3" in found["eager GPU"]
     assert " all" in found["Accelerate"]
+    shorter = [replace(row, tokens=row.tokens[:2]) if row.way == "Accelerate" else row for row in at_limit(ROWS, 100)]
+    assert "  all of 2" in next(line for line in table(shorter).splitlines() if line.startswith("Accelerate  "))
     assert "not installed: diffusers" in found["diffusers"]
     assert tables(ROWS).count("gpu_memory") == 2
     assert equal_prefix((), (1,)) == 0
