@@ -9,7 +9,7 @@ from typing import Any
 from hetegen_compile.errors import AcceleratorMemoryError, clear_frames
 from hetegen_compile.mirrors import NoRoomError
 from hetegen_compile.passes.context import Refusal
-from hetegen_compile.quiet import quiet
+from hetegen_compile.quiet import below_autograd, quiet
 from hetegen_compile.runtime import Runtime
 from hetegen_compile.step_plan import StepPlan
 from hetegen_compile.undo import HostWrites, Undo
@@ -43,7 +43,7 @@ def _run_noted(runtime: Runtime, plan: StepPlan, inputs: Sequence[Any]) -> Any:
     steps = len(plan.schedule.step_times_s)
     tracing = steps == 1 + bool(plan.bound.carried)  # after warming up: with everything carried in the third
     try:
-        with quiet(accelerator.device):
+        with quiet(accelerator.device), below_autograd():
             started = time.perf_counter()
             if tracing:
                 accelerator.trace(True)

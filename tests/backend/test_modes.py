@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import hetegen_compile
+from hetegen_compile import run_step
 from hetegen_compile.segments import inductor_compiler, plain_compiler
 from tests.backend.modules import BUDGET, WIDTH, Linear, Mlp, around, plain, random
 from tests.models.harness import compiled_like_eager, emulated, through_inductor
@@ -62,6 +63,40 @@ def test_autocast_inside_the_forward() -> None:
     model = around(body)
     options = emulated(gpu_memory=72 << 10)  # the Linears under autocast need not be split: nothing is cut there
     compiled_like_eager(model, _run(model, random(3, 64)), options=options, calls=1, compare=close)
+
+
+def test_a_step_is_below_autograd_and_its_writes_have_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: set[tuple[bool, bool]] = set()
+    running, keys = run_step._run, torch._C.DispatchKey
+
+    def run_noted(*arguments: Any) -> Any:
+        excluded = torch._C._dispatch_tls_local_exclude_set()
+        found.add((excluded.has(keys.AutogradFunctionality), excluded.has(keys.ADInplaceOrView)))
+        return running(*arguments)
+
+    monkeypatch.setattr(run_step, "_run", run_noted)
+    counted = nn.Parameter(torch.zeros(64))
+
+    def body(before: Linear, after: Linear, x: Tensor, other: Tensor) -> Tensor:
+        y = before(x)
+        for one in (counted, other):
+            one.add_(y.mean(0))
+        return after(y + counted + other)
+
+    def run() -> Any:
+        other, counted.grad = torch.zeros(64), None
+        with torch.no_grad():
+            counted.zero_()
+            versions = counted._version, other._version
+            result = model(random(3, 64), other)
+        assert (counted._version - versions[0], other._version - versions[1]) == (1, 1)
+        nn.functional.linear(result, counted[None]).sum().backward()
+        assert counted.grad is not None
+        return [result, counted.detach().clone(), other, counted.grad.clone()]
+
+    model = around(body)
+    compiled_like_eager(model, run, options=emulated(gpu_memory=BUDGET))
+    assert found == {(True, False)}
 
 
 def test_dropout_does_nothing_in_evaluation() -> None:
