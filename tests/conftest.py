@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -13,7 +14,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch  # noqa: E402
 import torch._dynamo.config as dynamo_config  # noqa: E402
+import torch._dynamo.guards as guards  # noqa: E402
 from hypothesis import settings  # noqa: E402
+
+from hetegen_compile.heap import large_heap  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -30,7 +34,18 @@ settings.load_profile("shared machine")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# what Dynamo measures of each graph's guards, with a flush of all caches, goes into logs that nobody reads
+guards.profile_guard_manager = lambda *_: 0.0  # type: ignore[assignment]
+
+_heap = contextlib.ExitStack()
+
+
 def pytest_collection_finish() -> None:
-    """Leave half a million objects of imported modules out of collections: each takes a tenth of the time then."""
+    """Leave half a million objects of imported modules out of collections, and let these be few.
+
+    Tracing makes more objects than planning does, and asking how many are frozen, as each compilation does that is not
+    within another, goes through all of them. ``tests/test_heap.py`` has the collector as a program has it.
+    """
     gc.collect()
     gc.freeze()
+    _heap.enter_context(large_heap())

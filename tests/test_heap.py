@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from hetegen_compile import heap
 from hetegen_compile.backend import make_backend
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.heap import large_heap
@@ -28,10 +29,18 @@ class Mlp(torch.nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def nothing_frozen() -> Iterator[None]:
-    """Python 3.12 freezes objects of its own when it starts, and ``tests/conftest.py`` what was there by then."""
+def as_in_a_program(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No block has begun and nothing is frozen.
+
+    Python 3.12 freezes objects of its own when it starts, and ``tests/conftest.py`` what was there by then, within a
+    block around all tests.
+    """
+    monkeypatch.setattr(heap, "_blocks", [])
+    before = gc.get_threshold()
     gc.unfreeze()
+    gc.set_threshold(700, 10, 10)
     yield
+    gc.set_threshold(*before)
     gc.collect()
     gc.freeze()
 
