@@ -29,7 +29,7 @@ from hetegen_compile.planned import BucketPlan
 from hetegen_compile.planner import Planner
 from hetegen_compile.schedule import Schedule
 from hetegen_compile.segments import inductor_compiler, plain_compiler
-from tests.backend.budgets import forward, needed_bytes
+from tests.backend.budgets import Kept, forward, needed_bytes
 from tests.backend.modules import BUDGET, WIDTH, Mlp, random
 from tests.models.architectures import ARCHITECTURES, generate, prompts, tiny_model
 from tests.models.harness import (
@@ -47,11 +47,11 @@ def test_no_budget_is_exceeded(architecture: str) -> None:
     """At several budgets and batch sizes; the accelerator raises if a byte too many is held, and nothing did."""
     model = tiny_model(architecture, layers=1)
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    needed = needed_bytes(model, lambda: forward(model, prompts(3)), split="auto")
+    kept = Kept(model)
+    needed = needed_bytes(kept, lambda: forward(model, prompts(3)), split="auto")
     for budget, batch in ((needed, 3), (needed + weights // 3, 1)):
-        torch._dynamo.reset()
-        backend, known = RecordingBackend(), hetegen_compile.schedules()
-        model.compile(backend=backend, options=emulated(gpu_memory=budget, split="auto"))
+        known = hetegen_compile.schedules()
+        kept.compile(gpu_memory=budget, split="auto")
         for _ in range(2):
             forward(model, prompts(batch))
         (schedule,) = new_schedules(known)
@@ -63,10 +63,9 @@ def test_no_budget_is_exceeded(architecture: str) -> None:
 def test_peak_and_plan_agree() -> None:
     """What is planned is not much more than what is used: a budget that holds twice too much would be no figure."""
     model, inputs = tiny_model("llama", layers=4), prompts(1)
-    needed = needed_bytes(model, lambda: forward(model, inputs))
-    torch._dynamo.reset()
-    backend = RecordingBackend()
-    model.compile(backend=backend, options=emulated(gpu_memory=2 * needed))
+    kept = Kept(model)
+    needed = needed_bytes(kept, lambda: forward(model, inputs))
+    backend = kept.compile(gpu_memory=2 * needed)
     forward(model, inputs)
     (graph,) = backend.graphs
     (plan,) = graph.plans
@@ -192,9 +191,9 @@ ATTENTION_SCRATCH_BYTES = 1 << 20
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_segments_allocate_no_more_than_planned(architecture: str, compiler: Any) -> None:
     model, inputs, measured = tiny_model(architecture), prompts(4), MeasuredSegments(compiler)
-    needed = needed_bytes(model, lambda: forward(model, inputs))
-    torch._dynamo.reset()
-    model.compile(backend=RecordingBackend(measured), options=emulated(gpu_memory=needed, seed=changing_seed()))
+    kept = Kept(model)
+    needed = needed_bytes(kept, lambda: forward(model, inputs))
+    kept.compile(RecordingBackend(measured), gpu_memory=needed, seed=changing_seed())
     for _ in range(2):
         forward(model, inputs)
     assert len(measured.measured) >= 4
@@ -274,14 +273,12 @@ def test_every_budget_from_the_smallest_to_the_whole_model_has_a_plan(
 def test_what_verification_finds_beyond_the_plan_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Activations that the plan counts too low take the place of weights instead of being refused."""
     model, inputs = tiny_model("llama", layers=1), prompts(2)
-    expected = forward(model, inputs)
-    needed = needed_bytes(model, lambda: forward(model, inputs))
+    expected, kept = forward(model, inputs), Kept(model)
+    needed = needed_bytes(kept, lambda: forward(model, inputs))
     peak_bytes = MemoryNeed.peak_bytes
     monkeypatch.setattr(MemoryNeed, "peak_bytes", lambda need, nbytes: peak_bytes(need, nbytes) * 3 // 4)
-    torch._dynamo.reset()
-    backend = RecordingBackend()
     budget = needed * 5 // 4
-    model.compile(backend=backend, options=emulated(gpu_memory=budget))
+    backend = kept.compile(gpu_memory=budget)
     torch.testing.assert_close(forward(model, inputs), expected, rtol=1e-4, atol=1e-5)
     (graph,) = backend.graphs
     (plan,) = graph.plans

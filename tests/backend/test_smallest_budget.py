@@ -10,7 +10,7 @@ from torch import Tensor
 
 import hetegen_compile
 from hetegen_compile.errors import BudgetError
-from tests.backend.budgets import forward, needed_bytes
+from tests.backend.budgets import Kept, forward, needed_bytes
 from tests.models.architectures import PROMPT, generate, prompts, tiny_model
 from tests.models.harness import RecordingBackend, emulated, new_schedules
 
@@ -21,15 +21,12 @@ TOKENS = 5
 @pytest.mark.parametrize(("architecture", "split"), [("gpt2", "auto"), ("llama", 0.5)])
 def test_the_smallest_budget_is_enough_and_one_byte_less_is_not(architecture: str, split: Any) -> None:
     model, inputs = tiny_model(architecture, layers=1), prompts(2)
-    expected = forward(model, inputs)
-    needed = needed_bytes(model, lambda: forward(model, inputs), split=split)
-    torch._dynamo.reset()
-    model.compile(backend=RecordingBackend(), options=emulated(gpu_memory=needed - 1, split=split))
+    expected, kept = forward(model, inputs), Kept(model)
+    needed = needed_bytes(kept, lambda: forward(model, inputs), split=split)
+    kept.compile(gpu_memory=needed - 1, split=split)
     with pytest.raises(BudgetError, match=str(needed)):
         forward(model, inputs)
-    torch._dynamo.reset()
-    backend, known = RecordingBackend(), hetegen_compile.schedules()
-    model.compile(backend=backend, options=emulated(gpu_memory=needed, split=split))
+    backend, known = kept.compile(gpu_memory=needed, split=split), hetegen_compile.schedules()
     for _ in range(2):
         torch.testing.assert_close(forward(model, inputs), expected, rtol=1e-4, atol=1e-5)
     (schedule,) = new_schedules(known)
@@ -63,15 +60,12 @@ def test_the_smallest_budget_is_enough_for_all_that_is_stated(
     def run() -> list[Tensor]:
         return [generate(model, prompts(batch), cache, tokens)["sequences"] for batch in batches]
 
-    expected = run()
-    needed = needed_bytes(model, run, split="auto", **stated)
-    torch._dynamo.reset()
-    backend = RecordingBackend()
-    model.compile(backend=backend, options=emulated(gpu_memory=needed, split="auto", **stated))
+    expected, kept = run(), Kept(model)
+    needed = needed_bytes(kept, run, split="auto", **stated)
+    backend = kept.compile(gpu_memory=needed, split="auto", **stated)
     assert all(map(torch.equal, run(), expected))
     assert 0 < backend.accelerator.counters.peak_bytes <= needed
-    torch._dynamo.reset()
-    model.compile(backend=RecordingBackend(), options=emulated(gpu_memory=int(needed * refused), split="auto"))
+    kept.compile(gpu_memory=int(needed * refused), split="auto")
     with pytest.raises(BudgetError):
         run()
 
@@ -84,17 +78,15 @@ LONG = 80
 def test_a_window_needs_no_more_for_a_longer_context(architecture: str, layers: int) -> None:
     """The first forward, a short prompt's, names a budget that is enough for all steps, and not for a cache of all."""
     model = tiny_model(architecture, layers)
-    tokens = LONG - PROMPT
+    kept, tokens = Kept(model), LONG - PROMPT
 
     def needed(context: int) -> int:
-        return needed_bytes(model, lambda: generate(model, prompts(1), None, tokens), split="auto", context=context)
+        return needed_bytes(kept, lambda: generate(model, prompts(1), None, tokens), split="auto", context=context)
 
     short, long = needed(LONG // 2), needed(LONG)
     per_token = 8 * 2 * 16 * 4  # of a layer that keeps all: as it comes and goes, and what attention makes of it
     assert long - short <= (LONG // 2) * (layers - 1) * 2 * per_token
-    torch._dynamo.reset()
-    backend = RecordingBackend()
-    model.compile(backend=backend, options=emulated(gpu_memory=long, split="auto", context=LONG))
+    backend = kept.compile(gpu_memory=long, split="auto", context=LONG)
     both = model, tiny_model(architecture, layers)
     found, expected = [generate(one, prompts(1), None, tokens)["sequences"] for one in both]
     assert torch.equal(found, expected)
