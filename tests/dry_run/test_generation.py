@@ -14,8 +14,9 @@ from transformers import BambaConfig, Gemma2Config, LlamaConfig, MistralConfig, 
 
 from hetegen_compile import plan_generation
 from hetegen_compile.cost_model import load_profile, profile_to_json
-from hetegen_compile.dry_run import GenerationPlan
-from hetegen_compile.dry_run.models import named_model
+from hetegen_compile.dry_run import GenerationPlan, generation
+from hetegen_compile.dry_run.forwards import TracedGeneration, trace_generation
+from hetegen_compile.dry_run.models import NamedModel, named_model
 from hetegen_compile.dry_run.report import generation_json, generation_report
 from hetegen_compile.dry_run.times import contexts_of, sum_of_steps
 from hetegen_compile.errors import BudgetError, HardwareProfileError, OptionError, UnsupportedModelError
@@ -29,6 +30,24 @@ PARAMETERS = 2 * (2 * 2048 * 2048 + 2 * 2048 * 512 + 3 * 2048 * 5632 + 2 * 2048)
 CACHE_BYTES = 2 * 2 * 512 * 2
 """Of one token: layers, keys and values, width, float16."""
 A10 = "a10-xeon"
+
+
+_TRACED: dict[Any, TracedGeneration] = {}
+
+
+@pytest.fixture(autouse=True)
+def each_model_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of a plan is Dynamo's tracing, which is the same for every budget and split."""
+
+    def traced(named: NamedModel, prompt: int, batch: int, **how: Any) -> TracedGeneration:
+        module: Any = named.module
+        tensors = [(name, t.shape, t.dtype, t.device) for name, t in module.state_dict().items()]
+        key = (type(module), repr(module.config), *tensors, prompt, batch, *sorted(how.items()))
+        if key not in _TRACED:
+            _TRACED[key] = trace_generation(named, prompt, batch, **how)
+        return _TRACED[key]
+
+    monkeypatch.setattr(generation, "trace_generation", traced)
 
 
 @cache
