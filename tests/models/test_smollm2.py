@@ -13,7 +13,7 @@ from hetegen_compile.segments import inductor_compiler, plain_compiler
 from tests.models.harness import compiled_like_eager, emulated, through_inductor
 
 QUESTIONS = ["What is the capital of France?", "Name three rivers, and say in which country each of them ends.", "Hi!"]
-NEW_TOKENS = 32
+NEW_TOKENS = 16
 BUDGET = "200MiB"
 """Of about 513 MiB. With it the cost model itself (split="auto") leaves rows on the host and streams others."""
 
