@@ -35,7 +35,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # what Dynamo measures of each graph's guards, with a flush of all caches, goes into logs that nobody reads
-guards.profile_guard_manager = lambda *_: 0.0  # type: ignore[assignment]
+guards.profile_guard_manager = lambda *_: 0.0  # type: ignore[attr-defined]
 
 _heap = contextlib.ExitStack()
 

@@ -19,6 +19,7 @@ from hetegen_compile.accelerators.base import Op, call_on_host
 from hetegen_compile.accelerators.emulated import ahead
 from hetegen_compile.cost_model import load_profile, profile_to_json
 from hetegen_compile.overrides import override_issue_ahead
+from tests.backend.budgets import Kept
 from tests.backend.modules import BUDGET, Mlp, around, plain, random
 from tests.models.architectures import generate, prompts, tiny_model
 from tests.models.harness import RecordingBackend, assert_offloaded, emulated, half_the_weights, new_schedules
@@ -48,11 +49,9 @@ def test_generation_is_the_same_for_every_seed_and_as_in_turn(name: str, cache: 
     model, inputs = tiny_model(name), prompts(1)
     options = emulated(gpu_memory=half_the_weights(model), seed=0)
     expected = generate(model, inputs, cache, tokens=TOKENS)
-    found, known = [], hetegen_compile.schedules()
+    found, kept, known = [], Kept(model), hetegen_compile.schedules()
     for it_is in (False, True):
-        torch._dynamo.reset()
-        backend = RecordingBackend()
-        model.compile(backend=backend, options={**options, "issue_ahead": it_is})
+        backend = kept.compile(**options, issue_ahead=it_is)
         found.append(generate(model, inputs, cache, tokens=TOKENS))
         assert any("deliver(" in source for source in sources(backend)) == it_is
     accelerator = backend.accelerator

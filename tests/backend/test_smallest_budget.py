@@ -55,7 +55,8 @@ def test_the_smallest_budget_is_enough_for_all_that_is_stated(
     The share ``refused`` of it is not enough, even where nothing is stated and each step is planned as it comes: it is
     less where prompts of a number of sequences are foreseen that was not seen yet.
     """
-    model, stated = tiny_model(architecture, layers=1), {"context": PROMPT + tokens, "max_batch": max(batches)}
+    model = tiny_model(architecture, layers=1)
+    stated: dict[str, Any] = {"context": PROMPT + tokens, "max_batch": max(batches)}
 
     def run() -> list[Tensor]:
         return [generate(model, prompts(batch), cache, tokens)["sequences"] for batch in batches]
