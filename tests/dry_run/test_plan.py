@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch._C._dynamo import eval_frame
 from torch._dynamo import pgo
 
 import hetegen_compile
+from hetegen_compile.dry_run import planning
+from hetegen_compile.dry_run.trace import TracedForward, trace
 from hetegen_compile.errors import BudgetError, HardwareProfileError, OptionError, UnsupportedModelError
 from hetegen_compile.schedule import Schedule
 from tests.dry_run.configs import MODELS, make
@@ -72,7 +75,18 @@ def test_a_plan_of_a_model_on_meta_is_that_of_the_real_one(name: str) -> None:
 
 
 @pytest.mark.parametrize(("hardware", "more"), [("rtx4090-desktop", True), ("cpu-emulated", False)])
-def test_a_gpu_is_planned_with_its_room_for_the_largest_value_once_more(hardware: str, more: bool) -> None:
+def test_a_gpu_is_planned_with_its_room_for_the_largest_value_once_more(
+    hardware: str, more: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = cache(lambda: trace(*arguments))  # the same for each plan
+    arguments: list[Any] = []
+
+    def once(*given: Any) -> TracedForward:
+        arguments[:] = arguments or given
+        return traced()
+
+    monkeypatch.setattr(planning, "trace", once)
+
     def activations(**options: object) -> int:
         given = {**options_for("llama"), "gpu_memory": "4MiB", "split": 0.5, "hardware": hardware, **options}
         return hetegen_compile.plan(make("llama", "meta"), input_ids=ids(), options=given).budget["activations"]
