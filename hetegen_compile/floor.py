@@ -28,7 +28,7 @@ from hetegen_compile.floor_path import Blocks, Order, by_trip, chain_of, longest
 from hetegen_compile.floor_ring import short_ring_s
 from hetegen_compile.ir import info
 from hetegen_compile.passes.annotate_costs import dtype_name
-from hetegen_compile.passes.choose_splits import linears_of, lost_feed_s, pairable_blocks
+from hetegen_compile.passes.choose_splits import linears_of, pairable_blocks
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import NodeCost
 from hetegen_compile.passes.issue_ahead import issues_ahead
@@ -127,7 +127,7 @@ def _linear_alone(node: fx.Node, context: Context) -> Trip:
         link_s=offloaded * _least_feed_s(node, cost, context),
         accelerator_s=cost.accelerator_s + 2 * launch_s,  # a product more, if any rows are streamed, and the join
         accelerator_saved_s=offloaded * cost.accelerator_s + launch_s,
-        lost_s=offloaded * lost_feed_s(node, cost, context),
+        lost_s=0.0 if _is_staged(node, context) else offloaded * cost.link_lost_s,
     )
 
 
@@ -155,13 +155,17 @@ def _least_host_s(node: fx.Node, cost: NodeCost, context: Context) -> float:
 
 def _least_feed_s(node: fx.Node, cost: NodeCost, context: Context) -> float:
     """The link bringing all rows in parts of whatever size moves fastest, by way of the pinned ring if staged."""
-    weight: fx.Node = node.args[1]  # type: ignore[assignment]
     sizes = {size for size, _ in context.profile.link.up.pinned.points}
     sizes = _up_to(sizes, cost)
     byte_s = min(upload_s(context.profile, size) / size for size in sizes)
-    if weight.name in context.staged:
+    if _is_staged(node, context):
         byte_s = max(byte_s, 1.0 / context.profile.pin_bytes_per_s)
     return byte_s * cost.weight_bytes
+
+
+def _is_staged(node: fx.Node, context: Context) -> bool:
+    weight: fx.Node = node.args[1]  # type: ignore[assignment]
+    return weight.name in context.staged
 
 
 def _up_to(sizes: Iterable[float], cost: NodeCost) -> set[float]:

@@ -11,10 +11,11 @@ intermediate is there before the host's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import fx
 
-from hetegen_compile.cost_model import Trip, relax
+from hetegen_compile.cost_model import Chain, Trip, relax
 from hetegen_compile.floor_path import Blocks, Order, Stretch, chain_of
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes.context import Context, require
@@ -44,7 +45,13 @@ def short_ring_s(
         issuing_s = sum(issued_s[node] for node in needed)
         return max(issuing_s, sum(one.least_s for one in path[:i]))
 
-    return max((until_s(i) + relax(chain_of(path[i:]), ring_s).bound_s for i in some), default=0.0)
+    return max((until_s(i) + relax(_behind(path[i:]), ring_s).bound_s for i in some), default=0.0)
+
+
+def _behind(path: Sequence[Stretch]) -> Chain:
+    """The rest of a path; what its host parts read may cost the link time before it, so none of that counts."""
+    chain = chain_of(path)
+    return replace(chain, trips=tuple(replace(trip, lost_s=0.0) for trip in chain.trips))
 
 
 def _ring_s(linears: Mapping[fx.Node, Trip], context: Context) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from hetegen_compile.errors import AcceleratorMemoryError, clear_frames
@@ -43,7 +44,7 @@ def _run_noted(runtime: Runtime, plan: StepPlan, inputs: Sequence[Any]) -> Any:
     steps = len(plan.schedule.step_times_s)
     tracing = steps == 1 + bool(plan.bound.carried)  # after warming up: with everything carried in the third
     try:
-        with quiet(accelerator.device), below_autograd():
+        with quiet(accelerator.device), below_autograd() if plan.below_autograd else nullcontext():
             started = time.perf_counter()
             if tracing:
                 accelerator.trace(True)

@@ -14,6 +14,7 @@ from hetegen_compile.captured_graph import CapturedGraph
 from hetegen_compile.passes.claims import weight_key
 from hetegen_compile.passes.context import require
 from hetegen_compile.planned import ScheduledStep, Sizes
+from hetegen_compile.quiet import only_torchs_operations
 from hetegen_compile.room import Room
 from hetegen_compile.runtime import Runtime
 from hetegen_compile.schedule import Schedule
@@ -30,6 +31,7 @@ class StepPlan:
         budget_bytes: what it was made for, without what the device's libraries take and what was not foreseen.
         limit_bytes: what its steps may hold.
         epoch: of the ledger when all of this was last looked at.
+        below_autograd: whether its operations may skip that part of the dispatcher.
     """
 
     bound: BoundStep
@@ -42,6 +44,7 @@ class StepPlan:
     budget_bytes: int
     limit_bytes: int
     epoch: int
+    below_autograd: bool
 
     @classmethod
     def of(cls, graph: CapturedGraph, planned: ScheduledStep, runtime: Runtime, inputs: Sequence[Any]) -> StepPlan:
@@ -61,6 +64,7 @@ class StepPlan:
             budget_bytes=context.usable_bytes,
             limit_bytes=context.limit_bytes,
             epoch=runtime.ledger.epoch,
+            below_autograd=only_torchs_operations(graph.module),
         )
         plan._look_up(runtime, inputs)
         return plan

@@ -8,6 +8,7 @@ it. Streamed rows that exceed a slot are cut into chunks, each with a prefetch o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import fx
 
@@ -125,12 +126,14 @@ def feed_s(linear: fx.Node, cost: NodeCost, context: Context) -> float:
 
 
 def lost_feed_s(linear: fx.Node, cost: NodeCost, context: Context) -> float:
-    """What ``feed_s`` of others is longer by while the host reads a Linear's whole weight.
+    """What feeding others is longer by while the host reads a Linear's whole weight.
 
-    None if that would be staged: then the pin thread is the slower of the two.
+    Where weights are staged the pin thread may be slower than a link that loses time: then nothing, or less.
     """
     weight: fx.Node = linear.args[1]  # type: ignore[assignment]
-    return 0.0 if weight.name in context.staged else cost.link_lost_s
+    if weight.name not in context.staged:
+        return cost.link_lost_s
+    return max(0.0, cost.link_s + cost.link_lost_s - feed_s(linear, cost, context))
 
 
 def best_split(
@@ -147,13 +150,21 @@ def best_split(
         rows=rows,
         host_fixed_s=profile.fixed_s_per_split,
         host_s_per_row=cost.host_s / rows,
-        link_s_per_row=cost.link_s / profile.link.contention / rows,
+        link_s_per_row=cost.link_s / profile.link.contention / rows,  # beside the host
         accelerator_s_per_row=cost.accelerator_s / rows,
         pin_s_per_row=cost.weight_bytes / rows / profile.pin_bytes_per_s if staged else 0.0,
         resident_rows=resident_rows,
         contention=cost.contention,
     )
-    return solve_split(problem, row_granularity(rows))
+    step = row_granularity(rows)
+    found = solve_split(problem, step)
+    if profile.link.contention < 1.0:
+        streamed = solve_split(replace(problem, host_fixed_s=_NEVER_S, link_s_per_row=cost.link_s / rows), step)
+        return min(streamed, found, key=lambda one: one.makespan_s)
+    return found
+
+
+_NEVER_S = 1e9  # of fixed costs: nothing is on the host
 
 
 def forced_split(context: Context) -> bool:

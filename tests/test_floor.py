@@ -268,5 +268,37 @@ def test_a_link_that_the_host_slows_is_slow_while_the_host_computes() -> None:
     assert floor(slowed.module, idle).seconds == pytest.approx(floor(free.module, alone).seconds, rel=0.01)
 
 
+@pytest.mark.parametrize("flops_per_s", [1e12, 2e12, 4e12])
+def test_what_the_host_reads_may_cost_the_link_time_long_before(flops_per_s: float) -> None:
+    """The simulation makes all prefetches longer by the same: those of layers, too, behind which a table is read."""
+    width, rows = 1024, 32768
+    layers = [nn.Linear(width, width, bias=False) for _ in range(8)]
+    head = nn.Linear(width, rows, bias=False)
+
+    def function(x: Tensor) -> Tensor:
+        for layer in layers:
+            y = layer(x)
+            y = y.T * y
+            x = torch.matmul(y, y)[:1].softmax(-1)
+        result: Tensor = head(x).softmax(-1)
+        return result
+
+    accelerator = replace(PROFILE.accelerator, flops_per_s=dict.fromkeys(PROFILE.accelerator.flops_per_s, flops_per_s))
+    profile = replace(PROFILE, link=replace(PROFILE.link, contention=0.5), accelerator=accelerator)
+    found = planned(function, torch.zeros(1, width), plan=streamed, ring_bytes=1 << 25, profile=profile)
+    residency = replace(require(found.context.residency, "choose_residency"), chunk_bytes=1 << 22)
+    context = replace(found.context, residency=residency)
+    linears = linears_of(found.module)
+    (last,) = (position for position, node in linears.items() if with_host_rows(node, 0, context).rows == rows)
+    steps = []
+    for sixteenths in range(7, 11):
+        splits = {position: with_host_rows(node, 0, context) for position, node in linears.items()}
+        splits[last] = with_host_rows(linears[last], rows * sixteenths // 16, context)
+        steps.append(Trials(found.module).step_s(context, splits))
+    bound = floor(found.module, context)
+    assert bound.seconds <= min(steps) <= 1.1 * bound.seconds
+    assert bound.bound == "path"
+
+
 def context_with(base: BucketPlan, split: float) -> Context:
     return replace(base.context, options=replace(base.context.options, split=split), splits=None)

@@ -1,6 +1,6 @@
-"""The caller's grad mode, inference mode and CPU autocast state, re-entered by a worker thread.
+"""The caller's modes of torch (gradients, inference, CPU autocast, below autograd), re-entered by a worker thread.
 
-All three are per thread: a worker that does not re-enter them computes in fp32 what its caller autocasts.
+All are per thread: a worker that does not re-enter them computes in fp32 what its caller autocasts.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ class Modes(NamedTuple):
     inference: bool
     autocast: bool
     autocast_dtype: torch.dtype
+    below_autograd: bool = False
 
     @classmethod
     def current(cls) -> Modes:
@@ -27,6 +28,7 @@ class Modes(NamedTuple):
             torch.is_inference_mode_enabled(),
             torch.is_autocast_enabled("cpu"),
             torch.get_autocast_dtype("cpu"),
+            torch._C._dispatch_tls_local_exclude_set().has(torch._C.DispatchKey.AutogradFunctionality),
         )
 
 
@@ -53,6 +55,8 @@ class EnteredModes:
         self._stack.close()
         self._stack.enter_context(torch.inference_mode(modes.inference))
         self._stack.enter_context(torch.set_grad_enabled(modes.grad))
+        if modes.below_autograd:
+            self._stack.enter_context(torch._C._AutoDispatchBelowAutograd())
         if modes.autocast:
             # the cache of casts would outlive in-place updates of what it cast
             dtype = modes.autocast_dtype

@@ -98,6 +98,7 @@ def _calibrate_cuda(effort: Effort, step: Step) -> HardwareProfile:
         meter = CudaMeter(device, effort, CudaSizes())
         figures = measure_cuda(meter, step)
         step("gates")
+        torch.cuda.empty_cache()
         gates = gating.ask(device)  # nothing of this process uses the device meanwhile
         threads = torch.get_num_threads()
         threads = worker_threads(threads) if gates.gate_s else threads  # else the host's thread computes with all

@@ -16,7 +16,22 @@
 #define HETEGEN_INLINE inline __attribute__((always_inline))
 #define HETEGEN_UNROLL _Pragma("GCC unroll 8")
 
+#ifdef __linux__
+#include <sched.h>
+#include <unistd.h>
+#endif
+
 namespace {
+
+// Of the process's first thread; the calling thread may be bound to fewer.
+int64_t count_processors() {
+#ifdef __linux__
+  cpu_set_t set;
+  if (sched_getaffinity(getpid(), sizeof(set), &set) == 0) return CPU_COUNT(&set);
+#endif
+  return omp_get_num_procs();
+}
+const int64_t kProcessors = count_processors();  // counted once: who makes room and who computes have to agree
 
 using Vec = at::vec::Vectorized<float>;
 
@@ -28,7 +43,6 @@ constexpr int64_t kMostSums = 1 << 22;  // of all blocks
 constexpr int64_t kManySums = 1 << 17;  // sums of blocks from which further threads pay
 constexpr int64_t kShares = 24;         // chunks for each thread: the last ones are waited for
 constexpr int64_t kLeastPiece = 1024;   // bytes of a row that one thread reads, where rows are cut for more threads
-const int64_t kProcessors = omp_get_num_procs();  // that the process had when this was loaded: a thread may have fewer
 
 // Elements of T, `step` at a time: as float32 vectors.
 template <typename T>
@@ -85,13 +99,16 @@ struct DotOps<c10::BFloat16> : Bfloat16Dot {};
 class Items {
  public:
   Items(int64_t count, int64_t chunk) : count_(count), chunk_(chunk) {}
-  // Of one thread: its items in order. The next one is known, and taken, before the work on one begins.
+  // Of one thread: its items in order. The next one is taken before the work on one begins, so that it is known, while
+  // there is at least one more for each thread; the last ones are for whoever is free.
   class Mine {
    public:
-    explicit Mine(Items& all) : all_(all) {
-      take();
+    explicit Mine(Items& all) : all_(all), ahead_(all.count_ - all.chunk_ * omp_get_num_threads()) {}
+    bool more() {
+      if (next_ >= end_) take();
+      return next_ < end_;
     }
-    bool more() const {
+    bool next_is_known() const {
       return next_ < end_;
     }
     int64_t next() const {
@@ -99,7 +116,7 @@ class Items {
     }
     int64_t pop() {
       const int64_t item = next_++;
-      if (next_ == end_) take();
+      if (next_ >= end_ && all_.taken_.load(std::memory_order_relaxed) < ahead_) take();
       return item;
     }
 
@@ -109,7 +126,8 @@ class Items {
       end_ = std::min(next_ + all_.chunk_, all_.count_);
     }
     Items& all_;
-    int64_t next_, end_;
+    const int64_t ahead_;
+    int64_t next_ = 0, end_ = 0;
   };
 
  private:
@@ -193,7 +211,7 @@ void dot_linear(
 #pragma omp parallel if (m * n * k >= kParallel)
   for (Items::Mine mine(items); mine.more();) {
     const int64_t r = mine.pop() * R;
-    const T* then = mine.more() ? w + mine.next() * R * ldw : nullptr;
+    const T* then = mine.next_is_known() ? w + mine.next() * R * ldw : nullptr;
     dot_rows<T, R, U, one>(x, ldx, w + r * ldw, ldw, then, bias ? bias + r : nullptr, out + r, n, m, k);
   }
   for (int64_t r = tiles * R; r < n; ++r) {
@@ -342,7 +360,7 @@ void partial_linear(
   const std::vector<int64_t> starts = RowBlocks(m, n, k).starts(k);
   const int64_t blocks = int64_t(starts.size()) - 1;
   const bool parallel = m * n * k >= kParallel;
-  const int64_t wanted = parallel ? (m == 1 ? 1 : 4) * omp_get_max_threads() : 1;
+  const int64_t wanted = parallel ? (m == 1 ? 2 : 4) * omp_get_max_threads() : 1;
   const int64_t most = std::max<int64_t>(1, n * int64_t(sizeof(T)) / kLeastPiece);
   const int64_t width = piece_width(n, std::min(most, (wanted + blocks - 1) / blocks));
   const int64_t pieces = (n + width - 1) / width;
@@ -352,7 +370,7 @@ void partial_linear(
     const int64_t item = mine.pop(), b = item / pieces, lo = item % pieces * width;
     const int64_t r = starts[b], rows = starts[b + 1] - r, columns = std::min(width, n - lo);
     const int64_t then = mine.next();
-    const T* next = mine.more() ? w + starts[then / pieces] * ldw + then % pieces * width : nullptr;
+    const T* next = mine.next_is_known() ? w + starts[then / pieces] * ldw + then % pieces * width : nullptr;
     float* own = sums + b * m * n + lo;
     if (m == 1) {
       partial_sums<T, 8, tiled>(x + r, ldx, w + r * ldw + lo, ldw, next, own, n, m, columns, rows);

@@ -99,6 +99,20 @@ def test_a_step_is_below_autograd_and_its_writes_have_versions(monkeypatch: pyte
     assert found == {(True, False)}
 
 
+def test_a_custom_operator_has_autograd_around_it() -> None:
+    """One that is registered with autograd alone would not be found below it."""
+    with torch.library._scoped_library("hetegen_tests", "FRAGMENT") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: x * 2, "Autograd")
+        library.impl("twice", torch.empty_like, "Meta")
+
+        def body(before: Linear, after: Linear, x: Tensor) -> Tensor:
+            return after(torch.ops.hetegen_tests.twice(before(x)))
+
+        model = around(body)
+        compiled_like_eager(model, _run(model, random(3, 64)), options=emulated(gpu_memory=BUDGET))
+
+
 def test_dropout_does_nothing_in_evaluation() -> None:
     dropout = nn.Dropout(0.5).eval()
 

@@ -158,12 +158,16 @@ def test_the_balance_of_more_tokens_streams_more() -> None:
 LARGE = nn.Linear(1024, 4096)
 
 
-def test_best_split_is_never_worse_than_streaming_everything() -> None:
-    cost = NodeCost(0, 0, 4096, 1, host_s=3.0, accelerator_s=0.1, link_s=2.0)
+@pytest.mark.parametrize(("host_s", "contention"), [(3.0, 1.0), (3.0, 0.9), (20.0, 0.5)])
+def test_best_split_is_never_worse_than_streaming_everything(host_s: float, contention: float) -> None:
+    """With the whole link, which has it to itself where nothing is on the host."""
+    cost = NodeCost(0, 0, 4096, 1, host_s=host_s, accelerator_s=0.1, link_s=2.0)
     found = case(lambda x: x + 1, torch.zeros(1))
-    solution = best_split(1024, cost, found.context)
-    assert solution.makespan_s < 2.1
+    link = replace(found.context.profile.link, contention=contention)
+    solution = best_split(1024, cost, replace(found.context, profile=replace(found.context.profile, link=link)))
+    assert solution.makespan_s <= 2.1 * (1 + 1e-9)
     assert solution.host_rows + solution.streamed_rows == 1024
+    assert (solution.host_rows > 0) == (host_s == 3.0)
 
 
 # ---- embedding tables ---------------------------------------------------------------------------------------
