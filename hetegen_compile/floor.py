@@ -127,7 +127,7 @@ def _linear_alone(node: fx.Node, context: Context) -> Trip:
         link_s=offloaded * _least_feed_s(node, cost, context),
         accelerator_s=cost.accelerator_s + 2 * launch_s,  # a product more, if any rows are streamed, and the join
         accelerator_saved_s=offloaded * cost.accelerator_s + launch_s,
-        lost_s=0.0 if _is_staged(node, context) else offloaded * cost.link_lost_s,
+        lost_s=0.0 if _is_staged(node, context) else offloaded * cost.link_lost_s,  # the pin thread may be slower
     )
 
 

@@ -65,7 +65,7 @@ class Attempt:
         link_s = chain.link_s(self.shares)
         busy_s = max(self.prediction.busy_s.get(lane, 0.0) for lane in ("up", "pin"))
         streams = any(trip.link_s and share < 1.0 for trip, share in zip(chain.trips, self.shares, strict=True))
-        longer = _with_link(chain, busy_s / link_s) if streams and link_s > 0 else chain
+        longer = _with_link(chain, busy_s / link_s) if streams else chain
         rest_s = self.prediction.beside_link_s - chain.path_s(self.shares)
         return replace(longer, serial_s=max(0.0, chain.serial_s + rest_s))
 

@@ -130,9 +130,6 @@ def lost_feed_s(linear: fx.Node, cost: NodeCost, context: Context) -> float:
 
     Where weights are staged the pin thread may be slower than a link that loses time: then nothing, or less.
     """
-    weight: fx.Node = linear.args[1]  # type: ignore[assignment]
-    if weight.name not in context.staged:
-        return cost.link_lost_s
     return max(0.0, cost.link_s + cost.link_lost_s - feed_s(linear, cost, context))
 
 

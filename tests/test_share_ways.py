@@ -42,6 +42,14 @@ def test_a_link_that_takes_longer_than_the_chain_says_does_so_in_proportion() ->
     assert corrected.serial_s == 2.0
 
 
+def test_where_nothing_is_streamed_the_link_is_left_as_it_was() -> None:
+    """It lost time to the host, says the chain; but there was nothing to be late."""
+    chain = Chain((replace(TRIP, lost_s=2.0),), serial_s=2.0)
+    assert chain.link_s((1.0,)) == 2.0
+    prediction = Prediction({}, {}, {}, 6.0, {"host": 4.25}, 6.0)
+    assert Attempt(Way([], chain, frozenset({0})), (1.0,), prediction).corrected().trips == chain.trips
+
+
 def test_each_variation_changes_one_thing_and_no_trips() -> None:
     best = attempt(step_s=9.0, link_s=8.0, beside_link_s=9.0)
     for variation in {variation for line in VARIATIONS for variation in line}:

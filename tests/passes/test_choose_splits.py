@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from hetegen_compile.cost_model import SplitProblem, row_granularity, solve_split
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes import annotate_costs, choose_splits
-from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, table_only
+from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, linears_of, lost_feed_s, table_only
 from hetegen_compile.passes.findings import NodeCost
 from hetegen_compile.passes.plans import GROWTH, LinearPlan, Residency, Splits
-from tests.passes.graphs import PROFILE, Case, again, case, property_test
+from tests.passes.graphs import PROFILE, Case, again, case, planned, property_test
 
 ROWS = (1, 7, 100, 256, 1000)
 COLUMNS = 32
@@ -168,6 +168,22 @@ def test_best_split_is_never_worse_than_streaming_everything(host_s: float, cont
     assert solution.makespan_s <= 2.1 * (1 + 1e-9)
     assert solution.host_rows + solution.streamed_rows == 1024
     assert (solution.host_rows > 0) == (host_s == 3.0)
+
+
+@pytest.mark.parametrize(
+    ("staged", "pin_bytes_per_s", "expected"), [(False, 1e3, 0.5), (True, 4096 / 2.25, 0.25), (True, 1e3, 0.0)]
+)
+def test_a_pin_thread_that_is_slower_hides_what_the_link_loses(
+    staged: bool, pin_bytes_per_s: float, expected: float
+) -> None:
+    cost = NodeCost(0, 0, 4096, 1, host_s=3.0, accelerator_s=0.1, link_s=2.0, link_lost_s=0.5)
+    linear = nn.Linear(32, 32, bias=False)
+    found = planned(lambda x: linear(x), torch.zeros(1, 32))
+    (node,) = linears_of(found.module).values()
+    weight = node.all_input_nodes[1].name
+    profile = replace(found.context.profile, pin_bytes_per_s=pin_bytes_per_s)
+    context = replace(found.context, profile=profile, staged={weight: "no pages"} if staged else {})
+    assert lost_feed_s(node, cost, context) == pytest.approx(expected)
 
 
 # ---- embedding tables ---------------------------------------------------------------------------------------
