@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from hetegen_compile.host_memory import recycled
+from hetegen_compile.host_memory.growing import append
 from hetegen_compile.ir import info
-from hetegen_compile.passes.caches import CATS
+from hetegen_compile.passes.append_tokens import append_tokens
 from hetegen_compile.passes.tensors import tensors_in
 
 
 def host_function(node: fx.Node) -> Callable[..., Any]:
     """The function or method of a node; one that writes may be called with tensors made in inference mode."""
-    if node.target in CATS and node.kwargs.keys() <= {"dim"}:
-        return recycled.cat
+    if node.target is append_tokens:
+        return append
     if node.op == "call_method":
         method = str(node.target)
         function: Callable[..., Any] = lambda self, *args, **kwargs: getattr(self, method)(*args, **kwargs)  # noqa: E731

@@ -10,16 +10,12 @@ from torch import fx
 from hetegen_compile.baselines import baselines
 from hetegen_compile.floor import floor_s
 from hetegen_compile.ir import LINEAR, TO_ACCELERATOR, info
-from hetegen_compile.passes.caches import copied_caches
 from hetegen_compile.passes.context import Context, Refusal, require
 from hetegen_compile.passes.plans import RESIDENT
 from hetegen_compile.passes.unsplit_weights import weights_on_host
 from hetegen_compile.planned import DRY_RUN, BucketPlan
 from hetegen_compile.schedule import LinearSite, Schedule, schedule_rows
 from hetegen_compile.trials import Trials
-
-WORTH_TELLING = 0.1
-"""The least share of a step that copying caches is told of."""
 
 
 def report_on(base: BucketPlan, module: fx.GraphModule, context: Context, trials: Trials) -> Schedule:
@@ -32,8 +28,6 @@ def report_on(base: BucketPlan, module: fx.GraphModule, context: Context, trials
     tokens = f"{low} token{'s' if low > 1 else ''}" if high == low else f"{low} to {high} tokens"
     tokens = f"{low} tokens or more" if high is None else tokens
     sendings = module.graph.find_nodes(op="call_function", target=TO_ACCELERATOR)
-    launch_s = context.profile.host.launch_s  # of any operation, one on a cache of fixed size, too
-    copying_s = sum(prediction.work[node].seconds - launch_s for node in copied_caches(module.graph))
     whole = residency.budget[RESIDENT] if residency.whole_graph else 0
     where = DRY_RUN if base.kind == DRY_RUN else f"on {base.kind}"
     return Schedule(
@@ -53,7 +47,6 @@ def report_on(base: BucketPlan, module: fx.GraphModule, context: Context, trials
         whole_graph=residency.whole_graph,
         accelerator=base.kind,
         trips_ahead=sum(info(sent).ahead for sent in sendings),
-        copying_s=copying_s if copying_s >= WORTH_TELLING * prediction.step_s else 0.0,
     )
 
 

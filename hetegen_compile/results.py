@@ -20,6 +20,7 @@ from torch import fx
 from torch.torch_version import TorchVersion
 
 from hetegen_compile.ir import info, is_tensor
+from hetegen_compile.passes.append_tokens import append_tokens
 from hetegen_compile.passes.caches import is_new_cache
 from hetegen_compile.passes.windows import TOKENS
 
@@ -51,7 +52,7 @@ class Results:
         caches = {i: value for i, value in values.items() if is_new_cache(value, tokens)}
         return cls(
             varying={i: frozenset({value.dim() + TOKENS}) for i, value in caches.items()},
-            views=tuple(i for i, value in values.items() if value._is_view()),
+            views=tuple(i for i, value in values.items() if value._is_view() and nodes[i].target is not append_tokens),
         )
 
     def as_eager(self, results: Sequence[Any]) -> tuple[Any, ...]:

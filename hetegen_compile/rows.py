@@ -51,10 +51,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Totals:
-    """The bottom of the table: bytes of one step by where weights are consumed, and predicted seconds.
-
-    ``copying_s`` are the host's for making longer caches, which copies them.
-    """
+    """The bottom of the table: bytes of one step by where weights are consumed, and predicted seconds."""
 
     resident_bytes: int
     streamed_bytes: int
@@ -62,4 +59,3 @@ class Totals:
     predicted_step_s: float
     floor_s: float
     baselines: dict[str, float | None]
-    copying_s: float = 0.0

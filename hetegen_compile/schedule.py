@@ -25,7 +25,6 @@ from hetegen_compile.passes.plans import LinearPlan
 from hetegen_compile.passes.predict_step import WORKER
 from hetegen_compile.rows import Placement, Row, Totals
 from hetegen_compile.table import schedule_table
-from hetegen_compile.verdict import copying
 
 FITS = "everything fits, nothing is offloaded; the graph is compiled in one piece"
 
@@ -51,7 +50,6 @@ class Schedule:
         pinned_ring_bytes: length of the pinned ring that staged weights go through.
         accelerator: "cuda" or "emulated"; "dry run" where nothing runs; "" where all of it runs on the host.
         trips_ahead: how many trips of host parts are a worker's, ahead of which the rest of a step is issued.
-        copying_s: of the host in a step for copying caches that grow, where that is a tenth of the step or more.
         others: in a dry run, the schedules of the same forward's other graphs.
     """
 
@@ -78,7 +76,6 @@ class Schedule:
     step_times_s: list[float] = field(default_factory=list)
     accelerator: str = ""
     trips_ahead: int = 0
-    copying_s: float = 0.0
     others: tuple[Schedule, ...] = ()
 
     @property
@@ -95,7 +92,6 @@ class Schedule:
             predicted_step_s=self.predicted_step_s,
             floor_s=self.floor_s,
             baselines=dict(self.baselines),
-            copying_s=self.copying_s,
         )
         title = f"{self.title}: {FITS}" if self.whole_graph else self.title
         return schedule_table(self.rows, totals, title=title, unfold=unfold)
@@ -113,8 +109,6 @@ class Schedule:
         lines += [f"{row.module or row.node}: {_why(row, self.split)}{_shared(row, linears)}" for row in linears]
         if self.trips_ahead:
             lines.append(f"host parts of {self.trips_ahead} trips are a worker's: what needs them is issued meanwhile")
-        if self.copying_s:
-            lines.append(copying(self.copying_s, self.predicted_step_s))
         lines += self._host_memory_lines()
         lines += [f"left as it is: {refusal.where}: {refusal.reason}" for refusal in self.refusals]
         return "\n".join(lines)

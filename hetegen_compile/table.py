@@ -20,7 +20,7 @@ from tabulate import Line as Rule
 from hetegen_compile.fold import SOME_OF, Line, fold, unfolded
 from hetegen_compile.options import format_bytes
 from hetegen_compile.rows import Row, Totals
-from hetegen_compile.verdict import BASELINE_NAMES, copying, verdict
+from hetegen_compile.verdict import BASELINE_NAMES, verdict
 
 WIDTH = 120
 """Columns of text that the table keeps to; long module paths wrap."""
@@ -194,8 +194,7 @@ def _render_totals(totals: Totals) -> str:
         f"weights of one step: {format_bytes(totals.resident_bytes)} resident, "
         f"{format_bytes(totals.streamed_bytes)} streamed, {format_bytes(totals.host_bytes)} on the host"
     )
-    last = [verdict(ours, totals.baselines), *([copying(totals.copying_s, ours)] if totals.copying_s else [])]
-    return "\n\n".join([weights, table, "\n".join(last)])
+    return f"{weights}\n\n{table}\n\n{verdict(ours, totals.baselines)}"
 
 
 def _compared(seconds: float | None, ours: float) -> list[str]:

@@ -1,4 +1,4 @@
-"""What splitting buys on a machine, in one sentence, and what growing caches cost beside it in another."""
+"""What splitting buys on a machine, in one sentence: a plan's seconds against the same work done otherwise."""
 
 from __future__ import annotations
 
@@ -34,9 +34,3 @@ def verdict(ours_s: float, baselines: Mapping[str, float | None]) -> str:
     if gain > 1 - _SAME:
         return f"splitting buys nothing: {_BEST_IS[best]} ({BASELINE_NAMES[best]} is as fast)"
     return f"splitting loses: {BASELINE_NAMES[best]} is {1 / gain:.2f} times as fast"
-
-
-def copying(seconds: float, step_s: float) -> str:
-    """One sentence on caches that grow: ``seconds`` of the host for copying them, in a step of ``step_s``."""
-    milliseconds = f"{1e3 * seconds:.3g} ms of the host's time in this step of {1e3 * step_s:.3g} ms"
-    return f'caches that grow are copied in each step, {milliseconds}; cache_implementation="static" copies none'

@@ -22,6 +22,7 @@ from hetegen_compile.cost_model import (
     upload_s,
 )
 from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.passes.append_tokens import append_tokens, lies_by_token
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import Costs, NodeCost
 from hetegen_compile.passes.tensors import tensor_bytes, tensors_in, to_expr
@@ -68,10 +69,19 @@ def _other(node: fx.Node, context: Context) -> NodeCost:
         traffic_bytes=traffic,
         weight_bytes=0,
         tokens=0,
-        host_s=host_op_s(context.profile, dtype, flops, traffic),
+        host_s=host_op_s(context.profile, dtype, flops, host_traffic_bytes(node, context)),
         accelerator_s=accelerator_op_s(context.profile, dtype, flops, traffic),
         link_s=0.0,
     )
+
+
+def host_traffic_bytes(node: fx.Node, context: Context) -> float:
+    """Bytes that the host reads and writes for it: of a cache that lies token by token those of what is new."""
+    if node.target is append_tokens:
+        past, new = node.all_input_nodes
+        if info(past).value.dim() == 1 or lies_by_token(info(past).value):
+            return 2.0 * value_bytes(new, context)
+    return context.number(info(node).traffic_bytes)
 
 
 def dtype_name(value: object) -> str:

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, fx
 
 from hetegen_compile.ir import INPUT_OPS, info, written_storages
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.tensors import storage_id, tensor_bytes, tensors_in, to_expr
 from hetegen_compile.passes.windows import CACHE_DIMS, TOKENS, window_of
-
-CATS = frozenset({torch.cat, torch.concat, torch.concatenate})
-"""What makes a longer cache of a cache and what is new: a copy of all of it."""
 
 
 @dataclass(frozen=True)
@@ -94,15 +90,6 @@ def _returned(module: fx.GraphModule, context: Context) -> Iterator[tuple[int, C
                 yield key, Cache(nbytes, tokens, grows, kept, key in written)
 
 
-def copied_caches(graph: fx.Graph) -> list[fx.Node]:
-    """What makes longer ones, on the host, of caches that the graph is given."""
-    return [
-        node for node in graph.nodes
-        if node.target in CATS and info(node).side == "host"
-        and any(tensor.dim() >= CACHE_DIMS for given in node.all_input_nodes for tensor in given_tensors(given))
-    ]  # fmt: skip
-
-
 def caches_grow(module: fx.GraphModule, context: Context) -> bool:
     """Whether later forwards may bring longer caches than this one does."""
     ends = [node for node in module.graph.nodes if node.op in ("placeholder", "output")]
@@ -131,7 +118,4 @@ def shape_of(tensor: Tensor, context: Context) -> tuple[int, ...]:
     return tuple(n if isinstance(n, int) else int(context.number(to_expr(n))) for n in tensor.shape)
 
 
-__all__ = [
-    "CATS", "Cache", "Forward", "caches_grow", "copied_caches", "given_tensors", "is_new_cache", "returned_caches",
-    "shape_of",
-]  # fmt: skip
+__all__ = ["Cache", "Forward", "caches_grow", "given_tensors", "is_new_cache", "returned_caches", "shape_of"]

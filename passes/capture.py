@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from hetegen_compile.ir import GENERATOR, NodeInfo, annotate, info
+from hetegen_compile.passes.append_tokens import append_in_place
 from hetegen_compile.passes.aten_listener import AtenListener
 from hetegen_compile.passes.copy_before_writes import copy_before_writes
 from hetegen_compile.passes.equal_calls import EqualCalls
@@ -101,12 +102,27 @@ def capture(module: fx.GraphModule, inputs: Sequence[Any]) -> FakeTensorMode:
     _bind_python_floats(module)
     mode = fake_mode(module)
     check_devices(module, inputs)
-    propagate(module, inputs, mode)
+    _propagate_appending(module, inputs, mode)
     for rewrite in (unfold_attention, copy_before_writes, return_views):
         if rewrite(module.graph):
             module.recompile()
             propagate(module, inputs, mode)
     return mode
+
+
+def _propagate_appending(module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> None:
+    """Annotate every node, caches that grow laid out token by token unless the program cannot do with these strides."""
+    appending = append_in_place(module.graph)
+    module.recompile()
+    try:
+        propagate(module, inputs, mode)
+    except Exception as error:
+        if not appending:
+            raise
+        for one in appending:
+            one.undo(f"laid out token by token the program cannot read it ({str(error).splitlines()[0]})")
+        module.recompile()
+        propagate(module, inputs, mode)
 
 
 def propagate(module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> None:

@@ -19,6 +19,7 @@ from torch import fx
 
 from hetegen_compile.ir import INPUT_OPS, LINEAR, info, is_tensor, makers_of, writers_of
 from hetegen_compile.passes.annotate_costs import value_bytes
+from hetegen_compile.passes.append_tokens import COPIED
 from hetegen_compile.passes.autocast import autocast_regions, mixed_region
 from hetegen_compile.passes.choose_splits import table_only
 from hetegen_compile.passes.context import Context, HostOnlyGraphError, Refusal
@@ -66,7 +67,13 @@ class _Placer:
         )  # fmt: skip
         for reason in filter(None, reasons):
             raise HostOnlyGraphError(reason)
+        self._refuse_copied()
         return placement
+
+    def _refuse_copied(self) -> None:
+        for node in self._computing:
+            if COPIED in node.meta:
+                self._context.refuse(Refusal(node.name, f"a cache that is copied in each step: {node.meta[COPIED]}"))
 
     # ---- the host's side ---------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from hetegen_compile.cost_model import (
 )
 from hetegen_compile.cost_model.timeline import HOST, busy_s
 from hetegen_compile.ir import info
-from hetegen_compile.passes.annotate_costs import dtype_name, value_bytes
+from hetegen_compile.passes.annotate_costs import dtype_name, host_traffic_bytes, value_bytes
 from hetegen_compile.passes.aten_listener import FREE_ATEN
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import Prediction, Work
@@ -331,4 +331,4 @@ def _other_work(node: fx.Node, context: Context) -> Work:
     if info(node).side == "accelerator":
         return Work("accelerator", accelerator_op_s(context.profile, dtype, flops, traffic))
     free = FREE_ATEN.issuperset(info(node).aten)
-    return Work("host", 0.0 if free else host_op_s(context.profile, dtype, flops, traffic))
+    return Work("host", 0.0 if free else host_op_s(context.profile, dtype, flops, host_traffic_bytes(node, context)))

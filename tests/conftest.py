@@ -60,5 +60,6 @@ def _frozen_behind_each_module() -> Iterator[None]:
     A fifth of all tests' time was spent in going through them.
     """
     yield
+    torch._dynamo.reset()
     gc.collect()
     gc.freeze()

@@ -12,6 +12,7 @@ from hetegen_compile.dry_run.fakes import Fakes
 from hetegen_compile.dry_run.models import NamedModel
 from hetegen_compile.dry_run.trace import TracedForward, trace
 from hetegen_compile.errors import UnsupportedModelError
+from hetegen_compile.passes.append_tokens import lies_by_token
 
 
 @dataclass(frozen=True)
@@ -95,4 +96,5 @@ def _resize(layer: Any, tokens: int, fakes: Fakes) -> None:
 
 
 def _of_length(past: Tensor, tokens: int) -> Tensor:
-    return past.new_empty(*past.shape[:-2], tokens, past.shape[-1])
+    shape = (*past.shape[:-2], tokens, past.shape[-1])
+    return past.new_empty_strided(shape, past.stride()) if lies_by_token(past) else past.new_empty(shape)

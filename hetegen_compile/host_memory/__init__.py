@@ -4,8 +4,8 @@
     private file mapping that fits RAM    copied into one anonymous arena, which is pinned; the mapping is dropped
     anything else                         stays where it is; its rows go through the pinned ring
 
-What will be pinned in place is made huge pages of while the model is compiled (``huge_pages``). Caches that grow lie in
-memory that earlier ones gave back (``recycled``).
+What will be pinned in place is made huge pages of while the model is compiled (``huge_pages``).
+Caches that grow do so where they lie (``growing``).
 Nothing is ever held twice: an adopted tensor's pages of the mapping are dropped as its copy is made.
 """
 

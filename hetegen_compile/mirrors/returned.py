@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from hetegen_compile.accelerators.base import Value
+from hetegen_compile.geometry import is_dense
 from hetegen_compile.mirrors.fingerprints import SAMPLE_BYTES, EarlierSample
 from hetegen_compile.mirrors.identity import Geometry, weak_storage
 from hetegen_compile.mirrors.record import Held, Record
@@ -81,8 +82,8 @@ def can_be_noted(tensor: Tensor) -> bool:
     return (
         tensor._base is None
         and not tensor.is_inference()
-        and tensor.is_contiguous()
         and 0 < tensor.nbytes == tensor.untyped_storage().nbytes()
+        and (tensor.is_contiguous() or is_dense(tensor.shape, tensor.stride()))
     )
 
 
