@@ -22,7 +22,7 @@ from hetegen_compile.cost_model import (
     upload_s,
 )
 from hetegen_compile.ir import LINEAR, info
-from hetegen_compile.passes.append_tokens import append_tokens, lies_by_token
+from hetegen_compile.passes.append_tokens import append_tokens, grows_there
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import Costs, NodeCost
 from hetegen_compile.passes.tensors import tensor_bytes, tensors_in, to_expr
@@ -79,7 +79,7 @@ def host_traffic_bytes(node: fx.Node, context: Context) -> float:
     """Bytes that the host reads and writes for it: of a cache that lies token by token those of what is new."""
     if node.target is append_tokens:
         past, new = node.all_input_nodes
-        if info(past).value.dim() == 1 or lies_by_token(info(past).value):
+        if info(past).value.dim() == 1 or grows_there(node):
             return 2.0 * value_bytes(new, context)
     return context.number(info(node).traffic_bytes)
 

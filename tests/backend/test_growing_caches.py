@@ -44,11 +44,9 @@ def test_caches_grow_where_they_lie(architecture: str) -> None:
         assert lies_by_token(mine) is (architecture == "llama")
     assert all(torch.equal(tensor, before) for tensor, before in held), "whoever keeps one keeps what it was"
     assert (lay[0] == lay[-1]) is (architecture == "llama")
-    assert len(backend.graphs) == 2, "the prompt's and one for all steps"
-    decode = backend.graphs[-1].plans[-1]
-    (copies,) = {
-        row.op for row in decode.schedule.rows if row.placement == "host" and row.op in ("cat", "append_tokens")
-    }
+    assert len(backend.graphs) == {"llama": 2, "mistral": 3}[architecture]  # transformers branches on windows
+    rows = backend.graphs[-1].plans[-1].schedule.rows
+    (copies,) = {row.op for row in rows if row.placement == "host"} & {"cat", "append_tokens"}
     assert copies == ("append_tokens" if architecture == "llama" else "cat")
     assert_offloaded(backend, new_schedules(known), options)
 
@@ -79,9 +77,8 @@ def test_a_program_that_needs_other_strides_has_its_caches_copied_and_is_told() 
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, check_stride=True)
     (schedule,) = new_schedules(known)
-    assert (
-        "a cache that is copied in each step: laid out token by token the program cannot read it" in schedule.explain()
-    )
+    told = "a cache that is copied in each step: laid out token by token the program cannot read it"
+    assert told in schedule.explain()
     assert not backend.graphs[0].plans[0].schedule.whole_graph
 
 
