@@ -3,8 +3,9 @@
 Why: ``cat([past, new], -2)`` of [sequences, heads, tokens, width] puts each head's tokens together, and a longer cache
 lies otherwise than the one before it: each step copies all of it. With the tokens outermost in memory a longer cache
 begins as the shorter one does, and what is new goes behind that on the host (``host_memory/growing.py``). Sizes and
-values are the same, strides do not depend on the length, and Dynamo sees them when the cache comes back. Windows are
-left alone: they are cut from what is put together, at places that strides do not tell, and do not grow for long.
+values are the same, strides do not depend on the length, and Dynamo sees them when the cache comes back. Caches
+that came in otherwise (reordered for beams, given) go on as they are, and so do windows: they are cut from what is put
+together, at places that strides do not tell, and do not grow for long.
 
 Before:
 
@@ -95,7 +96,7 @@ def _parts(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     given_value, new_value = past.meta.get("example_value"), new.meta.get("example_value")
     if not isinstance(given_value, Tensor) or not isinstance(new_value, Tensor) or new_value.is_quantized:
         return None
-    is_given = past.op in INPUT_OPS and given_value.dim() == CACHE_DIMS
+    is_given = past.op in INPUT_OPS and lies_by_token(given_value)
     is_nothing = given_value.dim() == 1 and given_value.shape[0] == 0
     alike = new_value.dim() == CACHE_DIMS and given_value.dtype == new_value.dtype
     return (past, new) if alike and (is_given or is_nothing) else None

@@ -39,7 +39,7 @@ from hetegen_compile.ir import (
     lazy_module,
 )
 from hetegen_compile.linear_parts import whole_linear
-from hetegen_compile.passes.annotate_costs import value_bytes
+from hetegen_compile.passes.annotate_costs import value_size
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.levels import Levels
 from hetegen_compile.passes.plans import Placement
@@ -158,7 +158,6 @@ class _Grouper:
 
     def _segment_info(self, members: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> NodeInfo:
         notes = [info(node) for node in members]
-        border = sum(value_bytes(node, self._context) for node in (*inputs, *outputs))
         outside = frozenset[int]().union(*(info(node).storages for node in inputs))
         return NodeInfo(
             value=tuple(info(node).value for node in outputs),
@@ -166,7 +165,7 @@ class _Grouper:
             reads=outside,
             writes=frozenset[int]().union(*(note.writes for note in notes)) & outside,
             flops=sum((note.flops for note in notes), sympy.Integer(0)),
-            traffic_bytes=sympy.Integer(border),
+            traffic_bytes=sympy.Add(*map(value_size, (*inputs, *outputs))),
             module=_common_module([note.module for note in notes if note.module]),
             position=min(note.position for note in notes),
             side="accelerator",

@@ -68,7 +68,7 @@ class Flat(nn.Module):
 def test_a_program_that_needs_other_strides_has_its_caches_copied_and_is_told() -> None:
     torch.manual_seed(0)
     model, backend, known = Flat().eval(), RecordingBackend(), hetegen_compile.schedules()
-    x, past = torch.randn(1, 1, 64), torch.randn(1, 2, 5, 32)
+    x, past = torch.randn(1, 1, 64), append_tokens(torch.tensor([]), torch.randn(1, 2, 5, 32))
     options = emulated(gpu_memory=half_the_weights(model), split=0.5)
     with torch.no_grad():
         expected = model(x, past)
@@ -96,3 +96,21 @@ def test_the_host_is_charged_for_what_is_new() -> None:
     assert len(appended) == 2 * model.config.num_hidden_layers
     assert all(row.host_s < 2 * launch_s for row in appended)
     assert _keys(cache)[0].nbytes / 25e9 > 10 * launch_s, "the whole cache would take longer"
+
+
+def test_a_cache_that_came_in_otherwise_goes_on_as_it_is() -> None:
+    """Given by the caller, or reordered for beams: no step lays it out anew, so Dynamo sees one layout."""
+    model, backend, known = tiny_model("llama"), RecordingBackend(), hetegen_compile.schedules()
+    tokens = torch.randint(2, 256, (1, PROMPT + STEPS), generator=torch.Generator().manual_seed(1))
+    cache, expected = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    with torch.no_grad():
+        for one in (cache, expected):
+            model(tokens[:, :PROMPT], past_key_values=one)  # in eager: contiguous
+        right = [model(token, past_key_values=expected).logits for token in tokens[:, PROMPT:].split(1, dim=1)]
+        options = emulated(gpu_memory=half_the_weights(model), context=PROMPT + STEPS)
+        model.compile(backend=backend, options=options)
+        found = [model(token, past_key_values=cache).logits for token in tokens[:, PROMPT:].split(1, dim=1)]
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+    assert all(tensor.is_contiguous() and not lies_by_token(tensor) for tensor in _keys(cache))
+    assert len(backend.graphs) == 2, "for the first length, and for all"
+    assert_offloaded(backend, new_schedules(known), options)
