@@ -78,7 +78,7 @@ def _other(node: fx.Node, context: Context) -> NodeCost:
 def host_traffic_bytes(node: fx.Node, context: Context) -> float:
     """Bytes that the host reads and writes for it: of a cache that lies token by token those of what is new."""
     if node.target is append_tokens:
-        past, new = node.all_input_nodes
+        past, new = node.all_input_nodes  # two: a cache is not appended to itself
         if info(past).value.dim() == 1 or grows_there(node):
             return 2.0 * value_bytes(new, context)
     return context.number(info(node).traffic_bytes)

@@ -80,7 +80,7 @@ def lies_by_token(tensor: Tensor) -> bool:
 
 def grows_there(node: fx.Node) -> bool:
     """Whether what ``append_tokens`` makes of a given cache needs no copy of it."""
-    return lies_by_token(info(node.all_input_nodes[0]).value)
+    return lies_by_token(info(node.args[0]).value)  # type: ignore[arg-type]
 
 
 def _parts(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -99,7 +99,7 @@ def _parts(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     is_given = past.op in INPUT_OPS and lies_by_token(given_value)
     is_nothing = given_value.dim() == 1 and given_value.shape[0] == 0
     alike = new_value.dim() == CACHE_DIMS and given_value.dtype == new_value.dtype
-    return (past, new) if alike and (is_given or is_nothing) else None
+    return (past, new) if alike and past is not new and (is_given or is_nothing) else None
 
 
 __all__ = ["COPIED", "Appending", "append_in_place", "append_tokens", "grows_there", "lies_by_token"]

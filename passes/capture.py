@@ -31,6 +31,9 @@ from hetegen_compile.passes.return_views import return_views
 from hetegen_compile.passes.sources import module_path
 from hetegen_compile.passes.tensors import storage_id, tensors_in
 from hetegen_compile.passes.unfold_attention import unfold_attention
+from hetegen_compile.quiet import only_torchs_operations
+
+_READ_MEMORY = frozenset({"as_strided", "as_strided_", "as_strided_copy", "as_strided_scatter", "set_"})
 
 _COSTS = ("flops", "traffic_bytes", "made_bytes")
 
@@ -114,15 +117,36 @@ def _propagate_appending(module: fx.GraphModule, inputs: Sequence[Any], mode: Fa
     """Annotate every node, caches that grow laid out token by token unless the program cannot do with these strides."""
     appending = append_in_place(module.graph)
     module.recompile()
+    reason = None
     try:
         propagate(module, inputs, mode)
     except Exception as error:
         if not appending:
             raise
+        reason = f"laid out token by token the program cannot read it ({str(error).splitlines()[0]})"
+    if not appending:
+        return
+    reason = reason or _told_by_strides(module)
+    if reason is not None:
         for one in appending:
-            one.undo(f"laid out token by token the program cannot read it ({str(error).splitlines()[0]})")
+            one.undo(reason)
         module.recompile()
         propagate(module, inputs, mode)
+
+
+def _told_by_strides(module: fx.GraphModule) -> str | None:
+    """Why other strides of a cache may change what the program computes; None: they do not.
+
+    In place of a cache, or of what is a view of it in eager and a copy otherwise (``contiguous``, ``reshape``), a write
+    would go elsewhere; so would one that the caller's own cache must not see. Operators of others may read memory.
+    """
+    writer = next((node.name for node in module.graph.nodes if info(node).writes - {GENERATOR}), None)
+    if writer is not None:
+        return f"the program writes in place ({writer}), and what shares memory with a cache depends on how it lies"
+    reader = next((node.name for node in module.graph.nodes if _READ_MEMORY.intersection(info(node).aten)), None)
+    if reader is not None or not only_torchs_operations(module):
+        return f"{reader or 'an operator that is not of torch'} may read memory as it lies"
+    return None
 
 
 def propagate(module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> None:

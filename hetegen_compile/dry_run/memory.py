@@ -9,7 +9,6 @@ from torch import nn
 from hetegen_compile import ir
 from hetegen_compile.dry_run.planning import PlannedGraph, weight_bytes
 from hetegen_compile.passes.annotate_costs import value_bytes
-from hetegen_compile.passes.append_tokens import append_tokens, grows_there
 from hetegen_compile.passes.schedule import pinned_ring_bytes
 from hetegen_compile.passes.tensors import tensors_in
 
@@ -22,10 +21,7 @@ def accelerator_items(forwards: Sequence[Sequence[PlannedGraph]]) -> dict[str, i
 
 
 def host_items(model: nn.Module, planned: Sequence[PlannedGraph]) -> dict[str, int]:
-    """What a forward holds in host memory: the weights, and what comes in and goes out.
-
-    A cache that goes out longer than it came in is counted once if it grows where it lies.
-    """
+    """What a forward holds in host memory: the weights, and what comes in and goes out (caches in both forms)."""
     moving = max(_inputs_and_outputs(one) for one in planned)
     ring = max(pinned_ring_bytes(one.step.module.graph) for one in planned)
     items = {"weights and buffers": weight_bytes(model), "inputs, outputs and caches": moving}
@@ -50,6 +46,4 @@ def _inputs_and_outputs(one: PlannedGraph) -> int:
     context = one.base.context
     nodes = [n for n in one.graph.module.graph.nodes if n.op in ("placeholder", "output")]
     moving = [node for node in nodes if node.name not in one.graph.weights and tensors_in(ir.info(node).value)]
-    appended = one.graph.module.graph.find_nodes(op="call_function", target=append_tokens)
-    shared = [node.all_input_nodes[0] for node in appended if grows_there(node)]
-    return sum(value_bytes(node, context) for node in moving) - sum(value_bytes(node, context) for node in shared)
+    return sum(value_bytes(node, context) for node in moving)

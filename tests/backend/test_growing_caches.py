@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 import hetegen_compile
+from hetegen_compile.host_memory.growing import append
 from hetegen_compile.passes.append_tokens import append_tokens, lies_by_token
 from tests.models.architectures import tiny_model
 from tests.models.harness import RecordingBackend, assert_offloaded, emulated, half_the_weights, new_schedules
@@ -114,3 +115,50 @@ def test_a_cache_that_came_in_otherwise_goes_on_as_it_is() -> None:
     assert all(tensor.is_contiguous() and not lies_by_token(tensor) for tensor in _keys(cache))
     assert len(backend.graphs) == 2, "for the first length, and for all"
     assert_offloaded(backend, new_schedules(known), options)
+
+
+class Writes(nn.Module):
+    """Makes a longer cache of what it is given and does something to it that strides tell of."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.proj, self.out = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+
+    def forward(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        new = self.proj(x).view(x.shape[0], x.shape[1], 2, 32).transpose(1, 2)
+        keys = torch.cat([past, new], dim=-2)
+        found = keys.sum()
+        if self.what == "contiguous":  # is the cache itself in eager
+            found = keys.contiguous().mul_(2).sum()
+        elif self.what == "reshape":  # a view of it
+            keys.reshape(-1)[:7].zero_()
+        elif self.what == "past":
+            past.zero_()
+        elif self.what == "part":
+            keys[:, :, :2] = 0
+        elif self.what == "as_strided":
+            found = torch.as_strided(keys, (100,), (1,)).sum()
+        return self.out(functional.relu(x)) + found, keys
+
+
+@pytest.mark.parametrize("what", ["contiguous", "reshape", "past", "part", "as_strided", "nothing"])
+def test_programs_that_strides_change_are_left_alone(what: str) -> None:
+    torch.manual_seed(0)
+    model, backend, known = Writes(what).eval(), RecordingBackend(), hetegen_compile.schedules()
+    x, past = (
+        torch.randn(1, 1, 64),
+        append(append(torch.tensor([]), torch.randn(1, 2, 4, 32)), torch.randn(1, 2, 1, 32)),
+    )
+    mine, eagers = past, past.clone()
+    compiled = torch.compile(model, backend=backend, options=emulated(gpu_memory=half_the_weights(model), split=0.5))
+    with torch.no_grad():
+        for _ in range(3):
+            (right, eager_next), (found, next_one) = model(x, eagers), compiled(x, mine)
+            torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(next_one, eager_next, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(mine, eagers, rtol=0, atol=1e-5)
+            mine, eagers = next_one, eager_next
+    first = new_schedules(known)[0]
+    assert ("a cache that is copied in each step" in first.explain()) is (what != "nothing")
+    assert lies_by_token(mine) is (what == "nothing")

@@ -81,7 +81,10 @@ def test_a_cache_that_two_grow_from_is_shared_and_what_is_new_is_not() -> None:
     assert torch.equal(other[:, :, :10], kept)
     assert not torch.equal(one, other)
     cut = one[:, :, :5]
-    longer, before = append(cut, tokens(3)), one.clone()
+    blocks, before = set(growing._blocks), one.clone()
+    longer = append(cut, tokens(3))
+    assert set(growing._blocks) == blocks, "what is cut in each step is not given a block in each"
+    assert (longer._base, lies_by_token(longer)) == (None, True)
     assert torch.equal(one, before)
     assert torch.equal(longer[:, :, :5], cut)
     assert torch.equal(prompt, kept)
