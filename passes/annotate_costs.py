@@ -22,7 +22,7 @@ from hetegen_compile.cost_model import (
     upload_s,
 )
 from hetegen_compile.ir import LINEAR, info
-from hetegen_compile.passes.append_tokens import append_tokens, grows_there
+from hetegen_compile.passes.append_tokens import append_tokens, lies_by_token
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import Costs, NodeCost
 from hetegen_compile.passes.tensors import tensor_bytes, tensors_in, to_expr
@@ -69,19 +69,19 @@ def _other(node: fx.Node, context: Context) -> NodeCost:
         traffic_bytes=traffic,
         weight_bytes=0,
         tokens=0,
-        host_s=host_op_s(context.profile, dtype, flops, host_traffic_bytes(node, context)),
+        host_s=host_op_s(context.profile, dtype, flops, host_traffic_bytes(node, traffic, context)),
         accelerator_s=accelerator_op_s(context.profile, dtype, flops, traffic),
         link_s=0.0,
     )
 
 
-def host_traffic_bytes(node: fx.Node, context: Context) -> float:
-    """Bytes that the host reads and writes for it: of a cache that lies token by token those of what is new."""
-    if node.target is append_tokens:
-        past, new = node.all_input_nodes  # two: a cache is not appended to itself
-        if info(past).value.dim() == 1 or grows_there(node):
-            return 2.0 * value_bytes(new, context)
-    return context.number(info(node).traffic_bytes)
+def host_traffic_bytes(node: fx.Node, traffic: float, context: Context) -> float:
+    """Bytes of ``traffic`` that the host has: of a cache that lies token by token those of what is new, twice."""
+    if node.target is not append_tokens:
+        return traffic
+    past, new = node.all_input_nodes  # two: a cache is not appended to itself
+    needs_no_copy = info(past).value.dim() == 1 or lies_by_token(info(past).value)
+    return 2.0 * value_bytes(new, context) if needs_no_copy else traffic
 
 
 def dtype_name(value: object) -> str:

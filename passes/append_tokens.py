@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from hetegen_compile.ir import INPUT_OPS, info
+from hetegen_compile.ir import INPUT_OPS
 from hetegen_compile.passes.tensors import to_expr
 from hetegen_compile.passes.windows import CACHE_DIMS, TOKENS
 
@@ -78,11 +78,6 @@ def lies_by_token(tensor: Tensor) -> bool:
     return all(to_expr(stride) == one for stride, one in zip(tensor.stride(), expected, strict=True))
 
 
-def grows_there(node: fx.Node) -> bool:
-    """Whether what ``append_tokens`` makes of a given cache needs no copy of it."""
-    return lies_by_token(info(node.args[0]).value)  # type: ignore[arg-type]
-
-
 def _parts(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """What is given and what is new, if that is what the node puts together."""
     given = dict(node.kwargs)
@@ -102,4 +97,4 @@ def _parts(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return (past, new) if alike and past is not new and (is_given or is_nothing) else None
 
 
-__all__ = ["COPIED", "Appending", "append_in_place", "append_tokens", "grows_there", "lies_by_token"]
+__all__ = ["COPIED", "Appending", "append_in_place", "append_tokens", "lies_by_token"]

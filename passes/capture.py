@@ -116,22 +116,20 @@ def capture(module: fx.GraphModule, inputs: Sequence[Any]) -> FakeTensorMode:
 def _propagate_appending(module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> None:
     """Annotate every node, caches that grow laid out token by token unless the program cannot do with these strides."""
     appending = append_in_place(module.graph)
+    if not appending:
+        return propagate(module, inputs, mode)
     module.recompile()
-    reason = None
     try:
         propagate(module, inputs, mode)
-    except Exception as error:
-        if not appending:
-            raise
+        reason = _told_by_strides(module)
+    except Exception as error:  # whatever has nothing to do with strides is raised again below
         reason = f"laid out token by token the program cannot read it ({str(error).splitlines()[0]})"
-    if not appending:
-        return
-    reason = reason or _told_by_strides(module)
-    if reason is not None:
-        for one in appending:
-            one.undo(reason)
-        module.recompile()
-        propagate(module, inputs, mode)
+    if reason is None:
+        return None
+    for one in appending:
+        one.undo(reason)
+    module.recompile()
+    return propagate(module, inputs, mode)
 
 
 def _told_by_strides(module: fx.GraphModule) -> str | None:

@@ -71,9 +71,8 @@ class _Placer:
         return placement
 
     def _refuse_copied(self) -> None:
-        for node in self._computing:
-            if COPIED in node.meta:
-                self._context.refuse(Refusal(node.name, f"a cache that is copied in each step: {node.meta[COPIED]}"))
+        for reason in dict.fromkeys(node.meta[COPIED] for node in self._computing if COPIED in node.meta):
+            self._context.refuse(Refusal("caches that grow", f"copied in each step: {reason}"))
 
     # ---- the host's side ---------------------------------------------------------------------------------
 

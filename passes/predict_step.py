@@ -331,4 +331,5 @@ def _other_work(node: fx.Node, context: Context) -> Work:
     if info(node).side == "accelerator":
         return Work("accelerator", accelerator_op_s(context.profile, dtype, flops, traffic))
     free = FREE_ATEN.issuperset(info(node).aten)
-    return Work("host", 0.0 if free else host_op_s(context.profile, dtype, flops, host_traffic_bytes(node, context)))
+    traffic = host_traffic_bytes(node, traffic, context)
+    return Work("host", 0.0 if free else host_op_s(context.profile, dtype, flops, traffic))

@@ -88,7 +88,7 @@ def append(past: Tensor, new: Tensor) -> Tensor:
     if not behind:
         if tokens and past.untyped_storage().nbytes() != used:  # cut, and soon again: pages of a new block cost more
             result = append_tokens(past, new)
-            return torch.empty(0, dtype=past.dtype).set_(result.untyped_storage(), 0, result.shape, stride)
+            return torch.empty(0, dtype=past.dtype).set_(result.untyped_storage(), 0, result.shape, result.stride())
         try:
             block = Block.of(nbytes + max(nbytes, LEAST_ROOM_BYTES), used=nbytes)
         except OSError:  # torch says what it cannot have

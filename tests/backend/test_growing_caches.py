@@ -78,7 +78,7 @@ def test_a_program_that_needs_other_strides_has_its_caches_copied_and_is_told() 
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, check_stride=True)
     (schedule,) = new_schedules(known)
-    told = "a cache that is copied in each step: laid out token by token the program cannot read it"
+    told = "caches that grow: copied in each step: laid out token by token the program cannot read it"
     assert told in schedule.explain()
     assert not backend.graphs[0].plans[0].schedule.whole_graph
 
@@ -160,5 +160,5 @@ def test_programs_that_strides_change_are_left_alone(what: str) -> None:
             torch.testing.assert_close(mine, eagers, rtol=0, atol=1e-5)
             mine, eagers = next_one, eager_next
     first = new_schedules(known)[0]
-    assert ("a cache that is copied in each step" in first.explain()) is (what != "nothing")
+    assert ("caches that grow: copied in each step" in first.explain()) is (what != "nothing")
     assert lies_by_token(mine) is (what == "nothing")

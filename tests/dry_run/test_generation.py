@@ -142,9 +142,11 @@ def test_an_encoder_has_one_forward() -> None:
 
 @pytest.mark.parametrize("name", ["opt", "gpt2", "mixtral"])
 def test_other_architectures(name: str) -> None:
-    plan = plan_generation(MODELS[name][1], prompt=16, new_tokens=4, options={"hardware": A10})
+    """On a slow accelerator and with many sequences: else the host's calls are the step of models as small as these."""
+    options = {"hardware": "cpu-emulated"}
+    plan = plan_generation(MODELS[name][1], prompt=16, new_tokens=4, batch=64, options=options)
     first, *_, last = plan.decode_step_s.values()
-    assert 0 < first <= last  # of models as small as these the host's calls are the step, whatever the context
+    assert 0 < first < last
 
 
 def test_a_module_in_host_memory_is_planned_like_its_config() -> None:
