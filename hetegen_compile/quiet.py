@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
-from torch import fx
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 
 @contextlib.contextmanager
@@ -28,27 +25,10 @@ def below_autograd() -> AbstractContextManager[None]:
     """Operations skip autograd's part of the dispatcher, which has nothing to do in a step and takes 1 to 2 us each.
 
     What writes in place still gives its tensor a new version, and views are still views to torch. To be entered for
-    graphs of ``only_torchs_operations`` alone: others may be registered with autograd only, or use it.
+    graphs of ``only_torchs_operations`` (``passes/operators.py``) alone: others may be registered with autograd only,
+    or use it.
     """
     return torch._C._AutoDispatchBelowAutograd()
 
 
-def only_torchs_operations(module: fx.GraphModule) -> bool:
-    """Whether a graph calls no custom operator and no higher-order one."""
-    targets = [node.target for one in module.modules() if isinstance(one, fx.GraphModule) for node in one.graph.nodes]
-    return not any(
-        isinstance(target, HigherOrderOperator)
-        or isinstance(target, OpOverload | OpOverloadPacket)
-        and _namespace(target) not in _TORCHS
-        for target in targets
-    )
-
-
-_TORCHS = ("aten", "prims")
-
-
-def _namespace(operation: OpOverload[Any, Any] | OpOverloadPacket[Any, Any]) -> str:
-    return str(operation).partition(".")[0]
-
-
-__all__ = ["below_autograd", "only_torchs_operations", "quiet"]
+__all__ = ["below_autograd", "quiet"]

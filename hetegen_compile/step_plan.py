@@ -13,8 +13,8 @@ from hetegen_compile.bound_step import BoundStep
 from hetegen_compile.captured_graph import CapturedGraph
 from hetegen_compile.passes.claims import weight_key
 from hetegen_compile.passes.context import require
+from hetegen_compile.passes.operators import only_torchs_operations
 from hetegen_compile.planned import ScheduledStep, Sizes
-from hetegen_compile.quiet import only_torchs_operations
 from hetegen_compile.room import Room
 from hetegen_compile.runtime import Runtime
 from hetegen_compile.schedule import Schedule

@@ -27,11 +27,11 @@ from hetegen_compile.passes.copy_before_writes import copy_before_writes
 from hetegen_compile.passes.equal_calls import EqualCalls
 from hetegen_compile.passes.fake_inputs import check_devices, fake_inputs, fake_mode
 from hetegen_compile.passes.fold_transforms import fold_transforms
+from hetegen_compile.passes.operators import only_torchs_operations
 from hetegen_compile.passes.return_views import return_views
 from hetegen_compile.passes.sources import module_path
 from hetegen_compile.passes.tensors import storage_id, tensors_in
 from hetegen_compile.passes.unfold_attention import unfold_attention
-from hetegen_compile.quiet import only_torchs_operations
 
 _READ_MEMORY = frozenset({"as_strided", "as_strided_", "as_strided_copy", "as_strided_scatter", "set_"})
 
