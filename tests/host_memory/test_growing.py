@@ -90,6 +90,19 @@ def test_a_cache_that_two_grow_from_is_shared_and_what_is_new_is_not() -> None:
     assert torch.equal(prompt, kept)
 
 
+@pytest.mark.parametrize("dims", [(1, 0, 2, 3), (0, 2, 1, 3), (0, 1, 3, 2)])
+def test_a_view_of_a_cache_that_lies_otherwise_is_copied(dims: tuple[int, ...]) -> None:
+    """It begins where the cache begins and ends where it ends, and is not laid out token by token."""
+    cache = append(NOTHING, torch.randn(2, 3, 4, 5))
+    view, kept = cache.permute(dims), cache.clone()
+    new = torch.randn(*view.shape[:2], 1, view.shape[3])
+    longer = append(view, new)
+    assert longer.data_ptr() != cache.data_ptr()
+    assert torch.equal(longer, torch.cat([view, new], -2))
+    assert lies_by_token(longer)
+    assert torch.equal(append(cache, new := tokens(1)[:, :, :, :1].expand(-1, -1, -1, 5)), torch.cat([kept, new], -2))
+
+
 def test_of_threads_that_grow_one_cache_each_gets_its_own() -> None:
     faults: list[int] = []
     previous = sys.getswitchinterval()
