@@ -46,7 +46,8 @@ def as_in_a_program(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def collector() -> tuple[object, ...]:
-    return (*gc.get_threshold(), gc.get_freeze_count(), gc.isenabled())
+    """Not how many objects are frozen: some of them end meanwhile."""
+    return (*gc.get_threshold(), gc.get_freeze_count() > 0, gc.isenabled())
 
 
 @pytest.mark.parametrize(("budget", "works"), [(1 << 16, True), (16, False)])
