@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import fx
+from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd.schemas import OutputType
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hetegen_compile.passes.context import SegmentCompiler
+from hetegen_compile.passes.segment_calls import CompiledCall
 
 INDUCTOR_OPTIONS: dict[str, Any] = {
     "triton.cudagraph_trees": False,  # trees would copy slots at every replay
@@ -33,15 +37,53 @@ def inductor_compiler(mode: FakeTensorMode) -> SegmentCompiler:
     """
 
     def compile_segment(segment: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        from torch._inductor.compile_fx import compile_fx
+        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+        from torch._inductor.output_code import CompiledFxGraph
 
         context = TracingContext(mode)
-        with tracing(context), inductor_config.patch(INDUCTOR_OPTIONS), torch.no_grad():
-            compiled = compile_fx(segment, list(examples))
+        boxed: list[Callable[[list[Any]], Any]] = []
+        autocast = torch._C._is_any_autocast_enabled()  # AOTAutograd switches it off around code that it compiles
+
+        def compile_inner(graph: fx.GraphModule, inputs: Sequence[Any], **how: Any) -> Any:
+            code = compile_fx_inner(graph, inputs, **how)
+            is_all = not autocast and _is_all(context.fw_metadata, segment, len(inputs))
+            if is_all and isinstance(code, CompiledFxGraph) and code.current_callable is not None:
+                boxed.append(code.current_callable)
+            return code
+
+        with tracing(context), _without_aot_cache(), inductor_config.patch(INDUCTOR_OPTIONS), torch.no_grad():
+            compiled = compile_fx(segment, list(examples), inner_compile=compile_inner)
         assert callable(compiled)
-        return compiled
+        return CompiledCall(compiled, boxed[0]) if len(boxed) == 1 else compiled
 
     return compile_segment
+
+
+def _without_aot_cache() -> AbstractContextManager[object]:
+    """What that cache returns hides the code within; Inductor's own cache on disk, which saves a compiler, stays."""
+    patch: AbstractContextManager[object] = functorch_config.patch(enable_autograd_cache=False)
+    return patch
+
+
+def _is_all(metadata: Any, segment: fx.GraphModule, inputs: int) -> bool:
+    """Whether what Inductor compiles is all of a segment, so that AOTAutograd has nothing to do around it.
+
+    It has where an input is written, where a result shares memory with an input, where inputs were added or taken
+    together (and where autocast is to be switched off). ``metadata`` is its ``ViewAndMutationMeta``.
+    """
+    (results,) = segment.graph.output_node().args
+    return (
+        metadata is not None
+        and inputs == len(segment.graph.find_nodes(op="placeholder"))
+        and isinstance(results, tuple)
+        and len(metadata.output_info) == len(results)
+        and all(output.output_type in _OWN_MEMORY for output in metadata.output_info)
+        and not any(given.mutates_data or given.mutates_metadata for given in metadata.input_info)
+        and not (metadata.num_intermediate_bases or metadata.tokens)
+    )
+
+
+_OWN_MEMORY = (OutputType.non_alias, OutputType.unsafe_view_alias)
 
 
 def plain_compiler(mode: FakeTensorMode) -> SegmentCompiler:

@@ -25,6 +25,7 @@ _ROUNDS = 2
 _WORTH = 0.004  # of the step: what the chain has to promise for a simulation
 _FAR = 1.04  # times the chain's bound: a step that is longer is worth more simulations
 _HOPELESS = 1.1  # times the shortest step: variations gain less than that
+_MISTAKEN = 1.2  # times the shortest step: what the chain does not know of trips decides there
 _NEAR = 1.05  # times the shortest step: what is made with other trips is varied, too
 _MOST = 5  # variations: each is a schedule more
 
@@ -64,15 +65,23 @@ class Search:
     def balance(self, trips: Trips, chain: Chain) -> None:
         """Try several ways of choosing the trips that are made, and the best of them with corrected chains.
 
-        Nothing is simulated that the chain, which leaves out much, does not say to be shorter than what was found.
+        Nothing is simulated that the chain, which leaves out much, does not say to be shorter than what was found; once
+        all trips have been found to take far longer than it says, nothing that it does not say corrected, either.
         """
         relaxation, every = relax(chain), frozenset(range(len(chain.trips)))
         self._bound_s = min(self._bound_s, relaxation.bound_s)
-        openings = dict.fromkeys(opened for opened in (relaxation.fewest, relaxation.opened, every) if opened)
-        tried = [attempt for opened in openings if (attempt := self._promising(Way(trips, chain, opened)))]
+        openings = dict.fromkeys(opened for opened in (every, relaxation.fewest, relaxation.opened) if opened)
+        tried: list[Attempt] = []
+        told = chain
+        for opened in openings:
+            way = Way(trips, chain, opened)
+            if self._is_promising(replace(way, chain=told)) and (attempt := self._promising(way)):
+                tried.append(attempt)
+                if opened == every and attempt.step_s > _MISTAKEN * self._step_s:
+                    told = attempt.corrected()
         if not tried:
             return
-        last = min(tried, key=lambda attempt: attempt.step_s)
+        last = min(tried, key=_shorter)
         chain = last.corrected()
         for _ in range(_ROUNDS):
             attempt = self._promising(self._reopened(replace(last.way, chain=chain)))
@@ -121,8 +130,10 @@ class Search:
                 best = attempt
 
     def _promising(self, way: Way) -> Attempt | None:
-        shares = self._shares(way)
-        return self._attempt(way) if way.chain.step_s(shares) < (1 - _WORTH) * self._step_s else None
+        return self._attempt(way) if self._is_promising(way) else None
+
+    def _is_promising(self, way: Way) -> bool:
+        return way.chain.step_s(self._shares(way)) < (1 - _WORTH) * self._step_s
 
     def _attempt(self, way: Way) -> Attempt:
         shares = self._shares(way)
@@ -130,7 +141,7 @@ class Search:
         splits = fit_ring(self._trials.module, rows, self._context, way.chunks) if way.fitted else rows
         attempt = Attempt(way, shares, self.simulate(splits))
         known = self._best.get(way.cuts_blocks, attempt)
-        self._best[way.cuts_blocks] = min(known, attempt, key=lambda one: one.step_s)
+        self._best[way.cuts_blocks] = min(known, attempt, key=_shorter)
         return attempt
 
     def _shares(self, way: Way) -> tuple[float, ...]:
@@ -144,3 +155,8 @@ class Search:
         residency = require(self._context.residency, "choose_residency")
         chunk_s = upload_s(self._context.profile, residency.chunk_bytes)
         return chunk_s * residency.ring_bytes / residency.chunk_bytes
+
+
+def _shorter(attempt: Attempt) -> tuple[float, int]:
+    """Of equal steps that with fewer trips: there is more to be varied."""
+    return attempt.step_s, len(attempt.way.opened)

@@ -16,7 +16,7 @@ After:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import sympy
@@ -28,6 +28,7 @@ from torch.fx.experimental.proxy_tensor import py_sym_types
 from hetegen_compile.errors import drop_frames
 from hetegen_compile.ir import info
 from hetegen_compile.passes.context import Context, Refusal, SegmentCache
+from hetegen_compile.passes.segment_calls import with_declared_strides
 from hetegen_compile.passes.tensors import storage_id, to_expr
 
 logger = logging.getLogger("hetegen_compile")
@@ -90,58 +91,6 @@ def _unified(value: Any) -> Any:
     if not isinstance(value, torch.SymInt) or value.node._expr == value.node.expr:
         return value
     return value.node.shape_env.create_symintnode(value.node.expr, hint=value.node.hint)
-
-
-def with_declared_strides(function: Callable[..., Any], outputs: Sequence[Tensor]) -> Callable[..., Any]:
-    """``function`` with each output laid out in memory as the graph's fake values say.
-
-    Inductor's decompositions may change an output's strides (``cat`` of one tensor that is not empty becomes a
-    clone of its layout), but the next segment and the host's twin count on eager's. Which outputs need a copy
-    is found at the first call: code and layouts do not change between calls.
-    """
-    orders = [_memory_order(output) for output in outputs]
-    wrong: list[int] | None = None
-
-    def call(*args: Any) -> Any:
-        nonlocal wrong
-        results = function(*args)
-        if wrong is None:
-            wrong = [i for i, order in enumerate(orders) if order is not None and not _has_order(results[i], order)]
-        if not wrong:
-            return results
-        return [_laid_out(r, orders[i]) if i in wrong else r for i, r in enumerate(results)]
-
-    return call
-
-
-def _memory_order(tensor: Tensor) -> tuple[int, ...] | None:
-    """Dimensions from the slowest to the fastest of a dense tensor; None for one with gaps or overlaps.
-
-    Dense at every size: what is cut from something longer has gaps except where the graph was captured, perhaps.
-    """
-    order = sorted(range(tensor.dim()), key=lambda d: (-_hint(tensor.stride(d)), d))
-    expected = sympy.Integer(1)
-    for d in reversed(order):
-        size = to_expr(tensor.shape[d])
-        if size != 1 and sympy.expand(to_expr(tensor.stride(d)) - expected) != 0:
-            return None
-        expected *= size
-    return tuple(order)
-
-
-def _hint(value: Any) -> int:
-    return int(value.node.hint) if isinstance(value, py_sym_types) else int(value)
-
-
-def _has_order(tensor: Tensor, order: tuple[int, ...]) -> bool:
-    return tensor.permute(order).is_contiguous()
-
-
-def _laid_out(tensor: Tensor, order: tuple[int, ...] | None) -> Tensor:
-    if order is None:
-        return tensor
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return tensor.permute(order).contiguous().permute(back)
 
 
 def mutated_inputs(segment: fx.GraphModule) -> tuple[int, ...]:

@@ -1,9 +1,10 @@
-"""Inductor as the compiler of segments: what it is given besides a segment's own inputs, and its cache on disk."""
+"""Inductor as the compiler of segments: what it is given besides a segment's inputs, its cache, what is called."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from torch._dynamo.utils import counters
 from torch._guards import detect_fake_mode
 from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from hetegen_compile.passes.segment_calls import CompiledCall, with_declared_strides
 from hetegen_compile.segments import inductor_compiler
 from tests.models.harness import through_inductor
 
@@ -81,7 +84,7 @@ def test_nothing_is_timed_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None
     """Inductor's benchmarks take memory beside the budget."""
     seen: list[tuple[bool, bool]] = []
 
-    def compile_fx(segment: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+    def compile_fx(segment: fx.GraphModule, examples: list[Any], **_: Any) -> Callable[..., Any]:
         seen.append((inductor_config.deterministic, inductor_config.triton.autotune_pointwise))
         return segment.forward
 
@@ -90,3 +93,91 @@ def test_nothing_is_timed_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None
     inductor_compiler(FakeTensorMode())(fx.symbolic_trace(torch.nn.ReLU()), [])
     assert seen == [(True, False)]
     assert (inductor_config.deterministic, inductor_config.triton.autotune_pointwise) == before
+
+
+def compiled(function: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+    with torch.no_grad():
+        return inductor_compiler(mode)(fx.symbolic_trace(function), [mode.from_tensor(one) for one in inputs])
+
+
+def writes(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    x.mul_(2)
+    return (x + y,)
+
+
+def writes_a_view(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    x[1:].copy_(y[1:])
+    return (x + y,)
+
+
+PLAIN: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "sum": lambda x, y: (x + y,),
+    "two": lambda x, y: (x + y, (x * y).t()),
+    "unused input": lambda x, y: (y + 1,),
+    "two views of one": lambda x, y: (lambda z: (z[0], z[1]))(x + y),
+    "a value and its view": lambda x, y: (lambda z: (z, z.t()))(x + y),
+    "one twice": lambda x, y: (lambda z: (z, z))(x + y),
+}
+LAYERED: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "writes": writes,
+    "writes a view": writes_a_view,
+    "view of an input": lambda x, y: (x.t(), x + y),
+    "an input": lambda x, y: (x, x + y),
+}
+
+
+@through_inductor
+@pytest.mark.parametrize("name", [*PLAIN, *LAYERED])
+def test_what_is_called_past_torchs_layers(name: str) -> None:
+    """Where nothing is to be done around the code; results, writes and views are eager's in every call."""
+    function = {**PLAIN, **LAYERED}[name]
+    x, y = torch.randn(3, 3), torch.randn(3, 3)
+    found = compiled(function, x, y)
+    assert isinstance(found, CompiledCall) is (name in PLAIN)
+    mine, other = x.clone(), x.clone()
+    with torch.no_grad():
+        call = with_declared_strides(found, function(x.clone(), y))
+        for _ in range(3):
+            results, expected = call(mine, y), function(other, y)
+            torch.testing.assert_close(tuple(results), expected, check_stride=True)
+            assert torch.equal(mine, other)
+            shown = [one.untyped_storage().data_ptr() for one in (mine, *results)]
+            right = [one.untyped_storage().data_ptr() for one in (other, *expected)]
+            assert [shown.index(one) for one in shown] == [right.index(one) for one in right]
+
+
+@through_inductor
+def test_from_the_second_call_on_torchs_layers_are_not_called() -> None:
+    x = torch.randn(3)
+    found = compiled(PLAIN["sum"], x, x)
+    assert isinstance(found, CompiledCall)
+    layers = mock.Mock(wraps=found.function)
+    call = with_declared_strides(CompiledCall(layers, found.boxed), [x])
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(call(x, x)[0], x + x)
+    assert layers.call_count == 1
+
+
+@through_inductor
+def test_code_from_the_cache_is_called_past_them_too() -> None:
+    from torch._inductor.utils import fresh_cache
+
+    counters.clear()
+    with fresh_cache():
+        for _ in range(2):
+            torch._dynamo.reset()
+            assert isinstance(compiled(PLAIN["two"], torch.randn(5, 5), torch.randn(5, 5)), CompiledCall)
+    assert counters["inductor"]["fxgraph_cache_hit"] == 1
+    assert not counters["aot_autograd"]["autograd_cache_hit"]
+
+
+@through_inductor
+def test_where_autocast_is_to_be_switched_off_they_are_called() -> None:
+    x = torch.randn(3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = compiled(lambda x, y: (x @ y,), x, x)
+        assert not isinstance(found, CompiledCall)
+        (result,) = found(x, x)
+    assert result.dtype is torch.bfloat16

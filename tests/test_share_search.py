@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -11,9 +12,11 @@ from benchmarks.schedule_quality import Work
 from hetegen_compile import share_search
 from hetegen_compile.balance import balanced_splits
 from hetegen_compile.cost_model import HardwareProfile, RateCurve, load_profile
+from hetegen_compile.passes.choose_splits import choose_splits
 from hetegen_compile.share_search import Search
-from hetegen_compile.share_ways import VARIATIONS
+from hetegen_compile.share_ways import VARIATIONS, Way
 from hetegen_compile.trials import Trials
+from hetegen_compile.trips import step_chain, trips_of
 from tests.benchmarks.shapes import config
 
 
@@ -22,10 +25,10 @@ def work() -> Work:
     return Work(config("gptj", layers=3), "decode-1")
 
 
-def dear_issue() -> HardwareProfile:
-    """Python and torch take 40 us for each launch."""
+def dear_issue(seconds: float = 4e-5) -> HardwareProfile:
+    """What Python and torch take for each launch."""
     profile = load_profile("h200-server")
-    return replace(profile, accelerator=replace(profile.accelerator, issue_s=4e-5, segment_issue_s=4e-5))
+    return replace(profile, accelerator=replace(profile.accelerator, issue_s=seconds, segment_issue_s=seconds))
 
 
 def dear_trips() -> HardwareProfile:
@@ -60,3 +63,27 @@ def test_the_way_with_other_trips_is_varied_if_it_is_not_much_longer(monkeypatch
         monkeypatch.setattr(share_search, "_NEAR", limit)
         found.append(balanced_splits(base.module, base.context, Trials(base.module)))
     assert len(found[0]) > len(found[1])
+
+
+def test_where_trips_take_more_than_the_chain_knows_fewer_schedules_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Work(config("llama"), "decode-1").base(dear_issue(2e-4), 0.4)
+    found, steps = [], []
+    for limit in (share_search._MISTAKEN, math.inf):
+        monkeypatch.setattr(share_search, "_MISTAKEN", limit)
+        trials = Trials(base.module)
+        found.append(balanced_splits(base.module, base.context, trials))
+        steps.append(trials.step_s(base.context, found[-1][0]))
+    assert steps[0] == steps[1]
+    assert len(found[0]) <= len(found[1]) / 2
+
+
+def test_of_equal_steps_the_one_with_fewer_trips_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trips without rows on the host are as if they were not made; a corrected chain may give them some."""
+    base = work().base(dear_issue(), 0.1)
+    trips = trips_of(base.module)
+    chain = step_chain(base.module, trips, base.context)
+    search = Search(Trials(base.module), base.context, choose_splits(base.module, base.context))
+    monkeypatch.setattr(Search, "_shares", lambda *_: tuple(0.5 for _ in chain.trips))
+    every, fewer = (search._attempt(Way(trips, chain, frozenset(range(number)))) for number in (len(chain.trips), 3))
+    assert every.step_s == fewer.step_s
+    assert search._best[False] is fewer

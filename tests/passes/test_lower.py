@@ -23,9 +23,9 @@ from hetegen_compile.passes.lower import (
     CompiledSegment,
     mutated_inputs,
     segment_key,
-    with_declared_strides,
 )
 from hetegen_compile.passes.plans import LinearPlan
+from hetegen_compile.passes.segment_calls import with_declared_strides
 from hetegen_compile.segments import inductor_compiler
 from tests.passes.graphs import (
     Case,
