@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -83,8 +84,12 @@ def can_be_noted(tensor: Tensor) -> bool:
         tensor._base is None
         and not tensor.is_inference()
         and 0 < tensor.nbytes == tensor.untyped_storage().nbytes()
-        and (tensor.is_contiguous() or is_dense(tensor.shape, tensor.stride()))
+        and (tensor.is_contiguous() or _is_dense(tensor.shape, tensor.stride()))
     )
+
+
+_is_dense = lru_cache(maxsize=16)(is_dense)
+"""The caches of all layers lie alike."""
 
 
 __all__ = ["RETURNED", "Returned", "can_be_noted"]
