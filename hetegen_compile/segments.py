@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import torch
 from torch import fx
 from torch._functorch import config as functorch_config
-from torch._functorch._aot_autograd.schemas import OutputType
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hetegen_compile.passes.context import SegmentCompiler
-from hetegen_compile.passes.segment_calls import CompiledCall
+from hetegen_compile.passes.segment_calls import BoxedCode, CompiledCall
+
+logger = logging.getLogger("hetegen_compile")
 
 INDUCTOR_OPTIONS: dict[str, Any] = {
     "triton.cudagraph_trees": False,  # trees would copy slots at every replay
@@ -38,23 +41,21 @@ def inductor_compiler(mode: FakeTensorMode) -> SegmentCompiler:
 
     def compile_segment(segment: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-        from torch._inductor.output_code import CompiledFxGraph
 
         context = TracingContext(mode)
-        boxed: list[Callable[[list[Any]], Any]] = []
-        autocast = torch._C._is_any_autocast_enabled()  # AOTAutograd switches it off around code that it compiles
+        boxed: list[BoxedCode | None] = []
+        # AOTAutograd switches autocast off around code that it compiles, and takes subclasses apart
+        has_layers = torch._C._is_any_autocast_enabled() or any(map(is_traceable_wrapper_subclass, examples))
 
         def compile_inner(graph: fx.GraphModule, inputs: Sequence[Any], **how: Any) -> Any:
             code = compile_fx_inner(graph, inputs, **how)
-            is_all = not autocast and _is_all(context.fw_metadata, segment, len(inputs))
-            if is_all and isinstance(code, CompiledFxGraph) and code.current_callable is not None:
-                boxed.append(code.current_callable)
+            boxed.append(None if has_layers else _code_alone(code, context.fw_metadata, segment, len(inputs)))
             return code
 
         with tracing(context), _without_aot_cache(), inductor_config.patch(INDUCTOR_OPTIONS), torch.no_grad():
             compiled = compile_fx(segment, list(examples), inner_compile=compile_inner)
         assert callable(compiled)
-        return CompiledCall(compiled, boxed[0]) if len(boxed) == 1 else compiled
+        return CompiledCall(compiled, boxed[0]) if len(boxed) == 1 and boxed[0] is not None else compiled
 
     return compile_segment
 
@@ -65,25 +66,34 @@ def _without_aot_cache() -> AbstractContextManager[object]:
     return patch
 
 
-def _is_all(metadata: Any, segment: fx.GraphModule, inputs: int) -> bool:
-    """Whether what Inductor compiles is all of a segment, so that AOTAutograd has nothing to do around it.
+def _code_alone(code: Any, metadata: Any, segment: fx.GraphModule, inputs: int) -> BoxedCode | None:
+    """The code that Inductor made, if AOTAutograd has nothing to do around it; else None.
 
     It has where an input is written, where a result shares memory with an input, where inputs were added or taken
-    together (and where autocast is to be switched off). ``metadata`` is its ``ViewAndMutationMeta``.
+    together, and where gradients are switched on or off. ``metadata`` is its ``ViewAndMutationMeta``. Both are torch's
+    own affair: where another version keeps them otherwise, segments are called as ``compile_fx`` returns them.
     """
-    (results,) = segment.graph.output_node().args
-    return (
-        metadata is not None
-        and inputs == len(segment.graph.find_nodes(op="placeholder"))
-        and isinstance(results, tuple)
-        and len(metadata.output_info) == len(results)
-        and all(output.output_type in _OWN_MEMORY for output in metadata.output_info)
-        and not any(given.mutates_data or given.mutates_metadata for given in metadata.input_info)
-        and not (metadata.num_intermediate_bases or metadata.tokens)
-    )
+    try:
+        from torch._functorch._aot_autograd.schemas import OutputType
+        from torch._inductor.output_code import CompiledFxGraph
 
-
-_OWN_MEMORY = (OutputType.non_alias, OutputType.unsafe_view_alias)
+        handled_by_nobody = (OutputType.non_alias, OutputType.unsafe_view_alias)
+        (results,) = segment.graph.output_node().args
+        is_all = (
+            isinstance(code, CompiledFxGraph)
+            and isinstance(results, tuple)
+            and inputs == len(segment.graph.find_nodes(op="placeholder"))
+            and len(metadata.output_info) == len(results)
+            and all(output.output_type in handled_by_nobody for output in metadata.output_info)
+            and not any(given.mutates_data or given.mutates_metadata for given in metadata.input_info)
+            and not (metadata.num_mutated_inp_runtime_indices or metadata.num_intermediate_bases or metadata.tokens)
+            and not (metadata.is_rng_op_functionalized or getattr(metadata, "act_input_indices", None))
+            and metadata.grad_enabled_mutation is None
+        )
+        return code.current_callable if is_all else None
+    except (ImportError, AttributeError) as error:
+        logger.info("segments are called through all of torch's layers: %s", error)
+        return None
 
 
 def plain_compiler(mode: FakeTensorMode) -> SegmentCompiler:

@@ -65,8 +65,8 @@ class Search:
     def balance(self, trips: Trips, chain: Chain) -> None:
         """Try several ways of choosing the trips that are made, and the best of them with corrected chains.
 
-        Nothing is simulated that the chain, which leaves out much, does not say to be shorter than what was found; once
-        all trips have been found to take far longer than it says, nothing that it does not say corrected, either.
+        Nothing is simulated that the chain, which leaves out much, does not say to be shorter than what was found.
+        Where making all trips took much longer than that, the chain corrected by it has to say so, too.
         """
         relaxation, every = relax(chain), frozenset(range(len(chain.trips)))
         self._bound_s = min(self._bound_s, relaxation.bound_s)

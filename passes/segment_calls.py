@@ -16,21 +16,25 @@ from torch.fx.experimental.proxy_tensor import py_sym_types
 
 from hetegen_compile.passes.tensors import to_expr
 
+BoxedCode = Callable[[list[Any]], Any]
+"""Compiled code; takes the inputs in a list, which it empties."""
+
 
 @dataclass(frozen=True)
 class CompiledCall:
-    """A compiled segment.
+    """A compiled segment around whose code torch has nothing to do.
 
     Attributes:
-        function: takes the segment's inputs one by one.
-        boxed: the same code without what torch does around it; takes the inputs in a list, which it empties.
+        function: takes the segment's inputs one by one. It owns the code: ``boxed`` must not outlive it.
+        boxed: the code without what torch does around it (its records for the profiler, too). Gradients have to be off,
+            as they are in a step.
     """
 
     function: Callable[..., Any]
-    boxed: Callable[[list[Any]], Any]
+    boxed: BoxedCode
 
     def __call__(self, *args: Any) -> Any:
-        """All of it, for the first call: that may settle something (kernels are timed, launchers loaded)."""
+        """All of it, for the first call of a place in a graph: torch ends there what its compilation had begun."""
         return self.function(*args)
 
 
@@ -43,7 +47,7 @@ def with_declared_strides(function: Callable[..., Any], outputs: Sequence[Tensor
     """
     orders = [_memory_order(output) for output in outputs]
     wrong: list[int] | None = None
-    boxed: Callable[[list[Any]], Any] | None = None
+    boxed: BoxedCode | None = None
 
     def call(*args: Any) -> Any:
         nonlocal wrong, boxed
@@ -88,4 +92,4 @@ def _laid_out(tensor: Tensor, order: tuple[int, ...] | None) -> Tensor:
     return tensor.permute(order).contiguous().permute(back)
 
 
-__all__ = ["CompiledCall", "with_declared_strides"]
+__all__ = ["BoxedCode", "CompiledCall", "with_declared_strides"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
@@ -14,7 +15,9 @@ from torch._guards import detect_fake_mode
 from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.testing._internal.two_tensor import TwoTensor
 
+from hetegen_compile import segments
 from hetegen_compile.passes.segment_calls import CompiledCall, with_declared_strides
 from hetegen_compile.segments import inductor_compiler
 from tests.models.harness import through_inductor
@@ -48,8 +51,13 @@ def longer(cache: Any, row: Any, length: Any) -> list[Any]:
     return [length + 1, length]
 
 
-def run_compiled(rows: int, segment: torch.nn.Module, inputs: Inputs) -> Tensor:
-    """Compile a segment for a cache whose length is a symbol, as Dynamo makes it, and run it."""
+def run_compiled(
+    rows: int,
+    segment: torch.nn.Module,
+    inputs: Inputs,
+    called: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
+) -> Tensor:
+    """Compile a segment for a cache whose length is a symbol, as Dynamo makes it, and run it twice."""
 
     def backend(module: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         examples = [node.meta["example_value"] for node in module.graph.find_nodes(op="placeholder")]
@@ -57,7 +65,14 @@ def run_compiled(rows: int, segment: torch.nn.Module, inputs: Inputs) -> Tensor:
         assert mode is not None
         length, cache, row = examples
         compiled = inductor_compiler(mode)(fx.symbolic_trace(segment), inputs(cache, row, length))
-        return lambda length, cache, row: compiled(*inputs(cache, row, length))
+        call = called(compiled)
+
+        def twice(length: int, cache: Tensor, row: Tensor) -> Any:
+            with torch.no_grad():
+                call(*inputs(cache, row, length))
+                return call(*inputs(cache, row, length))
+
+        return twice
 
     torch._dynamo.reset()
     cache, row = torch.ones(rows, 8), torch.zeros(1, 8)
@@ -97,8 +112,9 @@ def test_nothing_is_timed_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None
 
 def compiled(function: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+    segment = function if isinstance(function, fx.GraphModule) else fx.symbolic_trace(function)
     with torch.no_grad():
-        return inductor_compiler(mode)(fx.symbolic_trace(function), [mode.from_tensor(one) for one in inputs])
+        return inductor_compiler(mode)(segment, [mode.from_tensor(one) for one in inputs])
 
 
 def writes(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
@@ -161,16 +177,58 @@ def test_from_the_second_call_on_torchs_layers_are_not_called() -> None:
 
 
 @through_inductor
-def test_code_from_the_cache_is_called_past_them_too() -> None:
+@pytest.mark.parametrize("without", [True, False])
+def test_code_from_the_cache_is_called_past_them_too(without: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AOTAutograd's cache (which refuses graphs that call methods) would hide it."""
     from torch._inductor.utils import fresh_cache
 
+    if not without:
+        monkeypatch.setattr(segments, "_without_aot_cache", contextlib.nullcontext)
     counters.clear()
+    found = []
     with fresh_cache():
         for _ in range(2):
             torch._dynamo.reset()
-            assert isinstance(compiled(PLAIN["two"], torch.randn(5, 5), torch.randn(5, 5)), CompiledCall)
+            found.append(compiled(lambda x, y: (torch.t(x * y),), torch.randn(5, 5), torch.randn(5, 5)))
+    assert isinstance(found[0], CompiledCall)
+    assert isinstance(found[1], CompiledCall) is without
+    assert counters["aot_autograd"]["autograd_cache_hit"] == (not without)
     assert counters["inductor"]["fxgraph_cache_hit"] == 1
-    assert not counters["aot_autograd"]["autograd_cache_hit"]
+
+
+@through_inductor
+def test_sizes_are_inputs_of_the_code_alone() -> None:
+    found: list[Callable[..., Any]] = []
+    for rows in (5, 9):
+        expected = Grown()(*grown(torch.ones(rows, 8), torch.zeros(1, 8), rows))
+
+        def called(function: Callable[..., Any], outputs: Sequence[Tensor] = expected) -> Callable[..., Any]:
+            found.append(function)
+            return with_declared_strides(function, outputs)
+
+        assert torch.equal(run_compiled(rows, Grown(), grown, called), expected[0])
+    assert [type(one) for one in found] == [CompiledCall, CompiledCall]
+
+
+def test_where_torch_keeps_its_notes_otherwise_its_layers_are_called(caplog: pytest.LogCaptureFixture) -> None:
+    from torch._inductor.output_code import CompiledFxGraph
+
+    segment = fx.symbolic_trace(PLAIN["sum"])
+    with caplog.at_level("INFO", "hetegen_compile"):
+        assert segments._code_alone(mock.Mock(spec=CompiledFxGraph), object(), segment, 2) is None
+    assert "through all of torch's layers: 'object' object has no attribute 'output_info'" in caplog.text
+
+
+@through_inductor
+def test_subclasses_are_taken_apart_and_gradients_switched_by_torch() -> None:
+    x = torch.randn(3, 3)
+    pair = TwoTensor(x, x.clone())
+    assert not isinstance(compiled(PLAIN["sum"], pair, pair), CompiledCall)
+    switching = fx.symbolic_trace(PLAIN["sum"])
+    with switching.graph.inserting_before(switching.graph.output_node()):
+        switching.graph.call_function(torch._C._set_grad_enabled, (True,))
+    switching.recompile()
+    assert not isinstance(compiled(switching, x, x), CompiledCall)
 
 
 @through_inductor

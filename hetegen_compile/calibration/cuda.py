@@ -28,6 +28,7 @@ from hetegen_compile.calibration.kernels import dtype_name
 from hetegen_compile.calibration.machine import host_memory_bytes, last_level_cache_bytes
 from hetegen_compile.calibration.timing import Effort, durations_s, median_s
 from hetegen_compile.cost_model import AcceleratorProfile, LinkDirection, LinkProfile, RateCurve
+from hetegen_compile.passes.segment_calls import with_declared_strides
 from hetegen_compile.segments import inductor_compiler
 
 logger = logging.getLogger("hetegen_compile")
@@ -275,13 +276,13 @@ def measure_cuda(meter: CudaMeter, step: Callable[[str], None]) -> AcceleratorFi
 
 
 def small_segment(device: torch.device) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
-    """One kernel that Inductor makes of what stands between two Linears, and what it is called with."""
+    """One kernel that Inductor makes of what stands between two Linears, as steps call it, and its arguments."""
     graph = fx.symbolic_trace(lambda x, y: (F.rms_norm(x + F.silu(y), (64,)),))
     mode = FakeTensorMode()
     with mode:
         fakes = [torch.empty((1, 64), dtype=torch.bfloat16, device=device) for _ in range(2)]
     examples = tuple(torch.ones((1, 64), dtype=torch.bfloat16, device=device) for _ in range(2))
-    return inductor_compiler(mode)(graph, fakes), examples
+    return with_declared_strides(inductor_compiler(mode)(graph, fakes), fakes[:1]), examples
 
 
 def pinned_zeros(nbytes: int) -> Tensor:

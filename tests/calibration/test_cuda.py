@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
 from hetegen_compile.accelerators import Op
 from hetegen_compile.calibration import cuda, gating, host, runner
@@ -18,6 +20,7 @@ from hetegen_compile.calibration.cuda import CudaMeter, CudaSizes, measure_cuda
 from hetegen_compile.calibration.gating import Answer
 from hetegen_compile.calibration.host import Remaining
 from hetegen_compile.cost_model import profile_from_json, profile_to_json, unsourced_fields
+from hetegen_compile.passes.segment_calls import CompiledCall
 from tests.calibration.tiny import TINY
 from tests.models.harness import through_inductor
 
@@ -125,9 +128,16 @@ def test_copies_go_the_way_they_say(meter: CudaMeter) -> None:
 
 @through_inductor
 def test_a_small_segment_is_compiled() -> None:
-    segment, (x, y) = cuda.small_segment(torch.device("cpu"))
-    (found,) = segment(x, y)
-    assert torch.allclose(found, torch.ones_like(x))
+    with torch.no_grad(), mock.patch.object(CompiledCall, "__call__", autospec=True, side_effect=_through) as layers:
+        segment, (x, y) = cuda.small_segment(torch.device("cpu"))
+        for _ in range(3):
+            (found,) = segment(x, y)
+            assert torch.allclose(found, torch.ones_like(x))
+    assert layers.call_count == 1, "it is called as steps call it"
+
+
+def _through(call: CompiledCall, *args: Tensor) -> Any:
+    return call.function(*args)
 
 
 def test_all_figures(meter: CudaMeter) -> None:
