@@ -44,6 +44,35 @@ constexpr int64_t kManySums = 1 << 17;  // sums of blocks from which further thr
 constexpr int64_t kShares = 24;         // chunks for each thread: the last ones are waited for
 constexpr int64_t kLeastPiece = 1024;   // bytes of a row that one thread reads, where rows are cut for more threads
 
+// Rows of a tile, for one, two and up to four tokens at once. A row and token has a sum in a register: AVX2 has 16 of
+// them, and first-level caches of eight ways, which lines of a power of two share among all rows.
+#if defined(CPU_CAPABILITY_AVX2)
+constexpr int kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 3;
+#else
+constexpr int kRowsOfOne = 8, kRowsOfTwo = 4, kRowsOfFour = 6;
+#endif
+
+// Two vectors of 16-bit elements as float32. ATen loads both halves as one and takes them apart again, which costs more
+// than the rest of a product where a processor has no instruction for such elements.
+#if defined(CPU_CAPABILITY_AVX2)
+HETEGEN_INLINE __m128i half_of(const void* p, int half) {
+  return _mm_loadu_si128(static_cast<const __m128i*>(p) + half);
+}
+HETEGEN_INLINE void load_wide(const c10::BFloat16* p, Vec& first, Vec& second) {
+  first = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half_of(p, 0)), 16));
+  second = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half_of(p, 1)), 16));
+}
+HETEGEN_INLINE void load_wide(const c10::Half* p, Vec& first, Vec& second) {
+  first = _mm256_cvtph_ps(half_of(p, 0));
+  second = _mm256_cvtph_ps(half_of(p, 1));
+}
+#else
+template <typename T>
+HETEGEN_INLINE void load_wide(const T* p, Vec& first, Vec& second) {
+  at::vec::load_to_float<T>(p, first, second);
+}
+#endif
+
 // Elements of T, `step` at a time: as float32 vectors.
 template <typename T>
 struct Ops {
@@ -58,7 +87,7 @@ struct Ops {
     if constexpr (count == 1) {
       e.part[0] = Vec::loadu(p);
     } else {
-      at::vec::load_to_float<T>(p, e.part[0], e.part[1]);
+      load_wide(p, e.part[0], e.part[1]);
     }
     return e;
   }
@@ -164,8 +193,9 @@ template <typename T, int M, int R, int U>
 HETEGEN_INLINE void dot_tile(
     const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* then, const T* bias, T* out,
     int64_t ldo, int64_t k) {
-  // One row and one token is a pure stream, which some hardware prefetches best when left alone.
-  constexpr int64_t ahead = (R > 1 ? kAhead : M > 1 ? kAheadOneRow : 0) / int64_t(sizeof(T));
+  // One row and one token is a pure stream, which some hardware prefetches best when left alone, except where it jumps.
+  constexpr bool stream = R == 1 && M == 1;
+  const int64_t ahead = std::min(k, (R > 1 ? kAhead : kAheadOneRow) / int64_t(sizeof(T)));
   Vec sum[U][R][M];
   HETEGEN_UNROLL for (int u = 0; u < U; ++u) {
     HETEGEN_UNROLL for (int r = 0; r < R; ++r) {
@@ -173,8 +203,8 @@ HETEGEN_INLINE void dot_tile(
     }
   }
   int64_t i = 0;
-  if constexpr (ahead > 0) {
-    i = dot_columns<T, M, R, U>(x, ldx, w, ldw, w + ahead, sum, 0, k - ahead);
+  if (!stream || then != nullptr) {
+    i = dot_columns<T, M, R, U>(x, ldx, w, ldw, stream ? nullptr : w + ahead, sum, 0, k - ahead);
     if (then != nullptr) i = dot_columns<T, M, R, U>(x, ldx, w, ldw, then + ahead - k, sum, i, k);
   }
   i = dot_columns<T, M, R, U>(x, ldx, w, ldw, nullptr, sum, i, k);
@@ -189,12 +219,13 @@ HETEGEN_INLINE void dot_tile(
   }
 }
 
-// All tokens (or the only one) with R rows; from the second block of tokens on the rows come from the first-level cache.
-template <typename T, int R, int U, bool one>
+// All tokens with R rows, `fixed` of them if that is not 0; from the second block of tokens on the rows come from the
+// first-level cache.
+template <typename T, int R, int U, int fixed>
 HETEGEN_INLINE void dot_rows(
     const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* then, const T* bias, T* out,
     int64_t ldo, int64_t m, int64_t k) {
-  if constexpr (one) return dot_tile<T, 1, R, U>(x, ldx, w, ldw, then, bias, out, ldo, k);
+  if constexpr (fixed != 0) return dot_tile<T, fixed, R, U>(x, ldx, w, ldw, then, bias, out, ldo, k);
   for (; m >= 4; m -= 4, x += 4 * ldx, out += 4 * ldo) dot_tile<T, 4, R, 1>(x, ldx, w, ldw, then, bias, out, ldo, k);
   if (m == 3) dot_tile<T, 3, R, 1>(x, ldx, w, ldw, then, bias, out, ldo, k);
   if (m == 2) dot_tile<T, 2, R, U>(x, ldx, w, ldw, then, bias, out, ldo, k);
@@ -202,36 +233,39 @@ HETEGEN_INLINE void dot_rows(
 }
 
 // Tiles of R rows are shared out among the threads. The end of each prefetches the beginning of the thread's next one.
-template <typename T, int R, int U, bool one = false>
+template <typename T, int R, int U, int fixed = 0>
 void dot_linear(
     const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* out, int64_t m,
     int64_t n, int64_t k) {
   const int64_t tiles = n / R;
+  const bool follows_itself = R == 1 && m == 1 && ldw == k;  // rows without gaps are one stream
   Items items(tiles, std::max<int64_t>(1, tiles / (kShares * omp_get_max_threads())));
 #pragma omp parallel if (m * n * k >= kParallel)
   for (Items::Mine mine(items); mine.more();) {
     const int64_t r = mine.pop() * R;
-    const T* then = mine.next_is_known() ? w + mine.next() * R * ldw : nullptr;
-    dot_rows<T, R, U, one>(x, ldx, w + r * ldw, ldw, then, bias ? bias + r : nullptr, out + r, n, m, k);
+    const T* then = mine.next_is_known() && !follows_itself ? w + mine.next() * R * ldw : nullptr;
+    dot_rows<T, R, U, fixed>(x, ldx, w + r * ldw, ldw, then, bias ? bias + r : nullptr, out + r, n, m, k);
   }
   for (int64_t r = tiles * R; r < n; ++r) {
-    dot_rows<T, 1, U, one>(x, ldx, w + r * ldw, ldw, nullptr, bias ? bias + r : nullptr, out + r, n, m, k);
+    dot_rows<T, 1, U, fixed>(x, ldx, w + r * ldw, ldw, nullptr, bias ? bias + r : nullptr, out + r, n, m, k);
   }
 }
 
 // One or two tokens read row after row, which is what hardware prefetchers follow best; more tokens want
-// tiles of rows, so that an activation that is loaded is used several times. With `tiled` one token has tiles, too:
-// several rows at once and prefetches by the program keep more of them under way where a core waits for its memory.
+// tiles of rows, so that an activation that is loaded is used several times. With `tiled` one and two tokens have tiles,
+// too: several rows at once and prefetches by the program keep more of them under way where a core waits for its memory.
 template <typename T, bool tiled>
 void linear(
     const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* out, int64_t m,
     int64_t n, int64_t k) {
   if (tiled && m == 1) {
-    dot_linear<T, 8, 1, true>(x, ldx, w, ldw, bias, out, m, n, k);
+    dot_linear<T, kRowsOfOne, 1, 1>(x, ldx, w, ldw, bias, out, m, n, k);
+  } else if (tiled && m == 2) {
+    dot_linear<T, kRowsOfTwo, 1, 2>(x, ldx, w, ldw, bias, out, m, n, k);
   } else if (m <= 2) {
     dot_linear<T, 1, 4>(x, ldx, w, ldw, bias, out, m, n, k);
   } else {
-    dot_linear<T, 6, 1>(x, ldx, w, ldw, bias, out, m, n, k);
+    dot_linear<T, kRowsOfFour, 1>(x, ldx, w, ldw, bias, out, m, n, k);
   }
 }
 

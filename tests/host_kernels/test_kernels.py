@@ -249,6 +249,18 @@ def test_tiles_for_one_token_and_the_rows_that_are_left(rows: int, dtype: torch.
     )  # fmt: skip
 
 
+@kernels
+@dtypes
+@pytest.mark.parametrize("columns", [7, 700, 2100, 4500])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_rows_with_gaps_between_them(kernel: HostKernel, dtype: torch.dtype, columns: int, tokens: int) -> None:
+    """The end of each prefetches the beginning of the next: less than that much, a little more, far more."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(61, 5000).to(dtype)[:, 11 : 11 + columns], torch.randn(tokens, columns).to(dtype)
+    exact = F.linear(x.double(), weight.double())
+    assert_close(kernel.run(x, weight, None, 0, 61, 0), exact, dtype)
+
+
 def test_the_registry() -> None:
     assert {name: kernel.name for name, kernel in KERNELS.items()} == {name: name for name in KERNELS}
     assert kernels_for(torch.bfloat16) == (LINEAR, VECTORISED, TILED)
