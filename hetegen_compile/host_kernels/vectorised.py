@@ -127,8 +127,8 @@ def tiled_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, d
     """``vectorised_rows`` that reads several rows at once and ahead also for one token and for two.
 
     On an H200's host (16 virtual processors of a Xeon) eight rows at once read 134 GB/s, four 123, one 99; on one
-    processor of an EPYC with AVX2 four rows read 19 to 21 GB/s of bfloat16 where one row reads 12 to 16, of float32 18 to
-    23 and 15 to 19.
+    processor of an EPYC with AVX2 four rows read 19 to 21 GB/s of bfloat16 where one row reads 12 to 16, of float32
+    18 to 23 and 15 to 19.
     """
     if dim == 0:
         return _columns(x, rows, None if bias is None else bias[lo:hi], library().tiled_linear)
