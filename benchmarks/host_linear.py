@@ -7,8 +7,9 @@ dot products over more memory than the caches hold, measured again beside each r
 a ratio compares figures of the same second). Weights rotate over more memory than the caches hold, too. Kernels marked
 "copy" need a second copy of the weights, which hetegen never makes: they show what that leaves unused.
 
-``--cut 0.7`` computes with the first 70 % of each weight's columns, as the last Linear of a block does on the host: its
-rows have gaps between them, at each of which hardware prefetchers begin anew. Shares and rates are of what is read.
+``--cut 0.7`` computes with the first 70 % of each weight's columns (in steps of 64, as plans cut them), as the last
+Linear of a block does on the host: its rows have gaps between them, at each of which hardware prefetchers begin anew.
+Shares and rates are of what is read.
 
 Where other work runs on the machine, ``--threads 1 --cpu-time`` takes times from the thread's processor time, which
 leaves out that it had to wait for a processor (not that it shares caches and memory).
@@ -45,6 +46,7 @@ from hetegen_compile.calibration.kernels import (
 )
 from hetegen_compile.calibration.linears import usable_kernels
 from hetegen_compile.calibration.timing import durations_s, plain_torch
+from hetegen_compile.cost_model import row_granularity
 
 DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8)}
 SHAPES = "4096x4096,11008x4096,4096x11008,5120x5120"
@@ -57,6 +59,7 @@ class Figure:
 
     Attributes:
         dtype, tokens, rows, columns: what was computed; the weight is rows x columns.
+        read_columns: how many of the columns were computed with.
         kernel: its name.
         copies: whether it needs a second copy of the weight.
         bytes_per_s: of weights, median over rounds of each round's median.
@@ -68,6 +71,7 @@ class Figure:
     tokens: int
     rows: int
     columns: int
+    read_columns: int
     kernel: str
     copies: bool
     bytes_per_s: float
@@ -144,22 +148,32 @@ def measure(dtype: str, reader: Reader, arguments: argparse.Namespace, effort: E
     arena = make_arena(DTYPES[dtype], max(rotation_bytes(effort), largest))
     for rows, columns in arguments.shapes:
         whole = cut_weights(arena, rows * columns * arena.itemsize, (columns,))
-        weights = [weight[:, : max(1, round(columns * arguments.cut))] for weight in whole]
+        used = columns if arguments.cut == 1.0 else _whole_steps(columns * arguments.cut, columns)
+        weights = [weight[:, :used] for weight in whole]
         for tokens in arguments.tokens:
             for name, copies, compute, forms in _candidates(weights, tokens):
                 rounds = [_round(compute, weights, forms, tokens, reader, effort) for _ in range(arguments.rounds)]
                 shares = [rate / read for rate, read in rounds]
                 yield Figure(
-                    dtype, tokens, rows, columns, name, copies,
+                    dtype, tokens, rows, columns, used, name, copies,
                     statistics.median(rate for rate, _ in rounds),
                     statistics.median(shares), min(shares), max(shares),
                 )  # fmt: skip
 
 
+def _whole_steps(most: float, columns: int) -> int:
+    step = row_granularity(columns)
+    return max(step, int(most) // step * step)
+
+
 def _candidates(weights: Sequence[Tensor], tokens: int) -> Iterator[tuple[str, bool, Compute, Sequence[Tensor] | None]]:
     """(name, needs a copy, compute, what to compute with) of each kernel that this machine can run."""
     for kernel in usable_kernels(weights[0].dtype):
-        yield kernel.name, False, in_place(kernel), None
+        reason = kernel.refusal(weights[0])
+        if reason is None:
+            yield kernel.name, False, in_place(kernel), None
+        else:
+            print(f"{kernel.name}: not for these weights: {reason}", file=sys.stderr)
     if not weights[0].is_contiguous():
         return  # a copy has no gaps, whatever it is made of
     for copying in copying_kernels(weights[0].dtype):
@@ -265,7 +279,10 @@ def _numbers(text: str) -> list[int]:
 
 
 def _share(text: str) -> float:
-    share = float(text)
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
     if not 0.0 < share <= 1.0:
         raise argparse.ArgumentTypeError(f"'{text}': valid are shares above 0 up to 1")
     return share

@@ -18,11 +18,13 @@ from pathlib import Path
 import torch
 
 from hetegen_compile.cost_model import SCHEMA_VERSION
+from hetegen_compile.host_kernels.vectorised import sources_digest
 
 logger = logging.getLogger("hetegen_compile")
 
-METHOD_VERSION = 5
-"""Of what a calibration measures and how; a profile that an earlier method measured is measured anew."""
+METHOD_VERSION = 6
+"""Of what a calibration measures and how; a profile that an earlier method measured is measured anew. So is one of
+other host kernels, by their sources."""
 
 ROOT = Path("/")
 
@@ -51,7 +53,7 @@ class Machine:
     @property
     def key(self) -> str:
         """32 hexadecimal digits that differ whenever a profile must be measured anew."""
-        identity = json.dumps([SCHEMA_VERSION, METHOD_VERSION, *astuple(self)])
+        identity = json.dumps([SCHEMA_VERSION, METHOD_VERSION, sources_digest(), *astuple(self)])
         return hashlib.sha256(identity.encode()).hexdigest()[:32]
 
     @property

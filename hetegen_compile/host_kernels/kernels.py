@@ -27,6 +27,7 @@ class HostKernel:
         run: (x, rows, bias, lo, hi, dim) -> result, as ``linear_rows``.
         prepare: makes it ready on this machine, once a process; raises HostKernelUnavailableError.
         multiple: what the columns of the rows must be a multiple of.
+        gaps: whether the rows may have gaps between them.
     """
 
     name: str
@@ -34,6 +35,7 @@ class HostKernel:
     run: Callable[[Tensor, Tensor, Tensor | None, int, int, int], Tensor]
     prepare: Callable[[], object]
     multiple: int = 1
+    gaps: bool = True
 
     def refusal(self, rows: Tensor) -> str | None:
         """Why this kernel cannot compute with such rows (a fake is enough) on this machine; None: it can."""
@@ -41,6 +43,8 @@ class HostKernel:
             return f"it has no form for {rows.dtype}"
         if self is not LINEAR and (rows.dim() != 2 or rows.stride(1) != 1):
             return f"the rows are not contiguous: strides {tuple(rows.stride())}"
+        if not self.gaps and not rows.is_contiguous():
+            return f"there are gaps between the rows: strides {tuple(rows.stride())}"
         if rows.shape[-1] % self.multiple:
             return f"{rows.shape[-1]} columns are no multiple of {self.multiple}"
         try:
@@ -78,7 +82,7 @@ def _nothing() -> None:
 LINEAR = HostKernel("F.linear", (torch.float32, torch.bfloat16, torch.float16, torch.float64), linear_rows, _nothing)
 VECTORISED = HostKernel("vectorised", DTYPES, vectorised_rows, library)
 TILED = HostKernel("vectorised, tiled", DTYPES, tiled_rows, library)
-INT8PACK = HostKernel("int8pack", (torch.int8,), int8_rows, _nothing, INT8_COLUMNS)
+INT8PACK = HostKernel("int8pack", (torch.int8,), int8_rows, _nothing, INT8_COLUMNS, gaps=False)
 
 KERNELS = {kernel.name: kernel for kernel in (LINEAR, VECTORISED, TILED, INT8PACK)}
 

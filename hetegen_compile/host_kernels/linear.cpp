@@ -44,8 +44,8 @@ constexpr int64_t kManySums = 1 << 17;  // sums of blocks from which further thr
 constexpr int64_t kShares = 24;         // chunks for each thread: the last ones are waited for
 constexpr int64_t kLeastPiece = 1024;   // bytes of a row that one thread reads, where rows are cut for more threads
 
-// Rows of a tile, for one, two and up to four tokens at once. A row and token has a sum in a register: AVX2 has 16 of
-// them, and first-level caches of eight ways, which lines of a power of two share among all rows.
+// Rows of a tile, for one, two and up to four tokens at once. A row and token has a sum in a register, of which AVX2 has
+// 16; and rows a power of two apart fall into the same set of a first-level cache, which has eight ways there.
 #if defined(CPU_CAPABILITY_AVX2)
 constexpr int kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 3;
 #else
@@ -164,9 +164,9 @@ class Items {
   std::atomic<int64_t> taken_{0};
 };
 
-// Adds columns from:to of x[m, k] * w[r, k] to the sums, U steps at a time; returns where it ends. `ahead`: where what is
-// prefetched lies, as w does; null: nothing is.
-template <typename T, int M, int R, int U>
+// Adds columns from:to of x[m, k] * w[r, k] to the sums, U steps at a time; returns where it ends. With `prefetch` what lies
+// at `ahead` as the rows do at w is prefetched.
+template <typename T, int M, int R, int U, bool prefetch>
 HETEGEN_INLINE int64_t dot_columns(
     const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* ahead, Vec (&sum)[U][R][M],
     int64_t from, int64_t to) {
@@ -176,7 +176,7 @@ HETEGEN_INLINE int64_t dot_columns(
     HETEGEN_UNROLL for (int u = 0; u < U; ++u) {
       HETEGEN_UNROLL for (int r = 0; r < R; ++r) {
         const int64_t place = r * ldw + i + u * O::step;
-        if (ahead != nullptr) __builtin_prefetch(ahead + place);
+        if constexpr (prefetch) __builtin_prefetch(ahead + place);
         const auto elements = O::load(w + place);
         HETEGEN_UNROLL for (int m = 0; m < M; ++m) {
           sum[u][r][m] = O::dot(elements, x + m * ldx + i + u * O::step, sum[u][r][m]);
@@ -195,7 +195,8 @@ HETEGEN_INLINE void dot_tile(
     int64_t ldo, int64_t k) {
   // One row and one token is a pure stream, which some hardware prefetches best when left alone, except where it jumps.
   constexpr bool stream = R == 1 && M == 1;
-  const int64_t ahead = std::min(k, (R > 1 ? kAhead : kAheadOneRow) / int64_t(sizeof(T)));
+  constexpr int64_t most = (R > 1 ? kAhead : kAheadOneRow) / int64_t(sizeof(T));
+  const int64_t ahead = std::min(k, most);
   Vec sum[U][R][M];
   HETEGEN_UNROLL for (int u = 0; u < U; ++u) {
     HETEGEN_UNROLL for (int r = 0; r < R; ++r) {
@@ -204,10 +205,10 @@ HETEGEN_INLINE void dot_tile(
   }
   int64_t i = 0;
   if (!stream || then != nullptr) {
-    i = dot_columns<T, M, R, U>(x, ldx, w, ldw, stream ? nullptr : w + ahead, sum, 0, k - ahead);
-    if (then != nullptr) i = dot_columns<T, M, R, U>(x, ldx, w, ldw, then + ahead - k, sum, i, k);
+    i = dot_columns<T, M, R, U, !stream>(x, ldx, w, ldw, w + most, sum, 0, k - ahead);
+    if (then != nullptr) i = dot_columns<T, M, R, U, true>(x, ldx, w, ldw, then + ahead - k, sum, i, k);
   }
-  i = dot_columns<T, M, R, U>(x, ldx, w, ldw, nullptr, sum, i, k);
+  i = dot_columns<T, M, R, U, false>(x, ldx, w, ldw, nullptr, sum, i, k);
   HETEGEN_UNROLL for (int r = 0; r < R; ++r) {
     HETEGEN_UNROLL for (int m = 0; m < M; ++m) {
       Vec total = sum[0][r][m];
@@ -269,9 +270,9 @@ void linear(
   }
 }
 
-// sums[m, j] += sum over R rows of x[m, r] * w[r, j] for whole steps of columns from:to; returns where it ends. `ahead` as
-// for dot_columns.
-template <typename T, int M, int R>
+// sums[m, j] += sum over R rows of x[m, r] * w[r, j] for whole steps of columns from:to; returns where it ends. `ahead` and
+// `prefetch` as for dot_columns.
+template <typename T, int M, int R, bool prefetch>
 HETEGEN_INLINE int64_t axpy_columns(
     const float* x, int64_t ldx, const T* w, int64_t ldw, const T* ahead, float* sums, int64_t lds, int64_t from,
     int64_t to) {
@@ -283,7 +284,7 @@ HETEGEN_INLINE int64_t axpy_columns(
       HETEGEN_UNROLL for (int c = 0; c < O::count; ++c) sum[m][c] = Vec::loadu(sums + m * lds + j + c * Vec::size());
     }
     HETEGEN_UNROLL for (int r = 0; r < R; ++r) {
-      if (ahead != nullptr) __builtin_prefetch(ahead + r * ldw + j);
+      if constexpr (prefetch) __builtin_prefetch(ahead + r * ldw + j);
       const auto elements = O::load(w + r * ldw + j);
       HETEGEN_UNROLL for (int m = 0; m < M; ++m) {
         HETEGEN_UNROLL for (int c = 0; c < O::count; ++c) {
@@ -303,13 +304,14 @@ HETEGEN_INLINE int64_t axpy_columns(
 template <typename T, int M, int R, bool ahead>
 HETEGEN_INLINE void axpy_rows(
     const float* x, int64_t ldx, const T* w, int64_t ldw, const T* then, float* sums, int64_t lds, int64_t n) {
-  constexpr int64_t distance = kAhead / int64_t(sizeof(T));
+  constexpr int64_t most = kAhead / int64_t(sizeof(T));
+  const int64_t distance = std::min(n, most);
   int64_t j = 0;
   if constexpr (ahead) {
-    j = axpy_columns<T, M, R>(x, ldx, w, ldw, w + distance, sums, lds, 0, n - distance);
-    if (then != nullptr) j = axpy_columns<T, M, R>(x, ldx, w, ldw, then + distance - n, sums, lds, j, n);
+    j = axpy_columns<T, M, R, true>(x, ldx, w, ldw, w + most, sums, lds, 0, n - distance);
+    if (then != nullptr) j = axpy_columns<T, M, R, true>(x, ldx, w, ldw, then + distance - n, sums, lds, j, n);
   }
-  j = axpy_columns<T, M, R>(x, ldx, w, ldw, nullptr, sums, lds, j, n);
+  j = axpy_columns<T, M, R, false>(x, ldx, w, ldw, nullptr, sums, lds, j, n);
   for (; j < n; ++j) {
     for (int m = 0; m < M; ++m) {
       for (int r = 0; r < R; ++r) sums[m * lds + j] += x[m * ldx + r] * float(w[r * ldw + j]);

@@ -12,6 +12,7 @@ number of them, from the same OpenMP pool.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from functools import cache, cached_property
@@ -103,13 +104,23 @@ def _build() -> Library | str:
 
 def _built(*names: str) -> Library | str:
     """The library of these sources, or the first line of why there is none."""
-    source = "\n".join(files(__package__).joinpath(name).read_text() for name in names)
+    source = _source(*names)
     try:
         from torch._inductor.codecache import CppCodeCache
 
         return Library(CppCodeCache.load(source))
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
         return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _source(*names: str) -> str:
+    return "\n".join(files(__package__).joinpath(name).read_text() for name in names)
+
+
+@cache
+def sources_digest() -> str:
+    """Differs where the kernels' sources do: what was measured with others does not hold."""
+    return hashlib.sha256(_source(_LINEARS, _PROGRAMS).encode()).hexdigest()
 
 
 def vectorised_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import host_linear
+from hetegen_compile.calibration import kernels
 
 FAST = [
     "--threads",
@@ -36,7 +37,7 @@ def test_cut_weights_are_read_where_they_lie(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-    durations = host_linear.call_durations_s
+    durations = kernels.call_durations_s
 
     def noted(compute: Any, weights: Any, *more: Any) -> list[tuple[int, float]]:
         measured.append((tuple(weights[0].shape), weights[0].stride()))
@@ -44,20 +45,26 @@ def test_cut_weights_are_read_where_they_lie(
 
     monkeypatch.setattr(host_linear, "call_durations_s", noted)
     cut = figures(tmp_path / "cut.json", "--cut", "0.7")
-    assert set(measured) == {((64, 179), (256, 1))}
+    assert set(measured) == {((64, 128), (256, 1))}, "plans cut at multiples of 64 columns"
+    assert {(figure["columns"], figure["read_columns"]) for figure in cut} == {(256, 128)}
     assert {figure["kernel"] for figure in cut} >= {"F.linear", "vectorised", "vectorised, tiled"}
     assert not any(figure["copies"] for figure in cut), "a copy has no gaps"
     assert all(figure["bytes_per_s"] > 0 for figure in cut)
     assert "70% of the columns; " in capsys.readouterr().out
 
 
-def test_without_a_cut_copies_are_measured_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert any(figure["copies"] for figure in figures(tmp_path / "whole.json"))
+def test_a_kernel_that_takes_no_rows_with_gaps_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert figures(tmp_path / "cut.json", "--cut", "0.5", "--dtypes", "float32,int8")
+    assert "int8pack: not for these weights: there are gaps between the rows" in capsys.readouterr().err
+
+
+def test_all_of_the_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert {figure["read_columns"] for figure in figures(tmp_path / "whole.json")} == {256}
     assert "of the columns" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("share", ["0", "1.7", "-1", "half"])
-def test_a_share_that_is_none_is_refused(share: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("share", ["0", "1.7", "-1", "nan", "half"])
+def test_a_share_out_of_range_is_refused(share: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         host_linear.main(["--cut", share])
-    assert share in capsys.readouterr().err
+    assert f"'{share}': valid are shares above 0 up to 1" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from hetegen_compile.calibration.machine import (
     physical_memory_bytes,
 )
 from hetegen_compile.cost_model import SCHEMA_VERSION
+from hetegen_compile.host_kernels import vectorised
 from tests.calibration.tiny import MACHINE
 
 
@@ -55,6 +56,18 @@ def test_another_method_of_measuring_changes_the_key(monkeypatch: pytest.MonkeyP
     before = MACHINE.key
     monkeypatch.setattr(machine, "METHOD_VERSION", machine.METHOD_VERSION + 1)
     assert MACHINE.key != before
+
+
+def test_other_host_kernels_change_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = MACHINE.key
+    monkeypatch.setattr(vectorised, "_LINEARS", "program.cpp")
+    vectorised.sources_digest.cache_clear()
+    try:
+        assert MACHINE.key != before
+    finally:
+        monkeypatch.undo()
+        vectorised.sources_digest.cache_clear()
+    assert MACHINE.key == before
 
 
 def test_the_model_is_the_first_processors(tmp_path: Path) -> None:

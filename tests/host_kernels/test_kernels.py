@@ -230,7 +230,8 @@ def test_int8_weights_are_multiplied_as_they_are(dtype: torch.dtype) -> None:
         INT8PACK.run(x, weight[8:40], None, 8, 40, 1)
     with pytest.raises(HostKernelUnavailableError, match="multiple of 16 columns, not 63"):
         INT8PACK.run(x[..., :63], weight[:, :63].contiguous(), None, 0, 48, 0)
-    assert "63 columns" in (INT8PACK.refusal(weight[:, :63]) or "")
+    assert "63 columns" in (INT8PACK.refusal(weight[:, :63].contiguous()) or "")
+    assert "gaps between the rows" in (INT8PACK.refusal(weight[:, :32]) or "")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -251,10 +252,10 @@ def test_tiles_for_one_token_and_the_rows_that_are_left(rows: int, dtype: torch.
 
 @kernels
 @dtypes
-@pytest.mark.parametrize("columns", [7, 700, 2100, 4500])
+@pytest.mark.parametrize("columns", [7, 300, 700, 1030, 2100, 4500])
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_rows_with_gaps_between_them(kernel: HostKernel, dtype: torch.dtype, columns: int, tokens: int) -> None:
-    """The end of each prefetches the beginning of the next: less than that much, a little more, far more."""
+    """Sums come in three pieces, by what is prefetched meanwhile: of rows shorter and longer than the ways ahead."""
     torch.manual_seed(0)
     weight, x = torch.randn(61, 5000).to(dtype)[:, 11 : 11 + columns], torch.randn(tokens, columns).to(dtype)
     exact = F.linear(x.double(), weight.double())
