@@ -250,7 +250,7 @@ def test_tiles_for_one_token_and_the_rows_that_are_left(rows: int, dtype: torch.
     )  # fmt: skip
 
 
-@kernels
+@pytest.mark.parametrize("kernel", [VECTORISED, TILED], ids=lambda kernel: kernel.name)
 @dtypes
 @pytest.mark.parametrize("columns", [7, 300, 700, 1030, 2100, 4500])
 @pytest.mark.parametrize("tokens", [1, 2])
