@@ -44,17 +44,13 @@ constexpr int64_t kManySums = 1 << 17;  // sums of blocks from which further thr
 constexpr int64_t kShares = 24;         // chunks for each thread: the last ones are waited for
 constexpr int64_t kLeastPiece = 1024;   // bytes of a row that one thread reads, where rows are cut for more threads
 
-// Rows of a tile, for one, two and up to four tokens at once. A row and token has a sum in a register, of which AVX2 has
-// 16; and rows a power of two apart fall into the same set of a first-level cache, which has eight ways there.
+// kRowsOf*: rows of a tile, for one, two and up to four tokens at once. A row and token has a sum in a register, of which
+// AVX2 has 16; and rows a power of two apart fall into the same set of a first-level cache, which has eight ways there.
+// load_wide: two vectors of 16-bit elements as float32. ATen loads both halves as one and takes them apart again, which
+// costs more than the rest of a product where a processor has no instruction for such elements.
+constexpr int kRowsOfTwo = 4;
 #if defined(CPU_CAPABILITY_AVX2)
-constexpr int kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 3;
-#else
-constexpr int kRowsOfOne = 8, kRowsOfTwo = 4, kRowsOfFour = 6;
-#endif
-
-// Two vectors of 16-bit elements as float32. ATen loads both halves as one and takes them apart again, which costs more
-// than the rest of a product where a processor has no instruction for such elements.
-#if defined(CPU_CAPABILITY_AVX2)
+constexpr int kRowsOfOne = 4, kRowsOfFour = 3;
 HETEGEN_INLINE __m128i half_of(const void* p, int half) {
   return _mm_loadu_si128(static_cast<const __m128i*>(p) + half);
 }
@@ -67,6 +63,7 @@ HETEGEN_INLINE void load_wide(const c10::Half* p, Vec& first, Vec& second) {
   second = _mm256_cvtph_ps(half_of(p, 1));
 }
 #else
+constexpr int kRowsOfOne = 8, kRowsOfFour = 6;
 template <typename T>
 HETEGEN_INLINE void load_wide(const T* p, Vec& first, Vec& second) {
   at::vec::load_to_float<T>(p, first, second);

@@ -11,20 +11,7 @@ import pytest
 from benchmarks import host_linear
 from hetegen_compile.calibration import kernels
 
-FAST = [
-    "--threads",
-    "1",
-    "--dtypes",
-    "float32",
-    "--shapes",
-    "64x256",
-    "--tokens",
-    "1",
-    "--rounds",
-    "1",
-    "--budget",
-    "0.005",
-]
+FAST = ["--threads=1", "--dtypes=float32", "--shapes=64x256", "--tokens=1", "--rounds=1", "--budget=0.005"]
 
 
 def figures(out: Path, *more: str) -> list[dict[str, Any]]:
