@@ -33,10 +33,10 @@ from hetegen_compile.backend import make_backend
 from hetegen_compile.captured_graph import CapturedGraph
 from hetegen_compile.errors import BudgetError, HetegenError
 from hetegen_compile.passes.claims import NothingResident
-from hetegen_compile.planned import Sizes, Target
-from hetegen_compile.planner import Planner
-from hetegen_compile.segments import plain_compiler
-from hetegen_compile.step_plans import StepPlans
+from hetegen_compile.planning.planned import Sizes, Target
+from hetegen_compile.planning.planner import Planner
+from hetegen_compile.steps.segments import plain_compiler
+from hetegen_compile.steps.step_plans import StepPlans
 
 PROMPT = 7
 WEIGHT_SCALE = 6

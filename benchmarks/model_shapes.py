@@ -15,7 +15,7 @@ from hetegen_compile.dry_run.models import NamedModel, named_config, named_model
 from hetegen_compile.dry_run.planning import sizes_at, weight_bytes
 from hetegen_compile.dry_run.trace import TracedGraph
 from hetegen_compile.errors import UnsupportedModelError
-from hetegen_compile.planned import Sizes
+from hetegen_compile.planning.planned import Sizes
 
 Depth = int | Literal["full"]
 

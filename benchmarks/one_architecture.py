@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import hetegen_compile
 from benchmarks.tiny_configs import IMAGE, IMAGE_TOKEN, LAYERS, POSITIONS, tiny_config
 from hetegen_compile.backend import make_backend
-from hetegen_compile.segments import inductor_compiler, plain_compiler
+from hetegen_compile.steps.segments import inductor_compiler, plain_compiler
 
 NEW_TOKENS = 6
 FACTORIES = {

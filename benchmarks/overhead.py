@@ -43,7 +43,7 @@ from hetegen_compile.compiled import CompiledGraph
 from hetegen_compile.hardware import profile_for
 from hetegen_compile.options import parse_options
 from hetegen_compile.runtime import Runtime
-from hetegen_compile.segments import inductor_compiler
+from hetegen_compile.steps.segments import inductor_compiler
 
 LIMITS = {"issue": 40e-6, "between": 120e-6, "resident": 1.15, "compile": 2.0}
 """Seconds a split Linear; seconds a layer; ratio to Inductor; ratio of the deepest to the shallowest."""

@@ -46,7 +46,7 @@ from hetegen_compile.ir import info
 from hetegen_compile.passes.lower import segment_key
 from hetegen_compile.passes.retarget_devices import CHECK_VARIABLE
 from hetegen_compile.passes.tensors import tensors_in
-from hetegen_compile.segments import inductor_compiler, plain_compiler
+from hetegen_compile.steps.segments import inductor_compiler, plain_compiler
 
 _TOKENS = {"vocab_size": 256, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 _SIZES = {

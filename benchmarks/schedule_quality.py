@@ -7,8 +7,8 @@ A model is a shape known here, the path of a config.json or of its folder; hardw
 profile (``hetegen calibrate --json`` prints one; ``cost_model/presets`` has others to start from).
 
 Each setting is planned from shapes alone (weights on meta), with a budget that holds the stated share of the weights
-beside the staging ring and what else a step needs. Decode has a cache of 512 tokens. The floor is the
-largest of the bounds of ``hetegen_compile.floor``: offloaded bytes over link and host, the accelerator's own work, the
+beside the staging ring and what else a step needs. Decode has a cache of 512 tokens. The floor is the largest of the
+bounds of ``hetegen_compile.planning.floor``: offloaded bytes over link and host, the accelerator's own work, the
 critical path, the host's thread; ``S/(V+V)`` is the first with the same share of every Linear on the host. Nothing is
 measured and nothing is random, so the figures are the same on every machine.
 
@@ -36,15 +36,15 @@ from hetegen_compile.cost_model import HardwareProfile, load_profile, preset_nam
 from hetegen_compile.dry_run.models import DTYPES
 from hetegen_compile.dry_run.planning import Machine
 from hetegen_compile.errors import HetegenError
-from hetegen_compile.floor import Floor, floor, offloaded_together_s
 from hetegen_compile.options import Options
 from hetegen_compile.passes.choose_residency import staging_ring_bytes
 from hetegen_compile.passes.claims import NothingResident
 from hetegen_compile.passes.context import SegmentCache, require
 from hetegen_compile.passes.plans import RESIDENT, RING, Residency
 from hetegen_compile.pipeline import UNTIL_VERIFIED
-from hetegen_compile.planned import DRY_RUN, BucketPlan, ScheduledStep, Split, Target
-from hetegen_compile.planner import Planner
+from hetegen_compile.planning.floor import Floor, floor, offloaded_together_s
+from hetegen_compile.planning.planned import DRY_RUN, BucketPlan, ScheduledStep, Split, Target
+from hetegen_compile.planning.planner import Planner
 
 SHARES = (0.10, 0.25, 0.50, 0.75)
 CASES = {"decode-1": 1, "decode-4": 4, "decode-16": 16, "prefill-512": 0}

@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from hetegen_compile.dry_run import plan, plan_generation
     from hetegen_compile.errors import HetegenError
     from hetegen_compile.overrides import override_split
+    from hetegen_compile.reports.schedule import Schedule, schedules
     from hetegen_compile.runtime import refresh
-    from hetegen_compile.schedule import Schedule, schedules
 
 _HOMES = {
     "HetegenError": "errors",
-    "Schedule": "schedule",
+    "Schedule": "reports.schedule",
     "override_split": "overrides",
     "plan": "dry_run",
     "plan_generation": "dry_run",
     "refresh": "runtime",
-    "schedules": "schedule",
+    "schedules": "reports.schedule",
 }
 
 __all__ = ["HetegenError", "Schedule", "override_split", "plan", "plan_generation", "refresh", "schedules"]

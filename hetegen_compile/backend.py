@@ -34,7 +34,7 @@ from hetegen_compile.passes.context import SegmentCompiler
 from hetegen_compile.passes.lift_parts import lift_parts
 from hetegen_compile.passes.tensors import tensors_in
 from hetegen_compile.runtime import Runtime, runtime_for
-from hetegen_compile.segments import inductor_compiler
+from hetegen_compile.steps.segments import inductor_compiler
 
 logger = logging.getLogger("hetegen_compile")
 

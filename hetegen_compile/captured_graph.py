@@ -16,10 +16,10 @@ from hetegen_compile.options import Options
 from hetegen_compile.passes.context import Bucket, SegmentCache
 from hetegen_compile.passes.lift_parts import WeightPart
 from hetegen_compile.passes.sources import source_name
-from hetegen_compile.planned import Sizes
-from hetegen_compile.results import Results
-from hetegen_compile.step_values import InputFacts
-from hetegen_compile.undo import HostWrites, host_writes
+from hetegen_compile.planning.planned import Sizes
+from hetegen_compile.steps.results import Results
+from hetegen_compile.steps.step_values import InputFacts
+from hetegen_compile.steps.undo import HostWrites, host_writes
 
 Part = tuple[Bucket, int]
 """A bucket of tokens of one model: Dynamo lets models of one class and shape share a compiled graph."""

@@ -18,12 +18,12 @@ from hetegen_compile.memory_remedies import with_remedies
 from hetegen_compile.options import Options
 from hetegen_compile.passes.context import HostOnlyGraphError, Refusal, SegmentCache, SegmentCompiler
 from hetegen_compile.passes.lift_parts import WeightPart, with_parts
-from hetegen_compile.planned import Sizes
-from hetegen_compile.run_step import run_step
+from hetegen_compile.planning.planned import Sizes
+from hetegen_compile.reports.schedule import Schedule, register
 from hetegen_compile.runtime import Runtime, live_runtimes
-from hetegen_compile.schedule import Schedule, register
-from hetegen_compile.step_plan import StepPlan
-from hetegen_compile.step_plans import StepPlans
+from hetegen_compile.steps.run_step import run_step
+from hetegen_compile.steps.step_plan import StepPlan
+from hetegen_compile.steps.step_plans import StepPlans
 
 logger = logging.getLogger("hetegen_compile")
 

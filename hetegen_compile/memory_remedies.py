@@ -10,8 +10,8 @@ from hetegen_compile.errors import AcceleratorMemoryError, BudgetError, Unforese
 from hetegen_compile.mirrors import NoRoomError
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.context import Refusal
-from hetegen_compile.run_step import UnrepeatableError
-from hetegen_compile.step_plans import StepPlans
+from hetegen_compile.steps.run_step import UnrepeatableError
+from hetegen_compile.steps.step_plans import StepPlans
 
 logger = logging.getLogger("hetegen_compile")
 

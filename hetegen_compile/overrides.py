@@ -7,7 +7,7 @@ import contextvars
 from collections.abc import Iterator
 from typing import TypeVar
 
-from hetegen_compile.planned import Split
+from hetegen_compile.planning.planned import Split
 
 T = TypeVar("T")
 

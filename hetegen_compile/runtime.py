@@ -13,13 +13,13 @@ from typing import Any
 from torch import nn
 
 from hetegen_compile.accelerators import Accelerator, open_accelerator
-from hetegen_compile.carried import CarriedPrefetches
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.host_memory import HostMemory, HugePages
 from hetegen_compile.mirrors import Mirrors
 from hetegen_compile.model_lives import ModelLives
 from hetegen_compile.options import Options
 from hetegen_compile.residency import ResidencyLedger
+from hetegen_compile.steps.carried import CarriedPrefetches
 
 _open: weakref.WeakValueDictionary[Any, Runtime] = weakref.WeakValueDictionary()
 _opening = threading.Lock()

@@ -1,7 +1,7 @@
 """Calls of compiled segments: through torch's layers or past them, with results that lie as the graph says.
 
 Why: of a small segment's call on the host thread half is spent around its code, in what AOTAutograd may have to do
-before and behind it. ``hetegen_compile/segments.py`` knows for which segments it has nothing to do.
+before and behind it. ``hetegen_compile/steps/segments.py`` knows for which segments it has nothing to do.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 from hetegen_compile import ir
 from hetegen_compile.host_kernels import VECTORISED, HostLinear
-from hetegen_compile.host_runs import HostRun, host_runs
 from hetegen_compile.ir import info
+from hetegen_compile.steps.host_runs import HostRun, host_runs
 from tests.host_kernels.programs import random as numbers
 
 

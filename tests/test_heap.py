@@ -14,8 +14,8 @@ from hetegen_compile import heap
 from hetegen_compile.backend import make_backend
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.heap import large_heap
-from hetegen_compile.segments import plain_compiler
-from hetegen_compile.step_plans import StepPlans
+from hetegen_compile.steps.segments import plain_compiler
+from hetegen_compile.steps.step_plans import StepPlans
 
 
 class Mlp(torch.nn.Module):

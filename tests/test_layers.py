@@ -1,4 +1,4 @@
-"""Layers, lowest first: cost_model, passes, hetegen_compile; leaves may be imported by all of them."""
+"""Layers, lowest first: cost_model, passes, planning, and what runs; leaves may be imported by all of them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ LEAVES = {f"hetegen_compile.{name}" for name in ("errors", "geometry", "ir", "li
 BELOW = {
     "cost_model": {"hetegen_compile.cost_model"},
     "passes": {"hetegen_compile.cost_model", "hetegen_compile.passes"},
+    "hetegen_compile/planning": {
+        f"hetegen_compile.{name}"
+        for name in ("cost_model", "passes", "pipeline", "graph_inputs", "planning", "reports.schedule")
+    },
 }
 
 

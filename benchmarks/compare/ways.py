@@ -18,7 +18,7 @@ from hetegen_compile.bench.measure import Measured, Way, compile_anew, decode_sc
 from hetegen_compile.bench.timing import Timing, generate_timed, warm_and_timed, with_peak
 from hetegen_compile.bench.weights import parameter_bytes, random_model
 from hetegen_compile.cost_model import load_profile
-from hetegen_compile.schedule import Schedule
+from hetegen_compile.reports.schedule import Schedule
 
 _UNPACED_TOKENS = 3
 

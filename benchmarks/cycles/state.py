@@ -17,7 +17,7 @@ from benchmarks.cycles.watch import Failure, Watch
 from benchmarks.one_architecture import build_model
 from hetegen_compile.backend import make_backend
 from hetegen_compile.errors import BudgetError
-from hetegen_compile.segments import inductor_compiler, plain_compiler
+from hetegen_compile.steps.segments import inductor_compiler, plain_compiler
 
 BUDGETS = (0.25, 0.4, 0.6, 0.8, 1.0)
 """Shares of the weights' bytes."""

@@ -30,7 +30,7 @@ from hetegen_compile.calibration import write_profile
 from hetegen_compile.cost_model import KernelChoice, load_profile
 from hetegen_compile.host_kernels import LINEAR, TILED, VECTORISED
 from hetegen_compile.passes.context import Refusal
-from hetegen_compile.schedule import Schedule
+from hetegen_compile.reports.schedule import Schedule
 
 VOCABULARY = 512
 WINDOW = 12

@@ -17,7 +17,7 @@ from hetegen_compile.dry_run.models import DTYPES, generates, named_config
 from hetegen_compile.errors import BudgetError, OptionError, UnsupportedModelError
 from hetegen_compile.options import parse_options
 from hetegen_compile.overrides import override_issue_ahead, override_split
-from hetegen_compile.schedule import Schedule, schedules
+from hetegen_compile.reports.schedule import Schedule, schedules
 
 logger = logging.getLogger("hetegen_compile")
 

@@ -29,7 +29,7 @@ from hetegen_compile.calibration.machine import host_memory_bytes, last_level_ca
 from hetegen_compile.calibration.timing import Effort, durations_s, median_s
 from hetegen_compile.cost_model import AcceleratorProfile, LinkDirection, LinkProfile, RateCurve
 from hetegen_compile.passes.segment_calls import with_declared_strides
-from hetegen_compile.segments import inductor_compiler
+from hetegen_compile.steps.segments import inductor_compiler
 
 logger = logging.getLogger("hetegen_compile")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hetegen_compile.schedule import Schedule
-from hetegen_compile.verdict import verdict
+from hetegen_compile.reports.schedule import Schedule
+from hetegen_compile.reports.verdict import verdict
 
 
 @dataclass(frozen=True)

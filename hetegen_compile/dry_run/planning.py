@@ -12,12 +12,10 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 
-from hetegen_compile.baselines import baselines
 from hetegen_compile.calibration.runner import EMULATED_PRESET
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.dry_run.fakes import Fakes
 from hetegen_compile.dry_run.trace import TracedGraph, trace
-from hetegen_compile.floor import floor_s
 from hetegen_compile.hardware import profile_for
 from hetegen_compile.heap import large_heap
 from hetegen_compile.options import Options, format_bytes, parse_options
@@ -27,10 +25,12 @@ from hetegen_compile.passes.context import SegmentCache, require
 from hetegen_compile.passes.plans import Residency
 from hetegen_compile.passes.tensors import storage_id
 from hetegen_compile.pipeline import UNTIL_VERIFIED
-from hetegen_compile.planned import DRY_RUN, BucketPlan, ScheduledStep, Sizes, Split, Target
-from hetegen_compile.planner import Planner, budget_bytes
-from hetegen_compile.schedule import Schedule, register
-from hetegen_compile.trials import Trials
+from hetegen_compile.planning.baselines import baselines
+from hetegen_compile.planning.floor import floor_s
+from hetegen_compile.planning.planned import DRY_RUN, BucketPlan, ScheduledStep, Sizes, Split, Target
+from hetegen_compile.planning.planner import Planner, budget_bytes
+from hetegen_compile.planning.trials import Trials
+from hetegen_compile.reports.schedule import Schedule, register
 
 
 def plan(model: nn.Module, *args: Any, options: Mapping[str, object] | None = None, **kwargs: Any) -> Schedule:

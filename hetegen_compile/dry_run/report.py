@@ -10,8 +10,8 @@ from tabulate import tabulate
 
 from hetegen_compile.dry_run.generation_plan import Generation, GenerationPlan
 from hetegen_compile.options import format_bytes
-from hetegen_compile.schedule import Schedule
-from hetegen_compile.verdict import BASELINE_NAMES
+from hetegen_compile.reports.schedule import Schedule
+from hetegen_compile.reports.verdict import BASELINE_NAMES
 
 
 def generation_report(plan: GenerationPlan, *, tables: bool = False, unfold: bool = False) -> str:

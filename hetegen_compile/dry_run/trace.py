@@ -25,7 +25,7 @@ from hetegen_compile.errors import UnsupportedModelError
 from hetegen_compile.graph_inputs import as_int, model_weights, symbol_inputs
 from hetegen_compile.passes.capture import capture
 from hetegen_compile.passes.lift_parts import lift_parts, with_parts
-from hetegen_compile.planned import Sizes
+from hetegen_compile.planning.planned import Sizes
 
 logger = logging.getLogger("hetegen_compile")
 

@@ -25,10 +25,10 @@ from hetegen_compile.passes.measure_memory import segment_lives
 from hetegen_compile.passes.plans import UNFORESEEN
 from hetegen_compile.passes.tensors import tensor_bytes, tensors_in
 from hetegen_compile.pipeline import ONCE_PER_SPLIT
-from hetegen_compile.planned import BucketPlan
-from hetegen_compile.planner import Planner
-from hetegen_compile.schedule import Schedule
-from hetegen_compile.segments import inductor_compiler, plain_compiler
+from hetegen_compile.planning.planned import BucketPlan
+from hetegen_compile.planning.planner import Planner
+from hetegen_compile.reports.schedule import Schedule
+from hetegen_compile.steps.segments import inductor_compiler, plain_compiler
 from tests.backend.budgets import Kept, forward, needed_bytes
 from tests.backend.modules import BUDGET, WIDTH, Mlp, random
 from tests.models.architectures import ARCHITECTURES, generate, prompts, tiny_model

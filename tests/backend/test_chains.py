@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hetegen_compile import chains
-from hetegen_compile.chains import ChainRules
+from hetegen_compile.steps import chains
+from hetegen_compile.steps.chains import ChainRules
 from tests.backend.modules import Mlp, random
 from tests.models.architectures import generate, prompts, tiny_model
 from tests.models.harness import RecordingBackend, assert_like_eager, emulated, half_the_weights

@@ -18,7 +18,7 @@ from hetegen_compile.errors import (
     GradientsNotSupportedError,
     OptionError,
 )
-from hetegen_compile.segments import plain_compiler
+from hetegen_compile.steps.segments import plain_compiler
 from tests.backend.modules import BUDGET, Linear, around, plain, random
 from tests.models.harness import RecordingBackend, compiled_like_eager, emulated
 

@@ -17,7 +17,7 @@ import hetegen_compile
 from hetegen_compile.calibration import write_profile
 from hetegen_compile.cost_model import KernelChoice, load_profile
 from hetegen_compile.host_kernels.program import HostProgram
-from hetegen_compile.schedule import Schedule
+from hetegen_compile.reports.schedule import Schedule
 from tests.backend.modules import random
 from tests.models.harness import RecordingBackend, emulated, new_schedules
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import hetegen_compile
-from hetegen_compile import run_step
-from hetegen_compile.segments import inductor_compiler, plain_compiler
+from hetegen_compile.steps import run_step
+from hetegen_compile.steps.segments import inductor_compiler, plain_compiler
 from tests.backend.modules import BUDGET, WIDTH, Linear, Mlp, around, plain, random
 from tests.models.harness import compiled_like_eager, emulated, through_inductor
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hetegen_compile.segments import inductor_compiler, plain_compiler
+from hetegen_compile.steps.segments import inductor_compiler, plain_compiler
 from tests.backend.modules import BUDGET, Linear, around, random
 from tests.models.harness import compiled_like_eager, emulated, through_inductor
 

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from hetegen_compile.backend import make_backend
 from hetegen_compile.runtime import live_runtimes
-from hetegen_compile.segments import plain_compiler
+from hetegen_compile.steps.segments import plain_compiler
 from tests.backend.modules import BUDGET, WIDTH, Mlp, around, random
 from tests.backend.test_deleted_models import Watched, breaks_in_a_helper
 from tests.models.architectures import prompts, tiny_model

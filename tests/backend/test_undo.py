@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hetegen_compile.undo import COPIED_BYTES, HostWrites, Undo, host_writes
+from hetegen_compile.steps.undo import COPIED_BYTES, HostWrites, Undo, host_writes
 from tests.passes.graphs import case
 
 

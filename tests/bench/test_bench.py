@@ -17,8 +17,8 @@ from hetegen_compile import backend, cli
 from hetegen_compile.bench import Measured, bench_json, bench_report, measure
 from hetegen_compile.bench.timing import Timing
 from hetegen_compile.errors import BudgetError
-from hetegen_compile.schedule import Schedule
-from hetegen_compile.segments import plain_compiler
+from hetegen_compile.reports.schedule import Schedule
+from hetegen_compile.steps.segments import plain_compiler
 
 SCHEDULE: Any = SimpleNamespace(
     title="hetegen on cuda, hardware h100-server, 1 token a forward", predicted_step_s=0.02, floor_s=0.01,

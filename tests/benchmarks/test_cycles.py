@@ -14,7 +14,7 @@ from benchmarks.cycles.__main__ import _line
 from benchmarks.cycles.compare import compare
 from benchmarks.cycles.one import run_cycle
 from benchmarks.cycles.watch import Failure
-from hetegen_compile.run_step import run_step
+from hetegen_compile.steps.run_step import run_step
 from tests.models.harness import fresh_dynamo
 
 __all__ = ["fresh_dynamo"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import hetegen_compile
-from hetegen_compile.schedule import Schedule
+from hetegen_compile.reports.schedule import Schedule
 
 WIDTH, WIDE, LAYERS = 512, 2048, 3
 

@@ -15,7 +15,7 @@ import hetegen_compile
 from hetegen_compile.dry_run import planning
 from hetegen_compile.dry_run.trace import TracedForward, trace
 from hetegen_compile.errors import BudgetError, HardwareProfileError, OptionError, UnsupportedModelError
-from hetegen_compile.schedule import Schedule
+from hetegen_compile.reports.schedule import Schedule
 from tests.dry_run.configs import MODELS, make
 
 OPTIONS: dict[str, object] = {"hardware": "a10-xeon", "gpu_memory": "200KiB"}

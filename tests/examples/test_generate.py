@@ -11,7 +11,7 @@ import torch
 
 from examples import generate
 from hetegen_compile.backend import make_backend
-from hetegen_compile.segments import plain_compiler
+from hetegen_compile.steps.segments import plain_compiler
 from tests.models.architectures import prompts, tiny_model
 
 

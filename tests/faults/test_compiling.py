@@ -16,7 +16,7 @@ from torch._inductor.exc import InductorError
 from hetegen_compile import pipeline, schedules
 from hetegen_compile.errors import BudgetError, CompilationError
 from hetegen_compile.runtime import live_runtimes
-from hetegen_compile.segments import inductor_compiler
+from hetegen_compile.steps.segments import inductor_compiler
 from tests.backend.modules import BUDGET, Linear, Mlp, around, plain, random
 from tests.models.harness import Comparison, RecordingBackend, compiled_like_eager, emulated, through_inductor
 
@@ -171,7 +171,7 @@ def test_a_defect_keeps_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any) -> Any:
         raise ZeroDivisionError("in a pass")
 
-    monkeypatch.setattr("hetegen_compile.within_budget.run_pipeline", broken)
+    monkeypatch.setattr("hetegen_compile.planning.within_budget.run_pipeline", broken)
     model = Mlp(4).eval()
     model.compile(backend=RecordingBackend(), options=emulated(gpu_memory=BUDGET))
     for _ in range(2):

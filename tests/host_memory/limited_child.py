@@ -18,7 +18,7 @@ from torch import nn
 import hetegen_compile
 from hetegen_compile.backend import make_backend
 from hetegen_compile.runtime import live_runtimes
-from hetegen_compile.segments import plain_compiler
+from hetegen_compile.steps.segments import plain_compiler
 from tests.backend.modules import Mlp, random
 
 LAYERS, WIDTH = 10, 2048

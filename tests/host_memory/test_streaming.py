@@ -19,8 +19,8 @@ from hetegen_compile.backend import make_backend
 from hetegen_compile.host_memory import policy
 from hetegen_compile.host_memory.limits import HostLimits
 from hetegen_compile.host_memory.mappings import read_mappings
-from hetegen_compile.schedule import Schedule
-from hetegen_compile.segments import plain_compiler
+from hetegen_compile.reports.schedule import Schedule
+from hetegen_compile.steps.segments import plain_compiler
 from tests.backend.modules import Mlp, random
 from tests.host_memory.driver import little, plenty
 from tests.host_memory.files import map_weights

@@ -28,8 +28,8 @@ from hetegen_compile.backend import make_backend
 from hetegen_compile.compiled import CompiledGraph
 from hetegen_compile.options import parse_options
 from hetegen_compile.passes.append_tokens import lies_by_token
-from hetegen_compile.schedule import Schedule, withdraw
-from hetegen_compile.segments import plain_compiler
+from hetegen_compile.reports.schedule import Schedule, withdraw
+from hetegen_compile.steps.segments import plain_compiler
 
 RTOL, ATOL = 1e-4, 1e-5
 """How close float32 results have to be to eager's."""
@@ -174,7 +174,7 @@ def _withdrawn() -> Iterator[list[Schedule]]:
         found.extend(schedule for schedule in given if schedule.step_times_s)
         withdraw(given)
 
-    with mock.patch("hetegen_compile.step_plans.withdraw", noted):
+    with mock.patch("hetegen_compile.steps.step_plans.withdraw", noted):
         yield found
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import hetegen_compile
 from hetegen_compile.backend import make_backend
-from hetegen_compile.segments import plain_compiler
+from hetegen_compile.steps.segments import plain_compiler
 from tests.models.architectures import prompts, tiny_model
 from tests.models.harness import (
     RTOL,

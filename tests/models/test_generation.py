@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from hetegen_compile.backend import make_backend
-from hetegen_compile.segments import plain_compiler
+from hetegen_compile.steps.segments import plain_compiler
 from tests.models.architectures import VOCABULARY, prompts, tiny_model
 from tests.models.harness import assert_like_eager, compiled_like_eager, emulated, half_the_weights
 

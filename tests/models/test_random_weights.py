@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hetegen_compile.passes.retarget_devices import CHECK_VARIABLE
-from hetegen_compile.segments import inductor_compiler, plain_compiler
+from hetegen_compile.steps.segments import inductor_compiler, plain_compiler
 from tests.models.architectures import ARCHITECTURES, generate, prompts, tiny_model
 from tests.models.harness import (
     Comparison,

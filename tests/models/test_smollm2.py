@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from examples.models import encode_chat, load_smollm2
-from hetegen_compile.segments import inductor_compiler, plain_compiler
+from hetegen_compile.steps.segments import inductor_compiler, plain_compiler
 from tests.models.harness import compiled_like_eager, emulated, through_inductor
 
 QUESTIONS = ["What is the capital of France?", "Name three rivers, and say in which country each of them ends.", "Hi!"]

@@ -13,7 +13,7 @@ import hetegen_compile
 from hetegen_compile.accelerators import EmulatedAccelerator
 from hetegen_compile.compiled import CompiledGraph
 from hetegen_compile.passes.context import Bucket
-from hetegen_compile.planner import Planner
+from hetegen_compile.planning.planner import Planner
 from tests.models.architectures import tiny_model
 from tests.models.harness import RecordingBackend, emulated, half_the_weights
 

@@ -36,7 +36,7 @@ from hetegen_compile.passes.findings import Prediction
 from hetegen_compile.passes.plans import GROWTH, LinearPlan, Residency
 from hetegen_compile.passes.sources import source_name
 from hetegen_compile.pipeline import PIPELINE, run_pipeline
-from hetegen_compile.segments import plain_compiler
+from hetegen_compile.steps.segments import plain_compiler
 
 PROFILE: HardwareProfile = load_profile("cpu-emulated")
 GIB = 2**30

@@ -13,11 +13,11 @@ from torch import Tensor, fx
 
 from hetegen_compile import ir
 from hetegen_compile.accelerators import EmulatedAccelerator
-from hetegen_compile.bind import bind
-from hetegen_compile.bound_step import BoundStep
 from hetegen_compile.ir import info
 from hetegen_compile.mirrors import WEIGHTS, Mirrors, Request
 from hetegen_compile.passes import lower
+from hetegen_compile.steps.bind import bind
+from hetegen_compile.steps.bound_step import BoundStep
 from tests.passes.graphs import Case
 
 STEPS = 2

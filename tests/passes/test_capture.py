@@ -19,7 +19,7 @@ from hetegen_compile.ir import info
 from hetegen_compile.passes.capture import capture
 from hetegen_compile.passes.sources import source_name
 from hetegen_compile.passes.tensors import to_expr
-from hetegen_compile.segments import plain_compiler
+from hetegen_compile.steps.segments import plain_compiler
 from tests.passes.graphs import Case, assert_equal_to_eager, case, dynamo_graph
 
 

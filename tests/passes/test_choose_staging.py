@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from hetegen_compile.cost_model import SplitProblem, row_granularity, solve_split
-from hetegen_compile.floor import floor_s
 from hetegen_compile.ir import LINEAR, PREFETCH, STAGE, info
 from hetegen_compile.passes import annotate_costs, choose_splits, choose_staging, predict_step, split_linears
 from hetegen_compile.passes.choose_splits import with_host_rows
 from hetegen_compile.passes.context import Refusal
 from hetegen_compile.passes.plans import GROWTH, STAGED_CHUNK_BYTES, Residency
+from hetegen_compile.planning.floor import floor_s
 from tests.passes.graphs import PROFILE, Case, again, case, planned, quarters, scheduled, streamed
 
 ROWS = 256

@@ -26,7 +26,7 @@ from hetegen_compile.passes.lower import (
 )
 from hetegen_compile.passes.plans import LinearPlan
 from hetegen_compile.passes.segment_calls import with_declared_strides
-from hetegen_compile.segments import inductor_compiler
+from hetegen_compile.steps.segments import inductor_compiler
 from tests.passes.graphs import (
     Case,
     case,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hetegen_compile.backend import make_backend
-from hetegen_compile.segments import plain_compiler
+from hetegen_compile.steps.segments import plain_compiler
 from tests.passes.graphs import assert_equal_to_eager
 from tests.passes.test_place_nodes import placed, with_sides
 

@@ -10,13 +10,13 @@ import sympy
 import torch
 from torch import Tensor, nn
 
-from hetegen_compile.buckets import largest_sizes
 from hetegen_compile.graph_inputs import sequence_symbols
 from hetegen_compile.ir import info
 from hetegen_compile.options import Options
 from hetegen_compile.passes import annotate_costs, choose_residency
 from hetegen_compile.passes.context import Bucket
 from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH
+from hetegen_compile.planning.buckets import largest_sizes
 from tests.passes.graphs import case
 
 GROWN = nn.Linear(64, 64)

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 import hetegen_compile
 from hetegen_compile import runtime
 from hetegen_compile.errors import BudgetError
-from hetegen_compile.schedule import Schedule
+from hetegen_compile.reports.schedule import Schedule
 from tests.models.harness import RecordingBackend, new_schedules
 from tests.properties.budgets import named_budget, with_named_budgets
 from tests.properties.programs import Inputs, Program, ProgramModel, make_inputs

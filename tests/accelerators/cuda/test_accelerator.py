@@ -19,7 +19,7 @@ from hetegen_compile.errors import (
 )
 from hetegen_compile.ir import SMALL_UPLOAD_BYTES, VIEWED_UPLOAD_BYTES
 from hetegen_compile.options import format_bytes
-from hetegen_compile.schedule import Schedule
+from hetegen_compile.reports.schedule import Schedule
 from tests.accelerators import fake_cuda
 from tests.accelerators.fake_cuda import ALREADY_REGISTERED, LOG, PENDING, FakeRuntime
 from tests.accelerators.schedules import WIDTH, SplitLayers, make_weights, run_eager

@@ -1,0 +1,108 @@
+"""What a step would take done otherwise, on the same hardware profile."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import fx
+
+from hetegen_compile.cost_model import host_linear_s, host_op_s, upload_s
+from hetegen_compile.ir import LINEAR, info, is_tensor
+from hetegen_compile.passes.annotate_costs import dtype_name, value_bytes
+from hetegen_compile.passes.aten_listener import FREE_ATEN
+from hetegen_compile.passes.choose_splits import choose_splits
+from hetegen_compile.passes.context import Context, require
+from hetegen_compile.passes.findings import NodeCost
+from hetegen_compile.passes.plans import RESIDENT, RING, LinearPlan
+from hetegen_compile.passes.predict_step import node_work
+from hetegen_compile.planning.trials import Trials
+
+
+def baselines(module: fx.GraphModule, context: Context, trials: Trials) -> dict[str, float | None]:
+    """Seconds of a step done otherwise, from the graph with its segments and its Linears whole.
+
+    ``streamed``: the same residency, everything else streamed with prefetch. ``per_module``: the same residency,
+    each other weight (embedding tables too) copied from pageable memory when its module is called and waited for.
+    ``per_linear``: host and link balanced inside each Linear as if it were alone, each with a trip of its own.
+    ``host_only``: everything on the
+    host, the link idle. ``resident``: everything on the accelerator, None if that
+    does not fit its memory.
+    """
+    if require(context.residency, "choose_residency").whole_graph:
+        return {"resident": _accelerator_s(module, context)}  # nothing is offloaded: there is nothing to compare
+    return {
+        "streamed": _streamed_s(module, context, trials),
+        "per_module": _per_module_s(module, context),
+        "per_linear": _per_linear_s(module, context, trials),
+        "host_only": _host_only_s(module, context),
+        "resident": _resident_s(module, context),
+    }
+
+
+def _streamed_s(module: fx.GraphModule, context: Context, trials: Trials) -> float:
+    """The simulated step with no row on the host, through the same passes."""
+    context = replace(context, options=replace(context.options, split=0.0))
+    return trials.step_s(context, choose_splits(module, context), keep=True)
+
+
+def _per_linear_s(module: fx.GraphModule, context: Context, trials: Trials) -> float:
+    """The simulated step with each Linear balanced by itself, as if it were alone: no trip is shared."""
+    context = replace(context, options=replace(context.options, split="auto"), share_trips=False)
+    return trials.step_s(context, choose_splits(module, context), keep=True)
+
+
+def _per_module_s(module: fx.GraphModule, context: Context) -> float:
+    offloaded = [cost.weight_bytes for plan, cost in _linears(module, context) if plan.resident is None]
+    copies = [
+        upload_s(context.profile, nbytes, pinned=False) + context.profile.synchronise_s
+        for nbytes in (*offloaded, *_table_bytes(module, context))
+    ]
+    return sum(copies) + _accelerator_s(module, context)
+
+
+def _table_bytes(module: fx.GraphModule, context: Context) -> list[int]:
+    """Bytes of the tables that lookups read."""
+    lookups = [node for node in module.graph.nodes if "embedding" in info(node).aten]
+    operands = (operand for node in lookups for operand in node.all_input_nodes)
+    # in the graph's order: the same sums each time
+    tables = dict.fromkeys(operand for operand in operands if operand.op == "placeholder")
+    floating = [table for table in tables if is_tensor(table) and info(table).value.dtype.is_floating_point]
+    return [value_bytes(table, context) for table in floating]
+
+
+def _host_only_s(module: fx.GraphModule, context: Context) -> float:
+    nodes = [node for node in module.graph.nodes if node.op in ("call_function", "call_method", "call_module")]
+    return sum(_host_s(node, context) for node in nodes)
+
+
+def _host_s(node: fx.Node, context: Context) -> float:
+    """Seconds of one node on the host while nothing is uploaded."""
+    if node.target == LINEAR:
+        cost = require(context.costs, "annotate_costs")[info(node).position]
+        dtype = dtype_name(info(node.args[1]).value)  # type: ignore[arg-type]
+        return host_linear_s(context.profile, dtype, cost.tokens, cost.weight_bytes, cost.flops, contended=False)
+    if FREE_ATEN.issuperset(info(node).aten) and node.op != "call_module":
+        return 0.0
+    flops, traffic = context.number(info(node).flops), context.number(info(node).traffic_bytes)
+    return host_op_s(context.profile, dtype_name(info(node).value), flops, traffic)
+
+
+def _resident_s(module: fx.GraphModule, context: Context) -> float | None:
+    """None where weights and what a step needs beside them are more than the accelerator's memory."""
+    weights = sum(cost.weight_bytes for _, cost in _linears(module, context))
+    budget = require(context.residency, "choose_residency").budget
+    others = sum(nbytes for name, nbytes in budget.items() if name not in (RESIDENT, RING))
+    fits = weights + others <= context.profile.accelerator.memory_bytes
+    return _accelerator_s(module, context) if fits else None
+
+
+def _accelerator_s(module: fx.GraphModule, context: Context) -> float:
+    """Seconds of the accelerator's own work with every weight at hand."""
+    segments = sum(node_work(node, context).seconds for node in module.graph.find_nodes(op="call_module"))
+    return segments + sum(cost.accelerator_s for _, cost in _linears(module, context))
+
+
+def _linears(module: fx.GraphModule, context: Context) -> list[tuple[LinearPlan, NodeCost]]:
+    splits, costs = require(context.splits, "choose_splits"), require(context.costs, "annotate_costs")
+    nodes = module.graph.find_nodes(op="call_function", target=LINEAR)
+    return [(splits[info(node).position], costs[info(node).position]) for node in nodes]

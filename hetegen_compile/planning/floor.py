@@ -1,0 +1,228 @@
+"""The floor of a step: seconds that no schedule of this work on this hardware comes below, whatever it does.
+
+It is the largest of four bounds. The simulation charges the same rates, so no simulated step is below it:
+
+- **bytes**: host and link share the offloaded bytes of all Linears, both at work all the time at the rates of the
+  profile's tables for these tokens and sizes, each beside the other: what the host reads costs the link some of its
+  time (``cost_model.link_lost_s``). For one rate each this is S / (V_link + V_cpu) for S offloaded bytes.
+- **accelerator**: its segments, and its part of the Linears with as few rows as residency allows. It reads what the
+  host makes of the others, or has all of their rows itself.
+- **path** (``floor_path``): the longest chain of trips and segments of which each needs the results of the one before,
+  at the best shares that the link's own work allows (``cost_model.relax``), with what the accelerator does beside it,
+  and as little of the link's work ahead of a place as the staging ring holds (``floor_ring``).
+- **thread**: what the host's thread does one after the other, at the best shares: its parts of Linears, its other
+  operations (appending to a cache that the caller gets back), waits, and issuing segments, Linears and one prefetch of
+  each that is streamed. Where a worker computes the host's parts (``issue_ahead``) the larger of the two threads' work
+  counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from hetegen_compile.cost_model import Chain, Trip, host_linear_s, item_bytes, relax, upload_s
+from hetegen_compile.ir import info
+from hetegen_compile.passes.annotate_costs import dtype_name
+from hetegen_compile.passes.choose_splits import linears_of, pairable_blocks
+from hetegen_compile.passes.context import Context, require
+from hetegen_compile.passes.findings import NodeCost
+from hetegen_compile.passes.issue_ahead import issues_ahead
+from hetegen_compile.passes.predict_step import issue_s, least_read_s, least_thread_s, node_work
+from hetegen_compile.planning.floor_path import Blocks, Order, by_trip, chain_of, longest_path, together
+from hetegen_compile.planning.floor_ring import short_ring_s
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The four bounds, in seconds; see the module."""
+
+    bytes_s: float
+    accelerator_s: float
+    path_s: float
+    thread_s: float
+
+    @property
+    def seconds(self) -> float:
+        """The largest of them."""
+        return max(self.bytes_s, self.accelerator_s, self.path_s, self.thread_s)
+
+    @property
+    def bound(self) -> str:
+        """The name of the largest: "bytes", "accelerator", "path" or "thread"; of equal ones the first."""
+        named = {"bytes": self.bytes_s, "accelerator": self.accelerator_s, "path": self.path_s, "thread": self.thread_s}
+        return max(named, key=named.__getitem__)
+
+
+def floor_s(module: fx.GraphModule, context: Context) -> float:
+    """Seconds below which no schedule of a grouped graph comes at the context's residency and sizes."""
+    return floor(module, context).seconds
+
+
+def floor(module: fx.GraphModule, context: Context) -> Floor:
+    """The bounds of a step of a grouped graph at the context's residency and sizes."""
+    linears = {node: _linear_alone(node, context) for node in linears_of(module).values()}
+    order = Order(module.graph)
+    blocks = _blocks(module, order, context)
+    others = {node: _seconds(node, "accelerator", context) for node in module.graph.nodes if node not in linears}
+    beside = {node: seconds for node, seconds in others.items() if seconds > 0 and node not in blocks.segments}
+    on_host = {node: _seconds(node, "host", context) for node in module.graph.nodes if node not in linears}
+    on_host = {node: seconds for node, seconds in on_host.items() if seconds > 0}
+    path = longest_path(linears, beside, on_host, blocks, order, context)
+    return Floor(
+        bytes_s=relax(Chain(tuple(_bytes_only(trip) for trip in linears.values()), 0.0)).bound_s,
+        accelerator_s=sum(beside.values()) + _linears_s(linears, blocks, context),
+        path_s=max(relax(chain_of(path)).bound_s, short_ring_s(path, linears, blocks, order, context)),
+        thread_s=_threads_s(module, linears, on_host, blocks, context),
+    )
+
+
+def offloaded_together_s(module: fx.GraphModule, context: Context) -> float:
+    """S / (V_link + V_cpu): the offloaded bytes of all Linears with the same share of each on the host."""
+    linears = [_linear_alone(node, context) for node in linears_of(module).values()]
+    host_s, link_s = sum(trip.host_s for trip in linears), sum(trip.link_s for trip in linears)
+    return host_s * link_s / (host_s + sum(trip.link_saved_s for trip in linears)) if link_s else 0.0
+
+
+def _blocks(module: fx.GraphModule, order: Order, context: Context) -> Blocks:
+    linears = linears_of(module)
+    found = pairable_blocks(linears, context) if context.options.pair_mlp is not False else []
+    segments = frozenset(
+        segment
+        for segment in module.graph.find_nodes(op="call_module")
+        for block in found
+        if order.needs(linears[block.consumer], segment)
+        and any(order.needs(segment, linears[sibling]) for sibling in block.siblings)
+    )
+    reads = {linears[block.consumer]: linears[block.siblings[0]].args[0] for block in found}
+    return Blocks(reads, segments)  # type: ignore[arg-type]
+
+
+def _bytes_only(trip: Trip) -> Trip:
+    return replace(trip, accelerator_s=0.0, accelerator_saved_s=0.0)
+
+
+def _seconds(node: fx.Node, resource: str, context: Context) -> float:
+    if node.op not in ("call_function", "call_method", "call_module"):
+        return 0.0
+    work = node_work(node, context)
+    return work.seconds if work.resource == resource else 0.0
+
+
+def _offloaded(node: fx.Node, context: Context) -> float:
+    """The share of a Linear's rows that is not resident."""
+    plan = require(context.splits, "choose_splits")[info(node).position]
+    return 1.0 - plan.resident_rows / plan.rows
+
+
+def _linear_alone(node: fx.Node, context: Context) -> Trip:
+    """A Linear at the best rates that any part of its rows could have; the trip itself is not in it."""
+    cost = require(context.costs, "annotate_costs")[info(node).position]
+    offloaded = _offloaded(node, context)
+    launch_s = context.profile.accelerator.launch_s if 0.0 < offloaded < 1.0 else 0.0
+    return Trip(
+        host_s=offloaded * _least_host_s(node, cost, context),
+        link_s=offloaded * _least_feed_s(node, cost, context),
+        accelerator_s=cost.accelerator_s + 2 * launch_s,  # a product more, if any rows are streamed, and the join
+        accelerator_saved_s=offloaded * cost.accelerator_s + launch_s,
+        lost_s=0.0 if _is_staged(node, context) else offloaded * cost.link_lost_s,  # the pin thread may be slower
+    )
+
+
+def _linears_s(linears: Mapping[fx.Node, Trip], blocks: Blocks, context: Context) -> float:
+    """What the accelerator does at least of the Linears."""
+    seconds = sum(trip.accelerator_s - trip.accelerator_saved_s for trip in linears.values())
+    for group in by_trip(linears, blocks).values():
+        offloaded_s = sum(linears[node].accelerator_saved_s for node in group)
+        seconds += min(offloaded_s, least_read_s(group, context, blocks.consumers))
+    return seconds
+
+
+def _least_host_s(node: fx.Node, cost: NodeCost, context: Context) -> float:
+    """The host computing all rows in parts of whatever size is read fastest."""
+    weight: fx.Node = node.args[1]  # type: ignore[assignment]
+    dtype = dtype_name(info(weight).value)
+    tables = context.profile.host.linear_bytes_per_s.values()
+    widths = {1.0, min(1.0, item_bytes(dtype) / 4.0)}
+    sizes = {size * width for table in tables for size, _ in table.curves for width in widths}
+    return min(
+        host_linear_s(context.profile, dtype, cost.tokens, size, cost.flops * size / cost.weight_bytes) / size
+        for size in _up_to(sizes, cost)
+    ) * cost.weight_bytes  # fmt: skip
+
+
+def _least_feed_s(node: fx.Node, cost: NodeCost, context: Context) -> float:
+    """The link bringing all rows in parts of whatever size moves fastest, by way of the pinned ring if staged."""
+    sizes = {size for size, _ in context.profile.link.up.pinned.points}
+    sizes = _up_to(sizes, cost)
+    byte_s = min(upload_s(context.profile, size) / size for size in sizes)
+    if _is_staged(node, context):
+        byte_s = max(byte_s, 1.0 / context.profile.pin_bytes_per_s)
+    return byte_s * cost.weight_bytes
+
+
+def _is_staged(node: fx.Node, context: Context) -> bool:
+    weight: fx.Node = node.args[1]  # type: ignore[assignment]
+    return weight.name in context.staged
+
+
+def _up_to(sizes: Iterable[float], cost: NodeCost) -> set[float]:
+    """The sizes below a weight's, and its own."""
+    return {float(cost.weight_bytes), *(size for size in sizes if size < cost.weight_bytes)}
+
+
+def _threads_s(
+    module: fx.GraphModule, linears: Mapping[fx.Node, Trip], on_host: Mapping[fx.Node, float], blocks: Blocks,
+    context: Context,
+) -> float:  # fmt: skip
+    """What the host's thread does at least: its operations, issuing segments and Linears, and its parts.
+
+    Beside a worker, which may do its operations, too, there are two such threads: the busier one has half of it all.
+    """
+    segments = module.graph.find_nodes(op="call_module")
+    own_s = sum(on_host.values())
+    issuing_s = _ends_s(module, linears, context)
+    issuing_s += sum(issue_s(segment, context) for segment in segments if segment not in blocks.segments)
+    trips = _host_trips(linears, blocks, context)
+    if issues_ahead(context):
+        alone_s = relax(Chain(tuple(trips), 0.0)).bound_s
+        return max(alone_s, issuing_s, (alone_s + own_s + issuing_s) / 2)
+    issued = [_issued_s(group, context) for group in by_trip(linears, blocks).values()]
+    pairs = zip(trips, issued, strict=True)
+    less = tuple(replace(trip, host_s=max(0.0, trip.host_s - saved_s)) for trip, (_, saved_s) in pairs)
+    return relax(Chain(less, own_s + issuing_s + sum(streamed_s for streamed_s, _ in issued))).bound_s
+
+
+def _ends_s(module: fx.GraphModule, linears: Mapping[fx.Node, Trip], context: Context) -> float:
+    """Issuing the way up of what the host makes, once, and the way down of what the caller gets, with its wait."""
+    nodes = [node for node in module.graph.nodes if node.op in ("call_function", "call_method")]
+    made = [node for node in nodes if node not in linears and info(node).side == "host"]
+    up = any(info(user).side == "accelerator" for node in made for user in node.users)
+    values = module.graph.output_node().all_input_nodes
+    down = any(info(value).side == "accelerator" and value not in linears for value in values)
+    launch_s, wait_s = context.profile.accelerator.launch_s, context.profile.synchronise_s
+    return up * launch_s + down * (launch_s + wait_s)
+
+
+def _host_trips(linears: Mapping[fx.Node, Trip], blocks: Blocks, context: Context) -> list[Trip]:
+    """The host's parts, by the trips that they can share."""
+    trips = []
+    for group in by_trip(linears, blocks).values():
+        trip = together((linears[node] for node in group), min(least_thread_s(node, context) for node in group))
+        trips.append(replace(trip, accelerator_s=0.0, accelerator_saved_s=0.0))
+    return trips
+
+
+def _issued_s(group: Iterable[fx.Node], context: Context) -> tuple[float, float]:
+    """Issuing some Linears, with a prefetch for each that is offloaded; and what falls away of that with the last of
+    these rows on the host."""
+    linear_s, prefetch_s = context.profile.accelerator.issuing_s(segment=False), context.profile.accelerator.launch_s
+    plans = [require(context.splits, "choose_splits")[info(node).position] for node in group]
+    saved_s = (linear_s + prefetch_s) * sum(plan.resident_rows < plan.rows for plan in plans)
+    there = [plan.resident_rows < plan.rows for plan in plans if plan.resident_rows]
+    return saved_s + linear_s * (len(there) + sum(there)), saved_s
+
+
+__all__ = ["Floor", "floor", "floor_s", "offloaded_together_s"]

@@ -1,0 +1,131 @@
+"""The device values of a plan's inputs, in the order in which its step takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from hetegen_compile.accelerators.base import Value
+from hetegen_compile.ir import info, is_tensor
+from hetegen_compile.mirrors import WEIGHTS, Mirrors, Request
+from hetegen_compile.mirrors.settled import Settled
+from hetegen_compile.mirrors.standing import Standing
+from hetegen_compile.steps.bound_step import BoundStep
+
+
+@dataclass(frozen=True)
+class InputFacts:
+    """What is known of a graph's inputs before any call, by position.
+
+    Attributes:
+        names: what the user calls them.
+        aliased: they share a storage with another input.
+        model: parameters and buffers.
+        fixed: those of them whose sizes and strides are numbers, which Dynamo guards: only address and version can
+            differ between two calls.
+    """
+
+    names: Sequence[str]
+    aliased: frozenset[int]
+    model: frozenset[int]
+    fixed: frozenset[int]
+
+    @classmethod
+    def of(
+        cls, placeholders: Sequence[fx.Node], names: Sequence[str], aliased: frozenset[int], model: frozenset[int]
+    ) -> InputFacts:
+        """From the placeholders of a captured graph."""
+        return cls(names, aliased, model, frozenset(i for i in model if _is_static(placeholders[i])))
+
+
+def _is_static(placeholder: fx.Node) -> bool:
+    if not is_tensor(placeholder):
+        return False
+    value: Tensor = info(placeholder).value
+    return all(type(size) is int for size in (*value.shape, *value.stride(), value.storage_offset()))
+
+
+class StepValues:
+    """Fetches the values of one plan.
+
+    Fixed inputs that the step does not write are asked for once and stand from then on; so do those that it writes on
+    both sides, as long as it is the same step that writes them. The others are asked for at every step.
+    """
+
+    def __init__(self, bound: BoundStep, facts: InputFacts, first_rows: Mapping[int, int]) -> None:
+        """``first_rows``: from which row on each weight is resident."""
+        self._facts = facts
+        self._first_rows = first_rows
+        whole: list[tuple[int, int, int]] = [(i, 0, -1) for i in bound.mirrors]
+        self._wanted = [*whole, *bound.residents]
+        fixed = facts.fixed - {*bound.settled, *bound.outdated}
+        self._fixed = [place for place, (i, _, _) in enumerate(self._wanted) if i in fixed]
+        self._written = [place for place, (i, _, _) in enumerate(self._wanted) if i in bound.settled]
+        self._not_fixed = [place for place, (i, _, _) in enumerate(self._wanted) if i not in fixed]
+        given = {*bound.mirrors} - facts.model - facts.aliased - {*bound.settled}  # each a tensor by itself
+        self._given = [place for place in self._not_fixed if self._wanted[place][0] in given]
+        self._fixed_inputs = sorted({self._wanted[place][0] for place in self._fixed})
+        self._standing: Standing | None = None
+        self._written_inputs = [self._wanted[place][0] for place in self._written]
+        self._settled_elsewhere = sorted(set(bound.settled) - set(self._written_inputs))
+        self._settled: Settled | None = None
+
+    def fetch(self, mirrors: Mirrors, inputs: Sequence[Any], limit_bytes: int) -> list[Value]:
+        """The values for one step's inputs, uploading what is not current.
+
+        Raises:
+            NoRoomError: they do not fit ``limit_bytes``.
+        """
+        fixed = [inputs[i] for i in self._fixed_inputs]
+        standing = self._standing
+        if standing is not None and mirrors.stands(standing, fixed):
+            written = self._answer_for_written(mirrors, inputs)
+            known = {} if written is None else dict(zip(self._written, written.values, strict=True))
+            returned = mirrors.returned([inputs[self._wanted[place][0]] for place in self._given])
+            known |= {place: value for place, value in zip(self._given, returned, strict=True) if value is not None}
+            asked = [place for place in self._not_fixed if place not in known]
+            found = mirrors.fetch([self._request(place, inputs) for place in asked], limit_bytes)
+            if standing.valid and (written is None or written.valid):  # nothing dropped to make room, or out of date
+                known |= zip(asked, found, strict=True)
+                known |= zip(self._fixed, standing.values, strict=True)
+                return [known[place] for place in range(len(self._wanted))]
+        requests = [self._request(place, inputs) for place in range(len(self._wanted))]
+        values = mirrors.fetch(requests, limit_bytes)
+        self._standing = mirrors.stand(fixed, [requests[place] for place in self._fixed])
+        return values
+
+    def settle(self, mirrors: Mirrors, inputs: Sequence[Any]) -> None:
+        """The step has written inputs on both sides."""
+        self._settled = mirrors.settle([inputs[i] for i in self._written_inputs], self._settled)
+        mirrors.settle([inputs[i] for i in self._settled_elsewhere])
+
+    def _answer_for_written(self, mirrors: Mirrors, inputs: Sequence[Any]) -> Settled | None:
+        """What stands for all that the step writes on both sides, if that is what the last one left."""
+        settled = self._settled
+        if settled is None or not mirrors.stands(settled, [inputs[i] for i in self._written_inputs]):
+            return None
+        return settled
+
+    def _request(self, place: int, inputs: Sequence[Any]) -> Request:
+        i, lo, hi = self._wanted[place]
+        return self._mirror(i, inputs[i]) if hi < 0 else self._rows(i, inputs[i], lo, hi)
+
+    def _mirror(self, i: int, tensor: Tensor) -> Request:
+        """What a step reads of an input; where everything fits weights are inputs like any other."""
+        facts, watched = self._facts, i in self._facts.model
+        if self._first_rows.get(i) == 0 and i not in facts.aliased:
+            return Request(tensor, facts.names[i], WEIGHTS, watched=watched)
+        return Request(tensor, facts.names[i], whole=i in facts.aliased, watched=watched)
+
+    def _rows(self, i: int, weight: Tensor, lo: int, hi: int) -> Request:
+        """Resident rows of a weight: all that the ledger keeps, or the last of them."""
+        with torch.no_grad():  # not detached: they are views of the weight itself, as long as that is there
+            rows, base = weight[lo:hi], weight[self._first_rows[i] :]
+        return Request(rows, self._facts.names[i], WEIGHTS, watched=True, base=base)
+
+
+__all__ = ["InputFacts", "StepValues"]

@@ -1,0 +1,304 @@
+"""The floor: no simulated step is below it, and a good one is close to it."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from benchmarks.schedule_quality import Work
+from hetegen_compile.cost_model import RateCurve, RateTable, load_profile
+from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.passes.choose_splits import (
+    block_splits,
+    choose_splits,
+    linears_of,
+    pairable_blocks,
+    with_host_rows,
+)
+from hetegen_compile.passes.context import Context, require
+from hetegen_compile.passes.plans import LinearPlan, Splits
+from hetegen_compile.planning.floor import Floor, floor, floor_s, offloaded_together_s
+from hetegen_compile.planning.planned import BucketPlan
+from hetegen_compile.planning.trials import Trials
+from tests.benchmarks.shapes import config
+from tests.passes.graphs import PROFILE, Case, halves, planned, resident, streamed
+
+
+@cache
+def work(model_type: str) -> Work:
+    return Work(config(model_type, layers=2), "decode-1")
+
+
+@cache
+def plan(model_type: str, hardware: str) -> BucketPlan:
+    name, _, more = hardware.partition(", ")
+    profile = load_profile(name)
+    issuing: dict[str, Any] = {"issue_s": 4e-5, "segment_issue_s": 8e-5} if more == "issuing is dear" else {}
+    link = replace(profile.link, contention=0.6 if more == "the host slows the link" else 1.0)
+    accelerator = replace(profile.accelerator, **issuing)
+    return work(model_type).base(replace(profile, accelerator=accelerator, link=link), 0.4)
+
+
+def with_residency(base: BucketPlan, kept: list[float], ring_share: float) -> BucketPlan:
+    """The plan with these shares of the weights' last rows resident, and a part of its staging ring."""
+    residency = require(base.context.residency, "choose_residency")
+    weights: dict[str, int] = {}
+    for i, node in enumerate(base.module.graph.find_nodes(op="call_function", target=LINEAR)):
+        rows = int(info(node.args[1]).value.shape[0])
+        first = rows - int(kept[i % len(kept)] * rows) // 64 * 64
+        weights |= {node.args[1].name: first} if first < rows else {}
+    ring = int(residency.ring_bytes * ring_share) // 256 * 256
+    residency = replace(residency, weights=weights, ring_bytes=ring, chunk_bytes=ring // 2 // 256 * 256)
+    context = replace(base.context, residency=residency)
+    return replace(base, context=replace(context, splits=choose_splits(base.module, context)))
+
+
+shares = st.lists(st.sampled_from([0.0, 0.0, 0.3, 0.7, 1.0, 1.0]), min_size=9, max_size=9)
+kept = st.lists(st.sampled_from([0.0, 0.0, 0.4, 0.9, 1.0]), min_size=7, max_size=7) | st.just([0.0] * 7)
+
+
+hardware = st.sampled_from(
+    ["a10-xeon", "cpu-emulated", "h100-server", "h200-server, issuing is dear", "a10-xeon, the host slows the link"]
+)
+
+
+cut = st.lists(st.sampled_from([None, 0.2, 0.6, 1.0]), min_size=3, max_size=3)
+
+
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(st.sampled_from(["llama", "opt", "gptj"]), hardware, shares, kept, cut, st.sampled_from([0.2, 0.5, 1.0]))
+def test_no_simulated_step_is_below_it(
+    model_type: str, hardware: str, pattern: list[float], rows: list[float], blocks: list[float | None],
+    ring_share: float,
+) -> None:  # fmt: skip
+    base = with_residency(plan(model_type, hardware), rows, ring_share)
+    found: Splits = {}
+    for i, node in enumerate(base.module.graph.find_nodes(op="call_function", target=LINEAR)):
+        whole = with_host_rows(node, 0, base.context)
+        host = int(pattern[i % len(pattern)] * (whole.rows - whole.resident_rows)) // 64 * 64
+        found = {**found, info(node).position: with_host_rows(node, host, base.context)}
+    linears = linears_of(base.module)
+    for i, block in enumerate(pairable_blocks(linears, base.context)):
+        share = blocks[i % len(blocks)]
+        if share is not None:
+            found = {**found, **block_splits(block, linears, int(share * block.columns) // 64 * 64, base.context)}
+    bound = floor(base.module, replace(base.context, splits=found))
+    assert bound == floor(base.module, base.context)  # of the residency, not of the shares
+    assert 0 < bound.seconds <= Trials(base.module).step_s(base.context, found) * (1 + 1e-9)
+
+
+# ---- the bounds one by one ---------------------------------------------------------------------------------------
+
+LAYERS = nn.ModuleList([nn.Linear(1024, 1024, bias=False) for _ in range(4)])
+
+
+def chain(x: Tensor) -> Tensor:
+    for layer in LAYERS:
+        x = layer(x).relu()
+    return x
+
+
+def not_pairable(x: Tensor) -> Any:
+    """Each Linear needs all of the one before."""
+    for layer in LAYERS:
+        x = layer(x).softmax(-1)
+    return x
+
+
+@pytest.mark.parametrize("view_s", [PROFILE.link.view_s, 1e-6])
+def test_rows_in_two_places_cost_a_join_at_least_and_reading_what_the_host_made_or_the_rows(view_s: float) -> None:
+    x = torch.zeros(1, 1024)
+    found = planned(not_pairable, x, plan=lambda rows: LinearPlan(rows, rows // 2, (), (rows // 2, rows)))
+    whole = planned(not_pairable, x, plan=resident)
+    context = replace(found.context, profile=replace(PROFILE, link=replace(PROFILE.link, view_s=view_s)))
+    half_s, whole_s = floor(found.module, context).accelerator_s, bounds(not_pairable, whole).accelerator_s
+    costs = require(found.context.costs, "annotate_costs")
+    products_s = sum(costs[info(node).position].accelerator_s for node in found.nodes(LINEAR)) / 2
+    launch_s = PROFILE.accelerator.launch_s
+    read_s = min(view_s, launch_s + products_s / len(LAYERS))
+    assert (read_s == view_s) == (view_s == 1e-6)
+    assert half_s == pytest.approx(whole_s - products_s + len(LAYERS) * (launch_s + read_s))
+
+
+def test_what_a_short_ring_does_not_hold_comes_behind_the_rest_of_the_path() -> None:
+    """The last Linear is streamed, the others are resident: the link idles while they run, but for one ring."""
+    table = nn.Linear(1024, 65536, bias=False)
+
+    def function(x: Tensor) -> Any:
+        for layer in LAYERS:
+            x = layer(x).softmax(-1)
+        return table(x).softmax(-1)
+
+    def last(rows: int) -> LinearPlan:
+        return streamed(rows) if rows == 65536 else resident(rows)
+
+    x, sizes = torch.zeros(1, 1024), (2**20, 2**24, 2**28)
+    found = [planned(function, x, plan=last, ring_bytes=nbytes) for nbytes in sizes]
+    short, longer, whole = (bounds(function, one) for one in found)
+    assert short.path_s - longer.path_s <= 1.01 * 15 * 2**20 / PROFILE.link.up.pinned.points[-1][1]
+    assert short.path_s > longer.path_s >= whole.path_s
+    assert short.bytes_s == whole.bytes_s
+
+
+def beside(x: Tensor) -> Any:
+    first, *others = (layer(x) for layer in LAYERS)
+    return sum(others, first)
+
+
+def bounds(function: object, case: Case | None = None) -> Floor:
+    found = case or planned(function, torch.zeros(1, 1024), plan=streamed)  # type: ignore[arg-type]
+    return floor(found.module, found.context)
+
+
+def test_bytes_are_shared_by_link_and_host() -> None:
+    found = planned(chain, torch.zeros(1, 1024), plan=halves)
+    costs = [found.context.costs[info(node).position] for node in found.nodes(LINEAR)]  # type: ignore[index]
+    host_s, link_s = sum(c.host_s for c in costs), sum(c.link_s for c in costs)
+    assert bounds(chain, found).bytes_s == pytest.approx(host_s * link_s / (host_s + link_s))
+    assert offloaded_together_s(found.module, found.context) == pytest.approx(host_s * link_s / (host_s + link_s))
+
+
+def test_resident_weights_leave_the_accelerators_own_work() -> None:
+    found = planned(chain, torch.zeros(1, 1024), plan=resident)
+    bound = bounds(chain, found)
+    assert bound.bytes_s == 0.0
+    down_s = PROFILE.link.down.latency_s + PROFILE.synchronise_s
+    assert bound.seconds == bound.path_s == pytest.approx(bound.accelerator_s + down_s)
+
+
+def test_linears_one_after_the_other_take_longer_than_beside_each_other() -> None:
+    assert bounds(not_pairable).bytes_s == bounds(beside).bytes_s
+    assert bounds(not_pairable).path_s > bounds(beside).path_s
+
+
+def attention_beside_mlp(x: Tensor) -> Any:
+    """Two ways from one activation to the next: the second Linear is not needed by the first or the third."""
+    first, second, third, last = LAYERS
+    return last((second(x).softmax(-1) + third(first(x).softmax(-1))).softmax(-1))
+
+
+def test_what_the_accelerator_does_beside_the_path_counts() -> None:
+    """Of two ways the path takes the longer one; the accelerator works on both."""
+    found = planned(attention_beside_mlp, torch.zeros(1, 1024), plan=resident)
+    bound = bounds(attention_beside_mlp, found)
+    assert bound.path_s == pytest.approx(bound.accelerator_s)
+
+
+def test_a_step_begins_with_a_look_up_and_its_way_up() -> None:
+    table = nn.Embedding(64, 1024)
+
+    def looked_up(ids: Tensor) -> Any:
+        return LAYERS[0](table(ids).softmax(-1))
+
+    found = planned(looked_up, torch.zeros(1, dtype=torch.int64), plan=resident)
+    bound = floor(found.module, found.context)
+    assert bound.path_s >= bound.accelerator_s + PROFILE.host.launch_s + PROFILE.link.view_s
+
+
+def test_small_parts_that_are_read_faster_lower_it() -> None:
+    found = planned(chain, torch.zeros(1, 1024), plan=streamed)
+    slow = PROFILE.host.linear_bytes_per_s["float32"].at(1, 1e9)
+    curves = ((1e5, RateCurve.constant(2 * slow)), (1e9, RateCurve.constant(slow)))
+    tables = {**PROFILE.host.linear_bytes_per_s, "float32": RateTable(curves)}
+    profile = replace(PROFILE, host=replace(PROFILE.host, linear_bytes_per_s=tables))
+    cached = replace(found.context, profile=profile)
+    assert floor_s(found.module, cached) < floor_s(found.module, found.context)
+
+
+def two_blocks(x: Tensor) -> Any:
+    first, second, third, fourth = LAYERS
+    return fourth(third(second(first(x).relu()).softmax(-1)).relu()).softmax(-1)
+
+
+@pytest.mark.parametrize(("function", "trips"), [(two_blocks, 2), (not_pairable, 4)])
+def test_a_block_that_may_be_cut_costs_one_trip_if_the_host_has_any_of_it(function: Any, trips: int) -> None:
+    """With a link so slow that the host has all rows, each way down and wait that costs more is in both bounds."""
+    found = planned(function, torch.zeros(1, 1024), plan=streamed)
+    points = tuple((size, rate * 1e-6) for size, rate in PROFILE.link.up.pinned.points)
+    slow = replace(PROFILE.link, up=replace(PROFILE.link.up, pinned=RateCurve(points)))
+    cheap = replace(PROFILE, link=slow, synchronise_s=0.0, fixed_s_per_split=0.0)
+    base, dear = (
+        floor(found.module, replace(found.context, profile=replace(cheap, synchronise_s=wait_s)))
+        for wait_s in (0.0, 1e-3)
+    )
+    result_s = 1e-3  # the wait for what the caller gets
+    assert dear.path_s - base.path_s == pytest.approx(trips * 1e-3 + result_s, rel=1e-3)
+    assert dear.thread_s - base.thread_s == pytest.approx(trips * 1e-3 + result_s, rel=1e-3)
+
+
+@pytest.mark.parametrize("hardware", ["a10-xeon", "h200-server", "h200-server, issuing is dear"])
+def test_a_link_that_the_host_hardly_slows_has_hardly_another_floor(hardware: str) -> None:
+    base = plan("llama", hardware)
+    link = replace(base.context.profile.link, contention=0.999)
+    for share in (0.0, 0.9, 1.0):
+        found = with_residency(base, [share], 0.5)
+        slowed = replace(found.context, profile=replace(found.context.profile, link=link))
+        expected = floor(found.module, found.context)
+        assert astuple(floor(found.module, slowed)) == pytest.approx(astuple(expected), rel=0.01)
+
+
+def test_a_link_that_the_host_slows_is_slow_while_the_host_computes() -> None:
+    """In proportion: a few rows on the host cost little, and a machine whose host can do nothing has the whole link."""
+    slowed, free = (plan("llama", name) for name in ("a10-xeon, the host slows the link", "a10-xeon"))
+    longer = [
+        step_s / alone_s
+        for step_s, alone_s in (
+            [
+                Trials(base.module).step_s(base.context, choose_splits(base.module, context_with(base, split)))
+                for base in (slowed, free)
+            ]
+            for split in (0.0, 0.02, 0.3)
+        )
+    ]
+    assert longer[0] == pytest.approx(1.0, rel=0.01)
+    assert longer[0] <= longer[1] < 1.03
+    assert longer[2] > 1.1
+    together_s = offloaded_together_s(slowed.module, slowed.context)
+    assert together_s > 1.1 * offloaded_together_s(free.module, free.context)
+    assert floor(slowed.module, slowed.context).bytes_s == pytest.approx(together_s, rel=0.01)
+    nothing = replace(slowed.context.profile.host, contention=1e-3)
+    idle, alone = (replace(one.context, profile=replace(one.context.profile, host=nothing)) for one in (slowed, free))
+    assert floor(slowed.module, idle).seconds == pytest.approx(floor(free.module, alone).seconds, rel=0.01)
+
+
+@pytest.mark.parametrize("flops_per_s", [1e12, 2e12, 4e12])
+def test_what_the_host_reads_may_cost_the_link_time_long_before(flops_per_s: float) -> None:
+    """The simulation makes all prefetches longer by the same: those of layers, too, behind which a table is read."""
+    width, rows = 1024, 32768
+    layers = [nn.Linear(width, width, bias=False) for _ in range(8)]
+    head = nn.Linear(width, rows, bias=False)
+
+    def function(x: Tensor) -> Tensor:
+        for layer in layers:
+            y = layer(x)
+            y = y.T * y
+            x = torch.matmul(y, y)[:1].softmax(-1)
+        result: Tensor = head(x).softmax(-1)
+        return result
+
+    accelerator = replace(PROFILE.accelerator, flops_per_s=dict.fromkeys(PROFILE.accelerator.flops_per_s, flops_per_s))
+    profile = replace(PROFILE, link=replace(PROFILE.link, contention=0.5), accelerator=accelerator)
+    found = planned(function, torch.zeros(1, width), plan=streamed, ring_bytes=1 << 25, profile=profile)
+    residency = replace(require(found.context.residency, "choose_residency"), chunk_bytes=1 << 22)
+    context = replace(found.context, residency=residency)
+    linears = linears_of(found.module)
+    (last,) = (position for position, node in linears.items() if with_host_rows(node, 0, context).rows == rows)
+    steps = []
+    for sixteenths in range(7, 11):
+        splits = {position: with_host_rows(node, 0, context) for position, node in linears.items()}
+        splits[last] = with_host_rows(linears[last], rows * sixteenths // 16, context)
+        steps.append(Trials(found.module).step_s(context, splits))
+    bound = floor(found.module, context)
+    assert bound.seconds <= min(steps) <= 1.1 * bound.seconds
+    assert bound.bound == "path"
+
+
+def context_with(base: BucketPlan, split: float) -> Context:
+    return replace(base.context, options=replace(base.context.options, split=split), splits=None)
