@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 import hetegen_compile
-from hetegen_compile import run_step
+from hetegen_compile.steps import run_step
 from hetegen_compile.reports.schedule import Schedule
 from hetegen_compile.runtime import Runtime, live_runtimes
 
