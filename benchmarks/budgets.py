@@ -275,7 +275,7 @@ HEADERS = ("case", "named", "works", "smallest", "named/smallest", "used")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; 1 if a named budget does not do."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", action="append", metavar="NAME", help="a case, or the beginning of its name")
     parser.add_argument("--planned-only", action="store_true", help="run nothing with the budget that is named")
     parser.add_argument("--json", type=Path)

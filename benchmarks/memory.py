@@ -80,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the cases, compare, print."""
     arguments = _arguments(argv)
     if arguments.child:
-        _child(*arguments.child, arguments)
+        kind, backend, folder = arguments.child
+        _child(kind, backend, folder, arguments)
         return 0
     with tempfile.TemporaryDirectory() as folder:
         _run(arguments, "write", "inductor", folder)
@@ -200,8 +201,14 @@ def _compile_and_run(model: Any, backend: str, arguments: argparse.Namespace) ->
     import torch
 
     split = "auto" if arguments.split is None else arguments.split
-    options = {"accelerator": "emulated", "gpu_memory": arguments.gpu_memory, "split": split, "print_schedule": False}
-    compiled = torch.compile(model, backend=backend, dynamic=False, options=options if backend == "hetegen" else None)
+    options: Any = {
+        "accelerator": "emulated",
+        "gpu_memory": arguments.gpu_memory,
+        "split": split,
+        "print_schedule": False,
+    }
+    options = options if backend == "hetegen" else None
+    compiled: Any = torch.compile(model, backend=backend, dynamic=False, options=options)
     with torch.no_grad():
         for tokens in PROMPTS:
             for _ in range(2):

@@ -48,8 +48,8 @@ from hetegen_compile.passes.retarget_devices import CHECK_VARIABLE
 from hetegen_compile.passes.tensors import tensors_in
 from hetegen_compile.steps.segments import inductor_compiler, plain_compiler
 
-_TOKENS = {"vocab_size": 256, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
-_SIZES = {
+_TOKENS: dict[str, Any] = {"vocab_size": 256, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+_SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, **_TOKENS,
 }  # fmt: skip
@@ -147,7 +147,7 @@ class Rehearsal:
 
     def _write(self, key: Hashable, segment: fx.GraphModule, name: str) -> None:
         examples = [info(node).value for node in segment.graph.find_nodes(op="placeholder")]
-        mode = next(tensor.fake_mode for tensor in tensors_in(examples))
+        mode = next(tensor.fake_mode for tensor in tensors_in(examples))  # type: ignore[attr-defined]
 
         def codegen(graph: Any) -> None:
             self.written[key] = graph.codegen()[0].value
@@ -173,7 +173,7 @@ def rehearse(name: str, cache: str) -> Rehearsed:
     options = {"accelerator": "emulated", "split": 0.5, "gpu_memory": nbytes * 3 // 4, "print_schedule": False}
     retargeted = sys.modules["hetegen_compile.passes.retarget_devices"]
     model.compile(backend=make_backend(plain_compiler), options=options)
-    original = retargeted._retarget  # type: ignore[attr-defined]
+    original = retargeted._retarget
 
     def moved(module: fx.GraphModule, device: torch.device) -> None:
         original(module, device)
@@ -181,7 +181,7 @@ def rehearse(name: str, cache: str) -> Rehearsed:
 
     prompt = torch.randint(2, 256, (1, 7), generator=torch.Generator().manual_seed(1))
     with mock.patch.object(retargeted, "_retarget", moved), mock.patch.dict(os.environ, {CHECK_VARIABLE: "1"}):
-        model.generate(  # type: ignore[operator]
+        model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3, min_new_tokens=3, do_sample=False,
             cache_implementation=None if cache == "dynamic" else cache,
         )  # fmt: skip

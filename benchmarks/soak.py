@@ -31,7 +31,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from hetegen_compile.accelerators import EmulatedAccelerator
 from hetegen_compile.runtime import live_runtimes
 
-_SIZES = {"vocab_size": 256, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+_SIZES: dict[str, Any] = {"vocab_size": 256, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(
         LlamaConfig(
@@ -143,7 +143,7 @@ def run_soak(name: str, model: PreTrainedModel, cache: str, steps: int, tokens: 
 def _model(name: str) -> PreTrainedModel:
     """The model with random weights, scaled up so that it does not repeat one token; the same at each call."""
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
+    model: PreTrainedModel = MODELS[name]().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(6 if parameter.dim() > 1 else 1)
@@ -196,8 +196,8 @@ def _machine() -> dict[str, object]:
 def _print(seeded: list[SeedResult], soaked: list[SoakResult]) -> None:
     print(f"emulated accelerator, torch {torch.__version__}, {os.cpu_count()} CPUs")
     if seeded:
-        rows = [(r.model, r.cache, r.seeds, r.tokens, len(r.differing_seeds), r.equals_eager) for r in seeded]
-        print(tabulate(rows, ["model", "cache", "seeds", "tokens", "seeds that differ", "tokens are eager's"]))
+        seeds = [(r.model, r.cache, r.seeds, r.tokens, len(r.differing_seeds), r.equals_eager) for r in seeded]
+        print(tabulate(seeds, ["model", "cache", "seeds", "tokens", "seeds that differ", "tokens are eager's"]))
     if soaked:
         rows = [
             (r.model, r.cache, r.steps, round(r.seconds), *(round(b / 2**20, 1) for b in r.resident_bytes),

@@ -10,9 +10,9 @@ from typing import Any
 from unittest import mock
 
 import hetegen_compile
-from hetegen_compile.steps import run_step
 from hetegen_compile.reports.schedule import Schedule
 from hetegen_compile.runtime import Runtime, live_runtimes
+from hetegen_compile.steps import run_step
 
 UNSEEN = "in a way that torch does not see"
 """Part of the warning about a write that changed no version."""
