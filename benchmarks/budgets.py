@@ -30,11 +30,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelF
 
 from benchmarks.tiny_configs import VOCABULARY, tiny_config
 from hetegen_compile.backend import make_backend
-from hetegen_compile.captured_graph import CapturedGraph
 from hetegen_compile.errors import BudgetError, HetegenError
 from hetegen_compile.passes.claims import NothingResident
 from hetegen_compile.planning.planned import Sizes, Target
 from hetegen_compile.planning.planner import Planner
+from hetegen_compile.steps.captured_graph import CapturedGraph
 from hetegen_compile.steps.segments import plain_compiler
 from hetegen_compile.steps.step_plans import StepPlans
 

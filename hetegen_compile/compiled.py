@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import fx
 
-from hetegen_compile.captured_graph import CapturedGraph
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.errors import BudgetError, drop_frames
 from hetegen_compile.memory_remedies import with_remedies
@@ -21,6 +20,7 @@ from hetegen_compile.passes.lift_parts import WeightPart, with_parts
 from hetegen_compile.planning.planned import Sizes
 from hetegen_compile.reports.schedule import Schedule, register
 from hetegen_compile.runtime import Runtime, live_runtimes
+from hetegen_compile.steps.captured_graph import CapturedGraph
 from hetegen_compile.steps.run_step import run_step
 from hetegen_compile.steps.step_plan import StepPlan
 from hetegen_compile.steps.step_plans import StepPlans

@@ -6,6 +6,7 @@ chains          launches that follow each other, which CUDA issues as one graph
 host_runs       what the host computes between two crossings, one native program; ``host_functions`` is the rest
 last_uses       when a step lets go of its values
 segments        compilers of segments: Inductor, and plain FX for tests
+captured_graph  a graph as Dynamo captured it, and what it tells about the inputs that it will be called with
 results         what Dynamo reads of results beside their values
 step_plans      the plans of one captured graph: by bucket, model and split
 step_plan       one of them, what it counts on, and whether that still holds

@@ -8,7 +8,6 @@ from typing import Any
 
 import sympy
 
-from hetegen_compile.captured_graph import CapturedGraph
 from hetegen_compile.passes.claims import weight_key
 from hetegen_compile.passes.context import require
 from hetegen_compile.passes.operators import only_torchs_operations
@@ -18,6 +17,7 @@ from hetegen_compile.reports.schedule import Schedule
 from hetegen_compile.runtime import Runtime
 from hetegen_compile.steps.bind import bind
 from hetegen_compile.steps.bound_step import BoundStep
+from hetegen_compile.steps.captured_graph import CapturedGraph
 from hetegen_compile.steps.step_values import InputFacts, StepValues
 
 

@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hetegen_compile.captured_graph import CapturedGraph, Part
 from hetegen_compile.errors import BudgetError, UnforeseenMemoryError
 from hetegen_compile.graph_inputs import as_int
 from hetegen_compile.heap import large_heap
@@ -28,6 +27,7 @@ from hetegen_compile.planning.planner import Planner, budget_bytes
 from hetegen_compile.quiet import quiet
 from hetegen_compile.reports.schedule import FITS, Schedule, register, withdraw
 from hetegen_compile.runtime import Runtime
+from hetegen_compile.steps.captured_graph import CapturedGraph, Part
 from hetegen_compile.steps.step_plan import StepPlan
 
 logger = logging.getLogger("hetegen_compile")
