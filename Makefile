@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m examples.generate
 
 test: lint audit
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 # what is installed: known names, the pinned versions, licences of a list
 audit: $(INSTALLED)

@@ -130,7 +130,7 @@ def test_ctrl_c_while_planning(stage: int, monkeypatch: pytest.MonkeyPatch) -> N
         return real(module, context, stages, **options)
 
     for name in ("within_budget", "trials"):
-        monkeypatch.setattr(f"hetegen_compile.{name}.run_pipeline", run)
+        monkeypatch.setattr(f"hetegen_compile.planning.{name}.run_pipeline", run)
     model, backend = around(plain), RecordingBackend()
     model.compile(backend=backend, options=emulated(gpu_memory=BUDGET))
     with pytest.raises(KeyboardInterrupt):
