@@ -68,6 +68,14 @@ class Mirrors:
                 record.held[geometry] = self._uploader.make(record, requests[i], self._step)
         return [record.held[geometry].value for record, geometry in found]
 
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether anything is noted of the tensor's storage."""
+        return self._records.has(storage_key(tensor))
+
+    def upload_once(self, request: Request) -> Value:
+        """The value of a tensor for this step only. Nothing is noted, and no room is made."""
+        return self._uploader.upload(request)
+
     def _lookup(self, request: Request) -> tuple[Record, Geometry]:
         geometry = geometry_of(request.tensor)
         record = self._records.current(request.tensor, geometry)

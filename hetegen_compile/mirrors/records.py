@@ -52,6 +52,10 @@ class Records:
         self._make_records()
         return iter(list(self._records.items()))
 
+    def has(self, key: int) -> bool:
+        """Whether there is a record of a storage, or it is noted."""
+        return key in self._records or key in self._noted
+
     def get(self, key: int) -> Record | None:
         """What is held of a storage: its record, made now if it was only noted."""
         if key in self._noted:

@@ -32,6 +32,10 @@ class Uploader:
         held = self._upload(record, request, step)
         return replace(held, name=request.name, fingerprint=fingerprint, used=step)
 
+    def upload(self, request: Request) -> Value:
+        """The tensor by itself."""
+        return self._accelerator.upload(Op(request.name, category=request.category), request.tensor.detach())
+
     def laid_out_as(self, tensor: Tensor, value: Value, category: str) -> Value:
         """The value with the strides that the host's tensor has."""
         arguments = (value, tuple(tensor.shape), tuple(tensor.stride()))
@@ -42,7 +46,7 @@ class Uploader:
         if request.base is not None and geometry_of(request.base) != geometry_of(tensor):
             return self._rows_of(record, request, request.base.detach(), step)
         if not _through_base(record, request):
-            return Held(self._accelerator.upload(op, tensor), op.category, tensor.nbytes)
+            return Held(self.upload(request), op.category, tensor.nbytes)
         if record.base is None:
             whole = tensor if covers_storage(tensor) else _whole(tensor)
             record.base = self._accelerator.upload(op, whole)

@@ -16,6 +16,9 @@ from hetegen_compile.mirrors.settled import Settled
 from hetegen_compile.mirrors.standing import Standing
 from hetegen_compile.steps.bound_step import BoundStep
 
+UPLOADED_ONCE_BYTES = 1 << 12
+"""Of what is new in a step and seldom given again (tokens, positions, masks): noting it takes longer than uploading."""
+
 
 @dataclass(frozen=True)
 class InputFacts:
@@ -53,7 +56,8 @@ class StepValues:
     """Fetches the values of one plan.
 
     Fixed inputs that the step does not write are asked for once and stand from then on; so do those that it writes on
-    both sides, as long as it is the same step that writes them. The others are asked for at every step.
+    both sides, as long as it is the same step that writes them. What is small and new is uploaded for one step. The
+    others are asked for at every step.
     """
 
     def __init__(self, bound: BoundStep, facts: InputFacts, first_rows: Mapping[int, int]) -> None:
@@ -87,6 +91,9 @@ class StepValues:
             known = {} if written is None else dict(zip(self._written, written.values, strict=True))
             returned = mirrors.returned([inputs[self._wanted[place][0]] for place in self._given])
             known |= {place: value for place, value in zip(self._given, returned, strict=True) if value is not None}
+            new = [place for place in self._given if place not in known and self._is_new(place, inputs, mirrors)]
+            known |= {place: mirrors.upload_once(self._request(place, inputs)) for place in new}
+            limit_bytes -= sum(inputs[self._wanted[place][0]].nbytes for place in new)
             asked = [place for place in self._not_fixed if place not in known]
             found = mirrors.fetch([self._request(place, inputs) for place in asked], limit_bytes)
             if standing.valid and (written is None or written.valid):  # nothing dropped to make room, or out of date
@@ -109,6 +116,10 @@ class StepValues:
         if settled is None or not mirrors.stands(settled, [inputs[i] for i in self._written_inputs]):
             return None
         return settled
+
+    def _is_new(self, place: int, inputs: Sequence[Any], mirrors: Mirrors) -> bool:
+        tensor: Tensor = inputs[self._wanted[place][0]]
+        return tensor.nbytes <= UPLOADED_ONCE_BYTES and not mirrors.knows(tensor)
 
     def _request(self, place: int, inputs: Sequence[Any]) -> Request:
         i, lo, hi = self._wanted[place]

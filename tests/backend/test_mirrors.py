@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import hetegen_compile
+from hetegen_compile.runtime import live_runtimes
 from tests.backend.modules import BUDGET, Linear, Mlp, around, random
 from tests.models.harness import (
     RecordingBackend,
@@ -357,6 +358,25 @@ def test_steps_upload_nothing_but_what_is_new() -> None:
         moved.append(backend.accelerator.counters.uploaded_bytes["mirrors"])
     assert moved[0] == moved[3] >= x.numel() * 4
     assert moved[4] - moved[3] == x.numel() * 4
+
+
+def test_small_inputs_that_are_new_are_uploaded_for_one_step() -> None:
+    """Their own bytes, also of parts of something longer, and nothing is noted; what the first step was given is."""
+    torch.manual_seed(0)
+    model, wide = Mlp().eval(), random(16, 64)
+    backend = RecordingBackend()
+    model.compile(backend=backend, options=emulated(gpu_memory=BUDGET), dynamic=False)
+    with torch.no_grad():
+        first = random(2, 64, seed=9)
+        model(first)
+        (mirrors,) = [one.mirrors for one in live_runtimes() if one.accelerator is backend.accelerator]
+        counters = backend.accelerator.counters
+        assert mirrors.knows(first)
+        for x in (random(2, 64, seed=1), wide[3:5], random(2, 64, seed=2), wide[3:5]):
+            before = counters.uploaded_bytes["mirrors"]
+            torch.testing.assert_close(model(x), Mlp.forward(model, x))
+            assert counters.uploaded_bytes["mirrors"] - before == x.numel() * 4
+            assert not mirrors.knows(x)
 
 
 def test_a_longer_forward_makes_resident_weights_leave() -> None:
