@@ -1,9 +1,9 @@
 """Device mirrors of host tensors: uploaded once, and again only when the host's copy has changed.
 
 Whatever the host owns and the accelerator reads (parameters, buffers, caches, inputs of a step) has a
-mirror per storage. A mirror is current while storage, address and version counter are what they were.
-Tensors made in inference mode have no version: they are compared by content up to 4 KiB and uploaded
-afresh above. A mirror dies with its host storage.
+mirror per storage; what is small and new in a step is uploaded for that step only. A mirror is current while storage,
+address and version counter are what they were. Tensors made in inference mode have no version: they are compared by
+content up to 4 KiB and uploaded afresh above. A mirror dies with its host storage.
 
 Writes that no version shows (``p.data += d``, numpy) are found by fingerprints of the host's bytes: samples of up to
 128 tensors that a step uses are compared each step, every eighth a block of one tensor, everything at each compilation

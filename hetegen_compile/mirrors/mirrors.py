@@ -72,9 +72,12 @@ class Mirrors:
         """Whether anything is noted of the tensor's storage."""
         return self._records.has(storage_key(tensor))
 
-    def upload_once(self, request: Request) -> Value:
-        """The value of a tensor for this step only. Nothing is noted, and no room is made."""
-        return self._uploader.upload(request)
+    def upload_once(self, request: Request, limit_bytes: int) -> Value:
+        """The value of a tensor for this step only: nothing is noted, and there has to be room.
+
+        Where something has been noted of its storage meanwhile, by another view of it, it is fetched.
+        """
+        return self.fetch([request], limit_bytes)[0] if self.knows(request.tensor) else self._uploader.upload(request)
 
     def _lookup(self, request: Request) -> tuple[Record, Geometry]:
         geometry = geometry_of(request.tensor)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from hetegen_compile.accelerators.base import Value
+from hetegen_compile.accelerators.geometry import span_bytes
 from hetegen_compile.ir import info, is_tensor
 from hetegen_compile.mirrors import WEIGHTS, Mirrors, Request
 from hetegen_compile.mirrors.settled import Settled
@@ -92,13 +93,13 @@ class StepValues:
             returned = mirrors.returned([inputs[self._wanted[place][0]] for place in self._given])
             known |= {place: value for place, value in zip(self._given, returned, strict=True) if value is not None}
             new = [place for place in self._given if place not in known and self._is_new(place, inputs, mirrors)]
-            known |= {place: mirrors.upload_once(self._request(place, inputs)) for place in new}
-            limit_bytes -= sum(inputs[self._wanted[place][0]].nbytes for place in new)
-            asked = [place for place in self._not_fixed if place not in known]
-            found = mirrors.fetch([self._request(place, inputs) for place in asked], limit_bytes)
+            asked = [place for place in self._not_fixed if place not in known and place not in new]
+            new_bytes = sum(span_bytes(inputs[self._wanted[place][0]]) for place in new)
+            found = mirrors.fetch([self._request(place, inputs) for place in asked], limit_bytes - new_bytes)
             if standing.valid and (written is None or written.valid):  # nothing dropped to make room, or out of date
                 known |= zip(asked, found, strict=True)
                 known |= zip(self._fixed, standing.values, strict=True)
+                known |= {place: mirrors.upload_once(self._request(place, inputs), limit_bytes) for place in new}
                 return [known[place] for place in range(len(self._wanted))]
         requests = [self._request(place, inputs) for place in range(len(self._wanted))]
         values = mirrors.fetch(requests, limit_bytes)
@@ -119,7 +120,7 @@ class StepValues:
 
     def _is_new(self, place: int, inputs: Sequence[Any], mirrors: Mirrors) -> bool:
         tensor: Tensor = inputs[self._wanted[place][0]]
-        return tensor.nbytes <= UPLOADED_ONCE_BYTES and not mirrors.knows(tensor)
+        return span_bytes(tensor) <= UPLOADED_ONCE_BYTES and not mirrors.knows(tensor)
 
     def _request(self, place: int, inputs: Sequence[Any]) -> Request:
         i, lo, hi = self._wanted[place]
