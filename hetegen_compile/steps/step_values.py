@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,7 @@ class StepValues:
         self._not_fixed = [place for place, (i, _, _) in enumerate(self._wanted) if i not in fixed]
         given = {*bound.mirrors} - facts.model - facts.aliased - {*bound.settled}  # each a tensor by itself
         self._given = [place for place in self._not_fixed if self._wanted[place][0] in given]
+        self._before: dict[int, weakref.ref[Tensor]] = {}
         self._fixed_inputs = sorted({self._wanted[place][0] for place in self._fixed})
         self._standing: Standing | None = None
         self._written_inputs = [self._wanted[place][0] for place in self._written]
@@ -119,8 +121,12 @@ class StepValues:
         return settled
 
     def _is_new(self, place: int, inputs: Sequence[Any], mirrors: Mirrors) -> bool:
+        """Whether an input is small, nothing is known of it, and the step before was given another one."""
         tensor: Tensor = inputs[self._wanted[place][0]]
-        return span_bytes(tensor) <= UPLOADED_ONCE_BYTES and not mirrors.knows(tensor)
+        if tensor.nbytes > UPLOADED_ONCE_BYTES or span_bytes(tensor) > UPLOADED_ONCE_BYTES or mirrors.knows(tensor):
+            return False
+        before, self._before[place] = self._before.get(place), weakref.ref(tensor)
+        return before is None or before() is not tensor
 
     def _request(self, place: int, inputs: Sequence[Any]) -> Request:
         i, lo, hi = self._wanted[place]

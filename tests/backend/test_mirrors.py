@@ -377,6 +377,13 @@ def test_small_inputs_that_are_new_are_uploaded_for_one_step() -> None:
             torch.testing.assert_close(model(x), Mlp.forward(model, x))
             assert counters.uploaded_bytes["mirrors"] - before == x.numel() * 4
             assert not mirrors.knows(x)
+        again = random(2, 64, seed=3)
+        moved = []
+        for _ in range(4):  # what is given again after all is noted then
+            before = counters.uploaded_bytes["mirrors"]
+            model(again)
+            moved.append(counters.uploaded_bytes["mirrors"] - before)
+        assert moved == [again.nbytes, again.nbytes, 0, 0]
 
 
 def test_room_is_made_for_small_inputs_that_are_new() -> None:
