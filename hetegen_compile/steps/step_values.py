@@ -123,7 +123,7 @@ class StepValues:
     def _is_new(self, place: int, inputs: Sequence[Any], mirrors: Mirrors) -> bool:
         """Whether an input is small, nothing is known of it, and the step before was given another one."""
         tensor: Tensor = inputs[self._wanted[place][0]]
-        if tensor.nbytes > UPLOADED_ONCE_BYTES or span_bytes(tensor) > UPLOADED_ONCE_BYTES or mirrors.knows(tensor):
+        if span_bytes(tensor) > UPLOADED_ONCE_BYTES or mirrors.knows(tensor):
             return False
         before, self._before[place] = self._before.get(place), weakref.ref(tensor)
         return before is None or before() is not tensor
