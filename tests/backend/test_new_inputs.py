@@ -1,4 +1,4 @@
-"""Small inputs that are new in a step: uploaded for that step only, within the budget, and right whatever they share."""
+"""Small inputs that are new in a step: uploaded for that step only, in the budget, right whatever they share."""
 
 from __future__ import annotations
 
