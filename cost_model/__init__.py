@@ -16,6 +16,7 @@ from hetegen_compile.cost_model.hardware import (
     RateCurve,
     RateTable,
 )
+from hetegen_compile.cost_model.lead import Leg, least_step_s, shares_with_ring
 from hetegen_compile.cost_model.profile_json import (
     load_profile,
     preset_names,
@@ -54,6 +55,7 @@ __all__ = [
     "HardwareProfile",
     "HostProfile",
     "KernelChoice",
+    "Leg",
     "LinkDirection",
     "LinkProfile",
     "RateCurve",
@@ -73,6 +75,7 @@ __all__ = [
     "host_linear_s",
     "host_op_s",
     "item_bytes",
+    "least_step_s",
     "linear_rate",
     "link_lost_s",
     "load_profile",
@@ -84,6 +87,7 @@ __all__ = [
     "read_up_s",
     "relax",
     "row_granularity",
+    "shares_with_ring",
     "simulate",
     "spread_order",
     "step_with_ring",

@@ -52,7 +52,8 @@ _HOST_RANK = 5
 
 _WAITS = (ir.WAIT, ir.WAIT_HOST, ir.WAIT_ACCELERATOR)
 
-_PINNED_WINDOW = 4  # slots of the largest size that the pinned ring holds
+PINNED_WINDOW = 4
+"""Slots of the largest size that the pinned ring holds."""
 
 
 def schedule(module: fx.GraphModule, context: Context) -> None:
@@ -128,7 +129,7 @@ def prefetch_of(stage: fx.Node) -> fx.Node:
 def pinned_ring_bytes(graph: fx.Graph) -> int:
     """Bytes of the pinned ring: some of the largest slot, so that pin thread and link seldom wait for each other."""
     stages = graph.find_nodes(op="call_function", target=ir.STAGE)
-    return _PINNED_WINDOW * max(map(slot_bytes, stages), default=0)
+    return PINNED_WINDOW * max(map(slot_bytes, stages), default=0)
 
 
 def reorder(graph: fx.Graph, context: Context) -> None:
@@ -289,4 +290,13 @@ def _rank(node: fx.Node, completing: frozenset[fx.Node]) -> int:
     return _ACCELERATOR_RANK if info(node).side == "accelerator" else _HOST_RANK
 
 
-__all__ = ["assign_slots", "pinned_ring_bytes", "release_of", "reorder", "schedule", "slot_bytes", "task_graph"]
+__all__ = [
+    "PINNED_WINDOW",
+    "assign_slots",
+    "pinned_ring_bytes",
+    "release_of",
+    "reorder",
+    "schedule",
+    "slot_bytes",
+    "task_graph",
+]

@@ -74,7 +74,7 @@ def floor(module: fx.GraphModule, context: Context) -> Floor:
     return Floor(
         bytes_s=relax(Chain(tuple(_bytes_only(trip) for trip in linears.values()), 0.0)).bound_s,
         accelerator_s=sum(beside.values()) + _linears_s(linears, blocks, context),
-        path_s=max(relax(chain_of(path)).bound_s, short_ring_s(path, linears, blocks, order, context)),
+        path_s=max(relax(chain_of(path)).bound_s, short_ring_s(path, linears, context)),
         thread_s=_threads_s(module, linears, on_host, blocks, context),
     )
 

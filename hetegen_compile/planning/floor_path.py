@@ -21,7 +21,7 @@ from typing import NamedTuple
 import networkx as nx
 from torch import fx
 
-from hetegen_compile.cost_model import Chain, Trip, download_s
+from hetegen_compile.cost_model import Chain, Leg, Trip, download_s
 from hetegen_compile.ir import INPUT_OPS, MIRROR, info
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.context import Context
@@ -125,21 +125,16 @@ def together(parts: Iterable[Trip], fixed_s: float) -> Trip:
 
 @dataclass(frozen=True)
 class Stretch:
-    """The path from one gate to the next; ``begin`` is the gate, None at the beginning of the step."""
+    """The path from one gate to the next: what comes before its first trip, and its trips with what follows on each."""
 
-    begin: fx.Node | None
-    trips: tuple[Trip, ...]
-    serial_s: float
-
-    @property
-    def least_s(self) -> float:
-        """Seconds with the shares that are best for it alone."""
-        return self.serial_s + sum(trip.least_s for trip in self.trips)
+    before_s: float
+    legs: tuple[Leg, ...]
 
 
 def chain_of(stretches: Sequence[Stretch]) -> Chain:
     """Stretches that follow each other as one chain."""
-    return Chain(tuple(trip for one in stretches for trip in one.trips), sum(one.serial_s for one in stretches))
+    serial_s = sum(one.before_s + sum(leg.after_s for leg in one.legs) for one in stretches)
+    return Chain(tuple(leg.trip for one in stretches for leg in one.legs), serial_s)
 
 
 def longest_path(
@@ -207,15 +202,16 @@ class _Path:
             for read, following in zip([None, *reads], [*reads, None], strict=True)
         ]
         for stretch, end in self._stretches(self._blocks_together(links)):
-            own = [self._trip(link) for link in stretch if link.read is not None]
+            begin = [self._between_s(link) for link in stretch if link.read is None]
+            legs = [Leg(self._trip(link), self._between_s(link)) for link in stretch if link.read is not None]
             accelerator_s = sum(self.beside[node] for link in stretch for node in link.between)
-            between_s = sum(self._between_s(link) for link in stretch)
+            between_s = sum(begin) + sum(leg.after_s for leg in legs)
             off_s = max(0.0, self._off_path_s(stretch, end) - (between_s - accelerator_s))
-            shared = [i for i, trip in enumerate(own) if trip.host_s > 0]
+            shared = [i for i, leg in enumerate(legs) if leg.trip.host_s > 0]
             if len(shared) == 1:
-                trip = own[shared[0]]
-                own[shared[0]] = replace(trip, accelerator_s=trip.accelerator_s + off_s)
-            yield Stretch(stretch[0].read, tuple(own), between_s + (off_s if not shared else 0.0))
+                trip, after_s = legs[shared[0]]
+                legs[shared[0]] = Leg(replace(trip, accelerator_s=trip.accelerator_s + off_s), after_s)
+            yield Stretch(sum(begin) + (off_s if not shared else 0.0), tuple(legs))
 
     def _link(self, read: fx.Node | None, group: list[fx.Node], following: fx.Node | None) -> _Link:
         needed = self.order.needed_for(following)

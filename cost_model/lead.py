@@ -1,0 +1,176 @@
+"""The link's lead along a chain of trips: the least seconds beside a short staging ring, and the shares that take them.
+
+The *lead* is how much of the link's own time it is ahead by: seconds of its work that are done for trips which have not
+begun. It never exceeds what fills the staging ring, and what is streamed of a trip has to be there before the chain
+goes on behind it. A *leg* is a trip and what the chain does after it. One that begins with the lead ``x`` and ends with
+``y`` takes, with the share ``a`` of the trip on the host,
+
+    leg_s(x, y) = min over a of max(trip_s(a), streamed_s(a) + max(0, y - after_s) - x) + after_s
+
+which depends on the lead's change only. A step is thus a shortest path over the lead, found from its end (a dynamic
+program). Other than in the relaxation of ``chain.py``, which may make a fraction of a trip, a trip is made or it is
+not: where a ring holds the rows of few trips, neighbours cannot make up for each other.
+
+Values are kept at some leads. Between two of them what is still to come is taken for as little as it can be: more lead
+never harms, and saves no more than its own seconds. So what is found is a bound, whatever their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from hetegen_compile.cost_model.chain import Trip
+
+_INTERVALS = 128  # of the lead, for a bound: with 32 it is up to 1.7 % lower, with 512 up to 0.3 % higher
+_FEWER_INTERVALS = 32  # for shares, which are no worse with them
+_STEPS = 3  # that follow each other, for the lead at the beginning of a step to be what steps end with
+_QUANTUM = 2.0**-30  # of the ring: values are rounded down to it, so that those of alike layers are the same ones
+
+_Values = tuple[float, ...]
+"""Seconds to the end by lead, from none to a full ring, over those with a full one."""
+
+
+class Leg(NamedTuple):
+    """A trip, and the seconds of the chain that follow on it."""
+
+    trip: Trip
+    after_s: float
+
+    def lead_behind_s(self, lead_s: float, share: float, ring_s: float) -> float:
+        """The lead at its end, of the lead at its beginning and a share on the host."""
+        streamed_s = self.trip.streamed_s(share)
+        trip_s = max(self.trip.seconds(share), streamed_s - lead_s)
+        return min(ring_s, lead_s + trip_s - streamed_s + self.after_s)
+
+
+class _Goal(NamedTuple):
+    """A lead at the end of a trip that may be the best one, and the seconds that are still to come with it."""
+
+    lead_s: float
+    rest_s: float
+
+
+def least_step_s(legs: Sequence[Leg], ring_s: float) -> float:
+    """A bound of the seconds of a step: of steps that follow each other, none is shorter on average.
+
+    ``ring_s``: the seconds of the link in which it fills the staging ring.
+    """
+    before, step_s = (0.0,) * (_INTERVALS + 1), 0.0
+    for (values, *_), seconds in _steps(legs, ring_s, _INTERVALS):
+        after, before, step_s = before, values, seconds
+    return step_s + min(x - y for x, y in zip(before, after, strict=True))
+
+
+def shares_with_ring(legs: Sequence[Leg], ring_s: float) -> tuple[float, ...]:
+    """The shares of the offloaded rows on the host with which a step is about as short as a ring allows."""
+    *_, (values, _) = _steps(legs, ring_s, _FEWER_INTERVALS)
+    lead_s, shares = 0.0, [0.0] * len(legs)
+    for _ in range(2):  # the second time it begins with the lead that a step ends with
+        for i, (leg, behind) in enumerate(zip(legs, values[1:], strict=True)):
+            shares[i] = _best(leg, lead_s, _goals(leg, behind, ring_s))
+            lead_s = leg.lead_behind_s(lead_s, shares[i], ring_s)
+    return tuple(shares)
+
+
+def _steps(legs: Sequence[Leg], ring_s: float, intervals: int) -> Iterator[tuple[list[_Values], float]]:
+    """For one, two and more steps before the end: the values before each leg of the first one and behind its last.
+
+    With them what the first one takes of the seconds to the end with a full ring. Legs and values that were met before
+    are not computed again: layers are alike.
+    """
+    met: dict[tuple[Leg, _Values], tuple[_Values, float]] = {}
+    values: _Values = (0.0,) * (intervals + 1)
+    for _ in range(_STEPS):
+        found, step_s = [values], 0.0
+        for leg in reversed(legs):
+            if (leg, values) not in met:
+                met[leg, values] = _before(leg, values, ring_s)
+            values, seconds = met[leg, values]
+            found.append(values)
+            step_s += seconds
+        yield found[::-1], step_s
+
+
+def _before(leg: Leg, behind: _Values, ring_s: float) -> tuple[_Values, float]:
+    """The values before a leg and its seconds with a full ring, by the values behind it."""
+    leads, goals = _leads(ring_s, len(behind) - 1), _goals(leg, behind, ring_s)
+    ways = (_least(_streamed(leg.trip), leads, goals), _least(_made(leg.trip), leads, goals))
+    found = [min(pair) for pair in zip(*ways, strict=True)]
+    quantum_s = _QUANTUM * ring_s
+    return tuple((seconds - found[-1]) // quantum_s * quantum_s for seconds in found), leg.after_s + found[-1]
+
+
+def _leads(ring_s: float, intervals: int) -> list[float]:
+    return [ring_s * i / intervals for i in range(intervals + 1)]
+
+
+def _goals(leg: Leg, behind: _Values, ring_s: float) -> list[_Goal]:
+    """What a leg may aim for: in each interval the lead at which more is worth nothing any more.
+
+    With less of it, as many seconds more are still to come, which no trip takes longer than to gain them.
+    """
+    intervals = len(behind) - 1
+    width_s = ring_s / intervals
+    found = []
+    for lead_s, (less_s, more_s) in zip(_leads(ring_s, intervals), pairwise(behind), strict=False):
+        gained_s = min(width_s, max(0.0, less_s - more_s))
+        rest_s = max(more_s, less_s - gained_s)
+        found.append(_Goal(max(0.0, lead_s + gained_s - leg.after_s), rest_s))
+    return found
+
+
+def _least(trip_s: Callable[[float], float], leads: Sequence[float], goals: Sequence[_Goal]) -> list[float]:
+    """By lead before a trip, the least seconds of it and of what follows.
+
+    With more lead the best goal is no lower, since the trip's seconds are a convex function of what it gains.
+    """
+    found = [0.0] * len(leads)
+
+    def fill(first: int, last: int, lowest: int, highest: int) -> None:
+        if first > last:
+            return
+        middle = (first + last) // 2
+        lead_s = leads[middle]
+        found[middle], best = min(
+            (trip_s(goals[i].lead_s - lead_s) + goals[i].rest_s, i) for i in range(lowest, highest + 1)
+        )
+        fill(first, middle - 1, lowest, best)
+        fill(middle + 1, last, best, highest)
+
+    fill(0, len(leads) - 1, 0, len(goals) - 1)
+    return found
+
+
+def _streamed(trip: Trip) -> Callable[[float], float]:
+    """The seconds of a trip that is not made, by what it adds to the lead."""
+    return lambda gained_s: max(trip.accelerator_s, trip.link_s + gained_s)
+
+
+def _made(trip: Trip) -> Callable[[float], float]:
+    """The least seconds of a trip that is made, by what it adds to the lead."""
+    least_s = max(trip.fixed_s, trip.seconds(trip.free_share))
+    all_s = trip.host_s + trip.link_saved_s
+    slope = trip.host_s / all_s if all_s > 0 else 1.0
+    left_s = trip.link_s - trip.link_saved_s
+
+    def seconds(gained_s: float) -> float:
+        balanced_s = trip.fixed_s + slope * (trip.link_s + gained_s - trip.fixed_s)
+        return max(least_s, balanced_s, left_s + gained_s)
+
+    return seconds
+
+
+def _best(leg: Leg, lead_s: float, goals: Sequence[_Goal]) -> float:
+    """The share of a leg that begins with this lead."""
+    trip = leg.trip
+    streamed, made = _streamed(trip), _made(trip)
+    streamed_s = min(streamed(goal.lead_s - lead_s) + goal.rest_s for goal in goals)
+    made_s, trip_s = min((made(goal.lead_s - lead_s) + goal.rest_s, made(goal.lead_s - lead_s)) for goal in goals)
+    if streamed_s <= made_s:
+        return 0.0
+    return min(1.0, (trip_s - trip.fixed_s) / trip.host_s) if trip.host_s > 0 else 1.0
+
+
+__all__ = ["Leg", "least_step_s", "shares_with_ring"]
