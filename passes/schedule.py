@@ -17,6 +17,7 @@ Before:                                       After (two slots):
 
 from __future__ import annotations
 
+import math
 import operator
 from bisect import bisect_left
 from collections import deque
@@ -50,6 +51,7 @@ _ACCELERATOR_RANK = 3
 _COMPLETING_RANK = 4
 _HOST_RANK = 5
 
+_LINEARS = (ir.HOST_LINEAR, ir.PARTIAL_LINEAR)
 _WAITS = (ir.WAIT, ir.WAIT_HOST, ir.WAIT_ACCELERATOR)
 
 PINNED_WINDOW = 4
@@ -210,26 +212,29 @@ def _slots_in_program_order(graph: fx.Graph, tasks: Precedence) -> None:
 def _inputs_before_prefetches(graph: fx.Graph, tasks: Precedence, context: Context) -> None:
     """What the accelerator begins with goes up first if it is so large that it queues with the prefetches.
 
-    A prompt's embeddings would come behind as many of those as the ring holds. Only what the host looks up from the
-    call's inputs: the link does not wait for parts of Linears.
+    A prompt's embeddings would come behind as many of those as the ring holds. The link does not wait for Linears, nor
+    for more than it would work meanwhile.
     """
-    fills = [graph.find_nodes(op="call_function", target=target)[:1] for target in (ir.STAGE, ir.PREFETCH)]
+    prefetches = graph.find_nodes(op="call_function", target=ir.PREFETCH)
+    fills = [*graph.find_nodes(op="call_function", target=ir.STAGE)[:1], *prefetches[:1]]
+    ring_s = sum(node_work(node, context).seconds for node in prefetches if not node.args[4])
     for upload in graph.find_nodes(op="call_function", target=ir.TO_ACCELERATOR):
-        if node_work(upload, context).resource == "up" and _is_of_inputs(upload, tasks):
-            for first in (*fills[0], *fills[1]):
+        if node_work(upload, context).resource == "up" and _before_s(upload, tasks, context) < ring_s:
+            for first in fills:
                 tasks.add(upload, first)
 
 
-def _is_of_inputs(node: fx.Node, tasks: Precedence) -> bool:
-    """Whether everything that comes before a node is done by the host and no part of a Linear."""
-    found, pending = {node}, [node]
+def _before_s(node: fx.Node, tasks: Precedence, context: Context) -> float:
+    """Seconds of everything that has to come before a node, one after the other; none are enough for a Linear."""
+    found, pending, seconds = {node}, [node], 0.0
     while pending:
         earlier = tasks.before[pending.pop()] - found
-        if any(info(one).side != "host" or one.target in (ir.HOST_LINEAR, ir.WAIT_HOST) for one in earlier):
-            return False
+        if any(one.target in _LINEARS for one in earlier):
+            return math.inf
+        seconds += sum(node_work(one, context).seconds for one in earlier)
         found |= earlier
         pending += earlier
-    return True
+    return seconds
 
 
 def task_graph(nodes: list[fx.Node]) -> Precedence:

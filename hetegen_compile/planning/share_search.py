@@ -12,7 +12,15 @@ import math
 from collections.abc import Hashable
 from dataclasses import replace
 
-from hetegen_compile.cost_model import Chain, balance_along, relax, step_with_ring, upload_s
+from hetegen_compile.cost_model import (
+    Chain,
+    Leg,
+    balance_along,
+    relax,
+    shares_with_ring,
+    step_with_ring,
+    upload_s,
+)
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import Prediction
 from hetegen_compile.passes.fit_ring import fit_ring
@@ -27,6 +35,7 @@ _FAR = 1.04  # times the chain's bound: a step that is longer is worth more simu
 _HOPELESS = 1.1  # times the shortest step: variations gain less than that
 _MISTAKEN = 1.2  # times the shortest step: what the chain does not know of trips decides there
 _NEAR = 1.05  # times the shortest step: what is made with other trips is varied, too
+_CLEARLY = 0.98  # times the shortest step: shares for a short ring, which have fewer variations, are varied instead
 _MOST = 5  # variations: each is a schedule more
 
 
@@ -86,11 +95,24 @@ class Search:
         for _ in range(_ROUNDS):
             attempt = self._promising(self._reopened(replace(last.way, chain=chain)))
             if attempt is None:
-                return
+                break
             if attempt.step_s < last.step_s:
                 last, chain = attempt, attempt.corrected()
             else:
                 chain = chain.between(last.way.chain)
+        self._along_ring(last)
+
+    def _along_ring(self, last: Attempt) -> None:
+        """The shares that are best beside a short ring, by the corrected chain."""
+        for _ in range(_ROUNDS):
+            way = replace(last.way, chain=last.corrected(), ringed=True)
+            shares = self._shares(way)
+            if step_with_ring(way.chain, shares, self._ring_s()) >= (1 - _WORTH) * self._step_s:
+                return
+            attempt = self._attempt(way)
+            if attempt.step_s >= last.step_s:
+                return
+            last = attempt
 
     def _reopened(self, way: Way) -> Way:
         """With the trips that are made, or those that are worth it by this chain if that is shorter with its ring."""
@@ -141,10 +163,14 @@ class Search:
         splits = fit_ring(self._trials.module, rows, self._context, way.chunks) if way.fitted else rows
         attempt = Attempt(way, shares, self.simulate(splits))
         known = self._best.get(way.cuts_blocks, attempt)
-        self._best[way.cuts_blocks] = min(known, attempt, key=_shorter)
+        if not way.ringed or attempt.step_s < _CLEARLY * known.step_s:
+            self._best[way.cuts_blocks] = min(known, attempt, key=_shorter)
         return attempt
 
     def _shares(self, way: Way) -> tuple[float, ...]:
+        if way.ringed:
+            between_s = way.chain.serial_s / len(way.chain.trips)
+            return shares_with_ring([Leg(trip, between_s) for trip in way.chain.trips], self._ring_s())
         if not way.slack:
             return balance_along(way.chain, way.opened, ring_s=self._ring_s())
         whole = whole_shares(way.trips, self._context)

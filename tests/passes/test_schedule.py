@@ -79,17 +79,48 @@ def test_prefetches_of_a_large_ring_come_before_everything_that_computes() -> No
     assert max(order(found)[node] for node in found.nodes(PREFETCH)) < min(computing)
 
 
-@pytest.mark.parametrize("tokens", [4, 20_000])
-def test_a_prompt_goes_up_before_prefetches_that_it_would_queue_behind(tokens: int) -> None:
-    table = nn.Embedding(30_000, 64)
-    found = scheduled(lambda ids: chain(table(ids)), torch.arange(tokens), plan=halves)
+WIDE = nn.ModuleList([nn.Linear(1024, 1024, bias=False) for _ in range(4)])
+TABLE = nn.Embedding(8192, 1024)
+
+
+def looked_up(ids: Tensor) -> Tensor:
+    x = TABLE(ids)
+    for layer in WIDE:
+        x = layer(x).relu()
+    return x
+
+
+def looked_up_by_positions(ids: Tensor) -> Tensor:
+    """As OPT does: where a token stands is computed of a mask that the accelerator has."""
+    mask = (ids > 3).float()
+    return looked_up(mask.cumsum(-1).long()) * mask[..., None]
+
+
+def looked_up_behind_a_linear(ids: Tensor) -> Tensor:
+    return looked_up(WIDE[0](TABLE(ids[:1])).argmax() + ids)
+
+
+@pytest.mark.parametrize(
+    ("function", "tokens", "ring_bytes", "first"),
+    [
+        (looked_up, 1100, 1 << 24, True),
+        (looked_up_by_positions, 1100, 1 << 24, True),
+        (looked_up, 4, 1 << 24, False),  # so little that a kernel reads it
+        (looked_up, 4000, 1 << 21, False),  # the ring is filled while the host looks up
+        (looked_up_behind_a_linear, 1100, 1 << 24, False),
+    ],
+)
+def test_a_prompt_goes_up_before_prefetches_that_it_would_queue_behind(
+    function: Any, tokens: int, ring_bytes: int, first: bool
+) -> None:
+    found = scheduled(function, torch.arange(tokens), plan=halves, ring_bytes=ring_bytes)
     place = order(found)
-    first, *later = (place[node] for node in found.nodes(ir.TO_ACCELERATOR))
+    looks_up = [node for node in found.module.graph.nodes if node.target is torch.nn.functional.embedding][-1]
+    (prompt,) = (place[node] for node in found.nodes(ir.TO_ACCELERATOR) if looks_up in node.all_input_nodes)
     prefetches = [place[node] for node in found.nodes(PREFETCH)]
-    queues = tokens * 64 * 4 > ir.SMALL_UPLOAD_BYTES
-    assert (first < min(prefetches)) == queues
-    assert later
-    assert min(later) > min(prefetches), "what host parts make does not hold up the link"
+    assert (prompt < min(prefetches)) == first
+    parts = [place[node] for node in found.nodes(ir.TO_ACCELERATOR) if place[node] > prompt]
+    assert min(parts) > min(prefetches), "what host parts make does not hold up the link"
 
 
 def test_a_prefetch_follows_the_release_that_it_waits_for_before_the_host_computes() -> None:
