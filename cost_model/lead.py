@@ -18,7 +18,8 @@ never harms, and saves no more than its own seconds. So what is found is a bound
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from itertools import combinations, pairwise
+from operator import sub
 from typing import NamedTuple
 
 from hetegen_compile.cost_model.chain import Trip
@@ -57,10 +58,13 @@ def least_step_s(legs: Sequence[Leg], ring_s: float) -> float:
 
     ``ring_s``: the seconds of the link in which it fills the staging ring.
     """
-    before, step_s = (0.0,) * (_INTERVALS + 1), 0.0
-    for (values, *_), seconds in _steps(legs, ring_s, _INTERVALS):
-        after, before, step_s = before, values, seconds
-    return step_s + min(x - y for x, y in zip(before, after, strict=True))
+    total_s, found = 0.0, [(0.0,) * (_INTERVALS + 1)]
+    for (values, *_), step_s in _steps(legs, ring_s, _INTERVALS):
+        total_s += step_s
+        found.append(tuple(total_s + value for value in values))
+    pairs = combinations(enumerate(found), 2)
+    bounds: list[float] = [min(map(sub, more, few)) / (many - one) for (one, few), (many, more) in pairs]
+    return max(bounds)
 
 
 def shares_with_ring(legs: Sequence[Leg], ring_s: float) -> tuple[float, ...]:
@@ -170,7 +174,9 @@ def _best(leg: Leg, lead_s: float, goals: Sequence[_Goal]) -> float:
     made_s, trip_s = min((made(goal.lead_s - lead_s) + goal.rest_s, made(goal.lead_s - lead_s)) for goal in goals)
     if streamed_s <= made_s:
         return 0.0
-    return min(1.0, (trip_s - trip.fixed_s) / trip.host_s) if trip.host_s > 0 else 1.0
+    if trip.fixed_s + trip.host_s <= trip_s:
+        return 1.0
+    return min(1.0, max(0.0, trip_s - trip.fixed_s) / trip.host_s)
 
 
 __all__ = ["Leg", "least_step_s", "shares_with_ring"]

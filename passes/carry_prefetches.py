@@ -62,15 +62,16 @@ def carry_prefetches(module: fx.GraphModule, context: Context) -> None:
 
 
 def leading_prefetches(graph: fx.Graph) -> list[fx.Node]:
-    """The prefetches that are issued before the accelerator works and that overwrite no slot of their step."""
+    """The first prefetches, those that overwrite no slot of their step.
+
+    What the accelerator begins with may be issued before them (``schedule``).
+    """
     found: list[fx.Node] = []
     for node in graph.nodes:
         if node.target == ir.PREFETCH:
             if node.args[4]:
                 break
             found.append(node)
-        elif info(node).side == "accelerator" and node.target not in (ir.MIRROR, ir.RESIDENT) and not info(node).ahead:
-            break
     return found
 
 

@@ -44,6 +44,7 @@ from tests.passes.graphs import (
     scheduled,
     streamed,
 )
+from tests.passes.test_schedule import looked_up
 
 WIDTH = 64
 SLOT = WIDTH * WIDTH * 4
@@ -148,6 +149,14 @@ def test_if_all_slots_fit_the_ring_all_are_carried() -> None:
     assert not found.nodes(PREFETCH)
     pairs = zip(found.nodes(CARRIED), found.nodes(PREFETCH_AHEAD), strict=True)
     assert all(one.args == other.args[:4] for one, other in pairs)
+    verify(found.module, found.context)
+
+
+def test_prefetches_behind_a_prompt_that_goes_up_first_are_carried_too() -> None:
+    found = carrying(looked_up, torch.arange(1100), plan=halves, ring_bytes=1 << 24)
+    place = order(found)
+    assert place[found.nodes(TO_ACCELERATOR)[0]] < place[found.nodes(CARRIED)[0]]
+    assert len(found.nodes(CARRIED)) == len(found.nodes(PREFETCH_AHEAD)) == 4
     verify(found.module, found.context)
 
 

@@ -84,7 +84,7 @@ TABLE = nn.Embedding(8192, 1024)
 
 
 def looked_up(ids: Tensor) -> Tensor:
-    x = TABLE(ids)
+    x: Tensor = TABLE(ids)
     for layer in WIDE:
         x = layer(x).relu()
     return x

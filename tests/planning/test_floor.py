@@ -24,6 +24,7 @@ from hetegen_compile.passes.choose_splits import (
 )
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.plans import LinearPlan, Splits
+from hetegen_compile.passes.schedule import PINNED_WINDOW
 from hetegen_compile.planning.floor import Floor, floor, floor_s, offloaded_together_s
 from hetegen_compile.planning.planned import BucketPlan
 from hetegen_compile.planning.trials import Trials
@@ -145,6 +146,28 @@ def test_what_a_short_ring_does_not_hold_comes_behind_the_rest_of_the_path() -> 
     assert short.path_s - longer.path_s <= 1.01 * 15 * 2**20 / PROFILE.link.up.pinned.points[-1][1]
     assert short.path_s > longer.path_s >= whole.path_s
     assert short.bytes_s == whole.bytes_s
+
+
+def test_what_is_pinned_ahead_may_lie_in_the_pinned_ring_as_well() -> None:
+    """Its slots are no longer than the staging ring."""
+    table = nn.Linear(1024, 65536, bias=False)
+
+    def function(x: Tensor) -> Any:
+        for layer in LAYERS:
+            x = layer(x).softmax(-1)
+        return table(x).softmax(-1)
+
+    def path_s(ring_bytes: int, staged: dict[str, str]) -> float:
+        found = planned(
+            function, torch.zeros(1, 1024), ring_bytes=ring_bytes,
+            plan=lambda rows: streamed(rows) if rows == 65536 else resident(rows),
+        )  # fmt: skip
+        profile = replace(PROFILE, pin_bytes_per_s=1e15)
+        return floor(found.module, replace(found.context, staged=staged, profile=profile)).path_s
+
+    staged = {"the table": "through the pinned ring"}
+    assert path_s(2**20, staged) == pytest.approx(path_s((1 + PINNED_WINDOW) * 2**20, {}))
+    assert path_s(2**20, staged) < path_s(2**20, {})
 
 
 def beside(x: Tensor) -> Any:

@@ -50,9 +50,18 @@ def test_where_issue_is_dear_what_is_streamed_is_not_cut_at_the_end_of_the_ring(
 
 
 def test_a_corrected_chain_may_make_other_trips_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Search, "_along_ring", lambda *_: None)
     found = work().result(dear_trips(), 0.4)
     monkeypatch.setattr(Search, "_reopened", lambda _, way: way)
     assert found.step_s < 0.98 * work().result(dear_trips(), 0.4).step_s
+
+
+def test_a_prompt_has_shares_that_fit_a_ring_which_holds_few_trips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its output layer has one token and many rows, which the link has to begin with while layers keep it busy."""
+    prompt = Work(config("llama", vocab_size=32000), "prefill-512")
+    found = prompt.result(load_profile("h100-server"), 0.5)
+    monkeypatch.setattr(Search, "_along_ring", lambda *_: None)
+    assert found.step_s < 0.95 * prompt.result(load_profile("h100-server"), 0.5).step_s
 
 
 def test_the_way_with_other_trips_is_varied_if_it_is_not_much_longer(monkeypatch: pytest.MonkeyPatch) -> None:
