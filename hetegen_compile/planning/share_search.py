@@ -35,6 +35,7 @@ _FAR = 1.04  # times the chain's bound: a step that is longer is worth more simu
 _HOPELESS = 1.1  # times the shortest step: variations gain less than that
 _MISTAKEN = 1.2  # times the shortest step: what the chain does not know of trips decides there
 _NEAR = 1.05  # times the shortest step: what is made with other trips is varied, too
+_RING_PARTS = (0.85, 0.7)  # of the ring: chunks are whole, so the link is seldom ahead by all of it
 _CLEARLY = 0.98  # times the shortest step: shares for a short ring, which have fewer variations, are varied instead
 _MOST = 5  # variations: each is a schedule more
 
@@ -103,16 +104,14 @@ class Search:
         self._along_ring(last)
 
     def _along_ring(self, last: Attempt) -> None:
-        """The shares that are best beside a short ring, by the corrected chain."""
-        for _ in range(_ROUNDS):
-            way = replace(last.way, chain=last.corrected(), ringed=True)
-            shares = self._shares(way)
-            if step_with_ring(way.chain, shares, self._ring_s()) >= (1 - _WORTH) * self._step_s:
-                return
-            attempt = self._attempt(way)
-            if attempt.step_s >= last.step_s:
-                return
-            last = attempt
+        """The shares that are best beside a short ring, by the corrected chain and by what that is corrected to."""
+        for part in _RING_PARTS:
+            attempt = last
+            for _ in range(_ROUNDS):
+                way = replace(attempt.way, chain=attempt.corrected(), ring_part=part)
+                if step_with_ring(way.chain, self._shares(way), part * self._ring_s()) >= self._step_s:
+                    break
+                attempt = self._attempt(way)
 
     def _reopened(self, way: Way) -> Way:
         """With the trips that are made, or those that are worth it by this chain if that is shorter with its ring."""
@@ -163,14 +162,15 @@ class Search:
         splits = fit_ring(self._trials.module, rows, self._context, way.chunks) if way.fitted else rows
         attempt = Attempt(way, shares, self.simulate(splits))
         known = self._best.get(way.cuts_blocks, attempt)
-        if not way.ringed or attempt.step_s < _CLEARLY * known.step_s:
+        if not way.ring_part or attempt.step_s < _CLEARLY * known.step_s:
             self._best[way.cuts_blocks] = min(known, attempt, key=_shorter)
         return attempt
 
     def _shares(self, way: Way) -> tuple[float, ...]:
-        if way.ringed:
+        if way.ring_part:
             between_s = way.chain.serial_s / len(way.chain.trips)
-            return shares_with_ring([Leg(trip, between_s) for trip in way.chain.trips], self._ring_s())
+            legs = [Leg(trip, between_s) for trip in way.chain.trips]
+            return shares_with_ring(legs, way.ring_part * self._ring_s())
         if not way.slack:
             return balance_along(way.chain, way.opened, ring_s=self._ring_s())
         whole = whole_shares(way.trips, self._context)

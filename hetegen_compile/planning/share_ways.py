@@ -28,8 +28,8 @@ class Way:
         chunks: how many chunks the ring holds; None: as residency says.
         fitted: whether what is streamed is cut where the ring ends. If not, fewer chunks are issued, and some of the
             ring is not used.
-        ringed: whether the shares are the best ones for a link that is ahead by the ring at most, trips made or not
-            (``cost_model.lead``); ``opened`` and ``slack`` do not matter then.
+        ring_part: if not 0, the shares are the best ones for a link that is ahead by this part of the ring at most,
+            whichever trips that makes (``cost_model.lead``); ``opened`` and ``slack`` do not matter then.
     """
 
     trips: Trips
@@ -38,7 +38,7 @@ class Way:
     slack: float = 0.0
     chunks: int | None = None
     fitted: bool = True
-    ringed: bool = False
+    ring_part: float = 0.0
 
     @property
     def cuts_blocks(self) -> bool:
