@@ -105,11 +105,12 @@ class Search:
 
     def _along_ring(self, last: Attempt) -> None:
         """The shares that are best beside a short ring, by the corrected chain and by what that is corrected to."""
+        worth = 0.0 if self._is_far() else _WORTH
         for part in _RING_PARTS:
             attempt = last
             for _ in range(_ROUNDS):
                 way = replace(attempt.way, chain=attempt.corrected(), ring_part=part)
-                if step_with_ring(way.chain, self._shares(way), part * self._ring_s()) >= self._step_s:
+                if step_with_ring(way.chain, self._shares(way), part * self._ring_s()) >= (1 - worth) * self._step_s:
                     break
                 attempt = self._attempt(way)
 
@@ -138,7 +139,7 @@ class Search:
         left = _MOST
         for line in variations:
             for variation in line:
-                if self._step_s < _FAR * self._bound_s or not left:
+                if not self._is_far() or not left:
                     return
                 way = variation(best)
                 if way == best.way:
@@ -149,6 +150,9 @@ class Search:
                 if attempt.step_s >= best.step_s:
                     break
                 best = attempt
+
+    def _is_far(self) -> bool:
+        return self._step_s >= _FAR * self._bound_s
 
     def _promising(self, way: Way) -> Attempt | None:
         return self._attempt(way) if self._is_promising(way) else None
