@@ -1,7 +1,8 @@
 """The cost model: pure arithmetic from work and hardware to seconds. No torch, no state.
 
 ``hardware`` says what a machine can do (``profile_json`` loads it), ``roofline`` turns work into seconds,
-``split`` divides a Linear between host and link, ``timeline`` simulates a step.
+``split`` divides a Linear between host and link, ``chain`` balances those of a step, ``lead`` and ``ring`` know that
+the link runs ahead by a staging ring at most, ``timeline`` simulates a step.
 """
 
 from hetegen_compile.cost_model.chain import Chain, Relaxation, Trip, balance_along, relax, spread_order

@@ -56,7 +56,7 @@ class _Goal(NamedTuple):
 def least_step_s(legs: Sequence[Leg], ring_s: float) -> float:
     """A bound of the seconds of a step: of steps that follow each other, none is shorter on average.
 
-    ``ring_s``: the seconds of the link in which it fills the staging ring.
+    ``ring_s``: the seconds of the link in which it fills the staging ring. ValueError if they are not positive.
     """
     total_s, found = 0.0, [(0.0,) * (_INTERVALS + 1)]
     for (values, *_), step_s in _steps(legs, ring_s, _INTERVALS):
@@ -68,7 +68,10 @@ def least_step_s(legs: Sequence[Leg], ring_s: float) -> float:
 
 
 def shares_with_ring(legs: Sequence[Leg], ring_s: float) -> tuple[float, ...]:
-    """The shares of the offloaded rows on the host with which a step is about as short as a ring allows."""
+    """By leg, the share of the offloaded rows on the host with which a step is about as short as a ring allows.
+
+    ``ring_s`` as of ``least_step_s``.
+    """
     *_, (values, _) = _steps(legs, ring_s, _FEWER_INTERVALS)
     lead_s, shares = 0.0, [0.0] * len(legs)
     for _ in range(2):  # the second time it begins with the lead that a step ends with
@@ -84,6 +87,8 @@ def _steps(legs: Sequence[Leg], ring_s: float, intervals: int) -> Iterator[tuple
     With them what the first one takes of the seconds to the end with a full ring. Legs and values that were met before
     are not computed again: layers are alike.
     """
+    if not ring_s > 0:
+        raise ValueError(f"a ring of {ring_s} seconds; it must take the link some time to fill it")
     met: dict[tuple[Leg, _Values], tuple[_Values, float]] = {}
     values: _Values = (0.0,) * (intervals + 1)
     for _ in range(_STEPS):

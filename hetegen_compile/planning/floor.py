@@ -9,7 +9,7 @@ It is the largest of four bounds. The simulation charges the same rates, so no s
   host makes of the others, or has all of their rows itself.
 - **path** (``floor_path``): the longest chain of trips and segments of which each needs the results of the one before,
   at the best shares that the link's own work allows (``cost_model.relax``), with what the accelerator does beside it,
-  and as little of the link's work ahead of a place as the staging ring holds (``floor_ring``).
+  and with no more of the link's work ahead of a trip than the staging ring holds (``floor_ring``).
 - **thread**: what the host's thread does one after the other, at the best shares: its parts of Linears, its other
   operations (appending to a cache that the caller gets back), waits, and issuing segments, Linears and one prefetch of
   each that is streamed. Where a worker computes the host's parts (``issue_ahead``) the larger of the two threads' work

@@ -113,3 +113,9 @@ def test_layers_that_are_alike_are_computed_once(monkeypatch: pytest.MonkeyPatch
     many = least_step_s(layer * 80, 2.0)
     assert many == pytest.approx(10 * few, rel=1e-6)
     assert compute.call_count <= 3 * count
+
+
+@pytest.mark.parametrize("ring_s", [0.0, -1.0, float("nan")])
+def test_without_a_ring_there_is_no_lead(ring_s: float) -> None:
+    with pytest.raises(ValueError, match="a ring of"):
+        least_step_s([Leg(Trip(4.0, 3.0, 0.5, 0.2), 0.0)], ring_s)
