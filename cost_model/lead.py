@@ -12,11 +12,13 @@ program). Other than in the relaxation of ``chain.py``, which may make a fractio
 not: where a ring holds the rows of few trips, neighbours cannot make up for each other.
 
 Values are kept at some leads. Between two of them what is still to come is taken for as little as it can be: more lead
-never harms, and saves no more than its own seconds. So what is found is a bound, whatever their number.
+never harms, and saves no more than its own seconds. So the seconds that are found are a bound, whatever their number;
+the shares are those of one walk along it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations, pairwise
 from operator import sub
@@ -56,7 +58,8 @@ class _Goal(NamedTuple):
 def least_step_s(legs: Sequence[Leg], ring_s: float) -> float:
     """A bound of the seconds of a step: of steps that follow each other, none is shorter on average.
 
-    ``ring_s``: the seconds of the link in which it fills the staging ring. ValueError if they are not positive.
+    ``ring_s``: the seconds of the link in which it fills the staging ring. ValueError if they are not positive or not
+    finite.
     """
     total_s, found = 0.0, [(0.0,) * (_INTERVALS + 1)]
     for (values, *_), step_s in _steps(legs, ring_s, _INTERVALS):
@@ -87,8 +90,8 @@ def _steps(legs: Sequence[Leg], ring_s: float, intervals: int) -> Iterator[tuple
     With them what the first one takes of the seconds to the end with a full ring. Legs and values that were met before
     are not computed again: layers are alike.
     """
-    if not ring_s > 0:
-        raise ValueError(f"a ring of {ring_s} seconds; it must take the link some time to fill it")
+    if not 0 < ring_s * _QUANTUM < math.inf:
+        raise ValueError(f"a ring of {ring_s} seconds; it must take the link some time, and not for ever, to fill it")
     met: dict[tuple[Leg, _Values], tuple[_Values, float]] = {}
     values: _Values = (0.0,) * (intervals + 1)
     for _ in range(_STEPS):
@@ -116,9 +119,9 @@ def _leads(ring_s: float, intervals: int) -> list[float]:
 
 
 def _goals(leg: Leg, behind: _Values, ring_s: float) -> list[_Goal]:
-    """What a leg may aim for: in each interval the lead at which more is worth nothing any more.
+    """What a leg may aim for: in each interval the least lead with which no more is to come than at its end.
 
-    With less of it, as many seconds more are still to come, which no trip takes longer than to gain them.
+    Of what lies between, that is the best: a second less of lead saves a trip at most the second that comes later.
     """
     intervals = len(behind) - 1
     width_s = ring_s / intervals

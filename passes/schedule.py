@@ -17,7 +17,6 @@ Before:                                       After (two slots):
 
 from __future__ import annotations
 
-import math
 import operator
 from bisect import bisect_left
 from collections import deque
@@ -212,29 +211,35 @@ def _slots_in_program_order(graph: fx.Graph, tasks: Precedence) -> None:
 def _inputs_before_prefetches(graph: fx.Graph, tasks: Precedence, context: Context) -> None:
     """What the accelerator begins with goes up first if it is so large that it queues with the prefetches.
 
-    A prompt's embeddings would come behind as many of those as the ring holds. The link does not wait for Linears, nor
-    for more than it would work meanwhile.
+    A prompt's embeddings would come behind as many of those as the ring holds. Only what is needed before the first
+    prefetch is (that keeps all edges in program order), and the link waits neither for Linears nor longer than it would
+    take to fill the ring.
     """
     prefetches = graph.find_nodes(op="call_function", target=ir.PREFETCH)
     fills = [*graph.find_nodes(op="call_function", target=ir.STAGE)[:1], *prefetches[:1]]
     ring_s = sum(node_work(node, context).seconds for node in prefetches if not node.args[4])
-    for upload in graph.find_nodes(op="call_function", target=ir.TO_ACCELERATOR):
-        if node_work(upload, context).resource == "up" and _before_s(upload, tasks, context) < ring_s:
+    before: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node in fills:
+            return
+        if node.target == ir.TO_ACCELERATOR and node_work(node, context).resource == "up":
+            before |= _needed_for(node, tasks)
+            seconds = sum(node_work(one, context).seconds for one in before)
+            if seconds >= ring_s or any(one.target in _LINEARS for one in before):
+                return
             for first in fills:
-                tasks.add(upload, first)
+                tasks.add(node, first)
 
 
-def _before_s(node: fx.Node, tasks: Precedence, context: Context) -> float:
-    """Seconds of everything that has to come before a node, one after the other; none are enough for a Linear."""
-    found, pending, seconds = {node}, [node], 0.0
+def _needed_for(node: fx.Node, tasks: Precedence) -> set[fx.Node]:
+    """Everything that has to be issued before a node."""
+    found: set[fx.Node] = set()
+    pending = [node]
     while pending:
         earlier = tasks.before[pending.pop()] - found
-        if any(one.target in _LINEARS for one in earlier):
-            return math.inf
-        seconds += sum(node_work(one, context).seconds for one in earlier)
         found |= earlier
         pending += earlier
-    return seconds
+    return found
 
 
 def task_graph(nodes: list[fx.Node]) -> Precedence:

@@ -44,8 +44,10 @@ def balanced_splits(module: fx.GraphModule, context: Context, trials: Trials) ->
         if any(plan.host for plan in splits.values()):
             search.simulate(splits)
         search.balance(trips, chain)
-    if context.bucket.high is not None and context.bucket.high <= _VARIED_TOKENS:
+    vary = context.bucket.high is not None and context.bucket.high <= _VARIED_TOKENS
+    if vary:
         search.vary()
+    search.along_ring(vary=vary)
     return search.by_step()
 
 

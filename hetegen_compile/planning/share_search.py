@@ -9,7 +9,7 @@ the chain says to be possible, its way is varied (``share_ways``).
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import replace
 
 from hetegen_compile.cost_model import (
@@ -25,7 +25,7 @@ from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import Prediction
 from hetegen_compile.passes.fit_ring import fit_ring
 from hetegen_compile.passes.plans import Splits
-from hetegen_compile.planning.share_ways import VARIATIONS, Attempt, Variations, Way, corrected
+from hetegen_compile.planning.share_ways import RING_VARIATIONS, VARIATIONS, Attempt, Variations, Way, corrected
 from hetegen_compile.planning.trials import Trials
 from hetegen_compile.planning.trips import Trips, whole_shares, with_shares
 
@@ -36,7 +36,6 @@ _HOPELESS = 1.1  # times the shortest step: variations gain less than that
 _MISTAKEN = 1.2  # times the shortest step: what the chain does not know of trips decides there
 _NEAR = 1.05  # times the shortest step: what is made with other trips is varied, too
 _RING_PARTS = (0.85, 0.7)  # of the ring: chunks are whole, so the link is seldom ahead by all of it
-_CLEARLY = 0.98  # times the shortest step: shares for a short ring, which have fewer variations, are varied instead
 _MOST = 5  # variations: each is a schedule more
 
 
@@ -49,6 +48,7 @@ class Search:
         self._found: dict[Hashable, tuple[Prediction, Splits]] = {}
         self.simulate(splits, keep=True)
         self._best: dict[bool, Attempt] = {}  # by whether blocks are cut as one
+        self._balanced: list[Attempt] = []  # the last of each balance
         self._bound_s = math.inf
 
     @property
@@ -101,18 +101,7 @@ class Search:
                 last, chain = attempt, attempt.corrected()
             else:
                 chain = chain.between(last.way.chain)
-        self._along_ring(last)
-
-    def _along_ring(self, last: Attempt) -> None:
-        """The shares that are best beside a short ring, by the corrected chain and by what that is corrected to."""
-        worth = 0.0 if self._is_far() else _WORTH
-        for part in _RING_PARTS:
-            attempt = last
-            for _ in range(_ROUNDS):
-                way = replace(attempt.way, chain=attempt.corrected(), ring_part=part)
-                if step_with_ring(way.chain, self._shares(way), part * self._ring_s()) >= (1 - worth) * self._step_s:
-                    break
-                attempt = self._attempt(way)
+        self._balanced.append(last)
 
     def _reopened(self, way: Way) -> Way:
         """With the trips that are made, or those that are worth it by this chain if that is shorter with its ring."""
@@ -133,6 +122,29 @@ class Search:
             if best.step_s > limit * self._step_s:
                 return
             self._vary(best, variations)
+
+    def along_ring(self, *, vary: bool) -> None:
+        """Try the shares that are best beside a short ring, and ``vary`` them where that made the shortest step.
+
+        Once everything else was tried: they only add to it.
+        """
+        before_s = self._step_s
+        tried = [attempt for last in self._balanced for attempt in self._along_ring(last)]
+        best = min(tried, key=_shorter, default=None)
+        if vary and best is not None and best.step_s < before_s:
+            self._vary(best, RING_VARIATIONS)
+
+    def _along_ring(self, last: Attempt) -> Iterator[Attempt]:
+        """By the corrected chain, and by what that is corrected to."""
+        worth = 0.0 if self._is_far() else _WORTH
+        for part in _RING_PARTS:
+            attempt = last
+            for _ in range(_ROUNDS):
+                way = replace(attempt.way, chain=attempt.corrected(), ring_part=part)
+                if step_with_ring(way.chain, self._shares(way), part * self._ring_s()) >= (1 - worth) * self._step_s:
+                    break
+                attempt = self._attempt(way)
+                yield attempt
 
     def _vary(self, best: Attempt, variations: Variations) -> None:
         """As long as the shortest step is far from the chain's bound."""
@@ -165,8 +177,8 @@ class Search:
         rows = with_shares(way.trips, shares, self._context)
         splits = fit_ring(self._trials.module, rows, self._context, way.chunks) if way.fitted else rows
         attempt = Attempt(way, shares, self.simulate(splits))
-        known = self._best.get(way.cuts_blocks, attempt)
-        if not way.ring_part or attempt.step_s < _CLEARLY * known.step_s:
+        if not way.ring_part:
+            known = self._best.get(way.cuts_blocks, attempt)
             self._best[way.cuts_blocks] = min(known, attempt, key=_shorter)
         return attempt
 

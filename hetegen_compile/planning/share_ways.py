@@ -104,13 +104,14 @@ def _link(factor: float) -> Variation:
     return lambda best: replace(best.way, chain=_with_link(best.way.chain, factor))
 
 
-VARIATIONS: Variations = (
-    (_slack(0.25), _slack(0.5)),
-    (_slack(0.5),),
+RING_VARIATIONS: Variations = (
     (_uncut,),
     (corrected, corrected),
     (_chunks(4), _chunks(3)),
     (_link(1 + _SHIFT), _link(1 + _SHIFT)),
     (_link(1 - _SHIFT), _link(1 - _SHIFT)),
 )
-"""In each line as long as the one before shortened the step."""
+"""For shares that are chosen for a short ring; in each line as long as the one before shortened the step."""
+
+VARIATIONS: Variations = ((_slack(0.25), _slack(0.5)), (_slack(0.5),), *RING_VARIATIONS)
+"""The same for shares of chosen trips, of which Linears may be whole on one side."""

@@ -23,6 +23,7 @@ from tests.passes.graphs import (
     Case,
     assert_equal_to_eager,
     halves,
+    on_host,
     planned,
     property_test,
     quarters,
@@ -121,6 +122,46 @@ def test_a_prompt_goes_up_before_prefetches_that_it_would_queue_behind(
     assert (prompt < min(prefetches)) == first
     parts = [place[node] for node in found.nodes(ir.TO_ACCELERATOR) if place[node] > prompt]
     assert min(parts) > min(prefetches), "what host parts make does not hold up the link"
+
+
+def test_what_a_late_layer_reads_does_not_go_up_first() -> None:
+    """It may come of work whose place is behind a host part that was issued to complete something."""
+    layers = [nn.Linear(1024, 1024, bias=False) for _ in range(4)]
+    middle, last = nn.Linear(1024, 1536, bias=False), nn.Linear(1536, 1024, bias=False)
+    table = nn.Embedding(8192, 1536)
+
+    def function(ids: Tensor, cache: Tensor) -> Any:
+        x, grown = TABLE(ids), []
+        for layer in layers:
+            x = layer(x).relu()
+            grown.append(torch.cat([cache, x], 0))
+        x = middle(x) + table((ids > 3).float().cumsum(-1).long())
+        return (last(x).relu(), *grown)
+
+    found = scheduled(
+        function, torch.arange(1100), torch.zeros(5, 1024), ring_bytes=1 << 24,
+        plan=lambda rows: on_host(rows) if rows == 1536 else halves(rows),
+    )  # fmt: skip
+    place = order(found)
+    first, *others = (place[node] for node in found.nodes(ir.TO_ACCELERATOR))
+    assert first < min(place[node] for node in found.nodes(PREFETCH)) < min(others)
+    verify(found.module, found.context)
+
+
+def test_tables_go_up_first_as_long_as_all_of_them_are_there_before_the_ring_is_full() -> None:
+    tables = nn.ModuleList([nn.Embedding(8192, 1024) for _ in range(6)])
+
+    def function(ids: Tensor) -> Tensor:
+        x = sum((table(ids) for table in tables), torch.zeros(1, device=ids.device))
+        for layer in WIDE:
+            x = layer(x).relu()
+        return x
+
+    found = scheduled(function, torch.arange(1100), plan=halves, ring_bytes=1 << 23)
+    place = order(found)
+    prefetch = min(place[node] for node in found.nodes(PREFETCH))
+    first = [node for node in found.nodes(ir.TO_ACCELERATOR) if place[node] < prefetch]
+    assert 0 < len(first) < len(tables)
 
 
 def test_a_prefetch_follows_the_release_that_it_waits_for_before_the_host_computes() -> None:

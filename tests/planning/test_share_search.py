@@ -50,7 +50,7 @@ def test_where_issue_is_dear_what_is_streamed_is_not_cut_at_the_end_of_the_ring(
 
 
 def test_a_corrected_chain_may_make_other_trips_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Search, "_along_ring", lambda *_: None)
+    monkeypatch.setattr(Search, "along_ring", lambda *_, **__: None)
     found = work().result(dear_trips(), 0.4)
     monkeypatch.setattr(Search, "_reopened", lambda _, way: way)
     assert found.step_s < 0.98 * work().result(dear_trips(), 0.4).step_s
@@ -58,9 +58,10 @@ def test_a_corrected_chain_may_make_other_trips_worth_it(monkeypatch: pytest.Mon
 
 def test_a_prompt_has_shares_that_fit_a_ring_which_holds_few_trips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its output layer has one token and many rows, which the link has to begin with while layers keep it busy."""
-    prompt = Work(config("llama", vocab_size=32000), "prefill-512")
+    shape = config("llama", hidden_size=4096, num_attention_heads=32, num_key_value_heads=32, vocab_size=32000)
+    prompt = Work(shape, "prefill-512")
     found = prompt.result(load_profile("h100-server"), 0.5)
-    monkeypatch.setattr(Search, "_along_ring", lambda *_: None)
+    monkeypatch.setattr(Search, "along_ring", lambda *_, **__: None)
     assert found.step_s < 0.95 * prompt.result(load_profile("h100-server"), 0.5).step_s
 
 
