@@ -126,7 +126,7 @@ def test_a_prompt_goes_up_before_prefetches_that_it_would_queue_behind(
 
 def test_what_a_late_layer_reads_does_not_go_up_first() -> None:
     """It may come of work whose place is behind a host part that was issued to complete something."""
-    layers = [nn.Linear(1024, 1024, bias=False) for _ in range(4)]
+    layers = [nn.Linear(1024, 1024, bias=False) for _ in range(7)]
     middle, last = nn.Linear(1024, 1536, bias=False), nn.Linear(1536, 1024, bias=False)
     table = nn.Embedding(8192, 1536)
 

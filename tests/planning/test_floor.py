@@ -151,17 +151,19 @@ def test_what_a_short_ring_does_not_hold_comes_behind_the_rest_of_the_path() -> 
 def test_what_comes_before_the_first_trip_is_on_the_path_beside_a_short_ring() -> None:
     table = nn.Linear(1024, 65536, bias=False)
 
-    def path_s(function: Any) -> float:
-        found = planned(function, torch.zeros(1, 1024), plan=streamed, ring_bytes=2**20)
-        return floor(found.module, found.context).path_s
+    def found(function: Any) -> Floor:
+        return bounds(function, planned(function, torch.zeros(1, 1024), plan=streamed, ring_bytes=2**20))
 
     def begun(x: Tensor) -> Any:
         for _ in range(4):
             x = torch.matmul(x.T, x).softmax(-1)[:1]
         return table(x)
 
-    work_s = path_s(begun) - path_s(lambda x: table(x))
-    assert work_s > 4 * 1024 * 1024 * 2 / PROFILE.accelerator.flops_per_s["float32"]
+    longer, shorter = found(begun), found(lambda x: table(x))
+    ring_s = 2**20 / PROFILE.link.up.pinned.points[-1][1]
+    work_s = longer.accelerator_s - shorter.accelerator_s
+    assert work_s > 5 * ring_s
+    assert longer.path_s - shorter.path_s > work_s - 1.1 * ring_s
 
 
 def test_what_is_pinned_ahead_may_lie_in_the_pinned_ring_as_well() -> None:

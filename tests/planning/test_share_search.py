@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cache
+from unittest.mock import Mock
 
 import pytest
 
@@ -14,7 +15,7 @@ from hetegen_compile.passes.choose_splits import choose_splits
 from hetegen_compile.planning import share_search
 from hetegen_compile.planning.balance import balanced_splits
 from hetegen_compile.planning.share_search import Search
-from hetegen_compile.planning.share_ways import VARIATIONS, Way
+from hetegen_compile.planning.share_ways import RING_VARIATIONS, VARIATIONS, Way
 from hetegen_compile.planning.trials import Trials
 from hetegen_compile.planning.trips import step_chain, trips_of
 from tests.benchmarks.shapes import config
@@ -63,6 +64,18 @@ def test_a_prompt_has_shares_that_fit_a_ring_which_holds_few_trips(monkeypatch: 
     found = prompt.result(load_profile("h100-server"), 0.5)
     monkeypatch.setattr(Search, "along_ring", lambda *_, **__: None)
     assert found.step_s < 0.95 * prompt.result(load_profile("h100-server"), 0.5).step_s
+
+
+@pytest.mark.parametrize("vary", [True, False])
+def test_shares_for_a_short_ring_are_varied_where_the_others_are(monkeypatch: pytest.MonkeyPatch, vary: bool) -> None:
+    base = Work(config("llama", vocab_size=32000), "prefill-512").base(load_profile("h100-server"), 0.5)
+    trips = trips_of(base.module)
+    search = Search(Trials(base.module), base.context, choose_splits(base.module, base.context))
+    search.balance(trips, step_chain(base.module, trips, base.context))
+    varied = Mock()
+    monkeypatch.setattr(Search, "_vary", varied)
+    search.along_ring(vary=vary)
+    assert [call.args[1] for call in varied.mock_calls] == [RING_VARIATIONS] * vary
 
 
 def test_the_way_with_other_trips_is_varied_if_it_is_not_much_longer(monkeypatch: pytest.MonkeyPatch) -> None:
