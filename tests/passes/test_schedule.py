@@ -127,7 +127,8 @@ def test_a_prompt_goes_up_before_prefetches_that_it_would_queue_behind(
 def test_what_a_late_layer_reads_does_not_go_up_first() -> None:
     """It may come of work whose place is behind a host part that was issued to complete something."""
     layers = [nn.Linear(1024, 1024, bias=False) for _ in range(7)]
-    middle, last = nn.Linear(1024, 1536, bias=False), nn.Linear(1536, 1024, bias=False)
+    middle, behind = nn.Linear(1024, 1536, bias=False), nn.Linear(1536, 1024, bias=False)
+    last = nn.Linear(1024, 1024, bias=False)
     table = nn.Embedding(8192, 1536)
 
     def function(ids: Tensor, cache: Tensor) -> Any:
@@ -136,11 +137,11 @@ def test_what_a_late_layer_reads_does_not_go_up_first() -> None:
             x = layer(x).relu()
             grown.append(torch.cat([cache, x], 0))
         x = middle(x) + table((ids > 3).float().cumsum(-1).long())
-        return (last(x).relu(), *grown)
+        return (last(behind(x).relu()).relu(), *grown)
 
     found = scheduled(
-        function, torch.arange(1100), torch.zeros(5, 1024), ring_bytes=1 << 24,
-        plan=lambda rows: on_host(rows) if rows == 1536 else halves(rows),
+        function, torch.arange(1100), torch.zeros(5, 1024), ring_bytes=1 << 25,
+        plan=lambda rows: on_host(rows) if rows == 1536 else streamed(rows),
     )  # fmt: skip
     place = order(found)
     first, *others = (place[node] for node in found.nodes(ir.TO_ACCELERATOR))

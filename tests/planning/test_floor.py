@@ -156,7 +156,8 @@ def test_what_comes_before_the_first_trip_is_on_the_path_beside_a_short_ring() -
 
     def begun(x: Tensor) -> Any:
         for _ in range(4):
-            x = torch.matmul(x.T, x).softmax(-1)[:1]
+            y = x.T * x
+            x = torch.matmul(y, y)[:1].softmax(-1)
         return table(x)
 
     longer, shorter = found(begun), found(lambda x: table(x))
