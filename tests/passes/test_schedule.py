@@ -124,7 +124,8 @@ def test_a_prompt_goes_up_before_prefetches_that_it_would_queue_behind(
     assert min(parts) > min(prefetches), "what host parts make does not hold up the link"
 
 
-def test_what_a_late_layer_reads_does_not_go_up_first() -> None:
+@pytest.mark.parametrize("host_rows", [0, 1536])
+def test_what_a_late_layer_reads_does_not_go_up_first(host_rows: int) -> None:
     """It may come of work whose place is behind a host part that was issued to complete something."""
     layers = [nn.Linear(1024, 1024, bias=False) for _ in range(7)]
     middle, behind = nn.Linear(1024, 1536, bias=False), nn.Linear(1536, 1024, bias=False)
@@ -141,7 +142,7 @@ def test_what_a_late_layer_reads_does_not_go_up_first() -> None:
 
     found = scheduled(
         function, torch.arange(1100), torch.zeros(5, 1024), ring_bytes=1 << 25,
-        plan=lambda rows: on_host(rows) if rows == 1536 else streamed(rows),
+        plan=lambda rows: on_host(rows) if rows == host_rows else streamed(rows),
     )  # fmt: skip
     place = order(found)
     first, *others = (place[node] for node in found.nodes(ir.TO_ACCELERATOR))
