@@ -34,7 +34,7 @@ _WORTH = 0.004  # of the step: what the chain has to promise for a simulation
 _FAR = 1.04  # times the chain's bound: a step that is longer is worth more simulations
 _HOPELESS = 1.1  # times the shortest step: variations gain less than that
 _MISTAKEN = 1.2  # times the shortest step: what the chain does not know of trips decides there
-_NEAR = 1.05  # times the shortest step: what is made with other trips is varied, too
+_NEAR = 1.05  # times the shortest step: what is made with other trips is tried in more ways, too
 _RING_PARTS = (0.85, 0.7)  # of the ring: chunks are whole, so the link is seldom ahead by all of it
 _MOST = 5  # variations: each is a schedule more
 
@@ -129,7 +129,8 @@ class Search:
         Once everything else was tried: they only add to it.
         """
         before_s = self._step_s
-        tried = [attempt for last in self._balanced for attempt in self._along_ring(last)]
+        near = [last for last in self._balanced if last.step_s <= _NEAR * before_s]
+        tried = [attempt for last in near for attempt in self._along_ring(last)]
         best = min(tried, key=_shorter, default=None)
         if vary and best is not None and best.step_s < before_s:
             self._vary(best, RING_VARIATIONS)

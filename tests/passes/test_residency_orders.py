@@ -46,7 +46,7 @@ def both_ways(found: Work, profile: HardwareProfile, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     ("model_type", "vocab_size", "profile", "least"),
-    [("llama", 65536, fast_link(), 0.95), ("gptj", 16384, slow_accelerator(), 0.97)],
+    [("llama", 65536, fast_link(), 0.95), ("gptj", 16384, slow_accelerator(), 0.98)],
     ids=["the output layer waits for the link", "the accelerator waits for the host"],
 )
 def test_steps_are_shorter_than_with_gain_alone(
