@@ -17,7 +17,7 @@ from hetegen_compile.cost_model.hardware import (
     RateCurve,
     RateTable,
 )
-from hetegen_compile.cost_model.lead import Leg, least_step_s, shares_with_ring
+from hetegen_compile.cost_model.lead import least_step_s, shares_with_ring
 from hetegen_compile.cost_model.profile_json import (
     load_profile,
     preset_names,
@@ -25,7 +25,7 @@ from hetegen_compile.cost_model.profile_json import (
     profile_to_json,
     unsourced_fields,
 )
-from hetegen_compile.cost_model.ring import step_with_ring
+from hetegen_compile.cost_model.ring import Leg, legs_of, step_with_ring
 from hetegen_compile.cost_model.roofline import (
     accelerator_linear_s,
     accelerator_op_s,
@@ -77,6 +77,7 @@ __all__ = [
     "host_op_s",
     "item_bytes",
     "least_step_s",
+    "legs_of",
     "linear_rate",
     "link_lost_s",
     "load_profile",

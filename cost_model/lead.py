@@ -25,6 +25,7 @@ from operator import sub
 from typing import NamedTuple
 
 from hetegen_compile.cost_model.chain import Trip
+from hetegen_compile.cost_model.ring import Leg
 
 _INTERVALS = 128  # of the lead, for a bound: with 32 it is up to 1.7 % lower, with 512 up to 0.3 % higher
 _FEWER_INTERVALS = 32  # for shares, which are no worse with them
@@ -33,19 +34,6 @@ _QUANTUM = 2.0**-30  # of the ring: values are rounded down to it, so that those
 
 _Values = tuple[float, ...]
 """Seconds to the end by lead, from none to a full ring, over those with a full one."""
-
-
-class Leg(NamedTuple):
-    """A trip, and the seconds of the chain that follow on it."""
-
-    trip: Trip
-    after_s: float
-
-    def lead_behind_s(self, lead_s: float, share: float, ring_s: float) -> float:
-        """The lead at its end, of the lead at its beginning and a share on the host."""
-        streamed_s = self.trip.streamed_s(share)
-        trip_s = max(self.trip.seconds(share), streamed_s - lead_s)
-        return min(ring_s, lead_s + trip_s - streamed_s + self.after_s)
 
 
 class _Goal(NamedTuple):
@@ -178,13 +166,14 @@ def _best(leg: Leg, lead_s: float, goals: Sequence[_Goal]) -> float:
     """The share of a leg that begins with this lead."""
     trip = leg.trip
     streamed, made = _streamed(trip), _made(trip)
-    streamed_s = min(streamed(goal.lead_s - lead_s) + goal.rest_s for goal in goals)
-    made_s, trip_s = min((made(goal.lead_s - lead_s) + goal.rest_s, made(goal.lead_s - lead_s)) for goal in goals)
-    if streamed_s <= made_s:
+    left_s = min(streamed(goal.lead_s - lead_s) + goal.rest_s for goal in goals)
+    some_s = [(trip_s + goal.rest_s, trip_s) for goal in goals for trip_s in (made(goal.lead_s - lead_s),)]
+    made_s, trip_s = min(some_s)
+    if left_s <= made_s:
         return 0.0
     if trip.fixed_s + trip.host_s <= trip_s:
         return 1.0
     return min(1.0, max(0.0, trip_s - trip.fixed_s) / trip.host_s)
 
 
-__all__ = ["Leg", "least_step_s", "shares_with_ring"]
+__all__ = ["least_step_s", "shares_with_ring"]

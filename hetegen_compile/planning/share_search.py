@@ -14,8 +14,8 @@ from dataclasses import replace
 
 from hetegen_compile.cost_model import (
     Chain,
-    Leg,
     balance_along,
+    legs_of,
     relax,
     shares_with_ring,
     step_with_ring,
@@ -185,9 +185,7 @@ class Search:
 
     def _shares(self, way: Way) -> tuple[float, ...]:
         if way.ring_part:
-            between_s = way.chain.serial_s / len(way.chain.trips)
-            legs = [Leg(trip, between_s) for trip in way.chain.trips]
-            return shares_with_ring(legs, way.ring_part * self._ring_s())
+            return shares_with_ring(legs_of(way.chain), way.ring_part * self._ring_s())
         if not way.slack:
             return balance_along(way.chain, way.opened, ring_s=self._ring_s())
         whole = whole_shares(way.trips, self._context)
