@@ -39,7 +39,7 @@ from hetegen_compile import ir
 from hetegen_compile.ir import annotate, info
 from hetegen_compile.passes.context import Context, Refusal
 from hetegen_compile.passes.predict_step import node_work
-from hetegen_compile.passes.schedule import release_of, slot_bytes
+from hetegen_compile.passes.schedule import first_lap, release_of, slot_bytes
 
 _STAGED = "none: weights go through the pinned ring, whose thread issues the uploads when it gets there"
 
@@ -50,7 +50,7 @@ def carry_prefetches(module: fx.GraphModule, context: Context) -> None:
     if graph.find_nodes(op="call_function", target=ir.STAGE):
         context.refuse(Refusal("prefetches for the next step", _STAGED))
         return
-    carried = [_carry(graph, prefetch) for prefetch in leading_prefetches(graph)]
+    carried = [_carry(graph, prefetch) for prefetch in first_lap(graph)]
     if not carried:
         return
     place = {node: position for position, node in enumerate(graph.nodes)}
@@ -59,20 +59,6 @@ def carry_prefetches(module: fx.GraphModule, context: Context) -> None:
         after = max([behind, *releases], key=place.__getitem__)
         behind = _start_again(graph, node, releases, after)
         place[behind] = place[after]
-
-
-def leading_prefetches(graph: fx.Graph) -> list[fx.Node]:
-    """The first prefetches, those that overwrite no slot of their step.
-
-    What the accelerator begins with may be issued before them (``schedule``).
-    """
-    found: list[fx.Node] = []
-    for node in graph.nodes:
-        if node.target == ir.PREFETCH:
-            if node.args[4]:
-                break
-            found.append(node)
-    return found
 
 
 def _carry(graph: fx.Graph, prefetch: fx.Node) -> fx.Node:
@@ -129,4 +115,4 @@ def _bytes_of(prefetch: fx.Node) -> tuple[int, int]:
     return lo, lo + slot_bytes(prefetch)
 
 
-__all__ = ["carry_prefetches", "leading_prefetches"]
+__all__ = ["carry_prefetches"]

@@ -26,6 +26,16 @@ class Precedence:
         self.before[after].add(before)
         self.after[before].add(after)
 
+    def needed_for(self, node: fx.Node) -> set[fx.Node]:
+        """Everything that has to be issued before a node."""
+        found: set[fx.Node] = set()
+        pending = [node]
+        while pending:
+            earlier = self.before[pending.pop()] - found
+            found |= earlier
+            pending += earlier
+        return found
+
     def bypass(self, node: fx.Node) -> None:
         """Take a node out; what was before it stays before what was after it."""
         earlier, later = self.before.pop(node), self.after.pop(node)

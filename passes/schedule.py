@@ -21,7 +21,7 @@ import operator
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 from torch import fx
@@ -89,6 +89,12 @@ def assign_slots(
         live.append((lo, hi, freed_by(fill)))
         ir.set_args(fill, (*fill.args[:3], lo, [free for _, _, free in overwritten]))
         head = hi
+
+
+def first_lap(graph: fx.Graph) -> list[fx.Node]:
+    """The prefetches up to the first that overwrites a slot of its step: with them the ring is full."""
+    prefetches = graph.find_nodes(op="call_function", target=ir.PREFETCH)
+    return [*takewhile(lambda prefetch: not prefetch.args[4], prefetches)]
 
 
 def shortest_ring(sizes: list[int], ring_bytes: int) -> int:
@@ -217,29 +223,18 @@ def _inputs_before_prefetches(graph: fx.Graph, tasks: Precedence, context: Conte
     """
     prefetches = graph.find_nodes(op="call_function", target=ir.PREFETCH)
     fills = [*graph.find_nodes(op="call_function", target=ir.STAGE)[:1], *prefetches[:1]]
-    ring_s = sum(node_work(node, context).seconds for node in prefetches if not node.args[4])
+    ring_s = sum(node_work(node, context).seconds for node in first_lap(graph))
     before: set[fx.Node] = set()
     for node in graph.nodes:
         if node in fills:
             return
         if node.target == ir.TO_ACCELERATOR and node_work(node, context).resource == "up":
-            before |= _needed_for(node, tasks)
+            before |= tasks.needed_for(node)
             seconds = sum(node_work(one, context).seconds for one in before)
             if seconds >= ring_s or any(one.target in _LINEARS for one in before):
                 return
             for first in fills:
                 tasks.add(node, first)
-
-
-def _needed_for(node: fx.Node, tasks: Precedence) -> set[fx.Node]:
-    """Everything that has to be issued before a node."""
-    found: set[fx.Node] = set()
-    pending = [node]
-    while pending:
-        earlier = tasks.before[pending.pop()] - found
-        found |= earlier
-        pending += earlier
-    return found
 
 
 def task_graph(nodes: list[fx.Node]) -> Precedence:
@@ -303,6 +298,7 @@ def _rank(node: fx.Node, completing: frozenset[fx.Node]) -> int:
 __all__ = [
     "PINNED_WINDOW",
     "assign_slots",
+    "first_lap",
     "pinned_ring_bytes",
     "release_of",
     "reorder",

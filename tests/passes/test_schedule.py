@@ -124,8 +124,8 @@ def test_a_prompt_goes_up_before_prefetches_that_it_would_queue_behind(
     assert min(parts) > min(prefetches), "what host parts make does not hold up the link"
 
 
-@pytest.mark.parametrize("host_rows", [0, 1536])
-def test_what_a_late_layer_reads_does_not_go_up_first(host_rows: int) -> None:
+@pytest.mark.parametrize(("keeps", "host_rows"), [(False, 0), (True, 0), (True, 1536)])
+def test_what_a_late_layer_reads_does_not_go_up_first(keeps: bool, host_rows: int) -> None:
     """It may come of work whose place is behind a host part that was issued to complete something."""
     layers = [nn.Linear(1024, 1024, bias=False) for _ in range(7)]
     middle, behind = nn.Linear(1024, 1536, bias=False), nn.Linear(1536, 1024, bias=False)
@@ -136,7 +136,7 @@ def test_what_a_late_layer_reads_does_not_go_up_first(host_rows: int) -> None:
         x, grown = TABLE(ids), []
         for layer in layers:
             x = layer(x).relu()
-            grown.append(torch.cat([cache, x], 0))
+            grown += [torch.cat([cache, x], 0)] if keeps else []
         x = middle(x) + table((ids > 3).float().cumsum(-1).long())
         return (last(behind(x).relu()).relu(), *grown)
 
