@@ -57,6 +57,16 @@ def live_threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name.startswith("hetegen")}
 
 
+@contextmanager
+def calls_of_torchs_layers() -> Iterator[mock.Mock]:
+    """Counts the segments that Inductor compiled and that are not called past torch's layers around their code."""
+    from torch._inductor.output_code import CompiledFxGraph
+
+    call = CompiledFxGraph.__call__
+    with mock.patch.object(CompiledFxGraph, "__call__", autospec=True, side_effect=call) as calls:
+        yield calls
+
+
 def changing_seed() -> int:
     """A seed for the accelerator's random delays: another one each time, printed so that it can be repeated.
 

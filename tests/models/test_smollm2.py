@@ -2,50 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import pytest
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from examples.models import encode_chat, load_smollm2
 from hetegen_compile.steps.segments import inductor_compiler, plain_compiler
-from tests.models.harness import compiled_like_eager, emulated, through_inductor
+from tests.models.harness import (
+    calls_of_torchs_layers,
+    compiled_like_eager,
+    emulated,
+    half_the_weights,
+    through_inductor,
+)
 
 QUESTIONS = ["What is the capital of France?", "Name three rivers, and say in which country each of them ends.", "Hi!"]
 NEW_TOKENS = 16
-BUDGET = "200MiB"
-"""Of about 513 MiB. With it the cost model itself (split="auto") leaves rows on the host and streams others."""
+FIRST = 6
+"""Layers whose tokens are still many different ones; it takes all 30 to answer."""
+SHARE = 0.39
+"""Of the weights. With it the cost model itself (split="auto") leaves rows on the host and streams others."""
 
 
-@pytest.fixture(scope="module")
-def loaded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    return load_smollm2()
+def _like_eager(
+    model: PreTrainedModel, inputs: dict[str, Tensor], cache: str | None, compiler: Any
+) -> tuple[Callable[[], Tensor], Tensor]:
+    """The generation that was compared, and its tokens."""
 
-
-def _answers_like_eager(model: PreTrainedModel, inputs: dict[str, Tensor], cache: str | None, compiler: Any) -> Tensor:
     def answer() -> Tensor:
         tokens: Tensor = model.generate(  # type: ignore[operator]
             **inputs, cache_implementation=cache, do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS
         )
         return tokens[:, inputs["input_ids"].shape[1] :]
 
-    options = emulated(gpu_memory=BUDGET, split="auto")
+    options = emulated(gpu_memory=int(2 * half_the_weights(model) * SHARE), split="auto")
     found: Tensor = compiled_like_eager(model, answer, options=options, compiler=compiler).compiled
     assert found.shape[1] == NEW_TOKENS
     assert all(len(row.unique()) > 8 for row in found)
-    return found
+    return answer, found
 
 
-def test_one_prompt(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
-    model, tokenizer = loaded
-    tokens = _answers_like_eager(model, encode_chat(tokenizer, QUESTIONS[:1]), None, plain_compiler)
-    assert "Paris" in tokenizer.decode(tokens[0])
+def test_the_first_layers_with_one_prompt_and_a_static_cache() -> None:
+    model, tokenizer = load_smollm2()
+    del model.model.layers[FIRST:]
+    model.config.num_hidden_layers = FIRST
+    _like_eager(model, encode_chat(tokenizer, QUESTIONS[:1]), "static", plain_compiler)
 
 
 @through_inductor
-def test_a_batch_of_longer_and_shorter_prompts(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
-    model, tokenizer = loaded
+def test_a_batch_of_longer_and_shorter_prompts_through_inductor() -> None:
+    """Nothing is written, the cache grows: from the second call on torch's layers are not called."""
+    model, tokenizer = load_smollm2()
     inputs = encode_chat(tokenizer, QUESTIONS)
     assert len(inputs["attention_mask"].sum(1).unique()) == len(QUESTIONS) == 3
-    _answers_like_eager(model, inputs, "static", inductor_compiler)
+    answer, tokens = _like_eager(model, inputs, None, inductor_compiler)
+    assert "Paris" in tokenizer.decode(tokens[0])
+    with calls_of_torchs_layers() as calls:
+        assert torch.equal(answer(), tokens)
+    assert calls.call_count == 0

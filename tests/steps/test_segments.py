@@ -17,12 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.testing._internal.two_tensor import TwoTensor
 
-import hetegen_compile
 from hetegen_compile.passes.segment_calls import CompiledCall, with_declared_strides
 from hetegen_compile.steps import segments
 from hetegen_compile.steps.segments import inductor_compiler
-from tests.models.architectures import generate, prompts, tiny_model
-from tests.models.harness import emulated, half_the_weights, new_schedules, through_inductor
+from tests.models.harness import through_inductor
 
 
 class Grown(torch.nn.Module):
@@ -241,23 +239,3 @@ def test_where_autocast_is_to_be_switched_off_they_are_called() -> None:
         assert not isinstance(found, CompiledCall)
         (result,) = found(x, x)
     assert result.dtype is torch.bfloat16
-
-
-@through_inductor
-def test_a_generation_calls_past_them_wherever_nothing_is_written() -> None:
-    """With a cache that grows in all segments, with a static one in those that do not write it."""
-    from torch._inductor.output_code import CompiledFxGraph
-
-    model, known = tiny_model("llama"), hetegen_compile.schedules()
-    options = emulated(gpu_memory=half_the_weights(model), context=32)
-    expected = {cache: generate(model, prompts(1), cache)["sequences"] for cache in (None, "static")}
-    model.compile(backend="hetegen", options=options)
-    with mock.patch.object(CompiledFxGraph, "__call__", autospec=True, side_effect=CompiledFxGraph.__call__) as layers:
-        for cache in (None, "static"):
-            generate(model, prompts(1), cache)
-            layers.reset_mock()
-            assert torch.equal(generate(model, prompts(1), cache)["sequences"], expected[cache])
-            assert bool(layers.call_count) is (cache == "static")
-    plans = new_schedules(known)
-    assert any(row.op == "segment" and row.placement == "accelerator" for plan in plans for row in plan.rows)
-    assert any(row.placement == "split" for plan in plans for row in plan.rows)
