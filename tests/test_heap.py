@@ -33,7 +33,7 @@ def as_in_a_program(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No block has begun and nothing is frozen.
 
     Python 3.12 freezes objects of its own when it starts, and ``tests/conftest.py`` what was there by then, within a
-    block around all tests.
+    block around all tests; it does so again behind this module.
     """
     monkeypatch.setattr(heap, "_blocks", [])
     before = gc.get_threshold()
@@ -41,8 +41,6 @@ def as_in_a_program(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     gc.set_threshold(700, 10, 10)
     yield
     gc.set_threshold(*before)
-    gc.collect()
-    gc.freeze()
 
 
 def collector() -> tuple[object, ...]:

@@ -290,6 +290,7 @@ def test_a_compiler_that_fails_with_programs_still_builds_the_linears(
         return load(source)
 
     monkeypatch.setattr(CppCodeCache, "load", fail)
+    monkeypatch.setenv("TORCHINDUCTOR_DEBUG_COMPILE", "1")  # without optimisation, which takes half a minute
     for function in (vectorised.library, vectorised._build):
         function.cache_clear()
     try:

@@ -22,9 +22,14 @@ from tests.benchmarks.shapes import config
 from tests.planning.test_share_search import dear_issue
 
 
+@pytest.fixture(scope="module")
+def work() -> Work:
+    return Work(config("gptj", layers=2), "decode-1")
+
+
 @pytest.fixture
-def base() -> BucketPlan:
-    return Work(config("gptj", layers=2), "decode-1").base(dear_issue(), 0.1)
+def base(work: Work) -> BucketPlan:
+    return work.base(dear_issue(), 0.1)
 
 
 @pytest.fixture
