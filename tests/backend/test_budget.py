@@ -31,7 +31,7 @@ from hetegen_compile.reports.schedule import Schedule
 from hetegen_compile.steps.segments import inductor_compiler, plain_compiler
 from tests.backend.budgets import Kept, forward, needed_bytes
 from tests.backend.modules import BUDGET, WIDTH, Mlp, random
-from tests.models.architectures import ARCHITECTURES, generate, prompts, tiny_model
+from tests.models.architectures import generate, prompts, tiny_model
 from tests.models.harness import (
     RecordingBackend,
     changing_seed,
@@ -42,7 +42,7 @@ from tests.models.harness import (
 )
 
 
-@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt2", "llama", "opt"])
 def test_no_budget_is_exceeded(architecture: str) -> None:
     """At several budgets and batch sizes; the accelerator raises if a byte too many is held, and nothing did."""
     model = tiny_model(architecture, layers=1)
@@ -99,7 +99,7 @@ def test_a_stated_context_leaves_prefill_the_room_that_decode_needs() -> None:
     Without grouped heads: where attention gets a mask (in transformers 5.17 always), it repeats the cache for all
     heads, which no graph before decode can foresee.
     """
-    model = tiny_model("opt", layers=3)
+    model = tiny_model("opt", layers=2)
     budget = sum(parameter.nbytes for parameter in model.parameters())
     found = _decode_budgets(model, 30, gpu_memory=budget, context=64)
     uploaded, resident = found[0]
@@ -110,9 +110,9 @@ def test_a_stated_context_leaves_prefill_the_room_that_decode_needs() -> None:
 
 
 def test_a_cache_beyond_what_was_stated_takes_the_place_of_weights() -> None:
-    model = tiny_model("llama", layers=3)
+    model = tiny_model("llama")
     budget = sum(parameter.nbytes for parameter in model.parameters()) * 3 // 4
-    found = _decode_budgets(model, 60, gpu_memory=budget, context=10)
+    found = _decode_budgets(model, 40, gpu_memory=budget, context=10)
     resident = [bytes_ for _, bytes_ in found]
     assert resident == sorted(resident, reverse=True)
     assert 0 <= resident[-1] < resident[0]
@@ -190,7 +190,7 @@ ATTENTION_SCRATCH_BYTES = 1 << 20
 @pytest.mark.parametrize("compiler", [plain_compiler, inductor_compiler])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_segments_allocate_no_more_than_planned(architecture: str, compiler: Any) -> None:
-    model, inputs, measured = tiny_model(architecture), prompts(4), MeasuredSegments(compiler)
+    model, inputs, measured = tiny_model(architecture, layers=1), prompts(4), MeasuredSegments(compiler)
     kept = Kept(model)
     needed = needed_bytes(kept, lambda: forward(model, inputs))
     kept.compile(RecordingBackend(measured), gpu_memory=needed, seed=changing_seed())

@@ -32,7 +32,6 @@ def _compare(run: Callable[[PreTrainedModel], Any], architecture: str = "llama",
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "sampling": {"do_sample": True, "top_k": 50, "top_p": 0.95, "temperature": 1.3, "repetition_penalty": 1.2},
-    "sampling, static": {"do_sample": True, "cache_implementation": "static"},
     "beams": {"num_beams": 2, "num_return_sequences": 2, "cache_implementation": "static"},
     "beams that move in a dynamic cache": {"num_beams": 2, "num_return_sequences": 2},
     "chunked prefill": {"prefill_chunk_size": 3},
@@ -122,7 +121,7 @@ def test_stopping_criteria_and_a_streamer() -> None:
 
 def _different_prompts() -> Iterator[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(2)
-    for batch, length in ((1, 5), (2, 9), (1, 12)):
+    for batch, length in ((1, 5), (2, 9)):
         yield {"input_ids": torch.randint(2, VOCABULARY, (batch, length), generator=generator)}
 
 

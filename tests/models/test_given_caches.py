@@ -46,12 +46,14 @@ def _static(model: PreTrainedModel) -> Cache:
     return StaticCache(config=model.config, max_cache_len=LONGEST)
 
 
-@pytest.mark.parametrize(("architecture", "make"), [("llama", _static), ("gemma3", _static), ("mistral", _dynamic)])
+@pytest.mark.parametrize(("architecture", "make"), [("gemma3", _static), ("mistral", _dynamic)])
 def test_a_conversation_on_one_cache(architecture: str, make: Callable[[PreTrainedModel], Cache]) -> None:
-    """Each turn is the whole conversation so far; the cache knows all but the last few tokens of it."""
+    """Each turn is the whole conversation so far; the cache knows all but the last few tokens of it.
+
+    Gemma 3's second layer is full, as all of Llama's are.
+    """
     model = tiny_model(architecture, layers=2 if architecture == "gemma3" else 1)
     turns = [prompts(1)["input_ids"][:, :length] for length in (7, 3, 1)]
-    budget = _budget(model) if architecture == "llama" else half_the_weights(model)
 
     def run() -> list[Any]:
         cache, conversation, found = make(model), turns[0][:, :0], []
@@ -60,7 +62,7 @@ def test_a_conversation_on_one_cache(architecture: str, make: Callable[[PreTrain
             found += [conversation, _contents(cache)]
         return found
 
-    found = compiled_like_eager(model, run, options=emulated(gpu_memory=budget))
+    found = compiled_like_eager(model, run, options=emulated(gpu_memory=half_the_weights(model)))
     assert len(found.eager[-2].unique()) >= 5
 
 
