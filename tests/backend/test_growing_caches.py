@@ -26,7 +26,7 @@ def _keys(cache: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])  # full layers; windows, which are cut and copied
 def test_caches_grow_where_they_lie(architecture: str) -> None:
-    model, backend, known = tiny_model(architecture), RecordingBackend(), hetegen_compile.schedules()
+    model, backend, known = tiny_model(architecture, layers=1), RecordingBackend(), hetegen_compile.schedules()
     tokens = torch.randint(2, 256, (1, PROMPT + STEPS), generator=torch.Generator().manual_seed(1))
     eager, options = copy.deepcopy(model), emulated(gpu_memory=half_the_weights(model), context=PROMPT + STEPS)
     model.compile(backend=backend, options=options)
@@ -85,7 +85,7 @@ def test_a_program_that_needs_other_strides_has_its_caches_copied_and_is_told() 
 
 def test_the_host_is_charged_for_what_is_new() -> None:
     """A step's time does not grow with its cache on the host, and it did by twice the cache over the memory's rate."""
-    model, backend = tiny_model("llama"), RecordingBackend()
+    model, backend = tiny_model("llama", layers=1), RecordingBackend()
     model.compile(backend=backend, options=emulated(gpu_memory="256MiB", context=600, max_batch=64))
     cache = DynamicCache()
     with torch.no_grad():

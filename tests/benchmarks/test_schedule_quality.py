@@ -28,7 +28,7 @@ def profiles() -> list[HardwareProfile]:
 
 @cache
 def decoded() -> tuple[Result, ...]:
-    shapes = [config("llama"), config("opt")]
+    shapes = [config("llama", layers=2), config("opt", layers=2)]
     return tuple(results(shapes, profiles(), ["decode-1"], SHARES))
 
 

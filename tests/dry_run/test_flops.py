@@ -72,7 +72,7 @@ def test_symbolic_flops_are_the_counters_at_every_length(name: str) -> None:
         assert {op: n for op, n in ours.items() if op in COUNTED} == expected
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
 def test_static_flops_are_the_symbolic_ones(name: str) -> None:
     tokens = 9
     static = captured(name, tokens, dynamic=False)

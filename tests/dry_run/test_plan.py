@@ -16,7 +16,7 @@ from hetegen_compile.dry_run import planning
 from hetegen_compile.dry_run.trace import TracedForward, trace
 from hetegen_compile.errors import BudgetError, HardwareProfileError, OptionError, UnsupportedModelError
 from hetegen_compile.reports.schedule import Schedule
-from tests.dry_run.configs import MODELS, make
+from tests.dry_run.configs import make
 
 OPTIONS: dict[str, object] = {"hardware": "a10-xeon", "gpu_memory": "200KiB"}
 
@@ -60,7 +60,7 @@ class Blocks(nn.Module):
         return Second(self.second)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "mixtral"])
 def test_a_plan_of_a_model_on_meta_is_that_of_the_real_one(name: str) -> None:
     on_meta = hetegen_compile.plan(make(name, "meta"), input_ids=ids(), options=options_for(name))
     real = hetegen_compile.plan(make(name, "cpu"), input_ids=ids(device="cpu"), options=options_for(name))

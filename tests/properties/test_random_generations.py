@@ -72,7 +72,7 @@ cases = st.builds(
 )  # fmt: skip
 
 
-@random_models(5)
+@random_models(4)
 @given(cases)
 def test_random_generations_are_eagers(case: Case) -> None:
     model = tiny_model(case.architecture, layers=1)
