@@ -21,7 +21,6 @@ __all__ = ["fresh_dynamo"]
 
 CYCLES = [
     (4, "gpt2", "causal", [1, 2]),
-    (1, "llama", "causal", [1]),
     (3, "t5", "seq2seq", [0]),
     (5, "bert", "masked", [0]),
 ]

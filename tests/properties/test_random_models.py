@@ -29,7 +29,7 @@ def cases(draw: st.DrawFn) -> Case:
     )  # fmt: skip
 
 
-@random_models(15)
+@random_models(10)
 @given(programs(), cases())
 def test_a_random_model_is_like_eager(program: Program, case: Case) -> None:
     """Where the budget leaves no room for all weights, some rows were really computed on the host or streamed."""
