@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 
@@ -62,11 +62,11 @@ def step_chain(module: fx.GraphModule, trips: Trips, context: Context) -> Chain:
     own = [_trip(group, context) for group in trips]
     place = {node: index for index, group in enumerate(trips) for node in group.linears}
     for index, group in enumerate(trips):
-        if not own[index].link_s or group.block is not None:
+        if not own[index].link_s:
             continue
-        for node in _before_its_results(islice(nodes, position[group.linears[-1]] + 1, None), group, context):
-            if node in place and own[place[node]].link_s:
-                break  # the host has a part of that, too
+        begin = group.linears[-1] if group.block is None else group.linears[0].args[0]
+        shared = {node for node in place if own[place[node]].link_s}
+        for node in _beside(islice(nodes, position[begin] + 1, None), group, shared, context):
             beside_s = serial_s.pop(node, 0.0)
             if node in place:
                 beside_s = require(context.costs, "annotate_costs")[info(node).position].accelerator_s
@@ -75,13 +75,24 @@ def step_chain(module: fx.GraphModule, trips: Trips, context: Context) -> Chain:
     return Chain(tuple(own), sum(serial_s.values()))
 
 
-def _before_its_results(following: Iterable[fx.Node], group: Group, context: Context) -> Iterator[fx.Node]:
-    """Of what follows a trip's Linears, all up to the first reader of one that is not all resident."""
-    offloaded = {node for node in group.linears if _offloaded_bytes(node, context)}
+def _beside(
+    following: Iterable[fx.Node], group: Group, shared: Collection[fx.Node], context: Context
+) -> Iterator[fx.Node]:
+    """Of what follows a trip what needs none of its results, up to the next Linear that the host may have a part of.
+
+    The result of a block that is cut as one is that of its last Linear.
+    """
+    results = group.linears if group.block is None else group.linears[-1:]
+    waiting = {node for node in results if _offloaded_bytes(node, context)}
     for node in following:
-        if not offloaded.isdisjoint(node.all_input_nodes):
+        if node in group.linears:
+            continue
+        if node in shared:
             return
-        yield node
+        if waiting.isdisjoint(node.all_input_nodes):
+            yield node
+        else:
+            waiting.add(node)
 
 
 def _with_beside(trip: Trip, seconds: float) -> Trip:

@@ -9,6 +9,7 @@ import pytest
 from benchmarks.schedule_quality import Work
 from hetegen_compile.cost_model import load_profile
 from hetegen_compile.ir import info
+from hetegen_compile.passes.choose_splits import linears_of, pairable_blocks
 from hetegen_compile.passes.context import require
 from hetegen_compile.passes.predict_step import node_work
 from hetegen_compile.planning.planned import BucketPlan
@@ -53,6 +54,35 @@ def test_what_the_accelerator_does_before_it_needs_the_host_is_its_part_of_a_tri
     assert chain.serial_s + sum(trip.accelerator_s for trip in chain.trips) == pytest.approx(
         all_s + sum(costs[info(node).position].accelerator_s for trip in trips for node in trip.linears)
     )
+
+
+def test_what_the_accelerator_does_beside_a_block_is_its_part_of_the_trip() -> None:
+    """Attention beside an MLP that is cut as one: all of it runs while the host goes through its columns."""
+    base = Work(config("gptj", layers=1), "decode-1").base(load_profile("h100-server"), 0.1)
+    (block,) = base.context.blocks
+    linears = linears_of(base.module)
+    own = [linears[position] for position in block.linears]
+    weights = {str(node.args[1]): 0 for node in linears.values() if node not in own}
+    context = replace(
+        base.context, residency=replace(require(base.context.residency, "choose_residency"), weights=weights)
+    )
+    assert pairable_blocks(linears, context) == [block]
+    trips = trips_of(base.module, [block])
+    chain = step_chain(base.module, trips, context)
+    costs = require(context.costs, "annotate_costs")
+    attention = [node for node in linears.values() if node not in own and node.args[0] is not last_input(base)]
+    beside_s = sum(costs[info(node).position].accelerator_s for node in (*own, *attention))
+    segments_s = sum(node_work(node, context).seconds for node in base.module.graph.find_nodes(op="call_module"))
+    trip = next(trip for group, trip in zip(trips, chain.trips, strict=True) if group.block is not None)
+    assert len(attention) == 4
+    assert beside_s < trip.accelerator_s < beside_s + segments_s
+    assert chain.serial_s == pytest.approx(beside_s + segments_s - trip.accelerator_s)
+
+
+def last_input(base: BucketPlan) -> object:
+    """What the output layer reads."""
+    *_, last = linears_of(base.module).values()
+    return last.args[0]
 
 
 def test_a_share_is_of_the_rows_that_are_not_resident(base: BucketPlan) -> None:
