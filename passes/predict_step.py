@@ -226,7 +226,7 @@ def _linear_work(node: fx.Node, context: Context) -> Work:
     if node.target == ir.PARTIAL_LINEAR:
         return Work("accelerator", accelerator_linear_s(context.profile, dtype, tokens, nbytes, flops))
     seconds = host_linear_s(context.profile, dtype, tokens, nbytes, flops)
-    return Work("host", seconds + (_untold_trip_s(context) if _ends_trip(node) else 0.0))
+    return Work("host", seconds + (untold_trip_s(context) if _ends_trip(node) else 0.0))
 
 
 def _part_bytes(part: ir.LinearPart) -> int:
@@ -241,7 +241,7 @@ def _ends_trip(host_linear: fx.Node) -> bool:
 
 def transfer_up_s(context: Context) -> float:
     """What one more transfer of host parts' results costs the host thread."""
-    return context.profile.accelerator.launch_s + _untold_trip_s(context)
+    return context.profile.accelerator.launch_s + untold_trip_s(context)
 
 
 def _line_bytes(prefetch: fx.Node) -> int | None:
@@ -255,7 +255,7 @@ def _line_bytes(prefetch: fx.Node) -> int | None:
 
 def trip_s(linear: fx.Node, context: Context) -> float:
     """What a trip of a Linear's activation to the host and of a result back costs beside the host's work."""
-    return _down_s(linear, context) + _up(value_bytes(linear, context), context).seconds + _untold_trip_s(context)
+    return _down_s(linear, context) + _up(value_bytes(linear, context), context).seconds + untold_trip_s(context)
 
 
 def _down_s(linear: fx.Node, context: Context) -> float:
@@ -271,6 +271,14 @@ def least_trip_s(linears: Sequence[fx.Node], context: Context, consumers: Collec
     host has it, unless a worker computes, and is read in place where it is small. What only the caller reads may go any
     way.
     """
+    down_s, up_s = least_ways_s(linears, context, consumers)
+    return down_s + untold_trip_s(context) + up_s
+
+
+def least_ways_s(
+    linears: Sequence[fx.Node], context: Context, consumers: Collection[fx.Node] = ()
+) -> tuple[float, float]:
+    """Of ``least_trip_s`` the way down and the way up."""
     link, profile = context.profile.link, context.profile
     ups = []
     for group in _read_together(linears, consumers):
@@ -279,7 +287,7 @@ def least_trip_s(linears: Sequence[fx.Node], context: Context, consumers: Collec
         ups.append(up_s + (profile.accelerator.launch_s if issued else 0.0))
     there = any(info(linear.all_input_nodes[0]).side != "accelerator" for linear in linears)
     down_s = 0.0 if there else min(_down_s(linear, context) for linear in linears)
-    return down_s + _untold_trip_s(context) + min(ups)
+    return down_s, min(ups)
 
 
 def least_read_s(linears: Sequence[fx.Node], context: Context, consumers: Collection[fx.Node] = ()) -> float:
@@ -311,10 +319,10 @@ def least_thread_s(linear: fx.Node, context: Context) -> float:
     profile = context.profile
     wait_s = profile.synchronise_s + profile.accelerator.launch_s
     lies_there = info(linear.all_input_nodes[0]).side != "accelerator"
-    return _untold_trip_s(context) + profile.accelerator.launch_s + (0.0 if lies_there else wait_s)
+    return untold_trip_s(context) + profile.accelerator.launch_s + (0.0 if lies_there else wait_s)
 
 
-def _untold_trip_s(context: Context) -> float:
+def untold_trip_s(context: Context) -> float:
     """What a trip's measured fixed cost holds beyond its own tasks: latencies, and work of the host thread."""
     profile = context.profile
     told = profile.link.down.latency_s + profile.synchronise_s + profile.link.view_s

@@ -18,7 +18,7 @@ It is the largest of four bounds. The simulation charges the same rates, so no s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -31,7 +31,16 @@ from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import NodeCost
 from hetegen_compile.passes.issue_ahead import issues_ahead
 from hetegen_compile.passes.predict_step import issue_s, least_read_s, least_thread_s, node_work
-from hetegen_compile.planning.floor_path import Blocks, Order, by_trip, chain_of, longest_path, together
+from hetegen_compile.planning.floor_path import (
+    Blocks,
+    Order,
+    Stretch,
+    by_trip,
+    chain_of,
+    longest_path,
+    together,
+    with_both_ways,
+)
 from hetegen_compile.planning.floor_ring import short_ring_s
 
 
@@ -74,9 +83,13 @@ def floor(module: fx.GraphModule, context: Context) -> Floor:
     return Floor(
         bytes_s=relax(Chain(tuple(_bytes_only(trip) for trip in linears.values()), 0.0)).bound_s,
         accelerator_s=sum(beside.values()) + _linears_s(linears, blocks, context),
-        path_s=max(relax(chain_of(path)).bound_s, short_ring_s(path, linears, context)),
+        path_s=max(_path_s(one, linears, context) for one in (path, with_both_ways(path))),
         thread_s=_threads_s(module, linears, on_host, blocks, context),
     )
+
+
+def _path_s(path: Sequence[Stretch], linears: Mapping[fx.Node, Trip], context: Context) -> float:
+    return max(relax(chain_of(path)).bound_s, short_ring_s(path, linears, context))
 
 
 def offloaded_together_s(module: fx.GraphModule, context: Context) -> float:

@@ -25,7 +25,7 @@ from hetegen_compile.cost_model import Chain, Leg, Trip, download_s
 from hetegen_compile.ir import INPUT_OPS, MIRROR, info
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.context import Context
-from hetegen_compile.passes.predict_step import least_trip_s, up_s
+from hetegen_compile.passes.predict_step import least_trip_s, least_ways_s, untold_trip_s, up_s
 
 _START = "the step begins"  # in the graph of trips, before those that need no other
 
@@ -110,14 +110,18 @@ def by_trip(linears: Iterable[fx.Node], blocks: Blocks) -> dict[fx.Node, list[fx
 
 
 def together(parts: Iterable[Trip], fixed_s: float) -> Trip:
-    """Linears as one trip: the host computes rows of each as fast, compared with the link, as of the best of them."""
+    """Linears as one trip: the host computes rows of each as fast, compared with the link, as of the best of them.
+
+    As much of the accelerator's work falls away with each as with the best of them.
+    """
     parts = list(parts)
-    link_s = sum(part.link_s for part in parts)
+    link_s, accelerator_s = sum(part.link_s for part in parts), sum(part.accelerator_s for part in parts)
+    saved = max((part.accelerator_saved_s / part.link_s for part in parts if part.link_s > 0), default=0.0)
     return Trip(
         host_s=link_s * min((part.host_s / part.link_s for part in parts if part.link_s > 0), default=0.0),
         link_s=link_s,
-        accelerator_s=sum(part.accelerator_s for part in parts),
-        accelerator_saved_s=sum(part.accelerator_saved_s for part in parts),
+        accelerator_s=accelerator_s,
+        accelerator_saved_s=min(accelerator_s, link_s * saved),
         fixed_s=fixed_s,
         lost_s=link_s * min((part.lost_s / part.link_s for part in parts if part.link_s > 0), default=0.0),
     )
@@ -125,10 +129,19 @@ def together(parts: Iterable[Trip], fixed_s: float) -> Trip:
 
 @dataclass(frozen=True)
 class Stretch:
-    """The path from one gate to the next: what comes before its first trip, and its trips with what follows on each."""
+    """The path from one gate to the next: what comes before its first trip, and its trips with what follows on each.
+
+    ``shared`` is all of it as one trip where Linears beside the path are offloaded, too.
+    """
 
     before_s: float
     legs: tuple[Leg, ...]
+    shared: Leg | None = None
+
+
+def with_both_ways(stretches: Sequence[Stretch]) -> list[Stretch]:
+    """Each stretch with two ways as the one trip that all of its Linears share."""
+    return [one if one.shared is None else Stretch(0.0, (one.shared,)) for one in stretches]
 
 
 def chain_of(stretches: Sequence[Stretch]) -> Chain:
@@ -211,7 +224,40 @@ class _Path:
             if len(shared) == 1:
                 trip, after_s = legs[shared[0]]
                 legs[shared[0]] = Leg(replace(trip, accelerator_s=trip.accelerator_s + off_s), after_s)
-            yield Stretch(sum(begin) + (off_s if not shared else 0.0), tuple(legs))
+            yield Stretch(sum(begin) + (off_s if not shared else 0.0), tuple(legs), self._shared(stretch, end))
+
+    def _shared(self, stretch: Sequence[_Link], end: fx.Node | None) -> Leg | None:
+        """A stretch as one trip, which all of its Linears share; None if those of the path are all that is offloaded.
+
+        The host has nothing to compute before something that the first activation is needed for has come down, and what
+        it computes last has to go up and through what follows on it. In between it has one part after the other.
+        """
+        read = stretch[0].read
+        if read is None:
+            return None
+        inside = self.order.needing(read) & self.order.needed_for(end) & ~self.order.bits([read])
+        members = list(self.order.those_of(inside & self._linear_bits))
+        offloaded = {node: self.linears[node] for node in members if self.linears[node].link_s > 0}
+        if offloaded.keys() <= {node for link in stretch for node in link.members}:
+            return None
+        link = self._link(read, members, end)
+        begins, ends = [], []
+        for group in by_trip(offloaded, self.blocks).values():
+            down_s, up_s = least_ways_s(group, self.context, self.blocks.consumers)
+            begins.append(down_s + min(self._way_s(read, node.args[0]) for node in group))  # type: ignore[arg-type]
+            ends.append(up_s + min(self._way_s(node, end) for node in group))
+        fixed_s = min(begins) + untold_trip_s(self.context) + max(min(ends), self._between_s(link))
+        trip = together((self.linears[node] for node in members), fixed_s)
+        others_s = sum(self.beside[node] for node in self.order.those_of(inside & self._beside_bits))
+        return Leg(replace(trip, accelerator_s=trip.accelerator_s + others_s), 0.0)
+
+    def _way_s(self, begin: fx.Node, end: fx.Node | None) -> float:
+        """The longest way from one node to another, both sides' work and what Linears cannot leave to the host."""
+        if begin is end:
+            return 0.0
+        last = len(self.order.nodes) - 1 if end is None else self.order.place[end]
+        nodes = self.order.nodes[self.order.place[begin] + 1 : last + 1]
+        return self._longest_way_s(self.order.needing(begin), nodes)
 
     def _link(self, read: fx.Node | None, group: list[fx.Node], following: fx.Node | None) -> _Link:
         needed = self.order.needed_for(following)
@@ -237,18 +283,22 @@ class _Path:
         nodes = self.order.nodes[first : last + 1]
         if link.following is not None and not any(node in self.on_host for node in nodes):
             return accelerator_s
-        return max(accelerator_s, self._longest_way_s(link, nodes))
+        return max(accelerator_s, self._longest_way_s(self.order.needing(*link.members), nodes))
 
-    def _longest_way_s(self, link: _Link, nodes: list[fx.Node]) -> float:
-        """The longest way to the last of ``nodes`` of those that need all of a trip."""
+    def _longest_way_s(self, behind: int, nodes: list[fx.Node]) -> float:
+        """The longest way to the last of ``nodes`` through those of them that are in the set ``behind``."""
         end_s: dict[fx.Node, float] = {}
-        behind = self.order.needing(*link.members)
         for node in nodes:
             if behind >> self.order.place[node] & 1:
                 ready = (end_s.get(operand, 0.0) + self._crossing_s(operand, node) for operand in node.all_input_nodes)
-                own_s = self.beside.get(node, 0.0) + self.on_host.get(node, 0.0)
+                own_s = self.beside.get(node, 0.0) + self.on_host.get(node, 0.0) + self._resident_s(node)
                 end_s[node] = own_s + max(ready, default=0.0)
         return end_s.get(nodes[-1], 0.0) if nodes else 0.0
+
+    def _resident_s(self, node: fx.Node) -> float:
+        """The accelerator's part of a Linear with as few rows as residency allows; nothing of another node."""
+        trip = self.linears.get(node)
+        return 0.0 if trip is None else trip.accelerator_s - trip.accelerator_saved_s
 
     def _crossing_s(self, operand: fx.Node, node: fx.Node) -> float:
         """From one side to the other. A Linear's result may be on either, and inputs are on both."""

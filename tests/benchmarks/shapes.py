@@ -22,6 +22,7 @@ _WIDTHS = {
 
 _WIDTHS["gptj"] = {"n_embd": 3072, "n_head": 12, "rotary_dim": 64, "vocab_size": 4096}
 _WIDTHS["falcon"] = {"hidden_size": 4544, "num_attention_heads": 71, "alibi": False, "bias": False, "vocab_size": 65024}
+_WIDTHS["phi"] = {"hidden_size": 2560, "intermediate_size": 10240, "num_attention_heads": 32, "vocab_size": 4096}
 _WIDTHS["mistral"] = _WIDTHS["llama"]
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from benchmarks.schedule_quality import Work
-from hetegen_compile.cost_model import RateCurve, RateTable, load_profile
+from hetegen_compile.cost_model import RateCurve, RateTable, download_s, load_profile
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes.choose_splits import (
     block_splits,
@@ -74,7 +74,7 @@ cut = st.lists(st.sampled_from([None, 0.2, 0.6, 1.0]), min_size=3, max_size=3)
 
 
 @settings(deadline=None, max_examples=30, derandomize=True)
-@given(st.sampled_from(["llama", "opt", "gptj"]), hardware, shares, kept, cut, st.sampled_from([0.2, 0.5, 1.0]))
+@given(st.sampled_from(["llama", "opt", "gptj", "phi"]), hardware, shares, kept, cut, st.sampled_from([0.2, 0.5, 1.0]))
 def test_no_simulated_step_is_below_it(
     model_type: str, hardware: str, pattern: list[float], rows: list[float], blocks: list[float | None],
     ring_share: float,
@@ -231,6 +231,17 @@ def test_what_the_accelerator_does_beside_the_path_counts() -> None:
     found = planned(attention_beside_mlp, torch.zeros(1, 1024), plan=resident)
     bound = bounds(attention_beside_mlp, found)
     assert bound.path_s == pytest.approx(bound.accelerator_s)
+
+
+def test_the_host_has_the_parts_of_both_ways_one_after_the_other() -> None:
+    """With a link so slow that it has all rows: between two activations that all passes through they add up."""
+    found = planned(attention_beside_mlp, torch.zeros(1, 1024), plan=streamed)
+    points = tuple((size, rate * 1e-6) for size, rate in PROFILE.link.up.pinned.points)
+    slow = replace(PROFILE.link, up=replace(PROFILE.link.up, pinned=RateCurve(points)))
+    profile = replace(PROFILE, link=slow, synchronise_s=0.0, fixed_s_per_split=0.0)
+    bound = floor(found.module, replace(found.context, profile=profile))
+    trips_s = 2 * (download_s(profile, 4096) + min(slow.view_s, slow.up.latency_s))
+    assert bound.path_s > bound.bytes_s + trips_s
 
 
 def test_a_step_begins_with_a_look_up_and_its_way_up() -> None:
