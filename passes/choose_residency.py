@@ -11,7 +11,7 @@ host a token reads a few.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -136,17 +136,17 @@ class _Sharing:
     def _ordered(self, claims: tuple[Claim, ...], free: int, ring: int) -> tuple[Claim, ...]:
         """The claims, some rows of Linears before those of others where the step is shorter with them."""
         before = tuple(claim for claim in claims if claim.rank == BEFORE_LINEARS)
-        work = [self._linear_work(node, needs) for node, needs in _linears_with_needs(self._module.graph)]
+        work = [self._linear_work(node) for node in self._module.graph.nodes if node.target == LINEAR]
         typical = _typical([aligned(value_bytes(weight, self._context)) for weight in self._weights])
         rest = tuple(claim for claim in claims if claim.rank != BEFORE_LINEARS)
         ahead = ring - self._chunk_bytes(ring)
         return *before, *ordered_claims(rest, work, free - _nbytes(before), ahead, typical, self._context.profile)
 
-    def _linear_work(self, linear: fx.Node, needs: int) -> LinearWork:
+    def _linear_work(self, linear: fx.Node) -> LinearWork:
         x: fx.Node = linear.args[0]  # type: ignore[assignment]
         weight: fx.Node = linear.args[1]  # type: ignore[assignment]
         rows = int(info(weight).value.shape[0])
-        return LinearWork(x, self._keys[weight], rows, linear_cost(linear, self._context, tokens=1), needs)
+        return LinearWork(x, self._keys[weight], rows, linear_cost(linear, self._context, tokens=1))
 
     def _with_tables(self, whole: Residency, left: int) -> Residency:
         """Embedding tables on the accelerator as well, if ``left`` bytes hold them: the host then looks nothing up."""
@@ -275,20 +275,6 @@ def _beyond_what_is_stated(context: Context) -> str:
     if context.tokens_per_sequence and context.sequences > stated.max_batch:
         found.append(f"{context.sequences} sequences, max_batch={stated.max_batch}")
     return f". This forward is larger than the options say: {'; '.join(found)}" if found else ""
-
-
-def _linears_with_needs(graph: fx.Graph) -> Iterator[tuple[fx.Node, int]]:
-    """The Linears in program order, each with those before it that it needs, as bits by their places."""
-    behind: dict[fx.Node, int] = {}
-    place = 0
-    for node in graph.nodes:
-        behind[node] = 0
-        for operand in node.all_input_nodes:
-            behind[node] |= behind[operand]
-        if node.target == LINEAR:
-            yield node, behind[node]
-            behind[node] |= 1 << place
-            place += 1
 
 
 def _gain(linear: fx.Node, context: Context) -> float:

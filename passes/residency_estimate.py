@@ -1,14 +1,13 @@
 """Seconds of a decode step with some rows resident, estimated of the Linears alone.
 
 It is the same whichever graph of a model asks: what is compared is the balance of a chain with a short ring and of the
-host's thread, each segment between two Linears a launch. What the accelerator computes of its own while the host has a
-part of a trip (attention's Linears beside an MLP that reads the same input) takes no more time than that.
+host's thread, each segment between two Linears a launch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 from torch import fx
@@ -27,16 +26,12 @@ from hetegen_compile.passes.findings import NodeCost
 
 @dataclass(frozen=True)
 class LinearWork:
-    """A Linear at one token: what it reads, its weight's claim and rows, and its cost.
-
-    ``needs`` are the Linears that it cannot start without: bits, by their places among all in program order.
-    """
+    """A Linear at one token: what it reads, its weight's claim and rows, and its cost."""
 
     reads: fx.Node
     key: Hashable
     rows: int
     cost: NodeCost
-    needs: int
 
 
 @dataclass(frozen=True)
@@ -53,10 +48,10 @@ class Estimate:
     def step_s(self, first_rows: Mapping[Hashable, int]) -> float:
         """Seconds with the rows from these on resident: of several shares of the others the best."""
         offloaded = [first_rows.get(one.key, one.rows) / one.rows for one in self.work]
-        trips = self._with_beside([self._trip(group, offloaded) for group in self._groups], offloaded)
+        trips = tuple(self._trip(group, offloaded) for group in self._groups)
         launch_s = self.profile.accelerator.launch_s
         segment_s = max(launch_s, self.profile.accelerator.issuing_s(segment=True))
-        chain = Chain(tuple(trips), segment_s * len(trips))
+        chain = Chain(trips, segment_s * len(trips))
         ring_s = upload_s(self.profile, self.ahead_bytes)
         relaxation, issuing_s = relax(chain), self._issuing_s(offloaded, len(trips))
         found = []
@@ -79,52 +74,16 @@ class Estimate:
             groups.setdefault(one.reads, []).append(place)
         return list(groups.values())
 
-    @cached_property
-    def _group_of(self) -> dict[int, int]:
-        return {place: index for index, group in enumerate(self._groups) for place in group}
-
-    @cached_property
-    def _between(self) -> list[list[int]]:
-        """Of each group the Linears of others up to one that needs all of these."""
-        return [list(self._up_to_gate(group)) for group in self._groups]
-
-    def _up_to_gate(self, group: Sequence[int]) -> Iterator[int]:
-        before = sum(1 << place for place in group)
-        for place in range(group[0], len(self.work)):
-            if place in group:
-                continue
-            if not before & ~self.work[place].needs:
-                return
-            before |= 1 << place
-            yield place
-
-    def _with_beside(self, trips: list[Trip], offloaded: Sequence[float]) -> list[Trip]:
-        """The trips, what is resident beside one that the host may have a part of as the accelerator's work of it."""
-        moved: set[int] = set()
-        for index, group in enumerate(self._groups):
-            shared = sum(1 << place for place in group if offloaded[place])
-            for place in self._between[index] if shared else ():
-                if offloaded[place] or place in moved or self.work[place].needs & shared:
-                    continue
-                moved.add(place)
-                seconds = self._accelerator_s(place)
-                for other, more_s in ((index, seconds), (self._group_of[place], -seconds)):
-                    trips[other] = replace(trips[other], accelerator_s=max(0.0, trips[other].accelerator_s + more_s))
-        return trips
-
-    def _accelerator_s(self, place: int) -> float:
-        """A Linear on the accelerator, which waits for what it takes longer to issue."""
-        return max(self.work[place].cost.accelerator_s, self.profile.accelerator.issuing_s(segment=False))
-
     def _trip(self, group: Sequence[int], offloaded: Sequence[float]) -> Trip:
         """Linears of which these shares are offloaded. In two places one costs a product and a join more."""
         both = sum(0.0 < offloaded[place] < 1.0 for place in group)
         pairs = [(self.work[place].cost, offloaded[place]) for place in group]
         launch_s, issue_s = self.profile.accelerator.launch_s, self.profile.accelerator.issuing_s(segment=False)
+        paced_s = max(launch_s, issue_s)  # the accelerator waits for what it takes longer to issue
         return Trip(
             host_s=sum(share * cost.host_s for cost, share in pairs),
             link_s=sum(share * cost.link_s for cost, share in pairs),
-            accelerator_s=sum(map(self._accelerator_s, group)) + 2 * both * max(launch_s, issue_s),
+            accelerator_s=sum(max(cost.accelerator_s, issue_s) for cost, _ in pairs) + 2 * both * paced_s,
             accelerator_saved_s=sum(share * cost.accelerator_s for cost, share in pairs),
             fixed_s=self.profile.fixed_s_per_split + launch_s,
             lost_s=sum(share * cost.link_lost_s for cost, share in pairs),

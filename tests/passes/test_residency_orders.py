@@ -13,7 +13,7 @@ from hetegen_compile.cost_model import HardwareProfile, RateCurve, load_profile
 from hetegen_compile.passes import residency_orders
 from hetegen_compile.passes.claims import Claim
 from hetegen_compile.passes.findings import NodeCost
-from hetegen_compile.passes.residency_estimate import Estimate, LinearWork
+from hetegen_compile.passes.residency_estimate import LinearWork
 from hetegen_compile.passes.residency_orders import ordered_claims
 from hetegen_compile.passes.residency_shares import residency_shares
 from hetegen_compile.planning.share_search import Search
@@ -84,7 +84,7 @@ def layers_and_output() -> tuple[list[Claim], list[LinearWork]]:
             flops=0.0, traffic_bytes=nbytes, weight_bytes=nbytes, tokens=1, host_s=nbytes / 1.4e11,
             accelerator_s=nbytes / 3e12 + 5e-6, link_s=nbytes / 4e11, host_alone_s=nbytes / 1.6e11,
         )  # fmt: skip
-        found.append(LinearWork(graph.placeholder(f"x{place}"), place, rows, cost, needs=(1 << place) - 1))
+        found.append(LinearWork(graph.placeholder(f"x{place}"), place, rows, cost))
     return claims, found
 
 
@@ -108,16 +108,3 @@ def test_gain_has_its_way_where_nothing_is_much_shorter() -> None:
     slow = replace(PROFILE, link=replace(PROFILE.link, up=replace(PROFILE.link.up, pinned=RateCurve.constant(1e10))))
     work_there = [replace(one, cost=replace(one.cost, link_s=one.cost.weight_bytes / 1e10)) for one in found]
     assert ordered_claims(claims, work_there, 32 * MIB, 32 * MIB, 16 * MIB, slow) is claims
-
-
-def test_a_resident_linear_beside_a_trip_takes_no_time_of_its_own() -> None:
-    """Only the first Linear is offloaded, all of it on the host."""
-    _, (first, second, *others) = layers_and_output()
-    first = replace(first, cost=replace(first.cost, link_s=1.0))
-    beside, behind = (
-        Estimate([first, replace(second, needs=needs), *others], 32 * MIB, PROFILE).step_s(
-            dict.fromkeys(range(1, 9), 0)
-        )
-        for needs in (0, 1)
-    )
-    assert behind - beside == pytest.approx(second.cost.accelerator_s, rel=0.01)
