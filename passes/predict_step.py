@@ -285,7 +285,7 @@ def least_ways_s(
         up_s = least_read_s(group, context) or min(link.view_s, link.up.latency_s)
         issued = _go_up(group) and not issues_ahead(context)
         ups.append(up_s + (profile.accelerator.launch_s if issued else 0.0))
-    there = any(info(linear.all_input_nodes[0]).side != "accelerator" for linear in linears)
+    there = any(map(_lies_on_host, linears))
     down_s = 0.0 if there else min(_down_s(linear, context) for linear in linears)
     return down_s, min(ups)
 
@@ -318,8 +318,13 @@ def least_thread_s(linear: fx.Node, context: Context) -> float:
     """The part of ``least_trip_s`` that keeps the host's thread, issuing both ways included."""
     profile = context.profile
     wait_s = profile.synchronise_s + profile.accelerator.launch_s
-    lies_there = info(linear.all_input_nodes[0]).side != "accelerator"
-    return untold_trip_s(context) + profile.accelerator.launch_s + (0.0 if lies_there else wait_s)
+    return untold_trip_s(context) + profile.accelerator.launch_s + (0.0 if _lies_on_host(linear) else wait_s)
+
+
+def _lies_on_host(linear: fx.Node) -> bool:
+    """Whether the host has what a Linear reads without a way down: its own results, and what the caller gives."""
+    read = linear.all_input_nodes[0]
+    return info(read).side != "accelerator" or read.op in ir.INPUT_OPS or read.target == ir.MIRROR
 
 
 def untold_trip_s(context: Context) -> float:

@@ -24,7 +24,7 @@ from hetegen_compile.passes.claims import Claim
 from hetegen_compile.passes.residency_estimate import Estimate, LinearWork
 from hetegen_compile.passes.residency_shares import residency_shares
 
-_SHORTER = 0.98  # of the step as gain has it: estimates are wrong by as much
+_SHORTER = 0.98  # of the step as gain has it: less than that is within what an estimate is wrong by
 _LARGE, _SMALL = 1.5, 0.75  # of the typical weight, the one that most bytes lie in
 _SHARES_OF_LARGE = (0.25, 0.5, 0.75, 1.0)
 _SHARES_BESIDE = (0.0, 0.5, 1.0)  # of the large ones where what the others keep is decided
@@ -79,7 +79,8 @@ def _by_size(claims: Sequence[Claim], sizes: Mapping[Hashable, str], free_bytes:
 def _of_one_kind(claims: Sequence[Claim], kinds: Mapping[Hashable, Hashable], free_bytes: int) -> Iterator[list[Claim]]:
     """All whole but the large ones, of which some part, and those of one kind, of which each keeps the same share.
 
-    Not attention's, which then has to wait for the host: what it costs beside its Linears is not in the estimate.
+    Not the small ones, mostly attention's, which would have to wait for the host: what it costs beside its Linears is
+    not in the estimate.
     """
     nbytes = _nbytes(claims, kinds)
     for kind in [kind for kind in nbytes if kind not in ("small", "large")]:

@@ -25,6 +25,7 @@ from hetegen_compile.cost_model import Chain, Leg, Trip, download_s
 from hetegen_compile.ir import INPUT_OPS, MIRROR, info
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.context import Context
+from hetegen_compile.passes.issue_ahead import issues_ahead
 from hetegen_compile.passes.predict_step import least_trip_s, least_ways_s, untold_trip_s, up_s
 
 _START = "the step begins"  # in the graph of trips, before those that need no other
@@ -115,13 +116,13 @@ def together(parts: Iterable[Trip], fixed_s: float) -> Trip:
     As much of the accelerator's work falls away with each as with the best of them.
     """
     parts = list(parts)
-    link_s, accelerator_s = sum(part.link_s for part in parts), sum(part.accelerator_s for part in parts)
+    link_s = sum(part.link_s for part in parts)
     saved = max((part.accelerator_saved_s / part.link_s for part in parts if part.link_s > 0), default=0.0)
     return Trip(
         host_s=link_s * min((part.host_s / part.link_s for part in parts if part.link_s > 0), default=0.0),
         link_s=link_s,
-        accelerator_s=accelerator_s,
-        accelerator_saved_s=min(accelerator_s, link_s * saved),
+        accelerator_s=sum(part.accelerator_s for part in parts),
+        accelerator_saved_s=link_s * saved,
         fixed_s=fixed_s,
         lost_s=link_s * min((part.lost_s / part.link_s for part in parts if part.link_s > 0), default=0.0),
     )
@@ -131,7 +132,7 @@ def together(parts: Iterable[Trip], fixed_s: float) -> Trip:
 class Stretch:
     """The path from one gate to the next: what comes before its first trip, and its trips with what follows on each.
 
-    ``shared`` is all of it as one trip where Linears beside the path are offloaded, too.
+    ``shared`` is all of it, what comes before included, as one trip where Linears beside the path are offloaded, too.
     """
 
     before_s: float
@@ -230,10 +231,11 @@ class _Path:
         """A stretch as one trip, which all of its Linears share; None if those of the path are all that is offloaded.
 
         The host has nothing to compute before something that the first activation is needed for has come down, and what
-        it computes last has to go up and through what follows on it. In between it has one part after the other.
+        it computes last has to go up and through what follows on it. In between it has one part after the other; not so
+        beside a worker, which may have one way's parts while the issuing thread has the other's.
         """
         read = stretch[0].read
-        if read is None:
+        if read is None or issues_ahead(self.context):
             return None
         inside = self.order.needing(read) & self.order.needed_for(end) & ~self.order.bits([read])
         members = list(self.order.those_of(inside & self._linear_bits))
@@ -243,9 +245,9 @@ class _Path:
         link = self._link(read, members, end)
         begins, ends = [], []
         for group in by_trip(offloaded, self.blocks).values():
-            down_s, up_s = least_ways_s(group, self.context, self.blocks.consumers)
-            begins.append(down_s + min(self._way_s(read, node.args[0]) for node in group))  # type: ignore[arg-type]
-            ends.append(up_s + min(self._way_s(node, end) for node in group))
+            to_host_s, to_accelerator_s = least_ways_s(group, self.context, self.blocks.consumers)
+            begins.append(to_host_s + min(self._way_s(read, node.args[0]) for node in group))  # type: ignore[arg-type]
+            ends.append(to_accelerator_s + min(self._way_s(node, end) for node in group))
         fixed_s = min(begins) + untold_trip_s(self.context) + max(min(ends), self._between_s(link))
         trip = together((self.linears[node] for node in members), fixed_s)
         others_s = sum(self.beside[node] for node in self.order.those_of(inside & self._beside_bits))
@@ -290,7 +292,8 @@ class _Path:
         end_s: dict[fx.Node, float] = {}
         for node in nodes:
             if behind >> self.order.place[node] & 1:
-                ready = (end_s.get(operand, 0.0) + self._crossing_s(operand, node) for operand in node.all_input_nodes)
+                inside = (operand for operand in node.all_input_nodes if behind >> self.order.place[operand] & 1)
+                ready = (end_s.get(operand, 0.0) + self._crossing_s(operand, node) for operand in inside)
                 own_s = self.beside.get(node, 0.0) + self.on_host.get(node, 0.0) + self._resident_s(node)
                 end_s[node] = own_s + max(ready, default=0.0)
         return end_s.get(nodes[-1], 0.0) if nodes else 0.0

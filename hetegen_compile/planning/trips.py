@@ -61,14 +61,16 @@ def step_chain(module: fx.GraphModule, trips: Trips, context: Context) -> Chain:
     serial_s = {node: node_work(node, context).seconds for node in nodes if node.op == "call_module"}
     own = [_trip(group, context) for group in trips]
     place = {node: index for index, group in enumerate(trips) for node in group.linears}
+    offloaded = {node for node, index in place.items() if own[index].link_s}
+    moved: set[fx.Node] = set()
     for index, group in enumerate(trips):
         if not own[index].link_s:
             continue
         begin = group.linears[-1] if group.block is None else group.linears[0].args[0]
-        shared = {node for node in place if own[place[node]].link_s}
-        for node in _beside(islice(nodes, position[begin] + 1, None), group, shared, context):
+        for node in _beside(islice(nodes, position[begin] + 1, None), group, offloaded, context):
             beside_s = serial_s.pop(node, 0.0)
-            if node in place:
+            if node in place and node not in moved:
+                moved.add(node)
                 beside_s = require(context.costs, "annotate_costs")[info(node).position].accelerator_s
                 own[place[node]] = _with_beside(own[place[node]], -beside_s)
             own[index] = _with_beside(own[index], beside_s)
@@ -76,23 +78,21 @@ def step_chain(module: fx.GraphModule, trips: Trips, context: Context) -> Chain:
 
 
 def _beside(
-    following: Iterable[fx.Node], group: Group, shared: Collection[fx.Node], context: Context
+    following: Iterable[fx.Node], group: Group, offloaded: Collection[fx.Node], context: Context
 ) -> Iterator[fx.Node]:
-    """Of what follows a trip what needs none of its results, up to the next Linear that the host may have a part of.
+    """Of what follows, all up to the first reader of a result of the trip that is not all resident, less its own.
 
-    The result of a block that is cut as one is that of its last Linear.
+    And up to the next Linear that the host may have a part of. The result of a block that is cut as one is that of its
+    last Linear.
     """
-    results = group.linears if group.block is None else group.linears[-1:]
-    waiting = {node for node in results if _offloaded_bytes(node, context)}
+    linears = group.linears if group.block is None else group.linears[-1:]
+    results = {node for node in linears if _offloaded_bytes(node, context)}
     for node in following:
         if node in group.linears:
             continue
-        if node in shared:
+        if node in offloaded or not results.isdisjoint(node.all_input_nodes):
             return
-        if waiting.isdisjoint(node.all_input_nodes):
-            yield node
-        else:
-            waiting.add(node)
+        yield node
 
 
 def _with_beside(trip: Trip, seconds: float) -> Trip:

@@ -70,19 +70,27 @@ def test_what_the_accelerator_does_beside_a_block_is_its_part_of_the_trip() -> N
     trips = trips_of(base.module, [block])
     chain = step_chain(base.module, trips, context)
     costs = require(context.costs, "annotate_costs")
-    attention = [node for node in linears.values() if node not in own and node.args[0] is not last_input(base)]
-    beside_s = sum(costs[info(node).position].accelerator_s for node in (*own, *attention))
+    *layer, output = linears.values()
+    first, *_, last = base.module.graph.find_nodes(op="call_module")
     segments_s = sum(node_work(node, context).seconds for node in base.module.graph.find_nodes(op="call_module"))
+    outside_s = sum(node_work(node, context).seconds for node in (first, last))
     trip = next(trip for group, trip in zip(trips, chain.trips, strict=True) if group.block is not None)
-    assert len(attention) == 4
-    assert beside_s < trip.accelerator_s < beside_s + segments_s
-    assert chain.serial_s == pytest.approx(beside_s + segments_s - trip.accelerator_s)
+    own_s = sum(costs[info(node).position].accelerator_s for node in layer)
+    assert len(layer) == 6
+    assert chain.serial_s == pytest.approx(outside_s)
+    assert trip.accelerator_s == pytest.approx(own_s + segments_s - outside_s)
 
 
-def last_input(base: BucketPlan) -> object:
-    """What the output layer reads."""
-    *_, last = linears_of(base.module).values()
-    return last.args[0]
+def test_what_the_host_has_a_part_of_is_not_beside_another_trip() -> None:
+    """The MLP's first Linear and attention's last one, which stands before the MLP's second."""
+    base = Work(config("gptj", layers=1), "decode-1").base(load_profile("h100-server"), 0.1)
+    first, second, *_ = trips = trips_of(base.module)
+    offloaded = first.linears[-1], *second.linears
+    names = {str(node.args[1]): 0 for trip in trips for node in trip.linears if node not in offloaded}
+    residency = replace(require(base.context.residency, "choose_residency"), weights=names)
+    chain = step_chain(base.module, trips, replace(base.context, residency=residency))
+    costs = require(base.context.costs, "annotate_costs")
+    assert chain.trips[1].accelerator_s == pytest.approx(costs[info(second.linears[0]).position].accelerator_s)
 
 
 def test_a_share_is_of_the_rows_that_are_not_resident(base: BucketPlan) -> None:
