@@ -255,6 +255,32 @@ def test_the_host_has_the_parts_of_both_ways_one_after_the_other() -> None:
     assert bound.path_s == pytest.approx(bound.bytes_s + ways_s + begin + both + end)
 
 
+def test_what_the_host_has_made_before_is_there() -> None:
+    """A look-up goes up while the accelerator is busy, though it is read behind the host's parts."""
+    table, (first, second, third, _) = nn.Embedding(4096, 1024), LAYERS
+    busy, end = (nn.Linear(1024, 1024, bias=False) for _ in range(2))
+
+    def function(x: Tensor, ids: Tensor) -> Any:
+        looked_up, x = table(ids), busy(x.softmax(-1)).softmax(-1)
+        for _ in range(40):
+            square = x.T * x
+            x = (square @ square)[:1].softmax(-1)
+        y = second(x) + third(first(x).softmax(-1))
+        return end((y + looked_up).softmax(-1).sum(0, keepdim=True).softmax(-1)).softmax(-1)
+
+    inputs = torch.zeros(1, 1024), torch.zeros(1024, dtype=torch.int64)
+    found = planned(function, *inputs, plan=streamed, issue_ahead=False, ring_bytes=1 << 22)
+    linears = linears_of(found.module)
+    before, *_, behind = linears.values()
+    weights = {str(node.args[1]): 0 for node in (before, behind)}
+    residency = replace(require(found.context.residency, "choose_residency"), weights=weights, chunk_bytes=1 << 21)
+    context = replace(found.context, residency=residency)
+    splits = {position: with_host_rows(node, 0, context) for position, node in linears.items()}
+    _, _, beside, *_ = splits
+    splits[beside] = with_host_rows(linears[beside], splits[beside].rows, context)
+    assert floor_s(found.module, replace(context, splits=splits)) <= Trials(found.module).step_s(context, splits)
+
+
 def test_a_step_begins_with_a_look_up_and_its_way_up() -> None:
     table = nn.Embedding(64, 1024)
 
