@@ -47,19 +47,16 @@ def ordered_claims(
 
     if not work or not 0 < free_bytes < sum(claim.nbytes for claim in claims):
         return claims
-    best = min(_orders(claims, work, free_bytes, typical_bytes), key=step_s, default=claims)
+    best = min(_orders(claims, free_bytes, typical_bytes), key=step_s, default=claims)
     return best if step_s(best) < _SHORTER * step_s(claims) else claims
 
 
-def _orders(
-    claims: Sequence[Claim], work: Sequence[LinearWork], free_bytes: int, typical_bytes: int
-) -> Iterator[list[Claim]]:
+def _orders(claims: Sequence[Claim], free_bytes: int, typical_bytes: int) -> Iterator[list[Claim]]:
     """The ways that are compared with gain alone."""
     linears = [claim for claim in claims if claim.rank == 0]
     sizes = {claim.key: _size(claim, typical_bytes) for claim in linears}
     yield from _by_size(claims, sizes, free_bytes)
-    together = Counter(one.reads for one in work)
-    kinds: dict[Hashable, Hashable] = {one.key: (one.cost.weight_bytes, one.rows, together[one.reads]) for one in work}
+    kinds: dict[Hashable, Hashable] = {claim.key: (claim.rows, claim.row_bytes) for claim in linears}
     others: dict[Hashable, Hashable] = {key: size for key, size in sizes.items() if size != "middle"}
     yield from _of_one_kind(claims, kinds | others, free_bytes)
 

@@ -10,6 +10,9 @@ takes one of them, and the accelerator works on both, one after the other: betwe
 passes through (*gates* of the path) there is no less time than all of that. So the work that is not on the path counts
 as the accelerator's own of the only trip in between that the host could take part in, with which it may run at the same
 time, or as work by itself where there is none. Where there are several it does not count.
+
+Where Linears beside the path are offloaded, too, there is another bound for what lies between two gates: all of it as
+one trip (``with_both_ways``). The host has one part after the other, whichever way they are on.
 """
 
 from __future__ import annotations

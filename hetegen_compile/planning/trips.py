@@ -61,19 +61,18 @@ def step_chain(module: fx.GraphModule, trips: Trips, context: Context) -> Chain:
     serial_s = {node: node_work(node, context).seconds for node in nodes if node.op == "call_module"}
     own = [_trip(group, context) for group in trips]
     place = {node: index for index, group in enumerate(trips) for node in group.linears}
+    costs = require(context.costs, "annotate_costs")
     offloaded = {node for node, index in place.items() if own[index].link_s}
-    moved: set[fx.Node] = set()
+    alone_s = {node: costs[info(node).position].accelerator_s for node in place if node not in offloaded}
     for index, group in enumerate(trips):
         if not own[index].link_s:
             continue
         begin = group.linears[-1] if group.block is None else group.linears[0].args[0]
         for node in _beside(islice(nodes, position[begin] + 1, None), group, offloaded, context):
-            beside_s = serial_s.pop(node, 0.0)
-            if node in place and node not in moved:
-                moved.add(node)
-                beside_s = require(context.costs, "annotate_costs")[info(node).position].accelerator_s
-                own[place[node]] = _with_beside(own[place[node]], -beside_s)
-            own[index] = _with_beside(own[index], beside_s)
+            linear_s = alone_s.pop(node, 0.0)
+            if linear_s:
+                own[place[node]] = _with_beside(own[place[node]], -linear_s)
+            own[index] = _with_beside(own[index], serial_s.pop(node, 0.0) + linear_s)
     return Chain(tuple(own), sum(serial_s.values()))
 
 
