@@ -19,7 +19,8 @@ the shares are those of one walk along it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from itertools import combinations, pairwise
 from operator import sub
 from typing import NamedTuple
@@ -34,6 +35,13 @@ _QUANTUM = 2.0**-30  # of the ring: values are rounded down to it, so that those
 
 _Values = tuple[float, ...]
 """Seconds to the end by lead, from none to a full ring, over those with a full one."""
+
+
+class _Line(NamedTuple):
+    """Seconds by what is added to the lead."""
+
+    slope: float
+    fixed_s: float
 
 
 class _Goal(NamedTuple):
@@ -121,53 +129,73 @@ def _goals(leg: Leg, behind: _Values, ring_s: float) -> list[_Goal]:
     return found
 
 
-def _least(trip_s: Callable[[float], float], leads: Sequence[float], goals: Sequence[_Goal]) -> list[float]:
+def _least(lines: Sequence[_Line], leads: Sequence[float], goals: Sequence[_Goal]) -> list[float]:
     """By lead before a trip, the least seconds of it and of what follows.
 
-    With more lead the best goal is no lower, since the trip's seconds are a convex function of what it gains.
+    The goals that lie on one line of the trip's seconds are a window, which more lead moves on: the best goal of each
+    is the first of those that are kept, of which none is as good as one behind it.
     """
-    found = [0.0] * len(leads)
-
-    def fill(first: int, last: int, lowest: int, highest: int) -> None:
-        if first > last:
-            return
-        middle = (first + last) // 2
-        lead_s = leads[middle]
-        found[middle], best = min(
-            (trip_s(goals[i].lead_s - lead_s) + goals[i].rest_s, i) for i in range(lowest, highest + 1)
-        )
-        fill(first, middle - 1, lowest, best)
-        fill(middle + 1, last, best, highest)
-
-    fill(0, len(leads) - 1, 0, len(goals) - 1)
+    found = [math.inf] * len(leads)
+    crossings = [_crossing_s(*pair) for pair in pairwise(lines)]
+    for line, low_s, high_s in zip(lines, (-math.inf, *crossings), (*crossings, math.inf), strict=True):
+        kept: deque[tuple[float, float]] = deque()
+        coming = 0
+        for i, lead_s in enumerate(leads):
+            while coming < len(goals) and goals[coming].lead_s <= lead_s + high_s:
+                goal_s, rest_s = goals[coming]
+                seconds = line.slope * goal_s + rest_s
+                while kept and kept[-1][1] >= seconds:
+                    kept.pop()
+                kept.append((goal_s, seconds))
+                coming += 1
+            while kept and kept[0][0] < lead_s + low_s:
+                kept.popleft()
+            if kept:
+                found[i] = min(found[i], line.fixed_s - line.slope * lead_s + kept[0][1])
     return found
 
 
-def _streamed(trip: Trip) -> Callable[[float], float]:
+def _streamed(trip: Trip) -> list[_Line]:
     """The seconds of a trip that is not made, by what it adds to the lead."""
-    return lambda gained_s: max(trip.accelerator_s, trip.link_s + gained_s)
+    return _highest(_Line(0.0, trip.accelerator_s), _Line(1.0, trip.link_s))
 
 
-def _made(trip: Trip) -> Callable[[float], float]:
+def _made(trip: Trip) -> list[_Line]:
     """The least seconds of a trip that is made, by what it adds to the lead."""
     least_s = max(trip.fixed_s, trip.seconds(trip.free_share))
     all_s = trip.host_s + trip.link_saved_s
     slope = trip.host_s / all_s if all_s > 0 else 1.0
-    left_s = trip.link_s - trip.link_saved_s
+    balanced_s = trip.fixed_s + slope * (trip.link_s - trip.fixed_s)
+    return _highest(_Line(0.0, least_s), _Line(slope, balanced_s), _Line(1.0, trip.link_s - trip.link_saved_s))
 
-    def seconds(gained_s: float) -> float:
-        balanced_s = trip.fixed_s + slope * (trip.link_s + gained_s - trip.fixed_s)
-        return max(least_s, balanced_s, left_s + gained_s)
 
-    return seconds
+def _highest(*lines: _Line) -> list[_Line]:
+    """Of lines by their slopes, those that are the highest one somewhere."""
+    found: list[_Line] = []
+    for line in lines:
+        if found and line.slope == found[-1].slope:
+            line = max(line, found.pop())
+        while len(found) > 1 and _crossing_s(*found[-2:]) >= _crossing_s(found[-1], line):
+            found.pop()
+        found.append(line)
+    return found
+
+
+def _seconds(lines: Sequence[_Line], gained_s: float) -> float:
+    """What the highest line says."""
+    return max(line.fixed_s + line.slope * gained_s for line in lines)
+
+
+def _crossing_s(few: _Line, more: _Line) -> float:
+    """From where on the steeper line is the higher one."""
+    return (few.fixed_s - more.fixed_s) / (more.slope - few.slope)
 
 
 def _best(leg: Leg, lead_s: float, goals: Sequence[_Goal]) -> float:
     """The share of a leg that begins with this lead."""
-    trip = leg.trip
-    streamed, made = _streamed(trip), _made(trip)
-    left_s = min(streamed(goal.lead_s - lead_s) + goal.rest_s for goal in goals)
-    some_s = [(trip_s + goal.rest_s, trip_s) for goal in goals for trip_s in (made(goal.lead_s - lead_s),)]
+    trip, made = leg.trip, _made(leg.trip)
+    left_s = min(_seconds(_streamed(trip), goal.lead_s - lead_s) + goal.rest_s for goal in goals)
+    some_s = [(trip_s + goal.rest_s, trip_s) for goal in goals for trip_s in (_seconds(made, goal.lead_s - lead_s),)]
     made_s, trip_s = min(some_s)
     if left_s <= made_s:
         return 0.0
