@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from fractions import Fraction
 from itertools import accumulate
-from math import ceil, prod
+from math import ceil
 from typing import Literal, NamedTuple
 
 import torch
@@ -220,11 +220,17 @@ class OtherForwards:
                 yield place, place, sum(self._bytes(one, forward) for one in queries)  # several sequences' are copied
 
     def _masks(self, forward: Forward) -> Iterator[Life]:
-        """The largest mask that the captured graph does not have, and what it is made of: an integer for each token."""
+        """The largest mask that the captured graph does not have, and what it is made of: an integer for each token.
+
+        Of several sequences that is given even where the graph makes a mask for one without it.
+        """
         calls = [self._attention(node, forward) for _, node in self._computed(forward) if is_fused_attention(node)]
-        masks = [call.mask for call, padded in calls if padded and call.mask is not None]
-        sequences, _, tokens, length = max(masks, key=prod, default=(0, 0, 0, 0))
-        yield 0, len(self._nodes), sequences * (tokens + MASK_BYTES * forward.padded) * length
+        masks = [(call.mask, padded) for call, padded in calls if call.mask is not None]
+        made = (
+            sequences * (tokens * padded + MASK_BYTES * forward.padded) * length
+            for (sequences, _, tokens, length), padded in masks
+        )
+        yield 0, len(self._nodes), max(made, default=0)
 
     def _attention(self, node: fx.Node, forward: Forward) -> tuple[Attention, bool]:
         """A call of fused attention as it is in a forward, and whether it has a mask there and none here."""

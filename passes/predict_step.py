@@ -59,6 +59,8 @@ def predict_step(module: fx.GraphModule, context: Context) -> Prediction:
         _slow_down_link(work, context)
     index = {node: position for position, node in enumerate(nodes)}
     tasks = [_task(node, work[node], index) for node in nodes]
+    if WORKER in {task.resource for task in tasks}:
+        tasks = _one_host_part_at_a_time(nodes, tasks)
     step = _step(nodes, tasks)
     return Prediction(
         work=work,
@@ -119,6 +121,18 @@ def _step(nodes: list[fx.Node], tasks: list[Task]) -> _Step:
 def _task(node: fx.Node, work: Work, index: Mapping[fx.Node, int]) -> Task:
     after = tuple(index[operand] for operand in node.all_input_nodes if operand in index)
     return Task(node.name, work.resource, work.seconds, after, work.issue_s)
+
+
+def _one_host_part_at_a_time(nodes: list[fx.Node], tasks: list[Task]) -> list[Task]:
+    """Parts of Linears in issue order, whichever thread has them: each reads memory at the rate that all of it has."""
+    found = list(tasks)
+    last: int | None = None
+    for position, node in enumerate(nodes):
+        if node.target == ir.HOST_LINEAR:
+            if last is not None:
+                found[position] = tasks[position].behind((*tasks[position].after, last))
+            last = position
+    return found
 
 
 def _is_no_join(node: fx.Node) -> bool:
@@ -315,10 +329,11 @@ def _go_up(linears: Sequence[fx.Node]) -> bool:
 
 
 def least_thread_s(linear: fx.Node, context: Context) -> float:
-    """The part of ``least_trip_s`` that keeps the host's thread, issuing both ways included."""
-    profile = context.profile
-    wait_s = profile.synchronise_s + profile.accelerator.launch_s
-    return untold_trip_s(context) + profile.accelerator.launch_s + (0.0 if _lies_on_host(linear) else wait_s)
+    """The part of ``least_trip_s`` that keeps the host's threads, issuing the way down and, unless a worker computes,
+    the way up included."""
+    launch_s, wait_s = context.profile.accelerator.launch_s, context.profile.synchronise_s
+    down_s = 0.0 if _lies_on_host(linear) else launch_s + wait_s
+    return down_s + untold_trip_s(context) + (0.0 if issues_ahead(context) else launch_s)
 
 
 def _lies_on_host(linear: fx.Node) -> bool:

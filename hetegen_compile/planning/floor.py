@@ -30,7 +30,7 @@ from hetegen_compile.passes.choose_splits import linears_of, pairable_blocks
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import NodeCost
 from hetegen_compile.passes.issue_ahead import issues_ahead
-from hetegen_compile.passes.predict_step import issue_s, least_read_s, least_thread_s, node_work
+from hetegen_compile.passes.predict_step import issue_s, least_read_s, least_thread_s, node_work, untold_trip_s
 from hetegen_compile.planning.floor_path import (
     Blocks,
     Order,
@@ -193,6 +193,7 @@ def _threads_s(
     """What the host's thread does at least: its operations, issuing segments and Linears, and its parts.
 
     Beside a worker, which may do its operations, too, there are two such threads: the busier one has half of it all.
+    The parts are computed one at a time, whichever thread has them.
     """
     segments = module.graph.find_nodes(op="call_module")
     own_s = sum(on_host.values())
@@ -200,12 +201,21 @@ def _threads_s(
     issuing_s += sum(issue_s(segment, context) for segment in segments if segment not in blocks.segments)
     trips = _host_trips(linears, blocks, context)
     if issues_ahead(context):
-        alone_s = relax(Chain(tuple(trips), 0.0)).bound_s
-        return max(alone_s, issuing_s, (alone_s + own_s + issuing_s) / 2)
+        parts = (replace(trip, fixed_s=untold_trip_s(context)) for trip in trips)
+        alone_s, both_s = (relax(Chain(tuple(some), 0.0)).bound_s for some in (parts, trips))
+        return max(alone_s, issuing_s, (both_s + own_s + issuing_s) / 2)
     issued = [_issued_s(group, context) for group in by_trip(linears, blocks).values()]
-    pairs = zip(trips, issued, strict=True)
-    less = tuple(replace(trip, host_s=max(0.0, trip.host_s - saved_s)) for trip, (_, saved_s) in pairs)
-    return relax(Chain(less, own_s + issuing_s + sum(streamed_s for streamed_s, _ in issued))).bound_s
+    less = [_with_less_issued(trip, saved_s) for trip, (_, saved_s) in zip(trips, issued, strict=True)]
+    serial_s = own_s + issuing_s + sum(streamed_s for streamed_s, _ in issued) - sum(gained_s for _, gained_s in less)
+    return relax(Chain(tuple(trip for trip, _ in less), serial_s)).bound_s
+
+
+def _with_less_issued(trip: Trip, saved_s: float) -> tuple[Trip, float]:
+    """What a trip costs the thread beyond what falls away with its last row on the host, and what is gained instead."""
+    host_s = max(0.0, trip.host_s - saved_s)
+    saved_s -= trip.host_s - host_s
+    fixed_s = max(0.0, trip.fixed_s - saved_s)
+    return replace(trip, host_s=host_s, fixed_s=fixed_s), saved_s - (trip.fixed_s - fixed_s)
 
 
 def _ends_s(module: fx.GraphModule, linears: Mapping[fx.Node, Trip], context: Context) -> float:

@@ -28,7 +28,6 @@ from hetegen_compile.cost_model import Chain, Leg, Trip, download_s
 from hetegen_compile.ir import INPUT_OPS, MIRROR, info
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.context import Context
-from hetegen_compile.passes.issue_ahead import issues_ahead
 from hetegen_compile.passes.predict_step import least_trip_s, least_ways_s, untold_trip_s, up_s
 
 _START = "the step begins"  # in the graph of trips, before those that need no other
@@ -234,11 +233,10 @@ class _Path:
         """A stretch as one trip, which all of its Linears share; None if those of the path are all that is offloaded.
 
         The host has nothing to compute before something that the first activation is needed for has come down, and what
-        it computes last has to go up and through what follows on it. In between it has one part after the other; not so
-        beside a worker, which may have one way's parts while the issuing thread has the other's.
+        it computes last has to go up and through what follows on it. In between it has one part after the other.
         """
         read = stretch[0].read
-        if read is None or issues_ahead(self.context):
+        if read is None:
             return None
         inside = self.order.needing(read) & self.order.needed_for(end) & ~self.order.bits([read])
         members = list(self.order.those_of(inside & self._linear_bits))

@@ -301,6 +301,22 @@ def test_issuing_is_hidden_behind_the_hosts_parts(*, carried: bool) -> None:
     assert waits
 
 
+def test_the_worker_and_the_issuing_thread_do_not_read_weights_at_the_same_time() -> None:
+    """One of two trips that do not need each other sends up more than is read in place: each has its thread."""
+    small, wide = (nn.Linear(WIDTH, rows) for rows in (256 * WIDTH, 2048 * WIDTH))
+
+    def function(x: Tensor) -> Any:
+        one, other = x.softmax(-1), x.tanh()
+        return small(one) + wide(other).mean(-1, keepdim=True)
+
+    found = ahead(function, plan=on_host)
+    parts = found.nodes(ir.HOST_LINEAR)
+    assert sorted(info(part).ahead for part in parts) == [False, True]
+    step = predict_step(found.module, found.context)
+    first, second = sorted(parts, key=step.start_s.__getitem__)
+    assert step.start_s[second] >= step.end_s[first]
+
+
 # ---- the verifier ------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from hetegen_compile.passes.caches import Cache, Forward, returned_caches
 from hetegen_compile.passes.context import Context
-from hetegen_compile.passes.other_forwards import OtherForwards
+from hetegen_compile.passes.other_forwards import MASK_BYTES, OtherForwards
 from tests.passes.graphs import Case, case
 
 HEADS, WIDTH, PROMPT, LENGTH = 4, 16, 8, 40
@@ -95,6 +95,13 @@ def test_a_padded_prefill_takes_what_one_with_a_mask_takes(heads: int) -> None:
     found = alone.peak_bytes(replace(alone.captured, padded=True))
     assert exact <= found <= 1.05 * exact
     assert (found > 1.2 * alone.peak_bytes(alone.captured)) == (heads == 2), "only then something is repeated"
+
+
+def test_a_mask_that_a_graph_makes_for_one_sequence_is_given_for_several() -> None:
+    """An integer for each token of each sequence, as what the causal mask of the graph itself becomes."""
+    forwards = _forwards(fused, 2, PROMPT, True)
+    alone, padded = (forwards.peak_bytes(replace(forwards.captured, padded=padded)) for padded in (False, True))
+    assert padded - alone == 2 * PROMPT * MASK_BYTES
 
 
 def test_a_full_window_is_masked_and_grows_no_more() -> None:

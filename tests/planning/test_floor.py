@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from benchmarks.schedule_quality import Work
-from hetegen_compile.cost_model import RateCurve, RateTable, download_s, load_profile
+from hetegen_compile.cost_model import HardwareProfile, RateCurve, RateTable, download_s, load_profile
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes.choose_splits import (
     block_splits,
@@ -324,6 +324,25 @@ def test_a_block_that_may_be_cut_costs_one_trip_if_the_host_has_any_of_it(functi
     result_s = 1e-3  # the wait for what the caller gets
     assert dear.path_s - base.path_s == pytest.approx((trips - 1) * 1e-3 + result_s, rel=1e-3)
     assert dear.thread_s - base.thread_s == pytest.approx((trips - 1) * 1e-3 + result_s, rel=1e-3)
+
+
+def on_the_host(function: Any, profile: HardwareProfile) -> tuple[Floor, float]:
+    """The floor, and the step with all rows on the host."""
+    found = planned(function, torch.zeros(1, 1024), plan=streamed, profile=profile)
+    splits: Splits = {}
+    for position, node in linears_of(found.module).items():
+        rows = with_host_rows(node, 0, found.context).rows
+        splits = {**splits, position: with_host_rows(node, rows, found.context)}
+    return bounds(function, found), Trials(found.module).step_s(found.context, splits)
+
+
+def test_rows_on_the_host_save_the_thread_more_than_they_take_where_issuing_is_dear() -> None:
+    """Nothing is launched or prefetched of a Linear then, which may take longer than to compute it."""
+    profile = replace(PROFILE, accelerator=replace(PROFILE.accelerator, issue_s=2e-3), fixed_s_per_split=0.0)
+    bound, step_s = on_the_host(not_pairable, profile)
+    assert bound.bound == "thread"
+    assert step_s == pytest.approx(bound.seconds, rel=0.05)
+    assert step_s >= bound.seconds
 
 
 @pytest.mark.parametrize("hardware", ["a10-xeon", "h200-server", "h200-server, issuing is dear"])

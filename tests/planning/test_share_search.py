@@ -57,10 +57,10 @@ def test_where_issue_is_dear_what_is_streamed_is_not_cut_at_the_end_of_the_ring(
 
 def test_a_corrected_chain_may_make_other_trips_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Search, "along_ring", lambda *_, **__: None)
-    phi = Work(config("phi", layers=3), "decode-1")
-    found = phi.result(dear_trips(), 0.75)
+    opt = Work(config("opt", layers=3), "decode-1")
+    found = opt.result(dear_trips(), 0.75)
     monkeypatch.setattr(Search, "_reopened", lambda _, way: way)
-    assert found.step_s < 0.95 * phi.result(dear_trips(), 0.75).step_s
+    assert found.step_s < 0.95 * opt.result(dear_trips(), 0.75).step_s
 
 
 def test_a_prompt_has_shares_that_fit_a_ring_which_holds_few_trips(monkeypatch: pytest.MonkeyPatch) -> None:
