@@ -34,8 +34,8 @@ class Returned:
         used: the last one that was answered with it.
     """
 
-    __slots__ = ("_address", "_dtype", "_first", "_shape", "_storage", "_stride", "_tensor", "_value", "_version",
-                 "nbytes", "step", "used")  # fmt: skip
+    __slots__ = ("_address", "_dtype", "_first", "_seen", "_shape", "_storage", "_stride", "_tensor", "_value",
+                 "_version", "nbytes", "step", "used")  # fmt: skip
 
     def __init__(self, tensor: Tensor, value: Value, step: int) -> None:
         self._storage = weak_storage(tensor)
@@ -45,7 +45,8 @@ class Returned:
         self._version = tensor._version
         self._dtype, self._shape, self._stride = tensor.dtype, tensor.shape, tensor.stride()
         self.nbytes = tensor.nbytes
-        self._first = ctypes.string_at(self._address, min(SAMPLE_BYTES, self.nbytes))
+        self._seen = (ctypes.c_char * min(SAMPLE_BYTES, self.nbytes)).from_address(self._address)
+        self._first = self._seen.raw
         self.step = self.used = step
 
     def answer(self, tensor: Tensor, step: int) -> Value | None:
@@ -57,7 +58,7 @@ class Returned:
             and tensor.dtype == self._dtype
             and tensor.shape == self._shape
             and tensor.stride() == self._stride
-            and ctypes.string_at(self._address, len(self._first)) == self._first
+            and self._seen.raw == self._first
         )
         if not same:
             return None
