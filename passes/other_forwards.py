@@ -41,7 +41,7 @@ from hetegen_compile.passes.fused_attention import (
     scratch_bytes,
 )
 from hetegen_compile.passes.tensors import held_bytes, is_ids, storage_id, tensors_in
-from hetegen_compile.passes.windows import TOKENS
+from hetegen_compile.passes.windows import CACHE_DIMS, TOKENS
 
 
 class _Kind(NamedTuple):
@@ -222,15 +222,21 @@ class OtherForwards:
     def _masks(self, forward: Forward) -> Iterator[Life]:
         """The largest mask that the captured graph does not have, and what it is made of: an integer for each token.
 
-        Of several sequences that is given even where the graph makes a mask for one without it.
+        Of several sequences that are padded both are given even where the graph makes one mask for all of them.
         """
-        calls = [self._attention(node, forward) for _, node in self._computed(forward) if is_fused_attention(node)]
-        masks = [(call.mask, padded) for call, padded in calls if call.mask is not None]
-        made = (
-            sequences * (tokens * padded + MASK_BYTES * forward.padded) * length
-            for (sequences, _, tokens, length), padded in masks
-        )
-        yield 0, len(self._nodes), max(made, default=0)
+        most = 0
+        for node in (node for _, node in self._computed(forward) if is_fused_attention(node)):
+            call, padded = self._attention(node, forward)
+            if call.mask is not None and (padded or forward.padded):
+                sequences, (*_, tokens, length) = call.query[0], call.mask
+                new = sequences if padded else sequences - self._masks_of(node)
+                most = max(most, (new * tokens + sequences * MASK_BYTES * forward.padded) * length)
+        yield 0, len(self._nodes), most
+
+    def _masks_of(self, node: fx.Node) -> int:
+        """How many sequences have a mask of their own: one for all may be expanded."""
+        mask = info(attention_arguments(node)["attn_mask"]).value
+        return 1 if mask.dim() < CACHE_DIMS or mask.stride()[0] == 0 else self._shape(mask)[0]
 
     def _attention(self, node: fx.Node, forward: Forward) -> tuple[Attention, bool]:
         """A call of fused attention as it is in a forward, and whether it has a mask there and none here."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Mapping, Sequence
+from itertools import product
 from typing import NamedTuple
 
 from torch import fx
@@ -59,9 +60,10 @@ def predict_step(module: fx.GraphModule, context: Context) -> Prediction:
         _slow_down_link(work, context)
     index = {node: position for position, node in enumerate(nodes)}
     tasks = [_task(node, work[node], index) for node in nodes]
-    if WORKER in {task.resource for task in tasks}:
-        tasks = _one_host_part_at_a_time(nodes, tasks)
     step = _step(nodes, tasks)
+    while clashes := _read_at_once(nodes, step):
+        tasks = _one_behind_the_other(tasks, clashes)
+        step = _step(nodes, tasks)
     return Prediction(
         work=work,
         start_s=dict(zip(nodes, step.start_s, strict=True)),
@@ -123,15 +125,26 @@ def _task(node: fx.Node, work: Work, index: Mapping[fx.Node, int]) -> Task:
     return Task(node.name, work.resource, work.seconds, after, work.issue_s)
 
 
-def _one_host_part_at_a_time(nodes: list[fx.Node], tasks: list[Task]) -> list[Task]:
-    """Parts of Linears in issue order, whichever thread has them: each reads memory at the rate that all of it has."""
-    found = list(tasks)
-    last: int | None = None
-    for position, node in enumerate(nodes):
+def _read_at_once(nodes: list[fx.Node], step: _Step) -> list[tuple[int, int]]:
+    """Parts of Linears that the worker and the issuing thread have at the same time, in pairs in issue order.
+
+    Each reads memory at the rate that all of it has.
+    """
+    parts: tuple[list[int], list[int]] = [], []
+    for i, node in enumerate(nodes):
         if node.target == ir.HOST_LINEAR:
-            if last is not None:
-                found[position] = tasks[position].behind((*tasks[position].after, last))
-            last = position
+            parts[info(node).ahead].append(i)
+    return [
+        (min(i, j), max(i, j))
+        for i, j in product(*parts)
+        if step.start_s[i] < step.end_s[j] and step.start_s[j] < step.end_s[i]
+    ]
+
+
+def _one_behind_the_other(tasks: list[Task], pairs: Sequence[tuple[int, int]]) -> list[Task]:
+    found = list(tasks)
+    for earlier, later in pairs:
+        found[later] = found[later].behind((*found[later].after, earlier))
     return found
 
 

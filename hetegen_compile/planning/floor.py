@@ -38,7 +38,6 @@ from hetegen_compile.planning.floor_path import (
     by_trip,
     chain_of,
     longest_path,
-    together,
     with_both_ways,
 )
 from hetegen_compile.planning.floor_ring import short_ring_s
@@ -199,14 +198,15 @@ def _threads_s(
     own_s = sum(on_host.values())
     issuing_s = _ends_s(module, linears, context)
     issuing_s += sum(issue_s(segment, context) for segment in segments if segment not in blocks.segments)
-    trips = _host_trips(linears, blocks, context)
+    groups = by_trip(linears, blocks).values()
+    trips = _host_trips(groups, linears, [min(least_thread_s(node, context) for node in group) for group in groups])
     if issues_ahead(context):
-        parts = (replace(trip, fixed_s=untold_trip_s(context)) for trip in trips)
-        alone_s, both_s = (relax(Chain(tuple(some), 0.0)).bound_s for some in (parts, trips))
+        parts = _host_trips(groups, linears, [untold_trip_s(context)] * len(groups))
+        alone_s, both_s = (relax(Chain(tuple(some.values()), 0.0)).bound_s for some in (parts, trips))
         return max(alone_s, issuing_s, (both_s + own_s + issuing_s) / 2)
-    issued = [_issued_s(group, context) for group in by_trip(linears, blocks).values()]
-    less = [_with_less_issued(trip, saved_s) for trip, (_, saved_s) in zip(trips, issued, strict=True)]
-    serial_s = own_s + issuing_s + sum(streamed_s for streamed_s, _ in issued) - sum(gained_s for _, gained_s in less)
+    issued = {node: _issued_s(node, context) for node in linears}
+    less = [_with_less_issued(trip, issued[node][1]) for node, trip in trips.items()]
+    serial_s = own_s + issuing_s + sum(all_s for all_s, _ in issued.values()) - sum(gained_s for _, gained_s in less)
     return relax(Chain(tuple(trip for trip, _ in less), serial_s)).bound_s
 
 
@@ -229,23 +229,28 @@ def _ends_s(module: fx.GraphModule, linears: Mapping[fx.Node, Trip], context: Co
     return up * launch_s + down * (launch_s + wait_s)
 
 
-def _host_trips(linears: Mapping[fx.Node, Trip], blocks: Blocks, context: Context) -> list[Trip]:
-    """The host's parts, by the trips that they can share."""
-    trips = []
-    for group in by_trip(linears, blocks).values():
-        trip = together((linears[node] for node in group), min(least_thread_s(node, context) for node in group))
-        trips.append(replace(trip, accelerator_s=0.0, accelerator_saved_s=0.0))
+def _host_trips(
+    groups: Iterable[Sequence[fx.Node]], linears: Mapping[fx.Node, Trip], fixed_s: Sequence[float]
+) -> dict[fx.Node, Trip]:
+    """The host's parts of offloaded Linears. A trip of each group is paid once, so each bears a share of it."""
+    trips = {}
+    for group, once_s in zip(groups, fixed_s, strict=True):
+        link_s = sum(linears[node].link_s for node in group)
+        for node in group:
+            if linears[node].link_s > 0:
+                part_s = once_s * linears[node].link_s / link_s
+                trips[node] = replace(linears[node], accelerator_s=0.0, accelerator_saved_s=0.0, fixed_s=part_s)
     return trips
 
 
-def _issued_s(group: Iterable[fx.Node], context: Context) -> tuple[float, float]:
-    """Issuing some Linears, with a prefetch for each that is offloaded; and what falls away of that with the last of
-    these rows on the host."""
+def _issued_s(linear: fx.Node, context: Context) -> tuple[float, float]:
+    """Issuing a Linear, with a prefetch if it is offloaded; and what falls away of that with the last of its rows on
+    the host."""
     linear_s, prefetch_s = context.profile.accelerator.issuing_s(segment=False), context.profile.accelerator.launch_s
-    plans = [require(context.splits, "choose_splits")[info(node).position] for node in group]
-    saved_s = (linear_s + prefetch_s) * sum(plan.resident_rows < plan.rows for plan in plans)
-    there = [plan.resident_rows < plan.rows for plan in plans if plan.resident_rows]
-    return saved_s + linear_s * (len(there) + sum(there)), saved_s
+    plan = require(context.splits, "choose_splits")[info(linear).position]
+    saved_s = (linear_s + prefetch_s) * (plan.resident_rows < plan.rows)
+    there_s = linear_s * (1 + (plan.resident_rows < plan.rows)) if plan.resident_rows else 0.0
+    return saved_s + there_s, saved_s
 
 
 __all__ = ["Floor", "floor", "floor_s", "offloaded_together_s"]

@@ -317,6 +317,27 @@ def test_the_worker_and_the_issuing_thread_do_not_read_weights_at_the_same_time(
     assert step.start_s[second] >= step.end_s[first]
 
 
+def test_a_part_that_is_there_does_not_wait_for_one_of_the_workers_that_is_not() -> None:
+    """The issuing thread's comes behind it in issue order; what the worker's part reads takes the accelerator long."""
+    first, small, wide = (nn.Linear(WIDTH, rows) for rows in (WIDTH, 256 * WIDTH, 2048 * WIDTH))
+
+    def function(x: Tensor) -> Any:
+        there, late = x.tanh(), first(x.softmax(-1))
+        long = torch.ones(2048, 2048) * late.sum()
+        for _ in range(6):
+            long = torch.mm(long, long)
+        return small(late + long.sum()) + wide(there).mean(-1, keepdim=True)
+
+    found = ahead(function, plan=on_host)
+    parts = found.nodes(ir.HOST_LINEAR)
+    step = predict_step(found.module, found.context)
+    (own,) = [part for part in parts if not info(part).ahead]
+    late_part = max(parts, key=step.start_s.__getitem__)
+    assert info(late_part).ahead
+    assert places(found)[late_part] < places(found)[own]
+    assert step.end_s[own] < step.start_s[late_part]
+
+
 # ---- the verifier ------------------------------------------------------------------------------------------
 
 

@@ -97,11 +97,30 @@ def test_a_padded_prefill_takes_what_one_with_a_mask_takes(heads: int) -> None:
     assert (found > 1.2 * alone.peak_bytes(alone.captured)) == (heads == 2), "only then something is repeated"
 
 
-def test_a_mask_that_a_graph_makes_for_one_sequence_is_given_for_several() -> None:
-    """An integer for each token of each sequence, as what the causal mask of the graph itself becomes."""
-    forwards = _forwards(fused, 2, PROMPT, True)
-    alone, padded = (forwards.peak_bytes(replace(forwards.captured, padded=padded)) for padded in (False, True))
-    assert padded - alone == 2 * PROMPT * MASK_BYTES
+def made_for_all(query: Tensor, keys: Tensor, values: Tensor, masked: bool) -> Tensor:
+    """One mask for all sequences, or (``masked``) one for each."""
+    causal = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool).tril()
+    if masked:
+        causal = causal & torch.ones(query.shape[0], 1, 1, keys.shape[2], dtype=torch.bool)
+    else:
+        causal = causal[None, None].expand(query.shape[0], 1, -1, -1)
+    return F.scaled_dot_product_attention(query, _repeated(keys), _repeated(values), causal)
+
+
+def by_rows(query: Tensor, keys: Tensor, values: Tensor, masked: bool) -> Tensor:
+    """One mask, of two dimensions."""
+    causal = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool).tril()
+    return F.scaled_dot_product_attention(query, _repeated(keys), _repeated(values), causal)
+
+
+@pytest.mark.parametrize("attend", [made_for_all, by_rows])
+def test_a_mask_that_a_graph_makes_for_all_sequences_is_one_for_each_if_they_are_padded(attend: Attend) -> None:
+    """And an integer for each token is given, which it is made of."""
+    tokens = 128
+    alone, exact = _forwards(attend, 2, tokens, False), _forwards(made_for_all, 2, tokens, True)
+    found = alone.peak_bytes(replace(alone.captured, padded=True))
+    assert found - alone.peak_bytes(alone.captured) == (tokens + 2 * MASK_BYTES) * tokens
+    assert attend is by_rows or found >= exact.peak_bytes(exact.captured)
 
 
 def test_a_full_window_is_masked_and_grows_no_more() -> None:

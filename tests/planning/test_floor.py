@@ -24,7 +24,7 @@ from hetegen_compile.passes.choose_splits import (
 )
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.plans import LinearPlan, Splits
-from hetegen_compile.passes.predict_step import node_work
+from hetegen_compile.passes.predict_step import issue_s, node_work, untold_trip_s
 from hetegen_compile.passes.schedule import PINNED_WINDOW
 from hetegen_compile.planning.floor import Floor, floor, floor_s, offloaded_together_s
 from hetegen_compile.planning.planned import BucketPlan
@@ -44,6 +44,8 @@ def plan(model_type: str, hardware: str) -> BucketPlan:
     profile = load_profile(name)
     issuing: dict[str, Any] = {"issue_s": 4e-5, "segment_issue_s": 8e-5} if more == "issuing is dear" else {}
     link = replace(profile.link, contention=0.6 if more == "the host slows the link" else 1.0)
+    if more == "with gates":
+        issuing["gate_s"] = 4e-6
     accelerator = replace(profile.accelerator, **issuing)
     return work(model_type).base(replace(profile, accelerator=accelerator, link=link), 0.4)
 
@@ -67,7 +69,14 @@ kept = st.lists(st.sampled_from([0.0, 0.0, 0.4, 0.9, 1.0]), min_size=7, max_size
 
 
 hardware = st.sampled_from(
-    ["a10-xeon", "cpu-emulated", "h100-server", "h200-server, issuing is dear", "a10-xeon, the host slows the link"]
+    [
+        "a10-xeon",
+        "cpu-emulated",
+        "h100-server",
+        "h200-server, issuing is dear",
+        "a10-xeon, the host slows the link",
+        "a10-xeon, with gates",
+    ]  # fmt: skip
 )
 
 
@@ -241,16 +250,20 @@ def two_ways(x: Tensor) -> Any:
     return last((second(x) + third(first(x).softmax(-1))).softmax(-1)).softmax(-1)
 
 
-def test_the_host_has_the_parts_of_both_ways_one_after_the_other() -> None:
-    """Four parts and two trips with a link so slow that the host has all rows, and the result comes down."""
-    found = planned(two_ways, torch.zeros(1, 1024), plan=streamed)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_host_has_the_parts_of_both_ways_one_after_the_other(*, ahead: bool) -> None:
+    """Four parts and two trips with a link so slow that the host has all rows, and the result comes down.
+
+    A worker sends up without a launch.
+    """
+    found = planned(two_ways, torch.zeros(1, 1024), plan=streamed, issue_ahead=ahead)
     points = tuple((size, rate * 1e-6) for size, rate in PROFILE.link.up.pinned.points)
     slow = replace(PROFILE.link, up=replace(PROFILE.link.up, pinned=RateCurve(points)))
     profile = replace(PROFILE, link=slow, synchronise_s=0.0, fixed_s_per_split=0.0)
     context = replace(found.context, profile=profile)
     segments = found.module.graph.find_nodes(op="call_module")
     begin, _, both, end = (node_work(segment, context).seconds for segment in segments)
-    ways_s = 3 * download_s(profile, 4096) + 2 * (profile.accelerator.launch_s + slow.view_s)
+    ways_s = 3 * download_s(profile, 4096) + 2 * (profile.accelerator.launch_s * (not ahead) + slow.view_s)
     bound = floor(found.module, context)
     assert bound.path_s == pytest.approx(bound.bytes_s + ways_s + begin + both + end)
 
@@ -326,6 +339,28 @@ def test_a_block_that_may_be_cut_costs_one_trip_if_the_host_has_any_of_it(functi
     assert dear.thread_s - base.thread_s == pytest.approx((trips - 1) * 1e-3 + result_s, rel=1e-3)
 
 
+def test_beside_a_worker_there_are_two_threads() -> None:
+    """The worker has all parts and the fixed costs of their trips; the other one issues ways down and segments."""
+    found = planned(not_pairable, torch.zeros(1, 1024), plan=streamed, issue_ahead=True)
+    points = tuple((size, rate * 1e-6) for size, rate in PROFILE.link.up.pinned.points)
+    slow = replace(PROFILE.link, up=replace(PROFILE.link.up, pinned=RateCurve(points)))
+
+    def bound(launch_s: float) -> tuple[Floor, float]:
+        accelerator = replace(PROFILE.accelerator, launch_s=launch_s)
+        profile = replace(PROFILE, link=slow, accelerator=accelerator, synchronise_s=0.0, fixed_s_per_split=1e-3)
+        context = replace(found.context, profile=profile)
+        segments = found.module.graph.find_nodes(op="call_module")
+        issuing_s = sum(issue_s(segment, context) for segment in segments)
+        own_s = floor(found.module, context).bytes_s + len(LAYERS) * untold_trip_s(context)
+        downs_s = (len(LAYERS) - 1) * launch_s  # the first trip reads what the caller gives
+        result_s = launch_s
+        return floor(found.module, context), max(own_s, (own_s + downs_s + result_s + issuing_s) / 2)
+
+    for launch_s in (0.0, 1e-3):
+        found_bound, expected_s = bound(launch_s)
+        assert found_bound.thread_s == pytest.approx(expected_s, rel=1e-3)
+
+
 def on_the_host(function: Any, profile: HardwareProfile) -> tuple[Floor, float]:
     """The floor, and the step with all rows on the host."""
     found = planned(function, torch.zeros(1, 1024), plan=streamed, profile=profile)
@@ -334,6 +369,29 @@ def on_the_host(function: Any, profile: HardwareProfile) -> tuple[Floor, float]:
         rows = with_host_rows(node, 0, found.context).rows
         splits = {**splits, position: with_host_rows(node, rows, found.context)}
     return bounds(function, found), Trials(found.module).step_s(found.context, splits)
+
+
+def test_small_linears_beside_a_large_one_save_the_thread_what_they_save() -> None:
+    """The large one takes the host longer than it is worth: it is streamed, and the small ones are on the host."""
+    small, large = LAYERS[0], nn.Linear(1024, 1 << 14, bias=False)
+    points = tuple((size, rate * 1e3) for size, rate in PROFILE.link.up.pinned.points)
+    link = replace(PROFILE.link, up=replace(PROFILE.link.up, pinned=RateCurve(points)))
+    accelerator = replace(PROFILE.accelerator, issue_s=2e-3)
+    profile = replace(PROFILE, accelerator=accelerator, link=link, fixed_s_per_split=0.0)
+
+    def function(x: Tensor) -> Any:
+        return small(x).softmax(-1) + large(x).softmax(-1)[..., :1024]
+
+    found = planned(function, torch.zeros(1, 1024), plan=streamed, profile=profile, ring_bytes=1 << 28)
+    rows = {
+        position: with_host_rows(node, 0, found.context).rows for position, node in linears_of(found.module).items()
+    }
+    splits = {
+        position: with_host_rows(node, rows[position] * (rows[position] == 1024), found.context)
+        for position, node in linears_of(found.module).items()
+    }
+    step_s = Trials(found.module).step_s(found.context, splits)
+    assert 0.8 * step_s < bounds(function, found).thread_s <= step_s
 
 
 def test_rows_on_the_host_save_the_thread_more_than_they_take_where_issuing_is_dear() -> None:
