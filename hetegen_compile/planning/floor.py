@@ -79,10 +79,11 @@ def floor(module: fx.GraphModule, context: Context) -> Floor:
     on_host = {node: _seconds(node, "host", context) for node in module.graph.nodes if node not in linears}
     on_host = {node: seconds for node, seconds in on_host.items() if seconds > 0}
     path = longest_path(linears, beside, on_host, blocks, order, context)
+    paths = [path, with_both_ways(path)] if any(one.shared for one in path) else [path]
     return Floor(
         bytes_s=relax(Chain(tuple(_bytes_only(trip) for trip in linears.values()), 0.0)).bound_s,
         accelerator_s=sum(beside.values()) + _linears_s(linears, blocks, context),
-        path_s=max(_path_s(one, linears, context) for one in (path, with_both_ways(path))),
+        path_s=max(_path_s(one, linears, context) for one in paths),
         thread_s=_threads_s(module, linears, on_host, blocks, context),
     )
 
