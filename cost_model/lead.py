@@ -193,8 +193,8 @@ def _crossing_s(few: _Line, more: _Line) -> float:
 
 def _best(leg: Leg, lead_s: float, goals: Sequence[_Goal]) -> float:
     """The share of a leg that begins with this lead."""
-    trip, made = leg.trip, _made(leg.trip)
-    left_s = min(_seconds(_streamed(trip), goal.lead_s - lead_s) + goal.rest_s for goal in goals)
+    trip, streamed, made = leg.trip, _streamed(leg.trip), _made(leg.trip)
+    left_s = min(_seconds(streamed, goal.lead_s - lead_s) + goal.rest_s for goal in goals)
     some_s = [(trip_s + goal.rest_s, trip_s) for goal in goals for trip_s in (_seconds(made, goal.lead_s - lead_s),)]
     made_s, trip_s = min(some_s)
     if left_s <= made_s:

@@ -225,7 +225,9 @@ class OtherForwards:
         Of several sequences that are padded both are given even where the graph makes one mask for all of them.
         """
         most = 0
-        for node in (node for _, node in self._computed(forward) if is_fused_attention(node)):
+        for _, node in self._computed(forward):
+            if not is_fused_attention(node):
+                continue
             call, padded = self._attention(node, forward)
             if call.mask is not None and (padded or forward.padded):
                 sequences, (*_, tokens, length) = call.query[0], call.mask

@@ -203,8 +203,9 @@ def _threads_s(
     trips = _host_trips(groups, linears, [min(least_thread_s(node, context) for node in group) for group in groups])
     if issues_ahead(context):
         parts = _host_trips(groups, linears, [untold_trip_s(context)] * len(groups))
-        alone_s, both_s = (relax(Chain(tuple(some.values()), 0.0)).bound_s for some in (parts, trips))
-        return max(alone_s, issuing_s, (both_s + own_s + issuing_s) / 2)
+        halves = (replace(trip, host_s=trip.host_s / 2, fixed_s=trip.fixed_s / 2) for trip in trips.values())
+        chains = Chain(tuple(parts.values()), 0.0), Chain(tuple(halves), (own_s + issuing_s) / 2)
+        return max(issuing_s, *(relax(chain).bound_s for chain in chains))
     issued = {node: _issued_s(node, context) for node in linears}
     less = [_with_less_issued(trip, issued[node][1]) for node, trip in trips.items()]
     serial_s = own_s + issuing_s + sum(all_s for all_s, _ in issued.values()) - sum(gained_s for _, gained_s in less)

@@ -1,4 +1,4 @@
-"""Trips that a worker takes over: the graph, what is left alone, memory, the simulation, the verifier."""
+"""Trips that a worker takes over: the graph, what is left alone, memory, the simulation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hetegen_compile import ir
-from hetegen_compile.errors import BudgetError, MissingWaitError, ScheduleError
+from hetegen_compile.errors import BudgetError, ScheduleError
 from hetegen_compile.ir import annotate, info
 from hetegen_compile.passes import carry_prefetches, issue_ahead, measure_memory, predict_step, verify
 from hetegen_compile.passes.closed_gates import sizes_behind_gates
@@ -20,40 +20,7 @@ from hetegen_compile.passes.issue_ahead import WINDOW
 from hetegen_compile.passes.plans import LinearPlan
 from hetegen_compile.passes.predict_step import WORKER
 from tests.passes.graphs import PROFILE, Case, halves, least_s, on_host, quarters, resident, scheduled, streamed
-
-WIDTH = 64
-LAYERS = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(5)])
-X = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))
-
-
-def chain(x: Tensor) -> Tensor:
-    for layer in LAYERS:
-        x = layer(x).relu()
-    return x
-
-
-def gated(gate_s: float = 1e-5, **costs: Any) -> Any:
-    """The profile of a machine whose accelerator has gates."""
-    return replace(PROFILE, accelerator=replace(PROFILE.accelerator, gate_s=gate_s, **costs))
-
-
-def ahead(function: Callable[..., Any] = chain, *inputs: Any, **changes: Any) -> Case:
-    """Scheduled, with the host's parts given to the worker."""
-    found = scheduled(function, *(inputs or (X,)), **{"plan": halves, "profile": gated(), **changes})
-    found.apply(issue_ahead)
-    return found
-
-
-def workers(found: Case) -> list[fx.Node]:
-    return [node for node in found.module.graph.nodes if info(node).ahead]
-
-
-def of(found: Case, target: Any) -> list[fx.Node]:
-    return [node for node in workers(found) if node.target == target]
-
-
-def places(found: Case) -> dict[fx.Node, int]:
-    return {node: place for place, node in enumerate(found.module.graph.nodes)}
+from tests.passes.worker import LAYERS, WIDTH, X, ahead, chain, gated, of, places, workers
 
 
 def test_every_trip_of_a_chain_is_the_workers_and_begins_behind_its_download() -> None:
@@ -336,69 +303,3 @@ def test_a_part_that_is_there_does_not_wait_for_one_of_the_workers_that_is_not()
     assert info(late_part).ahead
     assert places(found)[late_part] < places(found)[own]
     assert step.end_s[own] < step.start_s[late_part]
-
-
-# ---- the verifier ------------------------------------------------------------------------------------------
-
-
-def test_what_the_host_takes_from_the_worker_without_waiting_is_found() -> None:
-    found = ahead()
-    part = of(found, ir.HOST_LINEAR)[-1]
-    with found.module.graph.inserting_after(of(found, ir.TO_ACCELERATOR)[-1]):
-        stolen = annotate(found.module.graph.call_function(torch.neg, (part,)), info(part), ahead=False)
-    annotate(stolen, storages=frozenset({10**6}))
-    with pytest.raises(MissingWaitError, match=rf"on host reads what {part.name} .* on worker may"):
-        found.apply(verify)
-
-
-def test_what_was_caught_up_with_may_be_taken() -> None:
-    found = ahead()
-    graph = found.module.graph
-    caught = found.nodes(ir.CAUGHT_UP)[0]
-    (sent,) = caught.all_input_nodes
-    (part,) = sent.all_input_nodes
-    with graph.inserting_after(caught):
-        taken = annotate(graph.call_function(torch.neg, (part,)), info(part), ahead=False)
-    annotate(taken, storages=frozenset({10**6}))
-    found.apply(verify)
-
-
-def test_a_transfer_that_nothing_waits_for_is_found() -> None:
-    found = ahead()
-    wait = next(node for node in found.nodes(ir.WAIT_ACCELERATOR) if info(node.args[0]).ahead)
-    for item in list(wait.users):
-        item.replace_input_with(wait, wait.args[0])
-    found.module.graph.erase_node(wait)
-    with pytest.raises(MissingWaitError):
-        found.apply(verify)
-
-
-def test_two_waits_of_one_thread_are_found() -> None:
-    found = ahead()
-    (download, *_) = found.nodes(ir.TO_HOST)
-    (wait,) = [user for user in download.users if info(user).ahead]
-    with found.module.graph.inserting_after(wait):
-        annotate(ir.call(found.module.graph, ir.WAIT_HOST, (download,)), info(wait))
-    with pytest.raises(ScheduleError, match="has 2 wait_host"):
-        found.apply(verify)
-
-
-def test_what_a_download_reads_is_not_written_before_the_worker_has_it() -> None:
-    """A write between the worker's wait and the gate: the issuing thread's order alone does not order it."""
-    found = ahead()
-    graph = found.module.graph
-    wait = of(found, ir.WAIT_HOST)[1]
-    (download,) = wait.all_input_nodes
-    (source,) = download.all_input_nodes
-    (key,) = info(source).storages
-    last = next(node for node in of(found, ir.TO_ACCELERATOR) if places(found)[node] > places(found)[wait])
-    inner = fx.Graph()
-    x = annotate(inner.placeholder("x"), info(source))
-    added = annotate(inner.call_method("add_", (x, 1)), info(source), writes=frozenset({key}), position=10**6)
-    inner.output((added,))
-    found.module.add_submodule("segment_that_writes", fx.GraphModule({}, inner))
-    with graph.inserting_after(last):
-        write = graph.call_module("segment_that_writes", (source,))
-    annotate(write, info(source), value=(info(source).value,), writes=frozenset({key}))
-    with pytest.raises(MissingWaitError, match=rf"writes what {download.name} .*on down is still copying"):
-        found.apply(verify)
