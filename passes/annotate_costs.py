@@ -25,6 +25,7 @@ from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes.append_tokens import append_tokens, lies_by_token
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import Costs, NodeCost
+from hetegen_compile.passes.grouped_products import grouped_on_host_s, grouped_product
 from hetegen_compile.passes.tensors import tensor_bytes, tensors_in, to_expr
 
 
@@ -69,10 +70,19 @@ def _other(node: fx.Node, context: Context) -> NodeCost:
         traffic_bytes=traffic,
         weight_bytes=0,
         tokens=0,
-        host_s=host_op_s(context.profile, dtype, flops, host_traffic_bytes(node, traffic, context)),
+        host_s=host_operation_s(node, host_traffic_bytes(node, traffic, context), context),
         accelerator_s=accelerator_op_s(context.profile, dtype, flops, traffic),
         link_s=0.0,
     )
+
+
+def host_operation_s(node: fx.Node, traffic_bytes: float, context: Context) -> float:
+    """Seconds of a node that is no Linear on the host, where it moves ``traffic_bytes``."""
+    flops = context.number(info(node).flops)
+    product = grouped_product(node)
+    if product is not None:
+        return grouped_on_host_s(product, flops, context)
+    return host_op_s(context.profile, dtype_name(info(node).value), flops, traffic_bytes)
 
 
 def host_traffic_bytes(node: fx.Node, traffic: float, context: Context) -> float:

@@ -24,7 +24,8 @@ SHAPE_ONLY_ATEN = frozenset({f"{made}_like" for made in ("empty", "zeros", "ones
 SHAPE_ONLY_ATEN |= frozenset({f"new_{made}" for made in ("empty", "empty_strided", "zeros", "ones", "full")})
 """ATen operations that read no contents of what they are given, only its geometry."""
 _LOOKUPS = frozenset({"embedding", "index", "index_select", "gather"})
-_GROUPED = frozenset({"_grouped_mm", "grouped_mm_fallback"})  # the latter is transformers' operation
+GROUPED_ATEN = frozenset({"_grouped_mm", "grouped_mm_fallback"})
+"""Products of which each group of rows has a matrix of its own; the second is transformers' operation."""
 _STATISTICS = ("running_mean", "running_var")
 _UPDATES = frozenset({"index_copy_", "index_put_", "scatter_", "index_add_"})
 
@@ -77,7 +78,7 @@ def _traffic(name: str, args: Any, out: Any) -> sympy.Expr:
         return 2 * _total_bytes(out)
     if name in _UPDATES:
         return 2 * _total_bytes(args[1:])
-    if name in _GROUPED and args[0].dim() == 2 and args[1].dim() == 3:
+    if name in GROUPED_ATEN and args[0].dim() == 2 and args[1].dim() == 3:
         return _grouped_bytes(args[0], args[1]) + _total_bytes(out)
     return _total_bytes((args, out))
 
@@ -138,7 +139,7 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> sympy.Expr:
         return to_expr(flop_registry[packet](*args, **kwargs, out_val=out))
     if packet.__name__.startswith("_scaled_dot_product"):
         return to_expr(_attention_flops(*(tuple(t.shape) for t in args[:3])))
-    if packet.__name__ in _GROUPED:
+    if packet.__name__ in GROUPED_ATEN:
         return to_expr(_grouped_flops(tuple(args[0].shape), tuple(args[1].shape)))
     return sympy.Integer(0)
 
@@ -166,4 +167,4 @@ def _grouped_flops(a: tuple[Any, ...], b: tuple[Any, ...]) -> Any:
     return bmm_flop(a, b) if len(a) == len(b) == 3 else mm_flop(a[-2:], b[-2:])
 
 
-__all__ = ["FREE_ATEN", "AtenListener"]
+__all__ = ["FREE_ATEN", "GROUPED_ATEN", "AtenListener"]

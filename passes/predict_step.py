@@ -23,7 +23,6 @@ from hetegen_compile.cost_model import (
     accelerator_op_s,
     download_s,
     host_linear_s,
-    host_op_s,
     link_lost_s,
     read_up_s,
     simulate,
@@ -31,7 +30,7 @@ from hetegen_compile.cost_model import (
 )
 from hetegen_compile.cost_model.timeline import HOST, busy_s
 from hetegen_compile.ir import info
-from hetegen_compile.passes.annotate_costs import dtype_name, host_traffic_bytes, value_bytes
+from hetegen_compile.passes.annotate_costs import dtype_name, host_operation_s, host_traffic_bytes, value_bytes
 from hetegen_compile.passes.aten_listener import FREE_ATEN
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import Prediction, Work
@@ -373,4 +372,4 @@ def _other_work(node: fx.Node, context: Context) -> Work:
         return Work("accelerator", accelerator_op_s(context.profile, dtype, flops, traffic))
     free = FREE_ATEN.issuperset(info(node).aten)
     traffic = host_traffic_bytes(node, traffic, context)
-    return Work("host", 0.0 if free else host_op_s(context.profile, dtype, flops, traffic))
+    return Work("host", 0.0 if free else host_operation_s(node, traffic, context))

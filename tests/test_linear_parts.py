@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hetegen_compile.linear_parts import join_parts, pad_parts, rows_function
+from hetegen_compile.linear_parts import behind_usual_strides, join_parts, pad_parts, rows_function, usual_strides
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -84,3 +84,17 @@ def test_a_part_is_some_columns_of_the_linear_or_a_partial_sum(dim: int, axis: i
     torch.testing.assert_close(function(x, weight.narrow(axis, 16, 16), bias), expected)
     assert isinstance(function, functools.partial)
     assert (function.func is torch.nn.functional.linear) == (dim == axis == 0 and not biased)
+
+
+def test_one_tokens_strides_are_made_usual_without_a_copy() -> None:
+    """As attention leaves them: transposed, and so of another stride where there is one token."""
+    base = torch.arange(64.0)
+    odd = base.as_strided((1, 1, 64), (64, 8, 1))
+    assert odd.is_contiguous()
+    assert usual_strides(odd).stride() == (64, 64, 1)
+    assert usual_strides(odd).data_ptr() == base.data_ptr()
+    gaps = torch.zeros(4, 8)[:, :6]
+    assert usual_strides(gaps) is gaps
+    seen: list[tuple[int, ...]] = []
+    behind_usual_strides(lambda x, rows, bias: seen.append(x.stride()))(odd, None, None)  # type: ignore[arg-type, return-value]
+    assert seen == [(64, 64, 1)]

@@ -13,8 +13,15 @@ import torch
 from torch import Tensor
 
 from hetegen_compile.errors import HostKernelUnavailableError
-from hetegen_compile.host_kernels.vectorised import DTYPES, library, tiled_rows, vectorised_rows
-from hetegen_compile.linear_parts import linear_rows
+from hetegen_compile.host_kernels.vectorised import (
+    DTYPES,
+    library,
+    tiled_groups,
+    tiled_rows,
+    vectorised_groups,
+    vectorised_rows,
+)
+from hetegen_compile.linear_parts import linear_rows, usual_strides
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class HostKernel:
         prepare: makes it ready on this machine, once a process; raises HostKernelUnavailableError.
         multiple: what the columns of the rows must be a multiple of.
         gaps: whether the rows may have gaps between them.
+        groups: (x, matrices, ends) -> result, as ``vectorised_groups``; None: groups of tokens are computed one by one.
     """
 
     name: str
@@ -36,6 +44,7 @@ class HostKernel:
     prepare: Callable[[], object]
     multiple: int = 1
     gaps: bool = True
+    groups: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def refusal(self, rows: Tensor) -> str | None:
         """Why this kernel cannot compute with such rows (a fake is enough) on this machine; None: it can."""
@@ -75,13 +84,18 @@ def int8_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, di
     return product if bias is None else product + bias[lo:hi]
 
 
+def torch_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int) -> Tensor:
+    """``linear_rows``, which is torch's own Linear."""
+    return linear_rows(usual_strides(x), rows, bias, lo, hi, dim)
+
+
 def _nothing() -> None:
     """Nothing to prepare."""
 
 
-LINEAR = HostKernel("F.linear", (torch.float32, torch.bfloat16, torch.float16, torch.float64), linear_rows, _nothing)
-VECTORISED = HostKernel("vectorised", DTYPES, vectorised_rows, library)
-TILED = HostKernel("vectorised, tiled", DTYPES, tiled_rows, library)
+LINEAR = HostKernel("F.linear", (torch.float32, torch.bfloat16, torch.float16, torch.float64), torch_rows, _nothing)
+VECTORISED = HostKernel("vectorised", DTYPES, vectorised_rows, library, groups=vectorised_groups)
+TILED = HostKernel("vectorised, tiled", DTYPES, tiled_rows, library, groups=tiled_groups)
 INT8PACK = HostKernel("int8pack", (torch.int8,), int8_rows, _nothing, INT8_COLUMNS, gaps=False)
 
 KERNELS = {kernel.name: kernel for kernel in (LINEAR, VECTORISED, TILED, INT8PACK)}

@@ -230,22 +230,49 @@ HETEGEN_INLINE void dot_rows(
   if (m == 1) dot_tile<T, 1, R, U>(x, ldx, w, ldw, then, bias, out, ldo, k);
 }
 
-// Tiles of R rows are shared out among the threads. The end of each prefetches the beginning of the thread's next one.
+// Tokens x[m, k] for a matrix w[n, k] of their own, and their results out[m, n].
+template <typename T>
+struct Group {
+  const typename DotOps<T>::X* x;
+  const T* w;
+  T* out;
+  int64_t m;
+};
+
+template <typename T>
+using Groups = std::vector<Group<T>>;
+
+template <typename T>
+int64_t count_tokens(const Groups<T>& groups) {
+  int64_t total = 0;
+  for (const Group<T>& group : groups) total += group.m;
+  return total;
+}
+
+// Tiles of R rows of all groups are shared out among the threads. The end of each prefetches the beginning of the thread's
+// next one. With `fixed` each group has so many tokens.
 template <typename T, int R, int U, int fixed = 0>
-void dot_linear(
-    const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* out, int64_t m,
-    int64_t n, int64_t k) {
-  const int64_t tiles = n / R;
-  const bool follows_itself = R == 1 && m == 1 && ldw == k;  // rows without gaps are one stream
-  Items items(tiles, std::max<int64_t>(1, tiles / (kShares * omp_get_max_threads())));
-#pragma omp parallel if (m * n * k >= kParallel)
+void dot_linear(const Groups<T>& groups, int64_t ldx, int64_t ldw, const T* bias, int64_t n, int64_t k) {
+  const int64_t tiles = n / R, count = tiles * int64_t(groups.size()), tokens = count_tokens(groups);
+  const bool stream = R == 1 && tokens == int64_t(groups.size());
+  const bool follows_itself = stream && ldw == k;  // rows without gaps are one stream
+  Items items(count, std::max<int64_t>(1, count / (kShares * omp_get_max_threads())));
+#pragma omp parallel if (tokens * n * k >= kParallel)
   for (Items::Mine mine(items); mine.more();) {
-    const int64_t r = mine.pop() * R;
-    const T* then = mine.next_is_known() && !follows_itself ? w + mine.next() * R * ldw : nullptr;
-    dot_rows<T, R, U, fixed>(x, ldx, w + r * ldw, ldw, then, bias ? bias + r : nullptr, out + r, n, m, k);
+    const int64_t item = mine.pop(), r = item % tiles * R;
+    const Group<T>& own = groups[item / tiles];
+    const T* then = nullptr;
+    if (mine.next_is_known() && !follows_itself) {
+      then = groups[mine.next() / tiles].w + mine.next() % tiles * R * ldw;
+    }
+    dot_rows<T, R, U, fixed>(
+        own.x, ldx, own.w + r * ldw, ldw, then, bias ? bias + r : nullptr, own.out + r, n, own.m, k);
   }
-  for (int64_t r = tiles * R; r < n; ++r) {
-    dot_rows<T, 1, U, fixed>(x, ldx, w + r * ldw, ldw, nullptr, bias ? bias + r : nullptr, out + r, n, m, k);
+  for (const Group<T>& own : groups) {
+    for (int64_t r = tiles * R; r < n; ++r) {
+      dot_rows<T, 1, U, fixed>(
+          own.x, ldx, own.w + r * ldw, ldw, nullptr, bias ? bias + r : nullptr, own.out + r, n, own.m, k);
+    }
   }
 }
 
@@ -253,209 +280,57 @@ void dot_linear(
 // tiles of rows, so that an activation that is loaded is used several times. With `tiled` one and two tokens have tiles,
 // too: several rows at once and prefetches by the program keep more of them under way where a core waits for its memory.
 template <typename T, bool tiled>
-void linear(
-    const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* out, int64_t m,
-    int64_t n, int64_t k) {
-  if (tiled && m == 1) {
-    dot_linear<T, kRowsOfOne, 1, 1>(x, ldx, w, ldw, bias, out, m, n, k);
-  } else if (tiled && m == 2) {
-    dot_linear<T, kRowsOfTwo, 1, 2>(x, ldx, w, ldw, bias, out, m, n, k);
-  } else if (m <= 2) {
-    dot_linear<T, 1, 4>(x, ldx, w, ldw, bias, out, m, n, k);
+void linear(const Groups<T>& groups, int64_t ldx, int64_t ldw, const T* bias, int64_t n, int64_t k) {
+  const auto [least, most] = std::minmax_element(
+      groups.begin(), groups.end(), [](const Group<T>& a, const Group<T>& b) { return a.m < b.m; });
+  if (least == groups.end()) return;
+  if (tiled && least->m == 1 && most->m == 1) {
+    dot_linear<T, kRowsOfOne, 1, 1>(groups, ldx, ldw, bias, n, k);
+  } else if (tiled && least->m == 2 && most->m == 2) {
+    dot_linear<T, kRowsOfTwo, 1, 2>(groups, ldx, ldw, bias, n, k);
+  } else if (!tiled && most->m <= 2) {
+    dot_linear<T, 1, 4>(groups, ldx, ldw, bias, n, k);
   } else {
-    dot_linear<T, kRowsOfFour, 1>(x, ldx, w, ldw, bias, out, m, n, k);
+    dot_linear<T, kRowsOfFour, 1>(groups, ldx, ldw, bias, n, k);
   }
 }
 
-// sums[m, j] += sum over R rows of x[m, r] * w[r, j] for whole steps of columns from:to; returns where it ends. `ahead` and
-// `prefetch` as for dot_columns.
-template <typename T, int M, int R, bool prefetch>
-HETEGEN_INLINE int64_t axpy_columns(
-    const float* x, int64_t ldx, const T* w, int64_t ldw, const T* ahead, float* sums, int64_t lds, int64_t from,
-    int64_t to) {
-  using O = Ops<T>;
-  int64_t j = from;
-  for (; j + O::step <= to; j += O::step) {
-    Vec sum[M][O::count];
-    HETEGEN_UNROLL for (int m = 0; m < M; ++m) {
-      HETEGEN_UNROLL for (int c = 0; c < O::count; ++c) sum[m][c] = Vec::loadu(sums + m * lds + j + c * Vec::size());
-    }
-    HETEGEN_UNROLL for (int r = 0; r < R; ++r) {
-      if constexpr (prefetch) __builtin_prefetch(ahead + r * ldw + j);
-      const auto elements = O::load(w + r * ldw + j);
-      HETEGEN_UNROLL for (int m = 0; m < M; ++m) {
-        HETEGEN_UNROLL for (int c = 0; c < O::count; ++c) {
-          sum[m][c] = at::vec::fmadd(elements.part[c], Vec(x[m * ldx + r]), sum[m][c]);
-        }
-      }
-    }
-    HETEGEN_UNROLL for (int m = 0; m < M; ++m) {
-      HETEGEN_UNROLL for (int c = 0; c < O::count; ++c) sum[m][c].store(sums + m * lds + j + c * Vec::size());
-    }
-  }
-  return j;
-}
-
-// The same for all n columns. With `ahead` the program prefetches, at the end the beginning of the rows that follow,
-// `then`, if it is not null.
-template <typename T, int M, int R, bool ahead>
-HETEGEN_INLINE void axpy_rows(
-    const float* x, int64_t ldx, const T* w, int64_t ldw, const T* then, float* sums, int64_t lds, int64_t n) {
-  constexpr int64_t most = kAhead / int64_t(sizeof(T));
-  const int64_t distance = std::min(n, most);
-  int64_t j = 0;
-  if constexpr (ahead) {
-    j = axpy_columns<T, M, R, true>(x, ldx, w, ldw, w + most, sums, lds, 0, n - distance);
-    if (then != nullptr) j = axpy_columns<T, M, R, true>(x, ldx, w, ldw, then + distance - n, sums, lds, j, n);
-  }
-  j = axpy_columns<T, M, R, false>(x, ldx, w, ldw, nullptr, sums, lds, j, n);
-  for (; j < n; ++j) {
-    for (int m = 0; m < M; ++m) {
-      for (int r = 0; r < R; ++r) sums[m * lds + j] += x[m * ldx + r] * float(w[r * ldw + j]);
-    }
-  }
-}
-
-// R rows for all tokens; from the second group of tokens on the rows come from a cache.
-template <typename T, int R, bool ahead>
-HETEGEN_INLINE void axpy_tokens(
-    const float* x, int64_t ldx, const T* w, int64_t ldw, const T* then, float* sums, int64_t lds, int64_t m,
-    int64_t n) {
-  int64_t i = 0;
-  if (m >= 4) {
-    axpy_rows<T, 4, R, ahead>(x, ldx, w, ldw, then, sums, lds, n);
-    for (i = 4; i + 4 <= m; i += 4) axpy_rows<T, 4, R, false>(x + i * ldx, ldx, w, ldw, nullptr, sums + i * lds, lds, n);
-  } else if (m >= 2) {
-    axpy_rows<T, 2, R, ahead>(x, ldx, w, ldw, then, sums, lds, n);
-    i = 2;
-  } else {
-    axpy_rows<T, 1, R, ahead>(x, ldx, w, ldw, then, sums, lds, n);
-    i = 1;
-  }
-  for (; i < m; ++i) axpy_rows<T, 1, R, false>(x + i * ldx, ldx, w, ldw, nullptr, sums + i * lds, lds, n);
-}
-
-// The rows of a partial Linear are cut into blocks, each with sums of its own, which are added up in their order: so the
-// result is the same bits whichever thread computes which block, and however many there are. Each block has a share
-// of the rows that are left, so that the last ones, which threads wait for, are small.
-struct RowBlocks {
-  int64_t least;
-  RowBlocks(int64_t m, int64_t n, int64_t k)
-      : least(m * n * k < kParallel ? k : groups(std::max(kLeastRows * m, (k + most(m * n) - 1) / most(m * n)))) {}
-  static int64_t groups(int64_t rows) {
-    return (rows + kGroup - 1) / kGroup * kGroup;
-  }
-  // Blocks whose sums, so many each, have room.
-  static int64_t most(int64_t sums) {
-    return std::max<int64_t>(1, kMostSums / sums);
-  }
-  // Rows of the next block where so many are left: whole groups, or all.
-  int64_t rows(int64_t left) const {
-    return std::min(left, std::max(least, groups(left / (2 * kProcessors))));
-  }
-  std::vector<int64_t> starts(int64_t k) const {
-    std::vector<int64_t> found{0};
-    do found.push_back(found.back() + rows(k - found.back())); while (found.back() < k);
-    return found;
-  }
-  static constexpr int64_t kGroup = 8, kLeastRows = 16;
-};
-
-// The sums of a block of rows of all tokens, R rows at once, in n columns. `next` is where what the thread reads after
-// it begins.
-template <typename T, int R, bool ahead>
-void partial_sums(
-    const float* x, int64_t ldx, const T* w, int64_t ldw, const T* next, float* sums, int64_t lds, int64_t m, int64_t n,
-    int64_t rows) {
-  for (int64_t i = 0; i < m; ++i) std::fill_n(sums + i * lds, n, 0.f);
-  int64_t r = 0;
-  for (; r + R <= rows; r += R) {
-    const T* then = r + 2 * R <= rows ? w + (r + R) * ldw : next;
-    axpy_tokens<T, R, ahead>(x + r, ldx, w + r * ldw, ldw, then, sums, lds, m, n);
-  }
-  for (; r < rows; ++r) axpy_tokens<T, 1, ahead>(x + r, ldx, w + r * ldw, ldw, nullptr, sums, lds, m, n);
-}
-
-// Columns of each of so many pieces of n: a multiple of kTogether.
-inline int64_t piece_width(int64_t n, int64_t pieces) {
-  const int64_t most = pieces * kTogether;
-  return (n + most - 1) / most * kTogether;
-}
-
-// out[m, j] = sum over k rows of x[m, k] * w[k, j] (+ bias[j]); `sums` is [blocks, m, n] of float32 to work in.
-// With `tiled` the program prefetches the rows. Where there are fewer blocks than threads are kept busy with (many tokens,
-// whose sums are large), each is cut into pieces of the columns.
+// Consecutive tokens of x[m, k] for each of the matrices w[count, n, k], `stride` elements apart: those up to ends[i] that
+// come before none of the earlier ones are matrix i's.
 template <typename T, bool tiled>
-void partial_linear(
-    const float* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* out, float* sums, int64_t m, int64_t n,
-    int64_t k) {
-  if (m == 0 || n == 0) return;
-  const std::vector<int64_t> starts = RowBlocks(m, n, k).starts(k);
-  const int64_t blocks = int64_t(starts.size()) - 1;
-  const bool parallel = m * n * k >= kParallel;
-  const int64_t wanted = parallel ? (m == 1 ? 2 : 4) * omp_get_max_threads() : 1;
-  const int64_t most = std::max<int64_t>(1, n * int64_t(sizeof(T)) / kLeastPiece);
-  const int64_t width = piece_width(n, std::min(most, (wanted + blocks - 1) / blocks));
-  const int64_t pieces = (n + width - 1) / width;
-  Items items(blocks * pieces, 1);
-#pragma omp parallel if (parallel && blocks * pieces > 1)
-  for (Items::Mine mine(items); mine.more();) {
-    const int64_t item = mine.pop(), b = item / pieces, lo = item % pieces * width;
-    const int64_t r = starts[b], rows = starts[b + 1] - r, columns = std::min(width, n - lo);
-    const int64_t then = mine.next();
-    const T* next = mine.next_is_known() ? w + starts[then / pieces] * ldw + then % pieces * width : nullptr;
-    float* own = sums + b * m * n + lo;
-    if (m == 1) {
-      partial_sums<T, 8, tiled>(x + r, ldx, w + r * ldw + lo, ldw, next, own, n, m, columns, rows);
-    } else {
-      partial_sums<T, 4, tiled>(x + r, ldx, w + r * ldw + lo, ldw, next, own, n, m, columns, rows);
-    }
+void grouped_linear(
+    const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t stride, int64_t ldw, const int32_t* ends,
+    int64_t count, T* out, int64_t n, int64_t k) {
+  Groups<T> groups;
+  int64_t start = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (ends[i] > start) groups.push_back({x + start * ldx, w + i * stride, out + start * n, ends[i] - start});
+    start = ends[i];
   }
-#pragma omp parallel for if (blocks * m * n >= kManySums)
-  for (int64_t lo = 0; lo < n; lo += kTogether) {
-    const int64_t columns = std::min(kTogether, n - lo);
-    for (int64_t i = 0; i < m; ++i) {
-      float* total = sums + i * n + lo;
-      for (int64_t b = 1; b < blocks; ++b) {
-        for (int64_t j = 0; j < columns; ++j) total[j] += total[b * m * n + j];
-      }
-      for (int64_t j = 0; j < columns; ++j) out[i * n + lo + j] = T(total[j] + (bias ? float(bias[lo + j]) : 0.f));
-    }
-  }
+  linear<T, tiled>(groups, ldx, ldw, nullptr, n, k);
 }
 
 }  // namespace
 
-#define HETEGEN_EXPORT(NAME, T)                                                                                \
-  extern "C" void linear_##NAME(                                                                               \
+#define HETEGEN_EXPORT_LINEAR(NAME, T, PREFIX, TILED)                                                            \
+  extern "C" void PREFIX##linear_##NAME(                                                                         \
       const void* x, int64_t ldx, const void* w, int64_t ldw, const void* bias, void* out, int64_t m, int64_t n, \
-      int64_t k) {                                                                                             \
-    linear<T, false>((const DotOps<T>::X*)x, ldx, (const T*)w, ldw, (const T*)bias, (T*)out, m, n, k);         \
-  }                                                                                                            \
-  extern "C" void tiled_linear_##NAME(                                                                         \
-      const void* x, int64_t ldx, const void* w, int64_t ldw, const void* bias, void* out, int64_t m, int64_t n, \
-      int64_t k) {                                                                                             \
-    linear<T, true>((const DotOps<T>::X*)x, ldx, (const T*)w, ldw, (const T*)bias, (T*)out, m, n, k);          \
-  }                                                                                                            \
-  extern "C" void partial_linear_##NAME(                                                                       \
-      const void* x, int64_t ldx, const void* w, int64_t ldw, const void* bias, void* out, void* sums, int64_t m, \
-      int64_t n, int64_t k) {                                                                                  \
-    partial_linear<T, false>((const float*)x, ldx, (const T*)w, ldw, (const T*)bias, (T*)out, (float*)sums, m, n, k); \
-  }                                                                                                            \
-  extern "C" void tiled_partial_linear_##NAME(                                                                 \
-      const void* x, int64_t ldx, const void* w, int64_t ldw, const void* bias, void* out, void* sums, int64_t m, \
-      int64_t n, int64_t k) {                                                                                  \
-    partial_linear<T, true>((const float*)x, ldx, (const T*)w, ldw, (const T*)bias, (T*)out, (float*)sums, m, n, k); \
+      int64_t k) {                                                                                               \
+    linear<T, TILED>({{(const DotOps<T>::X*)x, (const T*)w, (T*)out, m}}, ldx, ldw, (const T*)bias, n, k);       \
+  }                                                                                                              \
+  extern "C" void PREFIX##grouped_linear_##NAME(                                                                 \
+      const void* x, int64_t ldx, const void* w, int64_t stride, int64_t ldw, const void* ends, int64_t count,   \
+      void* out, int64_t n, int64_t k) {                                                                         \
+    grouped_linear<T, TILED>(                                                                                    \
+        (const DotOps<T>::X*)x, ldx, (const T*)w, stride, ldw, (const int32_t*)ends, count, (T*)out, n, k);      \
   }
 
-HETEGEN_EXPORT(float32, float)
-HETEGEN_EXPORT(bfloat16, c10::BFloat16)
-HETEGEN_EXPORT(float16, c10::Half)
-
-// Blocks of a partial Linear, which is given sums for each.
-extern "C" int64_t partial_blocks(int64_t m, int64_t n, int64_t k) {
-  return int64_t(RowBlocks(m, n, k).starts(k).size()) - 1;
-}
+HETEGEN_EXPORT_LINEAR(float32, float, , false)
+HETEGEN_EXPORT_LINEAR(bfloat16, c10::BFloat16, , false)
+HETEGEN_EXPORT_LINEAR(float16, c10::Half, , false)
+HETEGEN_EXPORT_LINEAR(float32, float, tiled_, true)
+HETEGEN_EXPORT_LINEAR(bfloat16, c10::BFloat16, tiled_, true)
+HETEGEN_EXPORT_LINEAR(float16, c10::Half, tiled_, true)
 
 // Whether linear_bfloat16 takes its activations in bfloat16 (else in float32).
 extern "C" int64_t bfloat16_dot() {

@@ -1,4 +1,5 @@
-// Host programs: Linears on few tokens and the pointwise operations between them, as one call. Behind linear.cpp.
+// Host programs: Linears on few tokens and the pointwise operations between them, as one call. Behind linear.cpp
+// and partial_linear.cpp.
 //
 // What lies between two operations stays in memory of the calling thread, which all programs share: it is in the cache.
 
@@ -132,7 +133,7 @@ void whole_or_partial(const Instruction& i, const Places& at, bool partial) {
     partial_linear<T, tiled>(x, ldx, w, i.ldw, bias, out, (float*)at[i.sums], i.m, i.n, i.k);
   } else {
     const auto* x = activations<T, typename DotOps<T>::X>(i, at, ldx);
-    linear<T, tiled>(x, ldx, w, i.ldw, bias, out, i.m, i.n, i.k);
+    linear<T, tiled>({{x, w, out, i.m}}, ldx, i.ldw, bias, i.n, i.k);
   }
 }
 

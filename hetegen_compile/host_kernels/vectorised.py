@@ -1,4 +1,4 @@
-"""Linears on few tokens at the speed of main memory: ``linear.cpp``, built by torch's own C++ tool chain.
+"""Linears on few tokens at the speed of main memory: C++ of our own (``linear.cpp``), built by torch's tool chain.
 
 Why not ``F.linear``: at one token torch's 16-bit kernels reach half of the memory's read rate, and from two tokens on
 most of its kernels fall far below. Why C++ of our own and not an Inductor graph: one build serves every shape and
@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any
@@ -30,12 +30,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Element types of the weights that the kernel takes."""
 
 
-_LINEARS, _PROGRAMS = "linear.cpp", "program.cpp"
-"""Built as one, or, where a compiler fails with the second, the first alone."""
+_LINEARS, _PROGRAMS = ("linear.cpp", "partial_linear.cpp"), ("program.cpp",)
+"""Built as one, or, where a compiler fails with the programs, Linears alone."""
 
 
 class Library:
-    """The built library. ``linear``, ``partial_linear`` and their ``tiled`` forms are its functions by dtype.
+    """The built library: ``linear``, ``partial_linear``, ``grouped_linear`` and their ``tiled`` forms by dtype.
 
     ``partial_blocks`` of (tokens, columns of the result, rows): for so many a partial Linear is given sums.
 
@@ -54,6 +54,11 @@ class Library:
             {dtype: self._function(name, dtype, [*operands, pointer, *[number] * 3]) for dtype in DTYPES}
             for name in ("partial_linear", "tiled_partial_linear")
         )
+        groups = [pointer, number, pointer, number, number, pointer, number, pointer, number, number]
+        self.grouped_linear, self.tiled_grouped_linear = (
+            {dtype: self._function(name, dtype, groups) for dtype in DTYPES}
+            for name in ("grouped_linear", "tiled_grouped_linear")
+        )
         self.partial_blocks = self._typed("partial_blocks", [number] * 3, number)
         self.programs = hasattr(handle, "run_program")
         if not self.programs:
@@ -61,10 +66,10 @@ class Library:
         self.run_program = self._typed("run_program", [pointer])
         self.run_trip = self._typed("run_trip", [pointer, pointer, pointer, pointer, ctypes.c_uint32], number)
 
-    def _function(self, prefix: str, dtype: torch.dtype, arguments: list[type]) -> Callable[..., None]:
+    def _function(self, prefix: str, dtype: torch.dtype, arguments: Sequence[type]) -> Callable[..., None]:
         return self._typed(f"{prefix}_{str(dtype).removeprefix('torch.')}", arguments)
 
-    def _typed(self, name: str, arguments: list[type], returned: type | None = None) -> Callable[..., Any]:
+    def _typed(self, name: str, arguments: Sequence[type], returned: type | None = None) -> Callable[..., Any]:
         function: ctypes._FuncPointer = getattr(self._handle, name)
         function.argtypes, function.restype = arguments, returned
         return function
@@ -92,10 +97,10 @@ def library() -> Library:
 
 @cache
 def _build() -> Library | str:
-    both = _built(_LINEARS, _PROGRAMS)
+    both = _built(*_LINEARS, *_PROGRAMS)
     if isinstance(both, Library):
         return both
-    alone = _built(_LINEARS)
+    alone = _built(*_LINEARS)
     if isinstance(alone, Library):
         logger.warning("host programs cannot be built, their operations are computed one by one: %s", both)
         return alone
@@ -120,7 +125,7 @@ def _source(*names: str) -> str:
 @cache
 def sources_digest() -> str:
     """Differs where the kernels' sources do: what was measured with others does not hold."""
-    return hashlib.sha256(_source(_LINEARS, _PROGRAMS).encode()).hexdigest()
+    return hashlib.sha256(_source(*_LINEARS, *_PROGRAMS).encode()).hexdigest()
 
 
 def vectorised_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int) -> Tensor:
@@ -144,6 +149,38 @@ def tiled_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, d
     if dim == 0:
         return _columns(x, rows, None if bias is None else bias[lo:hi], library().tiled_linear)
     return _partial_sum(x[..., lo:hi], rows, bias, library().tiled_partial_linear)
+
+
+def vectorised_groups(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """Consecutive tokens, each group with a matrix of its own, as ``vectorised_rows`` computes them; one call for all.
+
+    Args:
+        x: activations [tokens, in].
+        matrices: [groups, out, in], whose last dimension is contiguous.
+        ends: where each group's tokens end, int32 [groups], ascending, at most ``tokens``.
+
+    Returns:
+        [tokens, out]; what lies beyond the last end is not set.
+    """
+    return _groups(x, matrices, ends, library().grouped_linear)
+
+
+def tiled_groups(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """``vectorised_groups`` as ``tiled_rows`` reads."""
+    return _groups(x, matrices, ends, library().tiled_grouped_linear)
+
+
+def _groups(x: Tensor, matrices: Tensor, ends: Tensor, linear: Mapping[torch.dtype, Callable[..., None]]) -> Tensor:
+    kernel = library()
+    dtype = matrices.dtype
+    _, stride, flat = _flat(x, kernel.activations[dtype])
+    count, out_columns, width = matrices.shape
+    out = x.new_empty((x.shape[0], out_columns))
+    linear[dtype](
+        flat.data_ptr(), stride, matrices.data_ptr(), matrices.stride(0), matrices.stride(1),
+        ends.contiguous().data_ptr(), count, out.data_ptr(), out_columns, width,
+    )  # fmt: skip
+    return out
 
 
 def _columns(x: Tensor, rows: Tensor, bias: Tensor | None, linear: Mapping[torch.dtype, Callable[..., None]]) -> Tensor:

@@ -6,15 +6,16 @@ from dataclasses import replace
 
 from torch import fx
 
-from hetegen_compile.cost_model import host_linear_s, host_op_s, upload_s
+from hetegen_compile.cost_model import host_linear_s, upload_s
 from hetegen_compile.ir import LINEAR, info, is_tensor
-from hetegen_compile.passes.annotate_costs import dtype_name, value_bytes
+from hetegen_compile.passes.annotate_costs import dtype_name, host_operation_s, value_bytes
 from hetegen_compile.passes.aten_listener import FREE_ATEN
 from hetegen_compile.passes.choose_splits import choose_splits
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import NodeCost
 from hetegen_compile.passes.plans import RESIDENT, RING, LinearPlan
 from hetegen_compile.passes.predict_step import node_work
+from hetegen_compile.passes.unsplit_weights import computed_on_host
 from hetegen_compile.planning.trials import Trials
 
 
@@ -55,7 +56,7 @@ def _per_module_s(module: fx.GraphModule, context: Context) -> float:
     offloaded = [cost.weight_bytes for plan, cost in _linears(module, context) if plan.resident is None]
     copies = [
         upload_s(context.profile, nbytes, pinned=False) + context.profile.synchronise_s
-        for nbytes in (*offloaded, *_table_bytes(module, context))
+        for nbytes in (*offloaded, *_table_bytes(module, context), *_unsplit_bytes(module, context))
     ]
     return sum(copies) + _accelerator_s(module, context)
 
@@ -68,6 +69,16 @@ def _table_bytes(module: fx.GraphModule, context: Context) -> list[int]:
     tables = dict.fromkeys(operand for operand in operands if operand.op == "placeholder")
     floating = [table for table in tables if is_tensor(table) and info(table).value.dtype.is_floating_point]
     return [value_bytes(table, context) for table in floating]
+
+
+def _unsplit(module: fx.GraphModule, context: Context) -> list[fx.Node]:
+    """Weights that cannot be split and stay on the host (stacks of experts, say)."""
+    names = require(context.residency, "choose_residency").host_weights
+    return [node for node in module.graph.find_nodes(op="placeholder") if node.name in names]
+
+
+def _unsplit_bytes(module: fx.GraphModule, context: Context) -> list[int]:
+    return [value_bytes(weight, context) for weight in _unsplit(module, context)]
 
 
 def _host_only_s(module: fx.GraphModule, context: Context) -> float:
@@ -83,13 +94,12 @@ def _host_s(node: fx.Node, context: Context) -> float:
         return host_linear_s(context.profile, dtype, cost.tokens, cost.weight_bytes, cost.flops, contended=False)
     if FREE_ATEN.issuperset(info(node).aten) and node.op != "call_module":
         return 0.0
-    flops, traffic = context.number(info(node).flops), context.number(info(node).traffic_bytes)
-    return host_op_s(context.profile, dtype_name(info(node).value), flops, traffic)
+    return host_operation_s(node, context.number(info(node).traffic_bytes), context)
 
 
 def _resident_s(module: fx.GraphModule, context: Context) -> float | None:
     """None where weights and what a step needs beside them are more than the accelerator's memory."""
-    weights = sum(cost.weight_bytes for _, cost in _linears(module, context))
+    weights = sum(cost.weight_bytes for _, cost in _linears(module, context)) + sum(_unsplit_bytes(module, context))
     budget = require(context.residency, "choose_residency").budget
     others = sum(nbytes for name, nbytes in budget.items() if name not in (RESIDENT, RING))
     fits = weights + others <= context.profile.accelerator.memory_bytes
@@ -98,8 +108,13 @@ def _resident_s(module: fx.GraphModule, context: Context) -> float | None:
 
 def _accelerator_s(module: fx.GraphModule, context: Context) -> float:
     """Seconds of the accelerator's own work with every weight at hand."""
+    costs, names = require(context.costs, "annotate_costs"), {node.name for node in _unsplit(module, context)}
     segments = sum(node_work(node, context).seconds for node in module.graph.find_nodes(op="call_module"))
-    return segments + sum(cost.accelerator_s for _, cost in _linears(module, context))
+    moved = computed_on_host(list(module.graph.nodes), names, context.weights) if names else ()
+    readers = [node for node in module.graph.nodes if node in moved and node.target != LINEAR]
+    computing = [node for node in readers if not FREE_ATEN.issuperset(info(node).aten)]
+    readers_s = sum(costs[info(node).position].accelerator_s for node in computing)
+    return segments + readers_s + sum(cost.accelerator_s for _, cost in _linears(module, context))
 
 
 def _linears(module: fx.GraphModule, context: Context) -> list[tuple[LinearPlan, NodeCost]]:

@@ -37,13 +37,14 @@ from hetegen_compile import ir
 from hetegen_compile.accelerators.base import Accelerator, Op, Slot
 from hetegen_compile.cost_model import KernelChoice
 from hetegen_compile.errors import ScheduleError
-from hetegen_compile.host_kernels import HostLinear, bind_kernels
+from hetegen_compile.host_kernels import HostExperts, HostLinear, bind_experts, bind_kernels
 from hetegen_compile.ir import info
-from hetegen_compile.linear_parts import join_parts, pad_parts, rows_function
+from hetegen_compile.linear_parts import behind_usual_strides, join_parts, pad_parts, rows_function
 from hetegen_compile.passes.closed_gates import sizes_behind_gates
 from hetegen_compile.passes.context import Refusal
 from hetegen_compile.passes.expressions import evaluate
 from hetegen_compile.passes.findings import Work
+from hetegen_compile.passes.grouped_products import grouped_product
 from hetegen_compile.passes.lower import CompiledSegment
 from hetegen_compile.passes.resolve_sizes import size_inputs
 from hetegen_compile.passes.schedule import pinned_ring_bytes
@@ -261,6 +262,13 @@ class _Binder:
         _, weight, _, lo, hi, dim, axis = ir.linear_part(node)
         return bind_kernels(self._kernels, info(weight).value, lo, hi, dim, self._refuse, axis)
 
+    def _experts(self, node: fx.Node) -> HostExperts | None:
+        """Of a product with a mixture's experts, what computes it by the host's kernels."""
+        product = grouped_product(node)
+        if product is None:
+            return None
+        return bind_experts(host_function(node), self._kernels, info(product.matrices).value, self._refuse)
+
     def _run(self, run: HostRun) -> str:
         """The lines of a run: one call, and the names of its results."""
         last, name = run.nodes[-1], f"_run_{run.nodes[-1].name}"
@@ -283,8 +291,10 @@ class _Binder:
 
     def _host_linear(self, node: fx.Node) -> str:
         """One that torch computes; those of our own kernels are in runs."""
-        x, _, bias, lo, hi, dim, axis = ir.linear_part(node)
-        function = self._constant("linear", rows_function(lo, hi, dim, axis, biased=bias is not None))
+        x, weight, bias, lo, hi, dim, axis = ir.linear_part(node)
+        rows = rows_function(lo, hi, dim, axis, biased=bias is not None)
+        bfloat16 = info(weight).value.dtype is torch.bfloat16
+        function = self._constant("linear", behind_usual_strides(rows) if bfloat16 else rows)
         arguments = f"({x}, {self._rows(node)}, {self._text(bias)})"
         return self._host_call(node, function, arguments)
 
@@ -324,8 +334,7 @@ class _Binder:
 
     def _host_operation(self, node: fx.Node) -> str:
         arguments, keywords = self._text(tuple(node.args)), self._text(dict(node.kwargs))
-        function = host_function(node)
-        name = self._constant("function", function)
+        name = self._constant("function", self._experts(node) or host_function(node))
         if not info(node).ahead and not info(node).aten and not info(node).writes and not tensors_in(info(node).value):
             return f"{node.name} = {name}(*{arguments}, **{keywords})"
         return self._host_call(node, name, arguments, keywords)

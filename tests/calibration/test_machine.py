@@ -60,7 +60,7 @@ def test_another_method_of_measuring_changes_the_key(monkeypatch: pytest.MonkeyP
 
 def test_other_host_kernels_change_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     before = MACHINE.key
-    monkeypatch.setattr(vectorised, "_LINEARS", "program.cpp")
+    monkeypatch.setattr(vectorised, "_LINEARS", ("program.cpp",))
     vectorised.sources_digest.cache_clear()
     try:
         assert MACHINE.key != before

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
@@ -18,6 +22,8 @@ from transformers import (
 )
 
 import hetegen_compile
+from hetegen_compile.cost_model import KernelChoice, load_profile, profile_to_json
+from hetegen_compile.host_kernels import KERNELS, VECTORISED
 from tests.models.architectures import VOCABULARY, WEIGHT_SCALE, generate, prompts
 from tests.models.harness import RecordingBackend, emulated, new_schedules
 
@@ -80,3 +86,74 @@ def test_experts_beyond_the_budget_are_computed_on_the_host(name: str) -> None:
         assert schedule.resident_bytes, "Linears go first"
         assert "stacked weights do not fit" in schedule.explain()
         assert "not offloaded" not in schedule.title
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Of each product of tokens with experts that our kernels compute, how many experts in one call, and tokens."""
+    seen: list[tuple[str, int]] = []
+
+    def run(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int) -> Tensor:
+        if x.dim() == 2:
+            seen.append(("one", x.shape[0]))
+        return VECTORISED.run(x, rows, bias, lo, hi, dim)
+
+    def groups(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+        assert VECTORISED.groups is not None
+        seen.append(("all", x.shape[0]))
+        return VECTORISED.groups(x, matrices, ends)
+
+    monkeypatch.setitem(KERNELS, "vectorised", replace(VECTORISED, run=run, groups=groups))
+    return seen
+
+
+@pytest.fixture
+def hardware(tmp_path: Path) -> str:
+    """The path of a profile that says that our kernel computes host parts."""
+    preset = load_profile("cpu-emulated")
+    ours = dict.fromkeys(("float32", "bfloat16"), KernelChoice(((1.0, "vectorised"),)))
+    path = tmp_path / "profile.json"
+    profile = replace(preset, name="ours", host=replace(preset.host, linear_kernels=ours))
+    path.write_text(json.dumps(profile_to_json(profile)))
+    return str(path)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # in transformers' own code
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("mixtral", torch.float32), *((name, torch.bfloat16) for name in MIXTURES)]
+)
+def test_the_hosts_kernels_compute_with_experts(
+    name: str, dtype: torch.dtype, products: list[tuple[str, int]], hardware: str
+) -> None:
+    """What transformers calls differs by dtype, and of GPT-OSS each matrix lies [in, out], with biases."""
+    model = mixture(name)
+    torch.nn.Module.to(model, dtype)
+    experts = sum(p.nbytes for p in model.parameters() if p.dim() == 3)
+    expected = generate(model, prompts(2), None, tokens=3)
+    model.compile(backend=RecordingBackend(), options=emulated(gpu_memory=experts // 2, split=0.0, hardware=hardware))
+    found = generate(model, prompts(2), None, tokens=3)
+    if dtype == torch.float32:
+        assert torch.equal(found["sequences"], expected["sequences"])
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(found["logits"][0], expected["logits"][0], rtol=tolerance, atol=tolerance)
+    (kind,) = {kind for kind, _ in products}
+    assert kind == ("one" if name == "gpt_oss" else "all")
+    if kind == "all":
+        assert len(products) == 2 * 3, "two a layer and forward"
+        assert {tokens for _, tokens in products[2:]} == {2 * 2}, "two sequences, two experts for each token"
+
+
+def test_ways_that_move_experts_are_compared_with_all_of_their_bytes() -> None:
+    model = mixture("mixtral")
+    experts = sum(p.nbytes for p in model.parameters() if p.dim() == 3)
+    known = hetegen_compile.schedules()
+    slow = "cpu-emulated"
+    model.compile(backend=RecordingBackend(), options=emulated(gpu_memory=experts // 2, split="auto", hardware=slow))
+    generate(model, prompts(2), None, tokens=3)
+    link = load_profile(slow).link.up.pageable
+    for schedule in new_schedules(known):
+        baselines = schedule.baselines
+        assert baselines["per_module"] is not None
+        assert baselines["per_module"] > experts / link.points[-1][1]
+        assert baselines["host_only"] is not None
+        assert baselines["resident"] is not None

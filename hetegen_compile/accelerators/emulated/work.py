@@ -14,6 +14,7 @@ from hetegen_compile.accelerators.emulated.loaded import LoadedCode
 from hetegen_compile.accelerators.emulated.values import UNFINISHED, DeviceTensor, Transfer, deferred_in
 from hetegen_compile.accelerators.geometry import copy_span, empty_result, empty_twin, span_bytes
 from hetegen_compile.accelerators.ledger import MemoryLedger
+from hetegen_compile.linear_parts import usual_strides
 
 HOST_DEVICE = torch.device("cpu")
 
@@ -96,6 +97,8 @@ class DeviceWork:
             if isinstance(value, DeviceTensor):
                 self.aliases.write(value.tensor(), *issued)
         arguments = [_resolve(argument) for argument in call.args]
+        if call.single:
+            arguments = [usual_strides(one) if isinstance(one, torch.Tensor) else one for one in arguments]
         self._loaded.launch(op, call.function, _tensors_in(arguments), gated=call.gated)
         returned = call.function(*arguments)
         for value, data in zip(call.results, [returned] if call.single else returned, strict=True):

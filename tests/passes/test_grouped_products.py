@@ -1,0 +1,74 @@
+"""What a product with a mixture's experts is taken to cost on the host, where they lie."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hetegen_compile.cost_model import host_linear_s
+from hetegen_compile.ir import annotate, info
+from hetegen_compile.passes import annotate_costs
+from hetegen_compile.passes.findings import NodeCost
+from hetegen_compile.passes.grouped_products import grouped_product
+from hetegen_compile.passes.predict_step import node_work
+from tests.passes.graphs import PROFILE, Case, case
+
+EXPERTS, IN, OUT = 8, 256, 512
+NBYTES, LAUNCH_S = 2 * IN * OUT, PROFILE.host.launch_s
+"""Of one expert's matrix, in bfloat16."""
+
+STACK = torch.randn(EXPERTS, OUT, IN).to(torch.bfloat16)
+
+
+def product(x: Tensor, ends: Tensor) -> Tensor:
+    return torch._grouped_mm(x, STACK.transpose(1, 2), offs=ends)
+
+
+def transformers_product(x: Tensor, ends: Tensor) -> Tensor:
+    import transformers.integrations.moe  # noqa: F401, PLC0415
+
+    found: Tensor = torch.ops.transformers.grouped_mm_fallback(x, STACK.transpose(1, 2), offs=ends)
+    return found
+
+
+def traced(function: Any, tokens: int) -> Case:
+    x, ends = torch.zeros(tokens, IN, dtype=torch.bfloat16), torch.full((EXPERTS,), tokens, dtype=torch.int32)
+    found = case(function, x, ends)
+    found.run(annotate_costs)
+    return found
+
+
+def grouped_cost(found: Case) -> NodeCost:
+    (node,) = (node for node in found.module.graph.nodes if grouped_product(node) is not None)
+    assert found.context.costs is not None
+    cost = found.context.costs[info(node).position]
+    annotate(node, side="host")
+    assert node_work(node, found.context).seconds == cost.host_s, "and so it is simulated"
+    return cost
+
+
+@pytest.mark.parametrize("function", [product, transformers_product])
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 1), (2, 2), (8, 8), (64, 8), (512, 8)])
+def test_it_is_a_linear_for_each_expert_that_may_have_tokens(function: Any, tokens: int, experts: int) -> None:
+    cost = grouped_cost(traced(function, tokens))
+    flops = 2.0 * IN * OUT * tokens / experts
+    each_s = host_linear_s(PROFILE, "bfloat16", tokens / experts, NBYTES, flops, contended=False)
+    assert cost.host_s == pytest.approx(LAUNCH_S + experts * (each_s - LAUNCH_S))
+    assert (cost.weight_bytes, cost.link_s) == (0, 0.0), "it is not streamed"
+
+
+def test_many_tokens_of_an_expert_are_slower_than_reading_it() -> None:
+    few, many = (grouped_cost(traced(product, tokens)).host_s for tokens in (8, 512))
+    assert many > 4 * few
+
+
+def test_a_batch_of_products_is_none() -> None:
+    def batched(x: Tensor) -> Tensor:
+        return torch.bmm(x, STACK[:2].transpose(1, 2))
+
+    found = case(batched, torch.zeros(2, 3, IN, dtype=torch.bfloat16))
+    assert [grouped_product(node) for node in found.module.graph.nodes if node.op == "call_function"].count(None) >= 1
+    assert not any(grouped_product(node) for node in found.module.graph.nodes)
