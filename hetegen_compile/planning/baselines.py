@@ -22,12 +22,12 @@ from hetegen_compile.planning.trials import Trials
 def baselines(module: fx.GraphModule, context: Context, trials: Trials) -> dict[str, float | None]:
     """Seconds of a step done otherwise, from the graph with its segments and its Linears whole.
 
-    ``streamed``: the same residency, everything else streamed with prefetch. ``per_module``: the same residency,
-    each other weight (embedding tables too) copied from pageable memory when its module is called and waited for.
-    ``per_linear``: host and link balanced inside each Linear as if it were alone, each with a trip of its own.
-    ``host_only``: everything on the
-    host, the link idle. ``resident``: everything on the accelerator, None if that
-    does not fit its memory.
+    ``streamed``: the same residency, everything else streamed with prefetch. Experts that stay on the host are, too,
+    which no schedule of ours does: then it is what the link takes, or the accelerator if that is longer.
+    ``per_module``: the same residency, each other weight (embedding tables, experts) copied from pageable memory when
+    its module is called and waited for. ``per_linear``: host and link balanced inside each Linear as if it were alone,
+    each with a trip of its own. ``host_only``: everything on the host, the link idle. ``resident``: everything on the
+    accelerator, None if that does not fit its memory.
     """
     if require(context.residency, "choose_residency").whole_graph:
         return {"resident": _accelerator_s(module, context)}  # nothing is offloaded: there is nothing to compare
@@ -42,8 +42,14 @@ def baselines(module: fx.GraphModule, context: Context, trials: Trials) -> dict[
 
 def _streamed_s(module: fx.GraphModule, context: Context, trials: Trials) -> float:
     """The simulated step with no row on the host, through the same passes."""
-    context = replace(context, options=replace(context.options, split=0.0))
-    return trials.step_s(context, choose_splits(module, context), keep=True)
+    streaming = replace(context, options=replace(context.options, split=0.0))
+    step_s = trials.step_s(streaming, choose_splits(module, streaming), keep=True)
+    unsplit = _unsplit_bytes(module, context)
+    if not unsplit:
+        return step_s
+    offloaded = [cost.weight_bytes * (1 - plan.resident_rows / plan.rows) for plan, cost in _linears(module, context)]
+    link_s = sum(upload_s(context.profile, nbytes) for nbytes in (*offloaded, *unsplit))
+    return max(link_s, _accelerator_s(module, context))
 
 
 def _per_linear_s(module: fx.GraphModule, context: Context, trials: Trials) -> float:

@@ -150,10 +150,12 @@ def test_ways_that_move_experts_are_compared_with_all_of_their_bytes() -> None:
     slow = "cpu-emulated"
     model.compile(backend=RecordingBackend(), options=emulated(gpu_memory=experts // 2, split="auto", hardware=slow))
     generate(model, prompts(2), None, tokens=3)
-    link = load_profile(slow).link.up.pageable
+    link = load_profile(slow).link.up
     for schedule in new_schedules(known):
         baselines = schedule.baselines
         assert baselines["per_module"] is not None
-        assert baselines["per_module"] > experts / link.points[-1][1]
+        assert baselines["per_module"] > experts / link.pageable.points[-1][1]
+        assert baselines["streamed"] is not None
+        assert baselines["per_module"] > baselines["streamed"] > experts / link.pinned.points[-1][1]
         assert baselines["host_only"] is not None
         assert baselines["resident"] is not None
