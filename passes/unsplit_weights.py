@@ -116,10 +116,15 @@ def computed_on_host(nodes: Sequence[fx.Node], names: Collection[str], weights: 
     return found | {node for node in nodes if node.op not in (*INPUT_OPS, "output") and _touches(node, written)}
 
 
+def unsplit_on_host(module: fx.GraphModule, context: Context) -> list[fx.Node]:
+    """Placeholders of the weights that cannot be split and stay on the host, in the graph's order."""
+    names = require(context.residency, "choose_residency").host_weights
+    return [node for node in module.graph.find_nodes(op="placeholder") if node.name in names]
+
+
 def weights_on_host(module: fx.GraphModule, context: Context) -> tuple[Refusal, ...]:
     """What ``explain()`` says of the weights that stay on the host whole."""
-    names = require(context.residency, "choose_residency").host_weights
-    kept = [node for node in module.graph.find_nodes(op="placeholder") if node.name in names]
+    kept = unsplit_on_host(module, context)
     stacks = [node for node in kept if _is_stack(info(node).value)]
     others = [node for node in kept if node not in stacks]
     found = []
@@ -206,4 +211,12 @@ def _is_stack(value: object) -> bool:
     return int(value.shape[0]) > 1 and min(int(size) for size in value.shape[-2:]) >= _LEAST
 
 
-__all__ = ["computed_on_host", "other_weights", "seconds_saved", "stacked_weights", "weights_on_host", "without_use"]
+__all__ = [
+    "computed_on_host",
+    "other_weights",
+    "seconds_saved",
+    "stacked_weights",
+    "unsplit_on_host",
+    "weights_on_host",
+    "without_use",
+]

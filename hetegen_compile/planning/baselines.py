@@ -15,7 +15,7 @@ from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import NodeCost
 from hetegen_compile.passes.plans import RESIDENT, RING, LinearPlan
 from hetegen_compile.passes.predict_step import node_work
-from hetegen_compile.passes.unsplit_weights import computed_on_host
+from hetegen_compile.passes.unsplit_weights import computed_on_host, unsplit_on_host
 from hetegen_compile.planning.trials import Trials
 
 
@@ -77,14 +77,9 @@ def _table_bytes(module: fx.GraphModule, context: Context) -> list[int]:
     return [value_bytes(table, context) for table in floating]
 
 
-def _unsplit(module: fx.GraphModule, context: Context) -> list[fx.Node]:
-    """Weights that cannot be split and stay on the host (stacks of experts, say)."""
-    names = require(context.residency, "choose_residency").host_weights
-    return [node for node in module.graph.find_nodes(op="placeholder") if node.name in names]
-
-
 def _unsplit_bytes(module: fx.GraphModule, context: Context) -> list[int]:
-    return [value_bytes(weight, context) for weight in _unsplit(module, context)]
+    """Of each weight that cannot be split and stays on the host (stacks of experts, say)."""
+    return [value_bytes(weight, context) for weight in unsplit_on_host(module, context)]
 
 
 def _host_only_s(module: fx.GraphModule, context: Context) -> float:
@@ -114,7 +109,7 @@ def _resident_s(module: fx.GraphModule, context: Context) -> float | None:
 
 def _accelerator_s(module: fx.GraphModule, context: Context) -> float:
     """Seconds of the accelerator's own work with every weight at hand."""
-    costs, names = require(context.costs, "annotate_costs"), {node.name for node in _unsplit(module, context)}
+    costs, names = require(context.costs, "annotate_costs"), {node.name for node in unsplit_on_host(module, context)}
     segments = sum(node_work(node, context).seconds for node in module.graph.find_nodes(op="call_module"))
     moved = computed_on_host(list(module.graph.nodes), names, context.weights) if names else ()
     readers = [node for node in module.graph.nodes if node in moved and node.target != LINEAR]

@@ -8,9 +8,10 @@ from dataclasses import replace
 from torch import fx
 
 from hetegen_compile.ir import LINEAR, TO_ACCELERATOR, info
+from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.context import Context, Refusal, require
 from hetegen_compile.passes.plans import RESIDENT
-from hetegen_compile.passes.unsplit_weights import weights_on_host
+from hetegen_compile.passes.unsplit_weights import unsplit_on_host, weights_on_host
 from hetegen_compile.planning.baselines import baselines
 from hetegen_compile.planning.floor import floor_s
 from hetegen_compile.planning.planned import DRY_RUN, BucketPlan
@@ -29,6 +30,7 @@ def report_on(base: BucketPlan, module: fx.GraphModule, context: Context, trials
     tokens = f"{low} tokens or more" if high is None else tokens
     sendings = module.graph.find_nodes(op="call_function", target=TO_ACCELERATOR)
     whole = residency.budget[RESIDENT] if residency.whole_graph else 0
+    unsplit = unsplit_on_host(base.module, context)
     where = DRY_RUN if base.kind == DRY_RUN else f"on {base.kind}"
     return Schedule(
         title=f"hetegen {where}, hardware {context.profile.name}, {tokens} a forward",
@@ -37,7 +39,7 @@ def report_on(base: BucketPlan, module: fx.GraphModule, context: Context, trials
         rows=schedule_rows(module.graph, prediction, sites, context.number),
         resident_bytes=whole or _bytes_in(sites, "resident_rows") + residency.unsplit_bytes,
         streamed_bytes=_bytes_in(sites, "streamed_rows"),
-        host_bytes=_bytes_in(sites, "host"),
+        host_bytes=_bytes_in(sites, "host") + sum(value_bytes(kept, context) for kept in unsplit),
         predicted_step_s=prediction.step_s,
         floor_s=floor_s(base.module, context),
         baselines=baselines(base.module, context, trials),

@@ -38,7 +38,8 @@ class Schedule:
         tokens: the bucket, (lowest, highest) tokens a forward; highest None is open.
         split: the ``split`` option that the plan was made with.
         rows: one ``Row`` for each Linear, segment and host operation, in issue order.
-        resident_bytes, streamed_bytes, host_bytes: weights of one step by where they are consumed.
+        resident_bytes, streamed_bytes, host_bytes: weights of one step by where they are consumed; of a mixture's
+            experts all that lie there.
         predicted_step_s: the simulated step.
         floor_s: a bound that no schedule of this work beats: the largest of offloaded bytes over link and host
             together, the accelerator's own work, the critical path and the host's thread (``floor``).

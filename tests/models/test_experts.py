@@ -84,6 +84,7 @@ def test_experts_beyond_the_budget_are_computed_on_the_host(name: str) -> None:
     assert schedules
     for schedule in schedules:
         assert schedule.resident_bytes, "Linears go first"
+        assert schedule.host_bytes >= min(p.nbytes for p in model.parameters() if p.dim() == 3)
         assert "stacked weights do not fit" in schedule.explain()
         assert "not offloaded" not in schedule.title
 

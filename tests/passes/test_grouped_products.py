@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers.integrations.moe  # noqa: F401  (registers grouped_mm_fallback)
 from torch import Tensor
 
 from hetegen_compile.cost_model import host_linear_s
@@ -28,8 +29,6 @@ def product(x: Tensor, ends: Tensor) -> Tensor:
 
 
 def transformers_product(x: Tensor, ends: Tensor) -> Tensor:
-    import transformers.integrations.moe  # noqa: F401, PLC0415
-
     found: Tensor = torch.ops.transformers.grouped_mm_fallback(x, STACK.transpose(1, 2), offs=ends)
     return found
 
