@@ -17,7 +17,7 @@ from hetegen_compile.cost_model import host_linear_s
 from hetegen_compile.ir import info
 from hetegen_compile.passes.aten_listener import GROUPED_ATEN
 from hetegen_compile.passes.context import Context
-from hetegen_compile.passes.tensors import to_expr
+from hetegen_compile.passes.tensors import tensor_bytes, to_expr
 
 
 class GroupedProduct(NamedTuple):
@@ -37,19 +37,20 @@ def grouped_product(node: fx.Node) -> GroupedProduct | None:
     product = GroupedProduct(*operands)  # type: ignore[arg-type]
     values = [info(operand).value for operand in product]
     dims = [value.dim() for value in values if isinstance(value, Tensor)]
-    return product if dims == [2, 3] and values[0].dtype == values[1].dtype else None
+    return product if dims == [2, 3] else None
 
 
 def grouped_on_host_s(product: GroupedProduct, flops: float, context: Context) -> float:
     """Seconds of a grouped product on the host: a Linear for each expert, with an equal share of the tokens.
 
-    No more experts are read than there are tokens. Nothing is uploaded meanwhile.
+    No more experts are read than there are tokens. Like the host's other operations it has the memory for itself; what
+    is uploaded meanwhile is not counted.
     """
     profile = context.profile
     matrices = info(product.matrices).value
-    tokens, groups = context.number(to_expr(info(product.x).value.shape[0])), int(matrices.shape[0])
+    tokens, groups = (context.number(to_expr(info(operand).value.shape[0])) for operand in product)
     read = max(1.0, min(groups, tokens))
-    nbytes = int(matrices.numel()) * matrices.element_size() / groups
+    nbytes = context.number(tensor_bytes(matrices)) / max(1.0, groups)
     dtype = str(matrices.dtype).removeprefix("torch.")
     launch_s = profile.host.launch_s
     each_s = host_linear_s(profile, dtype, max(1.0, tokens / read), nbytes, flops / read, contended=False)

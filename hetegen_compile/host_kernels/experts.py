@@ -16,40 +16,54 @@ from torch import Tensor
 
 from hetegen_compile.cost_model import KernelChoice
 from hetegen_compile.host_kernels.choose import HostLinear, bind_kernels
+from hetegen_compile.host_kernels.kernels import LINEAR
 
 
 @dataclass(frozen=True)
 class HostExperts:
     """A grouped product: a callable (x [tokens, in], matrices [groups, in, out], offs [groups]) -> [tokens, out].
 
-    ``plain`` is the operation itself, which computes what the kernels do not serve: other dtypes or devices, a bias,
-    autocast, matrices with gaps in both directions. ``linear`` is one expert's product.
+    Attributes:
+        plain: the operation itself, which computes what the kernels do not serve: other dtypes, devices or layouts than
+            bound, a bias, autocast, offsets that do not ascend.
+        linear: chooses the kernel of an expert's tokens.
+        dim: 0 where each expert's matrix is stored [out, in], 1 for [in, out].
     """
 
     plain: Callable[..., Any]
     linear: HostLinear
+    dim: int
 
     def __call__(self, x: Tensor, *operands: Any, **more: Any) -> Any:
-        """The product; rows that belong to no group are zero."""
+        """The product; of our kernels, rows that belong to no group are zero."""
         matrices, ends = _operands(*operands, **more)
-        if matrices is None or ends is None or not _serves(x, matrices, ends):
+        if matrices is None or ends is None or not self._serves(x, matrices, ends):
             return self.plain(x, *operands, **more)
         last = ends.tolist()
         counts = [end - start for start, end in pairwise((0, *last))]
         if min(counts) < 0 or last[-1] > x.shape[0]:
-            return self.plain(x, *operands, **more)  # which says what is wrong with them
-        rows = self.linear.dim == 0
-        groups = self.linear.kernel(max(counts)).groups if rows else None
-        if groups is not None:
-            out = groups(x, matrices.transpose(1, 2), ends)
-        else:
-            out = x.new_empty((x.shape[0], matrices.shape[2]))
-            for index, (start, end) in enumerate(pairwise((0, *last))):
-                if start != end:
-                    matrix = matrices[index]
-                    out[start:end] = self.linear(x[start:end], matrix.t() if rows else matrix, None)
+            return self.plain(x, *operands, **more)  # what it gives there, if anything, is torch's to say
+        groups = self.linear.kernel(max(counts)).groups if self.dim == 0 else None
+        out = self._one_by_one(x, matrices, last) if groups is None else groups(x, matrices.transpose(1, 2), ends)
         out[last[-1] :].zero_()
         return out
+
+    def _one_by_one(self, x: Tensor, matrices: Tensor, ends: list[int]) -> Tensor:
+        out = x.new_empty((x.shape[0], matrices.shape[2]))
+        for index, (start, end) in enumerate(pairwise((0, *ends))):
+            if start != end:
+                rows = matrices[index].t() if self.dim == 0 else matrices[index]
+                kernel = self.linear.kernel(end - start)
+                out[start:end] = kernel.run(x[start:end], rows, None, 0, rows.shape[0], self.dim)
+        return out
+
+    def _serves(self, x: Tensor, matrices: Tensor, ends: Tensor) -> bool:
+        alike = x.dim() == 2 and matrices.dim() == 3 and x.dtype == matrices.dtype and x.shape[1] == matrices.shape[1]
+        counted = ends.dtype == torch.int32 and ends.shape == matrices.shape[:1]
+        if not (alike and counted and matrices.numel() and matrices.stride(1 + self.dim) == 1):
+            return False
+        on_host = all(tensor.device.type == "cpu" for tensor in (x, matrices, ends))
+        return on_host and not torch.is_autocast_enabled("cpu")
 
 
 def bind_experts(
@@ -60,15 +74,22 @@ def bind_experts(
 ) -> HostExperts | None:
     """The callable for a grouped product ``plain`` with such matrices [groups, in, out] (a fake is enough).
 
-    None: no kernel of ours serves them on this machine. Each expert's matrix is a weight [out, in] or [in, out], by
-    which of its dimensions is contiguous.
+    None: the profile records no kernel of ours for them, or they are contiguous in neither direction, which ``refuse``
+    is told. Sizes are not looked at: they may be symbols.
     """
-    dim = 0 if matrices.stride(1) == 1 else 1
-    matrix = matrices[0].t() if dim == 0 else matrices[0]
-    if matrix.stride(1) != 1:
+    choice = choices.get(str(matrices.dtype).removeprefix("torch."))
+    if choice is None or all(name == LINEAR.name for _, name in choice.limits()):
         return None
-    linear = bind_kernels(choices, matrix, 0, int(matrix.shape[0]), dim, refuse)
-    return None if linear.is_torchs else HostExperts(plain, linear)
+    contiguous = [dim for dim in (0, 1) if _is_one(matrices.stride(1 + dim))]
+    if not contiguous:
+        refuse("computed by torch: the experts' matrices are contiguous in neither direction")
+        return None
+    rows = torch.empty((1, 1), dtype=matrices.dtype, device="meta")
+    return HostExperts(plain, bind_kernels(choices, rows, 0, 1, contiguous[0], refuse), contiguous[0])
+
+
+def _is_one(stride: Any) -> bool:
+    return type(stride) is int and stride == 1
 
 
 def _operands(
@@ -78,10 +99,3 @@ def _operands(
     if bias is not None or out_dtype is not None:
         return None, None
     return (weight if mat2 is None else mat2), offs
-
-
-def _serves(x: Tensor, matrices: Tensor, ends: Tensor) -> bool:
-    alike = x.dim() == 2 and matrices.dim() == 3 and x.dtype == matrices.dtype and x.shape[1] == matrices.shape[1]
-    counted = ends.dtype == torch.int32 and ends.shape == matrices.shape[:1] and len(ends) > 0
-    on_host = all(tensor.device.type == "cpu" for tensor in (x, matrices, ends))
-    return alike and counted and on_host and not torch.is_autocast_enabled("cpu")

@@ -155,7 +155,7 @@ def vectorised_groups(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """Consecutive tokens, each group with a matrix of its own, as ``vectorised_rows`` computes them; one call for all.
 
     Args:
-        x: activations [tokens, in].
+        x: activations [tokens, in], not empty along ``in``.
         matrices: [groups, out, in], whose last dimension is contiguous.
         ends: where each group's tokens end, int32 [groups], ascending, at most ``tokens``.
 
@@ -175,10 +175,11 @@ def _groups(x: Tensor, matrices: Tensor, ends: Tensor, linear: Mapping[torch.dty
     dtype = matrices.dtype
     _, stride, flat = _flat(x, kernel.activations[dtype])
     count, out_columns, width = matrices.shape
+    ends = ends.contiguous()
     out = x.new_empty((x.shape[0], out_columns))
     linear[dtype](
         flat.data_ptr(), stride, matrices.data_ptr(), matrices.stride(0), matrices.stride(1),
-        ends.contiguous().data_ptr(), count, out.data_ptr(), out_columns, width,
+        ends.data_ptr(), count, out.data_ptr(), out_columns, width,
     )  # fmt: skip
     return out
 

@@ -41,15 +41,15 @@ def baselines(module: fx.GraphModule, context: Context, trials: Trials) -> dict[
 
 
 def _streamed_s(module: fx.GraphModule, context: Context, trials: Trials) -> float:
-    """The simulated step with no row on the host, through the same passes."""
-    streaming = replace(context, options=replace(context.options, split=0.0))
-    step_s = trials.step_s(streaming, choose_splits(module, streaming), keep=True)
-    unsplit = _unsplit_bytes(module, context)
-    if not unsplit:
-        return step_s
-    offloaded = [cost.weight_bytes * (1 - plan.resident_rows / plan.rows) for plan, cost in _linears(module, context)]
-    link_s = sum(upload_s(context.profile, nbytes) for nbytes in (*offloaded, *unsplit))
-    return max(link_s, _accelerator_s(module, context))
+    """The simulated step with no row on the host, through the same passes; with experts on the host link alone."""
+    unsplit = unsplit_on_host(module, context)
+    if unsplit:
+        linears = _linears(module, context)
+        offloaded = [cost.weight_bytes * (1 - plan.resident_rows / plan.rows) for plan, cost in linears]
+        moved = (*offloaded, *(value_bytes(weight, context) for weight in unsplit))
+        return max(sum(upload_s(context.profile, nbytes) for nbytes in moved), _accelerator_s(module, context))
+    context = replace(context, options=replace(context.options, split=0.0))
+    return trials.step_s(context, choose_splits(module, context), keep=True)
 
 
 def _per_linear_s(module: fx.GraphModule, context: Context, trials: Trials) -> float:
@@ -60,26 +60,21 @@ def _per_linear_s(module: fx.GraphModule, context: Context, trials: Trials) -> f
 
 def _per_module_s(module: fx.GraphModule, context: Context) -> float:
     offloaded = [cost.weight_bytes for plan, cost in _linears(module, context) if plan.resident is None]
+    others = dict.fromkeys([*_tables(module), *unsplit_on_host(module, context)])  # a weight may be both
     copies = [
         upload_s(context.profile, nbytes, pinned=False) + context.profile.synchronise_s
-        for nbytes in (*offloaded, *_table_bytes(module, context), *_unsplit_bytes(module, context))
+        for nbytes in (*offloaded, *(value_bytes(weight, context) for weight in others))
     ]
     return sum(copies) + _accelerator_s(module, context)
 
 
-def _table_bytes(module: fx.GraphModule, context: Context) -> list[int]:
-    """Bytes of the tables that lookups read."""
+def _tables(module: fx.GraphModule) -> list[fx.Node]:
+    """Placeholders of the tables that lookups read."""
     lookups = [node for node in module.graph.nodes if "embedding" in info(node).aten]
     operands = (operand for node in lookups for operand in node.all_input_nodes)
     # in the graph's order: the same sums each time
     tables = dict.fromkeys(operand for operand in operands if operand.op == "placeholder")
-    floating = [table for table in tables if is_tensor(table) and info(table).value.dtype.is_floating_point]
-    return [value_bytes(table, context) for table in floating]
-
-
-def _unsplit_bytes(module: fx.GraphModule, context: Context) -> list[int]:
-    """Of each weight that cannot be split and stays on the host (stacks of experts, say)."""
-    return [value_bytes(weight, context) for weight in unsplit_on_host(module, context)]
+    return [table for table in tables if is_tensor(table) and info(table).value.dtype.is_floating_point]
 
 
 def _host_only_s(module: fx.GraphModule, context: Context) -> float:
@@ -100,9 +95,10 @@ def _host_s(node: fx.Node, context: Context) -> float:
 
 def _resident_s(module: fx.GraphModule, context: Context) -> float | None:
     """None where weights and what a step needs beside them are more than the accelerator's memory."""
-    weights = sum(cost.weight_bytes for _, cost in _linears(module, context)) + sum(_unsplit_bytes(module, context))
-    budget = require(context.residency, "choose_residency").budget
-    others = sum(nbytes for name, nbytes in budget.items() if name not in (RESIDENT, RING))
+    residency = require(context.residency, "choose_residency")
+    weights = sum(cost.weight_bytes for _, cost in _linears(module, context)) + residency.unsplit_bytes
+    weights += sum(value_bytes(weight, context) for weight in unsplit_on_host(module, context))
+    others = sum(nbytes for name, nbytes in residency.budget.items() if name not in (RESIDENT, RING))
     fits = weights + others <= context.profile.accelerator.memory_bytes
     return _accelerator_s(module, context) if fits else None
 

@@ -267,7 +267,8 @@ class _Binder:
         product = grouped_product(node)
         if product is None:
             return None
-        return bind_experts(host_function(node), self._kernels, info(product.matrices).value, self._refuse)
+        refuse = functools.partial(self._refuse, where="products with experts")
+        return bind_experts(host_function(node), self._kernels, info(product.matrices).value, refuse)
 
     def _run(self, run: HostRun) -> str:
         """The lines of a run: one call, and the names of its results."""
@@ -298,8 +299,8 @@ class _Binder:
         arguments = f"({x}, {self._rows(node)}, {self._text(bias)})"
         return self._host_call(node, function, arguments)
 
-    def _refuse(self, reason: str) -> None:
-        refusal = Refusal("host Linears", reason)
+    def _refuse(self, reason: str, where: str = "host Linears") -> None:
+        refusal = Refusal(where, reason)
         if refusal not in self._refusals:
             logger.warning("%s: %s", refusal.where, reason)
             self._refusals[refusal] = None

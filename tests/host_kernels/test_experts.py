@@ -24,11 +24,11 @@ def plain(x: Tensor, matrices: Tensor, offs: Tensor, bias: Any = None, out_dtype
 
 
 def stack(dtype: torch.dtype, *, out_in: bool) -> Tensor:
-    """Matrices [groups, in, out] whose rows lie as a weight's do, with gaps between them."""
+    """Matrices [groups, in, out] that lie as weights do, with gaps between them and between their rows."""
     torch.manual_seed(0)
-    wide = torch.randn(GROUPS, OUT, IN + 12) if out_in else torch.randn(GROUPS, IN, OUT + 12)
-    wide = wide.to(dtype)
-    return wide[..., :IN].transpose(1, 2) if out_in else wide[..., :OUT]
+    rows, columns = (OUT, IN) if out_in else (IN, OUT)
+    wide = torch.randn(GROUPS, rows + 3, columns + 12).to(dtype)[:, :rows, :columns]
+    return wide.transpose(1, 2) if out_in else wide
 
 
 def bound(matrices: Tensor, *points: tuple[float, str]) -> HostExperts | None:
@@ -52,9 +52,12 @@ def expected(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["vectorised", "vectorised, tiled"])
 @pytest.mark.parametrize(
     "counts",
-    [[1, 0, 0, 1, 0], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1], [2, 0, 2, 2, 0], [2, 1, 0, 3, 9], [0, 0, 6, 0, 0], [0] * 5],
+    [
+        [1, 0, 0, 1, 0], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1], [2, 0, 2, 2, 0], [1, 2, 0, 0, 2], [2, 1, 0, 3, 9],
+        [0, 0, 6, 0, 0], [0] * 5,
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_each_groups_tokens_meet_its_matrix(dtype: torch.dtype, out_in: bool, name: str, counts: list[int]) -> None:
     matrices, ends = stack(dtype, out_in=out_in), ends_of(counts)
     x = torch.randn(sum(counts) + 2, IN).to(dtype)  # the last two tokens are nobody's
@@ -64,6 +67,55 @@ def test_each_groups_tokens_meet_its_matrix(dtype: torch.dtype, out_in: bool, na
     assert found.dtype == dtype
     assert (found.double() - exact).abs().max() <= TOLERANCE[dtype] * exact.abs().max()
     assert not found[sum(counts) :].any()
+
+
+@layouts
+@pytest.mark.parametrize(
+    "wide",
+    [
+        torch.randn(4, IN + 5)[:, :IN],
+        torch.randn(IN, 4).t(),
+        torch.randn(4, 2 * IN)[:, ::2],
+        torch.randn(1, IN).expand(4, IN),
+    ],
+    ids=["gaps", "transposed", "every other", "one for all"],
+)
+def test_activations_may_lie_in_any_way(out_in: bool, wide: Tensor) -> None:
+    matrices, ends = stack(torch.float32, out_in=out_in), ends_of([1, 0, 2, 1, 0])
+    experts = bound(matrices, (1.0, "vectorised"))
+    assert experts is not None
+    torch.testing.assert_close(
+        experts(wide, matrices, ends).double(), expected(wide, matrices, ends), rtol=1e-5, atol=1e-4
+    )
+
+
+def test_offsets_with_gaps_between_them_are_read_before_they_go() -> None:
+    matrices, x = stack(torch.float32, out_in=True), torch.randn(3, IN)
+    experts = bound(matrices, (1.0, "vectorised"))
+    assert experts is not None
+    for ends in (ends_of([1, 0, 2, 0, 0]).repeat_interleave(2)[::2], torch.tensor([3], dtype=torch.int32).expand(5)):
+        assert not ends.is_contiguous()
+        result = experts(x, matrices, ends)
+        torch.testing.assert_close(result.double(), expected(x, matrices, ends), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "function"), [("vectorised", "linear"), ("vectorised, tiled", "tiled_linear")])
+def test_each_kernel_reads_in_its_own_way(name: str, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Spied:
+        def __getattr__(self, attribute: str) -> Any:
+            asked.append(attribute)
+            return getattr(library, attribute)
+
+    library = vectorised.library()
+    matrices = stack(torch.float32, out_in=True)
+    experts = bound(matrices, (1.0, name))
+    assert experts is not None
+    monkeypatch.setattr(vectorised, "library", Spied)
+    experts(torch.randn(1, IN), matrices, ends_of([0, 0, 1, 0, 0]))
+    assert function.replace("linear", "grouped_linear") in asked
+    assert len([one for one in asked if one.endswith("linear")]) == 1
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -130,6 +182,8 @@ def test_each_group_has_the_kernel_of_its_tokens_where_the_largest_one_is_torchs
         {"out_dtype": torch.float32},
         {"x": torch.zeros(3, IN, dtype=torch.double)},
         {"x": torch.zeros(GROUPS, 3, IN)},
+        {"x": torch.zeros(3, IN + 1)},
+        {"x": torch.zeros(3, IN, device="meta")},
         {"offs": torch.tensor([1, 2, 3, 3, 3])},
         {"offs": torch.tensor([1, 2, 3], dtype=torch.int32)},
         {"offs": torch.tensor([1, 3, 2, 3, 3], dtype=torch.int32)},
@@ -159,4 +213,35 @@ def test_without_a_kernel_of_ours_the_operation_stays() -> None:
     matrices = stack(torch.float32, out_in=True)
     assert bound(matrices, (1.0, "F.linear")) is None
     assert bind_experts(plain, {}, matrices) is None
-    assert bound(torch.zeros(2, 8, 16, 2)[..., 0], (1.0, "vectorised")) is None, "no dimension is contiguous"
+
+
+def test_matrices_that_are_contiguous_in_neither_direction_are_refused_with_a_reason() -> None:
+    reasons: list[str] = []
+    scattered, choice = torch.zeros(2, 8, 16, 2)[..., 0], {"float32": KernelChoice(((1.0, "vectorised"),))}
+    assert bind_experts(plain, choice, scattered, reasons.append) is None
+    assert reasons == ["computed by torch: the experts' matrices are contiguous in neither direction"]
+
+
+def test_a_kernel_that_cannot_be_used_leaves_each_expert_to_f_linear_with_a_reason() -> None:
+    reasons: list[str] = []
+    matrices, ends = stack(torch.float32, out_in=True), ends_of([1, 0, 2, 0, 0])
+    choice = {"float32": KernelChoice(((1.0, "of tomorrow"),))}
+    experts = bind_experts(plain, choice, matrices, reasons.append)
+    assert experts is not None
+    x = torch.randn(3, IN)
+    torch.testing.assert_close(experts(x, matrices, ends).double(), expected(x, matrices, ends), rtol=1e-5, atol=1e-4)
+    (reason,) = reasons
+    assert "F.linear" in reason
+    assert "'of tomorrow'" in reason
+
+
+@pytest.mark.parametrize(
+    "other",
+    [stack(torch.float32, out_in=False), torch.zeros(GROUPS, IN, OUT, 2)[..., 0], torch.zeros(GROUPS, 0, OUT)],
+    ids=["[in, out]", "scattered", "nothing in"],
+)
+def test_matrices_that_lie_otherwise_than_bound_are_left_to_torch(other: Tensor) -> None:
+    experts = bound(stack(torch.float32, out_in=True), (1.0, "vectorised"))
+    assert experts is not None
+    with pytest.raises(AssertionError, match="left to torch"):
+        experts(torch.zeros(3, other.shape[1]), other, ends_of([1, 1, 1, 0, 0]))

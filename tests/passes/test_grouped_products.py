@@ -9,7 +9,8 @@ import torch
 import transformers.integrations.moe  # noqa: F401  (registers grouped_mm_fallback)
 from torch import Tensor
 
-from hetegen_compile.cost_model import host_linear_s
+from hetegen_compile.cost_model import KernelChoice, host_linear_s
+from hetegen_compile.host_kernels import bind_experts
 from hetegen_compile.ir import annotate, info
 from hetegen_compile.passes import annotate_costs
 from hetegen_compile.passes.findings import NodeCost
@@ -62,6 +63,51 @@ def test_it_is_a_linear_for_each_expert_that_may_have_tokens(function: Any, toke
 def test_many_tokens_of_an_expert_are_slower_than_reading_it() -> None:
     few, many = (grouped_cost(traced(product, tokens)).host_s for tokens in (8, 512))
     assert many > 4 * few
+
+
+def test_it_is_found_by_names_too() -> None:
+    def named(x: Tensor, ends: Tensor) -> Tensor:
+        return torch._grouped_mm(x, mat2=STACK.transpose(1, 2), offs=ends)
+
+    def named_fallback(x: Tensor, ends: Tensor) -> Tensor:
+        found: Tensor = torch.ops.transformers.grouped_mm_fallback(x, weight=STACK.transpose(1, 2), offs=ends)
+        return found
+
+    for function in (named, named_fallback):
+        assert grouped_cost(traced(function, 2)).host_s == grouped_cost(traced(product, 2)).host_s
+
+
+def test_sizes_that_are_symbols_stay_symbols() -> None:
+    """A cost is a number for one size; the graph is for all."""
+
+    def first(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+        return torch._grouped_mm(x, matrices, offs=ends)
+
+    x, matrices = torch.zeros(6, 32, dtype=torch.bfloat16), torch.zeros(4, 32, 48, dtype=torch.bfloat16)
+    found = case(first, x, matrices, torch.zeros(4, dtype=torch.int32), dynamic=True)
+    (node,) = (node for node in found.module.graph.nodes if grouped_product(node) is not None)
+    environment = info(node).value.fake_mode.shape_env
+    before = len(environment.guards)
+    found.run(annotate_costs)
+    operands = grouped_product(node)
+    assert operands is not None
+    assert bind_experts(
+        torch._grouped_mm, {"bfloat16": KernelChoice(((1.0, "vectorised"),))}, info(operands.matrices).value
+    )
+    assert found.context.costs is not None
+    assert found.context.costs[info(node).position].host_s > 0
+    assert len(environment.guards) == before
+
+
+def test_groups_on_both_sides_are_none() -> None:
+    """[groups, tokens, in] with [groups, in, out]: no groups of one operand's rows."""
+
+    def both(x: Tensor) -> Tensor:
+        return torch._grouped_mm(x, STACK.transpose(1, 2))
+
+    found = case(both, torch.zeros(EXPERTS, 16, IN, dtype=torch.bfloat16))
+    grouped = [node for node in found.module.graph.nodes if "_grouped_mm" in info(node).aten]
+    assert [grouped_product(node) for node in grouped] == [None]
 
 
 def test_a_batch_of_products_is_none() -> None:
