@@ -44,9 +44,10 @@ def append_tokens(past: Tensor, new: Tensor) -> Tensor:
 
 
 class Appending(NamedTuple):
-    """A node that was rewritten, and what it was."""
+    """A node that was rewritten, the cache that it was given, and what it was."""
 
     node: fx.Node
+    past: fx.Node
     target: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -64,7 +65,7 @@ def append_in_place(graph: fx.Graph) -> list[Appending]:
     for node in graph.nodes:
         parts = _parts(node) if node.target in _CATS and node in returned else None
         if parts is not None:
-            found.append(Appending(node, node.target, node.args, dict(node.kwargs)))
+            found.append(Appending(node, parts[0], node.target, node.args, dict(node.kwargs)))
             node.target, node.args, node.kwargs = append_tokens, parts, {}
     return found
 

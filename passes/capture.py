@@ -21,17 +21,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from hetegen_compile.ir import GENERATOR, NodeInfo, annotate, info
-from hetegen_compile.passes.append_tokens import append_in_place
+from hetegen_compile.passes.append_tokens import Appending, append_in_place
 from hetegen_compile.passes.aten_listener import AtenListener
 from hetegen_compile.passes.copy_before_writes import copy_before_writes
 from hetegen_compile.passes.equal_calls import EqualCalls
 from hetegen_compile.passes.fake_inputs import check_devices, fake_inputs, fake_mode
 from hetegen_compile.passes.fold_transforms import fold_transforms
-from hetegen_compile.passes.operators import only_torchs_operations
+from hetegen_compile.passes.operators import BY_STRIDES, only_torchs_operations
 from hetegen_compile.passes.return_views import return_views
 from hetegen_compile.passes.sources import module_path
 from hetegen_compile.passes.tensors import storage_id, tensors_in
 from hetegen_compile.passes.unfold_attention import unfold_attention
+from hetegen_compile.passes.written_caches import writer_of_caches
 
 _READ_MEMORY = frozenset({"as_strided", "as_strided_", "as_strided_copy", "as_strided_scatter", "set_"})
 
@@ -121,7 +122,7 @@ def _propagate_appending(module: fx.GraphModule, inputs: Sequence[Any], mode: Fa
     module.recompile()
     try:
         propagate(module, inputs, mode)
-        reason = _told_by_strides(module)
+        reason = _told_by_strides(module, appending)
     except Exception as error:  # whatever has nothing to do with strides is raised again below
         reason = f"laid out token by token the program cannot read it ({str(error).splitlines()[0]})"
     if reason is None:
@@ -132,17 +133,18 @@ def _propagate_appending(module: fx.GraphModule, inputs: Sequence[Any], mode: Fa
     return propagate(module, inputs, mode)
 
 
-def _told_by_strides(module: fx.GraphModule) -> str | None:
+def _told_by_strides(module: fx.GraphModule, appending: Sequence[Appending]) -> str | None:
     """Why other strides of a cache may change what the program computes; None: they do not.
 
     In place of a cache, or of what is a view of it in eager and a copy otherwise (``contiguous``, ``reshape``), a write
     would go elsewhere; so would one that the caller's own cache must not see. Operators of others may read memory.
     """
-    writer = next((node.name for node in module.graph.nodes if info(node).writes - {GENERATOR}), None)
+    caches = [node for one in appending for node in (one.node, one.past)]
+    writer = writer_of_caches(module.graph, caches)
     if writer is not None:
-        return f"the program writes in place ({writer}), and what shares memory with a cache depends on how it lies"
+        return f"the program writes in place ({writer.name}) what may share memory with a cache, by how it lies"
     reader = next((node.name for node in module.graph.nodes if _READ_MEMORY.intersection(info(node).aten)), None)
-    if reader is not None or not only_torchs_operations(module):
+    if reader is not None or not only_torchs_operations(module, BY_STRIDES):
         return f"{reader or 'an operator that is not of torch'} may read memory as it lies"
     return None
 

@@ -72,13 +72,14 @@ def generation(settings: Settings, notebook: Notebook) -> None:
 
 
 def variants(settings: Settings, notebook: Notebook) -> None:
-    """Issued ahead, 16-bit weights, everything resident, beams; raises ChecksFailedError at the end if one failed."""
+    """Issued ahead, 16-bit weights, all resident, beams, experts; raises ChecksFailedError at the end if one failed."""
     checks = Checks(notebook)
     for case in AHEAD:
         checks.check(case.name, partial(like_eager, case, settings))
     checks.check("bfloat16 and float16 within eager's own error", partial(half_precision, settings))
     checks.check("everything fits", partial(everything_fits, settings))
     checks.check("beams", partial(beams, settings))
+    checks.check("a mixture's experts on the host", partial(experts, settings))
     finish_within_budgets(checks)
 
 
@@ -154,3 +155,13 @@ def beams(settings: Settings) -> dict[str, Any]:
         found = generate(model, 1, None, num_beams=3)[0]
     require(torch.equal(expected, found), f"{found.tolist()} are not eager's {expected.tolist()}")
     return watched.require_offloaded()
+
+
+def experts(settings: Settings) -> dict[str, Any]:
+    """A mixture whose experts exceed the budget: the host computes with those that have tokens."""
+    model = small_model("mixtral")
+    expected = generate(model)
+    with Watched() as watched:
+        compile_small(model, settings, share=0.4, split="auto")
+        difference = require_like(expected, generate(model))
+    return {**watched.require_offloaded(streamed=False, experts=True), "largest_difference": difference}

@@ -86,6 +86,9 @@ def test_experts_beyond_the_budget_are_computed_on_the_host(name: str) -> None:
         assert schedule.resident_bytes, "Linears go first"
         assert schedule.host_bytes >= min(p.nbytes for p in model.parameters() if p.dim() == 3)
         assert "stacked weights do not fit" in schedule.explain()
+        assert "caches that grow" not in schedule.explain(), "what routers write in place are no caches"
+        appends = "append_tokens" in {row.op for row in schedule.rows if row.placement == "host"}
+        assert appends is (name != "gpt_oss"), "whose one layer has a window"
         assert "not offloaded" not in schedule.title
 
 
