@@ -20,6 +20,8 @@ After:
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +53,17 @@ class Appending(NamedTuple):
     target: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    @contextlib.contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        """The node as it was inside the block."""
+        node = self.node
+        appends = node.target, node.args, node.kwargs
+        node.target, node.args, node.kwargs = self.target, self.args, self.kwargs
+        try:
+            yield
+        finally:
+            node.target, node.args, node.kwargs = appends
 
     def undo(self, reason: str) -> None:
         """The node as it was."""

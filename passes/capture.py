@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from hetegen_compile.passes.return_views import return_views
 from hetegen_compile.passes.sources import module_path
 from hetegen_compile.passes.tensors import storage_id, tensors_in
 from hetegen_compile.passes.unfold_attention import unfold_attention
-from hetegen_compile.passes.written_caches import writer_of_caches
+from hetegen_compile.passes.written_caches import inputs_laid_out, sharing, writer_of_caches, writes_in_place
 
 _READ_MEMORY = frozenset({"as_strided", "as_strided_", "as_strided_copy", "as_strided_scatter", "set_"})
 
@@ -123,6 +123,8 @@ def _propagate_appending(module: fx.GraphModule, inputs: Sequence[Any], mode: Fa
     try:
         propagate(module, inputs, mode)
         reason = _told_by_strides(module, appending)
+        if reason is None and writes_in_place(module.graph):
+            reason = _told_by_sharing(module, inputs, mode, appending)
     except Exception as error:  # whatever has nothing to do with strides is raised again below
         reason = f"laid out token by token the program cannot read it ({str(error).splitlines()[0]})"
     if reason is None:
@@ -134,29 +136,58 @@ def _propagate_appending(module: fx.GraphModule, inputs: Sequence[Any], mode: Fa
 
 
 def _told_by_strides(module: fx.GraphModule, appending: Sequence[Appending]) -> str | None:
-    """Why other strides of a cache may change what the program computes; None: they do not.
+    """Why other strides of a cache may change what the program computes or what the caller keeps; None: no reason.
 
-    In place of a cache, or of what is a view of it in eager and a copy otherwise (``contiguous``, ``reshape``), a write
-    would go elsewhere; so would one that the caller's own cache must not see. Operators of others may read memory.
+    A write to a longer cache would be one to the shorter one, which the caller may have kept, too. Operators of others
+    may read memory.
     """
-    caches = [node for one in appending for node in (one.node, one.past)]
-    writer = writer_of_caches(module.graph, caches)
+    writer = writer_of_caches(module.graph, [node for one in appending for node in (one.node, one.past)])
     if writer is not None:
-        return f"the program writes in place ({writer.name}) what may share memory with a cache, by how it lies"
+        return f"the program writes a cache in place ({writer.name})"
     reader = next((node.name for node in module.graph.nodes if _READ_MEMORY.intersection(info(node).aten)), None)
     if reader is not None or not only_torchs_operations(module, BY_STRIDES):
         return f"{reader or 'an operator that is not of torch'} may read memory as it lies"
     return None
 
 
-def propagate(module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> None:
-    """Annotate every node anew by running the graph on fakes of ``inputs``."""
+def _told_by_sharing(
+    module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode, appending: Sequence[Appending]
+) -> str | None:
+    """Why writes in place may go elsewhere than in eager; None: tensors share memory alike. Annotations stay.
+
+    Caches that are given laid out token by token would be contiguous in eager, which had made them by ``cat``.
+    """
+    given = inputs_laid_out(module.graph)
+    notes = {node: info(node) for node in module.graph.nodes if node.op != "output"}
+    mine = sharing(module.graph)
+    with contextlib.ExitStack() as eager:
+        for one in appending:
+            eager.enter_context(one.as_it_was())
+        module.recompile()
+        propagate(module, inputs, mode, given)
+        theirs = sharing(module.graph)
+    module.recompile()
+    for node, base in notes.items():
+        annotate(node, base)
+    if mine == theirs:
+        return None
+    first = next(node.name for node, one, other in zip(notes, mine, theirs, strict=True) if one != other)
+    return f"the program writes in place, and what shares memory with what depends on how a cache lies ({first})"
+
+
+def propagate(
+    module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode, contiguous: Container[fx.Node] = ()
+) -> None:
+    """Annotate every node anew by running the graph on fakes of ``inputs``, of which some are to be contiguous."""
     fakes = fake_inputs(module, inputs, mode)
     # the dispatcher in Python: in C++ some composite operations ask for numbers where sizes are symbols (torch 2.11)
     with (
         torch.inference_mode(False), torch.no_grad(), _restored_autocast(), mode, enable_python_dispatcher(),
         AtenListener() as listener,
     ):  # fmt: skip
+        for place, node in enumerate(module.graph.find_nodes(op="placeholder")):
+            if node in contiguous:
+                fakes[place] = torch.empty_like(fakes[place], memory_format=torch.contiguous_format)
         _Propagator(module, mode, listener).run(*fakes, enable_io_processing=False)
     _unify_symbols(module.graph, mode)
 

@@ -118,10 +118,6 @@ def test_a_cache_that_came_in_otherwise_goes_on_as_it_is() -> None:
     assert_offloaded(backend, new_schedules(known), options)
 
 
-def _view_of_one_reshaped(keys: Tensor, past: Tensor, new: Tensor) -> Tensor:
-    return keys.flatten(2).unsqueeze(0).unbind(0)[0].mul_(3)
-
-
 def _divided_scores(keys: Tensor, past: Tensor, new: Tensor) -> Tensor:
     """As a mixture's router divides what it has made."""
     scores, places = torch.softmax(keys.float().sum(-1), -1).topk(2)
@@ -129,24 +125,45 @@ def _divided_scores(keys: Tensor, past: Tensor, new: Tensor) -> Tensor:
     return scores.mul_(places.add_(1))
 
 
+def _routed_and(something: _Something) -> _Something:
+    """A program writes something else as well."""
+    return lambda keys, past, new: _divided_scores(keys, past, new).sum() + something(keys, past, new)
+
+
+def _returned_by_one_node(keys: Tensor, past: Tensor, new: Tensor) -> Tensor:
+    found: Tensor = torch.vmap(lambda one: (one.sum(), one.contiguous())[1])(keys)
+    return found.mul_(2)
+
+
 _Something = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 CHANGED: dict[str, _Something] = {
     "contiguous, which is the cache itself in eager": lambda keys, past, new: keys.contiguous().mul_(2),
     "a view of it": lambda keys, past, new: keys.reshape(-1)[:7].zero_(),
-    "a view of one converted": lambda keys, past, new: keys.to(keys.dtype, memory_format=torch.contiguous_format)[
-        :, :, 1:
-    ].add_(1),
-    "a view of one reshaped": _view_of_one_reshaped,
+    "a view of that": lambda keys, past, new: keys.contiguous().unfold(2, 2, 2).mul_(2),
+    "what a node returns among others": _returned_by_one_node,
+    "what a node writes inside": lambda keys, past, new: torch.vmap(lambda one: one.contiguous().mul_(2))(keys),
     "past": lambda keys, past, new: past.zero_(),
     "part": lambda keys, past, new: keys[:, :, :2].zero_(),
+    "part, and a router's weights": _routed_and(lambda keys, past, new: keys[:, :, :2].zero_()),
     "read as it lies": lambda keys, past, new: torch.as_strided(keys, (100,), (1,)),
+    # what is made of a cache anew has strides of it
+    "a product": lambda keys, past, new: (keys * 2).reshape(-1)[:7].zero_(),
+    "a product with past": lambda keys, past, new: (past * 2).flatten().mul_(2),
+    "made like it": lambda keys, past, new: torch.zeros_like(keys).reshape(-1)[:5].add_(1),
+    "what is a copy in eager": lambda keys, past, new: (keys.transpose(1, 2) * 2).reshape(keys.shape[0], -1).mul_(3),
+    "a part of what is sorted": lambda keys, past, new: keys.sort(-1)[0].contiguous().mul_(2),
+    "attention": lambda keys, past, new: (
+        functional.scaled_dot_product_attention(keys, keys, keys).transpose(1, 2).reshape(1, -1, 64).mul_(2)
+    ),
 }
 """What a program may do to a longer cache (keys), the one that it was given and what it put behind it: strides tell."""
 
 UNCHANGED: dict[str, _Something] = {
     "what was put behind it": lambda keys, past, new: new.mul_(2),
     "what is made of it": _divided_scores,
+    "by more operations than one": lambda keys, past, new: functional.rms_norm(keys.sum(1), (32,)).div_(2),
+    "a product where it lies": lambda keys, past, new: (keys * 2)[:, :, :1].mul_(3),
     "what is read beside it": lambda keys, past, new: torch.zeros_like(keys).add_(keys),
     "nothing": lambda keys, past, new: keys,
 }
@@ -159,7 +176,7 @@ class Writes(nn.Module):
     def __init__(self, what: str) -> None:
         super().__init__()
         self.something = {**CHANGED, **UNCHANGED}[what]
-        self.proj, self.out = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+        self.proj, self.out = nn.Linear(64, 64, bias=False), nn.Linear(64, 1024, bias=False)
 
     def forward(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
         new = self.proj(x).view(x.shape[0], x.shape[1], 2, 32).transpose(1, 2)
@@ -176,7 +193,7 @@ def test_programs_that_strides_change_are_left_alone(what: str) -> None:
         torch.randn(1, 1, 64),
         append(append(torch.tensor([]), torch.randn(1, 2, 4, 32)), torch.randn(1, 2, 1, 32)),
     )
-    mine, eagers = past, past.clone()
+    mine, eagers = past, past.contiguous()
     compiled = torch.compile(model, backend=backend, options=emulated(gpu_memory=half_the_weights(model), split=0.5))
     with torch.no_grad():
         for _ in range(3):
