@@ -18,7 +18,8 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ import transformers.integrations.moe  # noqa: F401  (registers grouped_mm_fallba
 from tabulate import tabulate
 from torch import Tensor
 
-from benchmarks.host_linear import Reader, fastest_reader
+from benchmarks.host_linear import Reader, beside_reads, fastest_reader
 from hetegen_compile.calibration import Effort, this_machine
 from hetegen_compile.calibration.timing import durations_s, plain_torch
 from hetegen_compile.cost_model import KernelChoice
@@ -144,15 +145,17 @@ def _counts(ends: Tensor) -> Tensor:
 def _round(
     product: Product, x: Tensor, matrices: Tensor, choices: Sequence[Tensor], reader: Reader, effort: Effort
 ) -> tuple[float, float]:
-    """(the way's rate, its share of the read rate) of one round: the way between two halves of the reads."""
-    half = replace(effort, budget_s=effort.budget_s / 2)
+    """(the way's rate, its share of the read rate) of one round."""
     each = matrices[0].numel() * matrices.element_size()
     nbytes = statistics.mean(int((_counts(ends) > 0).sum()) * each for ends in choices)
-    before = durations_s(reader.read, half)
-    calls = durations_s(lambda index: product(x, matrices, choices[index % len(choices)]), effort)
-    after = durations_s(reader.read, half)
+    run = partial(_call, product, x, matrices, choices)
+    calls, read_rate = beside_reads(lambda: durations_s(run, effort), reader, effort)
     rate = nbytes / statistics.median(calls)
-    return rate, rate * statistics.median(before + after) / reader.nbytes
+    return rate, rate / read_rate
+
+
+def _call(product: Product, x: Tensor, matrices: Tensor, choices: Sequence[Tensor], index: int) -> Tensor:
+    return product(x, matrices, choices[index % len(choices)])
 
 
 def table(figures: Sequence[Figure]) -> str:

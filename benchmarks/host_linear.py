@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tabulate import tabulate
@@ -51,6 +52,8 @@ from hetegen_compile.cost_model import row_granularity
 DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8)}
 SHAPES = "4096x4096,11008x4096,4096x11008,5120x5120"
 TOKENS = "1,2,4,8,16"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -201,13 +204,18 @@ def _round(
     reader: Reader,
     effort: Effort,
 ) -> tuple[float, float]:
-    """(the kernel's rate, the read rate) of one round: the kernel between two halves of the reads."""
+    """(the kernel's rate, the read rate) of one round."""
+    calls, read_rate = beside_reads(lambda: call_durations_s(compute, weights, tokens, effort, forms), reader, effort)
+    return statistics.median(nbytes / seconds for nbytes, seconds in calls), read_rate
+
+
+def beside_reads(measure: Callable[[], T], reader: Reader, effort: Effort) -> tuple[T, float]:
+    """(what was measured, the read rate) of one round: the measurement between two halves of the reads."""
     half = replace(effort, budget_s=effort.budget_s / 2)
     before = durations_s(reader.read, half)
-    calls = call_durations_s(compute, weights, tokens, effort, forms)
+    measured = measure()
     after = durations_s(reader.read, half)
-    rate = statistics.median(nbytes / seconds for nbytes, seconds in calls)
-    return rate, reader.nbytes / statistics.median(before + after)
+    return measured, reader.nbytes / statistics.median(before + after)
 
 
 # ---- output ----------------------------------------------------------------------------------------------------

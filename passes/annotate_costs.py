@@ -78,11 +78,11 @@ def _other(node: fx.Node, context: Context) -> NodeCost:
 
 def host_operation_s(node: fx.Node, traffic_bytes: float, context: Context) -> float:
     """Seconds of a node that is no Linear on the host, where it moves ``traffic_bytes``."""
-    flops = context.number(info(node).flops)
+    flops, dtype = context.number(info(node).flops), dtype_name(info(node).value)
     product = grouped_product(node)
     if product is not None:
-        return grouped_on_host_s(product, flops, context)
-    return host_op_s(context.profile, dtype_name(info(node).value), flops, traffic_bytes)
+        return grouped_on_host_s(product, dtype, flops, context)
+    return host_op_s(context.profile, dtype, flops, traffic_bytes)
 
 
 def host_traffic_bytes(node: fx.Node, traffic: float, context: Context) -> float:

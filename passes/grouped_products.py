@@ -40,7 +40,7 @@ def grouped_product(node: fx.Node) -> GroupedProduct | None:
     return product if dims == [2, 3] else None
 
 
-def grouped_on_host_s(product: GroupedProduct, flops: float, context: Context) -> float:
+def grouped_on_host_s(product: GroupedProduct, dtype: str, flops: float, context: Context) -> float:
     """Seconds of a grouped product on the host: a Linear for each expert, with an equal share of the tokens.
 
     No more experts are read than there are tokens. Like the host's other operations it has the memory for itself; what
@@ -51,7 +51,6 @@ def grouped_on_host_s(product: GroupedProduct, flops: float, context: Context) -
     tokens, groups = (context.number(to_expr(info(operand).value.shape[0])) for operand in product)
     read = max(1.0, min(groups, tokens))
     nbytes = context.number(tensor_bytes(matrices)) / max(1.0, groups)
-    dtype = str(matrices.dtype).removeprefix("torch.")
     launch_s = profile.host.launch_s
     each_s = host_linear_s(profile, dtype, max(1.0, tokens / read), nbytes, flops / read, contended=False)
     return launch_s + read * (each_s - launch_s)

@@ -64,11 +64,16 @@ def bind_kernels(
     Each kernel is prepared here, so that no step builds one. A recorded kernel that cannot be used is replaced by
     ``F.linear``; ``refuse`` is told the reason.
     """
-    choice = choices.get(str(rows.dtype).removeprefix("torch."))
+    choice = recorded(choices, rows.dtype)
     if choice is None:
         return HostLinear(lo, hi, dim, ((float("inf"), LINEAR),), axis)
     usable = tuple((most, _usable(name, rows, refuse)) for most, name in choice.limits())
     return HostLinear(lo, hi, dim, usable, axis)
+
+
+def recorded(choices: Mapping[str, KernelChoice], dtype: torch.dtype) -> KernelChoice | None:
+    """What a profile records for weights of a dtype."""
+    return choices.get(str(dtype).removeprefix("torch."))
 
 
 def _usable(name: str, rows: Tensor, refuse: Callable[[str], None]) -> HostKernel:

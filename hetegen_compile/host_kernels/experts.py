@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hetegen_compile.cost_model import KernelChoice
-from hetegen_compile.host_kernels.choose import HostLinear, bind_kernels
+from hetegen_compile.host_kernels.choose import HostLinear, bind_kernels, recorded
 from hetegen_compile.host_kernels.kernels import LINEAR
 
 
@@ -77,7 +77,7 @@ def bind_experts(
     None: the profile records no kernel of ours for them, or they are contiguous in neither direction, which ``refuse``
     is told. Sizes are not looked at: they may be symbols.
     """
-    choice = choices.get(str(matrices.dtype).removeprefix("torch."))
+    choice = recorded(choices, matrices.dtype)
     if choice is None or all(name == LINEAR.name for _, name in choice.limits()):
         return None
     contiguous = [dim for dim in (0, 1) if _is_one(matrices.stride(1 + dim))]

@@ -312,6 +312,15 @@ void grouped_linear(
 
 }  // namespace
 
+// EXPORT(name, type, prefix, whether tiled) of everything that there is.
+#define HETEGEN_EXPORT_ALL(EXPORT)               \
+  EXPORT(float32, float, , false)                \
+  EXPORT(bfloat16, c10::BFloat16, , false)       \
+  EXPORT(float16, c10::Half, , false)            \
+  EXPORT(float32, float, tiled_, true)           \
+  EXPORT(bfloat16, c10::BFloat16, tiled_, true)  \
+  EXPORT(float16, c10::Half, tiled_, true)
+
 #define HETEGEN_EXPORT_LINEAR(NAME, T, PREFIX, TILED)                                                            \
   extern "C" void PREFIX##linear_##NAME(                                                                         \
       const void* x, int64_t ldx, const void* w, int64_t ldw, const void* bias, void* out, int64_t m, int64_t n, \
@@ -325,12 +334,7 @@ void grouped_linear(
         (const DotOps<T>::X*)x, ldx, (const T*)w, stride, ldw, (const int32_t*)ends, count, (T*)out, n, k);      \
   }
 
-HETEGEN_EXPORT_LINEAR(float32, float, , false)
-HETEGEN_EXPORT_LINEAR(bfloat16, c10::BFloat16, , false)
-HETEGEN_EXPORT_LINEAR(float16, c10::Half, , false)
-HETEGEN_EXPORT_LINEAR(float32, float, tiled_, true)
-HETEGEN_EXPORT_LINEAR(bfloat16, c10::BFloat16, tiled_, true)
-HETEGEN_EXPORT_LINEAR(float16, c10::Half, tiled_, true)
+HETEGEN_EXPORT_ALL(HETEGEN_EXPORT_LINEAR)
 
 // Whether linear_bfloat16 takes its activations in bfloat16 (else in float32).
 extern "C" int64_t bfloat16_dot() {

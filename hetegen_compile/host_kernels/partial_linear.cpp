@@ -170,12 +170,7 @@ void partial_linear(
     partial_linear<T, TILED>((const float*)x, ldx, (const T*)w, ldw, (const T*)bias, (T*)out, (float*)sums, m, n, k); \
   }
 
-HETEGEN_EXPORT_PARTIAL(float32, float, , false)
-HETEGEN_EXPORT_PARTIAL(bfloat16, c10::BFloat16, , false)
-HETEGEN_EXPORT_PARTIAL(float16, c10::Half, , false)
-HETEGEN_EXPORT_PARTIAL(float32, float, tiled_, true)
-HETEGEN_EXPORT_PARTIAL(bfloat16, c10::BFloat16, tiled_, true)
-HETEGEN_EXPORT_PARTIAL(float16, c10::Half, tiled_, true)
+HETEGEN_EXPORT_ALL(HETEGEN_EXPORT_PARTIAL)
 
 // Blocks of a partial Linear, which is given sums for each.
 extern "C" int64_t partial_blocks(int64_t m, int64_t n, int64_t k) {
