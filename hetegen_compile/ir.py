@@ -15,6 +15,10 @@ along one ``axis`` of the weight as it is stored, along its rows (0) unless a bl
 outputs are columns of the result, put side by side; parts along the inputs are partial sums. Two Linears with
 pointwise operations between them are a block: the first is cut by the columns of its result, the second by its inputs,
 so what lies between stays where it is (``find_blocks``).
+
+A ``grouped`` product has a matrix of its own for each group of consecutive rows, out of a stack: the experts of a
+mixture (``grouped_parts``). The host has the first groups. The others are streamed, and those parts follow each other:
+each adds its groups' rows of the result to those of the others.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
+from hetegen_compile.grouped_parts import first_groups, grouped_rows, whole_grouped
 from hetegen_compile.linear_parts import join_parts, linear_rows, pad_parts, whole_linear
 
 Side = Literal["host", "accelerator"]
@@ -210,6 +215,7 @@ _library = torch.library.Library("hetegen", "DEF")
 
 _SCHEMAS = {
     "linear": "(Tensor x, Tensor weight, Tensor? bias, int dim) -> Tensor",
+    "grouped": "(Tensor x, Tensor stack, Tensor ends, int dim, str product) -> Tensor",
     "mirror": "(Tensor host) -> Tensor",
     "resident": "(Tensor weight, int lo, int hi) -> Tensor",
     "stage": "(Tensor weight, int[] ranges, int dim, int offset, Tensor[] after) -> Tensor",
@@ -225,6 +231,10 @@ _SCHEMAS = {
     "caught_up": "(Tensor[] transfer) -> ()",
     "host_linear": "(Tensor x, Tensor weight, Tensor? bias, int lo, int hi, int dim, int axis=0) -> Tensor",
     "partial_linear": "(Tensor x, Tensor rows, Tensor? bias, int lo, int hi, int dim, int axis=0) -> Tensor",
+    "host_grouped": "(Tensor x, Tensor stack, Tensor ends, int hi, int dim, str product) -> Tensor",
+    "partial_grouped": (
+        "(Tensor x, Tensor matrices, Tensor ends, Tensor? others, int lo, int dim, str product) -> Tensor"
+    ),
     "join": "(Tensor[] parts, int dim) -> Tensor",
     "pad": "(Tensor x, Tensor[] parts, int[] starts, int columns) -> Tensor",
     "write_back": "(Tensor(a!) host, Tensor value) -> ()",
@@ -252,6 +262,39 @@ class LinearPart(NamedTuple):
 def linear_part(node: fx.Node) -> LinearPart:
     """The operands of ``node`` by their names."""
     return LinearPart(*node.args)  # type: ignore[arg-type]
+
+
+class HostGroups(NamedTuple):
+    """The operands of a ``host_grouped``: groups ``0:hi`` of a product."""
+
+    x: Any
+    stack: Any
+    ends: Any
+    hi: int
+    dim: int
+    product: str
+
+
+def host_groups(node: fx.Node) -> HostGroups:
+    """The operands of ``node`` by their names."""
+    return HostGroups(*node.args)  # type: ignore[arg-type]
+
+
+class GroupedPart(NamedTuple):
+    """The operands of a ``partial_grouped``: those of ``grouped_rows``."""
+
+    x: Any
+    matrices: Any
+    ends: Any
+    others: Any
+    lo: int
+    dim: int
+    product: str
+
+
+def grouped_part(node: fx.Node) -> GroupedPart:
+    """The operands of ``node`` by their names."""
+    return GroupedPart(*node.args)  # type: ignore[arg-type]
 
 
 RECTANGLE = 2
@@ -284,6 +327,7 @@ def _write_back(host: Tensor, value: Tensor) -> None:
 
 _KERNELS = {
     "linear": lambda x, weight, bias, dim: whole_linear(x, weight, bias, dim).clone(),
+    "grouped": whole_grouped,
     "mirror": lambda host: host.clone(),
     "resident": lambda weight, lo, hi: weight[lo:hi].clone(),
     "stage": _copy_ranges,
@@ -299,6 +343,8 @@ _KERNELS = {
     "caught_up": lambda transfer: None,
     "host_linear": _host_linear,
     "partial_linear": _partial_linear,
+    "host_grouped": first_groups,
+    "partial_grouped": grouped_rows,
     "join": lambda parts, dim: join_parts(parts, dim).clone(),
     "pad": pad_parts,
     "write_back": _write_back,
@@ -311,6 +357,7 @@ for _name, _schema in _SCHEMAS.items():
 
 OPS = torch.ops.hetegen
 LINEAR = OPS.linear.default
+GROUPED = OPS.grouped.default
 MIRROR = OPS.mirror.default
 RESIDENT = OPS.resident.default
 STAGE = OPS.stage.default
@@ -326,24 +373,20 @@ WAIT_ACCELERATOR = OPS.wait_accelerator.default
 CAUGHT_UP = OPS.caught_up.default
 HOST_LINEAR = OPS.host_linear.default
 PARTIAL_LINEAR = OPS.partial_linear.default
+HOST_GROUPED = OPS.host_grouped.default
+PARTIAL_GROUPED = OPS.partial_grouped.default
 JOIN = OPS.join.default
 PAD = OPS.pad.default
 WRITE_BACK = OPS.write_back.default
 TWIN = OPS.twin.default
 
+IN_PARTS = (LINEAR, GROUPED)
+"""What a schedule computes part by part. Their second operand is a weight, which lies on the host."""
+HOST_PARTS = (HOST_LINEAR, HOST_GROUPED)
+ACCELERATOR_PARTS = (PARTIAL_LINEAR, PARTIAL_GROUPED)
+
 for _op in (
-    STAGE,
-    PREFETCH,
-    PREFETCH_AHEAD,
-    CARRIED,
-    WAIT,
-    RELEASE,
-    TO_HOST,
-    WAIT_HOST,
-    TO_ACCELERATOR,
-    WAIT_ACCELERATOR,
-    CAUGHT_UP,
-    WRITE_BACK,
-    TWIN,
-):
+    STAGE, PREFETCH, PREFETCH_AHEAD, CARRIED, WAIT, RELEASE, TO_HOST, WAIT_HOST, TO_ACCELERATOR, WAIT_ACCELERATOR,
+    CAUGHT_UP, WRITE_BACK, TWIN,
+):  # fmt: skip
     fx.node.has_side_effect(_op)

@@ -35,7 +35,9 @@ from hetegen_compile.passes.predict_step import predict_step
 from hetegen_compile.passes.resolve_sizes import resolve_sizes
 from hetegen_compile.passes.retarget_devices import retarget_devices
 from hetegen_compile.passes.schedule import schedule
+from hetegen_compile.passes.split_experts import split_experts
 from hetegen_compile.passes.split_linears import split_linears
+from hetegen_compile.passes.stream_experts import stream_experts
 from hetegen_compile.passes.verify import verify
 
 logger = logging.getLogger("hetegen_compile")
@@ -66,9 +68,11 @@ PIPELINE: tuple[Stage, ...] = (
     Stage(choose_residency, "decide", "the budget is hard; what saves most per byte stays", "residency"),
     Stage(choose_staging, "decide", "host memory is not doubled: what cannot be pinned goes through a ring", "staged"),
     Stage(choose_splits, "decide", "host and link finish together", "splits"),
+    Stage(stream_experts, "rewrite", "one node kind for products with experts of which parts are computed"),
     Stage(place_nodes, "decide", "everything else: host, accelerator or both", "placement"),
     Stage(group_segments, "rewrite", "segments are cut at Linears, so no plan changes them"),
     Stage(split_linears, "rewrite", "host part, accelerator parts, join"),
+    Stage(split_experts, "rewrite", "a part for each chunk of a streamed stack of experts"),
     Stage(insert_transfers, "rewrite", "nothing crosses a border without a start and a wait"),
     Stage(schedule, "rewrite", "slots and issue order: what runs by itself first, host work last"),
     Stage(issue_ahead, "rewrite", "what needs the host's parts is issued while they are computed"),
@@ -88,9 +92,9 @@ def _place_of(run: Callable[[fx.GraphModule, Context], Any]) -> int:
 _FIRST_OF_PLAN = _place_of(split_linears)
 NORMALISATION = PIPELINE[: _place_of(find_blocks)]
 """Stages that bring the captured graph into the form that decisions are taken on."""
-DECISIONS = PIPELINE[_place_of(find_blocks) : _place_of(place_nodes)]
+DECISIONS = PIPELINE[_place_of(find_blocks) : _place_of(stream_experts)]
 """Stages that are run again when memory is shared out anew; they leave the graph as it is."""
-GROUPING = PIPELINE[_place_of(place_nodes) : _FIRST_OF_PLAN]
+GROUPING = PIPELINE[_place_of(stream_experts) : _FIRST_OF_PLAN]
 """Stages that cut the graph into segments."""
 ONCE_PER_SPLIT = PIPELINE[_FIRST_OF_PLAN:]
 """Stages that turn one assignment of rows into a schedule."""

@@ -20,7 +20,9 @@ from hetegen_compile.passes.predict_step import predict_step
 from hetegen_compile.passes.resolve_sizes import resolve_sizes
 from hetegen_compile.passes.retarget_devices import retarget_devices
 from hetegen_compile.passes.schedule import schedule
+from hetegen_compile.passes.split_experts import split_experts
 from hetegen_compile.passes.split_linears import split_linears
+from hetegen_compile.passes.stream_experts import stream_experts
 from hetegen_compile.passes.verify import verify
 
 __all__ = [
@@ -44,6 +46,8 @@ __all__ = [
     "resolve_sizes",
     "retarget_devices",
     "schedule",
+    "split_experts",
     "split_linears",
+    "stream_experts",
     "verify",
 ]

@@ -38,7 +38,7 @@ from torch import fx
 from hetegen_compile import ir
 from hetegen_compile.ir import annotate, info
 from hetegen_compile.passes.context import Context, Refusal
-from hetegen_compile.passes.predict_step import node_work
+from hetegen_compile.passes.node_work import node_work
 from hetegen_compile.passes.schedule import first_lap, release_of, slot_bytes
 
 _STAGED = "none: weights go through the pinned ring, whose thread issues the uploads when it gets there"

@@ -7,6 +7,7 @@ of the weight, read off the transfer that brings it and compared with what the p
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any, NamedTuple
 
 from torch import fx
@@ -44,13 +45,22 @@ def check_parts(graph: fx.Graph) -> None:
         ScheduleError: an element of a weight is used twice or not at all, or a part says something else of itself.
     """
     linears: dict[int, list[tuple[fx.Node, _Rectangle]]] = {}
+    chains: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.target in (ir.HOST_LINEAR, ir.PARTIAL_LINEAR):
             linears.setdefault(info(node).position, []).append((node, _used(node)))
+        elif node.target == ir.HOST_GROUPED:
+            part = ir.host_groups(node)
+            linears.setdefault(info(node).position, []).append((node, _cut(part.stack, 0, 0, part.hi)))
+        elif node.target == ir.PARTIAL_GROUPED:
+            linears.setdefault(info(node).position, []).append((node, _used_groups(node)))
+            chains.setdefault(info(node).position, []).append(node)
         elif node.target == ir.PAD:
             _check_places(node)
     for parts in linears.values():
         _check_tiling(parts)
+    for chain in chains.values():
+        _check_chain(chain)
 
 
 def _used(part: fx.Node) -> _Rectangle:
@@ -68,6 +78,29 @@ def _used(part: fx.Node) -> _Rectangle:
     return found
 
 
+def _used_groups(part: fx.Node) -> _Rectangle:
+    """Which matrices of a stack a part multiplies with: each is a row of all of its elements."""
+    operands = ir.grouped_part(part)
+    found = _brought(operands.matrices)
+    if found.top != operands.lo:
+        raise ScheduleError(
+            f"verify: {name_of(part)} is the part from {operands.lo} on, but reads {found.top}:{found.bottom} of "
+            f"{found.weight}; missing edge: a prefetch from {operands.lo} on -> {part}"
+        )
+    return found
+
+
+def _check_chain(parts: list[fx.Node]) -> None:
+    """Parts of a product add to those before them, so that the last one has what all of them make."""
+    for before, part in zip((None, *parts), parts, strict=False):
+        others = ir.grouped_part(part).others
+        if others is not before:
+            raise ScheduleError(
+                f"verify: {name_of(part)} adds to {others}, so that what {before} makes is lost; "
+                f"missing edge: {before} -> {part}"
+            )
+
+
 def _brought(source: fx.Node) -> _Rectangle:
     """Which part of a weight lies where a part on the accelerator reads it."""
     while source.target in (ir.WAIT, ir.PREFETCH, ir.CARRIED) and _argument(source, 0).op != "placeholder":
@@ -80,7 +113,8 @@ def _brought(source: fx.Node) -> _Rectangle:
 
 
 def _cut(weight: fx.Node, axis: int, lo: int, hi: int) -> _Rectangle:
-    rows, columns = map(int, info(weight).value.shape)
+    rows, *others = map(int, info(weight).value.shape)
+    columns = prod(others)  # a matrix of a stack counts as one row of all of its elements
     return _Rectangle(weight, 0, rows, lo, hi) if axis else _Rectangle(weight, lo, hi, 0, columns)
 
 

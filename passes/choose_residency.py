@@ -6,7 +6,8 @@ g = T_cpu / M_gpu: seconds of a decode step saved per byte held. It is judged at
 graph, since prefill is compiled first and decode is what runs often. The rest is shared with the other graphs
 on the accelerator (``residency_shares``). If everything fits, nothing is offloaded. Weights that cannot be split come
 before the Linears, which can be streamed; stacked ones (experts) get what Linears leave: of those that stay on the
-host a token reads a few.
+host a token reads a few. Where a bucket's tokens make streaming experts worth it (``stream_experts``) the ring holds
+some of them.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from hetegen_compile.passes.residency_estimate import LinearWork
 from hetegen_compile.passes.residency_orders import ordered_claims
 from hetegen_compile.passes.residency_shares import residency_shares
 from hetegen_compile.passes.step_memory import foresees_steps, mirrored_size, step_memory
+from hetegen_compile.passes.stream_experts import chunk_bytes, expert_bytes, worth_streaming
 from hetegen_compile.passes.unsplit_weights import other_weights, seconds_saved, stacked_weights, without_use
 
 BEFORE_LINEARS = -1
@@ -72,6 +74,7 @@ class _Sharing:
         self._stacks = stacked_weights(module, context)
         self._others = other_weights(module, context)
         self._unsplit = [*self._others, *self._stacks]
+        self._streamable = worth_streaming(self._stacks, list(module.graph.nodes), context)
         self._mirrored = mirrored_size(module, weights, context, self._unsplit)
         self._fixed = {**step_memory(module, weights, context, self._mirrored, self._unsplit), **context.overhead_bytes}
         self._smallest = _WINDOW * max((_smallest_chunk(weight) for weight in weights), default=0)
@@ -115,18 +118,25 @@ class _Sharing:
         ring = self._ring_bytes(self._left_for_linears(free - beyond))
         claims = self._ordered(claims, free - ring - beyond, ring)
         first_rows = residency_shares([*others, claims], free - ring - beyond)
-        while idle := self._without_use(first_rows):
+        while idle := self._without_use(first_rows, ring):
             claims = tuple(claim for claim in claims if claim.key not in idle)
             first_rows = residency_shares([*others, claims], free - ring - beyond)
         held = sum((c.rows - first_rows.get(c.key, c.rows)) * c.row_bytes for c in claims)
         return self._residency(claims, first_rows, ring, {**fixed, RING: ring, RESIDENT: held})
 
-    def _without_use(self, first_rows: Mapping[Hashable, int]) -> set[Hashable]:
+    def _without_use(self, first_rows: Mapping[Hashable, int], ring: int) -> set[Hashable]:
         """Weights that would be resident and are read on the host only, together with one that is not."""
         names = {node.name: self._keys[node] for node in self._unsplit}
         there = {name for name, key in names.items() if key in first_rows}
-        found = without_use(self._module, self._context, there, names.keys() - there)
+        on_host = names.keys() - there - {stack.name for stack in self._through(ring)}
+        found = without_use(self._module, self._context, there, on_host)
         return {names[name] for name in found}
+
+    def _through(self, ring: int) -> list[fx.Node]:
+        """The stacks that are streamed where they are not resident: none if the ring does not hold two experts."""
+        stacks = [*self._streamable]
+        least = _WINDOW * max((aligned(expert_bytes(stack)) for stack in stacks), default=0)
+        return stacks if least <= ring else []
 
     def _left_for_linears(self, free: int) -> int:
         """What the weights that come before the Linears leave of ``free`` bytes, all if they do not fit."""
@@ -163,12 +173,14 @@ class _Sharing:
         own = {claim.key for claim in claims}
         weights = {w.name: first_rows[key] for w, key in self._keys.items() if key in own and key in first_rows}
         chunk = 0 if whole else self._chunk_bytes(ring)
-        on_host = frozenset(node.name for node in self._unsplit if node.name not in weights)
+        through = frozenset(stack.name for stack in self._through(ring) if stack.name not in weights)
+        on_host = frozenset(node.name for node in self._unsplit if node.name not in weights) - through
         unsplit_bytes = sum(value_bytes(node, self._context) for node in self._unsplit if node.name in weights)
         staged = max(STAGED_CHUNK_BYTES, sum(value_bytes(weight, self._context) for weight in self._weights) // _STAGED)
         return Residency(
             weights, ring, chunk, budget, whole, tuple(claims), first_rows, self._mirrored,
             host_weights=on_host, unsplit_bytes=unsplit_bytes, staged_chunk_bytes=staged,
+            streamed_stacks=through, stack_chunk_bytes=ring // _WINDOW // SLOT_ALIGNMENT * SLOT_ALIGNMENT,
         )  # fmt: skip
 
     def _claims(self) -> tuple[Claim, ...]:
@@ -203,9 +215,16 @@ class _Sharing:
     def _ring_bytes(self, free: int) -> int:
         """All graphs share the ring, so it is as long as others made it unless that takes more than half."""
         sizes = [value_bytes(weight, self._context) for weight in self._weights]
-        ring = staging_ring_bytes(sizes, free, self._smallest)
+        ring = max(staging_ring_bytes(sizes, free, self._smallest), self._for_stacks(free))
         shared = self._context.resident.ring_bytes
         return max(ring, shared if shared <= free // 2 else 0)
+
+    def _for_stacks(self, free: int) -> int:
+        """Bytes of a ring for parts of the streamed stacks: of at most half of what is free, 0 if it is none."""
+        expert = max((aligned(expert_bytes(stack)) for stack in self._streamable), default=0)
+        part = max((aligned(chunk_bytes(stack)) for stack in self._streamable), default=0)
+        ring = max(_WINDOW * expert, min(_WINDOW * part, free // 4 // SLOT_ALIGNMENT * SLOT_ALIGNMENT))
+        return ring if ring <= free // 2 else 0
 
 
 def staging_ring_bytes(weight_bytes: Sequence[int], free: int, smallest: int = 0) -> int:

@@ -18,14 +18,19 @@ from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import Block, Costs, NodeCost
 from hetegen_compile.passes.plans import LinearPlan, Residency, Splits
+from hetegen_compile.passes.stream_experts import experts_plan, grouped_nodes
 
 
 def choose_splits(module: fx.GraphModule, context: Context) -> Splits:
-    """The rows of every Linear by where they are consumed."""
+    """The rows of every Linear, and the experts of every product with streamed ones, by where they are consumed.
+
+    The latter are known once the graph has been cut (``stream_experts``).
+    """
     costs = require(context.costs, "annotate_costs")
     residency = require(context.residency, "choose_residency")
     linears = linears_of(module)
     splits = {position: _plan(node, costs, residency, context) for position, node in linears.items()}
+    splits |= {position: experts_plan(node, context) for position, node in grouped_nodes(module).items()}
     if context.options.pair_mlp is True and forced_split(context):
         for block in pairable_blocks(linears, context):
             splits |= block_splits(block, linears, forced_host_rows(block.columns, context), context)

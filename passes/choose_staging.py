@@ -14,6 +14,7 @@ from torch import fx
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes.choose_splits import forced_host_rows
 from hetegen_compile.passes.context import Context, Refusal, require
+from hetegen_compile.passes.grouped_products import products_with
 
 
 def choose_staging(module: fx.GraphModule, context: Context) -> Mapping[str, str]:
@@ -25,24 +26,32 @@ def choose_staging(module: fx.GraphModule, context: Context) -> Mapping[str, str
     residency = require(context.residency, "choose_residency")
     if context.host_memory is None or residency.whole_graph:
         return {}
-    linears: dict[str, fx.Node] = {}
+    readers: dict[str, fx.Node] = {}
     for node in module.graph.find_nodes(op="call_function", target=LINEAR):
         weight: Any = node.args[1]
         if weight.name in context.weights and residency.weights.get(weight.name) != 0:
-            linears[weight.name] = node
-    staged = context.host_memory.staged(linears, context.weights)
+            readers[weight.name] = node
+    for stack in module.graph.find_nodes(op="placeholder"):
+        if stack.name in residency.streamed_stacks:
+            readers[stack.name] = next(iter(products_with(stack) or ()))
+    staged = context.host_memory.staged(readers, context.weights)
     for reason in dict.fromkeys(staged.values()):
-        same = [name for name in staged if staged[name] == reason and _may_be_streamed(linears[name], context)]
+        same = [name for name in staged if staged[name] == reason and _may_be_streamed(readers[name], context)]
         if not same:
             continue
-        first = info(linears[same[0]]).module or same[0]
+        first = info(readers[same[0]]).module or same[0]
         where = f"{first} and {len(same) - 1} more" if len(same) > 1 else first
         context.refuse(Refusal(where, f"not pinned but streamed through the pinned ring: {reason}"))
     return staged
 
 
 def _may_be_streamed(linear: fx.Node, context: Context) -> bool:
-    """Whether some rows of a Linear's weight are neither resident nor put on the host by the options."""
+    """Whether some rows of a Linear's weight are neither resident nor put on the host by the options.
+
+    Those of a product with streamed experts are not.
+    """
+    if linear.target != LINEAR:
+        return True
     weight: Any = linear.args[1]
     rows = int(info(weight).value.shape[0])
     first = require(context.residency, "choose_residency").weights.get(weight.name, rows)

@@ -24,8 +24,8 @@ from torch import fx
 from hetegen_compile import ir
 from hetegen_compile.ir import info
 from hetegen_compile.passes.context import Context
+from hetegen_compile.passes.node_work import node_work
 from hetegen_compile.passes.precedence import Precedence
-from hetegen_compile.passes.predict_step import node_work
 
 RUN_AHEAD = 4
 """Downloads under way at once, after which the work that the first is for has to be done: each keeps its sources."""
@@ -153,7 +153,7 @@ class _Waits:
     def __init__(self, graph: fx.Graph, context: Context) -> None:
         self.place = {node: position for position, node in enumerate(graph.nodes)}
         downloads = graph.find_nodes(op="call_function", target=ir.TO_HOST)
-        busy = [node for node in graph.nodes if node.op == "call_module" or node.target == ir.PARTIAL_LINEAR]
+        busy = [node for node in graph.nodes if node.op == "call_module" or node.target in ir.ACCELERATOR_PARTS]
         parts_of = _host_parts(graph)
         parts: list[list[fx.Node]] = []
         for download in downloads:
@@ -188,7 +188,7 @@ class _Waits:
         end = len(busy) if following is None else bisect_right(busy, following)
         beside = {operand for one in (download, following) if one is not None for operand in one.all_input_nodes}
         between = busy[bisect_right(busy, download) : end]
-        return [node for node in between if node.target != ir.PARTIAL_LINEAR or node.args[0] not in beside]
+        return [node for node in between if node.target not in ir.ACCELERATOR_PARTS or node.args[0] not in beside]
 
     def _first_after(self, busy: list[fx.Node], downloads: list[fx.Node]) -> list[fx.Node]:
         first = bisect_right(busy, downloads[0]) if downloads else len(busy)
@@ -207,7 +207,7 @@ def _host_parts(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
         needed = [last[operand] for operand in node.all_input_nodes if operand in last]
         if needed and node not in found and info(node).side == "host":
             last[node] = max(needed, key=place.__getitem__)
-            if node.target == ir.HOST_LINEAR:
+            if node.target in ir.HOST_PARTS:
                 found[last[node]].append(node)
     return found
 

@@ -42,7 +42,7 @@ def fit_ring(module: fx.GraphModule, splits: Splits, context: Context, chunks: i
     if chunks is not None:
         chunk = residency.ring_bytes // chunks // SLOT_ALIGNMENT * SLOT_ALIGNMENT
         context = replace(context, residency=replace(residency, chunk_bytes=chunk))
-    return {info(node).position: _fitted(node, plan, cutter, context) for node, plan in plans}
+    return {**splits, **{info(node).position: _fitted(node, plan, cutter, context) for node, plan in plans}}
 
 
 def _fitted(linear: fx.Node, plan: LinearPlan, cutter: _Cutter, context: Context) -> LinearPlan:

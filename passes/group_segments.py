@@ -26,6 +26,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import py_sym_types
 
 from hetegen_compile.ir import (
+    GROUPED,
+    IN_PARTS,
     INPUT_OPS,
     LINEAR,
     MIRROR,
@@ -82,7 +84,8 @@ class _Grouper:
             self._emit_host(level)
             for node in self._levels.linears(level):
                 self._output.prepend(node)
-                node.update_arg(0, self._on_device(node.args[0]))  # type: ignore[arg-type]
+                for place in (0, 2) if node.target == GROUPED else (0,):
+                    node.update_arg(place, self._on_device(node.args[place]))  # type: ignore[arg-type]
             self._emit_segment(level)
         self._emit_host(None)
         self._finish()
@@ -106,7 +109,7 @@ class _Grouper:
         """The node that the accelerator reads: its own value, a mirror of an input, or the host's value."""
         if node in self._device:
             return self._device[node]
-        if node.target == LINEAR or node.target == MIRROR:
+        if node.target in IN_PARTS or node.target == MIRROR:
             return node
         if node.op in INPUT_OPS:
             return self._mirror(node) if is_tensor(node) else node
@@ -149,7 +152,7 @@ class _Grouper:
         for user in node.users:
             if user.op == "output":
                 return True
-            on_accelerator = user.target == LINEAR or user in self._placement.accelerator
+            on_accelerator = user.target in IN_PARTS or user in self._placement.accelerator
             if on_accelerator and user not in members:
                 return True
             if user in self._placement.host and node not in self._placement.host:
@@ -186,7 +189,7 @@ class _Grouper:
             annotate(node, side="host")
         self._output.args = fx.map_arg(self._output.args, self._on_host)
         for node in reversed(self._nodes):
-            if node.target != LINEAR:
+            if node.target not in IN_PARTS:
                 self._graph.erase_node(node)
 
 

@@ -208,7 +208,7 @@ class _Inserter:
 
     def _read_where_it_lies(self, user: fx.Node, operand: fx.Node) -> bool:
         """Let a host part read an input of the call itself instead of its mirror, if nothing writes it."""
-        if operand.target != ir.MIRROR or user.target != ir.HOST_LINEAR:
+        if operand.target != ir.MIRROR or user.target not in ir.HOST_PARTS:
             return False
         if any(info(node).writes & info(operand).storages for node in self._graph.nodes):
             return False
@@ -221,7 +221,7 @@ class _Inserter:
         written: dict[int, int] = {}
         versions: dict[tuple[fx.Node, fx.Node], _Version] = {}
         for user in self._graph.nodes:
-            alone = user if user.target == ir.HOST_LINEAR and not self._context.share_trips else None
+            alone = user if user.target in ir.HOST_PARTS and not self._context.share_trips else None
             for operand in user.all_input_nodes if user in readers else ():
                 versions[user, operand] = operand, sum(written.get(key, 0) for key in info(operand).storages), alone
             if info(user).side == "accelerator":

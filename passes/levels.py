@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import fx
 
-from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.ir import IN_PARTS, info
 from hetegen_compile.passes.plans import Placement
 
 _Level = TypeVar("_Level", int, int | None)
@@ -30,12 +30,12 @@ class Levels:
         for node in nodes:
             running = self._assign(node, running)
         self.count = running + 1
-        self._linears = _by_level(self._level, [node for node in nodes if node.target == LINEAR])
+        self._linears = _by_level(self._level, [node for node in nodes if node.target in IN_PARTS])
         self._members = _by_level(self._level, [node for node in nodes if node in placement.accelerator])
         self._hosts = _by_level(self._host_level, [node for node in nodes if node in self._host_level])
 
     def linears(self, level: int) -> list[fx.Node]:
-        """Linears of one level in program order."""
+        """What is computed in parts of one level, in program order."""
         return self._linears.get(level, [])
 
     def members(self, level: int) -> list[fx.Node]:
@@ -47,8 +47,9 @@ class Levels:
         return self._hosts.get(level, [])
 
     def _assign(self, node: fx.Node, running: int) -> int:
-        if node.target == LINEAR:
-            self._level[node] = 1 + max(self._depth(node.args[0]), self._depth_of_writers(node))  # type: ignore[arg-type]
+        if node.target in IN_PARTS:
+            given = [one for one in node.all_input_nodes if one is not node.args[1]]
+            self._level[node] = 1 + max(*map(self._depth, given), self._depth_of_writers(given))
             running = max(running, self._level[node])
         if node in self._placement.host:
             running = max(running, self._assign_host(node))
@@ -81,8 +82,8 @@ class Levels:
     def _depth(self, node: fx.Node) -> int:
         return max(self._level.get(node, 0), self._host_level.get(node) or 0)
 
-    def _depth_of_writers(self, node: fx.Node) -> int:
-        keys = info(node.args[0]).storages  # type: ignore[arg-type]
+    def _depth_of_writers(self, given: Iterable[fx.Node]) -> int:
+        keys = frozenset[int]().union(*(info(node).storages for node in given))
         return max([0, *(self._level.get(w, 0) for key in keys for w in self._writers.get(key, ()))])
 
 
@@ -102,7 +103,7 @@ def _feeding_accelerator(nodes: list[fx.Node], placement: Placement) -> set[fx.N
         if node not in placement.host:
             continue
         direct = node not in placement.accelerator and any(
-            user.target == LINEAR or user in placement.accelerator for user in node.users
+            user.target in IN_PARTS or user in placement.accelerator for user in node.users
         )
         own = info(node).storages | info(node).reads
         if direct or any(user in feeding for user in node.users) or info(node).writes & touched or own & written:

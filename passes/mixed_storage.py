@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx
 
-from hetegen_compile.ir import INPUT_OPS, LINEAR, info, writers_of
+from hetegen_compile.ir import IN_PARTS, INPUT_OPS, info, writers_of
 from hetegen_compile.passes.movement import is_view
 from hetegen_compile.passes.plans import Placement
 
@@ -57,7 +57,7 @@ def copied_result(results: Sequence[fx.Node], placement: Placement, makers: Mapp
 def _touched_on_accelerator(key: int, nodes: Sequence[fx.Node], placement: Placement) -> bool:
     """Whether an accelerator node or a Linear reads, writes or makes the storage."""
     return any(
-        (node in placement.accelerator or node.target == LINEAR) and key in info(node).storages | info(node).reads
+        (node in placement.accelerator or node.target in IN_PARTS) and key in info(node).storages | info(node).reads
         for node in nodes
     )
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from hetegen_compile.ir import INPUT_OPS, LINEAR, info, is_tensor, makers_of, writers_of
+from hetegen_compile.ir import IN_PARTS, INPUT_OPS, LINEAR, info, is_tensor, makers_of, writers_of
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.append_tokens import COPIED
 from hetegen_compile.passes.autocast import autocast_regions, mixed_region
@@ -187,7 +187,7 @@ class _Placer:
             return True
         if node in self._host_only:
             return True
-        if node.target == LINEAR or node.op not in ("call_function", "call_method"):
+        if node.target in IN_PARTS or node.op not in ("call_function", "call_method"):
             return False
         if not moves_data(node) or not all(self._repeatable(one, seen | {node}) for one in _lists_read(node)):
             return False
@@ -227,8 +227,8 @@ class _Placer:
     def _needed_on_accelerator(self, written_back: dict[fx.Node, str]) -> set[fx.Node]:
         """Nodes whose value a Linear, a download or the mirror of a written input depends on."""
         needed: set[fx.Node] = set()
-        roots = [node for node in self._computing if node.target == LINEAR]
-        roots += [node for node in self._downloads() if node.target != LINEAR]
+        roots = [node for node in self._computing if node.target in IN_PARTS]
+        roots += [node for node in self._downloads() if node.target not in IN_PARTS]
         roots += [writer for node in written_back for key in info(node).storages for writer in self._writers[key]]
         pending = roots
         while pending:
@@ -242,7 +242,7 @@ class _Placer:
                 pending += next(region for region in self._regions if node in region)
             pending += node.all_input_nodes
             pending += self._writers_touching(node)
-        return {node for node in needed if node.target != LINEAR}
+        return {node for node in needed if node.target not in IN_PARTS}
 
     def _returned_to_accelerator(self, accelerator: set[fx.Node]) -> set[fx.Node]:
         """Results that the host moves together and the accelerator can make of values that it has, too.
@@ -262,7 +262,7 @@ class _Placer:
             return set()
         if node.op in INPUT_OPS:
             return set() if any(user in accelerator for user in node.users) else None
-        movable = node not in self._host_only and node.target != LINEAR and self._repeatable(node)
+        movable = node not in self._host_only and node.target not in IN_PARTS and self._repeatable(node)
         if not movable or not accelerator.issuperset(self._writers_touching(node)):
             return None
         chain = {node}

@@ -95,6 +95,8 @@ class Residency:
             resident row is not in it).
         mirrored: bytes of the mirrors that the step reads, an expression over the graph's sizes.
         host_weights: placeholders of weights that cannot be split and stay on the host, with what computes with them.
+        streamed_stacks: placeholders of stacks of experts that are streamed, each whole.
+        stack_chunk_bytes: most bytes of a part of such a stack; one expert at least.
         unsplit_bytes: of weights that cannot be split and are resident.
         tables: embedding tables that are mirrored, too, because everything fits: nothing is left to the host.
         staged_chunk_bytes: most bytes of a chunk of a weight that goes through the pinned ring.
@@ -109,6 +111,8 @@ class Residency:
     first_rows: Mapping[Hashable, int] = field(default_factory=dict)
     mirrored: sympy.Expr = sympy.Integer(0)
     host_weights: frozenset[str] = frozenset()
+    streamed_stacks: frozenset[str] = frozenset()
+    stack_chunk_bytes: int = 0
     unsplit_bytes: int = 0
     tables: frozenset[str] = frozenset()
     staged_chunk_bytes: int = STAGED_CHUNK_BYTES

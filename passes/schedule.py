@@ -34,8 +34,8 @@ from hetegen_compile.passes.completing import RUN_AHEAD, complete_early
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.fit_ring import LEAST_USED
 from hetegen_compile.passes.insert_transfers import operand_side
+from hetegen_compile.passes.node_work import node_work
 from hetegen_compile.passes.precedence import Precedence
-from hetegen_compile.passes.predict_step import node_work
 from hetegen_compile.passes.tensors import tensors_in
 
 _RANK: dict[Any, int] = {
@@ -50,7 +50,7 @@ _ACCELERATOR_RANK = 3
 _COMPLETING_RANK = 4
 _HOST_RANK = 5
 
-_LINEARS = (ir.HOST_LINEAR, ir.PARTIAL_LINEAR)
+_PARTS = (*ir.HOST_PARTS, *ir.ACCELERATOR_PARTS)
 _WAITS = (ir.WAIT, ir.WAIT_HOST, ir.WAIT_ACCELERATOR)
 
 PINNED_WINDOW = 4
@@ -231,7 +231,7 @@ def _inputs_before_prefetches(graph: fx.Graph, tasks: Precedence, context: Conte
         if node.target == ir.TO_ACCELERATOR and node_work(node, context).resource == "up":
             before |= tasks.needed_for(node)
             seconds = sum(node_work(one, context).seconds for one in before)
-            if seconds >= ring_s or any(one.target in _LINEARS for one in before):
+            if seconds >= ring_s or any(one.target in _PARTS for one in before):
                 return
             for first in fills:
                 tasks.add(node, first)

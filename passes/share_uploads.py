@@ -24,7 +24,7 @@ from hetegen_compile.cost_model import upload_s
 from hetegen_compile.ir import info
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.context import Context
-from hetegen_compile.passes.predict_step import node_work, transfer_up_s
+from hetegen_compile.passes.node_work import node_work, transfer_up_s
 
 Readers = Mapping[fx.Node, Sequence[fx.Node]]
 """For each value of the host the nodes of the accelerator that read it."""
@@ -49,8 +49,8 @@ def _beyond_join(reader: fx.Node, place: Mapping[fx.Node, int]) -> fx.Node:
 
 
 def _activation(value: fx.Node) -> fx.Node | None:
-    """What a host part of a Linear reads: only siblings share a transfer."""
-    return value.all_input_nodes[0] if value.target == ir.HOST_LINEAR else None
+    """What a host part reads: only siblings share a transfer."""
+    return value.all_input_nodes[0] if value.target in ir.HOST_PARTS else None
 
 
 class _Cuts:

@@ -48,9 +48,7 @@ from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.cut_blocks import cut_block
 from hetegen_compile.passes.findings import Block
 from hetegen_compile.passes.plans import LinearPlan
-
-UNASSIGNED = -1
-"""Offset of a prefetch whose slot the scheduler has not assigned yet."""
+from hetegen_compile.passes.streamed_parts import UNASSIGNED, of_slot
 
 
 def split_linears(module: fx.GraphModule, context: Context) -> None:
@@ -167,20 +165,9 @@ class _Splitter:
         return self._of_slot([lo, hi], self._cut(lo, hi), lambda rows: self._accelerator(rows, lo, hi, first=first))
 
     def _of_slot(self, ranges: list[int], notes: NodeInfo, part: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        """What ``part`` makes of the ranges of the weight that a prefetch brings; their slot is free behind it."""
-        transfer = self._call(ir.PREFETCH, (*self._source(ranges, notes), UNASSIGNED, []), notes)
-        found = part(self._call(ir.WAIT, (transfer,), notes))
-        self._call(ir.RELEASE, (transfer,), notes)
-        return found
-
-    def _source(self, ranges: list[int], notes: NodeInfo) -> tuple[object, list[int], int]:
-        """What a prefetch of ``ranges`` of the weight reads: source, ranges, dim. ``notes`` are on what it brings."""
         weight: Any = self.weight
         dim = ir.RECTANGLE if len(ranges) > 2 else self.plan.axis
-        if weight.name not in self.staged:
-            return weight, ranges, dim
-        staged = self._call(ir.STAGE, (weight, ranges, dim, UNASSIGNED, []), notes, side=None)
-        return staged, [0, int(notes.value.shape[0])], 0
+        return of_slot(self._call, weight, ranges, dim, notes, self.staged, part)
 
     def _rectangles(self, lo: int, hi: int) -> fx.Node:
         """The partial sum of columns ``lo:hi`` of a weight [out, in], in pieces of its rows, side by side."""

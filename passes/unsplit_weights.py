@@ -20,7 +20,7 @@ from collections.abc import Collection, Container, Iterable, Sequence
 
 from torch import Tensor, fx
 
-from hetegen_compile.ir import INPUT_OPS, LINEAR, info, written_storages
+from hetegen_compile.ir import IN_PARTS, INPUT_OPS, LINEAR, info, written_storages
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.autocast import autocast_regions
@@ -170,7 +170,7 @@ def _is_large(node: fx.Node) -> bool:
 
 def _touches(node: fx.Node, storages: frozenset[int]) -> bool:
     """Whether it is at one of these storages, which are written on the host and so are right only there."""
-    return node.target != LINEAR and not storages.isdisjoint(info(node).storages | info(node).reads)
+    return node.target not in IN_PARTS and not storages.isdisjoint(info(node).storages | info(node).reads)
 
 
 def _between(nodes: Sequence[fx.Node], readers: set[fx.Node]) -> set[fx.Node]:
@@ -178,7 +178,7 @@ def _between(nodes: Sequence[fx.Node], readers: set[fx.Node]) -> set[fx.Node]:
     made = set(readers)
     for node in nodes:
         floating = _floating(node.all_input_nodes)
-        known = node.op not in (*INPUT_OPS, "output") and node.target != LINEAR and floating
+        known = node.op not in (*INPUT_OPS, "output") and node.target not in IN_PARTS and floating
         if known and all(one in made or one.op in INPUT_OPS for one in floating):
             made.add(node)
     found, pending = set[fx.Node](), [*readers]

@@ -7,14 +7,15 @@ from dataclasses import replace
 from torch import fx
 
 from hetegen_compile.cost_model import host_linear_s, upload_s
-from hetegen_compile.ir import LINEAR, info, is_tensor
+from hetegen_compile.ir import GROUPED, LINEAR, info, is_tensor
 from hetegen_compile.passes.annotate_costs import dtype_name, host_operation_s, value_bytes
 from hetegen_compile.passes.aten_listener import FREE_ATEN
 from hetegen_compile.passes.choose_splits import choose_splits
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import NodeCost
+from hetegen_compile.passes.node_work import node_work
 from hetegen_compile.passes.plans import RESIDENT, RING, LinearPlan
-from hetegen_compile.passes.predict_step import node_work
+from hetegen_compile.passes.stream_experts import streamed_stacks
 from hetegen_compile.passes.unsplit_weights import computed_on_host, unsplit_on_host
 from hetegen_compile.planning.trials import Trials
 
@@ -46,7 +47,8 @@ def _streamed_s(module: fx.GraphModule, context: Context, trials: Trials) -> flo
     if unsplit:
         linears = _linears(module, context)
         offloaded = [cost.weight_bytes * (1 - plan.resident_rows / plan.rows) for plan, cost in linears]
-        moved = (*offloaded, *(value_bytes(weight, context) for weight in unsplit))
+        stacks = [*unsplit, *streamed_stacks(module)]
+        moved = (*offloaded, *(value_bytes(weight, context) for weight in stacks))
         return max(sum(upload_s(context.profile, nbytes) for nbytes in moved), _accelerator_s(module, context))
     context = replace(context, options=replace(context.options, split=0.0))
     return trials.step_s(context, choose_splits(module, context), keep=True)
@@ -60,7 +62,8 @@ def _per_linear_s(module: fx.GraphModule, context: Context, trials: Trials) -> f
 
 def _per_module_s(module: fx.GraphModule, context: Context) -> float:
     offloaded = [cost.weight_bytes for plan, cost in _linears(module, context) if plan.resident is None]
-    others = dict.fromkeys([*_tables(module), *unsplit_on_host(module, context)])  # a weight may be both
+    unsplit = [*unsplit_on_host(module, context), *streamed_stacks(module)]
+    others = dict.fromkeys([*_tables(module), *unsplit])  # a weight may be both
     copies = [
         upload_s(context.profile, nbytes, pinned=False) + context.profile.synchronise_s
         for nbytes in (*offloaded, *(value_bytes(weight, context) for weight in others))
@@ -97,7 +100,8 @@ def _resident_s(module: fx.GraphModule, context: Context) -> float | None:
     """None where weights and what a step needs beside them are more than the accelerator's memory."""
     residency = require(context.residency, "choose_residency")
     weights = sum(cost.weight_bytes for _, cost in _linears(module, context)) + residency.unsplit_bytes
-    weights += sum(value_bytes(weight, context) for weight in unsplit_on_host(module, context))
+    unsplit = [*unsplit_on_host(module, context), *streamed_stacks(module)]
+    weights += sum(value_bytes(weight, context) for weight in unsplit)
     others = sum(nbytes for name, nbytes in residency.budget.items() if name not in (RESIDENT, RING))
     fits = weights + others <= context.profile.accelerator.memory_bytes
     return _accelerator_s(module, context) if fits else None
@@ -106,7 +110,9 @@ def _resident_s(module: fx.GraphModule, context: Context) -> float | None:
 def _accelerator_s(module: fx.GraphModule, context: Context) -> float:
     """Seconds of the accelerator's own work with every weight at hand."""
     costs, names = require(context.costs, "annotate_costs"), {node.name for node in unsplit_on_host(module, context)}
-    segments = sum(node_work(node, context).seconds for node in module.graph.find_nodes(op="call_module"))
+    products = module.graph.find_nodes(op="call_function", target=GROUPED)
+    working = [*module.graph.find_nodes(op="call_module"), *products]
+    segments = sum(node_work(node, context).seconds for node in working)
     moved = computed_on_host(list(module.graph.nodes), names, context.weights) if names else ()
     readers = [node for node in module.graph.nodes if node in moved and node.target != LINEAR]
     computing = [node for node in readers if not FREE_ATEN.issuperset(info(node).aten)]

@@ -2,9 +2,10 @@
 
 It is the largest of four bounds. The simulation charges the same rates, so no simulated step is below it:
 
-- **bytes**: host and link share the offloaded bytes of all Linears, both at work all the time at the rates of the
-  profile's tables for these tokens and sizes, each beside the other: what the host reads costs the link some of its
-  time (``cost_model.link_lost_s``). For one rate each this is S / (V_link + V_cpu) for S offloaded bytes.
+- **bytes**: host and link share the offloaded bytes of all Linears and of streamed experts, both at work all the time
+  at the rates of the profile's tables for these tokens and sizes, each beside the other: what the host reads costs the
+  link some of its time (``cost_model.link_lost_s``). For one rate each this is S / (V_link + V_cpu) for S offloaded
+  bytes.
 - **accelerator**: its segments, and its part of the Linears with as few rows as residency allows. It reads what the
   host makes of the others, or has all of their rows itself.
 - **path** (``floor_path``): the longest chain of trips and segments of which each needs the results of the one before,
@@ -24,13 +25,14 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from hetegen_compile.cost_model import Chain, Trip, host_linear_s, item_bytes, relax, upload_s
-from hetegen_compile.ir import info
-from hetegen_compile.passes.annotate_costs import dtype_name
+from hetegen_compile.ir import GROUPED, info
+from hetegen_compile.passes.annotate_costs import dtype_name, value_bytes
 from hetegen_compile.passes.choose_splits import linears_of, pairable_blocks
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import NodeCost
 from hetegen_compile.passes.issue_ahead import issues_ahead
-from hetegen_compile.passes.predict_step import issue_s, least_read_s, least_thread_s, node_work, untold_trip_s
+from hetegen_compile.passes.node_work import issue_s, least_read_s, least_thread_s, node_work, untold_trip_s
+from hetegen_compile.passes.stream_experts import cost_of
 from hetegen_compile.planning.floor_path import (
     Blocks,
     Order,
@@ -78,10 +80,11 @@ def floor(module: fx.GraphModule, context: Context) -> Floor:
     beside = {node: seconds for node, seconds in others.items() if seconds > 0 and node not in blocks.segments}
     on_host = {node: _seconds(node, "host", context) for node in module.graph.nodes if node not in linears}
     on_host = {node: seconds for node, seconds in on_host.items() if seconds > 0}
+    experts = [_experts_alone(node, context) for node in module.graph.find_nodes(op="call_function", target=GROUPED)]
     path = longest_path(linears, beside, on_host, blocks, order, context)
     paths = [path, with_both_ways(path)] if any(one.shared for one in path) else [path]
     return Floor(
-        bytes_s=relax(Chain(tuple(_bytes_only(trip) for trip in linears.values()), 0.0)).bound_s,
+        bytes_s=relax(Chain((*map(_bytes_only, linears.values()), *experts), 0.0)).bound_s,
         accelerator_s=sum(beside.values()) + _linears_s(linears, blocks, context),
         path_s=max(_path_s(one, linears, context) for one in paths),
         thread_s=_threads_s(module, linears, on_host, blocks, context),
@@ -144,6 +147,13 @@ def _linear_alone(node: fx.Node, context: Context) -> Trip:
     )
 
 
+def _experts_alone(node: fx.Node, context: Context) -> Trip:
+    """A product with streamed experts, which the host could compute as well."""
+    stack: fx.Node = node.args[1]  # type: ignore[assignment]
+    cost, nbytes = cost_of(node, context), value_bytes(stack, context)
+    return Trip(cost.host_s, _moving_s(nbytes, stack, context) * nbytes, 0.0, 0.0, lost_s=cost.link_lost_s)
+
+
 def _linears_s(linears: Mapping[fx.Node, Trip], blocks: Blocks, context: Context) -> float:
     """What the accelerator does at least of the Linears."""
     seconds = sum(trip.accelerator_s - trip.accelerator_saved_s for trip in linears.values())
@@ -162,18 +172,21 @@ def _least_host_s(node: fx.Node, cost: NodeCost, context: Context) -> float:
     sizes = {size * width for table in tables for size, _ in table.curves for width in widths}
     return min(
         host_linear_s(context.profile, dtype, cost.tokens, size, cost.flops * size / cost.weight_bytes) / size
-        for size in _up_to(sizes, cost)
+        for size in _up_to(sizes, cost.weight_bytes)
     ) * cost.weight_bytes  # fmt: skip
 
 
 def _least_feed_s(node: fx.Node, cost: NodeCost, context: Context) -> float:
     """The link bringing all rows in parts of whatever size moves fastest, by way of the pinned ring if staged."""
+    return _moving_s(cost.weight_bytes, node.args[1], context) * cost.weight_bytes  # type: ignore[arg-type]
+
+
+def _moving_s(nbytes: int, weight: fx.Node, context: Context) -> float:
+    """Seconds of each of a weight's bytes over the link."""
     sizes = {size for size, _ in context.profile.link.up.pinned.points}
-    sizes = _up_to(sizes, cost)
-    byte_s = min(upload_s(context.profile, size) / size for size in sizes)
-    if _is_staged(node, context):
-        byte_s = max(byte_s, 1.0 / context.profile.pin_bytes_per_s)
-    return byte_s * cost.weight_bytes
+    byte_s = min(upload_s(context.profile, size) / size for size in _up_to(sizes, nbytes))
+    staged = weight.name in context.staged
+    return max(byte_s, 1.0 / context.profile.pin_bytes_per_s) if staged else byte_s
 
 
 def _is_staged(node: fx.Node, context: Context) -> bool:
@@ -181,9 +194,9 @@ def _is_staged(node: fx.Node, context: Context) -> bool:
     return weight.name in context.staged
 
 
-def _up_to(sizes: Iterable[float], cost: NodeCost) -> set[float]:
+def _up_to(sizes: Iterable[float], nbytes: int) -> set[float]:
     """The sizes below a weight's, and its own."""
-    return {float(cost.weight_bytes), *(size for size in sizes if size < cost.weight_bytes)}
+    return {float(nbytes), *(size for size in sizes if size < nbytes)}
 
 
 def _threads_s(

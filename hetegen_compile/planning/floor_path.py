@@ -28,7 +28,7 @@ from hetegen_compile.cost_model import Chain, Leg, Trip, download_s
 from hetegen_compile.ir import INPUT_OPS, MIRROR, info
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.context import Context
-from hetegen_compile.passes.predict_step import least_trip_s, least_ways_s, untold_trip_s, up_s
+from hetegen_compile.passes.node_work import least_trip_s, least_ways_s, untold_trip_s, up_s
 
 _START = "the step begins"  # in the graph of trips, before those that need no other
 

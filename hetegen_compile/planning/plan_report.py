@@ -7,16 +7,17 @@ from dataclasses import replace
 
 from torch import fx
 
-from hetegen_compile.ir import LINEAR, TO_ACCELERATOR, info
+from hetegen_compile.ir import GROUPED, LINEAR, TO_ACCELERATOR, info
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.context import Context, Refusal, require
 from hetegen_compile.passes.plans import RESIDENT
+from hetegen_compile.passes.stream_experts import with_host_experts
 from hetegen_compile.passes.unsplit_weights import unsplit_on_host, weights_on_host
 from hetegen_compile.planning.baselines import baselines
 from hetegen_compile.planning.floor import floor_s
 from hetegen_compile.planning.planned import DRY_RUN, BucketPlan
 from hetegen_compile.planning.trials import Trials
-from hetegen_compile.reports.schedule import LinearSite, Schedule, schedule_rows
+from hetegen_compile.reports.schedule import EXPERTS, LinearSite, Schedule, schedule_rows
 
 
 def report_on(base: BucketPlan, module: fx.GraphModule, context: Context, trials: Trials) -> Schedule:
@@ -24,7 +25,7 @@ def report_on(base: BucketPlan, module: fx.GraphModule, context: Context, trials
     prediction = require(context.prediction, "predict_step")
     splits = require(context.splits, "choose_splits")
     residency = require(context.residency, "choose_residency")
-    sites = {position: replace(site, plan=splits[position]) for position, site in base.sites.items()}
+    sites = {position: replace(site, plan=splits.get(position, site.plan)) for position, site in base.sites.items()}
     low, high = context.bucket.low, context.bucket.high
     tokens = f"{low} token{'s' if low > 1 else ''}" if high == low else f"{low} to {high} tokens"
     tokens = f"{low} tokens or more" if high is None else tokens
@@ -63,10 +64,11 @@ def blocks_apart(context: Context) -> list[Refusal]:
 
 
 def linear_sites(module: fx.GraphModule, context: Context) -> dict[int, LinearSite]:
-    """Where each Linear of a grouped graph is, and what its plan is."""
+    """Where each Linear and each product with streamed experts of a grouped graph is, and what its plan is."""
     costs = require(context.costs, "annotate_costs")
     splits = require(context.splits, "choose_splits")
-    return {
+    experts = module.graph.find_nodes(op="call_function", target=GROUPED)
+    return {info(node).position: _experts_site(node, context) for node in experts} | {
         position: LinearSite(
             node=node.name, module=info(node).module, plan=splits[position],
             flops=costs[position].flops, weight_bytes=costs[position].weight_bytes,
@@ -74,6 +76,14 @@ def linear_sites(module: fx.GraphModule, context: Context) -> dict[int, LinearSi
         for node in module.graph.find_nodes(op="call_function", target=LINEAR)
         for position in (info(node).position,)
     }  # fmt: skip
+
+
+def _experts_site(node: fx.Node, context: Context) -> LinearSite:
+    stack: fx.Node = node.args[1]  # type: ignore[assignment]
+    plan = with_host_experts(stack, 0, require(context.residency, "choose_residency"))
+    return LinearSite(
+        node.name, info(node).module, plan, context.number(info(node).flops), value_bytes(stack, context), EXPERTS
+    )
 
 
 def _bytes_in(sites: Mapping[int, LinearSite], rows: str) -> int:

@@ -9,7 +9,8 @@ from itertools import accumulate, islice
 from torch import fx
 
 from hetegen_compile.cost_model import Chain, Trip, row_granularity
-from hetegen_compile.ir import info
+from hetegen_compile.ir import GROUPED, info
+from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.choose_splits import (
     block_splits,
     feed_s,
@@ -22,8 +23,9 @@ from hetegen_compile.passes.choose_splits import (
 )
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import Block
+from hetegen_compile.passes.node_work import node_work, trip_s
 from hetegen_compile.passes.plans import LinearPlan, Splits
-from hetegen_compile.passes.predict_step import node_work, trip_s
+from hetegen_compile.passes.stream_experts import cost_of, grouped_nodes, with_host_experts
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,16 @@ Trips = list[Group]
 
 
 def trips_of(module: fx.GraphModule, blocks: Sequence[Block] = ()) -> Trips:
-    """Linears that read the same activation, in program order; those of ``blocks`` at the place of their first one."""
-    linears = linears_of(module)
+    """Linears that read the same activation, in program order; those of ``blocks`` at the place of their first one.
+
+    A product with streamed experts is a trip of its own.
+    """
+    linears = dict(sorted({**linears_of(module), **grouped_nodes(module)}.items()))
     block_of = {position: block for block in blocks for position in block.linears}
     groups: dict[object, Group] = {}
     for position, node in linears.items():
         block = block_of.get(position)
-        key = block or node.args[0]
+        key = node if node.target == GROUPED else block or node.args[0]
         others = groups[key].linears if key in groups else ()
         groups[key] = Group((*others, node), block)
     return list(groups.values())
@@ -61,9 +66,8 @@ def step_chain(module: fx.GraphModule, trips: Trips, context: Context) -> Chain:
     serial_s = {node: node_work(node, context).seconds for node in nodes if node.op == "call_module"}
     own = [_trip(group, context) for group in trips]
     place = {node: index for index, group in enumerate(trips) for node in group.linears}
-    costs = require(context.costs, "annotate_costs")
     offloaded = {node for node, index in place.items() if own[index].link_s}
-    alone_s = {node: costs[info(node).position].accelerator_s for node in place if node not in offloaded}
+    alone_s = {node: cost_of(node, context).accelerator_s for node in place if node not in offloaded}
     for index, group in enumerate(trips):
         if not own[index].link_s:
             continue
@@ -102,9 +106,7 @@ def _trip(group: Group, context: Context) -> Trip:
     costs = require(context.costs, "annotate_costs")
     host_s = link_s = lost_s = accelerator_s = saved_s = 0.0
     for node in group.linears:
-        cost = costs[info(node).position]
-        plan = with_host_rows(node, 0, context)
-        offloaded = 1.0 - plan.resident_rows / plan.rows
+        cost, offloaded = cost_of(node, context), _offloaded_share(node, context)
         host_s += offloaded * cost.host_s
         link_s += offloaded * feed_s(node, cost, context)
         lost_s += offloaded * lost_feed_s(node, cost, context)
@@ -126,6 +128,8 @@ def with_shares(trips: Trips, shares: Sequence[float], context: Context) -> Spli
         if group.block is not None:
             columns = nearest_rows(share, group.block.columns, row_granularity(group.block.columns))
             splits |= block_splits(group.block, linears, columns, context)
+        elif group.linears[0].target == GROUPED:
+            splits |= _experts(*linears.items(), share=share, context=context)
         else:
             splits |= _one_after_the_other(linears, share, context)
     return splits
@@ -143,8 +147,25 @@ def _whole_shares(group: Group, context: Context) -> tuple[float, ...]:
     return tuple(end / ends[-1] for end in ends) if ends[-1] else (0.0,)
 
 
+def _experts(product: tuple[int, fx.Node], *, share: float, context: Context) -> Splits:
+    """A share of the experts of a product on the host, to the nearest one."""
+    position, node = product
+    stack: fx.Node = node.args[1]  # type: ignore[assignment]
+    host = round(share * int(info(stack).value.shape[0]))
+    return {position: with_host_experts(stack, host, require(context.residency, "choose_residency"))}
+
+
+def _offloaded_share(node: fx.Node, context: Context) -> float:
+    if node.target == GROUPED:
+        return 1.0
+    plan = with_host_rows(node, 0, context)
+    return 1.0 - plan.resident_rows / plan.rows
+
+
 def _offloaded_bytes(node: fx.Node, context: Context) -> int:
     weight: fx.Node = node.args[1]  # type: ignore[assignment]
+    if node.target == GROUPED:
+        return value_bytes(weight, context)
     residency = require(context.residency, "choose_residency")
     first_resident = residency.weights.get(weight.name, int(info(weight).value.shape[0]))
     return first_resident * slice_bytes(weight, 0)

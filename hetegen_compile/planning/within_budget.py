@@ -119,7 +119,10 @@ class ResidencySearch:
         """
         graphs, context, _ = self._cut(context, cut)
         module = graphs.grouped
-        splits = [require(context.splits, "choose_splits")]
+        residency = require(context.residency, "choose_residency")
+        splits = [
+            choose_splits(module, context) if residency.streamed_stacks else require(context.splits, "choose_splits")
+        ]
         if any(plan.host for plan in splits[0].values()):
             splits.append(choose_splits(module, replace(context, options=replace(context.options, split=0.0))))
         paired = None if context.lean else promising_blocks(module, context)
@@ -153,7 +156,7 @@ def _as_left(before: Context, context: Context, stages: Iterable[Stage]) -> Cont
 def _cuts(context: Context) -> object:
     """What of a residency decides where the graph is cut."""
     residency = require(context.residency, "choose_residency")
-    return residency.whole_graph, residency.host_weights, residency.tables
+    return residency.whole_graph, residency.host_weights, residency.streamed_stacks, residency.tables
 
 
 __all__ = ["ResidencySearch"]

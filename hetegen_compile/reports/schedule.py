@@ -21,8 +21,8 @@ from hetegen_compile.ir import info
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.context import Refusal
 from hetegen_compile.passes.findings import Prediction
+from hetegen_compile.passes.node_work import WORKER
 from hetegen_compile.passes.plans import LinearPlan
-from hetegen_compile.passes.predict_step import WORKER
 from hetegen_compile.reports.table import schedule_table
 from hetegen_compile.rows import Placement, Row, Totals
 
@@ -108,6 +108,7 @@ class Schedule:
             lines.append(FITS)
         linears = [row for row in self.rows if row.op == "linear" and row.host_share is not None]  # not left as it is
         lines += [f"{row.module or row.node}: {_why(row, self.split)}{_shared(row, linears)}" for row in linears]
+        lines += [f"{row.module or row.node}: {_why_experts(row)}" for row in self.rows if row.op == EXPERTS]
         if self.trips_ahead:
             lines.append(f"host parts of {self.trips_ahead} trips are a worker's: what needs them is issued meanwhile")
         lines += self._host_memory_lines()
@@ -157,6 +158,15 @@ class Schedule:
             for span in spans:  # of a prefetch for the next step two may end during one step
                 took.setdefault(span.name, span.end_s - span.start_s)
             self.rows = tuple(replace(row, measured_s=_measured(row, took)) for row in self.rows)
+
+
+EXPERTS = "experts"
+"""What the table calls a product with streamed experts."""
+
+
+def _why_experts(row: Row) -> str:
+    shares = f"{row.host_share:.0%} of its experts on the host, {row.streamed_share:.0%} streamed"
+    return f"{shares}: most of them have tokens of a forward like this, too many for the host alone"
 
 
 def _measured(row: Row, took: Mapping[str, float]) -> float | None:
@@ -211,13 +221,14 @@ def _shared(row: Row, linears: Sequence[Row]) -> str:
 
 @dataclass(frozen=True)
 class LinearSite:
-    """A Linear as it was before it was split: what the table says about it."""
+    """A Linear, or a product with streamed experts, as it was before it was split: what the table says about it."""
 
     node: str
     module: str
     plan: LinearPlan
     flops: float
     weight_bytes: int
+    op: str = "linear"
 
 
 def schedule_rows(
@@ -244,7 +255,7 @@ def schedule_rows(
 _TRANSFERS = (ir.TO_HOST, ir.WAIT_HOST, ir.TO_ACCELERATOR, ir.WAIT_ACCELERATOR, ir.CAUGHT_UP)
 _OF_LINEAR = (
     ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.WAIT, ir.RELEASE, ir.RESIDENT, ir.PARTIAL_LINEAR,
-    ir.HOST_LINEAR, ir.JOIN, ir.PAD,
+    ir.PARTIAL_GROUPED, ir.HOST_GROUPED, ir.HOST_LINEAR, ir.JOIN, ir.PAD,
 )  # fmt: skip
 
 
@@ -262,7 +273,7 @@ def _linear_row(site: LinearSite, nodes: list[fx.Node], prediction: Prediction) 
         busy[resource] = busy.get(resource, 0.0) + work.seconds
     timed = [node for node in own if prediction.work[node].seconds > 0]
     return Row(
-        node=site.node, module=site.module, op="linear", placement=_placement(plan),
+        node=site.node, module=site.module, op=site.op, placement=_placement(plan),
         host_share=plan.host / plan.rows, streamed_share=plan.streamed_rows / plan.rows,
         resident_share=plan.resident_rows / plan.rows, flops=site.flops, weight_bytes=site.weight_bytes,
         host_s=busy["host"], accelerator_s=busy["accelerator"], link_s=busy["up"],

@@ -37,23 +37,24 @@ from hetegen_compile import ir
 from hetegen_compile.accelerators.base import Accelerator, Op, Slot
 from hetegen_compile.cost_model import KernelChoice
 from hetegen_compile.errors import ScheduleError
+from hetegen_compile.grouped_parts import first_groups, grouped_rows, product_of
 from hetegen_compile.host_kernels import HostExperts, HostLinear, bind_experts, bind_kernels
 from hetegen_compile.ir import info
 from hetegen_compile.linear_parts import behind_usual_strides, join_parts, pad_parts, rows_function
 from hetegen_compile.passes.closed_gates import sizes_behind_gates
 from hetegen_compile.passes.context import Refusal
-from hetegen_compile.passes.expressions import evaluate
 from hetegen_compile.passes.findings import Work
 from hetegen_compile.passes.grouped_products import grouped_product
 from hetegen_compile.passes.lower import CompiledSegment
 from hetegen_compile.passes.resolve_sizes import size_inputs
 from hetegen_compile.passes.schedule import pinned_ring_bytes
-from hetegen_compile.passes.tensors import symbols_of, tensors_in, to_expr
+from hetegen_compile.passes.tensors import symbols_of, tensors_in
 from hetegen_compile.steps.bound_step import BoundStep
 from hetegen_compile.steps.chains import ChainLines, ChainRules
 from hetegen_compile.steps.host_functions import host_function, in_place
 from hetegen_compile.steps.host_runs import HostRun, dying_behind, host_runs
 from hetegen_compile.steps.last_uses import last_uses
+from hetegen_compile.steps.like import like
 from hetegen_compile.steps.step_source import StepSource
 
 logger = logging.getLogger("hetegen_compile")
@@ -240,10 +241,10 @@ class _Binder:
             return self._plain(node)
         tensors = tensors_in(info(node).value)
         symbols = sorted(set[sympy.Symbol]().union(*map(symbols_of, tensors)), key=str)
-        like = self._constant("like", functools.lru_cache(maxsize=4)(functools.partial(_like, tensors, symbols)))
+        made_like = self._constant("like", functools.lru_cache(maxsize=4)(functools.partial(like, tensors, symbols)))
         sizes = size_inputs(self._module.graph)
         given = ", ".join(f"inputs[{self._position[sizes[symbol]]}]" for symbol in symbols)
-        return f"{node.name} = deliver({self._op(node)}, {self._text(node.args[0])}, {like}({given}))"
+        return f"{node.name} = deliver({self._op(node)}, {self._text(node.args[0])}, {made_like}({given}))"
 
     def _caught_up(self, node: fx.Node) -> str:
         return f"caught_up({self._op(node)}, {self._text(node.args[0])})"
@@ -258,6 +259,20 @@ class _Binder:
         op = self._op(node, arguments=(x, rows, bias))
         return f"{node.name} = launch({op}, {function}, {self._text((x, rows, bias))})"
 
+    def _partial_grouped(self, node: fx.Node) -> str:
+        part = ir.grouped_part(node)
+        rows = functools.partial(grouped_rows, lo=part.lo, dim=part.dim, product=part.product)
+        function = self._constant("grouped", rows)
+        given = (part.x, part.matrices, part.ends, part.others)
+        return f"{node.name} = launch({self._op(node, arguments=given)}, {function}, {self._text(given)})"
+
+    def _host_grouped(self, node: fx.Node) -> str:
+        part = ir.host_groups(node)
+        matrices = info(part.stack).value if part.dim else info(part.stack).value.transpose(1, 2)
+        product = self._by_kernels(product_of(part.product), matrices) or part.product
+        function = self._constant("groups", functools.partial(first_groups, hi=part.hi, dim=part.dim, product=product))
+        return self._host_call(node, function, self._text((part.x, part.stack, part.ends)))
+
     def _kernel(self, node: fx.Node) -> HostLinear:
         _, weight, _, lo, hi, dim, axis = ir.linear_part(node)
         return bind_kernels(self._kernels, info(weight).value, lo, hi, dim, self._refuse, axis)
@@ -265,10 +280,11 @@ class _Binder:
     def _experts(self, node: fx.Node) -> HostExperts | None:
         """Of a product with a mixture's experts, what computes it by the host's kernels."""
         product = grouped_product(node)
-        if product is None:
-            return None
+        return None if product is None else self._by_kernels(host_function(node), info(product.matrices).value)
+
+    def _by_kernels(self, product: Callable[..., Any], matrices: Tensor) -> HostExperts | None:
         refuse = functools.partial(self._refuse, where="products with experts")
-        return bind_experts(host_function(node), self._kernels, info(product.matrices).value, refuse)
+        return bind_experts(product, self._kernels, matrices, refuse)
 
     def _run(self, run: HostRun) -> str:
         """The lines of a run: one call, and the names of its results."""
@@ -356,6 +372,8 @@ _EMITTERS: dict[Any, Callable[[_Binder, fx.Node], str]] = {
     ir.CAUGHT_UP: _Binder._caught_up,
     ir.WAIT_ACCELERATOR: _Binder._plain,
     ir.PARTIAL_LINEAR: _Binder._partial,
+    ir.PARTIAL_GROUPED: _Binder._partial_grouped,
+    ir.HOST_GROUPED: _Binder._host_grouped,
     ir.HOST_LINEAR: _Binder._host_linear,
     ir.JOIN: _Binder._join,
     ir.PAD: _Binder._pad,
@@ -375,17 +393,6 @@ def _narrowed(weight: fx.Node, ranges: Sequence[int], dim: int) -> str:
         return f"{weight}[{first}:{end}, {left}:{right}]"
     lo, hi = ranges
     return f"{weight}[:, {lo}:{hi}]" if dim else f"{weight}[{lo}:{hi}]"
-
-
-def _like(tensors: Sequence[Tensor], symbols: Sequence[sympy.Symbol], *sizes: int) -> list[Tensor]:
-    """Meta tensors of this geometry, where the symbols in it have these sizes."""
-    known = dict(zip(symbols, map(sympy.Integer, sizes), strict=True))
-    geometries = [(_sizes(tensor.shape, known), _sizes(tensor.stride(), known), tensor.dtype) for tensor in tensors]
-    return [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in geometries]
-
-
-def _sizes(sizes: Sequence[Any], known: Mapping[sympy.Symbol, sympy.Integer]) -> tuple[int, ...]:
-    return tuple(int(evaluate(to_expr(size), known)) for size in sizes)
 
 
 def _attribute(module: fx.GraphModule, target: str) -> Any:

@@ -33,16 +33,16 @@ _SIZES: dict[str, Any] = {
     "pad_token_id": 0, "num_experts_per_tok": 2,
 }  # fmt: skip
 
-MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
-    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(num_local_experts=16, **_SIZES)),
-    "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(num_experts=16, moe_intermediate_size=64, **_SIZES)),
-    "gpt_oss": lambda: GptOssForCausalLM(GptOssConfig(num_local_experts=16, **_SIZES)),
+MIXTURES: dict[str, Callable[[dict[str, Any]], PreTrainedModel]] = {
+    "mixtral": lambda sizes: MixtralForCausalLM(MixtralConfig(num_local_experts=16, **sizes)),
+    "qwen3_moe": lambda sizes: Qwen3MoeForCausalLM(Qwen3MoeConfig(num_experts=16, moe_intermediate_size=64, **sizes)),
+    "gpt_oss": lambda sizes: GptOssForCausalLM(GptOssConfig(num_local_experts=16, **sizes)),
 }
 
 
-def mixture(name: str) -> PreTrainedModel:
+def mixture(name: str, **sizes: int) -> PreTrainedModel:
     torch.manual_seed(0)
-    model: PreTrainedModel = MIXTURES[name]().eval()
+    model: PreTrainedModel = MIXTURES[name](_SIZES | sizes).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(WEIGHT_SCALE if parameter.dim() > 1 else 1)

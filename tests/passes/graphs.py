@@ -26,13 +26,16 @@ from hetegen_compile.passes import (
     insert_transfers,
     place_nodes,
     schedule,
+    split_experts,
     split_linears,
+    stream_experts,
 )
 from hetegen_compile.passes.capture import capture
 from hetegen_compile.passes.choose_splits import block_splits
 from hetegen_compile.passes.claims import NothingResident
-from hetegen_compile.passes.context import Bucket, Context, Refusal, SegmentCache
+from hetegen_compile.passes.context import Bucket, Context, Refusal, SegmentCache, require
 from hetegen_compile.passes.findings import Prediction
+from hetegen_compile.passes.grouped_products import products_with
 from hetegen_compile.passes.plans import GROWTH, LinearPlan, Residency
 from hetegen_compile.passes.sources import source_name
 from hetegen_compile.pipeline import PIPELINE, run_pipeline
@@ -219,11 +222,13 @@ def planned(
     ring_bytes: int = 2**20,
     whole_graph: bool = False,
     paired: float = 0.0,
+    experts: Callable[[int], LinearPlan] | None = None,
     **changes: Any,
 ) -> Case:
     """A case up to ``group_segments`` in which every Linear's rows are divided by ``plan``.
 
-    ``paired``: the share of the blocks' columns that is on the host; 0: no blocks are cut as such.
+    ``experts`` divides those of every stack, which is streamed then. ``paired``: the share of the blocks' columns that
+    is on the host; 0: no blocks are cut as such.
     """
     result = case(function, *inputs, **changes).run(annotate_costs)
     linears = result.nodes(ir.LINEAR)
@@ -238,15 +243,27 @@ def planned(
     for block in result.context.blocks if paired else ():
         splits |= block_splits(block, by_position, round(paired * block.columns), result.context)
     result.context = replace(result.context, splits=splits)
+    if experts is not None:
+        _stream(result, experts)
     result.apply(place_nodes)
     result.apply(group_segments)
     return result
 
 
+def _stream(found: Case, plan: Callable[[int], LinearPlan]) -> None:
+    stacks = [node for node in found.module.graph.find_nodes(op="placeholder") if products_with(node)]
+    residency = require(found.context.residency, "planned")
+    residency = replace(residency, streamed_stacks=frozenset(node.name for node in stacks))
+    found.context = replace(found.context, residency=residency)
+    found.apply(stream_experts)
+    more = {info(node).position: plan(int(info(node.args[1]).value.shape[0])) for node in found.nodes(ir.GROUPED)}
+    found.context = replace(found.context, splits={**(found.context.splits or {}), **more})
+
+
 def scheduled(function: Callable[..., Any], *inputs: Any, **changes: Any) -> Case:
     """A case up to ``schedule`` whose Linears are divided as ``planned`` says."""
     result = planned(function, *inputs, **changes)
-    for stage in (split_linears, insert_transfers, schedule):
+    for stage in (split_linears, split_experts, insert_transfers, schedule):
         result.apply(stage)
     return result
 

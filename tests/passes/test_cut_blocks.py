@@ -16,7 +16,7 @@ from hetegen_compile import ir
 from hetegen_compile.cost_model import accelerator_op_s
 from hetegen_compile.ir import info
 from hetegen_compile.passes import insert_transfers, schedule, split_linears, verify
-from hetegen_compile.passes.predict_step import node_work
+from hetegen_compile.passes.node_work import node_work
 from tests.passes.graphs import planned, scheduled
 
 WIDE = 128

@@ -15,7 +15,7 @@ from hetegen_compile.ir import annotate, info
 from hetegen_compile.passes import annotate_costs
 from hetegen_compile.passes.findings import NodeCost
 from hetegen_compile.passes.grouped_products import grouped_product
-from hetegen_compile.passes.predict_step import node_work
+from hetegen_compile.passes.node_work import node_work
 from tests.passes.graphs import PROFILE, Case, case
 
 EXPERTS, IN, OUT = 8, 256, 512

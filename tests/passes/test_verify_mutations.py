@@ -13,16 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers.integrations.moe  # noqa: F401  (registers grouped_mm_fallback)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from hetegen_compile.accelerators import EmulatedAccelerator
 from hetegen_compile.errors import ScheduleError
-from hetegen_compile.ir import PAD, TO_ACCELERATOR
+from hetegen_compile.ir import PAD, PARTIAL_GROUPED, TO_ACCELERATOR
 from hetegen_compile.passes import verify
 from hetegen_compile.passes.plans import LinearPlan
-from tests.passes.graphs import halves, quarters, scheduled
+from tests.passes.graphs import halves, quarters, resident, scheduled
 from tests.passes.mutants import STEPS, Mutant, mutants, run_emulated
 
 torch.manual_seed(0)
@@ -77,7 +78,23 @@ def block(x: Tensor) -> Any:
     return OUT(V(F.silu(Q(x)) * K(x)) + x)
 
 
+UP, DOWN = (nn.Parameter(torch.randn(8, 32, 64) / 8) for _ in range(2))
+
+
+def experts(x: Tensor, ends: Tensor) -> Tensor:
+    """Products with experts, of which the host has a quarter; the others are streamed, two at a time."""
+    made = torch.ops.transformers.grouped_mm_fallback(Q(x), UP.transpose(1, 2), offs=ends)
+    return OUT(torch.ops.transformers.grouped_mm_fallback(made.relu(), DOWN, offs=ends))
+
+
+def expert_quarters(groups: int) -> LinearPlan:
+    """A quarter on the host, and one in each of three parts that are streamed."""
+    step = groups // 4
+    return LinearPlan(groups, step, tuple((lo, lo + step) for lo in range(step, groups, step)), None)
+
+
 X = torch.randn(1, 64)
+ENDS = torch.tensor([0, 2, 3, 3, 7, 9, 9, 12], dtype=torch.int32)
 CACHES = torch.randn(1, 4, 6, 16), torch.randn(1, 4, 5, 16)
 GRAPHS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], Callable[[int], LinearPlan], int]] = {
     "stack": (stack, (X,), quarters, 2 * QUARTER),
@@ -86,6 +103,7 @@ GRAPHS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], Callable[[int], 
     "in place": (in_place, (X, torch.randn(3)), halves, 4 * QUARTER),
     "conv1d": (conv1d, (X,), quarters, 2 * QUARTER),
     "block": (block, (X,), halves, 4 * QUARTER),
+    "experts": (experts, (torch.randn(12, 64), ENDS), resident, 4 * 32 * 64 * 4),
 }  # fmt: skip
 
 NEVER_HARMLESS = (
@@ -136,7 +154,10 @@ class Verdicts:
 def verdicts(request: pytest.FixtureRequest) -> Verdicts:
     """A graph's mutants, judged; any other error than one of the schedule fails."""
     function, inputs, plan, ring = GRAPHS[request.param]
-    base = scheduled(function, *inputs, plan=plan, ring_bytes=ring, paired=0.5 if request.param == "block" else 0.0)
+    base = scheduled(
+        function, *inputs, plan=plan, ring_bytes=ring, paired=0.5 if request.param == "block" else 0.0,
+        experts=expert_quarters if request.param == "experts" else None,
+    )  # fmt: skip
     verify(base.module, base.context)
     most = max(len(up.args[0]) for up in base.nodes(TO_ACCELERATOR))
     found = Verdicts(request.param, [], [], Counter(), Counter(), most)
@@ -164,6 +185,9 @@ def test_every_lost_order_is_found(verdicts: Verdicts) -> None:
         assert verdicts.kept[kind] >= 20
     assert verdicts.caught.total() >= 70
     assert all(text.startswith("verify: ") for text in verdicts.messages)
+    if verdicts.graph == "experts":
+        assert any(mutant.case.nodes(PARTIAL_GROUPED) for mutant in verdicts.passed)
+        assert any("grouped" in text for text in verdicts.messages)
     if verdicts.graph == "attention":
         assert verdicts.shared == 3, "q, k and v share a transfer, so its wait was lost as well"
     named = sum("missing edge: " in text for text in verdicts.messages)

@@ -21,8 +21,8 @@ from hetegen_compile.passes.choose_splits import (
     with_host_rows,
 )
 from hetegen_compile.passes.context import Context, require
+from hetegen_compile.passes.node_work import node_work
 from hetegen_compile.passes.plans import LinearPlan, Splits
-from hetegen_compile.passes.predict_step import node_work
 from hetegen_compile.passes.schedule import PINNED_WINDOW
 from hetegen_compile.planning.floor import Floor, floor, floor_s, offloaded_together_s
 from hetegen_compile.planning.planned import BucketPlan

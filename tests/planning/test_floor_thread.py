@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from hetegen_compile.cost_model import HardwareProfile, RateCurve
 from hetegen_compile.passes.choose_splits import linears_of, with_host_rows
+from hetegen_compile.passes.node_work import issue_s, untold_trip_s
 from hetegen_compile.passes.plans import Splits
-from hetegen_compile.passes.predict_step import issue_s, untold_trip_s
 from hetegen_compile.planning.floor import Floor, floor
 from hetegen_compile.planning.trials import Trials
 from tests.passes.graphs import PROFILE, planned, streamed

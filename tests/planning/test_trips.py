@@ -11,7 +11,7 @@ from hetegen_compile.cost_model import load_profile
 from hetegen_compile.ir import info
 from hetegen_compile.passes.choose_splits import linears_of, pairable_blocks
 from hetegen_compile.passes.context import require
-from hetegen_compile.passes.predict_step import node_work
+from hetegen_compile.passes.node_work import node_work
 from hetegen_compile.planning.planned import BucketPlan
 from hetegen_compile.planning.trips import step_chain, trips_of, whole_shares, with_shares
 from tests.benchmarks.shapes import config
