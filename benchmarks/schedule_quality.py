@@ -126,16 +126,17 @@ class Work:
     def base(self, profile: HardwareProfile, share: float) -> BucketPlan:
         """What does not depend on the split. Planned twice: the first tells what a step needs beside weights."""
         ring = staging_ring_bytes(self.full_weights, int(share * self.full_bytes))
-        first = self._planned(profile, ring + _ROOM_BYTES, ring, split=0.5)  # never whole on the accelerator
+        first = self.within(profile, ring + _ROOM_BYTES, ring, split=0.5)  # never whole on the accelerator
         weights = sum(site.weight_bytes for site in first.sites.values())
         beside = sum(nbytes for item, nbytes in _residency(first).budget.items() if item not in (RESIDENT, RING))
-        return self._planned(profile, int(share * weights) + ring + beside, ring, split="auto")
+        return self.within(profile, int(share * weights) + ring + beside, ring, split="auto")
 
     def _planner(self, profile: HardwareProfile, split: Split) -> Planner:
         options = Options(split=split)
         return Planner(self.graph.module, options=options, profile=profile, segments=SegmentCache(_never, {}))
 
-    def _planned(self, profile: HardwareProfile, budget: int, ring: int, split: Split) -> BucketPlan:
+    def within(self, profile: HardwareProfile, budget: int, ring: int = 0, split: Split = "auto") -> BucketPlan:
+        """What does not depend on the split, within a budget in bytes; other graphs have made a ring of ``ring``."""
         machine = Machine(Options(), profile, self.full_bytes)
         target = Target(DRY_RUN, torch.device("cpu"), budget, NothingResident(ring), host_memory=machine)
         return self._planner(profile, split).plan_bucket(self.sizes, target, self.graph.weights)

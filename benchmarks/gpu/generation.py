@@ -20,9 +20,11 @@ from benchmarks.gpu.models import (
     generate,
     prompts,
     require_like,
+    slow_host,
     small_model,
 )
 from benchmarks.gpu.settings import Checks, Settings, require
+from hetegen_compile.reports.schedule import EXPERTS
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def variants(settings: Settings, notebook: Notebook) -> None:
     checks.check("everything fits", partial(everything_fits, settings))
     checks.check("beams", partial(beams, settings))
     checks.check("a mixture's experts on the host", partial(experts, settings))
+    checks.check("a mixture's experts on host and link", partial(shared_experts, settings))
     finish_within_budgets(checks)
 
 
@@ -113,24 +116,29 @@ def half_precision(settings: Settings) -> dict[str, Any]:
     """Logits of 16-bit weights: no further from float32's than twice what eager on the host is."""
     figures = {}
     for dtype in (torch.bfloat16, torch.float16):
-        model = small_model("llama", dtype)
-        with torch.no_grad():
-            eager = model(prompts(2)).logits.float()
-            exact = _exact(model)
-            with Watched() as watched:
-                compile_small(model, settings, split=0.5)
-                found = model(prompts(2)).logits.float()
-        offloaded = watched.require_offloaded()
-        own, theirs = (found - exact).abs().mean().item(), (eager - exact).abs().mean().item()
-        require(own <= 2 * theirs, f"{dtype}: mean error of a logit {own:.3g}, eager's {theirs:.3g}")
-        figures[str(dtype)] = {**offloaded, "error_over_eagers": own / theirs}
+        with Watched() as watched:
+            error = _error_over_eagers("llama", dtype, settings, split=0.5)
+        figures[str(dtype)] = {**watched.require_offloaded(), "error_over_eagers": error}
     return figures
 
 
-def _exact(model: Any) -> torch.Tensor:
+def _error_over_eagers(name: str, dtype: torch.dtype, settings: Settings, **options: Any) -> float:
+    """How far logits of 16-bit weights are from float32's, in the mean, compared with eager's; at most 2."""
+    model = small_model(name, dtype)
+    with torch.no_grad():
+        eager = model(prompts(2)).logits.float()
+        exact = _exact(name, model)
+        compile_small(model, settings, **options)
+        found = model(prompts(2)).logits.float()
+    own, theirs = (float((one - exact).abs().mean()) for one in (found, eager))
+    require(own <= 2 * theirs, f"{dtype}: mean error of a logit {own:.3g}, eager's {theirs:.3g}")
+    return own / theirs
+
+
+def _exact(name: str, model: Any) -> torch.Tensor:
     """Logits of the same weights computed in float32."""
-    twin = small_model("llama")
-    twin.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
+    twin = small_model(name)
+    twin.load_state_dict({key: tensor.float() for key, tensor in model.state_dict().items()})
     logits: torch.Tensor = twin(prompts(2)).logits
     return logits
 
@@ -165,3 +173,22 @@ def experts(settings: Settings) -> dict[str, Any]:
         compile_small(model, settings, share=0.4, split="auto")
         difference = require_like(expected, generate(model))
     return {**watched.require_offloaded(streamed=False, experts=True), "largest_difference": difference}
+
+
+def shared_experts(settings: Settings) -> dict[str, Any]:
+    """The same with a quarter of the experts on the host and the others streamed; bfloat16 has a product of its own."""
+    options: dict[str, Any] = {"share": 0.4, "split": 0.25, "hardware": slow_host(settings)}
+    model = small_model("mixtral")
+    expected = generate(model)
+    with Watched() as watched:
+        compile_small(model, settings, **options)
+        difference = require_like(expected, generate(model))
+    with Watched() as halved:
+        error = _error_over_eagers("mixtral", torch.bfloat16, settings, **options)
+    for schedule in (*watched.schedules, *halved.schedules):
+        shares = {(row.host_share, row.streamed_share) for row in schedule.rows if row.op == EXPERTS}
+        require(shares == {(0.25, 0.75)}, f"shares of the experts on host and link are {shares}")
+    return {
+        "float32": {**watched.require_offloaded(), "largest_difference": difference},
+        "bfloat16": {**halved.require_offloaded(), "error_over_eagers": error},
+    }

@@ -32,7 +32,7 @@ from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import NodeCost
 from hetegen_compile.passes.issue_ahead import issues_ahead
 from hetegen_compile.passes.node_work import issue_s, least_read_s, least_thread_s, node_work, untold_trip_s
-from hetegen_compile.passes.stream_experts import cost_of
+from hetegen_compile.passes.stream_experts import cost_of, grouped_nodes
 from hetegen_compile.planning.floor_path import (
     Blocks,
     Order,
@@ -42,7 +42,7 @@ from hetegen_compile.planning.floor_path import (
     longest_path,
     with_both_ways,
 )
-from hetegen_compile.planning.floor_ring import short_ring_s
+from hetegen_compile.planning.floor_ring import offloaded_share, short_ring_s
 
 
 @dataclass(frozen=True)
@@ -73,18 +73,18 @@ def floor_s(module: fx.GraphModule, context: Context) -> float:
 
 def floor(module: fx.GraphModule, context: Context) -> Floor:
     """The bounds of a step of a grouped graph at the context's residency and sizes."""
-    linears = {node: _linear_alone(node, context) for node in linears_of(module).values()}
+    parts = sorted((*linears_of(module).items(), *grouped_nodes(module).items()))
+    linears = {node: _alone(node, context) for _, node in parts}
     order = Order(module.graph)
     blocks = _blocks(module, order, context)
     others = {node: _seconds(node, "accelerator", context) for node in module.graph.nodes if node not in linears}
     beside = {node: seconds for node, seconds in others.items() if seconds > 0 and node not in blocks.segments}
     on_host = {node: _seconds(node, "host", context) for node in module.graph.nodes if node not in linears}
     on_host = {node: seconds for node, seconds in on_host.items() if seconds > 0}
-    experts = [_experts_alone(node, context) for node in module.graph.find_nodes(op="call_function", target=GROUPED)]
     path = longest_path(linears, beside, on_host, blocks, order, context)
     paths = [path, with_both_ways(path)] if any(one.shared for one in path) else [path]
     return Floor(
-        bytes_s=relax(Chain((*map(_bytes_only, linears.values()), *experts), 0.0)).bound_s,
+        bytes_s=relax(Chain(tuple(map(_bytes_only, linears.values())), 0.0)).bound_s,
         accelerator_s=sum(beside.values()) + _linears_s(linears, blocks, context),
         path_s=max(_path_s(one, linears, context) for one in paths),
         thread_s=_threads_s(module, linears, on_host, blocks, context),
@@ -97,7 +97,7 @@ def _path_s(path: Sequence[Stretch], linears: Mapping[fx.Node, Trip], context: C
 
 def offloaded_together_s(module: fx.GraphModule, context: Context) -> float:
     """S / (V_link + V_cpu): the offloaded bytes of all Linears with the same share of each on the host."""
-    linears = [_linear_alone(node, context) for node in linears_of(module).values()]
+    linears = [_alone(node, context) for node in linears_of(module).values()]
     host_s, link_s = sum(trip.host_s for trip in linears), sum(trip.link_s for trip in linears)
     return host_s * link_s / (host_s + sum(trip.link_saved_s for trip in linears)) if link_s else 0.0
 
@@ -127,16 +127,15 @@ def _seconds(node: fx.Node, resource: str, context: Context) -> float:
     return work.seconds if work.resource == resource else 0.0
 
 
-def _offloaded(node: fx.Node, context: Context) -> float:
-    """The share of a Linear's rows that is not resident."""
-    plan = require(context.splits, "choose_splits")[info(node).position]
-    return 1.0 - plan.resident_rows / plan.rows
+def _alone(node: fx.Node, context: Context) -> Trip:
+    """A Linear at the best rates that any part of its rows could have; the trip itself is not in it.
 
-
-def _linear_alone(node: fx.Node, context: Context) -> Trip:
-    """A Linear at the best rates that any part of its rows could have; the trip itself is not in it."""
+    Or a product with streamed experts, computed in one piece.
+    """
+    if node.target == GROUPED:
+        return _experts_alone(node, context)
     cost = require(context.costs, "annotate_costs")[info(node).position]
-    offloaded = _offloaded(node, context)
+    offloaded = offloaded_share(node, context)
     launch_s = context.profile.accelerator.launch_s if 0.0 < offloaded < 1.0 else 0.0
     return Trip(
         host_s=offloaded * _least_host_s(node, cost, context),
@@ -148,10 +147,11 @@ def _linear_alone(node: fx.Node, context: Context) -> Trip:
 
 
 def _experts_alone(node: fx.Node, context: Context) -> Trip:
-    """A product with streamed experts, which the host could compute as well."""
     stack: fx.Node = node.args[1]  # type: ignore[assignment]
     cost, nbytes = cost_of(node, context), value_bytes(stack, context)
-    return Trip(cost.host_s, _moving_s(nbytes, stack, context) * nbytes, 0.0, 0.0, lost_s=cost.link_lost_s)
+    accelerator_s = node_work(node, context).seconds
+    lost_s = 0.0 if _is_staged(node, context) else cost.link_lost_s
+    return Trip(cost.host_s, _moving_s(nbytes, stack, context) * nbytes, accelerator_s, accelerator_s, lost_s=lost_s)
 
 
 def _linears_s(linears: Mapping[fx.Node, Trip], blocks: Blocks, context: Context) -> float:
@@ -262,9 +262,9 @@ def _issued_s(linear: fx.Node, context: Context) -> tuple[float, float]:
     """Issuing a Linear, with a prefetch if it is offloaded; and what falls away of that with the last of its rows on
     the host."""
     linear_s, prefetch_s = context.profile.accelerator.issuing_s(segment=False), context.profile.accelerator.launch_s
-    plan = require(context.splits, "choose_splits")[info(linear).position]
-    saved_s = (linear_s + prefetch_s) * (plan.resident_rows < plan.rows)
-    there_s = linear_s * (1 + (plan.resident_rows < plan.rows)) if plan.resident_rows else 0.0
+    offloaded = offloaded_share(linear, context)
+    saved_s = (linear_s + prefetch_s) * (offloaded > 0.0)
+    there_s = linear_s * (1 + (offloaded > 0.0)) if offloaded < 1.0 else 0.0
     return saved_s + there_s, saved_s
 
 

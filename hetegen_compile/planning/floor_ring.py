@@ -15,9 +15,10 @@ from dataclasses import replace
 from torch import fx
 
 from hetegen_compile.cost_model import Leg, Trip, least_step_s
-from hetegen_compile.ir import info
+from hetegen_compile.ir import GROUPED, info
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.schedule import PINNED_WINDOW
+from hetegen_compile.passes.stream_experts import cost_of
 from hetegen_compile.planning.floor_path import Stretch
 
 
@@ -29,6 +30,14 @@ def short_ring_s(path: Sequence[Stretch], linears: Mapping[fx.Node, Trip], conte
     ring_s = _ring_s(linears, context)
     legs = _with_rows(path)
     return least_step_s(legs, ring_s) if sum(leg.trip.link_s for leg in legs) > ring_s > 0 else 0.0
+
+
+def offloaded_share(node: fx.Node, context: Context) -> float:
+    """The share of a Linear's rows that is not resident; streamed experts are not."""
+    if node.target == GROUPED:
+        return 1.0
+    plan = require(context.splits, "choose_splits")[info(node).position]
+    return 1.0 - plan.resident_rows / plan.rows
 
 
 def _with_rows(path: Sequence[Stretch]) -> list[Leg]:
@@ -58,14 +67,12 @@ def _ring_s(linears: Mapping[fx.Node, Trip], context: Context) -> float:
     Where weights go through the pinned ring, its slots as well: none is longer than the staging ring.
     """
     ring_bytes = require(context.residency, "choose_residency").ring_bytes
-    plans, costs = require(context.splits, "choose_splits"), require(context.costs, "annotate_costs")
-    offloaded = [(node, plans[info(node).position]) for node in linears]
     byte_s = [
-        linears[node].link_s / (costs[info(node).position].weight_bytes * (1.0 - plan.resident_rows / plan.rows))
-        for node, plan in offloaded
-        if plan.resident_rows < plan.rows
+        linears[node].link_s / (cost_of(node, context).weight_bytes * share)
+        for node in linears
+        if (share := offloaded_share(node, context)) > 0.0
     ]
     return ring_bytes * (1 + PINNED_WINDOW * bool(context.staged)) * max(byte_s, default=0.0)
 
 
-__all__ = ["short_ring_s"]
+__all__ = ["offloaded_share", "short_ring_s"]

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from benchmarks.model_shapes import Shape
 
-_WIDTHS = {
+_WIDTHS: dict[str, dict[str, Any]] = {
     "llama": {
         "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "num_key_value_heads": 8,
         "vocab_size": 4096, "max_position_embeddings": 2048,
@@ -24,6 +24,7 @@ _WIDTHS["gptj"] = {"n_embd": 3072, "n_head": 12, "rotary_dim": 64, "vocab_size":
 _WIDTHS["falcon"] = {"hidden_size": 4544, "num_attention_heads": 71, "alibi": False, "bias": False, "vocab_size": 65024}
 _WIDTHS["phi"] = {"hidden_size": 2560, "intermediate_size": 10240, "num_attention_heads": 32, "vocab_size": 4096}
 _WIDTHS["mistral"] = _WIDTHS["llama"]
+_WIDTHS["mixtral"] = {**_WIDTHS["llama"], "num_local_experts": 16, "sliding_window": None}
 
 
 def config(model_type: str, layers: int = 4, full_layers: int = 32, **changes: Any) -> Shape:

@@ -39,7 +39,8 @@ class Mixture(nn.Module):
         h = self.before(x)
         grouped = torch.ops.transformers.grouped_mm_fallback
         made: Tensor = grouped(h, self.up.transpose(-2, -1), offs=ends).relu()
-        return x + grouped(made, self.down, offs=ends)
+        found: Tensor = grouped(made, self.down, offs=ends)
+        return x + found
 
 
 torch.manual_seed(0)

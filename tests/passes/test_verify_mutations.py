@@ -84,7 +84,8 @@ UP, DOWN = (nn.Parameter(torch.randn(8, 32, 64) / 8) for _ in range(2))
 def experts(x: Tensor, ends: Tensor) -> Tensor:
     """Products with experts, of which the host has a quarter; the others are streamed, two at a time."""
     made = torch.ops.transformers.grouped_mm_fallback(Q(x), UP.transpose(1, 2), offs=ends)
-    return OUT(torch.ops.transformers.grouped_mm_fallback(made.relu(), DOWN, offs=ends))
+    found: Tensor = OUT(torch.ops.transformers.grouped_mm_fallback(made.relu(), DOWN, offs=ends))
+    return found
 
 
 def expert_quarters(groups: int) -> LinearPlan:
