@@ -37,10 +37,12 @@ from hetegen_compile.dry_run.models import DTYPES
 from hetegen_compile.dry_run.planning import Machine
 from hetegen_compile.errors import HetegenError
 from hetegen_compile.options import Options
+from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.choose_residency import staging_ring_bytes
 from hetegen_compile.passes.claims import NothingResident
 from hetegen_compile.passes.context import SegmentCache, require
 from hetegen_compile.passes.plans import RESIDENT, RING, Residency
+from hetegen_compile.passes.unsplit_weights import unsplit_on_host
 from hetegen_compile.pipeline import UNTIL_VERIFIED
 from hetegen_compile.planning.floor import Floor, floor, offloaded_together_s
 from hetegen_compile.planning.planned import DRY_RUN, BucketPlan, ScheduledStep, Split, Target
@@ -127,7 +129,7 @@ class Work:
         """What does not depend on the split. Planned twice: the first tells what a step needs beside weights."""
         ring = staging_ring_bytes(self.full_weights, int(share * self.full_bytes))
         first = self.within(profile, ring + _ROOM_BYTES, ring, split=0.5)  # never whole on the accelerator
-        weights = sum(site.weight_bytes for site in first.sites.values())
+        weights = sum(site.weight_bytes for site in first.sites.values()) + _unsplit_bytes(first)
         beside = sum(nbytes for item, nbytes in _residency(first).budget.items() if item not in (RESIDENT, RING))
         return self.within(profile, int(share * weights) + ring + beside, ring, split="auto")
 
@@ -152,6 +154,12 @@ def results(
             for profile in profiles:
                 for share in shares:
                     yield work.result(profile, share)
+
+
+def _unsplit_bytes(base: BucketPlan) -> int:
+    """Bytes of weights that cannot be split, a mixture's experts, wherever they are."""
+    on_host = unsplit_on_host(base.module, base.context)
+    return _residency(base).unsplit_bytes + sum(value_bytes(weight, base.context) for weight in on_host)
 
 
 def _residency(base: BucketPlan) -> Residency:

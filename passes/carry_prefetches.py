@@ -4,9 +4,10 @@ Why: between the last prefetch of a step and the first of the next one the link 
 would wait for their rows. Offsets in the ring are static, so the slots at the start of a step are the same in
 every step: as soon as their last readers of this step are through, the next step's rows can go there.
 
-The prefetches at the start of a step (those that overwrite nothing of their own step) become ``carried``: the
-transfer that the step before has started, or a prefetch if there is none that is still valid. Their copies for
-the next step follow everything else that this step sends up, so they hold up nothing of it.
+The prefetches at the start of a step (those that overwrite nothing of their own step and are issued before any large
+result of the host's goes up) become ``carried``: the transfer that the step before has started, or a prefetch if there
+is none that is still valid. Their copies for the next step follow everything else that this step sends up, so they hold
+up nothing of it.
 
 Before (a ring of two slots):                         After:
 
@@ -50,7 +51,7 @@ def carry_prefetches(module: fx.GraphModule, context: Context) -> None:
     if graph.find_nodes(op="call_function", target=ir.STAGE):
         context.refuse(Refusal("prefetches for the next step", _STAGED))
         return
-    carried = [_carry(graph, prefetch) for prefetch in first_lap(graph)]
+    carried = [_carry(graph, prefetch) for prefetch in _begun_with(graph, context)]
     if not carried:
         return
     place = {node: position for position, node in enumerate(graph.nodes)}
@@ -59,6 +60,19 @@ def carry_prefetches(module: fx.GraphModule, context: Context) -> None:
         after = max([behind, *releases], key=place.__getitem__)
         behind = _start_again(graph, node, releases, after)
         place[behind] = place[after]
+
+
+def _begun_with(graph: fx.Graph, context: Context) -> list[fx.Node]:
+    """The prefetches of the first lap, up to the first large result of the host's parts that goes up: those behind it,
+    started with the step before, would hold it up."""
+    place = {node: position for position, node in enumerate(graph.nodes)}
+    results = (
+        place[node]
+        for node in _activations_queued(graph, context)
+        if any(made.target in ir.HOST_PARTS for made in node.all_input_nodes)
+    )
+    first = min(results, default=len(place))
+    return [prefetch for prefetch in first_lap(graph) if place[prefetch] < first]
 
 
 def _carry(graph: fx.Graph, prefetch: fx.Node) -> fx.Node:
@@ -79,9 +93,12 @@ def _start_again(graph: fx.Graph, carried: fx.Node, releases: list[fx.Node], aft
 
 def _sent_up(graph: fx.Graph, context: Context) -> list[fx.Node]:
     """What this step queues on the link: a copy for the next step that came before would hold it up."""
+    return [*_activations_queued(graph, context), *_slots_filled(graph)]
+
+
+def _activations_queued(graph: fx.Graph, context: Context) -> list[fx.Node]:
     uploads = graph.find_nodes(op="call_function", target=ir.TO_ACCELERATOR)
-    queued = [node for node in uploads if node_work(node, context).resource == "up"]
-    return [*queued, *_slots_filled(graph)]
+    return [node for node in uploads if node_work(node, context).resource == "up"]
 
 
 class _Filled(NamedTuple):

@@ -7,7 +7,7 @@ Plain sets, since that is most of what making a schedule does; its order is that
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import fx
 
@@ -46,8 +46,12 @@ class Precedence:
             self.before[other].remove(node)
             self.before[other] |= earlier
 
-    def order(self, key: Mapping[fx.Node, tuple[int, int]]) -> Iterator[fx.Node]:
+    def order(
+        self, key: Mapping[fx.Node, tuple[int, int]], holds: Callable[[fx.Node], bool] = lambda node: False
+    ) -> Iterator[fx.Node]:
         """Every node after all that are before it, those that are ready by their (different) keys.
+
+        One that ``holds`` is asked about again when others have been issued; it follows when there are none.
 
         Raises:
             ScheduleError: some nodes wait for each other.
@@ -55,10 +59,18 @@ class Precedence:
         waits_for = {node: len(earlier) for node, earlier in self.before.items()}
         ready = [(key[node], node) for node, count in waits_for.items() if not count]
         heapq.heapify(ready)
-        while ready:
-            _, node = heapq.heappop(ready)
+        held: list[tuple[tuple[int, int], fx.Node]] = []
+        while ready or held:
+            must = not ready
+            first = heapq.heappop(ready if ready else held)
+            node = first[1]
+            if not must and holds(node):
+                heapq.heappush(held, first)
+                continue
             del waits_for[node]
             yield node
+            while held:
+                heapq.heappush(ready, held.pop())
             for later in self.after[node]:
                 waits_for[later] -= 1
                 if not waits_for[later]:

@@ -33,9 +33,11 @@ from hetegen_compile.passes.choose_residency import SLOT_ALIGNMENT, aligned
 from hetegen_compile.passes.completing import RUN_AHEAD, complete_early
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.fit_ring import LEAST_USED
+from hetegen_compile.passes.hold_prefetches import HeldPrefetches
 from hetegen_compile.passes.insert_transfers import operand_side
 from hetegen_compile.passes.node_work import node_work
 from hetegen_compile.passes.precedence import Precedence
+from hetegen_compile.passes.predict_step import predict_step
 from hetegen_compile.passes.tensors import tensors_in
 
 _RANK: dict[Any, int] = {
@@ -63,7 +65,25 @@ def schedule(module: fx.GraphModule, context: Context) -> None:
     sizes = [slot_bytes(node) for node in module.graph.find_nodes(op="call_function", target=ir.PREFETCH)]
     assign_slots(module.graph, shortest_ring(sizes, residency.ring_bytes))
     assign_slots(module.graph, pinned_ring_bytes(module.graph), ir.STAGE, freed_by=prefetch_of)
-    reorder(module.graph, context)
+    program = list(module.graph.nodes)
+    if reorder(module.graph, context):
+        _take_the_shorter(module, program, context)
+
+
+def _take_the_shorter(module: fx.GraphModule, program: list[fx.Node], context: Context) -> None:
+    """The order that the nodes are in, or that in which no prefetch is held back; ``program`` is that of before."""
+    held, held_s = list(module.graph.nodes), predict_step(module, context).step_s
+    _put(module.graph, program)
+    reorder(module.graph, context, hold=False)
+    if held_s <= predict_step(module, context).step_s:
+        _put(module.graph, held)
+
+
+def _put(graph: fx.Graph, order: list[fx.Node]) -> None:
+    output = graph.output_node()
+    for node in order:
+        if node is not output:
+            output.prepend(node)
 
 
 def assign_slots(
@@ -139,8 +159,11 @@ def pinned_ring_bytes(graph: fx.Graph) -> int:
     return PINNED_WINDOW * max(map(slot_bytes, stages), default=0)
 
 
-def reorder(graph: fx.Graph, context: Context) -> None:
-    """Sort the nodes topologically, by rank and then by program order among those that are ready."""
+def reorder(graph: fx.Graph, context: Context, *, hold: bool = True) -> bool:
+    """Sort the nodes topologically, by rank and then by program order among those that are ready.
+
+    Returns whether prefetches were held back for large activations to go up first; not unless ``hold``.
+    """
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     tasks = task_graph(nodes)
     output = graph.output_node()
@@ -150,7 +173,9 @@ def reorder(graph: fx.Graph, context: Context) -> None:
     late = _late_nodes(nodes, tasks)
     key = {node: (_rank(node, completing), position) for position, node in enumerate(nodes)}
     pending: deque[fx.Node] = deque()
-    for node in tasks.order(key):
+    held = HeldPrefetches(nodes if hold else (), tasks, context)
+    for node in tasks.order(key, held.holds):
+        held.issued(node)
         for wait in _waits_of(node, late):
             output.prepend(wait)
         output.prepend(node)
@@ -160,6 +185,7 @@ def reorder(graph: fx.Graph, context: Context) -> None:
                 _wait_for(pending.popleft(), late, output)
     for wait in _waits_of(output, late):
         output.prepend(wait)
+    return held.any
 
 
 def _wait_for(download: fx.Node, late: set[fx.Node], output: fx.Node) -> None:
