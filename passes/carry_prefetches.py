@@ -39,6 +39,7 @@ from torch import fx
 from hetegen_compile import ir
 from hetegen_compile.ir import annotate, info
 from hetegen_compile.passes.context import Context, Refusal
+from hetegen_compile.passes.hold_prefetches import large_results
 from hetegen_compile.passes.node_work import node_work
 from hetegen_compile.passes.schedule import first_lap, release_of, slot_bytes
 
@@ -66,12 +67,7 @@ def _begun_with(graph: fx.Graph, context: Context) -> list[fx.Node]:
     """The prefetches of the first lap, up to the first large result of the host's parts that goes up: those behind it,
     started with the step before, would hold it up."""
     place = {node: position for position, node in enumerate(graph.nodes)}
-    results = (
-        place[node]
-        for node in _activations_queued(graph, context)
-        if any(made.target in ir.HOST_PARTS for made in node.all_input_nodes)
-    )
-    first = min(results, default=len(place))
+    first = min((place[node] for node in large_results(graph.nodes, context)), default=len(place))
     return [prefetch for prefetch in first_lap(graph) if place[prefetch] < first]
 
 
@@ -93,12 +89,9 @@ def _start_again(graph: fx.Graph, carried: fx.Node, releases: list[fx.Node], aft
 
 def _sent_up(graph: fx.Graph, context: Context) -> list[fx.Node]:
     """What this step queues on the link: a copy for the next step that came before would hold it up."""
-    return [*_activations_queued(graph, context), *_slots_filled(graph)]
-
-
-def _activations_queued(graph: fx.Graph, context: Context) -> list[fx.Node]:
     uploads = graph.find_nodes(op="call_function", target=ir.TO_ACCELERATOR)
-    return [node for node in uploads if node_work(node, context).resource == "up"]
+    queued = [node for node in uploads if node_work(node, context).resource == "up"]
+    return [*queued, *_slots_filled(graph)]
 
 
 class _Filled(NamedTuple):

@@ -7,6 +7,7 @@ of the weight, read off the transfer that brings it and compared with what the p
 
 from __future__ import annotations
 
+import operator
 from math import prod
 from typing import Any, NamedTuple
 
@@ -45,22 +46,26 @@ def check_parts(graph: fx.Graph) -> None:
         ScheduleError: an element of a weight is used twice or not at all, or a part says something else of itself.
     """
     linears: dict[int, list[tuple[fx.Node, _Rectangle]]] = {}
-    chains: dict[int, list[fx.Node]] = {}
+    products: dict[int, list[fx.Node]] = {}
+    joins: dict[int, fx.Node] = {}
     for node in graph.nodes:
         if node.target in (ir.HOST_LINEAR, ir.PARTIAL_LINEAR):
             linears.setdefault(info(node).position, []).append((node, _used(node)))
         elif node.target == ir.HOST_GROUPED:
             part = ir.host_groups(node)
             linears.setdefault(info(node).position, []).append((node, _cut(part.stack, 0, 0, part.hi)))
+            products.setdefault(info(node).position, []).append(node)
         elif node.target == ir.PARTIAL_GROUPED:
             linears.setdefault(info(node).position, []).append((node, _used_groups(node)))
-            chains.setdefault(info(node).position, []).append(node)
+            products.setdefault(info(node).position, []).append(node)
         elif node.target == ir.PAD:
             _check_places(node)
+        elif node.target == ir.JOIN:
+            joins[info(node).position] = node
     for parts in linears.values():
         _check_tiling(parts)
-    for chain in chains.values():
-        _check_chain(chain)
+    for position, nodes in products.items():
+        _check_product(nodes, joins.get(position))
 
 
 def _used(part: fx.Node) -> _Rectangle:
@@ -90,15 +95,54 @@ def _used_groups(part: fx.Node) -> _Rectangle:
     return found
 
 
-def _check_chain(parts: list[fx.Node]) -> None:
-    """Parts of a product add to those before them, so that the last one has what all of them make."""
-    for before, part in zip((None, *parts), parts, strict=False):
+def _check_product(parts: list[fx.Node], join: fx.Node | None) -> None:
+    """Parts of one product multiply the same with the same, each adds to those before it, and all are joined once."""
+    same = {(*_operands(part), _origin(_operand(part, 0)), _origin(_operand(part, 2))) for part in parts}
+    if len(same) > 1:
+        raise ScheduleError(f"verify: {', '.join(map(name_of, parts))} are parts of one product, but of other operands")
+    chain = [part for part in parts if part.target == ir.PARTIAL_GROUPED]
+    for before, part in zip((None, *chain), chain, strict=False):
         others = ir.grouped_part(part).others
         if others is not before:
             raise ScheduleError(
                 f"verify: {name_of(part)} adds to {others}, so that what {before} makes is lost; "
                 f"missing edge: {before} -> {part}"
             )
+    due = [*(part for part in parts if part.target == ir.HOST_GROUPED), *chain[-1:]]
+    found = [] if join is None else [_origin(one) for one in _argument(join, 0)]
+    if join is None or _argument(join, 1) != 1 or sorted(map(str, found)) != sorted(map(str, due)):
+        raise ScheduleError(
+            f"verify: what {', '.join(map(name_of, due))} make is not what is put together in {join}; "
+            f"missing edge: {due[-1]} -> {join}"
+        )
+
+
+def _operands(part: fx.Node) -> tuple[fx.Node, int, str]:
+    """The stack that a part multiplies with, how its matrices are stored, and the operation."""
+    if part.target == ir.HOST_GROUPED:
+        return ir.host_groups(part).stack, ir.host_groups(part).dim, ir.host_groups(part).product
+    operands = ir.grouped_part(part)
+    return _brought(operands.matrices).weight, operands.dim, operands.product
+
+
+def _operand(part: fx.Node, place: int) -> fx.Node:
+    operand: fx.Node = part.args[place]  # type: ignore[assignment]
+    return operand
+
+
+def _origin(value: fx.Node) -> fx.Node:
+    """Where a value was made, whichever transfers have moved it since."""
+    while True:
+        source = value.all_input_nodes[0] if value.all_input_nodes else None
+        if value.target == ir.MIRROR and source is not None:
+            value = source
+        elif value.target is operator.getitem and source is not None and source.target in _MOVED:
+            value = _argument(source.all_input_nodes[0], 0)[_argument(value, 1)]
+        else:
+            return value
+
+
+_MOVED = (ir.WAIT_HOST, ir.WAIT_ACCELERATOR)
 
 
 def _brought(source: fx.Node) -> _Rectangle:

@@ -73,8 +73,15 @@ def products_with(stack: fx.Node, fixed: Collection[fx.Node] = ()) -> dict[fx.No
                 return None
             if info(product.x).value.dtype != info(stack).value.dtype or not is_tensor(node):
                 return None
+            if not _is_aligned(info(stack).value) and "_grouped_mm" in info(node).aten:
+                return None  # torch's operation takes padded rows, but a part's rows are put together without padding
             found[node] = product._replace(matrices=stack, dim=dim)
     return found or None
+
+
+def _is_aligned(stack: Tensor) -> bool:
+    """Whether rows of activations without padding are at multiples of 16 bytes."""
+    return all(int(size) * stack.element_size() % 16 == 0 for size in stack.shape[1:])
 
 
 def _is_transpose(node: fx.Node, stack: fx.Node) -> bool:
@@ -133,14 +140,16 @@ def partial_grouped_s(
     """
     traffic = nbytes + _PASSES[0] * rows_bytes + _PASSES[1] * made_bytes
     seconds = accelerator_op_s(context.profile, dtype, flops, traffic)
-    return seconds + _LAUNCHES * context.profile.accelerator.launch_s
+    return seconds + GROUPED_LAUNCHES * context.profile.accelerator.launch_s
 
 
 _PASSES = (3.0, 6.0)
-_LAUNCHES = 9  # beside the product: numbers of rows, their places, masks
+GROUPED_LAUNCHES = 9
+"""Of a part beside the product: numbers of rows, their places, masks."""
 
 
 __all__ = [
+    "GROUPED_LAUNCHES",
     "GroupedProduct",
     "Groups",
     "expected_groups",

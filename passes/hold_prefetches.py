@@ -16,7 +16,7 @@ Before (``u`` waits for both prefetches):          After:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import fx
 
@@ -26,6 +26,13 @@ from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import Work
 from hetegen_compile.passes.node_work import node_work
 from hetegen_compile.passes.precedence import Precedence
+
+
+def large_results(nodes: Iterable[fx.Node], context: Context) -> list[fx.Node]:
+    """The transfers up of results of the host's parts that queue on the link."""
+    sent = [node for node in nodes if node.target == ir.TO_ACCELERATOR]
+    results = [node for node in sent if any(made.target in ir.HOST_PARTS for made in node.all_input_nodes)]
+    return [node for node in results if node_work(node, context).resource == "up"]
 
 
 class HeldPrefetches:
@@ -41,8 +48,7 @@ class HeldPrefetches:
         self._end_s: dict[fx.Node, float] = {}
         self._free_s: dict[str, float] = {}
         self._issued_s = 0.0
-        sent = [node for node in nodes if node.target == ir.TO_ACCELERATOR]
-        self._uploads = deque(node for node in sent if self._work_of(node).resource == "up")
+        self._uploads = deque(large_results(nodes, context))
         self.any = False
 
     def issued(self, node: fx.Node) -> None:
@@ -97,4 +103,4 @@ class HeldPrefetches:
         return self._work[node]
 
 
-__all__ = ["HeldPrefetches"]
+__all__ = ["HeldPrefetches", "large_results"]

@@ -30,19 +30,16 @@ from hetegen_compile import ir
 from hetegen_compile.ir import NodeInfo, annotate, info
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.plans import LinearPlan
-from hetegen_compile.passes.stream_experts import grouped_nodes, with_host_experts
+from hetegen_compile.passes.stream_experts import grouped_nodes
 from hetegen_compile.passes.streamed_parts import of_slot
 
 
 def split_experts(module: fx.GraphModule, context: Context) -> None:
-    """Rewrite every ``hetegen.grouped`` as its plan says; without one all of it is streamed."""
-    residency = require(context.residency, "choose_residency")
+    """Rewrite every ``hetegen.grouped`` as its plan says."""
     splits = require(context.splits, "choose_splits")
     for position, node in grouped_nodes(module).items():
-        stack: Any = node.args[1]
-        plan = splits[position] if position in splits else with_host_experts(stack, 0, residency)
         with module.graph.inserting_before(node):
-            whole = _Splitter(node, plan, context).whole()
+            whole = _Splitter(node, splits[position], context).whole()
         node.replace_all_uses_with(whole)
         module.graph.erase_node(node)
 

@@ -22,7 +22,7 @@ from dataclasses import replace
 from torch import Tensor, fx
 
 from hetegen_compile.cost_model import link_lost_s, upload_s
-from hetegen_compile.ir import GROUPED, annotate, call, erase_dead_nodes, info
+from hetegen_compile.ir import GROUPED, annotate, call, erase_dead_nodes, info, written_storages
 from hetegen_compile.passes.annotate_costs import dtype_name, value_bytes
 from hetegen_compile.passes.autocast import autocast_regions
 from hetegen_compile.passes.context import Context, require
@@ -83,10 +83,11 @@ def worth_streaming(stacks: Sequence[fx.Node], nodes: Sequence[fx.Node], context
     """
     if context.lean or context.options.split == 1.0:
         return {}
-    fixed = {node for region in autocast_regions(list(nodes)) for node in region}
+    fixed, written = {node for region in autocast_regions(list(nodes)) for node in region}, written_storages(nodes)
     found: dict[fx.Node, Mapping[fx.Node, GroupedProduct]] = {}
     for stack in stacks:
-        products = products_with(stack, fixed) if info(stack).value.is_contiguous() else None
+        as_it_is = info(stack).value.is_contiguous() and info(stack).storages.isdisjoint(written)
+        products = products_with(stack, fixed) if as_it_is else None
         if products is not None:
             found[stack] = products
     if not _gains(found, context):
@@ -108,18 +109,24 @@ def _gains(stacks: Stacks, context: Context) -> bool:
 def _shared_s(node: fx.Node, product: GroupedProduct, context: Context) -> float:
     """Seconds of a product with streamed experts, the host having none of them or as many as are best."""
     cost = experts_cost(node, product, context)
-    return min(max(cost.link_s, cost.accelerator_s), _together_s(cost) + trip_s(node, context))
+    return min(_others_s(cost), _together_s(cost) + trip_s(node, context))
+
+
+def _others_s(cost: NodeCost) -> float:
+    """The link bringing all experts while the accelerator computes with those that are there."""
+    return max(cost.link_s, cost.accelerator_s)
 
 
 def _together_s(cost: NodeCost) -> float:
-    return cost.host_s * cost.link_s / (cost.host_s + cost.link_s)
+    """The same beside the host, each with as many experts as are best."""
+    return cost.host_s * _others_s(cost) / (cost.host_s + _others_s(cost))
 
 
 def experts_cost(node: fx.Node, product: GroupedProduct, context: Context) -> NodeCost:
     """What a product costs if it is computed in parts: by the host beside the link, or all of it streamed."""
     profile, stack = context.profile, product.matrices
     flops, dtype, nbytes = context.number(info(node).flops), dtype_name(info(stack).value), value_bytes(stack, context)
-    groups, parts = expected_groups(product, context), -(-nbytes // chunk_bytes(stack))
+    groups, parts = expected_groups(product, context), -(-nbytes // _part_bytes(stack, context.residency))
     rows, made, staged = value_bytes(product.x, context), value_bytes(node, context), stack.name in context.staged
     return NodeCost(
         flops=flops,
@@ -158,10 +165,16 @@ def chunk_bytes(stack: fx.Node) -> int:
     return min(groups, max(-(-groups // _PARTS), _PART_BYTES // nbytes)) * nbytes
 
 
+def _part_bytes(stack: fx.Node, residency: Residency | None) -> int:
+    """Bytes of a part, of whole experts: where the ring has room unless it is known how much it has."""
+    room = residency.stack_chunk_bytes if residency is not None and residency.stack_chunk_bytes else chunk_bytes(stack)
+    return max(1, min(room, chunk_bytes(stack)) // expert_bytes(stack)) * expert_bytes(stack)
+
+
 def with_host_experts(stack: fx.Node, host: int, residency: Residency) -> LinearPlan:
     """A plan, as of a Linear's rows, with the first experts on the host; all others are streamed."""
     groups = int(info(stack).value.shape[0])
-    most = max(1, min(residency.stack_chunk_bytes, chunk_bytes(stack)) // expert_bytes(stack))
+    most = _part_bytes(stack, residency) // expert_bytes(stack)
     parts = -(-(groups - host) // most)
     size = -(-(groups - host) // max(1, parts))
     streamed = tuple((lo, min(lo + size, groups)) for lo in range(host, groups, max(1, size)))
@@ -175,9 +188,10 @@ def experts_plan(node: fx.Node, context: Context) -> LinearPlan:
     if context.options.split != "auto":
         return with_host_experts(stack, round(context.options.split * groups), residency)
     cost = cost_of(node, context)
-    if _together_s(cost) + trip_s(node, context) >= max(cost.link_s, cost.accelerator_s):
+    others_s = _others_s(cost)
+    if _together_s(cost) + trip_s(node, context) >= others_s:
         return with_host_experts(stack, 0, residency)
-    return with_host_experts(stack, round(groups * cost.link_s / (cost.link_s + cost.host_s)), residency)
+    return with_host_experts(stack, round(groups * others_s / (others_s + cost.host_s)), residency)
 
 
 __all__ = [

@@ -10,8 +10,9 @@ on the host:
     y = linear(x, w)               host: y = linear(download(x), w), then an upload
 
 Stacks (the experts of a mixture in one parameter) come after the Linears: a token reads few of the experts, so the
-host computes with those, while a transfer would move all of them. What lies between the two projections of an expert
-runs on the host, too. All others come before the Linears, which can be streamed, and those first that save most.
+host computes with those, while a transfer would move all of them (where most are read they may be streamed after all:
+``stream_experts``). What lies between the two projections of an expert runs on the host, too. All others come before
+the Linears, which can be streamed, and those first that save most.
 """
 
 from __future__ import annotations
@@ -128,11 +129,12 @@ def weights_on_host(module: fx.GraphModule, context: Context) -> tuple[Refusal, 
     stacks = [node for node in kept if _is_stack(info(node).value)]
     others = [node for node in kept if node not in stacks]
     found = []
-    for nodes, what in ((others, "weights"), (stacks, "stacked weights")):
+    reasons = ((others, "weights", "cannot be split"), (stacks, "stacked weights", "streaming them gains nothing here"))
+    for nodes, what, why in reasons:
         if nodes:
             first, more = source_name(nodes[0]) or nodes[0].name, len(nodes) - 1
             nbytes = format_bytes(sum(value_bytes(node, context) for node in nodes))
-            reason = f"{nbytes} of {what} do not fit and cannot be split: computed on the host, where they lie"
+            reason = f"{nbytes} of {what} do not fit and {why}: computed on the host, where they lie"
             found.append(Refusal(f"{first} and {more} more" if more else first, reason))
     return tuple(found)
 

@@ -108,7 +108,9 @@ class Schedule:
             lines.append(FITS)
         linears = [row for row in self.rows if row.op == "linear" and row.host_share is not None]  # not left as it is
         lines += [f"{row.module or row.node}: {_why(row, self.split)}{_shared(row, linears)}" for row in linears]
-        lines += [f"{row.module or row.node}: {_why_experts(row)}" for row in self.rows if row.op == EXPERTS]
+        lines += [
+            f"{row.module or row.node}: {_why_experts(row, self.split)}" for row in self.rows if row.op == EXPERTS
+        ]
         if self.trips_ahead:
             lines.append(f"host parts of {self.trips_ahead} trips are a worker's: what needs them is issued meanwhile")
         lines += self._host_memory_lines()
@@ -164,9 +166,10 @@ EXPERTS = "experts"
 """What the table calls a product with streamed experts."""
 
 
-def _why_experts(row: Row) -> str:
+def _why_experts(row: Row, split: float | Literal["auto"]) -> str:
     shares = f"{row.host_share:.0%} of its experts on the host, {row.streamed_share:.0%} streamed"
-    return f"{shares}: most of them have tokens of a forward like this, too many for the host alone"
+    why = "most of them have tokens of a forward like this, too many for the host alone"
+    return f"{shares}: {why}" if split == "auto" else f"{shares}: {why}; the option split={split} says how many are its"
 
 
 def _measured(row: Row, took: Mapping[str, float]) -> float | None:

@@ -101,6 +101,22 @@ def test_the_parts_of_one_product() -> None:
     ]
 
 
+def test_where_groups_end_may_be_known_later_than_what_they_are_of() -> None:
+    """Ends that a Linear decides on, of activations that are given; and ends that are written in place."""
+    model = MIXTURE
+
+    def late(x: Tensor, ends: Tensor) -> Tensor:
+        decided = ends + 0 * model.before(x).sum().to(torch.int32)
+        decided.add_(0)
+        found: Tensor = torch.ops.transformers.grouped_mm_fallback(x, model.up.transpose(-2, -1), offs=decided)
+        return found
+
+    found = scheduled(late, X, ENDS, experts=in_chunks(2, 3), ring_bytes=8 * EXPERT_BYTES)
+    with torch.no_grad():
+        torch.testing.assert_close(found.outputs()[0], late(X, ENDS))
+    check_parts(found.module.graph)
+
+
 def test_a_stack_that_is_not_pinned_is_staged() -> None:
     base = case(MIXTURE, X, ENDS)
     names = {node.name: "a reason" for node in base.module.graph.find_nodes(op="placeholder") if products_with(node)}
@@ -183,9 +199,46 @@ def another_products_part(found: Case) -> None:
     last(found, ir.PARTIAL_GROUPED).update_arg(3, found.nodes(ir.PARTIAL_GROUPED)[0])
 
 
+def joins_the_first_part(found: Case) -> None:
+    first, last_part = found.nodes(ir.PARTIAL_GROUPED)[-2:]
+    join = found.nodes(ir.JOIN)[-1]
+    join.update_arg(0, [first if one is last_part else one for one in join.args[0]])
+
+
+def joins_without_the_host(found: Case) -> None:
+    join = found.nodes(ir.JOIN)[-1]
+    join.update_arg(0, join.args[0][1:])
+
+
+def joins_side_by_side(found: Case) -> None:
+    found.nodes(ir.JOIN)[-1].update_arg(1, 0)
+
+
+def host_reads_the_other_stack(found: Case) -> None:
+    first, second = found.nodes(ir.HOST_GROUPED)
+    second.update_arg(1, first.args[1])
+
+
+def stored_otherwise(found: Case) -> None:
+    last(found, ir.PARTIAL_GROUPED).update_arg(5, 0)
+
+
+def of_other_activations(found: Case) -> None:
+    last(found, ir.PARTIAL_GROUPED).update_arg(0, found.nodes(ir.PARTIAL_GROUPED)[0].args[0])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (joins_the_first_part, r"is not what is put together in join"),
+        (joins_without_the_host, r"is not what is put together in join"),
+        (joins_side_by_side, r"is not what is put together in join"),
+        (
+            host_reads_the_other_stack,
+            r"uses elements of .* that .* uses as well|are parts of one product, but of other",
+        ),
+        (stored_otherwise, r"are parts of one product, but of other operands"),
+        (of_other_activations, r"are parts of one product, but of other operands"),
         (fewer_on_the_host, r"8192 elements of .* are used by no part"),
         (more_on_the_host, r"uses elements of .* that .* uses as well"),
         (other_experts, r"is the part from 5 on, but reads 4:7 of .*missing edge: a prefetch from 5 on"),

@@ -11,7 +11,7 @@ import torch
 import transformers.integrations.moe  # noqa: F401  (registers grouped_mm_fallback)
 from torch import Tensor, nn
 
-from hetegen_compile.cost_model import HardwareProfile, load_profile, upload_s
+from hetegen_compile.cost_model import HardwareProfile, accelerator_op_s, load_profile, upload_s
 from hetegen_compile.ir import info
 from hetegen_compile.options import parse_options
 from hetegen_compile.passes import annotate_costs, choose_residency
@@ -76,6 +76,21 @@ def test_seconds() -> None:
     assert experts_cost(node, grouped, staged).link_s == pytest.approx(max(cost.link_s, slow))
 
 
+def test_a_part_passes_over_all_activations_and_is_ten_launches() -> None:
+    context = traced(product).context
+    rows, made, nbytes = 1e6, 3e6, 1e9
+    expected = accelerator_op_s(PROFILE, "bfloat16", 0.0, nbytes + 3 * rows + 6 * made)
+    launches_s = 9 * PROFILE.accelerator.launch_s
+    assert partial_grouped_s(rows, made, nbytes, 0.0, "bfloat16", context) == pytest.approx(expected + launches_s)
+
+
+def test_an_accelerator_that_is_slower_than_the_host_gets_none() -> None:
+    found = traced(product)
+    device = PROFILE.accelerator
+    rates = {dtype: rate / 1e6 for dtype, rate in device.flops_per_s.items()}
+    assert not is_worth(found, profile=replace(PROFILE, accelerator=replace(device, flops_per_s=rates)))
+
+
 def test_nothing_is_streamed_where_the_options_or_the_budget_say_so() -> None:
     found = traced(product)
     on_host = parse_options({"accelerator": "emulated", "hardware": "cpu-emulated", "split": 1.0})
@@ -126,11 +141,39 @@ def of_some_experts(x: Tensor, ends: Tensor) -> Tensor:
     return torch._grouped_mm(x, STACK[:4].transpose(1, 2), offs=ends[:4])
 
 
-@pytest.mark.parametrize("function", [of_another_dtype, read_twice, long_ends, of_some_experts])
+def with_padded_rows(x: Tensor, ends: Tensor) -> Tensor:
+    """Rows of 72 bytes are at multiples of 16 only because they are columns of longer ones."""
+    return torch._grouped_mm(x[:, :36], NARROW, offs=ends)
+
+
+NARROW = nn.Parameter(torch.zeros(EXPERTS, 36, OUT, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("function", [of_another_dtype, read_twice, long_ends, of_some_experts, with_padded_rows])
 def test_what_else_reads_a_stack_keeps_it_where_it_is(function: Callable[..., Any]) -> None:
     found = traced(function)
     assert [products_with(stack) for stack in stacks_of(found)] == [None]
     assert not is_worth(found)
+
+
+def test_a_stack_that_is_written_through_something_else_is_not_streamed() -> None:
+    other = STACK.data.view(-1)[:8]
+
+    def writes(x: Tensor, ends: Tensor) -> Tensor:
+        other.mul_(0.5)
+        return product(x, ends)
+
+    found = traced(writes)
+    assert all(products_with(stack) for stack in stacks_of(found))
+    assert not is_worth(found)
+
+
+def test_a_product_under_autocast_is_left_alone() -> None:
+    def under_autocast(x: Tensor, ends: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return product(x, ends)
+
+    assert not is_worth(traced(under_autocast))
 
 
 def test_a_product_by_position() -> None:

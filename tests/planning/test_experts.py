@@ -94,6 +94,18 @@ def test_a_product_is_a_trip_of_its_own() -> None:
     assert {splits[position].host for position in grouped_nodes(plan.module)} == {round(0.3 * EXPERTS)}
 
 
+def test_one_product_by_itself_is_balanced() -> None:
+    plan = base("h100-server")
+    splits = choose_splits(plan.module, plan.context)
+    for position, node in grouped_nodes(plan.module).items():
+        cost = cost_of(node, plan.context)
+        others_s = max(cost.link_s, cost.accelerator_s)
+        share = others_s / (others_s + cost.host_s)
+        assert cost.host_s * share < others_s, "worth a trip"
+        assert splits[position].host == round(share * EXPERTS)
+        assert 0 < splits[position].host < EXPERTS
+
+
 def test_a_forced_share_is_of_experts_too() -> None:
     plan = base("h100-server")
     context = replace(plan.context, options=replace(plan.context.options, split=0.25))
