@@ -56,6 +56,21 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """What the models' config.json say of their shapes."""
 
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral-8x7b": {
+        "model_type": "mixtral", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "vocab_size": 32000, "max_position_embeddings": 32768, "sliding_window": None,
+    },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe", "num_hidden_layers": 48, "hidden_size": 2048, "moe_intermediate_size": 768,
+        "intermediate_size": 6144, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "num_experts": 128, "num_experts_per_tok": 8, "decoder_sparse_step": 1, "norm_topk_prob": True,
+        "vocab_size": 151936, "max_position_embeddings": 40960, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+"""The same of mixtures of experts."""
+
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _PER_LAYER = ("layer_types", "mlp_layer_types")  # one entry a layer: made anew by the config
 _PROMPT = 8  # sizes are set afterwards
@@ -102,12 +117,13 @@ class Shape:
 
 
 def shape_of(source: str, depth: Depth, dtype: str = "float16") -> Shape:
-    """The shape that a name in ``SHAPES`` means, or a config.json, its folder or its model's id.
+    """The shape that a name in ``SHAPES`` or ``MIXTURES`` means, or a config.json, its folder or its model's id.
 
     Raises:
         UnsupportedModelError: there is no such shape or config, or one without a number of equal layers.
     """
-    config = AutoConfig.for_model(**SHAPES[source]) if source in SHAPES else _config_of(source)
+    known = {**SHAPES, **MIXTURES}
+    config = AutoConfig.for_model(**known[source]) if source in known else _config_of(source)
     key = _depth_key(config)
     if key is None:
         raise UnsupportedModelError(
@@ -122,7 +138,9 @@ def _config_of(source: str) -> Any:
     try:
         return named_config(source)
     except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{error}. Shapes that are known here: {', '.join(SHAPES)}") from error
+        raise UnsupportedModelError(
+            f"{error}. Shapes that are known here: {', '.join((*SHAPES, *MIXTURES))}"
+        ) from error
 
 
 def _name_of(source: str) -> str:

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from benchmarks.model_shapes import SHAPES, Depth, Shape, shape_of
+from benchmarks.model_shapes import MIXTURES, SHAPES, Depth, Shape, shape_of
 from hetegen_compile.cost_model import HardwareProfile, load_profile, preset_names
 from hetegen_compile.dry_run.models import DTYPES
 from hetegen_compile.dry_run.planning import Machine
@@ -250,7 +250,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.schedule_quality", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     shapes, presets, given = list(SHAPES), list(preset_names()), "NAME|PATH"
-    models = f"config.json files, their folders, or shapes known here (default): {', '.join(shapes)}"
+    models = f"config.json files, their folders, or shapes known here: {', '.join(shapes)} (default), "
+    models += f"and mixtures of experts: {', '.join(MIXTURES)}"
     parser.add_argument("--models", "--model", default=shapes, help=models, nargs="+", metavar=given)
     hardware = f"profile files, or presets (default): {', '.join(presets)}"
     parser.add_argument("--hardware", default=presets, help=hardware, nargs="+", metavar=given)
