@@ -44,7 +44,7 @@ def balanced_splits(module: fx.GraphModule, context: Context, trials: Trials) ->
         if any(plan.host for plan in splits.values()):
             search.simulate(splits)
         search.balance(trips, chain)
-    vary = context.bucket.high is not None and context.bucket.high <= _VARIED_TOKENS
+    vary = _is_varied(context)
     if vary:
         search.vary()
     search.along_ring(vary=vary)
@@ -60,6 +60,23 @@ def _promising(module: fx.GraphModule, context: Context, chain: Chain) -> tuple[
     shorter = step_chain(module, paired, context)
     wins = context.options.pair_mlp is True or relax(shorter).bound_s < _NEARLY * relax(chain).bound_s
     return (paired, shorter) if wins else None
+
+
+def promising_trips(module: fx.GraphModule, context: Context) -> Splits | None:
+    """Of a prompt the splits with the fewest trips that the chain gives the host; None if it gives it none.
+
+    Nothing is simulated. (Of a few tokens no split needs much more room than those of each Linear by itself.)
+    """
+    trips = trips_of(module)
+    chain = step_chain(module, trips, context)
+    fewest = relax(chain).fewest
+    if context.options.split != "auto" or _is_varied(context) or not fewest:
+        return None
+    return with_shares(trips, balance_along(chain, fewest), context)
+
+
+def _is_varied(context: Context) -> bool:
+    return context.bucket.high is not None and context.bucket.high <= _VARIED_TOKENS
 
 
 def promising_blocks(module: fx.GraphModule, context: Context) -> Splits | None:

@@ -20,7 +20,7 @@ from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.issue_ahead import NO_ROOM_AHEAD, issues_ahead
 from hetegen_compile.passes.plans import ACTIVATIONS
 from hetegen_compile.pipeline import DECISIONS, GROUPING, NORMALISATION, Stage, run_pipeline
-from hetegen_compile.planning.balance import promising_blocks
+from hetegen_compile.planning.balance import promising_blocks, promising_trips
 from hetegen_compile.planning.planned import BucketPlan, Graphs
 from hetegen_compile.planning.trials import Trial, measured_trial
 
@@ -125,8 +125,10 @@ class ResidencySearch:
         ]
         if any(plan.host for plan in splits[0].values()):
             splits.append(choose_splits(module, replace(context, options=replace(context.options, split=0.0))))
-        paired = None if context.lean else promising_blocks(module, context)
-        measured = [measured_trial(module, context, each) for each in (*splits, *([paired] if paired else []))]
+        if not context.lean:
+            promising = promising_blocks(module, context), promising_trips(module, context)
+            splits += [each for each in promising if each is not None and each not in splits]
+        measured = [measured_trial(module, context, each) for each in splits]
         needs = [require(trial.context.memory, "measure_memory") for trial in measured]
         need = max(needs, key=lambda memory: memory.peak_bytes(context.room))
         need = replace(need, workspace={})  # its nodes would keep the schedule alive
