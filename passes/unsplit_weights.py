@@ -129,7 +129,10 @@ def weights_on_host(module: fx.GraphModule, context: Context) -> tuple[Refusal, 
     stacks = [node for node in kept if _is_stack(info(node).value)]
     others = [node for node in kept if node not in stacks]
     found = []
-    reasons = ((others, "weights", "cannot be split"), (stacks, "stacked weights", "streaming them gains nothing here"))
+    reasons = (
+        (others, "weights", "cannot be split"),
+        (stacks, "stacked weights", "streaming them gains nothing or is not possible"),
+    )
     for nodes, what, why in reasons:
         if nodes:
             first, more = source_name(nodes[0]) or nodes[0].name, len(nodes) - 1

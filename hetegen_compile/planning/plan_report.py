@@ -25,7 +25,7 @@ def report_on(base: BucketPlan, module: fx.GraphModule, context: Context, trials
     prediction = require(context.prediction, "predict_step")
     splits = require(context.splits, "choose_splits")
     residency = require(context.residency, "choose_residency")
-    sites = {position: replace(site, plan=splits.get(position, site.plan)) for position, site in base.sites.items()}
+    sites = {position: replace(site, plan=splits[position]) for position, site in base.sites.items()}
     low, high = context.bucket.low, context.bucket.high
     tokens = f"{low} token{'s' if low > 1 else ''}" if high == low else f"{low} to {high} tokens"
     tokens = f"{low} tokens or more" if high is None else tokens

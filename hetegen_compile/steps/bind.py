@@ -269,7 +269,8 @@ class _Binder:
     def _host_grouped(self, node: fx.Node) -> str:
         part = ir.host_groups(node)
         matrices = info(part.stack).value if part.dim else info(part.stack).value.transpose(1, 2)
-        product = self._by_kernels(product_of(part.product), matrices) or part.product
+        plain = product_of(part.product)
+        product = self._by_kernels(plain, matrices) or plain
         function = self._constant("groups", functools.partial(first_groups, hi=part.hi, dim=part.dim, product=product))
         return self._host_call(node, function, self._text((part.x, part.stack, part.ends)))
 
