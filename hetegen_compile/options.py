@@ -41,7 +41,7 @@ class Options:
         hardware: "auto" (calibrated once, cached), a preset's name or the path of a profile.
         context: tokens of KV cache that the budget must hold; None: twice what comes in, where there is room.
         max_batch: sequences that the budget must hold.
-        split: share in [0, 1] of every Linear's rows on the host; "auto" leaves it to the cost model.
+        split: share in [0, 1] of every Linear's rows, and of streamed experts, on the host; "auto": by the costs.
         pair_mlp: whether MLP blocks are cut as one, so that what lies between their Linears stays where it is: "auto"
             leaves it to the cost model; True: every block, and nothing of them is resident; False: none.
         issue_ahead: whether the host's parts are computed by a worker thread, so that what needs them is issued
