@@ -77,6 +77,8 @@ class NodeInfo:
         position: place in program order.
         side: where it runs, once that has been decided.
         ahead: it is the host worker's, given to it before its operands are there (``issue_ahead``).
+        autocast: what the program itself has CPU autocast cast to there, "off" where it switches it off; None: as the
+            caller has it.
     """
 
     value: Any = None
@@ -94,6 +96,7 @@ class NodeInfo:
     position: int = -1
     side: Side | None = None
     ahead: bool = False
+    autocast: torch.dtype | Literal["off"] | None = None
 
 
 _NOTHING = NodeInfo()

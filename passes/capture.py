@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Container, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -48,6 +48,7 @@ class _Propagator(fx.Interpreter):
         self._listener = listener
         self._calls = EqualCalls(mode)
         self._position = 0
+        self._callers = _autocast()
 
     def fetch_attr(self, target: str) -> Any:
         value = super().fetch_attr(target)
@@ -65,6 +66,7 @@ class _Propagator(fx.Interpreter):
             n, NodeInfo(), value=result, position=self._position, module=module_path(n), writes=writes | generator,
             storages=frozenset(map(storage_id, tensors_in(result))), reads=frozenset(lay_in) | generator,
             rebinds=lay_in != [storage_id(t) for t in reads], **found,
+            autocast=None if _autocast() == self._callers else _autocast(),
         )  # fmt: skip
         self._position += 1
         return result
@@ -80,6 +82,11 @@ class _Propagator(fx.Interpreter):
         heard = self._listener.take()
         self._calls.note(key, result, heard, reads)
         return result, heard
+
+
+def _autocast() -> torch.dtype | Literal["off"]:
+    """What CPU autocast casts to where this is called."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else "off"
 
 
 def _version(tensor: Tensor) -> int | None:

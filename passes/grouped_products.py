@@ -24,6 +24,8 @@ from hetegen_compile.passes.aten_listener import GROUPED_ATEN
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.tensors import tensor_bytes, to_expr
 
+AUTOCAST = "autocast is on"
+
 
 class GroupedProduct(NamedTuple):
     """What a grouped product reads: activations [tokens, in] and matrices [groups, in, out] or, for ``dim`` 0, the
@@ -57,6 +59,22 @@ def _ends(node: fx.Node) -> fx.Node | None:
     ends = named.pop("offs", None) if not more else more.pop(0)
     known = isinstance(ends, fx.Node) and is_tensor(ends) and info(ends).value.dtype is torch.int32
     return ends if known and not named and not any(one is not None for one in more) else None  # type: ignore[return-value]
+
+
+def left_to_torch(node: fx.Node, product: GroupedProduct) -> str | None:
+    """Why the host's kernels for Linears do not compute a product, whatever the profile records; None: they do."""
+    x, matrices = info(product.x).value, info(product.matrices).value
+    if product.ends is None:
+        return "it has more operands than the experts' matrices and where groups end, as int32"
+    if x.dtype != matrices.dtype:
+        return f"activations are {x.dtype}, the experts' matrices {matrices.dtype}"
+    return AUTOCAST if is_under_autocast(node) else None
+
+
+def is_under_autocast(node: fx.Node) -> bool:
+    """Whether autocast is on for a node, by the caller or in the program."""
+    mine = info(node).autocast
+    return torch.is_autocast_enabled("cpu") if mine is None else mine != "off"
 
 
 def products_with(stack: fx.Node, fixed: Collection[fx.Node] = ()) -> dict[fx.Node, GroupedProduct] | None:
@@ -149,12 +167,15 @@ GROUPED_LAUNCHES = 9
 
 
 __all__ = [
+    "AUTOCAST",
     "GROUPED_LAUNCHES",
     "GroupedProduct",
     "Groups",
     "expected_groups",
     "grouped_on_host_s",
     "grouped_product",
+    "is_under_autocast",
+    "left_to_torch",
     "partial_grouped_s",
     "products_with",
 ]

@@ -71,18 +71,21 @@ def bind_experts(
     choices: Mapping[str, KernelChoice],
     matrices: Tensor,
     refuse: Callable[[str], None] = lambda reason: None,
+    by_torch: str | None = None,
 ) -> HostExperts | None:
     """The callable for a grouped product ``plain`` with such matrices [groups, in, out] (a fake is enough).
 
-    None: the profile records no kernel of ours for them, or they are contiguous in neither direction, which ``refuse``
-    is told. Sizes are not looked at: they may be symbols.
+    None: the profile records no kernel of ours for them, they are contiguous in neither direction, or ``by_torch`` says
+    why else torch is to compute the product; ``refuse`` is told of the last two. Sizes are not looked at: they may be
+    symbols.
     """
     choice = recorded(choices, matrices.dtype)
     if choice is None or all(name == LINEAR.name for _, name in choice.limits()):
         return None
     contiguous = [dim for dim in (0, 1) if _is_one(matrices.stride(1 + dim))]
-    if not contiguous:
-        refuse("computed by torch: the experts' matrices are contiguous in neither direction")
+    reason = by_torch if contiguous else "the experts' matrices are contiguous in neither direction"
+    if reason is not None:
+        refuse(f"computed by torch: {reason}")
         return None
     rows = torch.empty((1, 1), dtype=matrices.dtype, device="meta")
     return HostExperts(plain, bind_kernels(choices, rows, 0, 1, contiguous[0], refuse), contiguous[0])

@@ -44,7 +44,7 @@ from hetegen_compile.linear_parts import behind_usual_strides, join_parts, pad_p
 from hetegen_compile.passes.closed_gates import sizes_behind_gates
 from hetegen_compile.passes.context import Refusal
 from hetegen_compile.passes.findings import Work
-from hetegen_compile.passes.grouped_products import grouped_product
+from hetegen_compile.passes.grouped_products import AUTOCAST, grouped_product, is_under_autocast, left_to_torch
 from hetegen_compile.passes.lower import CompiledSegment
 from hetegen_compile.passes.resolve_sizes import size_inputs
 from hetegen_compile.passes.schedule import pinned_ring_bytes
@@ -270,7 +270,7 @@ class _Binder:
         part = ir.host_groups(node)
         matrices = info(part.stack).value if part.dim else info(part.stack).value.transpose(1, 2)
         plain = product_of(part.product)
-        product = self._by_kernels(plain, matrices) or plain
+        product = self._by_kernels(plain, matrices, AUTOCAST if is_under_autocast(node) else None) or plain
         function = self._constant("groups", functools.partial(first_groups, hi=part.hi, dim=part.dim, product=product))
         return self._host_call(node, function, self._text((part.x, part.stack, part.ends)))
 
@@ -280,12 +280,12 @@ class _Binder:
 
     def _experts(self, node: fx.Node) -> HostExperts | None:
         """Of a product with a mixture's experts, what computes it by the host's kernels."""
-        product = grouped_product(node)
-        return None if product is None else self._by_kernels(host_function(node), info(product.matrices).value)
+        found = grouped_product(node)
+        return found and self._by_kernels(host_function(node), info(found.matrices).value, left_to_torch(node, found))
 
-    def _by_kernels(self, product: Callable[..., Any], matrices: Tensor) -> HostExperts | None:
+    def _by_kernels(self, product: Callable[..., Any], matrices: Tensor, why: str | None = None) -> HostExperts | None:
         refuse = functools.partial(self._refuse, where="products with experts")
-        return bind_experts(product, self._kernels, matrices, refuse)
+        return bind_experts(product, self._kernels, matrices, refuse, why)
 
     def _run(self, run: HostRun) -> str:
         """The lines of a run: one call, and the names of its results."""
@@ -352,7 +352,7 @@ class _Binder:
 
     def _host_operation(self, node: fx.Node) -> str:
         arguments, keywords = self._text(tuple(node.args)), self._text(dict(node.kwargs))
-        name = self._constant("function", self._experts(node) or host_function(node))
+        name = self._constant("function", host_function(node, self._experts(node)))
         if not info(node).ahead and not info(node).aten and not info(node).writes and not tensors_in(info(node).value):
             return f"{node.name} = {name}(*{arguments}, **{keywords})"
         return self._host_call(node, name, arguments, keywords)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -14,8 +14,26 @@ from hetegen_compile.passes.append_tokens import append_tokens
 from hetegen_compile.passes.tensors import tensors_in
 
 
-def host_function(node: fx.Node) -> Callable[..., Any]:
-    """The function or method of a node; one that writes may be called with tensors made in inference mode."""
+def host_function(node: fx.Node, instead: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """The function or method of a node, or ``instead``; one that writes takes tensors made in inference mode.
+
+    Where the program itself enters autocast it is called under autocast: the node is not where the program has it.
+    """
+    function, autocast = instead or _of_node(node), info(node).autocast
+    return function if autocast is None else _under(autocast, function)
+
+
+def _under(autocast: torch.dtype | Literal["off"], function: Callable[..., Any]) -> Callable[..., Any]:
+    dtype = None if autocast == "off" else autocast
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", dtype, enabled=dtype is not None, cache_enabled=False):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _of_node(node: fx.Node) -> Callable[..., Any]:
     if node.target is append_tokens:
         return append
     if node.op == "call_method":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import transformers.integrations.moe  # noqa: F401  (registers grouped_mm_fallback)
+from torch import Tensor, nn
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
@@ -156,3 +158,82 @@ def test_a_kernel_that_cannot_be_used_shows(tmp_path: Path) -> None:
     assert torch.equal(generate(model, prompts(2), None, tokens=2)["sequences"], expected["sequences"])
     for schedule in new_schedules(known):
         assert "products with experts: computed with F.linear, not with the hardware" in schedule.explain()
+
+
+class Grouped(nn.Module):
+    """One product with experts, given where groups end as ``ends``, that may switch autocast on or off."""
+
+    def __init__(self, ends: torch.dtype, autocast: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stack = nn.Parameter(torch.randn(4, 48, 32))
+        self.ends, self.autocast = ends, autocast
+
+    def forward(self, x: Tensor) -> Tensor:
+        ends = torch.arange(1, 5, dtype=self.ends) * 2
+        within = contextlib.nullcontext() if self.autocast is None else torch.autocast("cpu", enabled=self.autocast)
+        with within:
+            found: Tensor = torch.ops.transformers.grouped_mm_fallback(x * 2, self.stack.transpose(1, 2), offs=ends)
+        return found + 1
+
+
+@pytest.mark.parametrize(
+    ("ends", "callers", "programs", "reason"),
+    [
+        (torch.int32, False, None, None),
+        (torch.int64, False, None, "it has more operands than the experts' matrices and where groups end, as int32"),
+        (torch.int32, True, None, "autocast is on"),
+        (torch.int32, False, True, "autocast is on"),
+        (torch.int32, True, False, None),
+    ],
+)
+@torch.no_grad()
+def test_products_that_the_hosts_kernels_do_not_serve_are_torchs_and_show(
+    ends: torch.dtype, callers: bool, programs: bool | None, reason: str | None,
+    products: list[tuple[str, int]], tmp_path: Path,
+) -> None:  # fmt: skip
+    model, x = Grouped(ends, programs).eval(), torch.randn(8, 32)
+    hardware, known = profile_with("vectorised", tmp_path), hetegen_compile.schedules()
+    with torch.autocast("cpu", torch.bfloat16, enabled=callers):
+        expected = model(x)
+        compiled = torch.compile(
+            model, backend=RecordingBackend(), options=emulated(gpu_memory=8 << 10, hardware=hardware)
+        )
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
+    (schedule,) = new_schedules(known)
+    shown = f"products with experts: computed by torch: {reason}"
+    assert [refusal for refusal in schedule.explain().splitlines() if "computed by torch" in refusal] == (
+        [f"left as it is: {shown}"] if reason else []
+    )
+    assert bool(products) == (reason is None)
+
+
+class Multiplied(nn.Module):
+    """A stack that autocast casts, in the program or where it is switched off there."""
+
+    def __init__(self, autocast: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stack = nn.Parameter(torch.randn(8, 480, 32))
+        self.autocast = autocast
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.5
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            found = torch.bmm(x.expand(8, 2, 32), self.stack.transpose(1, 2))
+        return found + 1
+
+
+@pytest.mark.parametrize("programs", [False, True])
+@torch.no_grad()
+def test_what_the_host_computes_of_a_stack_is_under_the_programs_autocast(programs: bool) -> None:
+    """It had been computed outside of the region, in float32."""
+    model, x = Multiplied(programs).eval(), torch.randn(2, 32)
+    known = hetegen_compile.schedules()
+    with torch.autocast("cpu", torch.bfloat16, enabled=not programs):
+        expected = model(x)
+        found = torch.compile(model, backend=RecordingBackend(), options=emulated(gpu_memory=400 << 10))(x)
+    assert expected.dtype == (torch.bfloat16 if programs else torch.float32)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    (schedule,) = new_schedules(known)
+    assert "computed on the host, where they lie" in schedule.explain()

@@ -9,7 +9,7 @@ import torch
 import transformers.integrations.moe  # noqa: F401  (registers grouped_mm_fallback)
 from torch import Tensor
 
-from hetegen_compile.cost_model import KernelChoice, host_linear_s
+from hetegen_compile.cost_model import KernelChoice, host_linear_s, host_op_s
 from hetegen_compile.host_kernels import bind_experts
 from hetegen_compile.ir import annotate, info
 from hetegen_compile.passes import annotate_costs
@@ -58,6 +58,15 @@ def test_it_is_a_linear_for_each_expert_that_may_have_tokens(function: Any, toke
     each_s = host_linear_s(PROFILE, "bfloat16", tokens / experts, NBYTES, flops, contended=False)
     assert cost.host_s == pytest.approx(LAUNCH_S + experts * (each_s - LAUNCH_S))
     assert (cost.weight_bytes, cost.link_s) == (0, 0.0), "it is not streamed"
+
+
+def test_what_is_left_to_torch_is_reading_the_experts_that_have_tokens() -> None:
+    def int64(x: Tensor, ends: Tensor) -> Tensor:
+        return transformers_product(x, ends.long())
+
+    cost = grouped_cost(traced(int64, 2))
+    assert cost.host_s == host_op_s(PROFILE, "bfloat16", 2.0 * IN * OUT * 2, 2 * NBYTES)
+    assert cost.host_s != grouped_cost(traced(transformers_product, 2)).host_s
 
 
 def test_many_tokens_of_an_expert_are_slower_than_reading_it() -> None:
