@@ -73,7 +73,7 @@ def _used(part: fx.Node) -> _Rectangle:
     operands = ir.linear_part(part)
     found = _cut(operands.weight, operands.axis, operands.lo, operands.hi)
     if part.target == ir.PARTIAL_LINEAR:
-        found = _brought(operands.weight)
+        found = brought(operands.weight)
         named = (found.left, found.right) if operands.axis else (found.top, found.bottom)
         if named != (operands.lo, operands.hi):
             raise ScheduleError(
@@ -86,7 +86,7 @@ def _used(part: fx.Node) -> _Rectangle:
 def _used_groups(part: fx.Node) -> _Rectangle:
     """Which matrices of a stack a part multiplies with: each is a row of all of its elements."""
     operands = ir.grouped_part(part)
-    found = _brought(operands.matrices)
+    found = brought(operands.matrices)
     if found.top != operands.lo:
         raise ScheduleError(
             f"verify: {name_of(part)} is the part from {operands.lo} on, but reads {found.top}:{found.bottom} of "
@@ -97,7 +97,7 @@ def _used_groups(part: fx.Node) -> _Rectangle:
 
 def _check_product(parts: list[fx.Node], join: fx.Node | None) -> None:
     """Parts of one product multiply the same with the same, each adds to those before it, and all are joined once."""
-    same = {(*_operands(part), _origin(_operand(part, 0)), _origin(_operand(part, 2))) for part in parts}
+    same = {(*_operands(part), origin(_operand(part, 0)), origin(_operand(part, 2))) for part in parts}
     if len(same) > 1:
         raise ScheduleError(f"verify: {', '.join(map(name_of, parts))} are parts of one product, but of other operands")
     chain = [part for part in parts if part.target == ir.PARTIAL_GROUPED]
@@ -109,7 +109,7 @@ def _check_product(parts: list[fx.Node], join: fx.Node | None) -> None:
                 f"missing edge: {before} -> {part}"
             )
     due = [*(part for part in parts if part.target == ir.HOST_GROUPED), *chain[-1:]]
-    found = [] if join is None else [_origin(one) for one in _argument(join, 0)]
+    found = [] if join is None else [origin(one) for one in _argument(join, 0)]
     if join is None or _argument(join, 1) != 1 or sorted(map(str, found)) != sorted(map(str, due)):
         raise ScheduleError(
             f"verify: what {', '.join(map(name_of, due))} make is not what is put together in {join}; "
@@ -122,7 +122,7 @@ def _operands(part: fx.Node) -> tuple[fx.Node, int, str]:
     if part.target == ir.HOST_GROUPED:
         return ir.host_groups(part).stack, ir.host_groups(part).dim, ir.host_groups(part).product
     operands = ir.grouped_part(part)
-    return _brought(operands.matrices).weight, operands.dim, operands.product
+    return brought(operands.matrices).weight, operands.dim, operands.product
 
 
 def _operand(part: fx.Node, place: int) -> fx.Node:
@@ -130,7 +130,7 @@ def _operand(part: fx.Node, place: int) -> fx.Node:
     return operand
 
 
-def _origin(value: fx.Node) -> fx.Node:
+def origin(value: fx.Node) -> fx.Node:
     """Where a value was made, whichever transfers have moved it since."""
     while True:
         source = value.all_input_nodes[0] if value.all_input_nodes else None
@@ -145,7 +145,7 @@ def _origin(value: fx.Node) -> fx.Node:
 _MOVED = (ir.WAIT_HOST, ir.WAIT_ACCELERATOR)
 
 
-def _brought(source: fx.Node) -> _Rectangle:
+def brought(source: fx.Node) -> _Rectangle:
     """Which part of a weight lies where a part on the accelerator reads it."""
     while source.target in (ir.WAIT, ir.PREFETCH, ir.CARRIED) and _argument(source, 0).op != "placeholder":
         source = _argument(source, 0)  # through the wait, and the stage that a prefetch reads
@@ -189,4 +189,4 @@ def _check_places(pad: fx.Node) -> None:
             )
 
 
-__all__ = ["check_parts"]
+__all__ = ["brought", "check_parts", "origin"]

@@ -71,19 +71,30 @@ class Block:
         return (*self.siblings, self.consumer)
 
 
+class LinearOperands(NamedTuple):
+    """Positions in the program of what a Linear multiplies and adds, and how its weight is stored."""
+
+    x: int
+    weight: int
+    bias: int | None
+    dim: int
+
+
 @dataclass(frozen=True)
 class Effects:
-    """What the captured program does to memory; storages are those of ``NodeInfo``.
+    """What the captured program does to memory and multiplies; storages are those of ``NodeInfo``.
 
     Attributes:
         writes: for each storage that is written in place, the program positions of the writes, ascending.
         writers: the nodes at these positions, as errors name them.
         outputs: the storages of each returned value, in order.
+        linears: the operands of each Linear, by its position.
     """
 
     writes: Mapping[int, tuple[int, ...]]
     writers: Mapping[int, str]
     outputs: tuple[frozenset[int], ...]
+    linears: Mapping[int, LinearOperands]
 
 
 Life = tuple[int, int, sympy.Expr]

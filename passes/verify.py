@@ -15,7 +15,8 @@ Proved for every graph:
 - at return outputs and written inputs are complete, mirrors that count as current are, and inputs and outputs share
   memory exactly as in the captured graph;
 - nothing waits for an event that was never recorded;
-- every element of a Linear's weight is used exactly once (``check_parts``);
+- every element of a Linear's weight is used exactly once (``check_parts``), with the activations and the bias that the
+  program has there, and what is made of it is put together once (``check_linears``);
 - what lies on the accelerator at any point fits the budget.
 """
 
@@ -28,6 +29,7 @@ from torch import fx
 from hetegen_compile.errors import MissingWaitError, ScheduleError, UnforeseenMemoryError
 from hetegen_compile.ir import info
 from hetegen_compile.options import format_bytes
+from hetegen_compile.passes.check_linears import check_linears
 from hetegen_compile.passes.check_parts import check_parts
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import Effects
@@ -59,6 +61,7 @@ def verify(module: fx.GraphModule, context: Context) -> None:
     replay = Replay(effects, segments, rings)
     replay.run(module.graph)
     check_parts(module.graph)
+    check_linears(module.graph, effects.linears)
     _check_return(module.graph, replay, effects)
     _check_budget(module, replay, staging, context)
 
