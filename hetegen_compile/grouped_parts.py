@@ -4,13 +4,16 @@ A grouped product multiplies consecutive rows of activations, each group of them
 
     y[ends[i - 1] : ends[i]] = x[ends[i - 1] : ends[i]] @ matrices[i]
 
-How many rows a group has is known on the device only, so nothing here depends on it: every shape is one of the whole
-product, and a part's rows are brought to the front before it is computed.
+A part is a product for each of its groups that has rows, so the host has to know where groups end: it waits for the
+few numbers that the router has made, which it needs for its own groups anyway. torch's operation for all groups waits
+for them as well, behind all that has been issued, unless it is in bfloat16 on the newest datacentre GPUs; and a part's
+rows would have to be brought to the front and back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,9 +45,7 @@ def first_groups(x: Tensor, stack: Tensor, ends: Tensor, hi: int, dim: int, prod
     return made
 
 
-def grouped_rows(
-    x: Tensor, matrices: Tensor, ends: Tensor, others: Tensor | None, lo: int, dim: int, product: str
-) -> Tensor:
+def grouped_rows(x: Tensor, matrices: Tensor, ends: Tensor, others: Tensor | None, lo: int, dim: int) -> Tensor:
     """The rows of a grouped product that some of its groups make, among those that are known already.
 
     Args:
@@ -54,27 +55,34 @@ def grouped_rows(
         others: what other groups made, [rows, out]; None: nothing is known yet.
         lo: the first group.
         dim: how the matrices are stored.
-        product: the operation's name (``product_of``).
 
     Returns:
         [rows, out], a new tensor: rows of these groups, else those of ``others``; where neither has any, zero.
     """
-    rows = torch.arange(x.shape[0], dtype=ends.dtype, device=x.device)
-    end = ends[lo + matrices.shape[0] - 1]
-    mine = rows < end
-    own = ends[lo : lo + matrices.shape[0]]
-    if lo:
-        start = ends[lo - 1]
-        mine, own = mine & (rows >= start), own - start
-        x = x.index_select(0, (rows + start) % x.shape[0])
-    made = product_of(product)(x, _as_in_out(matrices, dim), offs=own)
-    if lo:
-        made = made.index_select(0, (rows - start) % x.shape[0])
-    return torch.where(mine[:, None], made, made.new_zeros(()) if others is None else others)
+    known = None if others is None else others.clone()
+    return add_groups(x, matrices, bounds_of(ends, lo, matrices.shape[0]), known, dim)
+
+
+def bounds_of(ends: Tensor, lo: int, groups: int) -> list[int]:
+    """Where the first of ``groups`` groups from ``lo`` on begins, and where each of them ends; ``ends`` on the host."""
+    bounds: list[int] = ends[max(0, lo - 1) : lo + groups].tolist()
+    return bounds if lo else [0, *bounds]
+
+
+def add_groups(x: Tensor, matrices: Tensor, bounds: Sequence[int], others: Tensor | None, dim: int) -> Tensor:
+    """The rows of some groups, a product for each that has any, written into ``others``, which is returned.
+
+    None: into a new tensor, zero where none of them has rows. Further operands are those of ``grouped_rows``.
+    """
+    out = x.new_zeros((x.shape[0], matrices.shape[1 + dim])) if others is None else others
+    for group, (start, end) in enumerate(pairwise(bounds)):
+        if start < end:
+            torch.mm(x[start:end], matrices[group] if dim else matrices[group].t(), out=out[start:end])
+    return out
 
 
 def _as_in_out(matrices: Tensor, dim: int) -> Tensor:
     return matrices if dim else matrices.transpose(1, 2)
 
 
-__all__ = ["Product", "first_groups", "grouped_rows", "product_of", "whole_grouped"]
+__all__ = ["Product", "add_groups", "bounds_of", "first_groups", "grouped_rows", "product_of", "whole_grouped"]

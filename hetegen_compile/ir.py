@@ -18,7 +18,7 @@ so what lies between stays where it is (``find_blocks``).
 
 A ``grouped`` product has a matrix of its own for each group of consecutive rows, out of a stack: the experts of a
 mixture (``grouped_parts``). The host has the first groups. The others are streamed, and those parts follow each other:
-each adds its groups' rows of the result to those of the others.
+each adds its groups' rows of the result to those of the others. Where groups end the host reads when it issues a part.
 """
 
 from __future__ import annotations
@@ -235,9 +235,7 @@ _SCHEMAS = {
     "host_linear": "(Tensor x, Tensor weight, Tensor? bias, int lo, int hi, int dim, int axis=0) -> Tensor",
     "partial_linear": "(Tensor x, Tensor rows, Tensor? bias, int lo, int hi, int dim, int axis=0) -> Tensor",
     "host_grouped": "(Tensor x, Tensor stack, Tensor ends, int hi, int dim, str product) -> Tensor",
-    "partial_grouped": (
-        "(Tensor x, Tensor matrices, Tensor ends, Tensor? others, int lo, int dim, str product) -> Tensor"
-    ),
+    "partial_grouped": "(Tensor x, Tensor matrices, Tensor ends, Tensor? others, int lo, int dim) -> Tensor",
     "join": "(Tensor[] parts, int dim) -> Tensor",
     "pad": "(Tensor x, Tensor[] parts, int[] starts, int columns) -> Tensor",
     "write_back": "(Tensor(a!) host, Tensor value) -> ()",
@@ -284,7 +282,7 @@ def host_groups(node: fx.Node) -> HostGroups:
 
 
 class GroupedPart(NamedTuple):
-    """The operands of a ``partial_grouped``: those of ``grouped_rows``."""
+    """The operands of a ``partial_grouped``: those of ``grouped_rows``, of which ``ends`` is on the host."""
 
     x: Any
     matrices: Any
@@ -292,7 +290,6 @@ class GroupedPart(NamedTuple):
     others: Any
     lo: int
     dim: int
-    product: str
 
 
 def grouped_part(node: fx.Node) -> GroupedPart:

@@ -117,12 +117,12 @@ def _check_product(parts: list[fx.Node], join: fx.Node | None) -> None:
         )
 
 
-def _operands(part: fx.Node) -> tuple[fx.Node, int, str]:
-    """The stack that a part multiplies with, how its matrices are stored, and the operation."""
+def _operands(part: fx.Node) -> tuple[fx.Node, int]:
+    """The stack that a part multiplies with, and how its matrices are stored."""
     if part.target == ir.HOST_GROUPED:
-        return ir.host_groups(part).stack, ir.host_groups(part).dim, ir.host_groups(part).product
+        return ir.host_groups(part).stack, ir.host_groups(part).dim
     operands = ir.grouped_part(part)
-    return brought(operands.matrices).weight, operands.dim, operands.product
+    return brought(operands.matrices).weight, operands.dim
 
 
 def _operand(part: fx.Node, place: int) -> fx.Node:

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
-from hetegen_compile.cost_model import accelerator_op_s, host_linear_s
+from hetegen_compile import ir
+from hetegen_compile.cost_model import accelerator_linear_s, host_linear_s
 from hetegen_compile.ir import GROUPED, info, is_tensor
 from hetegen_compile.passes.aten_listener import GROUPED_ATEN
 from hetegen_compile.passes.context import Context
@@ -129,9 +130,20 @@ class Groups(NamedTuple):
 def expected_groups(product: GroupedProduct, context: Context, share: float = 1.0) -> Groups:
     """What is expected of a ``share`` of a product's experts at the context's sizes."""
     tokens, groups = (context.number(to_expr(info(one).value.shape[0])) for one in (product.x, product.matrices))
+    return _expected(tokens, groups, context.number(tensor_bytes(info(product.matrices).value)), share)
+
+
+def expected_of_part(part: ir.GroupedPart, context: Context) -> Groups:
+    """The same of the experts of a part on the accelerator."""
+    tokens, groups = (context.number(to_expr(info(one).value.shape[0])) for one in (part.x, part.ends))
+    count = float(info(part.matrices).value.shape[0])
+    nbytes = context.number(tensor_bytes(info(part.matrices).value))
+    return _expected(tokens, groups, nbytes * groups / count, count / groups)
+
+
+def _expected(tokens: float, groups: float, nbytes: float, share: float) -> Groups:
     read = max(1.0, min(groups, tokens))
-    nbytes = context.number(tensor_bytes(info(product.matrices).value)) / max(1.0, groups)
-    return Groups(share * read, max(1.0, tokens / read), nbytes)
+    return Groups(share * read, max(1.0, tokens / read), nbytes / max(1.0, groups))
 
 
 def grouped_on_host_s(
@@ -148,34 +160,28 @@ def grouped_on_host_s(
     return launch_s + groups.read * (each_s - launch_s)
 
 
-def partial_grouped_s(
-    rows_bytes: float, made_bytes: float, nbytes: float, flops: float, dtype: str, context: Context
-) -> float:
-    """Seconds of the accelerator for a part of a product (``grouped_rows``), whose matrices have ``nbytes``.
-
-    Beside the product it passes over all of the activations (``rows_bytes``) and of the result (``made_bytes``): there
-    and back, and to put it together with the others.
-    """
-    traffic = nbytes + _PASSES[0] * rows_bytes + _PASSES[1] * made_bytes
-    seconds = accelerator_op_s(context.profile, dtype, flops, traffic)
-    return seconds + GROUPED_LAUNCHES * context.profile.accelerator.launch_s
+def grouped_on_accelerator_s(groups: Groups, dtype: str, flops: float, context: Context) -> float:
+    """Seconds of the accelerator for a Linear for each of the experts, which have ``flops``, one after the other."""
+    each_s = accelerator_linear_s(context.profile, dtype, groups.tokens, groups.nbytes, flops / groups.read)
+    return groups.read * each_s
 
 
-_PASSES = (3.0, 6.0)
-GROUPED_LAUNCHES = 9
-"""Of a part beside the product: numbers of rows, their places, masks."""
+def issuing_groups_s(groups: Groups, context: Context) -> float:
+    """Seconds of the issuing thread for them, and for the zeros that they are written over."""
+    return (1.0 + groups.read) * context.profile.accelerator.issuing_s(segment=False)
 
 
 __all__ = [
     "AUTOCAST",
-    "GROUPED_LAUNCHES",
     "GroupedProduct",
     "Groups",
     "expected_groups",
+    "expected_of_part",
+    "grouped_on_accelerator_s",
     "grouped_on_host_s",
     "grouped_product",
     "is_under_autocast",
+    "issuing_groups_s",
     "left_to_torch",
-    "partial_grouped_s",
     "products_with",
 ]

@@ -152,7 +152,7 @@ OPERATIONS: dict[Any, Operation] = {
     ir.HOST_LINEAR: Operation(HOST, ("host", "host", "host")),
     ir.PARTIAL_LINEAR: Operation(COMPUTE, (_ON, _ON, _ON)),
     ir.HOST_GROUPED: Operation(HOST, ("host", "host", "host")),
-    ir.PARTIAL_GROUPED: Operation(COMPUTE, (_ON, _ON, _ON, _ON)),
+    ir.PARTIAL_GROUPED: Operation(COMPUTE, (_ON, _ON, "host", _ON)),
     ir.JOIN: Operation(COMPUTE, (_ON,)),
     ir.PAD: Operation(COMPUTE, (_ON, _ON)),
     ir.WRITE_BACK: Operation(HOST, (None, "host"), gives=Gives.NOTHING, writes=(0,)),

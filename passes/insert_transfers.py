@@ -70,6 +70,8 @@ def operand_side(user: fx.Node, operand: fx.Node) -> Side | None:
         return "host"
     if user.target == ir.TO_HOST:
         return "accelerator"
+    if user.target == ir.PARTIAL_GROUPED and operand is ir.grouped_part(user).ends:
+        return "host"
     return info(user).side
 
 
@@ -207,8 +209,8 @@ class _Inserter:
         return [*large, small] if small else large
 
     def _read_where_it_lies(self, user: fx.Node, operand: fx.Node) -> bool:
-        """Let a host part read an input of the call itself instead of its mirror, if nothing writes it."""
-        if operand.target != ir.MIRROR or user.target not in ir.HOST_PARTS:
+        """Let a part read an input of the call itself instead of its mirror, if nothing writes it."""
+        if operand.target != ir.MIRROR or user.target not in (*ir.HOST_PARTS, ir.PARTIAL_GROUPED):
             return False
         if any(info(node).writes & info(operand).storages for node in self._graph.nodes):
             return False

@@ -33,7 +33,6 @@ from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import Life, MemoryNeed
 from hetegen_compile.passes.liveness import larger, storage_lives
 from hetegen_compile.passes.pieces import passed_on, taken_by
-from hetegen_compile.passes.tensors import to_expr
 
 _NOT_VALUES = (
     ir.MIRROR, ir.RESIDENT, ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.WAIT, ir.RELEASE,
@@ -219,8 +218,6 @@ class _Meter:
             return sympy.Integer(inner.peak_bytes(self._context.room)) if inner.lives else sympy.Integer(0)
         if node.target == ir.PARTIAL_LINEAR:
             return _partial_size(node)
-        if node.target == ir.PARTIAL_GROUPED:
-            return _grouped_size(node)
         if node.target == ir.JOIN and node.args[1] == 1:
             return _sum_size(node)
         if node.target == ir.PAD:
@@ -254,13 +251,6 @@ def _partial_size(partial: fx.Node) -> sympy.Expr:
     if part.dim == 1 and part.bias is not None:
         found += value_size(partial)
     return found
-
-
-def _grouped_size(partial: fx.Node) -> sympy.Expr:
-    """Bytes that a part of a grouped product takes beside its result: rows brought to the front, what they make there
-    and back at their places; and of each row its number, its place and whether it is one of the part's."""
-    x = info(ir.grouped_part(partial).x).value
-    return value_size(ir.grouped_part(partial).x) + 2 * value_size(partial) + 32 * to_expr(x.shape[0])
 
 
 def _columns_size(partial: fx.Node) -> sympy.Expr:

@@ -28,8 +28,10 @@ from hetegen_compile.passes.findings import Work
 from hetegen_compile.passes.grouped_products import (
     GroupedProduct,
     expected_groups,
+    expected_of_part,
+    grouped_on_accelerator_s,
     grouped_on_host_s,
-    partial_grouped_s,
+    issuing_groups_s,
 )
 from hetegen_compile.passes.issue_ahead import issues_ahead
 from hetegen_compile.passes.tensors import to_expr
@@ -37,7 +39,7 @@ from hetegen_compile.passes.tensors import to_expr
 WORKER = "worker"
 """The resource of what the host's worker does: it does not keep the issuing thread."""
 
-_COMPUTES = {*ir.ACCELERATOR_PARTS, ir.JOIN, ir.PAD}
+_COMPUTES = {ir.PARTIAL_LINEAR, ir.JOIN, ir.PAD}
 """What is launched by torch's own operations; copies are issued by less."""
 
 _FREE = {ir.MIRROR, ir.RESIDENT, ir.TWIN, ir.WAIT, ir.WAIT_ACCELERATOR, ir.RELEASE, operator.getitem}
@@ -76,6 +78,8 @@ def issue_s(node: fx.Node, context: Context) -> float:
     if node.op == "call_module":
         products = context.number(info(node).flops) > 0
         return accelerator.issuing_s(segment=True) + (accelerator.issuing_s(segment=False) if products else 0.0)
+    if node.target == ir.PARTIAL_GROUPED:
+        return issuing_groups_s(expected_of_part(ir.grouped_part(node), context), context)
     return accelerator.issuing_s(segment=False) if node.target in _COMPUTES else accelerator.launch_s
 
 
@@ -128,10 +132,9 @@ def _linear_work(node: fx.Node, context: Context) -> Work:
 
 
 def _grouped_work(partial: fx.Node, context: Context) -> Work:
-    part = ir.grouped_part(partial)
-    rows, made, nbytes = (value_bytes(one, context) for one in (part.x, partial, part.matrices))
+    groups = expected_of_part(ir.grouped_part(partial), context)
     flops, dtype = context.number(info(partial).flops), dtype_name(info(partial).value)
-    return Work("accelerator", partial_grouped_s(rows, made, nbytes, flops, dtype, context))
+    return Work("accelerator", grouped_on_accelerator_s(groups, dtype, flops, context))
 
 
 def _host_groups_work(node: fx.Node, context: Context) -> Work:

@@ -1,7 +1,8 @@
 """Each product with streamed experts becomes a host part, a part for each chunk of the rest, and a join.
 
 Why: no stack has to be on the accelerator as a whole, and host and link work on it at the same time. The accelerator's
-parts follow each other, each adding its experts' rows to those before: there is no more of the result than two of it.
+parts follow each other, each adding its experts' rows to those before. How many rows an expert has the host reads from
+``ends`` when it issues a part, so that comes down first.
 
 Before:
 
@@ -11,9 +12,9 @@ After (transfers of activations come in a later pass; a stack that is not pinned
 are):
 
     t = prefetch(stack, [2, 5], 0, offset, [])
-    p = partial_grouped(x, wait(t), ends, None, 2, 0, "_grouped_mm"); _ = release(t)
+    p = partial_grouped(x, wait(t), ends, None, 2, 0); _ = release(t)
     u = prefetch(stack, [5, 8], 0, offset, [])
-    q = partial_grouped(x, wait(u), ends, p, 5, 0, "_grouped_mm"); _ = release(u)
+    q = partial_grouped(x, wait(u), ends, p, 5, 0); _ = release(u)
     h = host_grouped(x, stack, ends, 2, 0, "_grouped_mm")
     y = join([h, q], 1)
 """
@@ -71,7 +72,7 @@ class _Splitter:
         brought = self._noted(value=whole.new_empty((hi - lo, *whole.shape[1:])), side="accelerator")
 
         def part(matrices: fx.Node) -> fx.Node:
-            arguments = (self._x, matrices, self._ends, others, lo, self._dim, self._product)
+            arguments = (self._x, matrices, self._ends, others, lo, self._dim)
             return self._call(ir.PARTIAL_GROUPED, arguments, self._made(hi - lo, "accelerator"))
 
         return of_slot(self._call, self._stack, [lo, hi], 0, brought, self._context.staged, part)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from dataclasses import replace
 
 from torch import Tensor, fx
 
-from hetegen_compile.cost_model import link_lost_s, upload_s
+from hetegen_compile.cost_model import download_s, link_lost_s, upload_s
 from hetegen_compile.ir import GROUPED, annotate, call, erase_dead_nodes, info, written_storages
 from hetegen_compile.passes.annotate_costs import dtype_name, value_bytes
 from hetegen_compile.passes.autocast import autocast_regions
@@ -30,16 +30,17 @@ from hetegen_compile.passes.findings import NodeCost
 from hetegen_compile.passes.grouped_products import (
     GroupedProduct,
     expected_groups,
+    grouped_on_accelerator_s,
     grouped_on_host_s,
     grouped_product,
-    partial_grouped_s,
+    issuing_groups_s,
     products_with,
 )
 from hetegen_compile.passes.node_work import trip_s
 from hetegen_compile.passes.plans import LinearPlan, Residency
 
 _PARTS = 16
-"""A stack is streamed in so many parts at most: each is some launches, and a pass over the activations."""
+"""A stack is streamed in so many parts at most: each is a transfer that is waited for."""
 _PART_BYTES = 16 << 20
 """Parts are no shorter than this where the ring has room: the link's rate has levelled off."""
 _WORTH = 0.9
@@ -109,7 +110,13 @@ def _gains(stacks: Stacks, context: Context) -> bool:
 def _shared_s(node: fx.Node, product: GroupedProduct, context: Context) -> float:
     """Seconds of a product with streamed experts, the host having none of them or as many as are best."""
     cost = experts_cost(node, product, context)
-    return min(_others_s(cost), _together_s(cost) + trip_s(node, context))
+    return min(_others_s(cost) + _ends_s(product, context), _together_s(cost) + trip_s(node, context))
+
+
+def _ends_s(product: GroupedProduct, context: Context) -> float:
+    """Seconds until the host knows how many tokens each expert has."""
+    assert product.ends is not None
+    return download_s(context.profile, value_bytes(product.ends, context)) + context.profile.synchronise_s
 
 
 def _others_s(cost: NodeCost) -> float:
@@ -127,14 +134,14 @@ def experts_cost(node: fx.Node, product: GroupedProduct, context: Context) -> No
     profile, stack = context.profile, product.matrices
     flops, dtype, nbytes = context.number(info(node).flops), dtype_name(info(stack).value), value_bytes(stack, context)
     groups, parts = expected_groups(product, context), -(-nbytes // _part_bytes(stack, context.residency))
-    rows, made, staged = value_bytes(product.x, context), value_bytes(node, context), stack.name in context.staged
+    accelerator_s, staged = grouped_on_accelerator_s(groups, dtype, flops, context), stack.name in context.staged
     return NodeCost(
         flops=flops,
         traffic_bytes=float(nbytes),
         weight_bytes=nbytes,
         tokens=round(groups.read * groups.tokens),
         host_s=grouped_on_host_s(product, dtype, flops, context, contended=True),
-        accelerator_s=parts * partial_grouped_s(rows, made, nbytes / parts, flops / parts, dtype, context),
+        accelerator_s=max(accelerator_s, issuing_groups_s(groups, context)),
         link_s=max(parts * upload_s(profile, nbytes / parts), nbytes / profile.pin_bytes_per_s if staged else 0.0),
         host_alone_s=grouped_on_host_s(product, dtype, flops, context),
         link_lost_s=link_lost_s(profile, dtype, groups.read * groups.nbytes),

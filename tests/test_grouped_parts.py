@@ -9,7 +9,14 @@ import torch
 import transformers.integrations.moe  # noqa: F401  (registers grouped_mm_fallback)
 from torch import Tensor
 
-from hetegen_compile.grouped_parts import first_groups, grouped_rows, product_of, whole_grouped
+from hetegen_compile.grouped_parts import (
+    add_groups,
+    bounds_of,
+    first_groups,
+    grouped_rows,
+    product_of,
+    whole_grouped,
+)
 from hetegen_compile.linear_parts import join_parts
 
 GROUPS, IN, OUT, ROWS = 6, 16, 24, 20
@@ -54,13 +61,14 @@ def test_parts_that_follow_each_other(ends: str, dim: int, product: tuple[str, t
     last = int(where[-1])
     torch.testing.assert_close(whole_grouped(x, stack, where, dim, name)[:last], expected[:last])
     for cuts in CUTS:
-        known = None
+        known: list[Tensor] = []
         for lo, hi in pairwise(cuts):
-            known = grouped_rows(x, stack[lo:hi], where, known, lo, dim, name)
-            assert known.shape == (ROWS, OUT)
-            assert known.dtype == dtype
-        assert known is not None
-        torch.testing.assert_close(known, expected)
+            before = [one.clone() for one in known]
+            known.append(grouped_rows(x, stack[lo:hi], where, known[-1] if known else None, lo, dim))
+            assert all(map(torch.equal, known, before)), "it is a new tensor"
+            assert known[-1].shape == (ROWS, OUT)
+            assert known[-1].dtype == dtype
+        torch.testing.assert_close(known[-1], expected)
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -72,7 +80,7 @@ def test_the_hosts_groups_and_the_others_are_a_sum(
     name, dtype = product
     x, stack, where = operands(ends, dim, dtype)
     host = first_groups(x, stack, where, hi, dim, name)
-    others = [grouped_rows(x, stack[hi:], where, None, hi, dim, name)] if hi < GROUPS else []
+    others = [grouped_rows(x, stack[hi:], where, None, hi, dim)] if hi < GROUPS else []
     torch.testing.assert_close(join_parts([host, *others], 1), by_hand(x, stack, where, dim))
 
 
@@ -90,18 +98,22 @@ def test_what_the_operation_leaves_behind_the_last_group_is_not_seen() -> None:
     assert not made[ends[2] :].any()
 
 
-def test_a_parts_own_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a part computes of other rows never reaches the result, not even as a factor of zero."""
+def test_a_parts_own_rows_only() -> None:
+    """They are written over what is known; nothing else of that is touched."""
     x, stack, ends = operands("some have none", 1, torch.float32)
-    known = grouped_rows(x, stack[:3], ends, None, 0, 1, "grouped_mm_fallback")
+    known = x.new_full((ROWS, OUT), 7.0)
+    bounds = bounds_of(ends, 3, 2)
+    assert bounds == [5, 5, 9]
+    found = add_groups(x, stack[3:5], bounds, known, 1)
+    assert found is known
+    torch.testing.assert_close(found[5:9], by_hand(x, stack, ends, 1)[5:9])
+    assert torch.equal(found[:5], torch.full((5, OUT), 7.0))
+    assert torch.equal(found[9:], torch.full((ROWS - 9, OUT), 7.0))
 
-    def dirty(x: Tensor, matrices: Tensor, offs: Tensor) -> Tensor:
-        made = x.new_full((ROWS, OUT), torch.nan)
-        made[: int(offs[-1])] = 7.0
-        return made
 
-    monkeypatch.setattr("hetegen_compile.grouped_parts.product_of", lambda name: dirty)
-    found = grouped_rows(x, stack[3:5], ends, known, 3, 1, "dirty")
-    assert torch.equal(found[:5], known[:5])
-    assert torch.equal(found[5:9], torch.full((4, OUT), 7.0))
-    assert torch.equal(found[9:], known[9:])
+def test_ends_that_do_not_fit_the_rows_are_no_error() -> None:
+    """As torch's operation has it: they are what the model's router says."""
+    x, stack, _ = operands("nothing", 1, torch.float32)
+    found = add_groups(x, stack, [0, 5, 3, 3, 3, ROWS + 4, ROWS + 4], None, 1)
+    torch.testing.assert_close(found[:3], x[:3] @ stack[0])
+    torch.testing.assert_close(found[3:], x[3:] @ stack[4])

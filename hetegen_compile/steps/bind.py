@@ -37,20 +37,19 @@ from hetegen_compile import ir
 from hetegen_compile.accelerators.base import Accelerator, Op, Slot
 from hetegen_compile.cost_model import KernelChoice
 from hetegen_compile.errors import ScheduleError
-from hetegen_compile.grouped_parts import first_groups, grouped_rows, product_of
-from hetegen_compile.host_kernels import HostExperts, HostLinear, bind_experts, bind_kernels
+from hetegen_compile.host_kernels import HostLinear, bind_kernels
 from hetegen_compile.ir import info
 from hetegen_compile.linear_parts import behind_usual_strides, join_parts, pad_parts, rows_function
 from hetegen_compile.passes.closed_gates import sizes_behind_gates
 from hetegen_compile.passes.context import Refusal
 from hetegen_compile.passes.findings import Work
-from hetegen_compile.passes.grouped_products import AUTOCAST, grouped_product, is_under_autocast, left_to_torch
 from hetegen_compile.passes.lower import CompiledSegment
 from hetegen_compile.passes.resolve_sizes import size_inputs
 from hetegen_compile.passes.schedule import pinned_ring_bytes
 from hetegen_compile.passes.tensors import symbols_of, tensors_in
 from hetegen_compile.steps.bound_step import BoundStep
 from hetegen_compile.steps.chains import ChainLines, ChainRules
+from hetegen_compile.steps.expert_products import accelerators_groups, host_groups, whole_product
 from hetegen_compile.steps.host_functions import host_function, in_place
 from hetegen_compile.steps.host_runs import HostRun, dying_behind, host_runs
 from hetegen_compile.steps.last_uses import last_uses
@@ -260,32 +259,20 @@ class _Binder:
         return f"{node.name} = launch({op}, {function}, {self._text((x, rows, bias))})"
 
     def _partial_grouped(self, node: fx.Node) -> str:
-        part = ir.grouped_part(node)
-        rows = functools.partial(grouped_rows, lo=part.lo, dim=part.dim, product=part.product)
-        function = self._constant("grouped", rows)
-        given = (part.x, part.matrices, part.ends, part.others)
-        return f"{node.name} = launch({self._op(node, arguments=given)}, {function}, {self._text(given)})"
+        part, (bounds, function) = ir.grouped_part(node), accelerators_groups(node)
+        op = self._op(node, arguments=(part.x, part.matrices, None, part.others))
+        read = f"{self._constant('bounds', bounds)}({part.ends})"
+        arguments = f"({part.x}, {part.matrices}, {read}, {self._text(part.others)})"
+        return f"{node.name} = launch({op}, {self._constant('grouped', function)}, {arguments})"
 
     def _host_grouped(self, node: fx.Node) -> str:
         part = ir.host_groups(node)
-        matrices = info(part.stack).value if part.dim else info(part.stack).value.transpose(1, 2)
-        plain = product_of(part.product)
-        product = self._by_kernels(plain, matrices, AUTOCAST if is_under_autocast(node) else None) or plain
-        function = self._constant("groups", functools.partial(first_groups, hi=part.hi, dim=part.dim, product=product))
+        function = self._constant("groups", host_groups(node, self._kernels, self._refuse))
         return self._host_call(node, function, self._text((part.x, part.stack, part.ends)))
 
     def _kernel(self, node: fx.Node) -> HostLinear:
         _, weight, _, lo, hi, dim, axis = ir.linear_part(node)
         return bind_kernels(self._kernels, info(weight).value, lo, hi, dim, self._refuse, axis)
-
-    def _experts(self, node: fx.Node) -> HostExperts | None:
-        """Of a product with a mixture's experts, what computes it by the host's kernels."""
-        found = grouped_product(node)
-        return found and self._by_kernels(host_function(node), info(found.matrices).value, left_to_torch(node, found))
-
-    def _by_kernels(self, product: Callable[..., Any], matrices: Tensor, why: str | None = None) -> HostExperts | None:
-        refuse = functools.partial(self._refuse, where="products with experts")
-        return bind_experts(product, self._kernels, matrices, refuse, why)
 
     def _run(self, run: HostRun) -> str:
         """The lines of a run: one call, and the names of its results."""
@@ -352,7 +339,7 @@ class _Binder:
 
     def _host_operation(self, node: fx.Node) -> str:
         arguments, keywords = self._text(tuple(node.args)), self._text(dict(node.kwargs))
-        name = self._constant("function", host_function(node, self._experts(node)))
+        name = self._constant("function", host_function(node, whole_product(node, self._kernels, self._refuse)))
         if not info(node).ahead and not info(node).aten and not info(node).writes and not tensors_in(info(node).value):
             return f"{node.name} = {name}(*{arguments}, **{keywords})"
         return self._host_call(node, name, arguments, keywords)

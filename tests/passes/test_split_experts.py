@@ -12,6 +12,7 @@ import transformers.integrations.moe  # noqa: F401  (registers grouped_mm_fallba
 from torch import Tensor, fx, nn
 
 from hetegen_compile import ir
+from hetegen_compile.cost_model import accelerator_linear_s
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import info
 from hetegen_compile.passes import carry_prefetches, measure_memory, predict_step, split_experts, verify
@@ -89,11 +90,11 @@ def test_the_parts_of_one_product() -> None:
     assert found.text.splitlines()[3:14] == [
         "t4 = prefetch(up, [2, 5], 0, -1, [])",
         "t5 = wait(t4)",
-        "t6 = partial_grouped(t3, t5, t2, None, 2, 0, grouped_mm_fallback)",
+        "t6 = partial_grouped(t3, t5, t2, None, 2, 0)",
         "t7 = release(t4)",
         "t8 = prefetch(up, [5, 8], 0, -1, [])",
         "t9 = wait(t8)",
-        "t10 = partial_grouped(t3, t9, t2, t6, 5, 0, grouped_mm_fallback)",
+        "t10 = partial_grouped(t3, t9, t2, t6, 5, 0)",
         "t11 = release(t8)",
         "t12 = host_grouped(t3, up, t2, 2, 0, grouped_mm_fallback)",
         "t13 = join([t12, t10], 1)",
@@ -117,6 +118,34 @@ def test_where_groups_end_may_be_known_later_than_what_they_are_of() -> None:
     check_parts(found.module.graph)
 
 
+def routed(x: Tensor, ends: Tensor) -> Tensor:
+    """The accelerator decides where groups end."""
+    decided = ends + 0 * MIXTURE.before(x).sum().to(torch.int32)
+    found: Tensor = torch.ops.transformers.grouped_mm_fallback(x * 2, MIXTURE.up.transpose(-2, -1), offs=decided)
+    return found
+
+
+@pytest.mark.parametrize("host", [0, 2])
+def test_the_host_reads_where_groups_end_before_it_issues_their_parts(host: int) -> None:
+    found = scheduled(routed, X, ENDS, experts=in_chunks(host, 3), ring_bytes=8 * EXPERT_BYTES)
+    order = {node: place for place, node in enumerate(found.module.graph.nodes)}
+    parts = found.nodes(ir.PARTIAL_GROUPED)
+    (ends,) = {ir.grouped_part(part).ends for part in parts}
+    wait = ends.args[0]
+    assert wait.target == ir.WAIT_HOST
+    (brought,) = wait.args[0].args[0]
+    assert info(brought).value.dtype == torch.int32, "nothing that takes longer comes with it"
+    assert order[wait] < min(order[part] for part in parts)
+    assert all(order[part] < order[node] for node in found.nodes(ir.HOST_GROUPED) for part in parts)
+    with torch.no_grad():
+        torch.testing.assert_close(found.outputs()[0], routed(X, ENDS))
+    found.apply(measure_memory)
+    found.apply(verify)
+    parts[0].update_arg(2, brought)
+    with pytest.raises(ScheduleError, match=r"partial_grouped.* on the host"):
+        found.apply(verify)
+
+
 def test_a_stack_that_is_not_pinned_is_staged() -> None:
     base = case(MIXTURE, X, ENDS)
     names = {node.name: "a reason" for node in base.module.graph.find_nodes(op="placeholder") if products_with(node)}
@@ -137,8 +166,13 @@ def test_work_and_memory_of_parts() -> None:
     assert prediction.work[first].resource == "accelerator"
     assert first.args[3] is None
     assert second.args[3] is first
-    made, rows = 4 * TOKENS * INNER, 4 * TOKENS * WIDTH
-    assert memory.workspace[first] == rows + 2 * made + 32 * TOKENS
+    assert memory.workspace.keys().isdisjoint((first, second)), "each expert's rows are written where they belong"
+    each_s = accelerator_linear_s(
+        found.context.profile, "float32", TOKENS / EXPERTS, EXPERT_BYTES, 2.0 * TOKENS / EXPERTS * WIDTH * INNER
+    )
+    assert prediction.work[first].seconds == pytest.approx(3 * each_s)
+    issuing_s = found.context.profile.accelerator.issuing_s(segment=False)
+    assert prediction.work[first].issue_s == pytest.approx((1 + 3) * issuing_s), "zeros, and a product an expert"
     flops = [found.context.number(info(node).flops) for node in (first, second, *found.nodes(ir.HOST_GROUPED))]
     assert flops == pytest.approx([2.0 * TOKENS * WIDTH * INNER * share for share in (3 / 8, 3 / 8, 2 / 8, 2 / 8)])
     base = case(MIXTURE, X, ENDS)

@@ -11,12 +11,12 @@ import torch
 import transformers.integrations.moe  # noqa: F401  (registers grouped_mm_fallback)
 from torch import Tensor, nn
 
-from hetegen_compile.cost_model import HardwareProfile, accelerator_op_s, load_profile, upload_s
+from hetegen_compile.cost_model import HardwareProfile, accelerator_linear_s, load_profile, upload_s
 from hetegen_compile.ir import info
 from hetegen_compile.options import parse_options
 from hetegen_compile.passes import annotate_costs, choose_residency
 from hetegen_compile.passes.context import require
-from hetegen_compile.passes.grouped_products import partial_grouped_s, products_with
+from hetegen_compile.passes.grouped_products import products_with
 from hetegen_compile.passes.plans import RESIDENT, RING, Residency
 from hetegen_compile.passes.stream_experts import (
     chunk_bytes,
@@ -65,9 +65,9 @@ def test_seconds() -> None:
     parts = STACK.nbytes // chunk_bytes(stack)
     assert cost.weight_bytes == STACK.nbytes
     assert cost.link_s == pytest.approx(parts * upload_s(PROFILE, chunk_bytes(stack)))
-    rows, made, flops = 2 * MANY * WIDTH, 2 * MANY * OUT, 2.0 * MANY * WIDTH * OUT / parts
-    part_s = partial_grouped_s(rows, made, chunk_bytes(stack), flops, "bfloat16", found.context)
-    assert cost.accelerator_s == pytest.approx(parts * part_s)
+    flops, nbytes = 2.0 * MANY * WIDTH * OUT / EXPERTS, STACK.nbytes / EXPERTS
+    each_s = accelerator_linear_s(PROFILE, "bfloat16", MANY / EXPERTS, nbytes, flops)
+    assert cost.accelerator_s == pytest.approx(EXPERTS * each_s)
     alone_s = require(found.context.costs, "annotate_costs")[info(node).position].host_s
     assert cost.host_alone_s == alone_s
     assert cost.host_s >= alone_s, "beside a working link"
@@ -76,12 +76,13 @@ def test_seconds() -> None:
     assert experts_cost(node, grouped, staged).link_s == pytest.approx(max(cost.link_s, slow))
 
 
-def test_a_part_passes_over_all_activations_and_is_ten_launches() -> None:
-    context = traced(product).context
-    rows, made, nbytes = 1e6, 3e6, 1e9
-    expected = accelerator_op_s(PROFILE, "bfloat16", 0.0, nbytes + 3 * rows + 6 * made)
-    launches_s = 9 * PROFILE.accelerator.launch_s
-    assert partial_grouped_s(rows, made, nbytes, 0.0, "bfloat16", context) == pytest.approx(expected + launches_s)
+def test_the_accelerator_has_a_linear_for_each_expert_and_no_less_than_issuing_takes() -> None:
+    found = traced(product)
+    (stack,) = stacks_of(found)
+    ((node, grouped),) = (products_with(stack) or {}).items()
+    device = replace(PROFILE.accelerator, issue_s=1e-3)
+    dear = replace(found.context, profile=replace(PROFILE, accelerator=device))
+    assert experts_cost(node, grouped, dear).accelerator_s == pytest.approx((1 + EXPERTS) * 1e-3)
 
 
 def test_an_accelerator_that_is_slower_than_the_host_gets_none() -> None:
