@@ -27,6 +27,7 @@ from torch.fx.experimental.proxy_tensor import py_sym_types
 
 from hetegen_compile.errors import drop_frames
 from hetegen_compile.ir import info
+from hetegen_compile.passes.aten_listener import GROUPED_ATEN
 from hetegen_compile.passes.context import Context, Refusal, SegmentCache
 from hetegen_compile.passes.segment_calls import with_declared_strides
 from hetegen_compile.passes.tensors import storage_id, to_expr
@@ -37,13 +38,19 @@ _REASON_CHARACTERS = 500  # a compiler's message may hold the code that it was g
 
 
 class CompiledSegment(torch.nn.Module):
-    """A segment's compiled callable in the graph's place of it."""
+    """A segment's compiled callable in the graph's place of it.
 
-    def __init__(self, function: Callable[..., Any], outputs: int, mutates: tuple[int, ...]) -> None:
+    ``waits``: its code may wait for what the device computes, to read it (where groups of rows end).
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], outputs: int, mutates: tuple[int, ...], *, waits: bool = False
+    ) -> None:
         super().__init__()
         self.function = function
         self.outputs = outputs
         self.mutates = mutates
+        self.waits = waits
 
     def forward(self, *args: Any) -> Any:
         """The segment's outputs as a sequence."""
@@ -66,7 +73,8 @@ def _compiled(segment: fx.GraphModule, where: str, cache: SegmentCache) -> Compi
     results: Any = segment.graph.output_node().args[0]
     outputs = [info(node).value for node in results]
     function = with_declared_strides(cache.compiled[key], outputs)
-    return CompiledSegment(function, len(outputs), mutated_inputs(segment))
+    waits = any(not GROUPED_ATEN.isdisjoint(info(node).aten) for node in segment.graph.nodes)
+    return CompiledSegment(function, len(outputs), mutated_inputs(segment), waits=waits)
 
 
 def _compile_or_refuse(segment: fx.GraphModule, where: str, key: Hashable, cache: SegmentCache) -> Callable[..., Any]:

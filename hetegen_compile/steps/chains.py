@@ -5,7 +5,8 @@ CUDA graph is. That needs launches which are the same in each step but for what 
 
 - no size among their arguments and results varies (attention to a cache that grows is launched by itself),
 - no result outlives the step, for the next step's would be written over it,
-- results are small, for each of them keeps memory of its own.
+- results are small, for each of them keeps memory of its own,
+- none of them waits for the device, which nothing can while it is recorded.
 
 Before:                                          After:
 
@@ -30,6 +31,7 @@ from torch import fx
 
 from hetegen_compile import ir
 from hetegen_compile.ir import info
+from hetegen_compile.passes.lower import CompiledSegment
 from hetegen_compile.passes.tensors import symbols_of, tensor_bytes, tensors_in
 from hetegen_compile.steps.step_source import StepSource
 
@@ -44,6 +46,7 @@ class ChainRules:
     """Which nodes of a schedule can be part of a chain; none unless ``allowed``."""
 
     def __init__(self, module: fx.GraphModule, *, allowed: bool = True) -> None:
+        self._module = module
         self._allowed = allowed
         kept = [node for node in module.graph.nodes if node.op == "output" or node.target == ir.TWIN]
         read = [argument for node in kept for argument in node.all_input_nodes]
@@ -55,7 +58,7 @@ class ChainRules:
         notes = info(node)
         if not _on_device(node) or (node.op != "call_module" and node.target not in _LAUNCHED):
             return False
-        if not self._allowed or self.passes_on(node):
+        if not self._allowed or self.passes_on(node) or self._waits(node):
             return False
         if any(info(one).storages & self._kept for one in (node, *filter(self.passes_on, node.users))):
             return False
@@ -65,6 +68,10 @@ class ChainRules:
         if any(symbols_of(tensor) for one in (node, *arguments) for tensor in tensors_in(info(one).value)):
             return False
         return sum(int(tensor_bytes(tensor)) for tensor in tensors_in(notes.value)) <= RESULT_BYTES
+
+    def _waits(self, node: fx.Node) -> bool:
+        called = self._module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return isinstance(called, CompiledSegment) and called.waits
 
     def passes_on(self, node: fx.Node) -> bool:
         """Whether it is its only operand: a join of one part. (An upload may be a view of the host's tensor, which

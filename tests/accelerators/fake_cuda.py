@@ -204,6 +204,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
         current_stream=lambda device: compute,
         cudart=lambda: runtime,
         set_device=lambda device: None,
+        current_device=lambda: None,
         CUDAGraph=FakeGraph,
         graph_pool_handle=lambda: POOL,
         stream=on,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers.integrations.moe  # noqa: F401  (registers grouped_mm_fallback)
 from torch import Tensor, nn
 
 from hetegen_compile.steps import chains
@@ -35,7 +36,7 @@ def compiled(model: nn.Module, *inputs: Tensor, **options: Any) -> tuple[Recordi
     with torch.no_grad():
         torch.manual_seed(0)
         expected = model(*inputs)
-        model.compile(backend=backend, options=emulated(gpu_memory=BUDGET, **options))
+        model.compile(backend=backend, options=emulated(**{"gpu_memory": BUDGET, **options}))
         torch.manual_seed(0)
         result: Tensor = model(*inputs)
     torch.testing.assert_close(result, expected)
@@ -113,6 +114,32 @@ def test_values_die_in_a_chain_as_they_do_outside(monkeypatch: pytest.MonkeyPatc
         peaks.append(backend.accelerator.counters.step_peak_bytes)
     assert peaks[0] == peaks[1]
     assert not launched(backend.graphs[0].plans[0].bound.source)[0]
+
+
+class Routed(nn.Module):
+    """A product with a few experts that stay on the accelerator, between Linears that do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.before, self.after = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.stack = nn.Parameter(torch.randn(2, 64, 64))
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        made: Tensor = torch.ops.transformers.grouped_mm_fallback(self.before(x), self.stack, offs=ends)
+        found: Tensor = self.after(made)
+        return found
+
+
+def test_what_may_wait_for_the_device_is_no_chains() -> None:
+    """A product with experts reads where groups end: nothing can while launches are recorded."""
+    ends = torch.tensor([1, 2], dtype=torch.int32)
+    backend, _ = compiled(Routed().eval(), random(2, 64), ends, split=0.25, gpu_memory=80 << 10)
+    (schedule,) = [plan.schedule for plan in backend.graphs[0].plans]
+    assert "computed on the host" not in schedule.explain()
+    found, alone = launched(backend.graphs[0].plans[0].bound.source)
+    assert [name.rstrip("_0123456789") for name in alone] == ["segment"]
+    assert len(found) >= 2
 
 
 class Keeps(nn.Module):

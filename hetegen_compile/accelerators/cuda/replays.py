@@ -47,6 +47,9 @@ a chain is not replayed, no chain behind it is."""
 _STALE_STEPS = 16
 """Where there is no room, what was not replayed for so many steps makes it. Who found none waits longer each time."""
 
+_TRIED = 3
+"""Chains that fail one after the other with what CUDA says before it is taken to be so of all."""
+
 _OVERLAPS = 1
 """``torch._debug_has_internal_overlap``: several elements lie at one address."""
 
@@ -107,6 +110,7 @@ class Replays:
         self._places: set[int] = set()
         self._known: weakref.WeakSet[_Seen] = weakref.WeakSet()
         self._impossible = False
+        self._failed = 0
         self.refusal = ""
 
     def wants_open_gates(self, chains: Sequence[Chain]) -> bool:
@@ -211,7 +215,7 @@ class Replays:
         views = tuple(i for i, one in enumerate(own) if len(tensors_in(one)) < len(tensors_in(results.all[i])))
         addresses = list(seen.addresses)
         seen.recording = _Recording(self._number, born, graph, addresses, copied, own, remakers, places, views)
-        seen.replays = 0
+        seen.replays, self._failed = 0, 0
         self._counters.chains_recorded += 1
         return self._replay(seen, seen.recording, kept)
 
@@ -235,20 +239,34 @@ class Replays:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             made = chain.function(given)
             results = _staying(made, stay, own)
+            graph.capture_end()
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # it says that the recording was broken off, which is why it ends
-                graph.capture_end()
+            self._break_off(graph)
             raise
-        graph.capture_end()
         self._graphs += 1
         weakref.finalize(graph, _forget, weakref.ref(self)).atexit = False
         return graph, results
 
+    def _break_off(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a recording that has failed, for the allocator of torch up to 2.11, too, which would free nothing more.
+
+        No version gives the pool back then, so graphs that follow have another one.
+        """
+        try:
+            graph.capture_end()
+        except RuntimeError:  # it says that the recording was broken off, which is why it ends
+            with contextlib.suppress(RuntimeError, AttributeError):  # later versions have told the allocator
+                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+            self._pool = torch.cuda.graph_pool_handle()
+
     def _refuse(self, chain: Chain, seen: _Seen, error: Exception) -> None:
-        """What one of its launches cannot, or memory, is the chain's own; what CUDA says is tried for no other one."""
+        """What one of its launches cannot, or memory, is the chain's own. What CUDA says may be of all of them: no more
+        are recorded in this step, and none behind the third in a row that failed."""
         seen.refused = True
-        self._impossible = not isinstance(error, AcceleratorError | torch.OutOfMemoryError)
-        self._records = not self._impossible
+        if not isinstance(error, AcceleratorError | torch.OutOfMemoryError):
+            self._failed += 1
+            self._impossible = self._failed >= _TRIED
+            self._records = False
         if not self.refusal:
             self.refusal = f"issued one by one, recording {chain.name} as a CUDA graph failed: {error}"
             logger.warning("launches are %s", self.refusal)

@@ -31,6 +31,7 @@ class CudaStreams:
         self.tracer = CudaTracer(device)
         self.uploaded: torch.cuda.Event | None = None
         self._callers: torch.cuda.Stream | None = None
+        self._callers_device = 0
 
     @property
     def compute(self) -> torch.cuda.Stream:
@@ -39,16 +40,19 @@ class CudaStreams:
 
     def begin_step(self) -> None:
         """Order a step after everything before it."""
+        self._callers_device = torch.cuda.current_device()
         self._callers = torch.cuda.current_stream(self.device)
         for stream in (self._own, self.up, self.down):
             stream.wait_stream(self._callers)
         torch.cuda.set_stream(self._own)
 
     def end_step(self) -> None:
-        """The caller's stream is the current one again."""
+        """The caller's stream is the current one again, and its device, which setting a stream sets as well."""
         if self._callers is not None:
             torch.cuda.set_stream(self._callers)
             self._callers = None
+            if self._callers_device != self.device.index:
+                torch.cuda.set_device(self._callers_device)
 
     def synchronize_step(self) -> None:
         """Block until everything but prefetches for the next step is over."""

@@ -187,6 +187,49 @@ def test_what_cannot_be_recorded_is_launched_one_by_one_and_said_once(
     assert cuda.cannot_record.startswith(reason)
 
 
+def test_what_one_chain_cannot_is_tried_for_others_up_to_the_third_that_fails(
+    cuda: CudaAccelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launch that waits for the device is one segment's; a driver that cannot record is all of them's."""
+    tried: list[object] = []
+    begin, x, w = FakeGraph.capture_begin, torch.randn(4), torch.randn(4)
+
+    def fail(graph: FakeGraph, **how: Any) -> None:
+        tried.append(graph)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    def attempts(failing: bool) -> int:
+        monkeypatch.setattr(FakeGraph, "capture_begin", fail if failing else begin)
+        tried.clear()
+        assert any(steps(Layer(cuda), [(x, w)] * 6)) is not failing
+        return len(tried)
+
+    assert [attempts(failing) for failing in (True, True, False, True, True)] == [1, 1, 0, 1, 1]
+    assert attempts(True) == 1, "the third in a row"
+    assert attempts(True) == 0
+    monkeypatch.setattr(FakeGraph, "capture_begin", begin)
+    assert not any(steps(Layer(cuda), [(x, w)] * 6))
+
+
+def test_a_recording_that_is_broken_off_ends_for_the_allocator_too(
+    cuda: CudaAccelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch 2.11 leaves it believing that one is under way: nothing that another stream has read is freed then."""
+    ended: list[Any] = []
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *args: ended.append(args), raising=False)
+    monkeypatch.setattr(FakeGraph, "capture_end", lambda graph: _raise("operation failed due to a previous error"))
+    handles = iter(((0, 1), (0, 2)))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    assert not any(steps(Layer(cuda), [(torch.randn(4), torch.randn(4))] * 6))
+    assert ended == [(None, (0, 1))]
+    assert next(handles, None) is None, "graphs that follow have another pool"
+
+
+def _raise(message: str) -> None:
+    FakeGraph.recording = None
+    raise RuntimeError(message)
+
+
 def test_memory_that_ends_while_recording_is_no_error(cuda: CudaAccelerator, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x, w = Layer(cuda), torch.randn(4), torch.randn(4)
 

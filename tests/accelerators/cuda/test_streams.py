@@ -59,6 +59,16 @@ def test_a_step_runs_on_a_stream_of_its_own_and_gives_the_callers_back(current: 
     assert current == [], "there is no step to give up"
 
 
+def test_a_caller_on_another_device_is_on_it_again(current: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Setting a stream makes its device the current one."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(f"device {device}"))
+    accelerator = CudaAccelerator()
+    accelerator.begin_step()
+    accelerator.end_step()
+    assert current == ["own", "compute", "device 1"]
+
+
 def test_a_step_that_cannot_begin_is_given_up(current: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = CudaAccelerator()
 
