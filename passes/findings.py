@@ -118,17 +118,23 @@ class MemoryNeed:
         lives: (first point, last point, bytes) of each value, in points of issue order.
         workspace: for each node that has inner values, their most bytes at once.
         largest_twice: whether the largest value counts once more (``Context.largest_twice``).
+        uploads: the lives of what the link's queue brings up, which count by themselves: torch's allocator keeps memory
+            by the stream that it was made on, so the one's peak is not let to the other.
     """
 
     lives: tuple[Life, ...]
     workspace: Mapping[fx.Node, sympy.Expr | int]
     largest_twice: bool = False
+    uploads: tuple[Life, ...] = ()
 
     def peak_bytes(self, nbytes: Callable[[sympy.Expr], float]) -> int:
         """Most bytes at one point, ``nbytes`` evaluating the sizes."""
-        known = {size: int(nbytes(size)) for size in {size for _, _, size in self.lives}}
-        peak = most_at_once((born, dies, known[size]) for born, dies, size in self.lives)
-        return peak + (max(known.values(), default=0) if self.largest_twice else 0)
+        known = {size: int(nbytes(size)) for size in {size for _, _, size in (*self.lives, *self.uploads)}}
+        peaks = [
+            most_at_once((born, dies, known[size]) for born, dies, size in lives)
+            for lives in (self.lives, self.uploads)
+        ]
+        return sum(peaks) + (max(known.values(), default=0) if self.largest_twice else 0)
 
 
 class Work(NamedTuple):

@@ -109,9 +109,10 @@ class _Meter:
 
     def measure(self) -> MemoryNeed:
         workspace = {node: size for node in self._nodes if (size := self._workspace(node))}
-        lives = [*self._values(), *self._inner_lives()]
+        lives, uploads = self._values()
+        lives += self._inner_lives()
         lives += [(*self._points[node], size) for node, size in workspace.items() if node.op != "call_module"]
-        return MemoryNeed(tuple(lives), workspace, self._context.largest_twice)
+        return MemoryNeed(tuple(lives), workspace, self._context.largest_twice, tuple(uploads))
 
     def _points_of_nodes(self) -> dict[fx.Node, tuple[int, int]]:
         """First and last point of each node: a segment has one for each of its own nodes."""
@@ -151,7 +152,8 @@ class _Meter:
                     del under_way[wait]
         return {**under_way, **received}
 
-    def _values(self) -> list[Life]:
+    def _values(self) -> tuple[list[Life], list[Life]]:
+        """The lives of pieces of memory, and those of what the link's queue brings up."""
         mirrored = frozenset[int]().union(*(info(node).storages for node in self._nodes if node.target == ir.MIRROR))
         pieces: dict[object, list[fx.Node]] = {}
         same: dict[object, object] = {}
@@ -166,16 +168,24 @@ class _Meter:
             if part is not None:
                 same[key] = _resolved(info(part).storages or part, same)
             pieces.setdefault(_resolved(key, same), []).append(node)
-        return [self._life(nodes) for nodes in pieces.values()]
+        lives: tuple[list[Life], list[Life]] = [], []
+        for nodes in pieces.values():
+            transfer = self._sent_by(nodes)
+            lives[transfer is not None and self._is_queued(transfer)].append(self._life(nodes, transfer))
+        return lives
 
-    def _life(self, nodes: Sequence[fx.Node]) -> Life:
-        """That of a piece of memory, by the values that lie in it."""
+    def _is_queued(self, transfer: fx.Node) -> bool:
+        """Whether it is too large for a kernel to read up."""
+        sizes = [self._context.room(value_size(node)) for node in transfer.all_input_nodes]
+        return sum(sizes) > ir.SMALL_UPLOAD_BYTES
+
+    def _life(self, nodes: Sequence[fx.Node], transfer: fx.Node | None) -> Life:
+        """That of a piece of memory, by the values that lie in it; ``transfer``: what it came up with."""
         size: sympy.Expr = sympy.Integer(0)
         for node in nodes:
             # a value may be a view of something larger that only its segment saw
             whole = [value_size(node), *(self._bases[key] for key in info(node).storages if key in self._bases)]
             size = functools.reduce(larger, whole, size)
-        transfer = self._sent_by(nodes)
         size = size if transfer is None else taken_by(transfer, size)
         return min(map(self._born, nodes)), max(map(self._last_use, nodes)), size
 

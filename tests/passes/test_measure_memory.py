@@ -11,6 +11,7 @@ import sympy
 import torch
 from torch import Tensor, nn
 
+from hetegen_compile import ir
 from hetegen_compile.ir import PARTIAL_LINEAR, info
 from hetegen_compile.passes.findings import MemoryNeed
 from hetegen_compile.passes.measure_memory import measure_memory
@@ -38,6 +39,25 @@ def test_on_a_gpu_the_largest_value_counts_once_more() -> None:
     alone = peak(found)
     found.context = replace(found.context, device=torch.device("cuda:0"))
     assert peak(found) == alone + 8 * ROW
+
+
+def test_what_the_links_queue_brings_up_counts_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's allocator keeps its memory for the stream that it came up on."""
+
+    def twice(x: Tensor) -> Any:
+        return OTHER(torch.relu(LINEAR(x)).repeat(1, 1).cos())
+
+    monkeypatch.setattr(ir, "VIEWED_UPLOAD_BYTES", 0)
+    found = scheduled(twice, torch.randn(8, 256))
+    one, part = measured(found), 8 * ROW // 2
+    assert one.uploads == ()
+    monkeypatch.setattr(ir, "SMALL_UPLOAD_BYTES", part - 1)
+    queued = measured(found)
+    assert [size for _, _, size in queued.uploads] == [part, part], "the host's halves of two results"
+    assert sorted(map(str, (*queued.lives, *queued.uploads))) == sorted(map(str, one.lives))
+    alone = replace(queued, uploads=()).peak_bytes(float)
+    assert queued.peak_bytes(float) == alone + part
+    assert alone <= one.peak_bytes(float) <= alone + part
 
 
 def test_what_goes_down_at_the_end_lives_until_then() -> None:
