@@ -215,6 +215,8 @@ class _Inserter:
         if any(info(node).writes & info(operand).storages for node in self._graph.nodes):
             return False
         user.replace_input_with(operand, operand.all_input_nodes[0])
+        if not operand.users:
+            self._graph.erase_node(operand)
         return True
 
     def _versions(self, crossings: list[tuple[fx.Node, fx.Node]]) -> dict[tuple[fx.Node, fx.Node], _Version]:
