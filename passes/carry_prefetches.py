@@ -39,8 +39,9 @@ from torch import fx
 from hetegen_compile import ir
 from hetegen_compile.ir import annotate, info
 from hetegen_compile.passes.context import Context, Refusal
-from hetegen_compile.passes.hold_prefetches import large_results
+from hetegen_compile.passes.hold_prefetches import large_results, large_uploads
 from hetegen_compile.passes.node_work import node_work
+from hetegen_compile.passes.predict_step import predict_step
 from hetegen_compile.passes.schedule import first_lap, release_of, slot_bytes
 
 _STAGED = "none: weights go through the pinned ring, whose thread issues the uploads when it gets there"
@@ -52,7 +53,7 @@ def carry_prefetches(module: fx.GraphModule, context: Context) -> None:
     if graph.find_nodes(op="call_function", target=ir.STAGE):
         context.refuse(Refusal("prefetches for the next step", _STAGED))
         return
-    carried = [_carry(graph, prefetch) for prefetch in _begun_with(graph, context)]
+    carried = [_carry(graph, prefetch) for prefetch in _begun_with(module, context)]
     if not carried:
         return
     place = {node: position for position, node in enumerate(graph.nodes)}
@@ -63,12 +64,34 @@ def carry_prefetches(module: fx.GraphModule, context: Context) -> None:
         place[behind] = place[after]
 
 
-def _begun_with(graph: fx.Graph, context: Context) -> list[fx.Node]:
+def _begun_with(module: fx.GraphModule, context: Context) -> list[fx.Node]:
     """The prefetches of the first lap, up to the first large result of the host's parts that goes up: those behind it,
-    started with the step before, would hold it up."""
-    place = {node: position for position, node in enumerate(graph.nodes)}
-    first = min((place[node] for node in large_results(graph.nodes, context)), default=len(place))
-    return [prefetch for prefetch in first_lap(graph) if place[prefetch] < first]
+    started with the step before, would hold it up. So would those behind what else is large: of them only as many as
+    the link has time for before that is made."""
+    nodes = list(module.graph.nodes)
+    place = {node: position for position, node in enumerate(nodes)}
+    results = large_results(nodes, context)
+    first = min((place[node] for node in results), default=len(place))
+    lap = [prefetch for prefetch in first_lap(module.graph) if place[prefetch] < first]
+    uploads = [node for node in large_uploads(nodes, context) if lap and place[node] < place[lap[-1]]]
+    if not uploads:
+        return lap
+    found, idle_s = [], _idle_s(module, uploads[0], context)
+    for prefetch in lap:
+        if place[prefetch] > place[uploads[0]]:
+            seconds = node_work(prefetch, context).seconds
+            if idle_s < seconds / 2:
+                break
+            idle_s -= seconds
+        found.append(prefetch)
+    return found
+
+
+def _idle_s(module: fx.GraphModule, upload: fx.Node, context: Context) -> float:
+    """Seconds that the link idles at the end of a step, and until an upload is made at the start of the next one."""
+    prediction = predict_step(module, context)
+    link_s = max(prediction.end_s[node] for node, work in prediction.work.items() if work.resource == "up")
+    return prediction.step_s - link_s + prediction.start_s[upload]
 
 
 def _carry(graph: fx.Graph, prefetch: fx.Node) -> fx.Node:

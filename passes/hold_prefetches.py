@@ -30,9 +30,14 @@ from hetegen_compile.passes.precedence import Precedence
 
 def large_results(nodes: Iterable[fx.Node], context: Context) -> list[fx.Node]:
     """The transfers up of results of the host's parts that queue on the link."""
+    sent = large_uploads(nodes, context)
+    return [node for node in sent if any(made.target in ir.HOST_PARTS for made in node.all_input_nodes)]
+
+
+def large_uploads(nodes: Iterable[fx.Node], context: Context) -> list[fx.Node]:
+    """The transfers up that queue on the link."""
     sent = [node for node in nodes if node.target == ir.TO_ACCELERATOR]
-    results = [node for node in sent if any(made.target in ir.HOST_PARTS for made in node.all_input_nodes)]
-    return [node for node in results if node_work(node, context).resource == "up"]
+    return [node for node in sent if node_work(node, context).resource == "up"]
 
 
 class HeldPrefetches:
@@ -103,4 +108,4 @@ class HeldPrefetches:
         return self._work[node]
 
 
-__all__ = ["HeldPrefetches", "large_results"]
+__all__ = ["HeldPrefetches", "large_results", "large_uploads"]

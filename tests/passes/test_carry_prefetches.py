@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from hetegen_compile.cost_model import HardwareProfile, load_profile, preset_names, upload_s
+from hetegen_compile.cost_model import HardwareProfile, RateCurve, load_profile, preset_names, upload_s
 from hetegen_compile.errors import HetegenError, MissingWaitError, ScheduleError, SlotInUseError
 from hetegen_compile.ir import (
     CARRIED,
@@ -158,6 +159,27 @@ def test_prefetches_behind_a_prompt_that_goes_up_first_are_carried_too() -> None
     assert place[found.nodes(TO_ACCELERATOR)[0]] < place[found.nodes(CARRIED)[0]]
     assert len(found.nodes(CARRIED)) == len(found.nodes(PREFETCH_AHEAD)) == 4
     verify(found.module, found.context)
+
+
+def test_no_more_are_carried_than_the_link_has_time_for_before_a_prompt_goes_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All of them would keep it from going up for as long as they take."""
+    up = PROFILE.link.up
+    slow = replace(up, pinned=RateCurve(tuple((size, rate / 20) for size, rate in up.pinned.points)))
+    where = {"plan": streamed, "ring_bytes": 1 << 24, "profile": replace(PROFILE, link=replace(PROFILE.link, up=slow))}
+    found = carrying(looked_up, torch.arange(1100), **where)
+    assert len(found.nodes(CARRIED)) == len(found.nodes(PREFETCH_AHEAD)) < 4
+    verify(found.module, found.context)
+    steady = found.apply(predict_step)
+    (sent,) = found.nodes(TO_ACCELERATOR)
+    made_s = max(steady.end_s[node] for node in sent.all_input_nodes)
+    one_s = max(steady.work[node].seconds for node in found.nodes(PREFETCH))
+    assert steady.start_s[sent] - made_s <= one_s / 2
+    monkeypatch.setattr(sys.modules[carry_prefetches.__module__], "large_uploads", lambda nodes, context: [])
+    every = carrying(looked_up, torch.arange(1100), **where)
+    assert len(every.nodes(CARRIED)) == 4
+    assert steady.step_s < every.apply(predict_step).step_s
 
 
 @pytest.mark.parametrize("plan", [halves, quarters, streamed])
