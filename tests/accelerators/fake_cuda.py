@@ -215,6 +215,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     for name, part in vars(parts).items():
         monkeypatch.setattr(torch.cuda, name, part)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: None, raising=False)
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: False)
     monkeypatch.setattr(accelerator, "_current_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(gates, "_wait_function", lambda: wait_value_32)
