@@ -355,6 +355,13 @@ for _name, _schema in _SCHEMAS.items():
     _library.define(f"{_name}{_schema}")
     _library.impl(_name, _KERNELS[_name], "CompositeExplicitAutograd")
 
+torch.library.register_fake("hetegen::host_grouped")(
+    lambda x, stack, ends, hi, dim, product: x.new_empty((x.shape[0], stack.shape[1 + dim]))
+)
+torch.library.register_fake("hetegen::partial_grouped")(
+    lambda x, matrices, ends, others, lo, dim: x.new_empty((x.shape[0], matrices.shape[1 + dim]))
+)  # both read where groups end
+
 OPS = torch.ops.hetegen
 LINEAR = OPS.linear.default
 GROUPED = OPS.grouped.default

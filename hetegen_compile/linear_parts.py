@@ -31,7 +31,7 @@ def linear_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, 
     if dim == 0:
         return torch.nn.functional.linear(x, rows, bias)
     product = torch.matmul(x, rows)
-    return product if bias is None else product + bias
+    return product if bias is None else product + bias.to(product.dtype)  # under autocast it is of another
 
 
 def rows_function(lo: int, hi: int, dim: int, axis: int, *, biased: bool) -> Callable[..., Tensor]:

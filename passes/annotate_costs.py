@@ -25,7 +25,7 @@ from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes.append_tokens import append_tokens, lies_by_token
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import Costs, NodeCost
-from hetegen_compile.passes.grouped_products import expected_groups, grouped_on_host_s, grouped_product, left_to_torch
+from hetegen_compile.passes.grouped_products import grouped_on_host_s, grouped_product, left_to_torch
 from hetegen_compile.passes.tensors import tensor_bytes, tensors_in, to_expr
 
 
@@ -82,9 +82,6 @@ def host_operation_s(node: fx.Node, traffic_bytes: float, context: Context) -> f
     product = grouped_product(node)
     if product is not None and left_to_torch(node, product) is None:
         return grouped_on_host_s(product, dtype, flops, context)
-    if product is not None:
-        read, _, nbytes = expected_groups(product, context)
-        traffic_bytes = min(traffic_bytes, read * nbytes)  # of experts that have tokens
     return host_op_s(context.profile, dtype, flops, traffic_bytes)
 
 

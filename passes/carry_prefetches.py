@@ -78,11 +78,10 @@ def _begun_with(module: fx.GraphModule, context: Context) -> list[fx.Node]:
         return lap
     found, idle_s = [], _idle_s(module, uploads[0], context)
     for prefetch in lap:
-        if place[prefetch] > place[uploads[0]]:
-            seconds = node_work(prefetch, context).seconds
-            if idle_s < seconds / 2:
-                break
-            idle_s -= seconds
+        seconds = node_work(prefetch, context).seconds
+        if place[prefetch] > place[uploads[0]] and idle_s < seconds / 2:
+            break
+        idle_s -= seconds
         found.append(prefetch)
     return found
 
@@ -91,7 +90,7 @@ def _idle_s(module: fx.GraphModule, upload: fx.Node, context: Context) -> float:
     """Seconds that the link idles at the end of a step, and until an upload is made at the start of the next one."""
     prediction = predict_step(module, context)
     link_s = max(prediction.end_s[node] for node, work in prediction.work.items() if work.resource == "up")
-    return prediction.step_s - link_s + prediction.start_s[upload]
+    return prediction.step_s - link_s + max(prediction.end_s[made] for made in upload.all_input_nodes)
 
 
 def _carry(graph: fx.Graph, prefetch: fx.Node) -> fx.Node:

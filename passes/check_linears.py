@@ -53,8 +53,15 @@ def _check_operands(parts: Sequence[fx.Node], program: LinearOperands) -> None:
         if (info(weight).position, operands.dim) != (program.weight, program.dim):
             raise ScheduleError(f"verify: {name_of(part)} multiplies with {weight}, which is not the program's weight")
         x = origin(operands.x)
-        if info(x).position != program.x and not _reads_columns(part):
+        if not (_is_whole(part) and info(x).position == program.x) and not _reads_columns(part):
             raise ScheduleError(f"verify: {name_of(part)} multiplies {x}, which the program does not there")
+
+
+def _is_whole(part: fx.Node) -> bool:
+    """Whether a part reads all columns of the activations, where their number is known."""
+    operands = ir.linear_part(part)
+    columns = info(operands.x).value.shape[-1]
+    return type(columns) is not int or columns == info(_weight(part)).value.shape[1 - operands.dim]
 
 
 def _reads_columns(part: fx.Node) -> bool:

@@ -8,6 +8,7 @@ of the weight, read off the transfer that brings it and compared with what the p
 from __future__ import annotations
 
 import operator
+from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
 
@@ -96,7 +97,8 @@ def _used_groups(part: fx.Node) -> _Rectangle:
 
 
 def _check_product(parts: list[fx.Node], join: fx.Node | None) -> None:
-    """Parts of one product multiply the same with the same, each adds to those before it, and all are joined once."""
+    """Parts of one product multiply the same with the same, each is written over those before it, which nothing else
+    reads, and all are joined once."""
     same = {(*_operands(part), origin(_operand(part, 0)), origin(_operand(part, 2))) for part in parts}
     if len(same) > 1:
         raise ScheduleError(f"verify: {', '.join(map(name_of, parts))} are parts of one product, but of other operands")
@@ -115,6 +117,10 @@ def _check_product(parts: list[fx.Node], join: fx.Node | None) -> None:
             f"verify: what {', '.join(map(name_of, due))} make is not what is put together in {join}; "
             f"missing edge: {due[-1]} -> {join}"
         )
+    for before, part in pairwise(chain):
+        stranger = next((user for user in before.users if user is not part), None)
+        if stranger is not None:
+            raise ScheduleError(f"verify: {name_of(stranger)} reads {before}, which {name_of(part)} writes over")
 
 
 def _operands(part: fx.Node) -> tuple[fx.Node, int]:

@@ -40,7 +40,7 @@ def bound_launches(module: fx.GraphModule, context: Context) -> None:
     gates = _ClosedGates()
     known = frozenset(size_inputs(module.graph)) - context.lengths
     for node in module.graph.nodes:
-        launches = _launches(node, module)
+        launches = launches_of(node, module)
         if gates.last is not None and launches and (gates.most + launches > LAUNCHES or _symbols(node) - known):
             with module.graph.inserting_before(node):
                 annotate(ir.call(module.graph, ir.CAUGHT_UP, (gates.last,)), side="host")
@@ -52,7 +52,7 @@ def sizes_behind_gates(module: fx.GraphModule) -> frozenset[sympy.Symbol]:
     """The sizes that what is issued behind gates depends on: as long as these are the same, nothing of it is new."""
     gates, found = _ClosedGates(), set[sympy.Symbol]()
     for node in module.graph.nodes:
-        launches = _launches(node, module)
+        launches = launches_of(node, module)
         if launches and gates.last is not None:
             found |= _symbols(node)
         gates.passes(node, launches)
@@ -100,7 +100,7 @@ def _symbols(node: fx.Node) -> set[sympy.Symbol]:
     return numbers.union(*(symbols_of(leaf) for leaf in leaves if isinstance(leaf, Tensor)))
 
 
-def _launches(node: fx.Node, module: fx.GraphModule) -> int:
+def launches_of(node: fx.Node, module: fx.GraphModule) -> int:
     """Operations that a node issues to a stream, at most."""
     if node.op == "call_module":
         inner = module.get_submodule(str(node.target))
@@ -111,4 +111,4 @@ def _launches(node: fx.Node, module: fx.GraphModule) -> int:
     return int(issues and not info(node).ahead and node.target not in _NOT_ISSUED)
 
 
-__all__ = ["LAUNCHES", "bound_launches", "sizes_behind_gates"]
+__all__ = ["LAUNCHES", "bound_launches", "launches_of", "sizes_behind_gates"]

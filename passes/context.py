@@ -126,7 +126,7 @@ class Context:
 
     @property
     def largest_twice(self) -> bool:
-        """Whether room is kept for the largest value once more.
+        """Whether room is kept for the largest value once more, and for large uploads beside everything else.
 
         A GPU's memory goes through torch's allocator: what is free may lie in pieces, and what came up on another
         stream may be given back later than the host lets go of it. The emulated accelerator counts what is alive.

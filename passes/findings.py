@@ -118,8 +118,8 @@ class MemoryNeed:
         lives: (first point, last point, bytes) of each value, in points of issue order.
         workspace: for each node that has inner values, their most bytes at once.
         largest_twice: whether the largest value counts once more (``Context.largest_twice``).
-        uploads: the lives of what the link's queue brings up, which count by themselves: torch's allocator keeps memory
-            by the stream that it was made on, so the one's peak is not let to the other.
+        uploads: on a GPU the lives of what the link's queue brings up, which count by themselves: torch's allocator
+            keeps memory by the stream that it was made on, so the one's peak is not let to the other.
     """
 
     lives: tuple[Life, ...]

@@ -32,7 +32,7 @@ from hetegen_compile.passes.annotate_costs import value_size
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import Life, MemoryNeed
 from hetegen_compile.passes.liveness import larger, storage_lives
-from hetegen_compile.passes.pieces import passed_on, taken_by
+from hetegen_compile.passes.pieces import passed_on, sent_bytes, taken_by
 
 _NOT_VALUES = (
     ir.MIRROR, ir.RESIDENT, ir.STAGE, ir.PREFETCH, ir.PREFETCH_AHEAD, ir.CARRIED, ir.WAIT, ir.RELEASE,
@@ -153,7 +153,7 @@ class _Meter:
         return {**under_way, **received}
 
     def _values(self) -> tuple[list[Life], list[Life]]:
-        """The lives of pieces of memory, and those of what the link's queue brings up."""
+        """The lives of pieces of memory and, on a GPU, apart from them those of what the link's queue brings up."""
         mirrored = frozenset[int]().union(*(info(node).storages for node in self._nodes if node.target == ir.MIRROR))
         pieces: dict[object, list[fx.Node]] = {}
         same: dict[object, object] = {}
@@ -171,13 +171,13 @@ class _Meter:
         lives: tuple[list[Life], list[Life]] = [], []
         for nodes in pieces.values():
             transfer = self._sent_by(nodes)
-            lives[transfer is not None and self._is_queued(transfer)].append(self._life(nodes, transfer))
+            apart = self._context.largest_twice and transfer is not None and self._is_queued(transfer)
+            lives[apart].append(self._life(nodes, transfer))
         return lives
 
     def _is_queued(self, transfer: fx.Node) -> bool:
         """Whether it is too large for a kernel to read up."""
-        sizes = [self._context.room(value_size(node)) for node in transfer.all_input_nodes]
-        return sum(sizes) > ir.SMALL_UPLOAD_BYTES
+        return self._context.room(sent_bytes(transfer)) > ir.SMALL_UPLOAD_BYTES
 
     def _life(self, nodes: Sequence[fx.Node], transfer: fx.Node | None) -> Life:
         """That of a piece of memory, by the values that lie in it; ``transfer``: what it came up with."""

@@ -1,6 +1,7 @@
 """Pieces of memory of a schedule: which of its values lie in one, and which in none of the accelerator's.
 
-A join of one part is that part, and what goes up in a small transfer is read where it lies in host memory.
+A join of one part is that part, parts of streamed experts are written into those before them, and what goes up in a
+small transfer is read where it lies in host memory.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from hetegen_compile.passes.tensors import tensors_in, to_expr
 
 
 def passed_on(node: fx.Node, written: Container[int]) -> fx.Node | None:
-    """The part that a join of one part is; None of a copy, which it makes of what is ``written`` later (storages)."""
+    """The part that a join of one part is, or those that a part of experts is written into.
+
+    None of anything else, and of a copy, which a join makes of what is ``written`` later (storages).
+    """
+    if node.target == ir.PARTIAL_GROUPED:
+        others: fx.Node | None = ir.grouped_part(node).others
+        return others
     if node.target != ir.JOIN or any(key in written for key in info(node).storages):
         return None
     parts = node.all_input_nodes

@@ -110,13 +110,13 @@ def _gains(stacks: Stacks, context: Context) -> bool:
 def _shared_s(node: fx.Node, product: GroupedProduct, context: Context) -> float:
     """Seconds of a product with streamed experts, the host having none of them or as many as are best."""
     cost = experts_cost(node, product, context)
-    return min(_others_s(cost) + _ends_s(product, context), _together_s(cost) + trip_s(node, context))
-
-
-def _ends_s(product: GroupedProduct, context: Context) -> float:
-    """Seconds until the host knows how many tokens each expert has."""
     assert product.ends is not None
-    return download_s(context.profile, value_bytes(product.ends, context)) + context.profile.synchronise_s
+    return min(_others_s(cost) + _ends_s(product.ends, context), _together_s(cost) + trip_s(node, context))
+
+
+def _ends_s(ends: fx.Node, context: Context) -> float:
+    """Seconds until the host knows how many tokens each expert has."""
+    return download_s(context.profile, value_bytes(ends, context)) + context.profile.synchronise_s
 
 
 def _others_s(cost: NodeCost) -> float:
@@ -190,13 +190,13 @@ def with_host_experts(stack: fx.Node, host: int, residency: Residency) -> Linear
 
 def experts_plan(node: fx.Node, context: Context) -> LinearPlan:
     """The plan of one product by itself: host and link finish together, if that pays for the trip."""
-    stack: fx.Node = node.args[1]  # type: ignore[assignment]
+    stack, ends = node.all_input_nodes[1:3]
     residency, groups = require(context.residency, "choose_residency"), int(info(stack).value.shape[0])
     if context.options.split != "auto":
         return with_host_experts(stack, round(context.options.split * groups), residency)
     cost = cost_of(node, context)
     others_s = _others_s(cost)
-    if _together_s(cost) + trip_s(node, context) >= others_s:
+    if _together_s(cost) + trip_s(node, context) >= others_s + _ends_s(ends, context):
         return with_host_experts(stack, 0, residency)
     return with_host_experts(stack, round(groups * others_s / (others_s + cost.host_s)), residency)
 

@@ -111,8 +111,7 @@ def test_a_parts_own_rows_only() -> None:
     assert torch.equal(found[9:], torch.full((ROWS - 9, OUT), 7.0))
 
 
-def test_ends_that_do_not_fit_the_rows_are_no_error() -> None:
-    """As torch's operation has it: they are what the model's router says."""
+def test_ends_that_do_not_fit_the_rows_are_no_error_of_a_part() -> None:
     x, stack, _ = operands("nothing", 1, torch.float32)
     found = add_groups(x, stack, [0, 5, 3, 3, 3, ROWS + 4, ROWS + 4], None, 1)
     torch.testing.assert_close(found[:3], x[:3] @ stack[0])

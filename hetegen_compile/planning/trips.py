@@ -49,7 +49,7 @@ def trips_of(module: fx.GraphModule, blocks: Sequence[Block] = ()) -> Trips:
     groups: dict[object, Group] = {}
     for position, node in linears.items():
         block = block_of.get(position)
-        key = node if node.target == GROUPED else block or node.args[0]
+        key: object = (GROUPED, node) if node.target == GROUPED else block or node.args[0]  # which may be a product
         others = groups[key].linears if key in groups else ()
         groups[key] = Group((*others, node), block)
     return list(groups.values())

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import hetegen_compile
 from hetegen_compile.steps import run_step
 from hetegen_compile.steps.segments import inductor_compiler, plain_compiler
 from tests.backend.modules import BUDGET, WIDTH, Linear, Mlp, around, plain, random
-from tests.models.harness import compiled_like_eager, emulated, through_inductor
+from tests.models.harness import RecordingBackend, compiled_like_eager, emulated, through_inductor
 
 
 def _run(model: nn.Module, *inputs: Any) -> Callable[[], Any]:
@@ -45,6 +46,19 @@ def test_autocast_around_the_call(compiler: Any) -> None:
     with torch.no_grad():
         assert model(random(3, 64)).dtype == torch.float32, "without autocast the model is traced again"
     assert len(found.backend.graphs) == 2
+
+
+@pytest.mark.parametrize("split", [0.0, 0.5, 1.0])
+@torch.no_grad()
+def test_the_bias_of_an_in_out_weight_is_cast_as_well(split: float) -> None:
+    model = Conv1D(64, 64).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(random(3, 64))
+        backend = RecordingBackend()
+        found = torch.compile(model, backend=backend, options=emulated(gpu_memory=BUDGET, split=split))(random(3, 64))
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=1.6e-2, atol=4e-3)
+    assert backend.accelerator.counters.trips_up or split == 0.0
 
 
 def test_autocast_inside_the_forward() -> None:

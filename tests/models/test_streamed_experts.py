@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import transformers.integrations.moe  # noqa: F401  (registers grouped_mm_fallback)
+from torch import Tensor, nn
 
 import hetegen_compile
 from hetegen_compile.cost_model import HardwareProfile, KernelChoice, load_profile, profile_to_json
@@ -148,3 +149,31 @@ def test_weights_that_change_in_place_are_streamed_as_they_are(tmp_path: Path) -
                 parameter.mul_(-0.5)
     expected = generate(eager, prompt(), None, tokens=1)
     torch.testing.assert_close(found["logits"], expected["logits"], rtol=1e-4, atol=1e-4)
+
+
+class ReadByALinear(nn.Module):
+    """A Linear reads what a product with experts makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stack = nn.Parameter(torch.randn(32, 64, 32) * 0.2)
+        self.before, self.after = nn.Linear(32, 32), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        found: Tensor = torch.ops.transformers.grouped_mm_fallback(
+            self.before(x), self.stack.transpose(1, 2), offs=ends
+        )
+        return found, self.after(found)
+
+
+@torch.no_grad()
+def test_a_linear_that_reads_a_product_is_another_trip(tmp_path: Path) -> None:
+    model, known = ReadByALinear().eval(), hetegen_compile.schedules()
+    x, ends = torch.randn(96, 32), torch.arange(1, 33, dtype=torch.int32) * 3
+    expected = model(x, ends)
+    options = emulated(gpu_memory=150 << 10, hardware=slow_with_many_tokens(tmp_path))
+    found = torch.compile(model, backend=RecordingBackend(), options=options)(x, ends)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    (schedule,) = new_schedules(known)
+    assert experts_rows(schedule)

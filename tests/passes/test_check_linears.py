@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hetegen_compile import ir
 from hetegen_compile.errors import ScheduleError
-from hetegen_compile.ir import info
+from hetegen_compile.ir import annotate, info
 from hetegen_compile.passes import measure_memory, verify
 from hetegen_compile.passes.check_linears import check_linears
 from hetegen_compile.passes.check_parts import check_parts, origin
@@ -48,6 +48,11 @@ def sums() -> Case:
 
 def block() -> Case:
     return scheduled(mlp, torch.randn(1, 64), paired=0.25, ring_bytes=2**15)
+
+
+def pieces() -> Case:
+    """A block whose partial sums on the accelerator are computed in pieces: the ring is too short for more."""
+    return scheduled(mlp, torch.randn(1, 64), paired=0.25, ring_bytes=2**13)
 
 
 def check(found: Case) -> None:
@@ -174,3 +179,56 @@ def test_sums_in_another_order_are_the_same() -> None:
     found = sums()
     swapped(found)
     check(found)
+
+
+def without_its_join(found: Case) -> None:
+    join = parts(found, ir.JOIN)[-1]
+    join.replace_all_uses_with(join.args[0][-1])  # type: ignore[index, arg-type]
+    found.module.graph.erase_node(join)
+
+
+def without_its_pad(found: Case) -> None:
+    pad = parts(found, ir.PAD, 0)[-1]
+    pad.replace_all_uses_with(pad.args[1][0])  # type: ignore[index, arg-type]
+    found.module.graph.erase_node(pad)
+
+
+def of_no_linear(found: Case) -> None:
+    for part in (*parts(found, ir.HOST_LINEAR), *parts(found, ir.PARTIAL_LINEAR)):
+        annotate(part, position=info(part).position + 1000)
+
+
+def inner_sum(found: Case) -> None:
+    """The pieces of a partial sum are put side by side in a join of their own."""
+    inner = next(join for join in parts(found, ir.JOIN) if join.args[1] == 0)
+    inner.update_arg(1, 1)
+
+
+def reads_later_columns(found: Case) -> None:
+    part = parts(found, ir.HOST_LINEAR)[0]
+    part.update_arg(3, 16)
+
+
+def accelerator_reads_columns(found: Case) -> None:
+    first = parts(found, ir.PARTIAL_LINEAR)[0]
+    first.update_arg(0, parts(found, ir.HOST_LINEAR)[0].args[0])
+
+
+@pytest.mark.parametrize(
+    ("made", "change", "message"),
+    [
+        (rows, without_its_join, "is not what is put together in None; missing edge"),
+        (sums, without_its_join, "is not what is put together in None; missing edge"),
+        (block, without_its_pad, "is not what is put together in None; missing edge"),
+        (rows, of_no_linear, "is part of no Linear of the program"),
+        (pieces, inner_sum, "adds columns"),
+        (block, reads_later_columns, "multiplies .*, which the program does not there"),
+        (block, accelerator_reads_columns, "multiplies .*, which the program does not there"),
+    ],
+)
+def test_changed_places(made: Callable[[], Case], change: Callable[[Case], None], message: str) -> None:
+    found = made()
+    check(found)
+    change(found)
+    with pytest.raises(ScheduleError, match=f"^verify: .*{message}"):
+        check(found)

@@ -14,7 +14,7 @@ from hetegen_compile.host_kernels import bind_experts
 from hetegen_compile.ir import annotate, info
 from hetegen_compile.passes import annotate_costs
 from hetegen_compile.passes.findings import NodeCost
-from hetegen_compile.passes.grouped_products import grouped_product
+from hetegen_compile.passes.grouped_products import grouped_product, left_to_torch
 from hetegen_compile.passes.node_work import node_work
 from tests.passes.graphs import PROFILE, Case, case
 
@@ -65,8 +65,20 @@ def test_what_is_left_to_torch_is_reading_the_experts_that_have_tokens() -> None
         return transformers_product(x, ends.long())
 
     cost = grouped_cost(traced(int64, 2))
-    assert cost.host_s == host_op_s(PROFILE, "bfloat16", 2.0 * IN * OUT * 2, 2 * NBYTES)
+    rows = 2 * 2 * (IN + OUT)
+    assert cost.host_s == host_op_s(PROFILE, "bfloat16", 2.0 * IN * OUT * 2, 2 * NBYTES + rows)
     assert cost.host_s != grouped_cost(traced(transformers_product, 2)).host_s
+
+
+def test_activations_of_another_type_are_torchs() -> None:
+    found = traced(product, 2)
+    (node,) = (node for node in found.module.graph.nodes if grouped_product(node) is not None)
+    operands = grouped_product(node)
+    assert operands is not None
+    assert left_to_torch(node, operands) is None
+    annotate(operands.x, value=info(operands.x).value.float())
+    reason = left_to_torch(node, operands)
+    assert reason == "activations are torch.float32, the experts' matrices torch.bfloat16"
 
 
 def test_many_tokens_of_an_expert_are_slower_than_reading_it() -> None:

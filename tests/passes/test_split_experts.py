@@ -17,6 +17,7 @@ from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import info
 from hetegen_compile.passes import carry_prefetches, measure_memory, predict_step, split_experts, verify
 from hetegen_compile.passes.check_parts import check_parts
+from hetegen_compile.passes.closed_gates import launches_of
 from hetegen_compile.passes.grouped_products import grouped_on_host_s, grouped_product, products_with
 from hetegen_compile.passes.plans import LinearPlan
 from tests.passes.graphs import Case, case, planned, scheduled
@@ -167,6 +168,10 @@ def test_work_and_memory_of_parts() -> None:
     assert first.args[3] is None
     assert second.args[3] is first
     assert memory.workspace.keys().isdisjoint((first, second)), "each expert's rows are written where they belong"
+    made = 4 * TOKENS * INNER
+    places = {node: place for place, node in enumerate(found.module.graph.nodes)}
+    both = [life for life in memory.lives if life[2] == made and places[first] in range(life[0], life[1] + 1)]
+    assert len(both) == 1, "the second part is written into the first one's result"
     each_s = accelerator_linear_s(
         found.context.profile, "float32", TOKENS / EXPERTS, EXPERT_BYTES, 2.0 * TOKENS / EXPERTS * WIDTH * INNER
     )
@@ -199,6 +204,20 @@ def test_the_verifier_takes_it() -> None:
         check_parts(found.module.graph)
         assert found.context.effects is not None
         verify(found.module, replace(found.context, residency=mixture(host, 2).context.residency))
+
+
+def test_ends_that_are_given_are_read_where_they_lie() -> None:
+    """And no mirror of them is brought up to date in each step."""
+    found = mixture(2, 3)
+    (ends,) = {ir.grouped_part(part).ends for part in found.nodes(ir.PARTIAL_GROUPED)}
+    assert ends.op == "placeholder"
+    assert ends not in {node.args[0] for node in found.nodes(ir.MIRROR)}
+
+
+def test_a_part_issues_a_launch_for_each_expert() -> None:
+    found = mixture(2, 3)
+    counted = [launches_of(part, found.module) for part in found.nodes(ir.PARTIAL_GROUPED)]
+    assert counted == [1 + 3] * 4, "and zeros that they are written over"
 
 
 # ---- changed schedules -----------------------------------------------------------------------------------------
@@ -257,6 +276,11 @@ def stored_otherwise(found: Case) -> None:
     last(found, ir.PARTIAL_GROUPED).update_arg(5, 0)
 
 
+def read_by_something_else(found: Case) -> None:
+    first, join = found.nodes(ir.PARTIAL_GROUPED)[0], found.nodes(ir.JOIN)[-1]
+    join.update_arg(0, [*join.args[0], first])
+
+
 def of_other_activations(found: Case) -> None:
     last(found, ir.PARTIAL_GROUPED).update_arg(0, found.nodes(ir.PARTIAL_GROUPED)[0].args[0])
 
@@ -278,7 +302,8 @@ def of_other_activations(found: Case) -> None:
         (other_experts, r"is the part from 5 on, but reads 4:7 of .*missing edge: a prefetch from 5 on"),
         (other_start, r"is the part from 4 on, but reads 5:8 of "),
         (what_came_before_is_dropped, r"adds to None, so that what .* makes is lost"),
-        (another_products_part, r"so that what .* makes is lost"),
+        (another_products_part, r"so that what .* makes is lost|which .* writes over"),
+        (read_by_something_else, r"join.* reads partial_grouped.*, which partial_grouped.* writes over"),
     ],
 )
 def test_changed_parts(change: Callable[[Case], None], message: str) -> None:

@@ -101,6 +101,8 @@ class Replays:
         self._counters = counters
         self._pool: Any = None
         self._pool_bytes = 0
+        self._lost_bytes = 0
+        self._broken_off = False
         self._graphs = 0
         self._number = 0
         self._step = 0
@@ -208,6 +210,8 @@ class Replays:
             return chain.function(kept)
         finally:
             self._pool_bytes += max(0, reserved_now_bytes(self._device) - before)
+            if self._broken_off:
+                self._lost_bytes, self._broken_off = self._pool_bytes, False
         self._number += 1
         born = earlier.born if earlier is not None and results.stayed else self._number
         own = [_own(result, kept, seen.moving) for result in results.all]
@@ -226,7 +230,7 @@ class Replays:
                 if seen.recording is not None and seen.used < self._step - _STALE_STEPS:
                     seen.recording = None
         if self._graphs == 0:
-            self._pool, self._pool_bytes = torch.cuda.graph_pool_handle(), 0
+            self._pool, self._pool_bytes = torch.cuda.graph_pool_handle(), self._lost_bytes
         return self._fits()
 
     def _fits(self) -> bool:
@@ -250,7 +254,7 @@ class Replays:
     def _break_off(self, graph: torch.cuda.CUDAGraph) -> None:
         """End a recording that has failed, for the allocator of torch up to 2.11, too, which would free nothing more.
 
-        No version gives the pool back then, so graphs that follow have another one.
+        No version gives the pool back then, so graphs that follow have another one, beside what is lost in it.
         """
         try:
             graph.capture_end()
@@ -258,6 +262,7 @@ class Replays:
             with contextlib.suppress(RuntimeError, AttributeError):  # later versions have told the allocator
                 torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
             self._pool = torch.cuda.graph_pool_handle()
+            self._broken_off = True
 
     def _refuse(self, chain: Chain, seen: _Seen, error: Exception) -> None:
         """What one of its launches cannot, or memory, is the chain's own. What CUDA says may be of all of them: no more

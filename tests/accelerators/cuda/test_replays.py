@@ -12,9 +12,10 @@ from torch import Tensor
 from hetegen_compile.accelerators import CudaAccelerator, Op, StepFacts
 from hetegen_compile.accelerators.base import Chain
 from hetegen_compile.accelerators.cuda import replays
+from hetegen_compile.accelerators.cuda.allocator import GRAPH_BYTES
 from hetegen_compile.errors import AcceleratorMemoryError
 from tests.accelerators import fake_cuda
-from tests.accelerators.cuda.chained_layers import Layer, steps, wants
+from tests.accelerators.cuda.chained_layers import Layer, Row, steps, wants
 from tests.accelerators.fake_cuda import LOG, FakeGraph
 
 
@@ -211,6 +212,24 @@ def test_what_one_chain_cannot_is_tried_for_others_up_to_the_third_that_fails(
     assert not any(steps(Layer(cuda), [(x, w)] * 6))
 
 
+def test_what_fails_in_a_step_is_tried_no_more_in_that_step(
+    cuda: CudaAccelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, x, ws = Row(cuda), torch.randn(4), [torch.randn(4) for _ in range(3)]
+    tried: list[object] = []
+
+    def fail(graph: FakeGraph, **how: Any) -> None:
+        tried.append(graph)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(FakeGraph, "capture_begin", fail)
+    attempts: list[int] = []
+    for _ in range(6):
+        row.step(x, ws)
+        attempts.append(len(tried) - sum(attempts))
+    assert max(attempts) == 1
+
+
 def test_a_recording_that_is_broken_off_ends_for_the_allocator_too(
     cuda: CudaAccelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +242,20 @@ def test_a_recording_that_is_broken_off_ends_for_the_allocator_too(
     assert not any(steps(Layer(cuda), [(torch.randn(4), torch.randn(4))] * 6))
     assert ended == [(None, (0, 1))]
     assert next(handles, None) is None, "graphs that follow have another pool"
+
+
+def test_what_a_broken_off_recording_took_stays_counted(cuda: CudaAccelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    reserved = iter(range(0, 1 << 40, 4 << 20))
+    monkeypatch.setattr(replays, "reserved_now_bytes", lambda device: next(reserved))
+    monkeypatch.setattr(FakeGraph, "capture_end", lambda graph: _raise("operation failed due to a previous error"))
+    assert not any(steps(Layer(cuda), [(torch.randn(4), torch.randn(4))] * 6))
+    assert cuda._replays._graphs == 0
+    monkeypatch.undo()
+    fake_cuda.install(monkeypatch)
+    monkeypatch.setattr(replays, "RECORDED_BYTES", (4 << 20) + GRAPH_BYTES - 1)
+    assert not any(steps(Layer(cuda), [(torch.randn(4), torch.randn(4))] * 6)), "no room is left"
+    monkeypatch.setattr(replays, "RECORDED_BYTES", (4 << 20) + GRAPH_BYTES)
+    assert any(steps(Layer(cuda), [(torch.randn(4), torch.randn(4))] * 6))
 
 
 def _raise(message: str) -> None:
