@@ -42,6 +42,8 @@ CHILD_LIMIT_S = 120.0
 _END_S, _LEAST_S = 5.0, 15.0
 """Of a stage: kept to write down what its last child noted; less is not worth beginning one."""
 
+_NOT_BEGUN = "not begun"
+
 OTHERS_S = 80.0
 """Of a child's life, after which it begins none of hetegen's other ways (its first row came after about 65 s)."""
 
@@ -97,7 +99,10 @@ def compare_shape(shape: str, settings: Settings, notebook: Notebook, *, ways: S
         notebook.note("rows", [asdict(row) for row in rows])
         notebook.note("table", tables(rows).splitlines())
         notebook.note("summary", [summary(rows, limit) for limit in arguments.gpu_memory])
-    if not any(row.way == HETEGEN and row.decode_tokens_per_s for row in rows):
+    own = [row for row in rows if row.way == HETEGEN]
+    if own and all(row.note.startswith(_NOT_BEGUN) for row in own):
+        raise SkipError("; ".join(dict.fromkeys(row.note for row in own)))
+    if not any(row.decode_tokens_per_s for row in own):
         raise RuntimeError("hetegen has no figure; its rows say why")
 
 
@@ -120,7 +125,7 @@ class _Compared:
     def _child(self, job: Job) -> list[Row]:
         left_s = self._end_s - time.monotonic()
         if left_s < _LEAST_S:
-            return [Row(job.way, job.gpu_memory, note=f"not begun: {left_s:.0f} s were left")]
+            return [Row(job.way, job.gpu_memory, note=f"{_NOT_BEGUN}: {left_s:.0f} s were left")]
         others_s = min(OTHERS_S, left_s - PEER_S) if self._settings.cuda else None
         job = replace(job, issue_ahead=self._issue_ahead, others_s=others_s)
         name = job.name if self._issue_ahead else f"{job.name} in turn"

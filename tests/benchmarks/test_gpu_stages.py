@@ -282,6 +282,13 @@ def test_no_child_outlives_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert rows[-1]["note"] == "not begun: 5 s were left"
 
 
+def test_a_comparison_that_no_time_is_left_for_has_not_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SkipError, match="^not begun: 5 s were left$"):
+        compared(tmp_path, monkeypatch, lambda job: False, 10.0)
+    with pytest.raises(RuntimeError, match="hetegen has no figure"):
+        compared(tmp_path, monkeypatch, lambda job: job.way == HETEGEN, 300.0)
+
+
 def test_threads_that_the_floor_is_measured_with() -> None:
     assert thread_counts(16) == [16, 15, 14, 8]
     assert thread_counts(2) == [2, 1]
