@@ -111,9 +111,7 @@ def _start_again(graph: fx.Graph, carried: fx.Node, releases: list[fx.Node], aft
 
 def _sent_up(graph: fx.Graph, context: Context) -> list[fx.Node]:
     """What this step queues on the link: a copy for the next step that came before would hold it up."""
-    uploads = graph.find_nodes(op="call_function", target=ir.TO_ACCELERATOR)
-    queued = [node for node in uploads if node_work(node, context).resource == "up"]
-    return [*queued, *_slots_filled(graph)]
+    return [*large_uploads(graph.nodes, context), *_slots_filled(graph)]
 
 
 class _Filled(NamedTuple):

@@ -12,6 +12,7 @@ first Linears are padded, not joined; the host's part of its last one reads as m
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 
 from torch import fx
 
@@ -119,7 +120,7 @@ def _check_join(join: fx.Node) -> None:
     """What is put side by side is in the order of its columns, what is summed is all of the same columns."""
     columns = [_columns(one) for one in map(origin, _operands(join))]
     summed = join.args[1] == 1
-    wrong = len({*columns}) > 1 if summed else any(a[1] != b[0] for a, b in zip(columns, columns[1:], strict=False))
+    wrong = len({*columns}) > 1 if summed else any(end != start for (_, end), (start, _) in pairwise(columns))
     if wrong:
         raise ScheduleError(
             f"verify: {name_of(join)} {'adds' if summed else 'puts side by side'} columns "

@@ -190,7 +190,8 @@ def with_host_experts(stack: fx.Node, host: int, residency: Residency) -> Linear
 
 def experts_plan(node: fx.Node, context: Context) -> LinearPlan:
     """The plan of one product by itself: host and link finish together, if that pays for the trip."""
-    stack, ends = node.all_input_nodes[1:3]
+    stack: fx.Node = node.args[1]  # type: ignore[assignment]
+    ends: fx.Node = node.args[2]  # type: ignore[assignment]
     residency, groups = require(context.residency, "choose_residency"), int(info(stack).value.shape[0])
     if context.options.split != "auto":
         return with_host_experts(stack, round(context.options.split * groups), residency)

@@ -133,54 +133,6 @@ def fewer_columns(found: Case) -> None:
     part.update_arg(0, ir.linear_part(parts(found, ir.HOST_LINEAR, 0)[0]).x)
 
 
-@pytest.mark.parametrize(
-    ("made", "change", "message"),
-    [
-        (rows, other_activations, "multiplies .*, which the program does not there"),
-        (rows, other_weight, "multiplies with .*, which is not the program's weight"),
-        (rows, other_layout, "multiplies with .*, which is not the program's weight"),
-        (rows, other_bias, "adds .*bias.*, which is not the program's bias"),
-        (rows, no_bias, "3 of .* add the bias, which 4 of them are to add"),
-        (rows, lost, "is not what is put together in .*missing edge"),
-        (rows, doubled, "is not what is put together in"),
-        (rows, swapped, "puts side by side columns 48:64, 32:48, 16:32, 0:16"),
-        (rows, added, "adds columns 0:16, 16:32, 32:48, 48:64"),
-        (sums, no_bias_in_sum, "0 of .* add the bias, which 1 of them are to add"),
-        (sums, bias_twice, "2 of .* add the bias, which 1 of them are to add"),
-        (sums, lost, "is not what is put together in .*missing edge"),
-        (sums, doubled, "is not what is put together in"),
-        (sums, side_by_side, "puts side by side columns 0:64, 0:64, 0:64, 0:64"),
-        (block, not_padded, "is not what is put together in .*missing edge"),
-        (block, fewer_columns, "multiplies .*, which the program does not there"),
-        (block, lost, "is not what is put together in"),
-        (block, bias_twice, "2 of .* add the bias, which 1 of them are to add"),
-        (block, side_by_side, "puts side by side columns 0:64, 0:64"),
-    ],
-)
-def test_changed_schedules(made: Callable[[], Case], change: Callable[[Case], None], message: str) -> None:
-    found = made()
-    check(found)
-    change(found)
-    with pytest.raises(ScheduleError, match=f"^verify: .*{message}"):
-        check(found)
-
-
-@pytest.mark.parametrize("change", [other_bias, swapped, added])
-def test_the_verifier_sees_what_uses_every_element_once(change: Callable[[Case], None]) -> None:
-    found = rows()
-    change(found)
-    check_parts(found.module.graph)
-    found.apply(measure_memory)
-    with pytest.raises(ScheduleError, match="adds|side by side"):
-        found.apply(verify)
-
-
-def test_sums_in_another_order_are_the_same() -> None:
-    found = sums()
-    swapped(found)
-    check(found)
-
-
 def without_its_join(found: Case) -> None:
     join = parts(found, ir.JOIN)[-1]
     join.replace_all_uses_with(join.args[0][-1])  # type: ignore[index, arg-type]
@@ -217,6 +169,25 @@ def accelerator_reads_columns(found: Case) -> None:
 @pytest.mark.parametrize(
     ("made", "change", "message"),
     [
+        (rows, other_activations, "multiplies .*, which the program does not there"),
+        (rows, other_weight, "multiplies with .*, which is not the program's weight"),
+        (rows, other_layout, "multiplies with .*, which is not the program's weight"),
+        (rows, other_bias, "adds .*bias.*, which is not the program's bias"),
+        (rows, no_bias, "3 of .* add the bias, which 4 of them are to add"),
+        (rows, lost, "is not what is put together in .*missing edge"),
+        (rows, doubled, "is not what is put together in"),
+        (rows, swapped, "puts side by side columns 48:64, 32:48, 16:32, 0:16"),
+        (rows, added, "adds columns 0:16, 16:32, 32:48, 48:64"),
+        (sums, no_bias_in_sum, "0 of .* add the bias, which 1 of them are to add"),
+        (sums, bias_twice, "2 of .* add the bias, which 1 of them are to add"),
+        (sums, lost, "is not what is put together in .*missing edge"),
+        (sums, doubled, "is not what is put together in"),
+        (sums, side_by_side, "puts side by side columns 0:64, 0:64, 0:64, 0:64"),
+        (block, not_padded, "is not what is put together in .*missing edge"),
+        (block, fewer_columns, "multiplies .*, which the program does not there"),
+        (block, lost, "is not what is put together in"),
+        (block, bias_twice, "2 of .* add the bias, which 1 of them are to add"),
+        (block, side_by_side, "puts side by side columns 0:64, 0:64"),
         (rows, without_its_join, "is not what is put together in None; missing edge"),
         (sums, without_its_join, "is not what is put together in None; missing edge"),
         (block, without_its_pad, "is not what is put together in None; missing edge"),
@@ -226,9 +197,25 @@ def accelerator_reads_columns(found: Case) -> None:
         (block, accelerator_reads_columns, "multiplies .*, which the program does not there"),
     ],
 )
-def test_changed_places(made: Callable[[], Case], change: Callable[[Case], None], message: str) -> None:
+def test_changed_schedules(made: Callable[[], Case], change: Callable[[Case], None], message: str) -> None:
     found = made()
     check(found)
     change(found)
     with pytest.raises(ScheduleError, match=f"^verify: .*{message}"):
         check(found)
+
+
+@pytest.mark.parametrize("change", [other_bias, swapped, added])
+def test_the_verifier_sees_what_uses_every_element_once(change: Callable[[Case], None]) -> None:
+    found = rows()
+    change(found)
+    check_parts(found.module.graph)
+    found.apply(measure_memory)
+    with pytest.raises(ScheduleError, match="adds|side by side"):
+        found.apply(verify)
+
+
+def test_sums_in_another_order_are_the_same() -> None:
+    found = sums()
+    swapped(found)
+    check(found)

@@ -102,7 +102,6 @@ class Replays:
         self._pool: Any = None
         self._pool_bytes = 0
         self._lost_bytes = 0
-        self._broken_off = False
         self._graphs = 0
         self._number = 0
         self._step = 0
@@ -210,8 +209,8 @@ class Replays:
             return chain.function(kept)
         finally:
             self._pool_bytes += max(0, reserved_now_bytes(self._device) - before)
-            if self._broken_off:
-                self._lost_bytes, self._broken_off = self._pool_bytes, False
+            if self._pool is None:  # a recording was broken off
+                self._lost_bytes = self._pool_bytes
         self._number += 1
         born = earlier.born if earlier is not None and results.stayed else self._number
         own = [_own(result, kept, seen.moving) for result in results.all]
@@ -230,7 +229,9 @@ class Replays:
                 if seen.recording is not None and seen.used < self._step - _STALE_STEPS:
                     seen.recording = None
         if self._graphs == 0:
-            self._pool, self._pool_bytes = torch.cuda.graph_pool_handle(), self._lost_bytes
+            self._pool, self._pool_bytes = None, self._lost_bytes
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         return self._fits()
 
     def _fits(self) -> bool:
@@ -261,8 +262,7 @@ class Replays:
         except RuntimeError:  # it says that the recording was broken off, which is why it ends
             with contextlib.suppress(RuntimeError, AttributeError):  # later versions have told the allocator
                 torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
-            self._pool = torch.cuda.graph_pool_handle()
-            self._broken_off = True
+            self._pool = None
 
     def _refuse(self, chain: Chain, seen: _Seen, error: Exception) -> None:
         """What one of its launches cannot, or memory, is the chain's own. What CUDA says may be of all of them: no more
