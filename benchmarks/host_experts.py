@@ -31,7 +31,7 @@ from benchmarks.host_linear import Reader, beside_reads, fastest_reader
 from hetegen_compile.calibration import Effort, this_machine
 from hetegen_compile.calibration.timing import durations_s, plain_torch
 from hetegen_compile.cost_model import KernelChoice
-from hetegen_compile.host_kernels import TILED, VECTORISED, bind_experts
+from hetegen_compile.host_kernels import TILED, TILED_THROUGH_L2, VECTORISED, bind_experts
 
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x [tokens, in], matrices [experts, in, out], ends [experts]) -> [tokens, out]."""
@@ -121,7 +121,7 @@ def _routed(stack: Stack, tokens: int, seed: int) -> Tensor:
 
 def _ways(dtype: str, matrices: Tensor) -> Iterator[tuple[str, Product]]:
     theirs: Product = _torchs if dtype == "bfloat16" else torch.ops.transformers.grouped_mm_fallback
-    for kernel in (VECTORISED, TILED):
+    for kernel in (VECTORISED, TILED, TILED_THROUGH_L2):
         ours = bind_experts(theirs, {dtype: KernelChoice(((1.0, kernel.name),))}, matrices)
         if ours is not None:
             yield kernel.name, ours

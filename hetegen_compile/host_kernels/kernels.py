@@ -8,19 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hetegen_compile.errors import HostKernelUnavailableError
-from hetegen_compile.host_kernels.vectorised import (
-    DTYPES,
-    library,
-    tiled_groups,
-    tiled_rows,
-    vectorised_groups,
-    vectorised_rows,
-)
+from hetegen_compile.host_kernels.vectorised import DTYPES, Reading, library, vectorised_groups, vectorised_rows
 from hetegen_compile.linear_parts import linear_rows, usual_strides
 
 
@@ -36,6 +30,7 @@ class HostKernel:
         multiple: what the columns of the rows must be a multiple of.
         gaps: whether the rows may have gaps between them.
         groups: (x, matrices, ends) -> result, as ``vectorised_groups``; None: groups of tokens are computed one by one.
+        reading: of a kernel of our own, how it reads weights; host programs take these.
     """
 
     name: str
@@ -45,6 +40,7 @@ class HostKernel:
     multiple: int = 1
     gaps: bool = True
     groups: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    reading: Reading | None = None
 
     def refusal(self, rows: Tensor) -> str | None:
         """Why this kernel cannot compute with such rows (a fake is enough) on this machine; None: it can."""
@@ -93,12 +89,18 @@ def _nothing() -> None:
     """Nothing to prepare."""
 
 
+def _vectorised(name: str, reading: Reading) -> HostKernel:
+    run, groups = partial(vectorised_rows, reading), partial(vectorised_groups, reading)
+    return HostKernel(name, DTYPES, run, library, groups=groups, reading=reading)
+
+
 LINEAR = HostKernel("F.linear", (torch.float32, torch.bfloat16, torch.float16, torch.float64), torch_rows, _nothing)
-VECTORISED = HostKernel("vectorised", DTYPES, vectorised_rows, library, groups=vectorised_groups)
-TILED = HostKernel("vectorised, tiled", DTYPES, tiled_rows, library, groups=tiled_groups)
+VECTORISED = _vectorised("vectorised", Reading.ROWS)
+TILED = _vectorised("vectorised, tiled", Reading.TILES)
+TILED_THROUGH_L2 = _vectorised("vectorised, tiled through L2", Reading.TILES_THROUGH_L2)
 INT8PACK = HostKernel("int8pack", (torch.int8,), int8_rows, _nothing, INT8_COLUMNS, gaps=False)
 
-KERNELS = {kernel.name: kernel for kernel in (LINEAR, VECTORISED, TILED, INT8PACK)}
+KERNELS = {kernel.name: kernel for kernel in (LINEAR, VECTORISED, TILED, TILED_THROUGH_L2, INT8PACK)}
 
 
 def kernels_for(dtype: torch.dtype) -> tuple[HostKernel, ...]:

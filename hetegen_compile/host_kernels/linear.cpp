@@ -35,8 +35,20 @@ const int64_t kProcessors = count_processors();  // counted once: who makes room
 
 using Vec = at::vec::Vectorized<float>;
 
-constexpr int64_t kAhead = 1024;        // bytes that each row of a tile is prefetched ahead
-constexpr int64_t kAheadOneRow = 4096;  // the same where rows are read one after the other: the next page
+// How weights are read: row after row, or several rows at once, which the program prefetches, into the first-level cache or
+// into the second. Which is fastest depends on the processor: calibration measures it.
+enum Reading : int64_t { kRows, kTiles, kTilesThroughL2, kReadings };
+
+// Bytes that each row of a tile is prefetched ahead.
+template <Reading reading>
+constexpr int64_t kAhead = reading == kTilesThroughL2 ? 2048 : 1024;
+
+template <Reading reading>
+HETEGEN_INLINE void prefetch(const void* p) {
+  __builtin_prefetch(p, 0, reading == kTilesThroughL2 ? 2 : 3);
+}
+
+constexpr int64_t kAheadOneRow = 4096;  // bytes that a row read by itself is prefetched ahead: the next page
 constexpr int64_t kParallel = 1 << 16;  // multiply-adds from which further threads pay
 constexpr int64_t kTogether = 64;       // columns whose sums are added up together
 constexpr int64_t kMostSums = 1 << 22;  // of all blocks
@@ -161,9 +173,9 @@ class Items {
   std::atomic<int64_t> taken_{0};
 };
 
-// Adds columns from:to of x[m, k] * w[r, k] to the sums, U steps at a time; returns where it ends. With `prefetch` what lies
-// at `ahead` as the rows do at w is prefetched.
-template <typename T, int M, int R, int U, bool prefetch>
+// Adds columns from:to of x[m, k] * w[r, k] to the sums, U steps at a time; returns where it ends. With `fetch` what lies at
+// `ahead` as the rows do at w is prefetched.
+template <typename T, Reading reading, int M, int R, int U, bool fetch>
 HETEGEN_INLINE int64_t dot_columns(
     const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* ahead, Vec (&sum)[U][R][M],
     int64_t from, int64_t to) {
@@ -173,7 +185,7 @@ HETEGEN_INLINE int64_t dot_columns(
     HETEGEN_UNROLL for (int u = 0; u < U; ++u) {
       HETEGEN_UNROLL for (int r = 0; r < R; ++r) {
         const int64_t place = r * ldw + i + u * O::step;
-        if constexpr (prefetch) __builtin_prefetch(ahead + place);
+        if constexpr (fetch) prefetch<reading>(ahead + place);
         const auto elements = O::load(w + place);
         HETEGEN_UNROLL for (int m = 0; m < M; ++m) {
           sum[u][r][m] = O::dot(elements, x + m * ldx + i + u * O::step, sum[u][r][m]);
@@ -186,13 +198,13 @@ HETEGEN_INLINE int64_t dot_columns(
 
 // out[m, r] = sum over k of x[m, k] * w[r, k] (+ bias[r]) for M tokens and R rows, U steps at a time. The last columns
 // prefetch the first ones of the rows that follow, `then`, if it is not null.
-template <typename T, int M, int R, int U>
+template <typename T, Reading reading, int M, int R, int U>
 HETEGEN_INLINE void dot_tile(
     const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* then, const T* bias, T* out,
     int64_t ldo, int64_t k) {
   // One row and one token is a pure stream, which some hardware prefetches best when left alone, except where it jumps.
   constexpr bool stream = R == 1 && M == 1;
-  constexpr int64_t most = (R > 1 ? kAhead : kAheadOneRow) / int64_t(sizeof(T));
+  constexpr int64_t most = (R > 1 ? kAhead<reading> : kAheadOneRow) / int64_t(sizeof(T));
   const int64_t ahead = std::min(k, most);
   Vec sum[U][R][M];
   HETEGEN_UNROLL for (int u = 0; u < U; ++u) {
@@ -202,10 +214,10 @@ HETEGEN_INLINE void dot_tile(
   }
   int64_t i = 0;
   if (!stream || then != nullptr) {
-    i = dot_columns<T, M, R, U, !stream>(x, ldx, w, ldw, w + most, sum, 0, k - ahead);
-    if (then != nullptr) i = dot_columns<T, M, R, U, true>(x, ldx, w, ldw, then + ahead - k, sum, i, k);
+    i = dot_columns<T, reading, M, R, U, !stream>(x, ldx, w, ldw, w + most, sum, 0, k - ahead);
+    if (then != nullptr) i = dot_columns<T, reading, M, R, U, true>(x, ldx, w, ldw, then + ahead - k, sum, i, k);
   }
-  i = dot_columns<T, M, R, U, false>(x, ldx, w, ldw, nullptr, sum, i, k);
+  i = dot_columns<T, reading, M, R, U, false>(x, ldx, w, ldw, nullptr, sum, i, k);
   HETEGEN_UNROLL for (int r = 0; r < R; ++r) {
     HETEGEN_UNROLL for (int m = 0; m < M; ++m) {
       Vec total = sum[0][r][m];
@@ -219,15 +231,17 @@ HETEGEN_INLINE void dot_tile(
 
 // All tokens with R rows, `fixed` of them if that is not 0; from the second block of tokens on the rows come from the
 // first-level cache.
-template <typename T, int R, int U, int fixed>
+template <typename T, Reading reading, int R, int U, int fixed>
 HETEGEN_INLINE void dot_rows(
     const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* then, const T* bias, T* out,
     int64_t ldo, int64_t m, int64_t k) {
-  if constexpr (fixed != 0) return dot_tile<T, fixed, R, U>(x, ldx, w, ldw, then, bias, out, ldo, k);
-  for (; m >= 4; m -= 4, x += 4 * ldx, out += 4 * ldo) dot_tile<T, 4, R, 1>(x, ldx, w, ldw, then, bias, out, ldo, k);
-  if (m == 3) dot_tile<T, 3, R, 1>(x, ldx, w, ldw, then, bias, out, ldo, k);
-  if (m == 2) dot_tile<T, 2, R, U>(x, ldx, w, ldw, then, bias, out, ldo, k);
-  if (m == 1) dot_tile<T, 1, R, U>(x, ldx, w, ldw, then, bias, out, ldo, k);
+  if constexpr (fixed != 0) return dot_tile<T, reading, fixed, R, U>(x, ldx, w, ldw, then, bias, out, ldo, k);
+  for (; m >= 4; m -= 4, x += 4 * ldx, out += 4 * ldo) {
+    dot_tile<T, reading, 4, R, 1>(x, ldx, w, ldw, then, bias, out, ldo, k);
+  }
+  if (m == 3) dot_tile<T, reading, 3, R, 1>(x, ldx, w, ldw, then, bias, out, ldo, k);
+  if (m == 2) dot_tile<T, reading, 2, R, U>(x, ldx, w, ldw, then, bias, out, ldo, k);
+  if (m == 1) dot_tile<T, reading, 1, R, U>(x, ldx, w, ldw, then, bias, out, ldo, k);
 }
 
 // Tokens x[m, k] for a matrix w[n, k] of their own, and their results out[m, n].
@@ -251,7 +265,7 @@ int64_t count_tokens(const Groups<T>& groups) {
 
 // Tiles of R rows of all groups are shared out among the threads. The end of each prefetches the beginning of the thread's
 // next one. With `fixed` each group has so many tokens.
-template <typename T, int R, int U, int fixed = 0>
+template <typename T, Reading reading, int R, int U, int fixed = 0>
 void dot_linear(const Groups<T>& groups, int64_t ldx, int64_t ldw, const T* bias, int64_t n, int64_t k) {
   const int64_t tiles = n / R, count = tiles * int64_t(groups.size()), tokens = count_tokens(groups);
   const bool stream = R == 1 && tokens == int64_t(groups.size());
@@ -265,39 +279,41 @@ void dot_linear(const Groups<T>& groups, int64_t ldx, int64_t ldw, const T* bias
     if (mine.next_is_known() && !follows_itself) {
       then = groups[mine.next() / tiles].w + mine.next() % tiles * R * ldw;
     }
-    dot_rows<T, R, U, fixed>(
+    dot_rows<T, reading, R, U, fixed>(
         own.x, ldx, own.w + r * ldw, ldw, then, bias ? bias + r : nullptr, own.out + r, n, own.m, k);
   }
   for (const Group<T>& own : groups) {
     for (int64_t r = tiles * R; r < n; ++r) {
-      dot_rows<T, 1, U, fixed>(
+      dot_rows<T, kRows, 1, U, fixed>(
           own.x, ldx, own.w + r * ldw, ldw, nullptr, bias ? bias + r : nullptr, own.out + r, n, own.m, k);
     }
   }
 }
 
-// One or two tokens read row after row, which is what hardware prefetchers follow best; more tokens want
-// tiles of rows, so that an activation that is loaded is used several times. With `tiled` one and two tokens have tiles,
-// too: several rows at once and prefetches by the program keep more of them under way where a core waits for its memory.
-template <typename T, bool tiled>
+// One or two tokens are read row after row, which is what hardware prefetchers follow best; more tokens want tiles of rows,
+// so that an activation that is loaded is used several times. With `reading` in tiles one and two tokens have them, too:
+// that keeps more of the rows under way where a core waits for its memory.
+template <typename T, Reading reading>
 void linear(const Groups<T>& groups, int64_t ldx, int64_t ldw, const T* bias, int64_t n, int64_t k) {
   const auto [least, most] = std::minmax_element(
       groups.begin(), groups.end(), [](const Group<T>& a, const Group<T>& b) { return a.m < b.m; });
   if (least == groups.end()) return;
+  constexpr bool tiled = reading != kRows;
+  constexpr Reading in_tiles = tiled ? reading : kTiles;
   if (tiled && least->m == 1 && most->m == 1) {
-    dot_linear<T, kRowsOfOne, 1, 1>(groups, ldx, ldw, bias, n, k);
+    dot_linear<T, in_tiles, kRowsOfOne, 1, 1>(groups, ldx, ldw, bias, n, k);
   } else if (tiled && least->m == 2 && most->m == 2) {
-    dot_linear<T, kRowsOfTwo, 1, 2>(groups, ldx, ldw, bias, n, k);
+    dot_linear<T, in_tiles, kRowsOfTwo, 1, 2>(groups, ldx, ldw, bias, n, k);
   } else if (!tiled && most->m <= 2) {
-    dot_linear<T, 1, 4>(groups, ldx, ldw, bias, n, k);
+    dot_linear<T, kRows, 1, 4>(groups, ldx, ldw, bias, n, k);
   } else {
-    dot_linear<T, kRowsOfFour, 1>(groups, ldx, ldw, bias, n, k);
+    dot_linear<T, in_tiles, kRowsOfFour, 1>(groups, ldx, ldw, bias, n, k);
   }
 }
 
 // Consecutive tokens of x[m, k] for each of the matrices w[count, n, k], `stride` elements apart: those up to ends[i] that
 // come before none of the earlier ones are matrix i's.
-template <typename T, bool tiled>
+template <typename T, Reading reading>
 void grouped_linear(
     const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t stride, int64_t ldw, const int32_t* ends,
     int64_t count, T* out, int64_t n, int64_t k) {
@@ -307,30 +323,31 @@ void grouped_linear(
     if (ends[i] > start) groups.push_back({x + start * ldx, w + i * stride, out + start * n, ends[i] - start});
     start = ends[i];
   }
-  linear<T, tiled>(groups, ldx, ldw, nullptr, n, k);
+  linear<T, reading>(groups, ldx, ldw, nullptr, n, k);
 }
 
 }  // namespace
 
-// EXPORT(name, type, prefix, whether tiled) of everything that there is.
+// EXPORT(name, type, prefix, reading) of everything that there is.
+#define HETEGEN_EXPORT_READING(EXPORT, PREFIX, READING) \
+  EXPORT(float32, float, PREFIX, READING)               \
+  EXPORT(bfloat16, c10::BFloat16, PREFIX, READING)      \
+  EXPORT(float16, c10::Half, PREFIX, READING)
 #define HETEGEN_EXPORT_ALL(EXPORT)               \
-  EXPORT(float32, float, , false)                \
-  EXPORT(bfloat16, c10::BFloat16, , false)       \
-  EXPORT(float16, c10::Half, , false)            \
-  EXPORT(float32, float, tiled_, true)           \
-  EXPORT(bfloat16, c10::BFloat16, tiled_, true)  \
-  EXPORT(float16, c10::Half, tiled_, true)
+  HETEGEN_EXPORT_READING(EXPORT, rows, kRows)    \
+  HETEGEN_EXPORT_READING(EXPORT, tiles, kTiles)  \
+  HETEGEN_EXPORT_READING(EXPORT, tiles_through_l2, kTilesThroughL2)
 
-#define HETEGEN_EXPORT_LINEAR(NAME, T, PREFIX, TILED)                                                            \
-  extern "C" void PREFIX##linear_##NAME(                                                                         \
+#define HETEGEN_EXPORT_LINEAR(NAME, T, PREFIX, READING)                                                          \
+  extern "C" void PREFIX##_linear_##NAME(                                                                        \
       const void* x, int64_t ldx, const void* w, int64_t ldw, const void* bias, void* out, int64_t m, int64_t n, \
       int64_t k) {                                                                                               \
-    linear<T, TILED>({{(const DotOps<T>::X*)x, (const T*)w, (T*)out, m}}, ldx, ldw, (const T*)bias, n, k);       \
+    linear<T, READING>({{(const DotOps<T>::X*)x, (const T*)w, (T*)out, m}}, ldx, ldw, (const T*)bias, n, k);     \
   }                                                                                                              \
-  extern "C" void PREFIX##grouped_linear_##NAME(                                                                 \
+  extern "C" void PREFIX##_grouped_linear_##NAME(                                                                \
       const void* x, int64_t ldx, const void* w, int64_t stride, int64_t ldw, const void* ends, int64_t count,   \
       void* out, int64_t n, int64_t k) {                                                                         \
-    grouped_linear<T, TILED>(                                                                                    \
+    grouped_linear<T, READING>(                                                                                  \
         (const DotOps<T>::X*)x, ldx, (const T*)w, stride, ldw, (const int32_t*)ends, count, (T*)out, n, k);      \
   }
 

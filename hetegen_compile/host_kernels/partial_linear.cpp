@@ -5,8 +5,8 @@
 namespace {
 
 // sums[m, j] += sum over R rows of x[m, r] * w[r, j] for whole steps of columns from:to; returns where it ends. `ahead` and
-// `prefetch` as for dot_columns.
-template <typename T, int M, int R, bool prefetch>
+// `fetch` as for dot_columns.
+template <typename T, Reading reading, int M, int R, bool fetch>
 HETEGEN_INLINE int64_t axpy_columns(
     const float* x, int64_t ldx, const T* w, int64_t ldw, const T* ahead, float* sums, int64_t lds, int64_t from,
     int64_t to) {
@@ -18,7 +18,7 @@ HETEGEN_INLINE int64_t axpy_columns(
       HETEGEN_UNROLL for (int c = 0; c < O::count; ++c) sum[m][c] = Vec::loadu(sums + m * lds + j + c * Vec::size());
     }
     HETEGEN_UNROLL for (int r = 0; r < R; ++r) {
-      if constexpr (prefetch) __builtin_prefetch(ahead + r * ldw + j);
+      if constexpr (fetch) prefetch<reading>(ahead + r * ldw + j);
       const auto elements = O::load(w + r * ldw + j);
       HETEGEN_UNROLL for (int m = 0; m < M; ++m) {
         HETEGEN_UNROLL for (int c = 0; c < O::count; ++c) {
@@ -33,19 +33,19 @@ HETEGEN_INLINE int64_t axpy_columns(
   return j;
 }
 
-// The same for all n columns. With `ahead` the program prefetches, at the end the beginning of the rows that follow,
-// `then`, if it is not null.
-template <typename T, int M, int R, bool ahead>
+// The same for all n columns. With `reading` in tiles the program prefetches, at the end the beginning of the rows that
+// follow, `then`, if it is not null.
+template <typename T, Reading reading, int M, int R>
 HETEGEN_INLINE void axpy_rows(
     const float* x, int64_t ldx, const T* w, int64_t ldw, const T* then, float* sums, int64_t lds, int64_t n) {
-  constexpr int64_t most = kAhead / int64_t(sizeof(T));
+  constexpr int64_t most = kAhead<reading> / int64_t(sizeof(T));
   const int64_t distance = std::min(n, most);
   int64_t j = 0;
-  if constexpr (ahead) {
-    j = axpy_columns<T, M, R, true>(x, ldx, w, ldw, w + most, sums, lds, 0, n - distance);
-    if (then != nullptr) j = axpy_columns<T, M, R, true>(x, ldx, w, ldw, then + distance - n, sums, lds, j, n);
+  if constexpr (reading != kRows) {
+    j = axpy_columns<T, reading, M, R, true>(x, ldx, w, ldw, w + most, sums, lds, 0, n - distance);
+    if (then != nullptr) j = axpy_columns<T, reading, M, R, true>(x, ldx, w, ldw, then + distance - n, sums, lds, j, n);
   }
-  j = axpy_columns<T, M, R, false>(x, ldx, w, ldw, nullptr, sums, lds, j, n);
+  j = axpy_columns<T, reading, M, R, false>(x, ldx, w, ldw, nullptr, sums, lds, j, n);
   for (; j < n; ++j) {
     for (int m = 0; m < M; ++m) {
       for (int r = 0; r < R; ++r) sums[m * lds + j] += x[m * ldx + r] * float(w[r * ldw + j]);
@@ -54,22 +54,22 @@ HETEGEN_INLINE void axpy_rows(
 }
 
 // R rows for all tokens; from the second group of tokens on the rows come from a cache.
-template <typename T, int R, bool ahead>
+template <typename T, Reading reading, int R>
 HETEGEN_INLINE void axpy_tokens(
     const float* x, int64_t ldx, const T* w, int64_t ldw, const T* then, float* sums, int64_t lds, int64_t m,
     int64_t n) {
   int64_t i = 0;
   if (m >= 4) {
-    axpy_rows<T, 4, R, ahead>(x, ldx, w, ldw, then, sums, lds, n);
-    for (i = 4; i + 4 <= m; i += 4) axpy_rows<T, 4, R, false>(x + i * ldx, ldx, w, ldw, nullptr, sums + i * lds, lds, n);
+    axpy_rows<T, reading, 4, R>(x, ldx, w, ldw, then, sums, lds, n);
+    for (i = 4; i + 4 <= m; i += 4) axpy_rows<T, kRows, 4, R>(x + i * ldx, ldx, w, ldw, nullptr, sums + i * lds, lds, n);
   } else if (m >= 2) {
-    axpy_rows<T, 2, R, ahead>(x, ldx, w, ldw, then, sums, lds, n);
+    axpy_rows<T, reading, 2, R>(x, ldx, w, ldw, then, sums, lds, n);
     i = 2;
   } else {
-    axpy_rows<T, 1, R, ahead>(x, ldx, w, ldw, then, sums, lds, n);
+    axpy_rows<T, reading, 1, R>(x, ldx, w, ldw, then, sums, lds, n);
     i = 1;
   }
-  for (; i < m; ++i) axpy_rows<T, 1, R, false>(x + i * ldx, ldx, w, ldw, nullptr, sums + i * lds, lds, n);
+  for (; i < m; ++i) axpy_rows<T, kRows, 1, R>(x + i * ldx, ldx, w, ldw, nullptr, sums + i * lds, lds, n);
 }
 
 // The rows of a partial Linear are cut into blocks, each with sums of its own, which are added up in their order: so the
@@ -100,7 +100,7 @@ struct RowBlocks {
 
 // The sums of a block of rows of all tokens, R rows at once, in n columns. `next` is where what the thread reads after
 // it begins.
-template <typename T, int R, bool ahead>
+template <typename T, Reading reading, int R>
 void partial_sums(
     const float* x, int64_t ldx, const T* w, int64_t ldw, const T* next, float* sums, int64_t lds, int64_t m, int64_t n,
     int64_t rows) {
@@ -108,9 +108,9 @@ void partial_sums(
   int64_t r = 0;
   for (; r + R <= rows; r += R) {
     const T* then = r + 2 * R <= rows ? w + (r + R) * ldw : next;
-    axpy_tokens<T, R, ahead>(x + r, ldx, w + r * ldw, ldw, then, sums, lds, m, n);
+    axpy_tokens<T, reading, R>(x + r, ldx, w + r * ldw, ldw, then, sums, lds, m, n);
   }
-  for (; r < rows; ++r) axpy_tokens<T, 1, ahead>(x + r, ldx, w + r * ldw, ldw, nullptr, sums, lds, m, n);
+  for (; r < rows; ++r) axpy_tokens<T, kRows, 1>(x + r, ldx, w + r * ldw, ldw, nullptr, sums, lds, m, n);
 }
 
 // Columns of each of so many pieces of n: a multiple of kTogether.
@@ -120,9 +120,9 @@ inline int64_t piece_width(int64_t n, int64_t pieces) {
 }
 
 // out[m, j] = sum over k rows of x[m, k] * w[k, j] (+ bias[j]); `sums` is [blocks, m, n] of float32 to work in.
-// With `tiled` the program prefetches the rows. Where there are fewer blocks than threads are kept busy with (many tokens,
+// Where there are fewer blocks than threads are kept busy with (many tokens,
 // whose sums are large), each is cut into pieces of the columns.
-template <typename T, bool tiled>
+template <typename T, Reading reading>
 void partial_linear(
     const float* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* out, float* sums, int64_t m, int64_t n,
     int64_t k) {
@@ -143,9 +143,9 @@ void partial_linear(
     const T* next = mine.next_is_known() ? w + starts[then / pieces] * ldw + then % pieces * width : nullptr;
     float* own = sums + b * m * n + lo;
     if (m == 1) {
-      partial_sums<T, 8, tiled>(x + r, ldx, w + r * ldw + lo, ldw, next, own, n, m, columns, rows);
+      partial_sums<T, reading, 8>(x + r, ldx, w + r * ldw + lo, ldw, next, own, n, m, columns, rows);
     } else {
-      partial_sums<T, 4, tiled>(x + r, ldx, w + r * ldw + lo, ldw, next, own, n, m, columns, rows);
+      partial_sums<T, reading, 4>(x + r, ldx, w + r * ldw + lo, ldw, next, own, n, m, columns, rows);
     }
   }
 #pragma omp parallel for if (blocks * m * n >= kManySums)
@@ -163,11 +163,11 @@ void partial_linear(
 
 }  // namespace
 
-#define HETEGEN_EXPORT_PARTIAL(NAME, T, PREFIX, TILED)                                                              \
-  extern "C" void PREFIX##partial_linear_##NAME(                                                                    \
-      const void* x, int64_t ldx, const void* w, int64_t ldw, const void* bias, void* out, void* sums, int64_t m,   \
-      int64_t n, int64_t k) {                                                                                       \
-    partial_linear<T, TILED>((const float*)x, ldx, (const T*)w, ldw, (const T*)bias, (T*)out, (float*)sums, m, n, k); \
+#define HETEGEN_EXPORT_PARTIAL(NAME, T, PREFIX, READING)                                                                \
+  extern "C" void PREFIX##_partial_linear_##NAME(                                                                       \
+      const void* x, int64_t ldx, const void* w, int64_t ldw, const void* bias, void* out, void* sums, int64_t m,       \
+      int64_t n, int64_t k) {                                                                                           \
+    partial_linear<T, READING>((const float*)x, ldx, (const T*)w, ldw, (const T*)bias, (T*)out, (float*)sums, m, n, k); \
   }
 
 HETEGEN_EXPORT_ALL(HETEGEN_EXPORT_PARTIAL)

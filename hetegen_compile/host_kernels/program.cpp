@@ -24,8 +24,8 @@ struct Instruction {
 
 constexpr int64_t kManyElements = 1 << 15;  // from which further threads pay
 
-// The first four are two bits.
-enum : int64_t { kLinear, kTiledLinear, kPartialLinear, kTiledPartialLinear, kRelu, kSilu, kGelu, kGeluTanh, kMul };
+// Linears of each reading, partial ones of each, then what is pointwise.
+enum : int64_t { kLinear, kPartialLinear = kReadings, kRelu = 2 * kReadings, kSilu, kGelu, kGeluTanh, kMul };
 
 struct Places {
   void* const* pointers;
@@ -122,7 +122,7 @@ const X* activations(const Instruction& i, const Places& at, int64_t& ldx) {
   return wide;
 }
 
-template <typename T, bool tiled>
+template <typename T, Reading reading>
 void whole_or_partial(const Instruction& i, const Places& at, bool partial) {
   int64_t ldx;
   const T *w = (const T*)at[i.second], *bias = (const T*)at[i.third];
@@ -130,18 +130,21 @@ void whole_or_partial(const Instruction& i, const Places& at, bool partial) {
   T* out = (T*)at[i.out];
   if (partial) {
     const float* x = activations<T, float>(i, at, ldx);
-    partial_linear<T, tiled>(x, ldx, w, i.ldw, bias, out, (float*)at[i.sums], i.m, i.n, i.k);
+    partial_linear<T, reading>(x, ldx, w, i.ldw, bias, out, (float*)at[i.sums], i.m, i.n, i.k);
   } else {
     const auto* x = activations<T, typename DotOps<T>::X>(i, at, ldx);
-    linear<T, tiled>({{x, w, out, i.m}}, ldx, i.ldw, bias, i.n, i.k);
+    linear<T, reading>({{x, w, out, i.m}}, ldx, i.ldw, bias, i.n, i.k);
   }
 }
 
 template <typename T>
 void execute(const Instruction& i, const Places& at) {
-  if (i.operation > kTiledPartialLinear) return between<T>(i, at);
-  const bool tiled = i.operation & kTiledLinear, partial = i.operation & kPartialLinear;
-  tiled ? whole_or_partial<T, true>(i, at, partial) : whole_or_partial<T, false>(i, at, partial);
+  if (i.operation >= kRelu) return between<T>(i, at);
+  const bool partial = i.operation >= kPartialLinear;
+  const int64_t reading = i.operation % kReadings;
+  if (reading == kRows) return whole_or_partial<T, kRows>(i, at, partial);
+  if (reading == kTiles) return whole_or_partial<T, kTiles>(i, at, partial);
+  whole_or_partial<T, kTilesThroughL2>(i, at, partial);
 }
 
 // Memory for what lies between the operations, 64 bytes aligned; it grows with the largest program of the thread.

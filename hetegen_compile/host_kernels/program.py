@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from hetegen_compile.host_kernels.choose import HostLinear
-from hetegen_compile.host_kernels.kernels import TILED, VECTORISED
-from hetegen_compile.host_kernels.vectorised import DTYPES, library
+from hetegen_compile.host_kernels.vectorised import DTYPES, Reading, library
 
 _ALIGNMENT_BYTES = 64
 _NOWHERE = -1
@@ -31,8 +30,9 @@ _FORMS = 64
 """Geometries that are kept of one program."""
 _SCRATCH_BYTES = 32 << 20
 """A thread keeps this much at most for what lies between two steps."""
-_TILED, _PARTIAL, _FIRST_POINTWISE = 1, 2, 4
-"""Operations: below the first pointwise one they are Linears, of the tiled kernel or not, partial or not."""
+_READINGS = tuple(Reading)
+_FIRST_POINTWISE = 2 * len(_READINGS)
+"""Operations: Linears by reading, then partial Linears by reading, then what is pointwise."""
 
 POINTWISE = ("relu", "silu", "gelu", "gelu_tanh", "mul")
 """What may stand between two Linears, in the order of ``program.cpp``."""
@@ -306,15 +306,17 @@ class _Builder:
         assert rows_place is not None
         x, rows = self.values[x_place], self.values[rows_place]
         _require(x.dense and x.tokens > 0 and x.dtype == rows.dtype and rows.dtype in DTYPES and rows.lines)
-        kernel, partial = host.kernel(x.tokens), host.dim == 1
+        reading, partial = host.kernel(x.tokens).reading, host.dim == 1
+        if reading is None:
+            raise _NotNativeError
         columns, width = (rows.shape[1], rows.shape[0]) if partial else rows.shape
         narrowed = host.axis != host.dim  # the range is one of the activations' columns, else of the result's
         start = host.lo if narrowed else 0
-        _require(kernel in (VECTORISED, TILED) and (start + width <= x.shape[-1] if narrowed else width == x.shape[-1]))
+        _require(start + width <= x.shape[-1] if narrowed else width == x.shape[-1])
         _require(host.hi - host.lo == (width if narrowed else columns) and library().programs)
         taken = torch.float32 if partial else library().activations[rows.dtype]
         instruction = _Instruction(
-            _TILED * (kernel is TILED) + _PARTIAL * partial, DTYPES.index(rows.dtype),
+            _READINGS.index(reading) + len(_READINGS) * partial, DTYPES.index(rows.dtype),
             first=self._table[x_place], second=self._table[rows_place], third=_NOWHERE, wide=_NOWHERE, sums=_NOWHERE,
             x_offset=start, m=x.tokens, n=columns, k=width, ldx=x.shape[-1], ldw=rows.row_stride,
         )  # fmt: skip

@@ -15,6 +15,8 @@ import ctypes
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
 from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any
@@ -34,8 +36,33 @@ _LINEARS, _PROGRAMS = ("linear.cpp", "partial_linear.cpp"), ("program.cpp",)
 """Built as one, or, where a compiler fails with the programs, Linears alone."""
 
 
+class Reading(Enum):
+    """How weights are read; the values begin the names of functions, their order is that of ``linear.cpp``.
+
+    ROWS: one after the other, which hardware prefetchers follow, for one token and for two.
+    TILES: several rows at once, which the program prefetches into the first-level cache. On an H200's host (16 virtual
+        processors of a Xeon) eight rows at once read 134 GB/s, four 123, one 99; on one processor of an EPYC with AVX2
+        four rows read 19 to 21 GB/s of bfloat16 where one row reads 12 to 16, of float32 18 to 23 and 15 to 19.
+    TILES_THROUGH_L2: prefetched into the second-level cache and further ahead. On one processor of an EPYC with AVX-512
+        25 to 28 GB/s of float32 where ``TILES`` reads 19 to 21, of bfloat16 22 to 24 and 16 to 18.
+    """
+
+    ROWS = "rows"
+    TILES = "tiles"
+    TILES_THROUGH_L2 = "tiles_through_l2"
+
+
+@dataclass(frozen=True)
+class Functions:
+    """The functions of one reading, by the weight's dtype."""
+
+    linear: Mapping[torch.dtype, Callable[..., None]]
+    partial_linear: Mapping[torch.dtype, Callable[..., None]]
+    grouped_linear: Mapping[torch.dtype, Callable[..., None]]
+
+
 class Library:
-    """The built library: ``linear``, ``partial_linear``, ``grouped_linear`` and their ``tiled`` forms by dtype.
+    """The built library: ``reads`` has the functions of each ``Reading``.
 
     ``partial_blocks`` of (tokens, columns of the result, rows): for so many a partial Linear is given sums.
 
@@ -46,19 +73,15 @@ class Library:
         self._handle = handle
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         operands = [pointer, number, pointer, number, pointer, pointer]
-        self.linear, self.tiled_linear = (
-            {dtype: self._function(name, dtype, [*operands, *[number] * 3]) for dtype in DTYPES}
-            for name in ("linear", "tiled_linear")
-        )
-        self.partial_linear, self.tiled_partial_linear = (
-            {dtype: self._function(name, dtype, [*operands, pointer, *[number] * 3]) for dtype in DTYPES}
-            for name in ("partial_linear", "tiled_partial_linear")
-        )
         groups = [pointer, number, pointer, number, number, pointer, number, pointer, number, number]
-        self.grouped_linear, self.tiled_grouped_linear = (
-            {dtype: self._function(name, dtype, groups) for dtype in DTYPES}
-            for name in ("grouped_linear", "tiled_grouped_linear")
-        )
+        self.reads = {
+            reading: Functions(
+                self._by_dtype(f"{reading.value}_linear", [*operands, *[number] * 3]),
+                self._by_dtype(f"{reading.value}_partial_linear", [*operands, pointer, *[number] * 3]),
+                self._by_dtype(f"{reading.value}_grouped_linear", groups),
+            )
+            for reading in Reading
+        }
         self.partial_blocks = self._typed("partial_blocks", [number] * 3, number)
         self.programs = hasattr(handle, "run_program")
         if not self.programs:
@@ -66,8 +89,8 @@ class Library:
         self.run_program = self._typed("run_program", [pointer])
         self.run_trip = self._typed("run_trip", [pointer, pointer, pointer, pointer, ctypes.c_uint32], number)
 
-    def _function(self, prefix: str, dtype: torch.dtype, arguments: Sequence[type]) -> Callable[..., None]:
-        return self._typed(f"{prefix}_{str(dtype).removeprefix('torch.')}", arguments)
+    def _by_dtype(self, prefix: str, arguments: Sequence[type]) -> dict[torch.dtype, Callable[..., None]]:
+        return {dtype: self._typed(f"{prefix}_{str(dtype).removeprefix('torch.')}", arguments) for dtype in DTYPES}
 
     def _typed(self, name: str, arguments: Sequence[type], returned: type | None = None) -> Callable[..., Any]:
         function: ctypes._FuncPointer = getattr(self._handle, name)
@@ -76,7 +99,7 @@ class Library:
 
     @cached_property
     def activations(self) -> dict[torch.dtype, torch.dtype]:
-        """By the weight's dtype, the dtype that ``linear`` takes activations in."""
+        """By the weight's dtype, the dtype that whole and grouped Linears take activations in."""
         taken = dict.fromkeys(DTYPES, torch.float32)
         return {**taken, torch.bfloat16: torch.bfloat16} if self._handle.bfloat16_dot() else taken
 
@@ -128,33 +151,25 @@ def sources_digest() -> str:
     return hashlib.sha256(_source(*_LINEARS, *_PROGRAMS).encode()).hexdigest()
 
 
-def vectorised_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int) -> Tensor:
+def vectorised_rows(
+    reading: Reading, x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int
+) -> Tensor:
     """``ir.linear_rows`` for weights of ``DTYPES`` whose last dimension is contiguous, sums in float32.
 
     Raises:
         HostKernelUnavailableError: the kernel cannot be built.
     """
+    functions = library().reads[reading]
     if dim == 0:
-        return _columns(x, rows, None if bias is None else bias[lo:hi], library().linear)
-    return _partial_sum(x[..., lo:hi], rows, bias, library().partial_linear)
+        return _columns(x, rows, None if bias is None else bias[lo:hi], functions.linear)
+    return _partial_sum(x[..., lo:hi], rows, bias, functions.partial_linear)
 
 
-def tiled_rows(x: Tensor, rows: Tensor, bias: Tensor | None, lo: int, hi: int, dim: int) -> Tensor:
-    """``vectorised_rows`` that reads several rows at once and ahead also for one token and for two.
-
-    On an H200's host (16 virtual processors of a Xeon) eight rows at once read 134 GB/s, four 123, one 99; on one
-    processor of an EPYC with AVX2 four rows read 19 to 21 GB/s of bfloat16 where one row reads 12 to 16, of float32
-    18 to 23 and 15 to 19.
-    """
-    if dim == 0:
-        return _columns(x, rows, None if bias is None else bias[lo:hi], library().tiled_linear)
-    return _partial_sum(x[..., lo:hi], rows, bias, library().tiled_partial_linear)
-
-
-def vectorised_groups(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+def vectorised_groups(reading: Reading, x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """Consecutive tokens, each group with a matrix of its own, as ``vectorised_rows`` computes them; one call for all.
 
     Args:
+        reading: how the matrices are read.
         x: activations [tokens, in], not empty along ``in``.
         matrices: [groups, out, in], whose last dimension is contiguous.
         ends: where each group's tokens end, int32 [groups], ascending, at most ``tokens``.
@@ -162,22 +177,13 @@ def vectorised_groups(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     Returns:
         [tokens, out]; what lies beyond the last end is not set.
     """
-    return _groups(x, matrices, ends, library().grouped_linear)
-
-
-def tiled_groups(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
-    """``vectorised_groups`` as ``tiled_rows`` reads."""
-    return _groups(x, matrices, ends, library().tiled_grouped_linear)
-
-
-def _groups(x: Tensor, matrices: Tensor, ends: Tensor, linear: Mapping[torch.dtype, Callable[..., None]]) -> Tensor:
     kernel = library()
     dtype = matrices.dtype
     _, stride, flat = _flat(x, kernel.activations[dtype])
     count, out_columns, width = matrices.shape
     ends = ends.contiguous()
     out = x.new_empty((x.shape[0], out_columns))
-    linear[dtype](
+    kernel.reads[reading].grouped_linear[dtype](
         flat.data_ptr(), stride, matrices.data_ptr(), matrices.stride(0), matrices.stride(1),
         ends.data_ptr(), count, out.data_ptr(), out_columns, width,
     )  # fmt: skip

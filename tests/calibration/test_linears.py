@@ -15,7 +15,7 @@ from hetegen_compile.calibration import linears
 from hetegen_compile.calibration.kernels import make_arena
 from hetegen_compile.calibration.linears import linear_steps, measure_linears, points, usable_kernels
 from hetegen_compile.errors import HostKernelUnavailableError
-from hetegen_compile.host_kernels import INT8PACK, KERNELS, LINEAR, TILED, VECTORISED, HostKernel
+from hetegen_compile.host_kernels import INT8PACK, KERNELS, LINEAR, TILED, TILED_THROUGH_L2, VECTORISED, HostKernel
 from tests.calibration.tiny import TINY, Clock
 
 Seconds = Callable[[str, int, int], float]
@@ -67,7 +67,8 @@ def test_each_number_of_tokens_gets_the_fastest_kernel_and_its_rates(
     assert small == (64.0, small[1])
     assert small[1].points == ((1.0, 1.0), (2.0, 1 / 2), (32.0, 1 / 32))
     assert large[1].points == small[1].points  # at 32 tokens the rate of the size that was timed
-    assert figures.comparison == "1 token(s): F.linear 2.5e-10, vectorised 1e-09, vectorised, tiled 2.5e-10"
+    others = "vectorised, tiled 2.5e-10, vectorised, tiled through L2 2.5e-10"
+    assert figures.comparison == f"1 token(s): F.linear 2.5e-10, vectorised 1e-09, {others}"
 
 
 @pytest.mark.parametrize(("small", "large", "chosen"), [(0.1, 1.5, "F.linear"), (4.0, 0.5, "vectorised")])
@@ -128,7 +129,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise HostKernelUnavailableError("no compiler")
 
-    for kernel in (VECTORISED, TILED):
+    for kernel in (VECTORISED, TILED, TILED_THROUGH_L2):
         monkeypatch.setitem(KERNELS, kernel.name, replace(kernel, prepare=fail))
 
 
@@ -143,5 +144,5 @@ def test_a_kernel_that_cannot_be_built_is_neither_timed_nor_recorded(
 
 
 def test_what_is_timed_for_a_dtype() -> None:
-    assert usable_kernels(torch.bfloat16) == (LINEAR, VECTORISED, TILED)
+    assert usable_kernels(torch.bfloat16) == (LINEAR, VECTORISED, TILED, TILED_THROUGH_L2)
     assert usable_kernels(torch.int8) == (INT8PACK,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from hetegen_compile.cost_model import KernelChoice
 from hetegen_compile.host_kernels import HostExperts, bind_experts, kernels, vectorised
+from hetegen_compile.host_kernels.vectorised import Reading
 from tests.host_kernels.test_kernels import TOLERANCE
 
 GROUPS, IN, OUT = 5, 100, 77
@@ -49,7 +51,7 @@ def expected(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 
 @dtypes
 @layouts
-@pytest.mark.parametrize("name", ["vectorised", "vectorised, tiled"])
+@pytest.mark.parametrize("name", ["vectorised", "vectorised, tiled", "vectorised, tiled through L2"])
 @pytest.mark.parametrize(
     "counts",
     [
@@ -99,23 +101,30 @@ def test_offsets_with_gaps_between_them_are_read_before_they_go() -> None:
         torch.testing.assert_close(result.double(), expected(x, matrices, ends), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "function"), [("vectorised", "linear"), ("vectorised, tiled", "tiled_linear")])
-def test_each_kernel_reads_in_its_own_way(name: str, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+@pytest.mark.parametrize(
+    ("name", "reading"),
+    [
+        ("vectorised", Reading.ROWS),
+        ("vectorised, tiled", Reading.TILES),
+        ("vectorised, tiled through L2", Reading.TILES_THROUGH_L2),
+    ],
+)
+def test_each_kernel_reads_in_its_own_way(name: str, reading: Reading, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Reading] = []
 
-    class Spied:
-        def __getattr__(self, attribute: str) -> Any:
-            asked.append(attribute)
-            return getattr(library, attribute)
+    class Spied(dict[Reading, vectorised.Functions]):
+        def __getitem__(self, key: Reading) -> vectorised.Functions:
+            asked.append(key)
+            return super().__getitem__(key)
 
-    library = vectorised.library()
     matrices = stack(torch.float32, out_in=True)
     experts = bound(matrices, (1.0, name))
     assert experts is not None
-    monkeypatch.setattr(vectorised, "library", Spied)
+    monkeypatch.setattr(vectorised.library(), "reads", Spied(vectorised.library().reads))
     experts(torch.randn(1, IN), matrices, ends_of([0, 0, 1, 0, 0]))
-    assert function.replace("linear", "grouped_linear") in asked
-    assert len([one for one in asked if one.endswith("linear")]) == 1
+    kernels.KERNELS[name].run(torch.randn(1, IN), torch.randn(8, IN), None, 0, 8, 0)
+    kernels.KERNELS[name].run(torch.randn(1, 8), torch.randn(8, IN), None, 0, 8, 1)
+    assert asked == [reading] * 3
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -138,13 +147,9 @@ def test_one_call_serves_all_groups_and_reads_only_those_with_tokens(monkeypatch
 
     def spied(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
         calls.append(tuple(ends.tolist()))
-        return vectorised.vectorised_groups(x, matrices, ends)
+        return vectorised.vectorised_groups(Reading.ROWS, x, matrices, ends)
 
-    monkeypatch.setitem(
-        kernels.KERNELS,
-        "vectorised",
-        kernels.HostKernel("vectorised", vectorised.DTYPES, vectorised.vectorised_rows, lambda: None, groups=spied),
-    )
+    monkeypatch.setitem(kernels.KERNELS, "vectorised", replace(kernels.VECTORISED, groups=spied))
     matrices = stack(torch.float32, out_in=True)
     matrices[1] = matrices[4] = torch.nan
     experts = bound(matrices, (1.0, "vectorised"))
@@ -163,7 +168,7 @@ def test_each_group_has_the_kernel_of_its_tokens_where_the_largest_one_is_torchs
             seen.append((kernel.name, x.shape[0]))
             return kernel.run(x, rows, bias, lo, hi, dim)
 
-        return kernels.HostKernel(kernel.name, kernel.dtypes, run, lambda: None, groups=kernel.groups)
+        return replace(kernel, run=run)
 
     for kernel in (kernels.LINEAR, kernels.VECTORISED):
         monkeypatch.setitem(kernels.KERNELS, kernel.name, spied(kernel))

@@ -18,6 +18,7 @@ from hetegen_compile.host_kernels import (
     KERNELS,
     LINEAR,
     TILED,
+    TILED_THROUGH_L2,
     VECTORISED,
     HostKernel,
     HostLinear,
@@ -33,7 +34,8 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 SHAPES = [(1, 1), (7, 5), (64, 100), (77, 1003), (256, 512)]
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
-kernels = pytest.mark.parametrize("kernel", [LINEAR, VECTORISED, TILED], ids=lambda kernel: kernel.name)
+OURS = [VECTORISED, TILED, TILED_THROUGH_L2]
+kernels = pytest.mark.parametrize("kernel", [LINEAR, *OURS], ids=lambda kernel: kernel.name)
 
 
 def assert_close(result: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
@@ -111,7 +113,7 @@ def test_sums_are_float32(dtype: torch.dtype, dim: int) -> None:
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize("kernel", [VECTORISED, TILED], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", OURS, ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("tokens", [1, 5, 100])
 def test_threads_do_not_change_the_result(kernel: HostKernel, tokens: int, dim: int) -> None:
     weight, x = torch.randn(1500, 300), torch.randn(tokens, 300 if dim == 0 else 1500)
@@ -127,7 +129,7 @@ def test_threads_do_not_change_the_result(kernel: HostKernel, tokens: int, dim: 
 
 
 @dtypes
-@pytest.mark.parametrize("kernel", [VECTORISED, TILED], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", OURS, ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 9])
 @pytest.mark.parametrize("rows", [999, 3001])
 def test_blocks_of_rows_are_added_up(kernel: HostKernel, dtype: torch.dtype, tokens: int, rows: int) -> None:
@@ -139,7 +141,7 @@ def test_blocks_of_rows_are_added_up(kernel: HostKernel, dtype: torch.dtype, tok
     assert_close(kernel.run(x, weight, bias, 0, rows, 1), exact, dtype)
 
 
-@pytest.mark.parametrize("kernel", [VECTORISED, TILED], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", OURS, ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize(("tokens", "out", "rows"), [(64, 2001, 300), (9, 1030, 150), (1, 2001, 70)])
 def test_few_blocks_are_cut_for_more_threads(kernel: HostKernel, tokens: int, out: int, rows: int) -> None:
     torch.manual_seed(0)
@@ -154,7 +156,7 @@ def test_few_blocks_are_cut_for_more_threads(kernel: HostKernel, tokens: int, ou
     assert_close(found, x.double() @ weight.double() + bias.double(), torch.float32)
 
 
-@pytest.mark.parametrize("kernel", [VECTORISED, TILED], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", OURS, ids=lambda kernel: kernel.name)
 def test_no_tokens(kernel: HostKernel) -> None:
     for dim, columns in ((0, 48), (1, 1500)):
         assert kernel.run(torch.ones(0, 1500 if dim == 0 else 48), torch.ones(48, 1500), None, 0, 48, dim).shape == (
@@ -235,23 +237,24 @@ def test_int8_weights_are_multiplied_as_they_are(dtype: torch.dtype) -> None:
     assert "gaps between the rows" in (INT8PACK.refusal(weight[:, :32]) or "")
 
 
+@pytest.mark.parametrize("tiled", [TILED, TILED_THROUGH_L2], ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 3, 4, 7, 130])
-def test_tiles_for_one_token_and_the_rows_that_are_left(rows: int, dtype: torch.dtype) -> None:
+def test_tiles_for_one_token_and_the_rows_that_are_left(rows: int, dtype: torch.dtype, tiled: HostKernel) -> None:
     generator = torch.Generator().manual_seed(rows)
     weight, bias = (torch.randn(*size, generator=generator).to(dtype) for size in ((rows, 1003), (rows,)))
     x = torch.randn(1, 1003, generator=generator).to(dtype)
-    found = TILED.run(x, weight, bias, 0, rows, 0)
+    found = tiled.run(x, weight, bias, 0, rows, 0)
     expected = VECTORISED.run(x, weight, bias, 0, rows, 0)
     torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
     wide = torch.randn(rows, 2000, generator=generator).to(dtype)[:, 500:1503]  # lines with gaps between them
     torch.testing.assert_close(
-        TILED.run(x, wide, None, 0, rows, 0), VECTORISED.run(x, wide, None, 0, rows, 0), rtol=TOLERANCE[dtype],
+        tiled.run(x, wide, None, 0, rows, 0), VECTORISED.run(x, wide, None, 0, rows, 0), rtol=TOLERANCE[dtype],
         atol=10 * TOLERANCE[dtype],
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kernel", [VECTORISED, TILED], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", OURS, ids=lambda kernel: kernel.name)
 @dtypes
 @pytest.mark.parametrize("columns", [7, 300, 700, 1030, 2100, 4500])
 @pytest.mark.parametrize("tokens", [1, 2])
@@ -265,7 +268,7 @@ def test_rows_with_gaps_between_them(kernel: HostKernel, dtype: torch.dtype, col
 
 def test_the_registry() -> None:
     assert {name: kernel.name for name, kernel in KERNELS.items()} == {name: name for name in KERNELS}
-    assert kernels_for(torch.bfloat16) == (LINEAR, VECTORISED, TILED)
+    assert kernels_for(torch.bfloat16) == (LINEAR, *OURS)
     assert kernels_for(torch.float64) == (LINEAR,)
     assert kernels_for(torch.int8) == (INT8PACK,)
     assert kernels_for(torch.complex64) == ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 import weakref
@@ -15,13 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hetegen_compile.host_kernels import TILED, VECTORISED, HostKernel
+from hetegen_compile.host_kernels import TILED, TILED_THROUGH_L2, VECTORISED, HostKernel, vectorised
 from hetegen_compile.host_kernels.program import POINTWISE, HostProgram, Place, Step
-from hetegen_compile.host_kernels.vectorised import DTYPES
+from hetegen_compile.host_kernels.vectorised import DTYPES, Reading
 from tests.host_kernels.programs import assert_equal, assert_native_as_plain, linear, mlp, native, one, part, pointwise
 from tests.host_kernels.programs import random as numbers
 
-kernels = pytest.mark.parametrize("kernel", [VECTORISED, TILED], ids=lambda kernel: kernel.name)
+OURS = (VECTORISED, TILED, TILED_THROUGH_L2)
+kernels = pytest.mark.parametrize("kernel", OURS, ids=lambda kernel: kernel.name)
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 layouts = pytest.mark.parametrize(("dim", "axis"), [(0, 0), (0, 1), (1, 0), (1, 1)])
 
@@ -51,6 +53,23 @@ def test_what_stands_between_two_linears(kernel: HostKernel, dtype: torch.dtype,
         down = part(hidden, 29, axis=1, dtype=dtype, kernel=kernel, seed=5)
         program, weights = mlp(up, name, down)
         assert_native_as_plain(program, numbers(tokens, 41, dtype=dtype, seed=2), *weights)
+
+
+def test_linears_read_as_their_kernels_do() -> None:
+    """Results do not tell the ways apart; ``program.cpp`` numbers them as ``linear.cpp`` does."""
+    enum = re.search(r"enum Reading : int64_t \{ (.*), kReadings \};", vectorised._source("linear.cpp"))
+    assert enum is not None
+    names = [name.removeprefix("k").lower() for name in enum[1].split(", ")]
+    assert names == [reading.value.replace("_", "") for reading in Reading]
+    found = []
+    for kernel in OURS:
+        for dim in (0, 1):
+            cut = part(16, 8, dim=dim, kernel=kernel)
+            program, weights = one(cut)
+            form = program.form((numbers(1, 16), *weights))
+            assert form is not None
+            found.append((names[form.code[0].operation % len(names)], form.code[0].operation // len(names)))
+    assert found == [(name, dim) for name in names for dim in (0, 1)]
 
 
 @dtypes
@@ -107,7 +126,7 @@ Arguments = tuple[Tensor | None, ...]
 def programs(draw: Callable[[Any], Any]) -> tuple[HostProgram, Arguments]:
     """Up to 6 steps that read x or any earlier result; a Linear's rows and bias are arguments of its own."""
     kinds = draw(st.lists(st.sampled_from(("linear", "linear", *POINTWISE)), min_size=1, max_size=6))
-    dtype, kernel = draw(st.sampled_from(DTYPES)), draw(st.sampled_from((VECTORISED, TILED)))
+    dtype, kernel = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(OURS))
     columns = {0: draw(st.integers(1, 70))}
     arguments: list[Tensor | None] = [numbers(draw(st.integers(1, 6)), columns[0], dtype=dtype, seed=99)]
     first, steps = 1 + 2 * len(kinds), list[Step]()

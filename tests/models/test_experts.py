@@ -109,7 +109,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         seen.append(("all", x.shape[0]))
         return VECTORISED.groups(x, matrices, ends)
 
-    monkeypatch.setitem(KERNELS, "vectorised", replace(VECTORISED, run=run, groups=groups))
+    monkeypatch.setitem(KERNELS, "vectorised", replace(VECTORISED, run=run, groups=groups, reading=None))
     return seen
 
 
