@@ -30,8 +30,8 @@ def check_linears(graph: fx.Graph, program: Mapping[int, LinearOperands]) -> Non
     """Check all parts of Linears, what they read and what puts them together.
 
     Raises:
-        ScheduleError: operands are not the program's, the bias is not added once, or a part is joined elsewhere, twice
-            or not at all.
+        ScheduleError: operands are not the program's, the bias is not added once, a part is joined elsewhere, twice or
+            not at all, or a Linear has none.
     """
     parts: dict[int, list[fx.Node]] = {}
     wholes: dict[int, list[fx.Node]] = {}
@@ -46,6 +46,8 @@ def check_linears(graph: fx.Graph, program: Mapping[int, LinearOperands]) -> Non
         _check_operands(nodes, program[position])
         _check_bias(nodes, program[position])
         _check_wholes(nodes, wholes.get(position, []))
+    for position in program.keys() - parts.keys():
+        raise ScheduleError(f"verify: of the Linear at {position} in the program no part is computed")
 
 
 def _check_operands(parts: Sequence[fx.Node], program: LinearOperands) -> None:

@@ -205,6 +205,14 @@ def test_changed_schedules(made: Callable[[], Case], change: Callable[[Case], No
         check(found)
 
 
+def test_a_linear_that_nothing_computes() -> None:
+    found = rows()
+    program = require(found.context.effects, "note_effects").linears
+    last = max(program)
+    with pytest.raises(ScheduleError, match=f"of the Linear at {last + 1} in the program no part is computed"):
+        check_linears(found.module.graph, {**program, last + 1: program[last]})
+
+
 @pytest.mark.parametrize("change", [other_bias, swapped, added])
 def test_the_verifier_sees_what_uses_every_element_once(change: Callable[[Case], None]) -> None:
     found = rows()
