@@ -33,6 +33,8 @@ Rates = Mapping[Point, float]
 
 _GOLDEN = 0.618
 """Multiples of it are spread evenly over 0 to 1."""
+_HOPELESS = 2.0
+"""A kernel that takes so many times the fastest's seconds in the first round is not timed again."""
 
 
 @dataclass(frozen=True)
@@ -85,19 +87,30 @@ def usable_kernels(dtype: torch.dtype) -> tuple[HostKernel, ...]:
 def _kernel_rates(
     kernels: Sequence[HostKernel], arena: Tensor, effort: Effort, launch_s: float, step: Callable[[str], None]
 ) -> dict[str, dict[Point, float]]:
-    """Medians over rounds through all points and kernels: a burst of other load hits no point alone."""
+    """Medians over rounds through all points and kernels: a burst of other load hits no point alone.
+
+    Behind the first round only through the kernels that may be the fastest of a number of tokens.
+    """
     each = replace(effort, budget_s=effort.linear_budget_s, repeats=1)
     weights = {nbytes: cut_weights(arena, nbytes, effort.columns) for nbytes in effort.weight_bytes}
     samples: dict[str, dict[Point, list[float]]] = {kernel.name: {} for kernel in kernels}
     starts = (number * _GOLDEN % 1.0 for number in itertools.count())
+    timed: Mapping[int, Sequence[HostKernel]] = dict.fromkeys(effort.tokens, kernels)
     for number in range(1, effort.repeats + 1):
         for tokens, nbytes in points(effort):
             step(f"host Linear, {dtype_name(arena.dtype)}, {tokens} token(s), {format_bytes(nbytes)}, round {number}")
-            for kernel in kernels:
+            for kernel in timed[tokens]:
                 calls = call_durations_s(in_place(kernel), weights[nbytes], tokens, each, start=next(starts))
                 found = samples[kernel.name].setdefault((tokens, nbytes), [])
                 found += [size / _net_s(seconds, launch_s) for size, seconds in calls]
-    return {name: {point: median(found) for point, found in by.items()} for name, by in samples.items()}
+        rates = {name: {point: median(found) for point, found in by.items()} for name, by in samples.items()}
+        timed = {tokens: _promising(kernels, rates, tokens) for tokens in effort.tokens}
+    return rates
+
+
+def _promising(kernels: Sequence[HostKernel], rates: Mapping[str, Rates], tokens: int) -> list[HostKernel]:
+    most = _HOPELESS * _seconds(rates[_fastest(rates, tokens)], tokens)
+    return [kernel for kernel in kernels if _seconds(rates[kernel.name], tokens) < most]
 
 
 def _net_s(seconds: float, launch_s: float) -> float:
@@ -107,11 +120,11 @@ def _net_s(seconds: float, launch_s: float) -> float:
 
 def _fastest(rates: Mapping[str, Rates], tokens: int) -> str:
     """The kernel with the shortest time for one weight of each size, to which the largest ones come."""
+    return min(rates, key=lambda name: _seconds(rates[name], tokens))
 
-    def seconds(name: str) -> float:
-        return sum(nbytes / rate for (count, nbytes), rate in rates[name].items() if count == tokens)
 
-    return min(rates, key=seconds)
+def _seconds(rates: Rates, tokens: int) -> float:
+    return sum(nbytes / rate for (count, nbytes), rate in rates.items() if count == tokens)
 
 
 def _curve(

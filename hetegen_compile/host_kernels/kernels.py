@@ -30,7 +30,8 @@ class HostKernel:
         multiple: what the columns of the rows must be a multiple of.
         gaps: whether the rows may have gaps between them.
         groups: (x, matrices, ends) -> result, as ``vectorised_groups``; None: groups of tokens are computed one by one.
-        reading: of a kernel of our own, how it reads weights; host programs take these.
+        reading: of a kernel of our own, how it reads weights: a host program (``program.py``) then computes so itself
+            and does not call ``run``.
     """
 
     name: str

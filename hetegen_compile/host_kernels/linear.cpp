@@ -35,8 +35,8 @@ const int64_t kProcessors = count_processors();  // counted once: who makes room
 
 using Vec = at::vec::Vectorized<float>;
 
-// How weights are read: row after row, or several rows at once, which the program prefetches, into the first-level cache or
-// into the second. Which is fastest depends on the processor: calibration measures it.
+// How weights are read: row after row, or several rows at once, which the program prefetches, into the first-level cache
+// or into the second. Which is fastest depends on the processor: calibration measures it.
 enum Reading : int64_t { kRows, kTiles, kTilesThroughL2, kReadings };
 
 // Bytes that each row of a tile is prefetched ahead.
@@ -49,6 +49,7 @@ HETEGEN_INLINE void prefetch(const void* p) {
 }
 
 constexpr int64_t kAheadOneRow = 4096;  // bytes that a row read by itself is prefetched ahead: the next page
+constexpr int64_t kShortRow = 2048;     // bytes of a row up to which rows without gaps are read as one stream
 constexpr int64_t kParallel = 1 << 16;  // multiply-adds from which further threads pay
 constexpr int64_t kTogether = 64;       // columns whose sums are added up together
 constexpr int64_t kMostSums = 1 << 22;  // of all blocks
@@ -56,8 +57,8 @@ constexpr int64_t kManySums = 1 << 17;  // sums of blocks from which further thr
 constexpr int64_t kShares = 24;         // chunks for each thread: the last ones are waited for
 constexpr int64_t kLeastPiece = 1024;   // bytes of a row that one thread reads, where rows are cut for more threads
 
-// kRowsOf*: rows of a tile, for one, two and up to four tokens at once. A row and token has a sum in a register, of which
-// AVX2 has 16; and rows a power of two apart fall into the same set of a first-level cache, which has eight ways there.
+// kRowsOf*: rows of a tile, for one, two and up to four tokens at once. A row and token has a sum in a register, of
+// which AVX2 has 16; and rows a power of two apart fall into the same set of a first-level cache, which has eight ways there.
 // load_wide: two vectors of 16-bit elements as float32. ATen loads both halves as one and takes them apart again, which
 // costs more than the rest of a product where a processor has no instruction for such elements.
 constexpr int kRowsOfTwo = 4;
@@ -173,8 +174,8 @@ class Items {
   std::atomic<int64_t> taken_{0};
 };
 
-// Adds columns from:to of x[m, k] * w[r, k] to the sums, U steps at a time; returns where it ends. With `fetch` what lies at
-// `ahead` as the rows do at w is prefetched.
+// Adds columns from:to of x[m, k] * w[r, k] to the sums, U steps at a time; returns where it ends. With `fetch` what
+// lies at `ahead` as the rows do at w is prefetched.
 template <typename T, Reading reading, int M, int R, int U, bool fetch>
 HETEGEN_INLINE int64_t dot_columns(
     const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* ahead, Vec (&sum)[U][R][M],
@@ -229,8 +230,8 @@ HETEGEN_INLINE void dot_tile(
   }
 }
 
-// All tokens with R rows, `fixed` of them if that is not 0; from the second block of tokens on the rows come from the
-// first-level cache.
+// All tokens with R rows, `fixed` of them if that is not 0; from the second block of tokens on the rows come from a
+// cache.
 template <typename T, Reading reading, int R, int U, int fixed>
 HETEGEN_INLINE void dot_rows(
     const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t ldw, const T* then, const T* bias, T* out,
@@ -263,8 +264,8 @@ int64_t count_tokens(const Groups<T>& groups) {
   return total;
 }
 
-// Tiles of R rows of all groups are shared out among the threads. The end of each prefetches the beginning of the thread's
-// next one. With `fixed` each group has so many tokens.
+// Tiles of R rows of all groups are shared out among the threads. The end of each prefetches the beginning of the
+// thread's next one. With `fixed` each group has so many tokens. The rows that fill no tile are computed one by one.
 template <typename T, Reading reading, int R, int U, int fixed = 0>
 void dot_linear(const Groups<T>& groups, int64_t ldx, int64_t ldw, const T* bias, int64_t n, int64_t k) {
   const int64_t tiles = n / R, count = tiles * int64_t(groups.size()), tokens = count_tokens(groups);
@@ -290,22 +291,23 @@ void dot_linear(const Groups<T>& groups, int64_t ldx, int64_t ldw, const T* bias
   }
 }
 
-// One or two tokens are read row after row, which is what hardware prefetchers follow best; more tokens want tiles of rows,
-// so that an activation that is loaded is used several times. With `reading` in tiles one and two tokens have them, too:
-// that keeps more of the rows under way where a core waits for its memory.
+// For one or two tokens rows are read one after the other, which is what hardware prefetchers follow best; more tokens
+// want tiles of rows, so that an activation that is loaded is used several times. With `reading` in tiles one and two
+// tokens have them, too: that keeps more of the rows under way where a core waits for its memory. Not with short rows
+// and one token: a tile ends before what is prefetched for it has come.
 template <typename T, Reading reading>
 void linear(const Groups<T>& groups, int64_t ldx, int64_t ldw, const T* bias, int64_t n, int64_t k) {
   const auto [least, most] = std::minmax_element(
       groups.begin(), groups.end(), [](const Group<T>& a, const Group<T>& b) { return a.m < b.m; });
   if (least == groups.end()) return;
-  constexpr bool tiled = reading != kRows;
-  constexpr Reading in_tiles = tiled ? reading : kTiles;
-  if (tiled && least->m == 1 && most->m == 1) {
-    dot_linear<T, in_tiles, kRowsOfOne, 1, 1>(groups, ldx, ldw, bias, n, k);
-  } else if (tiled && least->m == 2 && most->m == 2) {
-    dot_linear<T, in_tiles, kRowsOfTwo, 1, 2>(groups, ldx, ldw, bias, n, k);
-  } else if (!tiled && most->m <= 2) {
+  constexpr Reading in_tiles = reading == kRows ? kTiles : reading;
+  const bool short_rows = ldw == k && k * int64_t(sizeof(T)) <= kShortRow;
+  if (most->m <= (reading == kRows ? 2 : short_rows ? 1 : 0)) {
     dot_linear<T, kRows, 1, 4>(groups, ldx, ldw, bias, n, k);
+  } else if (reading != kRows && least->m == 1 && most->m == 1) {
+    dot_linear<T, in_tiles, kRowsOfOne, 1, 1>(groups, ldx, ldw, bias, n, k);
+  } else if (reading != kRows && least->m == 2 && most->m == 2) {
+    dot_linear<T, in_tiles, kRowsOfTwo, 1, 2>(groups, ldx, ldw, bias, n, k);
   } else {
     dot_linear<T, in_tiles, kRowsOfFour, 1>(groups, ldx, ldw, bias, n, k);
   }
@@ -353,7 +355,7 @@ void grouped_linear(
 
 HETEGEN_EXPORT_ALL(HETEGEN_EXPORT_LINEAR)
 
-// Whether linear_bfloat16 takes its activations in bfloat16 (else in float32).
+// Whether whole and grouped Linears of bfloat16 take their activations in bfloat16 (else in float32).
 extern "C" int64_t bfloat16_dot() {
   return HETEGEN_BFLOAT16_DOT;
 }

@@ -4,8 +4,8 @@
 
 namespace {
 
-// sums[m, j] += sum over R rows of x[m, r] * w[r, j] for whole steps of columns from:to; returns where it ends. `ahead` and
-// `fetch` as for dot_columns.
+// sums[m, j] += sum over R rows of x[m, r] * w[r, j] for whole steps of columns from:to; returns where it ends. `ahead`
+// and `fetch` as for dot_columns.
 template <typename T, Reading reading, int M, int R, bool fetch>
 HETEGEN_INLINE int64_t axpy_columns(
     const float* x, int64_t ldx, const T* w, int64_t ldw, const T* ahead, float* sums, int64_t lds, int64_t from,
@@ -98,8 +98,8 @@ struct RowBlocks {
   static constexpr int64_t kGroup = 8, kLeastRows = 16;
 };
 
-// The sums of a block of rows of all tokens, R rows at once, in n columns. `next` is where what the thread reads after
-// it begins.
+// The sums of a block of rows of all tokens, R rows at once, in n columns; the few that are left are not prefetched.
+// `next` is where what the thread reads after it begins.
 template <typename T, Reading reading, int R>
 void partial_sums(
     const float* x, int64_t ldx, const T* w, int64_t ldw, const T* next, float* sums, int64_t lds, int64_t m, int64_t n,
@@ -119,9 +119,9 @@ inline int64_t piece_width(int64_t n, int64_t pieces) {
   return (n + most - 1) / most * kTogether;
 }
 
-// out[m, j] = sum over k rows of x[m, k] * w[k, j] (+ bias[j]); `sums` is [blocks, m, n] of float32 to work in.
-// Where there are fewer blocks than threads are kept busy with (many tokens,
-// whose sums are large), each is cut into pieces of the columns.
+// out[m, j] = sum over k rows of x[m, k] * w[k, j] (+ bias[j]); `sums` is [blocks, m, n] of float32 to work in. Where
+// there are fewer blocks than threads are kept busy with (many tokens, whose sums are large), each is cut into pieces of
+// the columns.
 template <typename T, Reading reading>
 void partial_linear(
     const float* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* out, float* sums, int64_t m, int64_t n,

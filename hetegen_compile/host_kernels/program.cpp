@@ -25,7 +25,7 @@ struct Instruction {
 constexpr int64_t kManyElements = 1 << 15;  // from which further threads pay
 
 // Linears of each reading, partial ones of each, then what is pointwise.
-enum : int64_t { kLinear, kPartialLinear = kReadings, kRelu = 2 * kReadings, kSilu, kGelu, kGeluTanh, kMul };
+enum : int64_t { kPartialLinear = kReadings, kRelu = 2 * kReadings, kSilu, kGelu, kGeluTanh, kMul };
 
 struct Places {
   void* const* pointers;

@@ -2,7 +2,7 @@
 
 Why not ``F.linear``: at one token torch's 16-bit kernels reach half of the memory's read rate, and from two tokens on
 most of its kernels fall far below. Why C++ of our own and not an Inductor graph: one build serves every shape and
-number of tokens (3 dtypes, seconds, kept in Inductor's cache on disk), and a call through ctypes costs a few
+number of tokens (half a minute, kept in Inductor's cache on disk), and a call through ctypes costs a few
 microseconds and releases the GIL while it runs, without Dynamo's guards.
 
 The weight is read where it lies. Sums are float32 whatever the dtype. The threads are torch's: the calling thread's
@@ -43,8 +43,11 @@ class Reading(Enum):
     TILES: several rows at once, which the program prefetches into the first-level cache. On an H200's host (16 virtual
         processors of a Xeon) eight rows at once read 134 GB/s, four 123, one 99; on one processor of an EPYC with AVX2
         four rows read 19 to 21 GB/s of bfloat16 where one row reads 12 to 16, of float32 18 to 23 and 15 to 19.
-    TILES_THROUGH_L2: prefetched into the second-level cache and further ahead. On one processor of an EPYC with AVX-512
-        25 to 28 GB/s of float32 where ``TILES`` reads 19 to 21, of bfloat16 22 to 24 and 16 to 18.
+    TILES_THROUGH_L2: prefetched into the second-level cache and further ahead. One processor of an EPYC with AVX-512
+        reads 22 to 27 GB/s of float32 where ``TILES`` reads 16 to 19, of bfloat16 20 to 24 and 15 to 19; the H200's
+        host read 123 where ``TILES`` read 134.
+
+    For one token, rows of up to 2 KiB without gaps between them are read one after the other in any case.
     """
 
     ROWS = "rows"
@@ -53,7 +56,7 @@ class Reading(Enum):
 
 
 @dataclass(frozen=True)
-class Functions:
+class ReadingFunctions:
     """The functions of one reading, by the weight's dtype."""
 
     linear: Mapping[torch.dtype, Callable[..., None]]
@@ -75,7 +78,7 @@ class Library:
         operands = [pointer, number, pointer, number, pointer, pointer]
         groups = [pointer, number, pointer, number, number, pointer, number, pointer, number, number]
         self.reads = {
-            reading: Functions(
+            reading: ReadingFunctions(
                 self._by_dtype(f"{reading.value}_linear", [*operands, *[number] * 3]),
                 self._by_dtype(f"{reading.value}_partial_linear", [*operands, pointer, *[number] * 3]),
                 self._by_dtype(f"{reading.value}_grouped_linear", groups),

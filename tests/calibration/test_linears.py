@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -96,6 +97,25 @@ def test_measurements_begin_at_weights_all_over_the_memory(clock: Clock, monkeyp
     assert all(0.3 < (after - before) % 1.0 < 0.7 for before, after in pairwise(starts)), "far from the one before"
     gaps = [after - before for before, after in pairwise([0.0, *sorted(starts), 1.0])]
     assert max(gaps) < 3 / len(starts)
+
+
+def test_a_hopeless_kernel_is_timed_in_the_first_round_only(clock: Clock, timed: Callable[[Seconds], None]) -> None:
+    """By the number of tokens; one that is slow at small weights, which hardly count, stays."""
+    calls: Counter[tuple[str, int, int]] = Counter()
+    slow = {("F.linear", 1): 2.1, ("vectorised", 2): 1.9}
+
+    def seconds(name: str, tokens: int, nbytes: int) -> float:
+        calls[name, tokens, nbytes] += 1
+        small = 5.0 if (name, nbytes) == ("vectorised, tiled", 64) else 1.0
+        return nbytes * small * slow.get((name, tokens), 1.0)
+
+    timed(seconds)
+    figures = measure(clock)
+    rounds = {point: count / calls["vectorised, tiled through L2", *point[1:]] for point, count in calls.items()}
+    hopeless = {(name, tokens) for (name, tokens, _), share in rounds.items() if share < 1.0}
+    assert hopeless == {("F.linear", 1), ("vectorised, tiled", 32)}
+    assert all(share == 1 / TINY.repeats for share in rounds.values() if share < 1.0)
+    assert "1 token(s): F.linear 4.76e-10, " in figures.comparison
 
 
 def test_the_size_is_an_axis(clock: Clock, timed: Callable[[Seconds], None]) -> None:

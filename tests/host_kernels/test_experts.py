@@ -112,8 +112,8 @@ def test_offsets_with_gaps_between_them_are_read_before_they_go() -> None:
 def test_each_kernel_reads_in_its_own_way(name: str, reading: Reading, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Reading] = []
 
-    class Spied(dict[Reading, vectorised.Functions]):
-        def __getitem__(self, key: Reading) -> vectorised.Functions:
+    class Spied(dict[Reading, vectorised.ReadingFunctions]):
+        def __getitem__(self, key: Reading) -> vectorised.ReadingFunctions:
             asked.append(key)
             return super().__getitem__(key)
 

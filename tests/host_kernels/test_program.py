@@ -56,7 +56,7 @@ def test_what_stands_between_two_linears(kernel: HostKernel, dtype: torch.dtype,
 
 
 def test_linears_read_as_their_kernels_do() -> None:
-    """Results do not tell the ways apart; ``program.cpp`` numbers them as ``linear.cpp`` does."""
+    """Results do not tell the two ways in tiles apart; ``program.cpp`` numbers all as ``linear.cpp`` does."""
     enum = re.search(r"enum Reading : int64_t \{ (.*), kReadings \};", vectorised._source("linear.cpp"))
     assert enum is not None
     names = [name.removeprefix("k").lower() for name in enum[1].split(", ")]
