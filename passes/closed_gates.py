@@ -3,7 +3,8 @@
 Why: a stream takes about a thousand operations. Then whoever issues waits for the device, perhaps with the
 interpreter's lock, which the worker needs to open the gate. What runs for the first time at its sizes may load code,
 for which the driver waits, too. So attention to a cache that grows, whose sizes are new in each step, is issued when
-all gates are open; everything else of such a step has the sizes that it had in the step before.
+all gates are open, and so are products with streamed experts, by the numbers of their tokens; everything else of such
+a step has the sizes that it had in the step before.
 
 Before:                                          After:
 
@@ -41,7 +42,8 @@ def bound_launches(module: fx.GraphModule, context: Context) -> None:
     known = frozenset(size_inputs(module.graph)) - context.lengths
     for node in module.graph.nodes:
         launches = launches_of(node, module)
-        if gates.last is not None and launches and (gates.most + launches > LAUNCHES or _symbols(node) - known):
+        new = node.target == ir.PARTIAL_GROUPED or bool(_symbols(node) - known)
+        if gates.last is not None and launches and (gates.most + launches > LAUNCHES or new):
             with module.graph.inserting_before(node):
                 annotate(ir.call(module.graph, ir.CAUGHT_UP, (gates.last,)), side="host")
             gates.open(gates.last)

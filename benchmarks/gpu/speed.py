@@ -99,6 +99,8 @@ def compare_shape(shape: str, settings: Settings, notebook: Notebook, *, ways: S
         notebook.note("rows", [asdict(row) for row in rows])
         notebook.note("table", tables(rows).splitlines())
         notebook.note("summary", [summary(rows, limit) for limit in arguments.gpu_memory])
+    if HETEGEN not in ways:
+        return
     own = [row for row in rows if row.way == HETEGEN]
     if own and all(row.note.startswith(_NOT_BEGUN) for row in own):
         raise SkipError("; ".join(dict.fromkeys(row.note for row in own)))

@@ -19,6 +19,7 @@ from hetegen_compile.calibration.machine import Machine, this_machine
 from hetegen_compile.calibration.timing import Effort, plain_torch
 from hetegen_compile.cost_model import SCHEMA_VERSION, HardwareProfile, load_profile
 from hetegen_compile.errors import AcceleratorUnavailableError, OptionError
+from hetegen_compile.host_kernels import VECTORISED
 
 logger = logging.getLogger("hetegen_compile")
 
@@ -99,6 +100,9 @@ def _calibrate_cuda(effort: Effort, step: Step) -> HardwareProfile:
         figures = measure_cuda(meter, step)
         step("gates")
         torch.cuda.empty_cache()
+        VECTORISED.refusal(
+            torch.empty((1, 1), dtype=torch.bfloat16)
+        )  # builds it: the other process has no time for that
         gates = gating.ask(device)  # nothing of this process uses the device meanwhile
         threads = torch.get_num_threads()
         threads = worker_threads(threads) if gates.gate_s else threads  # else the host's thread computes with all

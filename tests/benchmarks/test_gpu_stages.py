@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from benchmarks.gpu import child, issuing, speed, stages
 from benchmarks.gpu.floor import thread_counts
 from benchmarks.gpu.models import budgets_kept
 from benchmarks.gpu.settings import Checks, ChecksFailedError, Settings, SkipError, require
-from benchmarks.gpu.stages import Stage, run_stages, stages_for
+from benchmarks.gpu.stages import STAGES, Stage, run_stages, stages_for
 from hetegen_compile.calibration.gating import BothWays
 from hetegen_compile.host_kernels import KERNELS
 
@@ -91,6 +92,13 @@ def test_a_group_runs_at_the_same_time_where_there_is_a_device() -> None:
         return Outcome("ok", 1.0, {})
 
     assert all(one.outcome.ok for one in run_stages(PLAN, SETTINGS, runner=runner))
+
+
+def test_what_computes_with_the_hosts_kernel_runs_behind_its_being_built() -> None:
+    """Each of them would wait for it, within its own limit."""
+    groups = [list(group) for _, group in groupby(STAGES, key=lambda stage: stage.together)]
+    (built,) = (place for place, group in enumerate(groups) if any(stage.name == "kernel" for stage in group))
+    assert all(not stage.correctness or stage.name == "contact" for group in groups[: built + 1] for stage in group)
 
 
 def test_skipped_is_neither_failed_nor_ok() -> None:
@@ -245,7 +253,11 @@ def test_peers_are_compared_with_the_rows_of_an_earlier_stage(tmp_path: Path) ->
 
 
 def compared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[[Job], bool], seconds: float
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: Callable[[Job], bool],
+    seconds: float,
+    ways: tuple[str, ...] = (HETEGEN, "Accelerate"),
 ) -> list[tuple[str, int | None, bool | str, float]]:
     """Jobs that a stage of so many seconds runs, each 60 s long: way, limit, how it issues, its own limit."""
     now_s, asked = [0.0], list[tuple[str, int | None, bool | str, float]]()
@@ -260,7 +272,7 @@ def compared(
     monkeypatch.setattr(comparison, "run", child)
     monkeypatch.setattr(comparison, "heading", lambda arguments: {})
     settings = replace(SETTINGS, folder=str(tmp_path), seconds=seconds)
-    speed.compare_shape("opt-tiny", settings, Notebook(tmp_path / "notes.json"), ways=(HETEGEN, "Accelerate"))
+    speed.compare_shape("opt-tiny", settings, Notebook(tmp_path / "notes.json"), ways=ways)
     return asked
 
 
@@ -287,6 +299,16 @@ def test_a_comparison_that_no_time_is_left_for_has_not_failed(tmp_path: Path, mo
         compared(tmp_path, monkeypatch, lambda job: False, 10.0)
     with pytest.raises(RuntimeError, match="hetegen has no figure"):
         compared(tmp_path, monkeypatch, lambda job: job.way == HETEGEN, 300.0)
+
+
+def test_peers_that_were_measured_are_told_whatever_became_of_hetegen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = Row(HETEGEN, 100, note="not begun: 5 s were left")
+    (tmp_path / "opt-tiny.json").write_text(json.dumps({"rows": [asdict(row)]}))
+    assert compared(tmp_path, monkeypatch, lambda job: False, 300.0, ways=("Accelerate",))
+    rows = json.loads((tmp_path / "notes.json").read_text())["rows"]
+    assert [row["way"] for row in rows] == [HETEGEN, "Accelerate"]
 
 
 def test_threads_that_the_floor_is_measured_with() -> None:

@@ -20,6 +20,7 @@ from hetegen_compile.calibration.cuda import CudaMeter, CudaSizes, measure_cuda
 from hetegen_compile.calibration.gating import Answer
 from hetegen_compile.calibration.host import Remaining
 from hetegen_compile.cost_model import profile_from_json, profile_to_json, unsourced_fields
+from hetegen_compile.host_kernels import vectorised
 from hetegen_compile.passes.segment_calls import CompiledCall
 from tests.calibration.tiny import TINY
 from tests.models.harness import through_inductor
@@ -185,9 +186,12 @@ def test_a_profile_of_a_machine_with_cuda(meter: CudaMeter, monkeypatch: pytest.
         return meter
 
     def ask(device: torch.device) -> Answer:
+        assert vectorised._build.cache_info().currsize, "the host's kernels are built: the other process has a limit"
         LOG.append("gates")
         return gates
 
+    vectorised.library.cache_clear()
+    vectorised._build.cache_clear()
     monkeypatch.setattr(runner, "CudaMeter", same_meter)
     monkeypatch.setattr(gating, "ask", ask)
     found: list[int | None] = []

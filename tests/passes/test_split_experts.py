@@ -15,12 +15,13 @@ from hetegen_compile import ir
 from hetegen_compile.cost_model import accelerator_linear_s
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import info
-from hetegen_compile.passes import carry_prefetches, measure_memory, predict_step, split_experts, verify
+from hetegen_compile.passes import carry_prefetches, issue_ahead, measure_memory, predict_step, split_experts, verify
 from hetegen_compile.passes.check_parts import check_parts
 from hetegen_compile.passes.closed_gates import launches_of
 from hetegen_compile.passes.grouped_products import grouped_on_host_s, grouped_product, products_with
 from hetegen_compile.passes.plans import LinearPlan
-from tests.passes.graphs import Case, case, planned, scheduled
+from tests.passes.graphs import Case, case, halves, planned, scheduled
+from tests.passes.worker import gated
 
 EXPERTS, WIDTH, INNER, TOKENS = 8, 64, 128, 24
 EXPERT_BYTES = 4 * WIDTH * INNER
@@ -218,6 +219,25 @@ def test_a_part_issues_a_launch_for_each_expert() -> None:
     found = mixture(2, 3)
     counted = [launches_of(part, found.module) for part in found.nodes(ir.PARTIAL_GROUPED)]
     assert counted == [1 + 3] * 4, "and zeros that they are written over"
+
+
+def test_parts_are_issued_when_all_gates_are_open() -> None:
+    """How many tokens an expert has differs from step to step, so what is issued is new."""
+
+    def behind_a_trip(x: Tensor, ends: Tensor) -> Any:
+        h = MIXTURE.before(MIXTURE.before(x).relu())
+        found: Tensor = torch.ops.transformers.grouped_mm_fallback(h, MIXTURE.up.transpose(-2, -1), offs=ends)
+        return found
+
+    experts = in_chunks(0, 4)
+    found = scheduled(behind_a_trip, X, ENDS, plan=halves, experts=experts, ring_bytes=2**18, profile=gated())
+    found.apply(issue_ahead)
+    nodes = list(found.module.graph.nodes)
+    first = min(map(nodes.index, found.nodes(ir.PARTIAL_GROUPED)))
+    sent = [node for node in nodes if node.target == ir.TO_ACCELERATOR and info(node).ahead]
+    caught = [nodes.index(node) for node in found.nodes(ir.CAUGHT_UP) if node.args[0] is sent[-1]]
+    (waited,) = (nodes.index(user) for user in sent[-1].users if user.target == ir.WAIT_ACCELERATOR)
+    assert [waited < place < first for place in caught] == [True]
 
 
 # ---- changed schedules -----------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from hetegen_compile.accelerators.base import Chain, Counters, Value
 from hetegen_compile.accelerators.cuda.activations import copy_by_kernel
 from hetegen_compile.accelerators.cuda.allocator import GRAPH_BYTES, RECORDED_BYTES, reserved_now_bytes
 from hetegen_compile.accelerators.geometry import empty_twin, same_geometry, span, span_bytes
-from hetegen_compile.errors import AcceleratorError
+from hetegen_compile.errors import AcceleratorError, AcceleratorMemoryError
 from hetegen_compile.passes.tensors import tensors_in
 
 logger = logging.getLogger("hetegen_compile")
@@ -253,22 +253,26 @@ class Replays:
         return graph, results
 
     def _break_off(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a recording that has failed, for the allocator of torch up to 2.11, too, which would free nothing more.
+        """End a recording that has failed for all that torch has told of it, which its own end does not reach then.
 
-        No version gives the pool back then, so graphs that follow have another one, beside what is lost in it.
+        The device's allocator would free nothing more that another stream has read, and drawing random numbers would
+        be an error. What the pool has is taken to be lost, and graphs that follow have another one.
         """
         try:
             graph.capture_end()
         except RuntimeError:  # it says that the recording was broken off, which is why it ends
-            with contextlib.suppress(RuntimeError, AttributeError):  # later versions have told the allocator
+            with contextlib.suppress(RuntimeError, AttributeError):  # a version may have told the allocator
                 torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+            for generator in torch.cuda.default_generators[self._device.index or 0 :][:1]:
+                generator.graphsafe_set_state(generator.clone_state())  # the same numbers follow
             self._pool = None
 
     def _refuse(self, chain: Chain, seen: _Seen, error: Exception) -> None:
         """What one of its launches cannot, or memory, is the chain's own. What CUDA says may be of all of them: no more
         are recorded in this step, and none behind the third in a row that failed."""
         seen.refused = True
-        if not isinstance(error, AcceleratorError | torch.OutOfMemoryError):
+        no_memory = isinstance(error, AcceleratorMemoryError | torch.OutOfMemoryError)
+        if not no_memory and (self._pool is None or not isinstance(error, AcceleratorError)):
             self._failed += 1
             self._impossible = self._failed >= _TRIED
             self._records = False

@@ -13,7 +13,7 @@ from hetegen_compile.accelerators import CudaAccelerator, Op, StepFacts
 from hetegen_compile.accelerators.base import Chain
 from hetegen_compile.accelerators.cuda import replays
 from hetegen_compile.accelerators.cuda.allocator import GRAPH_BYTES
-from hetegen_compile.errors import AcceleratorMemoryError
+from hetegen_compile.errors import AcceleratorError, AcceleratorMemoryError
 from tests.accelerators import fake_cuda
 from tests.accelerators.cuda.chained_layers import Layer, Row, steps, wants
 from tests.accelerators.fake_cuda import LOG, FakeGraph
@@ -245,6 +245,49 @@ def test_a_recording_that_is_broken_off_ends_for_the_allocator_too(
         assert not any(steps(Layer(cuda), [(torch.randn(4), torch.randn(4))] * 6))
     assert begun == [(0, 1), (0, 2)], "graphs that follow have another pool"
     assert ended == [(None, pool) for pool in begun]
+
+
+def test_random_numbers_go_on_behind_a_recording_that_is_broken_off(
+    cuda: CudaAccelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch 2.11 leaves the generator's state believing that one is under way; a copy of it does not."""
+
+    class Generator:
+        def __init__(self) -> None:
+            self.states: list[object] = []
+
+        def clone_state(self) -> str:
+            return "a copy"
+
+        def graphsafe_set_state(self, state: object) -> None:
+            self.states.append(state)
+
+    generators = Generator(), Generator()
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    assert any(steps(Layer(cuda), [(torch.randn(4), torch.randn(4))] * 6))
+    monkeypatch.setattr(FakeGraph, "capture_end", lambda graph: _raise("operation failed due to a previous error"))
+    assert not any(steps(Layer(cuda), [(torch.randn(4), torch.randn(4))] * 6))
+    assert [one.states for one in generators] == [["a copy"], []]
+
+
+@pytest.mark.parametrize(("error", "tries"), [(AcceleratorError("illegal"), 3), (AcceleratorMemoryError("none"), 5)])
+def test_what_cuda_says_to_a_launch_counts_too(
+    cuda: CudaAccelerator, error: AcceleratorError, tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each recording that it breaks off costs a pool of memory; that there is no memory is no reason to give up."""
+    tried: list[str] = []
+
+    def launch(op: Op, function: Any, args: Any, **options: Any) -> Any:
+        if FakeGraph.recording is None:
+            return function(*args)
+        tried.append(op.name)
+        raise error
+
+    monkeypatch.setattr(cuda, "launch", launch)
+    monkeypatch.setattr(FakeGraph, "capture_end", lambda graph: _raise("operation failed due to a previous error"))
+    for _ in range(5):
+        assert not any(steps(Layer(cuda), [(torch.randn(4), torch.randn(4))] * 6))
+    assert len(tried) == tries
 
 
 def test_what_a_broken_off_recording_took_stays_counted(cuda: CudaAccelerator, monkeypatch: pytest.MonkeyPatch) -> None:
