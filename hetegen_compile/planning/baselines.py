@@ -25,10 +25,10 @@ def baselines(module: fx.GraphModule, context: Context, trials: Trials) -> dict[
 
     ``streamed``: the same residency, everything else streamed with prefetch. Experts that stay on the host are, too,
     which no schedule of ours does: then it is what the link takes, or the accelerator if that is longer.
-    ``per_module``: the same residency, each other weight (embedding tables, experts) copied from pageable memory when
-    its module is called and waited for. ``per_linear``: host and link balanced inside each Linear as if it were alone,
-    each with a trip of its own. ``host_only``: everything on the host, the link idle. ``resident``: everything on the
-    accelerator, None if that does not fit its memory.
+    ``per_module``: the same residency, each other weight (embedding tables, experts; of a Linear that stays in part the
+    rest) copied from pageable memory when its module is called and waited for. ``per_linear``: host and link balanced
+    inside each Linear as if it were alone, each with a trip of its own. ``host_only``: everything on the host, the link
+    idle. ``resident``: everything on the accelerator, None if that does not fit its memory.
     """
     if require(context.residency, "choose_residency").whole_graph:
         return {"resident": _accelerator_s(module, context)}  # nothing is offloaded: there is nothing to compare
@@ -45,10 +45,8 @@ def _streamed_s(module: fx.GraphModule, context: Context, trials: Trials) -> flo
     """The simulated step with no row on the host, through the same passes; with experts on the host link alone."""
     unsplit = unsplit_on_host(module, context)
     if unsplit:
-        linears = _linears(module, context)
-        offloaded = [cost.weight_bytes * (1 - plan.resident_rows / plan.rows) for plan, cost in linears]
         stacks = [*unsplit, *streamed_stacks(module)]
-        moved = (*offloaded, *(value_bytes(weight, context) for weight in stacks))
+        moved = (*_offloaded_bytes(module, context), *(value_bytes(weight, context) for weight in stacks))
         return max(sum(upload_s(context.profile, nbytes) for nbytes in moved), _accelerator_s(module, context))
     context = replace(context, options=replace(context.options, split=0.0))
     return trials.step_s(context, choose_splits(module, context), keep=True)
@@ -61,12 +59,11 @@ def _per_linear_s(module: fx.GraphModule, context: Context, trials: Trials) -> f
 
 
 def _per_module_s(module: fx.GraphModule, context: Context) -> float:
-    offloaded = [cost.weight_bytes for plan, cost in _linears(module, context) if plan.resident is None]
     unsplit = [*unsplit_on_host(module, context), *streamed_stacks(module)]
     others = dict.fromkeys([*_tables(module), *unsplit])  # a weight may be both
     copies = [
         upload_s(context.profile, nbytes, pinned=False) + context.profile.synchronise_s
-        for nbytes in (*offloaded, *(value_bytes(weight, context) for weight in others))
+        for nbytes in (*_offloaded_bytes(module, context), *(value_bytes(weight, context) for weight in others))
     ]
     return sum(copies) + _accelerator_s(module, context)
 
@@ -118,6 +115,12 @@ def _accelerator_s(module: fx.GraphModule, context: Context) -> float:
     computing = [node for node in readers if not FREE_ATEN.issuperset(info(node).aten)]
     readers_s = sum(costs[info(node).position].accelerator_s for node in computing)
     return segments + readers_s + sum(cost.accelerator_s for _, cost in _linears(module, context))
+
+
+def _offloaded_bytes(module: fx.GraphModule, context: Context) -> list[float]:
+    """Of each Linear that is not on the accelerator whole, what is not."""
+    shares = [(1 - plan.resident_rows / plan.rows, cost.weight_bytes) for plan, cost in _linears(module, context)]
+    return [share * nbytes for share, nbytes in shares if share]
 
 
 def _linears(module: fx.GraphModule, context: Context) -> list[tuple[LinearPlan, NodeCost]]:

@@ -64,6 +64,20 @@ def resident_s(stacks: int = 1) -> float:
     return linear_s + stacks * accelerator_op_s(PROFILE, "bfloat16", GROUPED_FLOPS, grouped_bytes)
 
 
+def test_of_a_linear_that_stays_in_part_the_rest_is_copied() -> None:
+    with torch.device("meta"):
+        model, x = nn.Linear(8192, 16384, bias=False, dtype=torch.bfloat16), torch.empty(1, 8192, dtype=torch.bfloat16)
+    with torch.no_grad():
+        schedule = hetegen_compile.plan(model, x, options={"hardware": PROFILE.name, "gpu_memory": "150MiB"})
+    nbytes = model.weight.nbytes - schedule.resident_bytes
+    assert 0 < nbytes < model.weight.nbytes
+    resident = schedule.baselines["resident"]
+    assert resident is not None
+    copied = upload_s(PROFILE, nbytes, pinned=False) + PROFILE.synchronise_s
+    assert schedule.baselines["per_module"] == pytest.approx(copied + resident)
+    assert "splitting loses" not in schedule.explain()
+
+
 def test_experts_on_the_host_are_copied_streamed_or_computed_with_like_all_else(tmp_path: Path) -> None:
     schedule = planned(tmp_path, 300 << 10)
     assert schedule.resident_bytes == 0
