@@ -142,10 +142,16 @@ def test_without_a_compiler_there_is_a_problem(monkeypatch: pytest.MonkeyPatch) 
     assert doctor._compiler().status == "problem"
 
 
-def test_the_measured_profile_is_found_once_it_is_kept(tmp_path: Path) -> None:
+def test_the_measured_profile_is_found_once_it_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor._profile().finding.startswith("none")
     cli.main(["calibrate"])
-    assert doctor._profile() == Check("ok", "measured profile", str(kept(tmp_path)[0]))
+    path = str(kept(tmp_path)[0])
+    monkeypatch.setattr(doctor, "contradiction", lambda table: "")
+    assert doctor._profile() == Check("ok", "measured profile", path)
+    monkeypatch.setattr(doctor, "contradiction", lambda table: "one size says so, another does not")
+    told = doctor._profile()
+    assert (told.status, told.remedy) == ("warn", "hetegen calibrate again when nothing else runs")
+    assert told.finding == f"{path}, which was measured beside other work; float32: one size says so, another does not"
 
 
 @pytest.mark.parametrize(

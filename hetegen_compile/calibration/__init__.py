@@ -5,8 +5,18 @@ profile of the figures, ``report`` shows it, ``cache`` keeps it for other proces
 """
 
 from hetegen_compile.calibration.cache import cache_path, read_profile, write_profile
+from hetegen_compile.calibration.linears import contradiction
 from hetegen_compile.calibration.machine import Machine, this_machine
 from hetegen_compile.calibration.runner import calibrate
 from hetegen_compile.calibration.timing import Effort
 
-__all__ = ["Effort", "Machine", "cache_path", "calibrate", "read_profile", "this_machine", "write_profile"]
+__all__ = [
+    "Effort",
+    "Machine",
+    "cache_path",
+    "calibrate",
+    "contradiction",
+    "read_profile",
+    "this_machine",
+    "write_profile",
+]

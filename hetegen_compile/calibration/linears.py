@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from statistics import median
 
 import torch
@@ -35,6 +36,9 @@ _GOLDEN = 0.618
 """Multiples of it are spread evenly over 0 to 1."""
 _HOPELESS = 2.0
 """A kernel that takes so many times the fastest's seconds in the first round is not timed again."""
+_LARGER, _MOST, _LEAST_S = 4.0, 0.5, 1e-3
+"""Weights take at most this share of the seconds of weights that are so many times larger, where it is a millisecond or
+more: else something else ran meanwhile (threads that wait for a processor take as long whatever they compute)."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,36 @@ def measure_linears(arena: Tensor, effort: Effort, launch_s: float, step: Callab
     """Time all kernels for the arena's dtype; ``launch_s`` is taken off each call, as the cost model adds it."""
     usable = usable_kernels(arena.dtype)
     rates = _kernel_rates(usable, arena, effort, launch_s, step)
+    table, choice = _chosen(rates, effort)
+    if disturbed := contradiction(table):
+        logger.warning("%s: something else runs here; host Linears are timed once more", disturbed)
+        rates = _kernel_rates(usable, arena, effort, launch_s, lambda _: None)
+        table, choice = _chosen(rates, effort)
+    if disturbed and (disturbed := contradiction(table)):
+        logger.warning("%s: this profile is of no use, calibrate again when nothing else runs", disturbed)
+    return LinearFigures(table, choice, _compare(rates, arena, effort, step))
+
+
+def contradiction(table: RateTable) -> str:
+    """Two sizes that cannot both be right if nothing else ran meanwhile, in words; "" if there are none."""
+    for (nbytes, curve), (larger, other) in pairwise(table.curves):
+        for tokens, rate in curve.points:
+            seconds, larger_s = nbytes / rate, larger / other.at(tokens)
+            if larger >= _LARGER * nbytes and seconds >= _LEAST_S and seconds > _MOST * larger_s:
+                return (
+                    f"a host Linear of {format_bytes(int(nbytes))} took {seconds * 1e3:.3g} ms and one of "
+                    f"{format_bytes(int(larger))} {larger_s * 1e3:.3g} ms ({tokens:g} token(s))"
+                )
+    return ""
+
+
+def _chosen(rates: Mapping[str, Rates], effort: Effort) -> tuple[RateTable, KernelChoice]:
+    """The fastest kernel by tokens, and its rates by tokens and size."""
     best = {tokens: _fastest(rates, tokens) for tokens in effort.tokens}
     table = RateTable(
         tuple((float(nbytes), RateCurve(tuple(_curve(rates, best, nbytes, effort)))) for nbytes in effort.weight_bytes)
     )
-    choice = KernelChoice(tuple((float(tokens), name) for tokens, name in best.items()))
-    return LinearFigures(table, choice, _compare(rates, arena, effort, step))
+    return table, KernelChoice(tuple((float(tokens), name) for tokens, name in best.items()))
 
 
 def usable_kernels(dtype: torch.dtype) -> tuple[HostKernel, ...]:

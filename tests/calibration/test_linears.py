@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hetegen_compile.calibration import linears
 from hetegen_compile.calibration.kernels import make_arena
-from hetegen_compile.calibration.linears import linear_steps, measure_linears, points, usable_kernels
+from hetegen_compile.calibration.linears import contradiction, linear_steps, measure_linears, points, usable_kernels
+from hetegen_compile.cost_model import RateCurve, RateTable
 from hetegen_compile.errors import HostKernelUnavailableError
 from hetegen_compile.host_kernels import INT8PACK, KERNELS, LINEAR, TILED, TILED_THROUGH_L2, VECTORISED, HostKernel
 from tests.calibration.tiny import TINY, Clock
@@ -116,6 +117,41 @@ def test_a_hopeless_kernel_is_timed_in_the_first_round_only(clock: Clock, timed:
     assert hopeless == {("F.linear", 1), ("vectorised, tiled", 32)}
     assert all(share == 1 / TINY.repeats for share in rounds.values() if share < 1.0)
     assert "1 token(s): F.linear 4.76e-10, " in figures.comparison
+
+
+@pytest.mark.parametrize(
+    ("small_s", "large_s", "told"),
+    [
+        (8e-3, 8e-3, "a host Linear of 64 B took 8 ms and one of 512 B 8 ms (1 token(s))"),
+        (8e-3, 15.9e-3, "a host Linear of 64 B took 8 ms and one of 512 B 15.9 ms (1 token(s))"),
+        (8e-3, 16.1e-3, ""),
+        (0.9e-3, 0.9e-3, ""),
+    ],
+)
+def test_sizes_that_contradict_each_other(small_s: float, large_s: float, told: str) -> None:
+    curves = ((64.0, RateCurve(((1.0, 64 / small_s),))), (512.0, RateCurve(((1.0, 512 / large_s),))))
+    assert contradiction(RateTable(curves)) == told
+    (_, small), (_, large) = curves
+    assert not contradiction(RateTable(((64.0, small), (128.0, large)))), "of sizes that are nearly alike"
+
+
+@pytest.mark.parametrize("lasts", [False, True])
+def test_what_was_timed_beside_other_work_is_timed_once_more(
+    clock: Clock, timed: Callable[[Seconds], None], lasts: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[str] = []
+    whole = TINY.repeats * len(points(TINY)) * len(usable_kernels(torch.float32))
+
+    def seconds(name: str, tokens: int, nbytes: int) -> float:
+        calls.append(name)
+        return nbytes / 64 if len(calls) > 2 * whole and not lasts else 1.0
+
+    timed(seconds)
+    with caplog.at_level(logging.WARNING, logger="hetegen_compile"):
+        table = measure(clock).table
+    assert caplog.text.count("something else runs here; host Linears are timed once more") == 1
+    assert ("this profile is of no use" in caplog.text) == lasts
+    assert bool(contradiction(table)) == lasts
 
 
 def test_the_size_is_an_axis(clock: Clock, timed: Callable[[Seconds], None]) -> None:
