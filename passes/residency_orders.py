@@ -10,13 +10,13 @@ enough for all that has to be offloaded, the same share of each keeps the host a
 So a few ways of sharing out the memory are compared, in seconds of a decode step (``residency_estimate``): as gain
 says; with some part of the large weights; with the small ones (attention's) whole and the same share of each of the
 others; with all whole but those of one kind. Gain has its way unless another one is shorter by more than such an
-estimate is wrong by.
+estimate is wrong by, and what it is known to be wrong by is corrected (``_corrected_s``).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from hetegen_compile.cost_model import HardwareProfile, row_granularity
@@ -24,7 +24,8 @@ from hetegen_compile.passes.claims import Claim
 from hetegen_compile.passes.residency_estimate import Estimate, LinearWork
 from hetegen_compile.passes.residency_shares import residency_shares
 
-_SHORTER = 0.98  # of the step as gain has it: less than that is within what an estimate is wrong by
+_SHORTER = 0.99  # of the step as gain has it: less than that is within what an estimate is wrong by
+_IN_TWO_PLACES, _LARGE_KEPT = 0.06, 0.08  # of the step: see ``_corrected_s``
 _LARGE, _SMALL = 1.5, 0.75  # of the typical weight, the one that most bytes lie in
 _SHARES_OF_LARGE = (0.25, 0.5, 0.75, 1.0)
 _SHARES_BESIDE = (0.0, 0.5, 1.0)  # of the large ones where what the others keep is decided
@@ -41,14 +42,32 @@ def ordered_claims(
     being filled.
     """
     estimate = Estimate(work, ahead_bytes, profile)
+    linears = [claim for claim in claims if claim.rank == 0]
+    large = frozenset(claim.key for claim in linears if _size(claim, typical_bytes) == "large")
 
     def step_s(order: Sequence[Claim]) -> float:
-        return estimate.step_s(residency_shares([order], free_bytes))
+        first_rows = residency_shares([order], free_bytes)
+        return _corrected_s(estimate.step_s(first_rows), linears, first_rows, large)
 
     if not work or not 0 < free_bytes < sum(claim.nbytes for claim in claims):
         return claims
     best = min(_orders(claims, free_bytes, typical_bytes), key=step_s, default=claims)
     return best if step_s(best) < _SHORTER * step_s(claims) else claims
+
+
+def _corrected_s(
+    step_s: float, linears: Sequence[Claim], first_rows: Mapping[Hashable, int], large: Collection[Hashable]
+) -> float:
+    """An estimate with what simulated steps were longer or shorter by (37 settings of ten models on eight machines).
+
+    Longer where many Linears are in two places, by 2 to 3 % with 18 of 43; shorter, by 1 to 2 %, where large ones with
+    a quarter of all bytes stay, an output layer mostly: the host has its part of them when nothing else is left.
+    """
+    kept = {claim.key: claim.rows - first_rows.get(claim.key, claim.rows) for claim in linears}
+    both = sum(0 < kept[claim.key] < claim.rows - claim.first for claim in linears)
+    large_bytes = sum(kept[claim.key] * claim.row_bytes for claim in linears if claim.key in large)
+    all_bytes = sum(claim.nbytes for claim in linears)
+    return step_s * (1 + _IN_TWO_PLACES * both / len(linears) - _LARGE_KEPT * large_bytes / all_bytes)
 
 
 def _orders(claims: Sequence[Claim], free_bytes: int, typical_bytes: int) -> Iterator[list[Claim]]:

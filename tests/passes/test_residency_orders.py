@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 from functools import cache
 
@@ -95,6 +96,22 @@ def test_some_of_the_output_layer_comes_before_the_layers() -> None:
     rows = residency_shares([order], 128 * MIB)
     assert rows[8] < 16384
     assert sum((claim.rows - rows.get(claim.key, claim.rows)) * claim.row_bytes for claim in claims) <= 128 * MIB
+
+
+def test_what_an_estimate_is_known_to_be_wrong_by() -> None:
+    claims, _ = layers_and_output()
+    kept: dict[Hashable, int] = dict.fromkeys(range(8), 0)
+
+    def corrected(first_rows: dict[Hashable, int]) -> float:
+        return residency_orders._corrected_s(1.0, claims, first_rows, frozenset({8}))
+
+    assert corrected({}) == corrected({**kept}) == 1.0
+    halves = corrected(dict.fromkeys(range(8), 1024))
+    assert halves == pytest.approx(1.0 + residency_orders._IN_TWO_PLACES * 8 / 9), "in two places"
+    assert corrected(dict.fromkeys(range(4), 1024)) - 1.0 == pytest.approx((halves - 1.0) / 2)
+    whole = corrected({**kept, 8: 0})
+    assert whole == pytest.approx(1.0 - residency_orders._LARGE_KEPT / 2), "half of all bytes are the output layer's"
+    assert whole < corrected({**kept, 8: 8192}) < halves
 
 
 @pytest.mark.parametrize("free_bytes", [0, 300 * MIB])
