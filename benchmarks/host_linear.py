@@ -26,13 +26,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from benchmarks.arguments import output_file
 from hetegen_compile.calibration import Effort, this_machine
 from hetegen_compile.calibration.host import rotation_bytes
 from hetegen_compile.calibration.kernels import (
@@ -266,7 +266,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=_numbers, default=_numbers(TOKENS), help=f"default {TOKENS}")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each figure")
     parser.add_argument("--budget", type=float, default=0.1, help="seconds for each measurement")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures to this file")
+    parser.add_argument("--json", type=output_file, metavar="OUT", help="write all figures to this file")
     parser.add_argument("--cpu-time", action="store_true", help="processor time instead of wall time")
     arguments = parser.parse_args(argv)
     if arguments.cpu_time and arguments.threads != 1:

@@ -25,12 +25,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
 
+from benchmarks.arguments import output_file
 from benchmarks.model_shapes import MIXTURES, SHAPES, Depth, Shape, shape_of
 from hetegen_compile.cost_model import HardwareProfile, load_profile, preset_names
 from hetegen_compile.dry_run.models import DTYPES
@@ -259,7 +259,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shares", nargs="+", type=_share, default=list(SHARES), help="of the weights resident")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="forwards to plan")
     parser.add_argument("--layers", type=_depth, default=8, help="layers of each model to plan, or full")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures to this file")
+    parser.add_argument("--json", type=output_file, metavar="OUT", help="write all figures to this file")
     return parser.parse_args(argv)
 
 
