@@ -16,4 +16,15 @@ def output_file(text: str) -> Path:
     return path
 
 
-__all__ = ["output_file"]
+def whole_number(text: str) -> int:
+    """A count, for ``type=``."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"'{text}': valid are whole numbers of at least 1")
+    return number
+
+
+__all__ = ["output_file", "whole_number"]

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import re
 import statistics
 import sys
 import time
@@ -32,7 +33,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from benchmarks.arguments import output_file
+from benchmarks.arguments import output_file, whole_number
 from hetegen_compile.calibration import Effort, this_machine
 from hetegen_compile.calibration.host import rotation_bytes
 from hetegen_compile.calibration.kernels import (
@@ -283,7 +284,7 @@ def _dtypes(text: str) -> list[str]:
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+    return [whole_number(number) for number in text.split(",")]
 
 
 def _share(text: str) -> float:
@@ -297,7 +298,14 @@ def _share(text: str) -> float:
 
 
 def _shapes(text: str) -> list[tuple[int, int]]:
-    return [(int(rows), int(columns)) for rows, columns in (shape.split("x") for shape in text.split(","))]
+    return [_shape(shape) for shape in text.split(",")]
+
+
+def _shape(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"\s*([1-9][0-9]*)x([1-9][0-9]*)\s*", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"'{text}': valid are rows x columns such as 4096x11008, separated by commas")
+    return int(match[1]), int(match[2])
 
 
 if __name__ == "__main__":
