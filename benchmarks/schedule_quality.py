@@ -255,7 +255,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", "--model", default=shapes, help=models, nargs="+", metavar=given)
     hardware = f"profile files, or presets (default): {', '.join(presets)}"
     parser.add_argument("--hardware", default=presets, help=hardware, nargs="+", metavar=given)
-    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights (default: %(default)s)")
+    dtype = "of the weights (default: what the config states, else float16)"
+    parser.add_argument("--dtype", choices=DTYPES, help=dtype)
     shares = f"of the weights resident (default: {' '.join(map(str, SHARES))})"
     parser.add_argument("--shares", nargs="+", type=_share, default=list(SHARES), help=shares)
     parser.add_argument(
