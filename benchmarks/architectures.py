@@ -31,6 +31,7 @@ import transformers
 from tabulate import tabulate
 from transformers.models.auto import modeling_auto
 
+from benchmarks.arguments import output_file
 from benchmarks.one_architecture import FACTORIES, REASON_CHARACTERS, Outcome, measure
 
 KINDS = tuple(FACTORIES)
@@ -133,13 +134,15 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.architectures", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these architectures (default: all of the kind)")
     parser.add_argument("--kind", choices=KINDS, default="causal")
     parser.add_argument("--cache", choices=CACHES, default="dynamic")
     parser.add_argument("--inductor", action="store_true", help="compile segments with Inductor")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for each (default: 120)")
-    parser.add_argument("--json", type=Path, help="keep finished rows here and go on from them")
+    parser.add_argument("--json", type=output_file, help="keep finished rows here and go on from them")
     parser.add_argument("--one", metavar="NAME", help="this one, in this process; prints its row as JSON")
     return parser.parse_args(argv)
 

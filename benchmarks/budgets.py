@@ -1,6 +1,6 @@
 """The smallest budget that an error names against the smallest that works, and what is used of either.
 
-    python -m benchmarks.budgets [--case NAME ...] [--step SHARE] [--json OUT]
+    python -m benchmarks.budgets [--case NAME ...] [--planned-only] [--json OUT]
 
 For tiny models with random weights, caches, lengths and numbers of sequences: the budget that the first error names
 for the stated ``context`` and ``max_batch`` (for a forward, where nothing is stated), whether the whole use (every
@@ -19,7 +19,6 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -28,6 +27,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
+from benchmarks.arguments import output_file
 from benchmarks.tiny_configs import VOCABULARY, tiny_config
 from hetegen_compile.backend import make_backend
 from hetegen_compile.errors import BudgetError, HetegenError
@@ -275,10 +275,10 @@ HEADERS = ("case", "named", "works", "smallest", "named/smallest", "used")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; 1 if a named budget does not do."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.budgets", description=__doc__.splitlines()[0])
     parser.add_argument("--case", action="append", metavar="NAME", help="a case, or the beginning of its name")
     parser.add_argument("--planned-only", action="store_true", help="run nothing with the budget that is named")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=output_file, metavar="OUT", help="write all figures to this file")
     given = parser.parse_args(arguments)
     wanted = [case for name, case in CASES.items() if not given.case or name.startswith(tuple(given.case))]
     torch.set_num_threads(1)

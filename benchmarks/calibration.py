@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
+from benchmarks.arguments import output_file
 from hetegen_compile.calibration import Effort, calibrate, this_machine
 from hetegen_compile.calibration.host import rotation_bytes
 from hetegen_compile.calibration.kernels import Compute, cut_weights, dtype_name, kernel_rate, make_arena
@@ -170,7 +171,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--runs", type=int, default=3, help="fresh measurements of each Linear")
     parser.add_argument("--budget", type=float, default=0.2, help="seconds for each measurement")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures to this file")
+    parser.add_argument("--json", type=output_file, metavar="OUT", help="write all figures to this file")
     parser.add_argument("--cpu-time", action="store_true", help="processor time instead of wall time")
     arguments = parser.parse_args(argv)
     if arguments.cpu_time and arguments.threads != 1:

@@ -20,13 +20,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import transformers.integrations.moe  # noqa: F401  (registers grouped_mm_fallback)
 from tabulate import tabulate
 from torch import Tensor
 
+from benchmarks.arguments import output_file
 from benchmarks.host_linear import Reader, beside_reads, fastest_reader
 from hetegen_compile.calibration import Effort, this_machine
 from hetegen_compile.calibration.timing import durations_s, plain_torch
@@ -177,7 +177,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4], help="of a step, default 1 2 4")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each figure")
     parser.add_argument("--budget", type=float, default=0.2, help="seconds for each measurement")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures to this file")
+    parser.add_argument("--json", type=output_file, metavar="OUT", help="write all figures to this file")
     return parser.parse_args(argv)
 
 

@@ -20,19 +20,20 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from benchmarks.arguments import output_file, whole_number
 from hetegen_compile.calibration import Effort, this_machine
 from hetegen_compile.calibration.host import rotation_bytes
 from hetegen_compile.calibration.kernels import (
@@ -266,7 +267,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=_numbers, default=_numbers(TOKENS), help=f"default {TOKENS}")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each figure")
     parser.add_argument("--budget", type=float, default=0.1, help="seconds for each measurement")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures to this file")
+    parser.add_argument("--json", type=output_file, metavar="OUT", help="write all figures to this file")
     parser.add_argument("--cpu-time", action="store_true", help="processor time instead of wall time")
     arguments = parser.parse_args(argv)
     if arguments.cpu_time and arguments.threads != 1:
@@ -283,7 +284,7 @@ def _dtypes(text: str) -> list[str]:
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+    return [whole_number(number) for number in text.split(",")]
 
 
 def _share(text: str) -> float:
@@ -297,7 +298,14 @@ def _share(text: str) -> float:
 
 
 def _shapes(text: str) -> list[tuple[int, int]]:
-    return [(int(rows), int(columns)) for rows, columns in (shape.split("x") for shape in text.split(","))]
+    return [_shape(shape) for shape in text.split(",")]
+
+
+def _shape(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"\s*([1-9][0-9]*)x([1-9][0-9]*)\s*", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"'{text}': valid are rows x columns such as 4096x11008, separated by commas")
+    return int(match[1]), int(match[2])
 
 
 if __name__ == "__main__":

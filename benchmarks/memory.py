@@ -26,6 +26,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from benchmarks.arguments import output_file
 from hetegen_compile.calibration import this_machine
 from hetegen_compile.options import format_bytes, parse_bytes
 
@@ -238,7 +239,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpu-memory", default="64MiB", help="budget of the emulated accelerator")
     parser.add_argument("--split", type=float, help="share of all rows on the host; default: the cost model's")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="where the weights lie")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures to this file")
+    parser.add_argument("--json", type=output_file, metavar="OUT", help="write all figures to this file")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     parse_bytes(arguments.gpu_memory)

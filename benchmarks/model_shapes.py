@@ -11,7 +11,7 @@ from transformers import AutoConfig, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hetegen_compile.dry_run.forwards import trace_generation
-from hetegen_compile.dry_run.models import NamedModel, named_config, named_model
+from hetegen_compile.dry_run.models import NamedModel, named_config, named_model, stated_dtype
 from hetegen_compile.dry_run.planning import sizes_at, weight_bytes
 from hetegen_compile.dry_run.trace import TracedGraph
 from hetegen_compile.errors import UnsupportedModelError
@@ -116,8 +116,10 @@ class Shape:
         return named_model(_at_depth(self.config, layers), self.dtype)
 
 
-def shape_of(source: str, depth: Depth, dtype: str = "float16") -> Shape:
+def shape_of(source: str, depth: Depth, dtype: str | None = None) -> Shape:
     """The shape that a name in ``SHAPES`` or ``MIXTURES`` means, or a config.json, its folder or its model's id.
+
+    Without ``dtype`` weights are of the type that the config states, float16 where it states none.
 
     Raises:
         UnsupportedModelError: there is no such shape or config, or one without a number of equal layers.
@@ -131,7 +133,8 @@ def shape_of(source: str, depth: Depth, dtype: str = "float16") -> Shape:
             "of a model for text and images give the part for text"
         )
     full = int(getattr(config, key))
-    return Shape(_name_of(source), config, full if depth == "full" else min(depth, full), full, dtype)
+    layers = full if depth == "full" else min(depth, full)
+    return Shape(_name_of(source), config, layers, full, dtype or stated_dtype(config))
 
 
 def _config_of(source: str) -> Any:

@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from torch import Tensor, fx, nn
 from torch._inductor.utils import fresh_inductor_cache
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
+from benchmarks.arguments import output_file
 from benchmarks.null_accelerator import NullAccelerator
 from hetegen_compile.accelerators import Op
 from hetegen_compile.accelerators.base import NOTHING_KNOWN, StepFacts, Transfer
@@ -308,7 +308,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--depths", type=int, nargs=2, default=(4, 80), help="layers of the two models to compile")
     parser.add_argument("--steps", type=int, default=300, help="measured calls")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures to this file")
+    parser.add_argument("--json", type=output_file, metavar="OUT", help="write all figures to this file")
     parser.add_argument("--cpu-time", action="store_true", help="processor time instead of wall time")
     args = parser.parse_args(argv)
     unknown = [stage for stage in args.stages.split(",") if stage not in STAGES]

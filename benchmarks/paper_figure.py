@@ -29,6 +29,7 @@ from typing import Any
 from tabulate import tabulate
 from transformers import AutoConfig
 
+from benchmarks.arguments import output_file
 from hetegen_compile.dry_run import GenerationPlan, plan_generation
 
 DEFAULT = Path(__file__).with_name("paper_opt_6_7b.json")
@@ -155,8 +156,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--series", type=Path, nargs="+", default=[DEFAULT], help="series files (default: the paper's)")
     parser.add_argument("--hardware", default="a10-xeon", help="a preset or the path of a profile")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write all points to this file")
-    parser.add_argument("--plot", type=Path, metavar="OUT", help="write a plot (needs matplotlib)")
+    parser.add_argument("--json", type=output_file, metavar="OUT", help="write all points to this file")
+    parser.add_argument("--plot", type=output_file, metavar="OUT", help="write a plot (needs matplotlib)")
     return parser.parse_args(argv)
 
 

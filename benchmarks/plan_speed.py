@@ -17,12 +17,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
 
+from benchmarks.arguments import output_file
 from hetegen_compile.calibration import this_machine
 
 DEPTHS: dict[str, tuple[int, ...]] = {"opt-30b": (12, 24, 48), "opt-175b": (24, 96), "llama-3-70b": (20, 80)}
@@ -62,14 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{_table(found)}\n\n{hardware}")
     if arguments.json:
         data = {"hardware": hardware, "measurements": [asdict(one) for one in found]}
-        Path(arguments.json).write_text(json.dumps(data, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(data, indent=2) + "\n")
     return 0
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Seconds and memory of a dry run by the depth of the model.")
-    parser.add_argument("--models", nargs="+", choices=DEPTHS, default=list(DEPTHS))
-    parser.add_argument("--json", help="write the measurements to this file")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_speed", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--models", nargs="+", choices=DEPTHS, default=list(DEPTHS), help="default: all")
+    parser.add_argument("--json", type=output_file, help="write the measurements to this file")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 

@@ -16,7 +16,6 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ import transformers
 from tabulate import tabulate
 
 import hetegen_compile
+from benchmarks.arguments import output_file
 from hetegen_compile.bench.measure import Split, compile_anew, decode_schedule
 from hetegen_compile.bench.weights import parameter_bytes
 from hetegen_compile.calibration import this_machine
@@ -140,7 +140,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=3, help="runs of each plan; the table shows their spread")
     parser.add_argument("--steps", type=int, default=5, help="measured steps of a run")
     parser.add_argument("--tolerance", type=float, default=0.2, help="largest error that is no failure")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures to this file")
+    parser.add_argument("--json", type=output_file, metavar="OUT", help="write all figures to this file")
     return parser.parse_args(argv)
 
 

@@ -19,7 +19,6 @@ import os
 import sys
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -41,6 +40,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from benchmarks.arguments import output_file
 from hetegen_compile.backend import make_backend
 from hetegen_compile.ir import info
 from hetegen_compile.passes.lower import segment_key
@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     """Rehearse every model with both caches and print a table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rehearse", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS))
-    parser.add_argument("--json", help="write the results here")
+    parser.add_argument("--json", type=output_file, help="write the results here")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     found = [rehearse(name, cache) for name in options.models for cache in ("dynamic", "static")]
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     for failure in [f"{r.model}, {r.cache}: {failure}" for r in found for failure in r.failures]:
         print(failure)
     if options.json:
-        Path(options.json).write_text(json.dumps(list(map(asdict, found)), indent=1))
+        options.json.write_text(json.dumps(list(map(asdict, found)), indent=1))
     return int(any(r.failures or not r.segments for r in found))
 
 

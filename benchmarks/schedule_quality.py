@@ -25,12 +25,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
 
+from benchmarks.arguments import output_file, whole_number
 from benchmarks.model_shapes import MIXTURES, SHAPES, Depth, Shape, shape_of
 from hetegen_compile.cost_model import HardwareProfile, load_profile, preset_names
 from hetegen_compile.dry_run.models import DTYPES
@@ -255,28 +255,36 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", "--model", default=shapes, help=models, nargs="+", metavar=given)
     hardware = f"profile files, or presets (default): {', '.join(presets)}"
     parser.add_argument("--hardware", default=presets, help=hardware, nargs="+", metavar=given)
-    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights (default: %(default)s)")
-    parser.add_argument("--shares", nargs="+", type=_share, default=list(SHARES), help="of the weights resident")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="forwards to plan")
-    parser.add_argument("--layers", type=_depth, default=8, help="layers of each model to plan, or full")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures to this file")
+    dtype = "of the weights (default: what the config states, else float16)"
+    parser.add_argument("--dtype", choices=DTYPES, help=dtype)
+    shares = f"of the weights resident (default: {' '.join(map(str, SHARES))})"
+    parser.add_argument("--shares", nargs="+", type=_share, default=list(SHARES), help=shares)
+    parser.add_argument(
+        "--cases", nargs="+", choices=CASES, default=list(CASES), help="forwards to plan (default: all)"
+    )
+    layers = "layers of each model to plan, or full (default: %(default)s)"
+    parser.add_argument("--layers", type=_depth, default=8, help=layers)
+    parser.add_argument("--json", type=output_file, metavar="OUT", help="write all figures to this file")
     return parser.parse_args(argv)
 
 
 def _share(text: str) -> float:
-    share = float(text)
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
     if not 0.0 <= share < 1.0:
-        raise argparse.ArgumentTypeError(f"{text} is no share from 0 up to but not including 1")
+        raise argparse.ArgumentTypeError(f"'{text}': valid are shares from 0 up to but not including 1, such as 0.5")
     return share
 
 
 def _depth(text: str) -> Depth:
     if text == "full":
         return "full"
-    layers = int(text)
-    if layers < 1:
-        raise argparse.ArgumentTypeError(f"{text} layers are none")
-    return layers
+    try:
+        return whole_number(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or full") from error
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from benchmarks.arguments import output_file
 from hetegen_compile.accelerators import EmulatedAccelerator
 from hetegen_compile.runtime import live_runtimes
 
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     _print(seeded, soaked)
     if options.json:
         report = {"machine": _machine(), "seeds": list(map(asdict, seeded)), "soak": list(map(asdict, soaked))}
-        Path(options.json).write_text(json.dumps(report, indent=1))
+        options.json.write_text(json.dumps(report, indent=1))
     failed = any(r.differing_seeds or not r.equals_eager for r in seeded) or any(not r.is_level for r in soaked)
     return int(failed)
 
@@ -215,7 +216,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=8, help="tokens of each generation")
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=["llama"])
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES))
-    parser.add_argument("--json", help="write the results here")
+    parser.add_argument("--json", type=output_file, help="write the results here")
     return parser.parse_args(argv)
 
 

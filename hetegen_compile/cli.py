@@ -72,7 +72,8 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens to generate (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="sequences (default: %(default)s)")
     dtypes = "float16, bfloat16, float32 or float64"
-    parser.add_argument("--dtype", default="float16", help=f"type of the weights, {dtypes} (default: %(default)s)")
+    default = "the config's where it states one of these, else float16"
+    parser.add_argument("--dtype", help=f"type of the weights, {dtypes} (default: {default})")
     parser.add_argument(
         "--split", type=_split, default="auto", help="share of rows on the host, 0 to 1 (default: %(default)s)"
     )

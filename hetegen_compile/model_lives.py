@@ -115,6 +115,10 @@ class ModelLives:
         """Notice when these are gone."""
         self._watched.watch(weights)
 
+    def watches(self, weights: Iterable[Tensor]) -> bool:
+        """Whether some of these are watched: a graph was planned with them."""
+        return self._watched.has_some(weights)
+
     def storages_moved(self, places: Mapping[int, int]) -> None:
         """Weights lie in other storages from now on (old identity to new): nothing is gone with the old ones."""
         self._watched.stop(places)

@@ -7,6 +7,7 @@ import contextvars
 from collections.abc import Iterator
 from typing import TypeVar
 
+from hetegen_compile.options import parse_options
 from hetegen_compile.planning.planned import Split
 
 T = TypeVar("T")
@@ -20,8 +21,11 @@ def override_split(split: Split) -> contextlib.AbstractContextManager[None]:
 
     Plans made under it are kept, so comparing 0.0 (all streamed), 1.0 (all on the host) and "auto" costs no
     second compilation. Residency stays as it was decided.
+
+    Raises:
+        OptionError: when it is called, if ``split`` is nothing that the option of this name may be.
     """
-    return _set(_split, split)
+    return _set(_split, parse_options({"split": split}).split)
 
 
 def override_issue_ahead(wanted: bool | None) -> contextlib.AbstractContextManager[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import os
 import threading
 import weakref
@@ -14,12 +15,15 @@ from torch import nn
 
 from hetegen_compile.accelerators import Accelerator, open_accelerator
 from hetegen_compile.cost_model import HardwareProfile
+from hetegen_compile.errors import OptionError
 from hetegen_compile.host_memory import HostMemory, HugePages
 from hetegen_compile.mirrors import Mirrors
 from hetegen_compile.model_lives import ModelLives
 from hetegen_compile.options import Options
 from hetegen_compile.residency import ResidencyLedger
 from hetegen_compile.steps.carried import CarriedPrefetches
+
+logger = logging.getLogger("hetegen_compile")
 
 _open: weakref.WeakValueDictionary[Any, Runtime] = weakref.WeakValueDictionary()
 _opening = threading.Lock()
@@ -124,11 +128,26 @@ def refresh(model: nn.Module) -> None:
     That includes what has been prefetched for the next step. Needed after writes that leave a tensor's version as it
     was: through ``.data`` (``p.data += d``), through a numpy view, by a fused optimiser. Assigning
     ``p.data = other`` or ``copy_`` under ``no_grad`` is noticed.
+
+    A part of a model will do. Where nothing of ``model`` can be on an accelerator, as before its first call, there is
+    nothing to upload: a warning is logged, since another object may have been meant.
+
+    Raises:
+        OptionError: ``model`` is no module.
     """
-    for runtime in live_runtimes():
-        runtime.lives.exclusively(functools.partial(_refresh, runtime, model))
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"refresh expects the model that was compiled, an nn.Module: {type(model).__name__} is none")
+    served = [runtime.lives.exclusively(functools.partial(_refresh, runtime, model)) for runtime in live_runtimes()]
+    if not any(served):
+        logger.warning(
+            "refresh: no compiled graph has run on an accelerator with weights of this %s, so none are uploaded again; "
+            "is it the model that was compiled, and has that been called?", type(model).__name__,
+        )  # fmt: skip
 
 
-def _refresh(runtime: Runtime, model: nn.Module) -> None:
+def _refresh(runtime: Runtime, model: nn.Module) -> bool:
+    """Whether a graph on this accelerator was planned with some of the model's tensors."""
+    tensors = list(itertools.chain(model.parameters(), model.buffers()))
     runtime.carried.drop("refresh")
-    runtime.mirrors.forget(itertools.chain(model.parameters(), model.buffers()))
+    runtime.mirrors.forget(tensors)
+    return runtime.lives.watches(tensors)

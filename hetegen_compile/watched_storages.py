@@ -34,6 +34,10 @@ class WatchedStorages:
                 finalizer.atexit = False
                 self._watched[key] = weak_storage(tensor), finalizer
 
+    def has_some(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether some of these tensors' storages are watched."""
+        return any(storage_key(tensor) in self._watched for tensor in tensors)
+
     def stop(self, keys: Iterable[int] | None = None) -> None:
         """Note these deaths no longer (by default none at all)."""
         for key in list(self._watched) if keys is None else keys:

@@ -262,5 +262,5 @@ def test_plan_help_names_presets_and_types(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         cli.main(["plan", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
-    for expected in (*preset_names(), *DTYPES):
+    for expected in (*preset_names(), *DTYPES, "(default: the config's where it states one of these, else float16)"):
         assert expected in printed

@@ -17,6 +17,7 @@ from tabulate import tabulate
 
 import benchmarks.cycles as cycles
 from benchmarks.architectures import architectures
+from benchmarks.arguments import output_file
 from benchmarks.children import Outcome, run_child, write_json
 from benchmarks.one_architecture import FACTORIES
 
@@ -127,7 +128,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--keep", type=int, nargs="+", metavar="POSITION", help="only these actions of each cycle")
     parser.add_argument("--minimise", action="store_true", help="try which actions a failing cycle needs")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds for each cycle (default: 300)")
-    parser.add_argument("--json", type=Path, help="write the reports here, anew behind each cycle")
+    parser.add_argument("--json", type=output_file, help="write the reports here, anew behind each cycle")
     return parser.parse_args(argv)
 
 

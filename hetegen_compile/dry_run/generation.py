@@ -13,8 +13,6 @@ from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
-from torch import nn
-
 from hetegen_compile.dry_run.forwards import TracedGeneration, trace_generation
 from hetegen_compile.dry_run.generation_plan import Generation, GenerationPlan
 from hetegen_compile.dry_run.memory import accelerator_items, host_items, pinned_bytes
@@ -45,7 +43,7 @@ def plan_generation(
     prompt: int = 512,
     new_tokens: int = 64,
     batch: int = 1,
-    dtype: str = "float16",
+    dtype: str | None = None,
     options: Mapping[str, object] | None = None,
     tell: Callable[[str], None] = logger.info,
 ) -> GenerationPlan:
@@ -55,7 +53,8 @@ def plan_generation(
         model: a folder with a config.json, such a file, the id of a model whose config is in the hub's cache, a
             transformers config, or a module. An encoder has one forward and generates nothing.
         prompt, new_tokens, batch: tokens of a prompt, generated tokens of each sequence, sequences.
-        dtype: of weights and activations; a module keeps its own.
+        dtype: of weights and activations, "float16", "bfloat16", "float32" or "float64"; None: what the config states
+            if it is one of these, else "float16". A module keeps its own.
         options: those of the backend. Without ``context`` the budget holds the prompt and what is generated.
         tell: called with what is done next; large models take a minute.
 
@@ -80,7 +79,7 @@ def plan_generation(
     return GenerationPlan(
         model=named.name,
         hardware=machine.profile.name,
-        dtype=dtype if not isinstance(model, nn.Module) else _dtype_of(model),
+        dtype=named.dtype,
         prompt=prompt,
         new_tokens=new_tokens if named.generates else 0,
         batch=batch,
@@ -154,11 +153,6 @@ def _plan_forward(
         plan_graph(graph, machine, resident, sizes_at(graph, hint, size), planner)
         for graph, planner in zip_longest(forward.graphs, planners)
     ]
-
-
-def _dtype_of(model: nn.Module) -> str:
-    dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
-    return ", ".join(sorted(dtypes)) or "none"
 
 
 def _notes(named: NamedModel, machine: Machine, tokens: int, windows: int) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ class NamedModel:
     Attributes:
         name: for people.
         module: in evaluation mode; its weights are on meta unless it was given as a module.
+        dtype: name of the weights' type, of all of them where there are several.
         generates: whether it makes tokens one by one from a cache; an encoder runs one forward only.
         positions: the longest context that its config states, or None.
         quantised: whether its config states quantised weights, which a plan does not model.
@@ -29,6 +31,7 @@ class NamedModel:
 
     name: str
     module: nn.Module
+    dtype: str
     generates: bool
     positions: int | None = None
     quantised: bool = False
@@ -38,34 +41,48 @@ class NamedModel:
         return argument in inspect.signature(self.module.forward).parameters
 
 
-def named_model(source: Any, dtype: str) -> NamedModel:
+def named_model(source: Any, dtype: str | None = None) -> NamedModel:
     """The model that ``source`` means, without weights and without the network.
 
     Args:
         source: a folder with a config.json, such a file, the id of a model whose config is in the hub's cache, a
             transformers config, or a module (which is taken as it is, whatever ``dtype`` says).
-        dtype: name of the weights' type.
+        dtype: name of the weights' type; None: what the config states (``stated_dtype``).
 
     Raises:
         OptionError: ``dtype`` is none that weights are stored in.
         UnsupportedModelError: no such model, or not one that reads tokens; the message says what to do.
     """
-    if dtype not in DTYPES:
+    if dtype not in (*DTYPES, None):
         raise OptionError(f"dtype={dtype!r}: valid are {', '.join(map(repr, DTYPES))}")
     if isinstance(source, nn.Module):
         config = getattr(source, "config", None)
-        return _named(type(source).__name__, source, config, generates(config) if config is not None else False)
+        makes_tokens = generates(config) if config is not None else False
+        return _named(type(source).__name__, source, _dtype_of(source), config, makes_tokens)
     config = named_config(source) if isinstance(source, (str, Path)) else source
     if not hasattr(config, "model_type"):
         raise UnsupportedModelError(f"{source!r} is neither a path, nor a model's id, nor a config, nor a module")
     name = str(source) if isinstance(source, (str, Path)) else f"{config.model_type} config"
-    return _named(name, _on_meta(config, DTYPES[dtype]), config, generates(config))
+    dtype = dtype or stated_dtype(config)
+    return _named(name, _on_meta(config, DTYPES[dtype]), dtype, config, generates(config))
 
 
-def _named(name: str, module: nn.Module, config: Any, generates: bool) -> NamedModel:
+def stated_dtype(config: Any) -> str:
+    """The type that a config states for the weights (``dtype``, once ``torch_dtype``); float16 if none of ours."""
+    stated = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    return stated if stated in DTYPES else "float16"
+
+
+def _dtype_of(model: nn.Module) -> str:
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
+    return ", ".join(sorted(dtypes)) or "none"
+
+
+def _named(name: str, module: nn.Module, dtype: str, config: Any, generates: bool) -> NamedModel:
     found = NamedModel(
         name=name,
         module=module,
+        dtype=dtype,
         generates=generates,
         positions=getattr(config, "max_position_embeddings", None),
         quantised=getattr(config, "quantization_config", None) is not None,
@@ -85,7 +102,7 @@ def named_config(source: str | Path) -> Any:
         raise UnsupportedModelError(f"no config of {str(source)!r}: there is no such file or folder")
     try:
         return AutoConfig.from_pretrained(str(source), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError(
             f"no config of {str(source)!r}: {reason} It has to be a folder with a config.json, such a file, or a model "
@@ -109,7 +126,7 @@ def _on_meta(config: Any, dtype: torch.dtype) -> nn.Module:
     factory: Any = AutoModelForCausalLM if generates(config) else AutoModel
     try:
         with torch.device("meta"):
-            module: nn.Module = factory.from_config(config, dtype=dtype)
+            module: nn.Module = factory.from_config(copy.deepcopy(config), dtype=dtype)  # which notes the type there
     except (ValueError, ImportError) as error:
         raise UnsupportedModelError(f"no model of type {config.model_type!r} can be made: {error}") from error
     return module.eval()

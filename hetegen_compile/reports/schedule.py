@@ -205,7 +205,8 @@ def _why(row: Row, split: float | Literal["auto"]) -> str:
     if split != "auto":
         return f"{shares}, {row.resident_share:.0%} resident: the option split={split} says so"
     if row.placement == "split" and row.host_share and row.streamed_share:
-        return f"{shares}: host and link finish together"
+        resident = f", {row.resident_share:.0%} resident" if row.resident_share else ""
+        return f"{shares}{resident}: host and link finish together"
     if row.placement == "split":
         return f"{shares}, {row.resident_share:.0%} resident: {_why_not_both(row)}"
     if row.placement == "host":

@@ -116,6 +116,13 @@ def test_a_folder_is_named_after_itself(tmp_path: Path) -> None:
     assert [shape_of(str(one), 2).name for one in (folder, path)] == ["my-model", "my-model"]
 
 
+def test_weights_are_of_the_type_that_is_asked_for_or_stated(tmp_path: Path) -> None:
+    path = written(tmp_path / "own.json", {**SHAPES["opt-6.7b"], "torch_dtype": "bfloat16"})
+    assert shape_of(str(path), 1).dtype == "bfloat16"
+    assert shape_of(str(path), 1, "float32").dtype == "float32"
+    assert shape_of("opt-6.7b", 1).dtype == "float16"
+
+
 def test_caches_with_windows_are_planned_at_their_length() -> None:
     """Gemma 2 and the first Mistral: a window of more tokens than there are, and one of fewer."""
     for window, tokens in ((4096, 512), (64, 63)):

@@ -185,6 +185,38 @@ def test_a_config_file(tmp_path: Path) -> None:
     assert sum(p.numel() for p in named.module.parameters()) == PARAMETERS
 
 
+@pytest.mark.parametrize(
+    ("stated", "dtype", "found"),
+    [
+        ({}, None, "float16"),
+        ({"torch_dtype": "bfloat16"}, None, "bfloat16"),
+        ({"dtype": "float32"}, None, "float32"),
+        ({"dtype": "float32"}, "bfloat16", "bfloat16"),
+        ({"torch_dtype": "float8_e4m3fn"}, None, "float16"),
+    ],
+)
+def test_weights_are_of_the_type_that_the_config_states(
+    stated: dict[str, str], dtype: str | None, found: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**LLAMA.to_dict(), **stated}))
+    named = named_model(path, dtype)
+    assert named.dtype == found
+    assert {str(p.dtype) for p in named.module.parameters()} == {f"torch.{found}"}
+
+
+def test_a_type_that_torch_does_not_have_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "dtype": "half of it"}')
+    with pytest.raises(UnsupportedModelError, match=r"no config of .*'half of it'"):
+        named_model(tmp_path)
+
+
+def test_a_config_stays_as_it_was_given() -> None:
+    before = LLAMA.to_dict()
+    named_model(LLAMA, "bfloat16")
+    assert LLAMA.to_dict() == before
+
+
 def test_a_model_that_is_in_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = tmp_path / "models--some--llama" / "snapshots" / "0123"
     LLAMA.save_pretrained(snapshot)
@@ -302,4 +334,6 @@ def test_dtypes_halve_the_weights() -> None:
     narrow = plan_generation(LLAMA, prompt=64, new_tokens=1, dtype="bfloat16", options={"hardware": A10})
     assert wide.host_bytes["weights and buffers"] > 1.99 * narrow.host_bytes["weights and buffers"]
     assert narrow.dtype == "bfloat16"
+    stated = LlamaConfig(**{**LLAMA.to_dict(), "dtype": "bfloat16"})
+    assert plan_generation(stated, prompt=64, new_tokens=1, options={"hardware": A10}) == narrow
     assert not torch.is_inference_mode_enabled()

@@ -19,7 +19,10 @@ def partly_resident(host: float, streamed: float) -> Row:
     ("row", "told"),
     [
         (LINEAR, "60% of its rows on the host, 40% streamed: host and link finish together"),
-        (partly_resident(0.2, 0.3), "20% of its rows on the host, 30% streamed: host and link finish together"),
+        (
+            partly_resident(0.2, 0.3),
+            "20% of its rows on the host, 30% streamed, 50% resident: host and link finish together",
+        ),
         (partly_resident(0.0, 0.5), "50% resident: no more of it fits the budget, and a trip to the host would cost"),
         (partly_resident(0.2, 0.0), "80% resident: the link would take longer than the host for the rest"),
         (RESIDENT, "resident: it saves more time per byte"),
