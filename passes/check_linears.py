@@ -11,7 +11,7 @@ first Linears are padded, not joined; the host's part of its last one reads as m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from torch import fx
@@ -19,6 +19,7 @@ from torch import fx
 from hetegen_compile import ir
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import info
+from hetegen_compile.linear_parts import whole_linear
 from hetegen_compile.passes.check_parts import brought, origin
 from hetegen_compile.passes.findings import LinearOperands
 from hetegen_compile.passes.happens_before import name_of
@@ -26,8 +27,10 @@ from hetegen_compile.passes.happens_before import name_of
 _PARTS = (ir.HOST_LINEAR, ir.PARTIAL_LINEAR)
 
 
-def check_linears(graph: fx.Graph, program: Mapping[int, LinearOperands]) -> None:
+def check_linears(graph: fx.Graph, program: Mapping[int, LinearOperands], segments: Iterable[fx.Graph] = ()) -> None:
     """Check all parts of Linears, what they read and what puts them together.
+
+    ``segments`` have Linears, whole, only where everything stays on the accelerator.
 
     Raises:
         ScheduleError: operands are not the program's, the bias is not added once, a part is joined elsewhere, twice or
@@ -46,7 +49,8 @@ def check_linears(graph: fx.Graph, program: Mapping[int, LinearOperands]) -> Non
         _check_operands(nodes, program[position])
         _check_bias(nodes, program[position])
         _check_wholes(nodes, wholes.get(position, []))
-    for position in program.keys() - parts.keys():
+    whole = {info(node).position for inner in segments for node in inner.nodes if node.target is whole_linear}
+    for position in sorted(program.keys() - parts.keys() - whole):
         raise ScheduleError(f"verify: of the Linear at {position} in the program no part is computed")
 
 

@@ -61,7 +61,7 @@ def verify(module: fx.GraphModule, context: Context) -> None:
     replay = Replay(effects, segments, rings)
     replay.run(module.graph)
     check_parts(module.graph)
-    check_linears(module.graph, effects.linears)
+    check_linears(module.graph, effects.linears, segments.values())
     _check_return(module.graph, replay, effects)
     _check_budget(module, replay, staging, context)
 
