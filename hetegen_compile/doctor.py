@@ -15,7 +15,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from hetegen_compile.accelerators.cuda import beside_allocator_bytes
 from hetegen_compile.accelerators.cuda.gates import why_no_gates
-from hetegen_compile.calibration import cache_path, contradiction, read_profile, this_machine
+from hetegen_compile.calibration import cache_path, read_profile, seems_disturbed, this_machine
 from hetegen_compile.calibration.machine import (
     cpu_model,
     last_level_cache_bytes,
@@ -156,13 +156,13 @@ def _profile() -> Check:
     path = cache_path(machine)
     profile = None if path is None else read_profile(path, machine)
     if profile is not None:
-        found = ((dtype, contradiction(table)) for dtype, table in profile.host.linear_bytes_per_s.items())
-        if disturbed := next((f"{dtype}: {what}" for dtype, what in found if what), ""):
+        told = f"{path}{_issuing(profile) if cuda else ''}"
+        if disturbed := seems_disturbed(profile):
             remedy = "hetegen calibrate again when nothing else runs"
             return Check(
-                "warn", "measured profile", f"{path}, which was measured beside other work; {disturbed}", remedy
+                "warn", "measured profile", f"{told}; measured beside other work it seems: {disturbed}", remedy
             )
-        return Check("ok", "measured profile", f"{path}{_issuing(profile) if cuda else ''}")
+        return Check("ok", "measured profile", told)
     if not cuda:
         return Check("ok", "measured profile", "none; not needed without a GPU: preset cpu-emulated")
     remedy = "hetegen calibrate measures now, else the first call does (less than a minute)"

@@ -10,6 +10,7 @@ from hetegen_compile.calibration import (
     cache_path,
     calibrate,
     read_profile,
+    seems_disturbed,
     this_machine,
     write_profile,
 )
@@ -47,4 +48,6 @@ def _measured(machine: Machine) -> HardwareProfile:
         logger.info("measuring this machine once, in under a minute: %s", machine)
         profile = calibrate(accelerator="cuda")
         write_profile(path, profile)
+    elif disturbed := seems_disturbed(profile):
+        logger.warning("%s seems to have been measured beside other work, run hetegen calibrate: %s", path, disturbed)
     return profile

@@ -129,8 +129,8 @@ def refresh(model: nn.Module) -> None:
     was: through ``.data`` (``p.data += d``), through a numpy view, by a fused optimiser. Assigning
     ``p.data = other`` or ``copy_`` under ``no_grad`` is noticed.
 
-    A part of a model will do. Where nothing of ``model`` can be on an accelerator, as before its first call, there is
-    nothing to upload: a warning is logged, since another object may have been meant.
+    A part of a model will do. Where no accelerator is known to hold anything of ``model``, as before its first call,
+    there is nothing to upload: a warning is logged, since another object may have been meant.
 
     Raises:
         OptionError: ``model`` is no module.
@@ -140,14 +140,15 @@ def refresh(model: nn.Module) -> None:
     served = [runtime.lives.exclusively(functools.partial(_refresh, runtime, model)) for runtime in live_runtimes()]
     if not any(served):
         logger.warning(
-            "refresh: no compiled graph has run on an accelerator with weights of this %s, so none are uploaded again; "
-            "is it the model that was compiled, and has that been called?", type(model).__name__,
+            "refresh: no accelerator is known to hold anything of this %s, so nothing will be uploaded again; is it "
+            "the model that was compiled?", type(model).__name__,
         )  # fmt: skip
 
 
 def _refresh(runtime: Runtime, model: nn.Module) -> bool:
-    """Whether a graph on this accelerator was planned with some of the model's tensors."""
+    """Whether a graph was planned with some of the model's tensors, or the accelerator holds something of them."""
     tensors = list(itertools.chain(model.parameters(), model.buffers()))
+    known = runtime.lives.watches(tensors) or runtime.mirrors.hold(tensors)
     runtime.carried.drop("refresh")
     runtime.mirrors.forget(tensors)
-    return runtime.lives.watches(tensors)
+    return known

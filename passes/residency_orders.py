@@ -49,7 +49,7 @@ def ordered_claims(
         first_rows = residency_shares([order], free_bytes)
         return _corrected_s(estimate.step_s(first_rows), linears, first_rows, large)
 
-    if not work or not 0 < free_bytes < sum(claim.nbytes for claim in claims):
+    if not work or not linears or not 0 < free_bytes < sum(claim.nbytes for claim in claims):
         return claims
     best = min(_orders(claims, free_bytes, typical_bytes), key=step_s, default=claims)
     return best if step_s(best) < _SHORTER * step_s(claims) else claims

@@ -146,12 +146,12 @@ def test_the_measured_profile_is_found_once_it_is_kept(tmp_path: Path, monkeypat
     assert doctor._profile().finding.startswith("none")
     cli.main(["calibrate"])
     path = str(kept(tmp_path)[0])
-    monkeypatch.setattr(doctor, "contradiction", lambda table: "")
+    monkeypatch.setattr(doctor, "seems_disturbed", lambda profile: "")
     assert doctor._profile() == Check("ok", "measured profile", path)
-    monkeypatch.setattr(doctor, "contradiction", lambda table: "one size says so, another does not")
+    monkeypatch.setattr(doctor, "seems_disturbed", lambda profile: "one size says so, another does not")
     told = doctor._profile()
     assert (told.status, told.remedy) == ("warn", "hetegen calibrate again when nothing else runs")
-    assert told.finding == f"{path}, which was measured beside other work; float32: one size says so, another does not"
+    assert told.finding == f"{path}; measured beside other work it seems: one size says so, another does not"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from benchmarks.children import Notebook, write_json
 from benchmarks.compare import __main__ as compare
 from benchmarks.compare.job import HETEGEN, Job, Row
 from benchmarks.compare.report import OWN, at_limit, best_peer, tables
-from benchmarks.gpu.settings import Settings, SkipError
+from benchmarks.gpu.settings import Settings, SkipError, require
 from benchmarks.random_models import DTYPES, weight_bytes_of
 from hetegen_compile.calibration import Effort, cache_path, calibrate, this_machine, write_profile
 from hetegen_compile.calibration.machine import memory_limit_bytes
@@ -92,6 +92,7 @@ def compare_shape(shape: str, settings: Settings, notebook: Notebook, *, ways: S
     )  # fmt: skip
     notebook.note("what", compare.heading(arguments))
     rows = [] if HETEGEN in ways else earlier_rows(shape, settings)
+    earlier = len(rows)
     compared = _Compared(shape, settings)
     for job in compare.jobs_of(arguments):
         print(job.name, flush=True)
@@ -100,6 +101,7 @@ def compare_shape(shape: str, settings: Settings, notebook: Notebook, *, ways: S
         notebook.note("table", tables(rows).splitlines())
         notebook.note("summary", [summary(rows, limit) for limit in arguments.gpu_memory])
     if HETEGEN not in ways:
+        require(any(row.decode_tokens_per_s for row in rows[earlier:]), "no peer has a figure; their rows say why")
         return
     own = [row for row in rows if row.way == HETEGEN]
     if own and all(row.note.startswith(_NOT_BEGUN) for row in own):

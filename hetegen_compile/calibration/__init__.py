@@ -5,7 +5,7 @@ profile of the figures, ``report`` shows it, ``cache`` keeps it for other proces
 """
 
 from hetegen_compile.calibration.cache import cache_path, read_profile, write_profile
-from hetegen_compile.calibration.linears import contradiction
+from hetegen_compile.calibration.linears import seems_disturbed
 from hetegen_compile.calibration.machine import Machine, this_machine
 from hetegen_compile.calibration.runner import calibrate
 from hetegen_compile.calibration.timing import Effort
@@ -15,8 +15,8 @@ __all__ = [
     "Machine",
     "cache_path",
     "calibrate",
-    "contradiction",
     "read_profile",
+    "seems_disturbed",
     "this_machine",
     "write_profile",
 ]

@@ -21,7 +21,7 @@ from hetegen_compile.calibration.kernels import (
     in_place,
 )
 from hetegen_compile.calibration.timing import Effort
-from hetegen_compile.cost_model import KernelChoice, RateCurve, RateTable
+from hetegen_compile.cost_model import HardwareProfile, KernelChoice, RateCurve, RateTable
 from hetegen_compile.host_kernels import KERNELS, HostKernel, kernels_for
 from hetegen_compile.options import format_bytes
 
@@ -34,8 +34,8 @@ Rates = Mapping[Point, float]
 
 _GOLDEN = 0.618
 """Multiples of it are spread evenly over 0 to 1."""
-_HOPELESS = 2.0
-"""A kernel that takes so many times the fastest's seconds in the first round is not timed again."""
+_HOPELESS = 4.0
+"""A kernel that takes so many times the fastest's seconds in its own fastest calls is not timed in further rounds."""
 _LARGER, _MOST, _LEAST_S = 4.0, 0.5, 1e-3
 """Weights take at most this share of the seconds of weights that are so many times larger, where it is a millisecond or
 more: else something else ran meanwhile (threads that wait for a processor take as long whatever they compute)."""
@@ -78,6 +78,12 @@ def measure_linears(arena: Tensor, effort: Effort, launch_s: float, step: Callab
     if disturbed and (disturbed := contradiction(table)):
         logger.warning("%s: this profile is of no use, calibrate again when nothing else runs", disturbed)
     return LinearFigures(table, choice, _compare(rates, arena, effort, step))
+
+
+def seems_disturbed(profile: HardwareProfile) -> str:
+    """Why the host's rates seem to have been measured beside other work, "" if they do not."""
+    tables = profile.host.linear_bytes_per_s.items()
+    return next((f"{dtype}: {what}" for dtype, table in tables if (what := contradiction(table))), "")
 
 
 def contradiction(table: RateTable) -> str:
@@ -131,9 +137,9 @@ def _kernel_rates(
                 calls = call_durations_s(in_place(kernel), weights[nbytes], tokens, each, start=next(starts))
                 found = samples[kernel.name].setdefault((tokens, nbytes), [])
                 found += [size / _net_s(seconds, launch_s) for size, seconds in calls]
-        rates = {name: {point: median(found) for point, found in by.items()} for name, by in samples.items()}
-        timed = {tokens: _promising(kernels, rates, tokens) for tokens in effort.tokens}
-    return rates
+        fastest = {name: {point: max(found) for point, found in by.items()} for name, by in samples.items()}
+        timed = {tokens: _promising(kernels, fastest, tokens) for tokens in effort.tokens}
+    return {name: {point: median(found) for point, found in by.items()} for name, by in samples.items()}
 
 
 def _promising(kernels: Sequence[HostKernel], rates: Mapping[str, Rates], tokens: int) -> list[HostKernel]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -18,7 +18,7 @@ from hetegen_compile.calibration.host import HostFigures, host_steps, measure_ho
 from hetegen_compile.calibration.machine import Machine, this_machine
 from hetegen_compile.calibration.timing import Effort, plain_torch
 from hetegen_compile.cost_model import SCHEMA_VERSION, HardwareProfile, load_profile
-from hetegen_compile.errors import AcceleratorUnavailableError, OptionError
+from hetegen_compile.errors import AcceleratorUnavailableError, HostKernelUnavailableError, OptionError
 from hetegen_compile.host_kernels import VECTORISED
 
 logger = logging.getLogger("hetegen_compile")
@@ -100,9 +100,8 @@ def _calibrate_cuda(effort: Effort, step: Step) -> HardwareProfile:
         figures = measure_cuda(meter, step)
         step("gates")
         torch.cuda.empty_cache()
-        VECTORISED.refusal(
-            torch.empty((1, 1), dtype=torch.bfloat16)
-        )  # builds it: the other process has no time for that
+        with contextlib.suppress(HostKernelUnavailableError):  # built here: the other process has no time for that
+            VECTORISED.prepare()
         gates = gating.ask(device)  # nothing of this process uses the device meanwhile
         threads = torch.get_num_threads()
         threads = worker_threads(threads) if gates.gate_s else threads  # else the host's thread computes with all
@@ -164,7 +163,7 @@ def _host_sources(effort: Effort, host: HostFigures) -> dict[str, str]:
     }
 
 
-@contextmanager
+@contextlib.contextmanager
 def _progress(steps: int, *, show: bool) -> Iterator[Step]:
     """A callable that says what is measured next, shown as a progress bar."""
     with tqdm(total=steps, desc="calibrating", disable=not show) as bar:

@@ -206,6 +206,10 @@ class Mirrors:
             if changed:
                 self._records.drop(key)
 
+    def hold(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether there is anything of some of these."""
+        return any(self._records.get(storage_key(tensor)) is not None for tensor in tensors)
+
     def forget(self, tensors: Iterable[Tensor] | None = None) -> None:
         """Drop mirrors (all by default), so that the next step that needs them uploads afresh."""
         keys = [key for key, _ in self._records] if tensors is None else [storage_key(tensor) for tensor in tensors]

@@ -28,11 +28,11 @@ def test_what_no_graph_has_run_with_is_told(budget: int, caplog: pytest.LogCaptu
     model, other = Mlp().eval(), Mlp().eval()
     model.compile(backend=RecordingBackend(), options=emulated(gpu_memory=budget))
     hetegen_compile.refresh(model)
-    assert caplog.text.count("with weights of this Mlp") == 1, "not called yet"
+    assert caplog.text.count("known to hold anything of this Mlp") == 1, "not called yet"
     with torch.no_grad():
         model(random(2, 64))
     hetegen_compile.refresh(other)
-    assert caplog.text.count("with weights of this Mlp") == 2
+    assert caplog.text.count("known to hold anything of this Mlp") == 2
 
 
 def _whole(model: nn.Module) -> nn.Module:
@@ -60,4 +60,17 @@ def test_what_a_graph_has_run_with_is_not(
         model(random(2, 64))
     for _ in range(2):
         hetegen_compile.refresh(part(model))
+    assert "refresh:" not in caplog.text
+
+
+def test_a_layer_whose_weights_were_replaced_is_not(caplog: pytest.LogCaptureFixture) -> None:
+    model = Mlp().eval()
+    model.compile(backend=RecordingBackend(), options=emulated(gpu_memory=1 << 20))
+    layer = _one_layer(model)
+    with torch.no_grad():
+        model(random(2, 64))
+        for tensor in layer.parameters():
+            tensor.data = tensor.data.clone()
+        model(random(2, 64))
+    hetegen_compile.refresh(layer)
     assert "refresh:" not in caplog.text

@@ -309,6 +309,8 @@ def test_peers_that_were_measured_are_told_whatever_became_of_hetegen(
     assert compared(tmp_path, monkeypatch, lambda job: False, 300.0, ways=("Accelerate",))
     rows = json.loads((tmp_path / "notes.json").read_text())["rows"]
     assert [row["way"] for row in rows] == [HETEGEN, "Accelerate"]
+    with pytest.raises(AssertionError, match="no peer has a figure"):
+        compared(tmp_path, monkeypatch, lambda job: True, 300.0, ways=("Accelerate",))
 
 
 def test_threads_that_the_floor_is_measured_with() -> None:

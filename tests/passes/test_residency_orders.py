@@ -120,6 +120,13 @@ def test_nothing_is_compared_where_nothing_or_everything_stays(free_bytes: int) 
     assert ordered_claims(claims, found, free_bytes, 32 * MIB, 16 * MIB, fast_link()) is claims
 
 
+def test_where_no_linear_asks_for_memory_nothing_is_compared() -> None:
+    """The options put all of them on the host, and what is left are stacks of experts."""
+    claims, found = layers_and_output()
+    stacks = [replace(claim, rank=1) for claim in claims]
+    assert ordered_claims(stacks, found, 128 * MIB, 32 * MIB, 16 * MIB, fast_link()) is stacks
+
+
 def test_gain_has_its_way_where_nothing_is_much_shorter() -> None:
     claims, found = layers_and_output()
     slow = replace(PROFILE, link=replace(PROFILE.link, up=replace(PROFILE.link.up, pinned=RateCurve.constant(1e10))))

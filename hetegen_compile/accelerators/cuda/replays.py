@@ -261,11 +261,11 @@ class Replays:
         try:
             graph.capture_end()
         except RuntimeError:  # it says that the recording was broken off, which is why it ends
+            pool, self._pool = self._pool, None
             with contextlib.suppress(RuntimeError, AttributeError):  # a version may have told the allocator
-                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+                torch._C._cuda_endAllocateToPool(self._device.index, pool)
             for generator in torch.cuda.default_generators[self._device.index or 0 :][:1]:
                 generator.graphsafe_set_state(generator.clone_state())  # the same numbers follow
-            self._pool = None
 
     def _refuse(self, chain: Chain, seen: _Seen, error: Exception) -> None:
         """What one of its launches cannot, or memory, is the chain's own. What CUDA says may be of all of them: no more
