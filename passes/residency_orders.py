@@ -25,7 +25,7 @@ from hetegen_compile.passes.residency_estimate import Estimate, LinearWork
 from hetegen_compile.passes.residency_shares import residency_shares
 
 _SHORTER = 0.99  # of the step as gain has it: less than that is within what an estimate is wrong by
-_IN_TWO_PLACES, _LARGE_KEPT = 0.06, 0.08  # of the step: see ``_corrected_s``
+_IN_TWO_PLACES, _LARGE_KEPT = 0.075, 0.09  # of the step: see ``_corrected_s``
 _LARGE, _SMALL = 1.5, 0.75  # of the typical weight, the one that most bytes lie in
 _SHARES_OF_LARGE = (0.25, 0.5, 0.75, 1.0)
 _SHARES_BESIDE = (0.0, 0.5, 1.0)  # of the large ones where what the others keep is decided
