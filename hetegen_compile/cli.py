@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    text = "measure this machine (less than a minute) and keep its hardware profile"
+    text = "measure this machine (about a minute) and keep its hardware profile"
     parser = commands.add_parser("calibrate", help=text, description=text)
     parser.add_argument("--json", action="store_true", help="print the profile as JSON instead of a table")
     parser.add_argument("--no-cache", action="store_true", help="do not keep the profile")

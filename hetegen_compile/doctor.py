@@ -165,7 +165,7 @@ def _profile() -> Check:
         return Check("ok", "measured profile", told)
     if not cuda:
         return Check("ok", "measured profile", "none; not needed without a GPU: preset cpu-emulated")
-    remedy = "hetegen calibrate measures now, else the first call does (less than a minute)"
+    remedy = "hetegen calibrate measures now, else the first call does (some minutes)"
     return Check("warn", "measured profile", "none for this machine and version of torch", remedy)
 
 

@@ -45,7 +45,7 @@ def _measured(machine: Machine) -> HardwareProfile:
     path = cache_path(machine)
     profile = read_profile(path, machine) if path is not None else None
     if profile is None:
-        logger.info("measuring this machine once, in under a minute: %s", machine)
+        logger.info("measuring this machine once, which takes some minutes: %s", machine)
         profile = calibrate(accelerator="cuda")
         write_profile(path, profile)
     elif disturbed := seems_disturbed(profile):

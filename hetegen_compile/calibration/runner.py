@@ -32,7 +32,7 @@ Step = Callable[[str], None]
 
 
 def calibrate(*, accelerator: str = "auto", progress: bool = True, effort: Effort | None = None) -> HardwareProfile:
-    """Measure this machine, which takes less than a minute.
+    """Measure this machine, which takes about a minute, with a GPU some more.
 
     Args:
         accelerator: "cuda" measures the current CUDA device and the link too; "emulated" takes their figures

@@ -65,9 +65,9 @@ def test_a_corrected_chain_may_make_other_trips_worth_it(monkeypatch: pytest.Mon
 
 def test_a_prompt_has_shares_that_fit_a_ring_which_holds_few_trips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its output layer has one token and many rows, which the link has to begin with while layers keep it busy."""
-    found = prompt().result(load_profile("h100-server"), 0.5)
+    found = prompt().result(load_profile("a10-xeon"), 0.6)
     monkeypatch.setattr(Search, "along_ring", lambda *_, **__: None)
-    assert found.step_s < 0.98 * prompt().result(load_profile("h100-server"), 0.5).step_s
+    assert found.step_s < 0.95 * prompt().result(load_profile("a10-xeon"), 0.6).step_s
 
 
 @pytest.mark.parametrize("vary", [True, False])
