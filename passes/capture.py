@@ -29,7 +29,7 @@ from hetegen_compile.passes.fake_inputs import check_devices, fake_inputs, fake_
 from hetegen_compile.passes.fold_transforms import fold_transforms
 from hetegen_compile.passes.operators import BY_STRIDES, only_torchs_operations
 from hetegen_compile.passes.return_views import return_views
-from hetegen_compile.passes.sources import module_path, note_own_module
+from hetegen_compile.passes.sources import module_path
 from hetegen_compile.passes.tensors import storage_id, tensors_in
 from hetegen_compile.passes.unfold_attention import unfold_attention
 from hetegen_compile.passes.written_caches import inputs_laid_out, sharing, writer_of_caches, writes_in_place
@@ -107,7 +107,6 @@ def capture(module: fx.GraphModule, inputs: Sequence[Any]) -> FakeTensorMode:
     Raises:
         UnsupportedModelError: an input is on meta or on a device other than the CPU.
     """
-    note_own_module(module.graph)
     _drop_side_notes(module.graph)
     _drop_idle_autocast(module.graph)
     fold_transforms(module)

@@ -20,7 +20,6 @@ import torch
 from torch import fx
 
 from hetegen_compile.ir import NodeInfo, info, is_tensor, writers_of
-from hetegen_compile.passes.sources import OWN_MODULE
 
 
 def copy_before_writes(graph: fx.Graph) -> bool:
@@ -47,8 +46,7 @@ def _is_written_elsewhere(node: fx.Node, writers: dict[int, list[fx.Node]]) -> b
 def _copy(graph: fx.Graph, node: fx.Node) -> None:
     with graph.inserting_after(node):
         copy = graph.call_function(torch.clone, (node,))
-    kept = ("nn_module_stack", "stack_trace", OWN_MODULE)
-    copy.meta.update({key: node.meta[key] for key in kept if key in node.meta})
+    copy.meta.update({key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta})
     node.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy)
 
 

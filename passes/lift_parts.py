@@ -29,7 +29,6 @@ from hetegen_compile.ir import copy_module, erase_dead_nodes, info, is_tensor, w
 from hetegen_compile.passes.capture import propagate
 from hetegen_compile.passes.movement import is_view
 from hetegen_compile.passes.normalise_linears import made_of_weights, match_linear, untransposed
-from hetegen_compile.passes.sources import OWN_MODULE
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class _Lifter:
             last = next(reversed(self._lifted.values()), self._inputs[-1])
             with self._graph.inserting_after(last):
                 node = self._graph.placeholder(f"{base.name}_part_{len(self._lifted)}")
-            node.meta = {key: value for key, value in base.meta.items() if key in ("grapharg", OWN_MODULE)}
+            node.meta = {key: value for key, value in base.meta.items() if key == "grapharg"}
             node.meta["example_value"] = stored
             self._lifted[part] = node
         return self._lifted[part]
