@@ -50,8 +50,8 @@ def check_linears(graph: fx.Graph, program: Mapping[int, LinearOperands], segmen
         _check_bias(nodes, program[position])
         _check_wholes(nodes, wholes.get(position, []))
     whole = {info(node).position for inner in segments for node in inner.nodes if node.target is whole_linear}
-    for position in sorted(program.keys() - parts.keys() - whole):
-        raise ScheduleError(f"verify: of the Linear at {position} in the program no part is computed")
+    if missing := program.keys() - parts.keys() - whole:
+        raise ScheduleError(f"verify: of the Linear at {min(missing)} in the program no part is computed")
 
 
 def _check_operands(parts: Sequence[fx.Node], program: LinearOperands) -> None:

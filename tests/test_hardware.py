@@ -92,6 +92,18 @@ def test_cuda_is_measured_once_and_kept(measurements: Measurements, accelerator:
     assert len(measurements.calls) == 1
 
 
+def test_a_kept_profile_that_contradicts_itself_is_told(
+    measurements: Measurements, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    profile_for(Options(accelerator="cuda"))
+    monkeypatch.setattr(hardware, "seems_disturbed", lambda profile: "8 ms for any size")
+    for told in (0, 1):
+        assert caplog.text.count("run hetegen calibrate: 8 ms for any size") == told
+        hardware._measured.cache_clear()  # another process
+        profile_for(Options(accelerator="cuda"))
+    assert len(measurements.calls) == 1
+
+
 def test_a_damaged_file_is_measured_anew(measurements: Measurements, caplog: pytest.LogCaptureFixture) -> None:
     profile_for(Options())
     place().write_text("{")

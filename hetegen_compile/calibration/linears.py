@@ -6,7 +6,6 @@ import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from statistics import median
 
 import torch
@@ -36,7 +35,7 @@ _GOLDEN = 0.618
 """Multiples of it are spread evenly over 0 to 1."""
 _HOPELESS = 4.0
 """A kernel that takes so many times the fastest's seconds in its own fastest calls is not timed in further rounds."""
-_LARGER, _MOST, _LEAST_S = 4.0, 0.5, 1e-3
+_LARGER, _MOST_OF_LARGER, _LEAST_S = 4.0, 0.5, 1e-3
 """Weights take at most this share of the seconds of weights that are so many times larger, where it is a millisecond or
 more: else something else ran meanwhile (threads that wait for a processor take as long whatever they compute)."""
 
@@ -69,14 +68,13 @@ def linear_steps(dtypes: Sequence[torch.dtype], effort: Effort) -> int:
 def measure_linears(arena: Tensor, effort: Effort, launch_s: float, step: Callable[[str], None]) -> LinearFigures:
     """Time all kernels for the arena's dtype; ``launch_s`` is taken off each call, as the cost model adds it."""
     usable = usable_kernels(arena.dtype)
-    rates = _kernel_rates(usable, arena, effort, launch_s, step)
-    table, choice = _chosen(rates, effort)
-    if disturbed := contradiction(table):
-        logger.warning("%s: something else runs here; host Linears are timed once more", disturbed)
-        rates = _kernel_rates(usable, arena, effort, launch_s, lambda _: None)
+    for what_then in ("host Linears are timed once more", "this profile is of no use, calibrate again without that"):
+        rates = _kernel_rates(usable, arena, effort, launch_s, step)
         table, choice = _chosen(rates, effort)
-    if disturbed and (disturbed := contradiction(table)):
-        logger.warning("%s: this profile is of no use, calibrate again when nothing else runs", disturbed)
+        disturbed = contradiction(table)
+        if not disturbed:
+            break
+        logger.warning("%s: something else runs here; %s", disturbed, what_then)
     return LinearFigures(table, choice, _compare(rates, arena, effort, step))
 
 
@@ -88,10 +86,10 @@ def seems_disturbed(profile: HardwareProfile) -> str:
 
 def contradiction(table: RateTable) -> str:
     """Two sizes that cannot both be right if nothing else ran meanwhile, in words; "" if there are none."""
-    for (nbytes, curve), (larger, other) in pairwise(table.curves):
+    for (nbytes, curve), (larger, other) in itertools.pairwise(table.curves):
         for tokens, rate in curve.points:
             seconds, larger_s = nbytes / rate, larger / other.at(tokens)
-            if larger >= _LARGER * nbytes and seconds >= _LEAST_S and seconds > _MOST * larger_s:
+            if larger >= _LARGER * nbytes and seconds >= _LEAST_S and seconds > _MOST_OF_LARGER * larger_s:
                 return (
                     f"a host Linear of {format_bytes(int(nbytes))} took {seconds * 1e3:.3g} ms and one of "
                     f"{format_bytes(int(larger))} {larger_s * 1e3:.3g} ms ({tokens:g} token(s))"

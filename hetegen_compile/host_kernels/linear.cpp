@@ -302,19 +302,20 @@ void linear(const Groups<T>& groups, int64_t ldx, int64_t ldw, const T* bias, in
   if (least == groups.end()) return;
   constexpr Reading in_tiles = reading == kRows ? kTiles : reading;
   const bool short_rows = ldw == k && k * int64_t(sizeof(T)) <= kShortRow;
-  if (most->m <= (reading == kRows ? 2 : short_rows ? 1 : 0)) {
+  const int64_t in_rows = reading == kRows ? 2 : short_rows ? 1 : 0;  // up to so many tokens
+  if (most->m <= in_rows) {
     dot_linear<T, kRows, 1, 4>(groups, ldx, ldw, bias, n, k);
-  } else if (reading != kRows && least->m == 1 && most->m == 1) {
+  } else if (least->m == 1 && most->m == 1) {
     dot_linear<T, in_tiles, kRowsOfOne, 1, 1>(groups, ldx, ldw, bias, n, k);
-  } else if (reading != kRows && least->m == 2 && most->m == 2) {
+  } else if (least->m == 2 && most->m == 2) {
     dot_linear<T, in_tiles, kRowsOfTwo, 1, 2>(groups, ldx, ldw, bias, n, k);
   } else {
     dot_linear<T, in_tiles, kRowsOfFour, 1>(groups, ldx, ldw, bias, n, k);
   }
 }
 
-// Consecutive tokens of x[m, k] for each of the matrices w[count, n, k], `stride` elements apart: those up to ends[i] that
-// come before none of the earlier ones are matrix i's.
+// Consecutive tokens of x[m, k] for each of the matrices w[count, n, k], `stride` elements apart: those up to ends[i]
+// that come before none of the earlier ones are matrix i's.
 template <typename T, Reading reading>
 void grouped_linear(
     const typename DotOps<T>::X* x, int64_t ldx, const T* w, int64_t stride, int64_t ldw, const int32_t* ends,

@@ -30,8 +30,7 @@ _FORMS = 64
 """Geometries that are kept of one program."""
 _SCRATCH_BYTES = 32 << 20
 """A thread keeps this much at most for what lies between two steps."""
-_READINGS = tuple(Reading)
-_FIRST_POINTWISE = 2 * len(_READINGS)
+_FIRST_POINTWISE = 2 * len(Reading)
 """Operations: Linears by reading, then partial Linears by reading, then what is pointwise."""
 
 POINTWISE = ("relu", "silu", "gelu", "gelu_tanh", "mul")
@@ -316,7 +315,7 @@ class _Builder:
         _require(host.hi - host.lo == (width if narrowed else columns) and library().programs)
         taken = torch.float32 if partial else library().activations[rows.dtype]
         instruction = _Instruction(
-            _READINGS.index(reading) + len(_READINGS) * partial, DTYPES.index(rows.dtype),
+            reading + len(Reading) * partial, DTYPES.index(rows.dtype),
             first=self._table[x_place], second=self._table[rows_place], third=_NOWHERE, wide=_NOWHERE, sums=_NOWHERE,
             x_offset=start, m=x.tokens, n=columns, k=width, ldx=x.shape[-1], ldw=rows.row_stride,
         )  # fmt: skip

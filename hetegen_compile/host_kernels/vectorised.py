@@ -16,7 +16,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import IntEnum
 from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any
@@ -36,8 +36,8 @@ _LINEARS, _PROGRAMS = ("linear.cpp", "partial_linear.cpp"), ("program.cpp",)
 """Built as one, or, where a compiler fails with the programs, Linears alone."""
 
 
-class Reading(Enum):
-    """How weights are read; the values begin the names of functions, their order is that of ``linear.cpp``.
+class Reading(IntEnum):
+    """How weights are read, numbered as in ``linear.cpp``; the names, in lower case, begin those of its functions.
 
     ROWS: one after the other, which hardware prefetchers follow, for one token and for two.
     TILES: several rows at once, which the program prefetches into the first-level cache. On an H200's host (16 virtual
@@ -50,9 +50,14 @@ class Reading(Enum):
     For one token, rows of up to 2 KiB without gaps between them are read one after the other in any case.
     """
 
-    ROWS = "rows"
-    TILES = "tiles"
-    TILES_THROUGH_L2 = "tiles_through_l2"
+    ROWS = 0
+    TILES = 1
+    TILES_THROUGH_L2 = 2
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its functions begin with."""
+        return self.name.lower()
 
 
 @dataclass(frozen=True)
@@ -77,14 +82,14 @@ class Library:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         operands = [pointer, number, pointer, number, pointer, pointer]
         groups = [pointer, number, pointer, number, number, pointer, number, pointer, number, number]
-        self.reads = {
-            reading: ReadingFunctions(
-                self._by_dtype(f"{reading.value}_linear", [*operands, *[number] * 3]),
-                self._by_dtype(f"{reading.value}_partial_linear", [*operands, pointer, *[number] * 3]),
-                self._by_dtype(f"{reading.value}_grouped_linear", groups),
+        self.reads = tuple(
+            ReadingFunctions(
+                self._by_dtype(f"{reading.prefix}_linear", [*operands, *[number] * 3]),
+                self._by_dtype(f"{reading.prefix}_partial_linear", [*operands, pointer, *[number] * 3]),
+                self._by_dtype(f"{reading.prefix}_grouped_linear", groups),
             )
             for reading in Reading
-        }
+        )
         self.partial_blocks = self._typed("partial_blocks", [number] * 3, number)
         self.programs = hasattr(handle, "run_program")
         if not self.programs:

@@ -60,7 +60,7 @@ def test_linears_read_as_their_kernels_do() -> None:
     enum = re.search(r"enum Reading : int64_t \{ (.*), kReadings \};", vectorised._source("linear.cpp"))
     assert enum is not None
     names = [name.removeprefix("k").lower() for name in enum[1].split(", ")]
-    assert names == [reading.value.replace("_", "") for reading in Reading]
+    assert names == [reading.prefix.replace("_", "") for reading in Reading]
     found = []
     for kernel in OURS:
         for dim in (0, 1):

@@ -34,12 +34,12 @@ def instructions() -> dict[str, set[str]]:
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have other instructions")
 def test_tiles_are_prefetched_into_their_cache() -> None:
     found = instructions()
-    for number, reading in enumerate(Reading):
+    for reading in Reading:
         for dtype, letters in MANGLED.items():
             for form in ("linear", "grouped_linear", "partial_linear"):
-                assert f"ReadingE{number}" in found[f"{reading.value}_{form}_{dtype}"]
+                assert f"ReadingE{int(reading)}" in found[f"{reading.prefix}_{form}_{dtype}"]
             for form in ("dot_", "(partial|axpy)_"):
-                name = re.compile(rf"{form}[a-z]+I{letters}LNS_7ReadingE{number}E")
+                name = re.compile(rf"{form}[a-z]+I{letters}LNS_7ReadingE{int(reading)}E")
                 hints = {hint for function, named in found.items() if name.search(function) for hint in named}
                 assert ("prefetcht1" in hints) == (reading is Reading.TILES_THROUGH_L2), (form, dtype, reading)
                 assert reading is not Reading.TILES or "prefetcht0" in hints
