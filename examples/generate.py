@@ -62,7 +62,7 @@ def _demonstrate(args: argparse.Namespace) -> int:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m examples.generate", description=__doc__.splitlines()[0])
     parser.add_argument("--prompt", default="What is the capital of France? And what is it known for?")
     parser.add_argument("--gpu-memory", default="200MiB", help="budget on the accelerator (the model has 513 MiB)")
     parser.add_argument("--hardware", help="profile that the plan is made for (a GPU: auto, else rtx3060-laptop)")
@@ -132,7 +132,7 @@ def _compare(generate: Callable[[], torch.Tensor], pace: float | None) -> None:
         rows.append((name, _per_second(predicted), _per_second(measured), _ratio(measured, predicted)))
     print()
     how = "decode" if pace is None else "decode, emulated and paced"
-    print(tabulate(rows, headers=(how, "predicted", "measured", "measured / predicted")))
+    print(tabulate(rows, headers=(how, "predicted", "measured", "measured / predicted"), disable_numparse=True))
 
 
 def _per_second(step_s: float | None) -> str:
