@@ -114,6 +114,7 @@ LEFT_ALONE: dict[str, Callable[[Tensor], Any]] = {
     "columns that change places": lambda x: DOWN(UP(x).flip(-1)),
     "a reshape that moves columns": lambda x: DOWN(UP(x).view(2, WIDE, 3).relu().view(2, 3, WIDE)),
     "parts that lie between each other": lambda x: DOWN(FUSED(x)[..., ::2]),
+    "a part that nobody reads": lambda x: DOWN(F.silu(FUSED(x).chunk(2, dim=-1)[0])),
     "one Linear twice": lambda x: F.linear(F.linear(x, TIED), TIED),
 }
 
