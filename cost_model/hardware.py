@@ -33,6 +33,7 @@ Rate = Annotated[float, Bounds(0.0, 1e24)]
 Seconds = Annotated[float, Bounds(0.0, 1e6, low_included=True)]
 Share = Annotated[float, Bounds(0.0, 1.0)]
 Count = Annotated[int, Bounds(1, 2**62, low_included=True)]
+NoneOrMore = Annotated[int, Bounds(0, 2**62, low_included=True)]
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,8 @@ class HostProfile:
         memory_bytes: size of main memory.
         linear_kernels: by dtype, the host kernels that ``linear_bytes_per_s`` belongs to and the runtime uses; empty:
             ``F.linear``.
+        ahead_bytes: of weights that are worth reading into the caches before the activations are there; 0: none, or not
+            measured. Predictions know nothing of it.
     """
 
     name: str
@@ -174,6 +177,7 @@ class HostProfile:
     contention: Share
     memory_bytes: Count
     linear_kernels: Mapping[str, KernelChoice] = field(default_factory=dict, hash=False)
+    ahead_bytes: NoneOrMore = 0
 
 
 @dataclass(frozen=True)

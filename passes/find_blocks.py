@@ -13,8 +13,9 @@ A block (silu and product between):                      No block (the sum reads
     d = linear(m, wd)                                        s = softmax(y, -1); t = linear(s, v)
 
 A Linear that makes several intermediates side by side (a fused gate and up) takes part if the parts of its result that
-are read are exactly those, and all of them: ``chunk``, ``split`` and slices are told by the geometry of what they return.
-So are reshapes that keep the columns (GPT-2's Conv1D). Which blocks are cut is decided by the simulated step (``balance``).
+are read are exactly those, and all of them: ``chunk``, ``split`` and slices are told by the geometry of what they
+return. So are reshapes that keep the columns (GPT-2's Conv1D). Which blocks are cut is decided by the simulated step
+(``balance``).
 """
 
 from __future__ import annotations
@@ -114,10 +115,11 @@ class _Match:
         return self._take_sibling(source, int(info(source).value.shape[-1]) // self.columns)
 
     def is_closed(self) -> bool:
-        """Whether nobody outside reads what lies between, all of it is read, and all first Linears read the same input."""
+        """Whether the block reads all that lies between and nobody else does, and all first Linears read one input."""
         between = {*self.region, *self.parts, *self.views}
         read = (user in between or user is self.consumer for node in (*between, *self.siblings) for user in node.users)
-        return len({sibling.args[0] for sibling in self.siblings}) == 1 and all(read) and all(map(self._is_used, self.siblings))
+        one_input = len({sibling.args[0] for sibling in self.siblings}) == 1
+        return one_input and all(read) and all(map(self._is_used, self.siblings))
 
     def _is_used(self, sibling: fx.Node) -> bool:
         """Whether every intermediate that the sibling makes is read: a block computes no others."""

@@ -115,7 +115,7 @@ def _checked_profile() -> HardwareProfile:
     preset = load_profile("cpu-emulated")
     choice = KernelChoice(((1.0, TILED.name), (2.0, VECTORISED.name), (64.0, LINEAR.name)))
     kernels = dict.fromkeys(("float32", "bfloat16", "float16"), choice)
-    return replace(preset, host=replace(preset.host, linear_kernels=kernels))
+    return replace(preset, host=replace(preset.host, linear_kernels=kernels, ahead_bytes=8 << 20))
 
 
 def slow_host(settings: Settings) -> str:

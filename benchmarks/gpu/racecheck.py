@@ -52,7 +52,8 @@ def under_delays(
             require_identical(without, generate(model, 1, cache), f"seed {seed}")
         require(len(watched.made()) == plans, "steps were planned anew from one generation to the next")
         staged = sum(accelerator.counters.staged_bytes.values())
-        replayed, native = accelerator.counters.chains_replayed, accelerator.counters.native_trips
+        counters = accelerator.counters
+        replayed, native, read_ahead = counters.chains_replayed, counters.native_trips, counters.read_ahead_bytes
         accelerator.reseed(None)
     require((staged > 0) == refuse_pins, f"{staged} bytes went through the pinned ring")
     require(replayed >= seeds or not settings.cuda, f"{replayed} chains of launches were replayed with {seeds} seeds")
@@ -60,6 +61,7 @@ def under_delays(
     offloaded = _offloaded(watched, refuse_pins=refuse_pins)
     return {
         **offloaded, "seeds": seeds, "staged_bytes": staged, "chains_replayed": replayed, "native_trips": native,
+        "read_ahead_bytes": read_ahead,
     }  # fmt: skip
 
 

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import NamedTuple
@@ -17,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hetegen_compile.calibration.beside import computing_with, repeatedly
 from hetegen_compile.calibration.kernels import cut_weights, dtype_name, in_place, kernel_rate, make_arena
 from hetegen_compile.calibration.linears import LinearFigures, linear_steps, measure_linears
 from hetegen_compile.calibration.machine import cpu_model, host_memory_bytes, last_level_cache_bytes
+from hetegen_compile.calibration.reading_ahead import AheadFigures, measure_ahead
 from hetegen_compile.calibration.timing import Effort, median_s
 from hetegen_compile.cost_model import HostProfile, RateTable
 from hetegen_compile.host_kernels import KERNELS
@@ -27,6 +25,9 @@ from hetegen_compile.host_kernels import KERNELS
 logger = logging.getLogger("hetegen_compile")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+
+AHEAD_DTYPE = torch.bfloat16
+"""Of the weights that are read ahead: how many bytes of them caches hold is the same of every dtype."""
 
 MIN_ROTATE_BYTES = 128 << 20
 
@@ -44,17 +45,18 @@ class Remaining(NamedTuple):
 
 @dataclass(frozen=True)
 class HostFigures:
-    """The host's profile, per dtype how its kernels compare, as text, and the copies' ``Remaining``."""
+    """The host's profile; per dtype how its kernels compare, as text; the copies' ``Remaining``; what is read ahead."""
 
     profile: HostProfile
     comparison: Mapping[str, str]
     copies: float
+    ahead: AheadFigures
 
 
 def host_steps(effort: Effort) -> int:
     """How often ``measure_host`` reports progress."""
     floating = sum(dtype.is_floating_point for dtype in DTYPES)
-    return linear_steps(DTYPES, effort) + 2 * floating + 2
+    return linear_steps(DTYPES, effort) + 2 * floating + 3
 
 
 def measure_host(
@@ -70,7 +72,7 @@ def measure_host(
     """
     rotate_bytes = rotation_bytes(effort)
     copied_bytes = max(rotate_bytes // 4, min(rotate_bytes, MIN_ROTATE_BYTES))
-    copy = copy or memory_copy(copied_bytes)
+    uploads, copy = copy, copy or memory_copy(copied_bytes)
     memory = make_arena(torch.uint8, rotate_bytes)
     step("host launch")
     fixed_s = launch_s(effort)
@@ -87,6 +89,9 @@ def measure_host(
             flops[name] = max(flops[name], arithmetic_rate(dtype, effort))
             step(f"host Linear during copies, {name}")
             shares.append(remaining(arena, linears[name], copy, effort, threads))
+    step("reading ahead")
+    kernel = KERNELS[linears[dtype_name(AHEAD_DTYPE)].kernels.at(1)]
+    ahead = measure_ahead(memory.view(AHEAD_DTYPE), kernel, effort, uploads, threads)
     del memory, arena
     step("host memory")
     profile = HostProfile(
@@ -99,9 +104,10 @@ def measure_host(
         contention=median(share.linears for share in shares),
         memory_bytes=host_memory_bytes(),
         linear_kernels={name: figures.kernels for name, figures in linears.items()},
+        ahead_bytes=ahead.nbytes,
     )
     comparison = {name: figures.comparison for name, figures in linears.items()}
-    return HostFigures(profile, comparison, median(share.copies for share in shares))
+    return HostFigures(profile, comparison, median(share.copies for share in shares), ahead)
 
 
 def rotation_bytes(effort: Effort) -> int:
@@ -166,46 +172,6 @@ def remaining(
                 kernel_rate(compute, weights, 1, each)
             copies.append(copy_s / median(rounds_s))
     return Remaining(min(1.0, median(linears)), min(1.0, median(copies)))
-
-
-@contextmanager
-def computing_with(threads: int | None) -> Iterator[None]:
-    """torch's number of threads inside the block; None: as it is."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def repeatedly(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> Iterator[list[float]]:
-    """Run ``work`` again and again in another thread, begun before the block and ended after it.
-
-    Yields the seconds of the rounds that are over, one that failed included. What ``work`` raises is raised here, after
-    the block.
-    """
-    begun, stop = threading.Event(), threading.Event()
-    rounds_s: list[float] = []
-
-    def loop() -> None:
-        begun.set()
-        while not stop.is_set():
-            started_s = clock()
-            try:
-                work()
-            finally:
-                rounds_s.append(max(clock() - started_s, 1e-9))
-
-    with ThreadPoolExecutor(1, "hetegen-calibrate") as executor:
-        ended = executor.submit(loop)
-        begun.wait()
-        try:
-            yield rounds_s
-        finally:
-            stop.set()
-    ended.result()
 
 
 def memory_copy(nbytes: int) -> Callable[[], object]:

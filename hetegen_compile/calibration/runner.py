@@ -158,6 +158,7 @@ def _host_sources(effort: Effort, host: HostFigures) -> dict[str, str]:
             f"weights: {kernels}"
         ),
         "host.linear_kernels": "measured: the fastest kernel that needs no copy of the weights",
+        "host.ahead_bytes": host.ahead.source,
         "host.launch_s": "measured: F.linear on 16 x 16",
         "host.memory_bytes": "main memory, or the control group's limit where that is lower",
     }

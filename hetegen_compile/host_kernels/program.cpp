@@ -6,6 +6,7 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 namespace {
@@ -123,7 +124,7 @@ const X* activations(const Instruction& i, const Places& at, int64_t& ldx) {
 }
 
 template <typename T, Reading reading>
-void whole_or_partial(const Instruction& i, const Places& at, bool partial) {
+void whole_or_partial(const Instruction& i, const Places& at, bool partial, int64_t turns) {
   int64_t ldx;
   const T *w = (const T*)at[i.second], *bias = (const T*)at[i.third];
   if (bias) bias += i.bias_offset;
@@ -133,18 +134,18 @@ void whole_or_partial(const Instruction& i, const Places& at, bool partial) {
     partial_linear<T, reading>(x, ldx, w, i.ldw, bias, out, (float*)at[i.sums], i.m, i.n, i.k);
   } else {
     const auto* x = activations<T, typename DotOps<T>::X>(i, at, ldx);
-    linear<T, reading>({{x, w, out, i.m}}, ldx, i.ldw, bias, i.n, i.k);
+    linear<T, reading>({{x, w, out, i.m}}, ldx, i.ldw, bias, i.n, i.k, turns);
   }
 }
 
 template <typename T>
-void execute(const Instruction& i, const Places& at) {
+void execute(const Instruction& i, const Places& at, int64_t turns) {
   if (i.operation >= kRelu) return between<T>(i, at);
   const bool partial = i.operation >= kPartialLinear;
   const int64_t reading = i.operation % kReadings;
-  if (reading == kRows) return whole_or_partial<T, kRows>(i, at, partial);
-  if (reading == kTiles) return whole_or_partial<T, kTiles>(i, at, partial);
-  whole_or_partial<T, kTilesThroughL2>(i, at, partial);
+  if (reading == kRows) return whole_or_partial<T, kRows>(i, at, partial, turns);
+  if (reading == kTiles) return whole_or_partial<T, kTiles>(i, at, partial, turns);
+  whole_or_partial<T, kTilesThroughL2>(i, at, partial, turns);
 }
 
 // Memory for what lies between the operations, 64 bytes aligned; it grows with the largest program of the thread.
@@ -164,33 +165,129 @@ struct HetegenProgram {
   const int64_t* offsets;
   int64_t scratch_bytes;
   double* ended_s;  // of each instruction, since the call began
+  int64_t ahead_bytes;  // of weights that are read at most while a trip's activations are awaited
+  int64_t read_bytes;   // of weights that the last trip read so
 };
 
-extern "C" void run_program(const HetegenProgram* program) {
-  const auto began = std::chrono::steady_clock::now();
-  const Places at{program->pointers, program->given, program->offsets, scratch(program->scratch_bytes)};
-  for (int64_t i = 0; i < program->count; ++i) {
-    const Instruction& one = program->instructions[i];
-    if (one.dtype == 0) {
-      execute<float>(one, at);
-    } else if (one.dtype == 1) {
-      execute<c10::BFloat16>(one, at);
-    } else {
-      execute<c10::Half>(one, at);
+namespace {
+
+constexpr int64_t kElementBytes[] = {4, 2, 2};     // of the dtypes
+constexpr int64_t kLineBytes = 64, kPage = 4096;   // what a load brings; what is read between two looks
+constexpr int64_t kPagesBetweenQuestions = 16;     // that the asking thread reads
+
+// Reads weights into the threads' caches while what they are multiplied with is awaited: turn by turn each thread has
+// kRowsAhead rows, of the Linears that the program begins with, up to its ahead_bytes. `over` is asked by one thread;
+// when it is, all end within a page. What a thread has begun to read in turns(i) turns is its own in Linear i.
+class ReadingAhead {
+ public:
+  ReadingAhead(const HetegenProgram& program, const Places& at)
+      : program_(program), at_(at), turns_(new std::atomic<int64_t>[program.count]()) {}
+
+  template <typename Over>
+  void read(const Over& over) {
+#pragma omp parallel
+    {
+      const int64_t threads = omp_get_num_threads();
+      int64_t left = program_.ahead_bytes, read = 0;
+      for (int64_t i = 0; i < program_.count && is_whole(program_.instructions[i]); ++i) {
+        const Instruction& one = program_.instructions[i];
+        const int64_t turn_bytes = threads * kRowsAhead * one.k * kElementBytes[one.dtype];
+        const int64_t turns = std::min(left / turn_bytes, one.n / (threads * kRowsAhead));
+        for (int64_t turn = 0; turn < turns && !over_.load(std::memory_order_relaxed); ++turn) {
+          note(turns_[i], turn + 1);
+          read += read_rows(one, (turn * threads + omp_get_thread_num()) * kRowsAhead, over);
+        }
+        left -= turns * turn_bytes;
+      }
+      read_bytes_ += read;
     }
-    program->ended_s[i] = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+  }
+  int64_t turns(int64_t i) const {
+    return turns_[i];
+  }
+  int64_t read_bytes() const {
+    return read_bytes_;
+  }
+
+ private:
+  static bool is_whole(const Instruction& one) {
+    return one.operation < kPartialLinear && one.m * one.n * one.k >= kParallel;
+  }
+  static void note(std::atomic<int64_t>& most, int64_t turns) {
+    int64_t seen = most.load(std::memory_order_relaxed);
+    while (seen < turns && !most.compare_exchange_weak(seen, turns, std::memory_order_relaxed)) {}
+  }
+  // The bytes that were read of a turn.
+  template <typename Over>
+  int64_t read_rows(const Instruction& one, int64_t first, const Over& over) {
+    const int64_t row_bytes = one.k * kElementBytes[one.dtype], stride = one.ldw * kElementBytes[one.dtype];
+    const char* w = (const char*)at_[one.second] + first * stride;
+    for (int64_t r = 0; r < kRowsAhead; ++r, w += stride) {
+      for (int64_t i = 0; i < row_bytes; i += kPage) {
+        if (over_.load(std::memory_order_relaxed)) return r * row_bytes + i;
+        const int64_t end = std::min(i + kPage, row_bytes);
+        for (int64_t j = i; j < end; j += kLineBytes) (void)*(const volatile char*)(w + j);
+        if (omp_get_thread_num() == 0 && ++pages_ % kPagesBetweenQuestions == 0 && over()) over_ = true;
+      }
+    }
+    return kRowsAhead * row_bytes;
+  }
+
+  const HetegenProgram& program_;
+  const Places& at_;
+  std::unique_ptr<std::atomic<int64_t>[]> turns_;
+  std::atomic<int64_t> read_bytes_{0};
+  std::atomic<bool> over_{false};
+  int64_t pages_ = 0;  // that the asking thread has read
+};
+
+void run(const HetegenProgram& program, const Places& at, const ReadingAhead* ahead) {
+  const auto began = std::chrono::steady_clock::now();
+  for (int64_t i = 0; i < program.count; ++i) {
+    const Instruction& one = program.instructions[i];
+    const int64_t turns = ahead ? ahead->turns(i) : 0;
+    if (one.dtype == 0) {
+      execute<float>(one, at, turns);
+    } else if (one.dtype == 1) {
+      execute<c10::BFloat16>(one, at, turns);
+    } else {
+      execute<c10::Half>(one, at, turns);
+    }
+    program.ended_s[i] = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
   }
 }
 
+Places places(const HetegenProgram& program) {
+  return {program.pointers, program.given, program.offsets, scratch(program.scratch_bytes)};
+}
+
+}  // namespace
+
+extern "C" void run_program(const HetegenProgram* program) {
+  run(*program, places(*program), nullptr);
+}
+
 // A worker's trip: wait for what came down, compute, and let go of what waits for the results. Nonzero is what the wait
-// returned (nothing has been computed then). `wait` and `gate` may be missing.
+// returned (nothing has been computed then). `wait`, `pending` and `gate` may be missing. While `pending` returns
+// `not_yet` weights are read ahead.
 extern "C" int64_t run_trip(
-    int (*wait)(void*), void* event, const HetegenProgram* program, uint32_t* gate, uint32_t number) {
+    int (*wait)(void*), int (*pending)(void*), int64_t not_yet, void* event, HetegenProgram* program, uint32_t* gate,
+    uint32_t number) {
+  const Places at = places(*program);
+  ReadingAhead ahead(*program, at);
+  const auto over = [&] { return pending == nullptr || pending(event) != not_yet; };
+  if (program->ahead_bytes > 0 && !over()) ahead.read(over);
+  program->read_bytes = ahead.read_bytes();
   if (wait != nullptr) {
     const int failed = wait(event);
     if (failed) return failed;
   }
-  run_program(program);
+  run(*program, at, &ahead);
   if (gate != nullptr) reinterpret_cast<std::atomic<uint32_t>*>(gate)->store(number, std::memory_order_release);
   return 0;
+}
+
+// A `pending` for which 1 is `not_yet`: as much is read ahead as may be.
+extern "C" int still_pending(void*) {
+  return 1;
 }

@@ -104,7 +104,7 @@ class _Program(ctypes.Structure):
     _fields_ = (
         ("instructions", ctypes.c_void_p), ("count", ctypes.c_int64), ("pointers", ctypes.c_void_p),
         ("given", ctypes.c_int64), ("offsets", ctypes.c_void_p), ("scratch_bytes", ctypes.c_int64),
-        ("ended_s", ctypes.c_void_p),
+        ("ended_s", ctypes.c_void_p), ("ahead_bytes", ctypes.c_int64), ("read_bytes", ctypes.c_int64),
     )  # fmt: skip
 
 
@@ -155,6 +155,7 @@ class Form:
         self.offsets = (ctypes.c_int64 * max(1, len(builder.offsets)))(*builder.offsets)
         self.ended_s = (ctypes.c_double * len(builder.code))()
         self.scratch_bytes = builder.scratch_bytes
+        self.ahead_bytes = program.ahead_bytes
 
     def takes(self, results: Sequence[Tensor]) -> bool:
         """Whether it can write its results into these tensors."""
@@ -164,11 +165,24 @@ class Form:
         )
 
 
-class Call:
-    """One call of a form, prepared: of these arguments, into these results, which it keeps.
+class Wait(NamedTuple):
+    """What a trip waits with: addresses of C functions of an event, None where there are none.
 
-    ``address``: what ``run_program`` and ``run_trip`` are called with, once or again.
+    Attributes:
+        wait: blocks until the event is over and returns 0, or an error.
+        pending: returns ``not_yet`` while it is not over.
     """
+
+    wait: int | None = None
+    pending: int | None = None
+    not_yet: int = 0
+
+
+NO_WAIT = Wait()
+
+
+class Call:
+    """One call of a form, prepared: of these arguments, into these results, which it keeps."""
 
     def __init__(self, form: Form, arguments: Sequence[Tensor | None], results: Sequence[Tensor]) -> None:
         self._form, self._kept = form, (*arguments, *results)
@@ -176,27 +190,43 @@ class Call:
         self._pointers = (ctypes.c_void_p * len(addresses))(*addresses)
         self._native = _Program(
             ctypes.addressof(form.code), len(form.code), ctypes.addressof(self._pointers), len(addresses),
-            ctypes.addressof(form.offsets), form.scratch_bytes, ctypes.addressof(form.ended_s),
+            ctypes.addressof(form.offsets), form.scratch_bytes, ctypes.addressof(form.ended_s), form.ahead_bytes, 0,
         )  # fmt: skip
-        self.address = ctypes.addressof(self._native)
+        self._address = ctypes.addressof(self._native)
 
     def run(self) -> None:
         """Compute."""
-        library().run_program(self.address)
+        library().run_program(self._address)
+
+    def trip(self, wait: Wait = NO_WAIT, event: int | None = None, gate: int | None = None, number: int = 0) -> int:
+        """A worker's trip: wait for ``event``, reading weights ahead meanwhile, compute, write ``number`` at ``gate``.
+
+        Returns:
+            0, or what waiting returned; nothing has been computed then.
+        """
+        failed: int = library().run_trip(wait.wait, wait.pending, wait.not_yet, event, self._address, gate, number)
+        return failed
+
+    @property
+    def read_bytes(self) -> int:
+        """Of weights that the last trip read ahead."""
+        return int(self._native.read_bytes)
 
     @property
     def ended_s(self) -> float:
-        """Seconds that the form's last call took."""
+        """Seconds that the form's last call took, without waiting."""
         return float(self._form.ended_s[-1])
 
 
 class HostProgram:
     """A callable of its arguments: the list of the results of some steps, at ``results``, new tensors each time.
 
-    ``arguments`` is their number; the first step is a Linear or reads one.
+    ``arguments`` is their number; the first step is a Linear or reads one. While a trip waits for its activations it
+    reads up to ``ahead_bytes`` of the weights of the Linears that it begins with, into the processors' caches.
     """
 
-    def __init__(self, steps: Sequence[Step], arguments: int, results: Sequence[int]) -> None:
+    def __init__(self, steps: Sequence[Step], arguments: int, results: Sequence[int], ahead_bytes: int = 0) -> None:
+        self.ahead_bytes = ahead_bytes
         self.steps = tuple(steps)
         self.arguments = arguments
         self.results = tuple(results)
@@ -336,4 +366,4 @@ def _require(condition: bool) -> None:
         raise _NotNativeError
 
 
-__all__ = ["POINTWISE", "Call", "Form", "HostProgram", "Place", "Step", "pointwise_name"]
+__all__ = ["NO_WAIT", "POINTWISE", "Call", "Form", "HostProgram", "Place", "Step", "Wait", "pointwise_name"]

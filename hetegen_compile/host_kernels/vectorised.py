@@ -95,7 +95,9 @@ class Library:
         if not self.programs:
             return
         self.run_program = self._typed("run_program", [pointer])
-        self.run_trip = self._typed("run_trip", [pointer, pointer, pointer, pointer, ctypes.c_uint32], number)
+        trip = [pointer, pointer, number, pointer, pointer, pointer, ctypes.c_uint32]
+        self.run_trip = self._typed("run_trip", trip, number)
+        self.still_pending = ctypes.cast(handle.still_pending, pointer).value
 
     def _by_dtype(self, prefix: str, arguments: Sequence[type]) -> dict[torch.dtype, Callable[..., None]]:
         return {dtype: self._typed(f"{prefix}_{str(dtype).removeprefix('torch.')}", arguments) for dtype in DTYPES}

@@ -67,15 +67,16 @@ def bind(
     workspace_bytes: Mapping[fx.Node, int] = MappingProxyType({}),
     *,
     chains: bool = True,
+    ahead_bytes: int = 0,
 ) -> BoundStep:
     """Generate the step function of a lowered schedule for one accelerator.
 
     Host parts are computed by ``kernels``: those of the hardware profile, by dtype; without one by ``F.linear``.
     ``workspace_bytes`` are what nodes occupy while they run beside arguments and results. ``chains``: launches that
-    follow each other are functions of their own.
+    follow each other are functions of their own. ``ahead_bytes``: of the profile, for host programs.
     """
     rules = ChainRules(module, allowed=chains)
-    return _Binder(module, work, accelerator, kernels, workspace_bytes, rules).bind()
+    return _Binder(module, work, accelerator, kernels, workspace_bytes, rules, ahead_bytes).bind()
 
 
 _NO_WORK = Work("host", 0.0)
@@ -95,6 +96,7 @@ class _Binder:
         kernels: Mapping[str, KernelChoice],
         workspace_bytes: Mapping[fx.Node, int],
         rules: ChainRules,
+        ahead_bytes: int,
     ) -> None:
         self._kernels = kernels
         self._refusals: dict[Refusal, None] = {}
@@ -108,6 +110,7 @@ class _Binder:
         self._text, self._constant = self._source.text, self._source.constant
         self._written = ir.written_storages(node for node in module.graph.nodes if info(node).side == "accelerator")
         self._rules = rules
+        self._ahead_bytes = ahead_bytes
         self._mirrors: list[fx.Node] = []
         self._residents: list[tuple[int, int, int]] = []
         self._carried = module.graph.find_nodes(op="call_function", target=ir.CARRIED)
@@ -118,7 +121,7 @@ class _Binder:
         self._accelerator.reserve_pinned(self._pinned_ring_bytes)
         self._linears = {node: self._kernel(node) for node in self._module.graph.nodes if node.target == ir.HOST_LINEAR}
         native = {node: kernel for node, kernel in self._linears.items() if not kernel.is_torchs}
-        runs = {run.nodes[-1]: run for run in host_runs(self._module.graph, native)}
+        runs = {run.nodes[-1]: run for run in host_runs(self._module.graph, native, self._ahead_bytes)}
         dying = dying_behind(last_uses(self._module.graph), runs.values())
         chain = ChainLines(self._source, self._rules, dying)
         inside = {node for run in runs.values() for node in run.nodes}

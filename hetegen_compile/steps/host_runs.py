@@ -48,12 +48,13 @@ class HostRun:
     program: HostProgram
 
 
-def host_runs(graph: fx.Graph, linears: Linears) -> list[HostRun]:
-    """All runs of the graph with a host part in them, in issue order."""
+def host_runs(graph: fx.Graph, linears: Linears, ahead_bytes: int = 0) -> list[HostRun]:
+    """All runs of the graph with a host part in them, in issue order; trips with them read ``ahead_bytes`` ahead."""
     groups = [
         tuple(nodes) for kind, nodes in groupby(graph.nodes, lambda node: _kind(node, linears)) if kind is not None
     ]
-    return [_Builder(nodes, linears).run() for nodes in groups if any(node in linears for node in nodes)]
+    found = [nodes for nodes in groups if any(node in linears for node in nodes)]
+    return [_Builder(nodes, linears, ahead_bytes).run() for nodes in found]
 
 
 def _kind(node: fx.Node, linears: Linears) -> bool | None:
@@ -81,9 +82,10 @@ def _is_host_tensor(operand: Any) -> bool:
 class _Builder:
     """Gives every value of a run its place."""
 
-    def __init__(self, nodes: tuple[fx.Node, ...], linears: Linears) -> None:
+    def __init__(self, nodes: tuple[fx.Node, ...], linears: Linears, ahead_bytes: int) -> None:
         self._nodes = nodes
         self._linears = linears
+        self._ahead_bytes = ahead_bytes
         own, parts = frozenset(nodes), [node for node in nodes if node in linears]
         read = dict.fromkeys(operand for node in nodes for operand in self._read(node) if operand not in own)
         # each part reads rows of its own, also where two are of one weight, or a weight is read as it is, too
@@ -102,9 +104,8 @@ class _Builder:
     def run(self) -> HostRun:
         own = frozenset(self._nodes)
         results = tuple(node for node in self._nodes if any(user not in own for user in node.users))
-        program = HostProgram(
-            [self._step(node) for node in self._nodes], len(self._given), [self._place[node] for node in results]
-        )
+        steps, places = [self._step(node) for node in self._nodes], [self._place[node] for node in results]
+        program = HostProgram(steps, len(self._given), places, self._ahead_bytes)
         return HostRun(self._nodes, tuple(self._given), self._rows, results, program)
 
     def _step(self, node: fx.Node) -> Step:

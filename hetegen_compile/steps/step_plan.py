@@ -96,8 +96,11 @@ def _bound(planned: ScheduledStep, runtime: Runtime) -> BoundStep:
     work = require(context.prediction, "predict_step").work
     need = require(context.memory, "measure_memory")
     workspace = {node: context.room(sympy.sympify(size, strict=True)) for node, size in need.workspace.items()}
-    kernels, chains = context.profile.host.linear_kernels, context.options.cuda_graphs
-    return bind(planned.module, work, runtime.accelerator, kernels, workspace, chains=chains)
+    host, chains = context.profile.host, context.options.cuda_graphs
+    return bind(
+        planned.module, work, runtime.accelerator, host.linear_kernels, workspace, chains=chains,
+        ahead_bytes=host.ahead_bytes,
+    )  # fmt: skip
 
 
 __all__ = ["StepPlan"]

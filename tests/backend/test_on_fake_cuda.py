@@ -147,7 +147,7 @@ def own_kernels(path: Path) -> str:
     """A profile whose host parts are computed by kernels of our own."""
     preset = load_profile("h100-server")
     kernels = {"float32": KernelChoice(((1.0, TILED.name), (2.0, VECTORISED.name)))}
-    write_profile(path, replace(preset, host=replace(preset.host, linear_kernels=kernels)))
+    write_profile(path, replace(preset, host=replace(preset.host, linear_kernels=kernels, ahead_bytes=1 << 20)))
     return str(path)
 
 

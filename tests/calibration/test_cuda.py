@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hetegen_compile.accelerators import Op
 from hetegen_compile.calibration import cuda, gating, host, runner
+from hetegen_compile.calibration.beside import computing_with
 from hetegen_compile.calibration.cuda import CudaMeter, CudaSizes, measure_cuda
 from hetegen_compile.calibration.gating import Answer
 from hetegen_compile.calibration.host import Remaining
@@ -201,7 +202,7 @@ def test_a_profile_of_a_machine_with_cuda(meter: CudaMeter, monkeypatch: pytest.
         return Remaining(0.8, 0.9)
 
     monkeypatch.setattr(host, "remaining", remaining)
-    with host.computing_with(16):
+    with computing_with(16):
         profile = runner.calibrate(accelerator="cuda", progress=False, effort=TINY)
     assert profile_from_json(profile_to_json(profile), "here") == profile
     assert unsourced_fields(profile) == ()

@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from hetegen_compile.calibration import Effort, host
+from hetegen_compile.calibration.beside import computing_with, repeatedly
 from hetegen_compile.calibration.host import (
     Remaining,
     arithmetic_rate,
-    computing_with,
     host_steps,
     launch_s,
     measure_host,
     memory_bytes_per_s,
     memory_copy,
     remaining,
-    repeatedly,
     rotation_bytes,
 )
 from hetegen_compile.calibration.kernels import make_arena

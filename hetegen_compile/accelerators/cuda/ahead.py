@@ -205,6 +205,7 @@ class Ahead:
     def _travel(self, op: Op, trip: NativeTrip, sending: _Sending) -> None:
         with self._streams.work(op):
             trip.run()
+        self._ledger.counters.read_ahead_bytes += trip.read_bytes
         sending.complete = True
 
     def wait(self, op: Op, transfer: CudaTransfer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from hetegen_compile.accelerators import CudaAccelerator, Op, StepFacts
 from hetegen_compile.accelerators.cuda import native_trips
 from hetegen_compile.accelerators.cuda.gates import Gates
 from hetegen_compile.host_kernels import VECTORISED, HostLinear
-from hetegen_compile.host_kernels.program import HostProgram, Place, Step
+from hetegen_compile.host_kernels.program import NO_WAIT, HostProgram, Place, Step, Wait
 from tests.accelerators.fake_cuda import LOG, FakeEvent
 
 WIDTH, ROWS = 48, 64
@@ -42,6 +43,10 @@ def rows() -> Tensor:
 
 
 X = torch.linspace(-1, 1, WIDTH).view(1, WIDTH)
+
+
+def address(function: Any) -> int | None:
+    return ctypes.cast(function, ctypes.c_void_p).value
 
 
 def like(count: int = 1) -> list[Tensor]:
@@ -198,7 +203,7 @@ def test_the_driver_is_asked_to_wait_and_torch_for_the_reason(
         return code
 
     function = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(wait)
-    monkeypatch.setattr(native_trips, "wait_address", lambda: ctypes.cast(function, ctypes.c_void_p).value)
+    monkeypatch.setattr(native_trips, "driver_wait", lambda: Wait(address(function)))
     monkeypatch.setattr(FakeEvent, "cuda_event", HANDLE, raising=False)
     made = cuda.host_ahead(Op("h"), program(), (receive(cuda), rows()), {})
     (up,) = cuda.wait(Op("w"), cuda.deliver(Op("u"), [made[0]], like()))
@@ -224,4 +229,34 @@ def test_without_a_driver_there_is_nowhere_to_wait(monkeypatch: pytest.MonkeyPat
         raise OSError("no libcuda")
 
     monkeypatch.setattr(native_trips, "cuda_library", missing)
-    assert native_trips.wait_address.__wrapped__() is None
+    assert native_trips.driver_wait.__wrapped__() == NO_WAIT
+
+
+def test_the_drivers_functions_wait_and_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    functions = [ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(lambda handle: 0) for _ in range(2)]
+    driver = SimpleNamespace(cuEventSynchronize=functions[0], cuEventQuery=functions[1])
+    monkeypatch.setattr(native_trips, "cuda_library", lambda: driver)
+    assert native_trips.driver_wait.__wrapped__() == Wait(address(functions[0]), address(functions[1]), 600)
+
+
+def test_weights_are_read_ahead_while_the_driver_has_nothing(
+    cuda: CudaAccelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int | None] = []
+
+    def query(handle: int | None) -> int:
+        asked.append(handle)
+        return 600 if len(asked) < 3 else 0
+
+    functions = [ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(one) for one in (lambda handle: 0, query)]
+    monkeypatch.setattr(native_trips, "driver_wait", lambda: Wait(address(functions[0]), address(functions[1]), 600))
+    monkeypatch.setattr(FakeEvent, "cuda_event", HANDLE, raising=False)
+    weights = torch.linspace(-1, 1, 4096 * WIDTH).view(4096, WIDTH)
+    linear = HostLinear(0, 4096, 0, ((float("inf"), VECTORISED),))
+    step = Step(linear, (0, 1, None), (Place(0), Place(1), None), {})
+    made = cuda.host_ahead(Op("h"), HostProgram([step], 2, (2,), 1 << 30), (receive(cuda), weights), {})
+    (up,) = cuda.wait(Op("w"), cuda.deliver(Op("u"), [made[0]], [torch.empty((1, 4096), device="meta")]))
+    torch.testing.assert_close(up, F.linear(X, weights))
+    cuda.end_step()
+    assert asked == [HANDLE] * 3
+    assert 0 < cuda.counters.read_ahead_bytes < weights.nbytes
