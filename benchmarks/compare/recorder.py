@@ -30,6 +30,7 @@ class Step:
         gaps_s: from the end of each of them to where the next computes.
         tail_s: behind the last one.
         trips: how many there were; none in a step that is traced.
+        read_bytes: of weights that they read ahead.
         recorded, replayed: chains of launches.
     """
 
@@ -40,6 +41,7 @@ class Step:
     gaps_s: float
     tail_s: float
     trips: int
+    read_bytes: int
     recorded: int
     replayed: int
 
@@ -53,6 +55,7 @@ class _Begun:
     recorded: int
     replayed: int
     trips: list[tuple[float, float]]
+    read_bytes: int = 0
 
 
 class Recorder:
@@ -74,11 +77,12 @@ class Recorder:
         gated = accelerator.gated
         self._begun = _Begun(gated, began_s, counters.chains_recorded, counters.chains_replayed, [])
 
-    def trip(self, computed_s: float) -> None:
+    def trip(self, computed_s: float, read_bytes: int) -> None:
         """A native trip is over."""
         now_s = time.perf_counter()
         if self._begun is not None:
             self._begun.trips.append((now_s - computed_s, now_s))
+            self._begun.read_bytes += read_bytes
 
     def end(self, accelerator: CudaAccelerator) -> None:
         """A step has ended."""
@@ -95,6 +99,7 @@ class Recorder:
                 gaps_s=sum(later[0] - earlier[1] for earlier, later in pairwise(trips)),
                 tail_s=now_s - trips[-1][1],
                 trips=len(begun.trips),
+                read_bytes=begun.read_bytes,
                 recorded=counters.chains_recorded - begun.recorded,
                 replayed=counters.chains_replayed - begun.replayed,
             )
@@ -114,7 +119,7 @@ def recording() -> Iterator[Recorder]:
 
     def run(travel: Callable[..., None], self: NativeTrip) -> None:
         travel(self)
-        recorder.trip(self.computed_s)
+        recorder.trip(self.computed_s, self.read_bytes)
 
     def end_step(end: Callable[..., None], self: CudaAccelerator) -> None:
         end(self)

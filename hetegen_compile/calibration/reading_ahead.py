@@ -93,7 +93,7 @@ def _gains(weights: Sequence[Tensor], kernel: HostKernel, effort: Effort) -> tup
     """Of each candidate, and the Linear's seconds behind none: medians of calls by turns."""
     sizes = (0, *(size for size in CANDIDATES if size <= max(weight.nbytes for weight in weights)))
     waiting = Wait(None, library().still_pending, 1)
-    calls = [[_call(weight, kernel, size) for weight in weights] for size in sizes]
+    calls = [[linear_call(weight, kernel, size) for weight in weights] for size in sizes]
     spent_s: list[list[float]] = [[] for _ in sizes]
     linear_s: list[list[float]] = [[] for _ in sizes]
     turn = 0
@@ -112,7 +112,8 @@ def _gains(weights: Sequence[Tensor], kernel: HostKernel, effort: Effort) -> tup
     return gains, without
 
 
-def _call(weight: Tensor, kernel: HostKernel, ahead_bytes: int) -> Call:
+def linear_call(weight: Tensor, kernel: HostKernel, ahead_bytes: int) -> Call:
+    """A Linear of one token with a weight [out, in], by a kernel of our own, that may read so much of it ahead."""
     linear = HostLinear(0, weight.shape[0], 0, ((math.inf, kernel),))
     program = HostProgram([Step(linear, (0, 1, None), (Place(0), Place(1), None), {})], 2, (2,), ahead_bytes)
     x = torch.full((1, weight.shape[1]), 0.5, dtype=weight.dtype, device="cpu")
@@ -121,4 +122,4 @@ def _call(weight: Tensor, kernel: HostKernel, ahead_bytes: int) -> Call:
     return Call(form, (x, weight), [torch.empty((1, weight.shape[0]), dtype=weight.dtype, device="cpu")])
 
 
-__all__ = ["CANDIDATES", "AheadFigures", "Gain", "choose", "measure_ahead"]
+__all__ = ["CANDIDATES", "AheadFigures", "Gain", "choose", "linear_call", "measure_ahead"]
