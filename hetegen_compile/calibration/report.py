@@ -47,6 +47,7 @@ def _others(profile: HardwareProfile) -> str:
         ("host memory, size", format_bytes(host.memory_bytes), "host.memory_bytes"),
         ("host launch", _microseconds(host.launch_s), "host.launch_s"),
         ("memory's rate left during uploads", f"{host.contention:.0%}", "host.contention"),
+        ("weights read ahead", format_bytes(host.ahead_bytes), "host.ahead_bytes"),
         ("accelerator memory", f"{accelerator.memory_bytes_per_s / 1e9:.4g} GB/s", "accelerator"),
         ("accelerator memory, size", format_bytes(accelerator.memory_bytes), "accelerator"),
         ("accelerator launch", _microseconds(accelerator.launch_s), "accelerator"),

@@ -10,7 +10,6 @@ import pytest
 
 from benchmarks import reading_ahead
 from benchmarks.reading_ahead import Figure, Later
-from hetegen_compile.calibration import Effort, host
 
 
 def test_an_event_is_over_at_its_time() -> None:
@@ -27,9 +26,7 @@ def test_what_is_saved_is_a_share_of_the_gap() -> None:
 
 
 def test_figures_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(
-        reading_ahead, "rotation_bytes", lambda effort: host.rotation_bytes(Effort(rotate_bytes=1 << 23))
-    )
+    monkeypatch.setattr(reading_ahead, "rotation_bytes", lambda effort: 1 << 23)
     out = tmp_path / "out.json"
     fast = ["--threads", "1", "--gaps-us", "200", "400", "--weight-mib", "2", "--calls", "4", "--json", str(out)]
     assert reading_ahead.main([*fast, "--ahead-mib", "1"]) == 0
