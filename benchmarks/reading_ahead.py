@@ -78,11 +78,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype, kernel = DTYPES[arguments.dtype], KERNELS[arguments.kernel]
     with plain_torch():
         arena = make_arena(dtype, rotation_bytes(effort))
+        weights = cut_weights(arena, arguments.weight_mib << 20, (4096,))
+        if not weights:
+            room = f"weights rotate over {arena.nbytes >> 20} MiB on this machine"
+            print(f"--weight-mib {arguments.weight_mib}: {room}", file=sys.stderr)
+            return 2
         if arguments.ahead_mib is None:
             ahead_bytes = measure_ahead(arena, kernel, effort, None, None).nbytes
         else:
             ahead_bytes = arguments.ahead_mib << 20
-        weights = cut_weights(arena, arguments.weight_mib << 20, (4096,))
         calls = [[linear_call(weight, kernel, size) for weight in weights] for size in (0, ahead_bytes)]
         figures = [_figure(calls, gap_us * 1e-6, arguments.calls) for gap_us in arguments.gaps_us]
     hardware = f"{this_machine(cuda=False)}, {arguments.threads} thread(s) used; {datetime.date.today()}"

@@ -18,6 +18,9 @@ CONFIGURATIONS = (
 )  # fmt: skip
 """Cache, whether nothing can be pinned in place, and whether host parts are the worker's."""
 
+_SPLIT_AHEAD = 0.6
+"""Rows that are the worker's: so many that several threads compute them, who read ahead only then."""
+
 
 def racecheck(settings: Settings, notebook: Notebook) -> None:
     """Each configuration under many seeds; raises ChecksFailedError at the end if one failed."""
@@ -40,7 +43,8 @@ def under_delays(
     model = small_model("llama")
     expected = generate(model, 1, cache)
     with hostile(refuse_pins=refuse_pins) as opened, Watched() as watched:
-        compile_small(model, settings, share=0.3, split=0.25, issue_ahead=ahead)
+        split = _SPLIT_AHEAD if ahead else 0.25
+        compile_small(model, settings, share=0.3, split=split, issue_ahead=ahead)
         require_like(expected, generate(model, 1, cache))
         without = generate(model, 1, cache)
         require_like(expected, without)
@@ -58,6 +62,7 @@ def under_delays(
     require((staged > 0) == refuse_pins, f"{staged} bytes went through the pinned ring")
     require(replayed >= seeds or not settings.cuda, f"{replayed} chains of launches were replayed with {seeds} seeds")
     require(native >= seeds or not (settings.cuda and ahead), f"{native} trips were one native call")
+    require(read_ahead > 0 or not (settings.cuda and ahead), "no weights were read ahead")
     offloaded = _offloaded(watched, refuse_pins=refuse_pins)
     return {
         **offloaded, "seeds": seeds, "staged_bytes": staged, "chains_replayed": replayed, "native_trips": native,

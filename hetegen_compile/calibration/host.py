@@ -26,8 +26,8 @@ logger = logging.getLogger("hetegen_compile")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
-AHEAD_DTYPE = torch.bfloat16
-"""Of the weights that are read ahead: how many bytes of them caches hold is the same of every dtype."""
+_AHEAD_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Of the weights that are read ahead: the first whose kernel can. How many bytes caches hold is the same of each."""
 
 MIN_ROTATE_BYTES = 128 << 20
 
@@ -90,8 +90,9 @@ def measure_host(
             step(f"host Linear during copies, {name}")
             shares.append(remaining(arena, linears[name], copy, effort, threads))
     step("reading ahead")
-    kernel = KERNELS[linears[dtype_name(AHEAD_DTYPE)].kernels.at(1)]
-    ahead = measure_ahead(memory.view(AHEAD_DTYPE), kernel, effort, uploads, threads)
+    kernels = {dtype: KERNELS[linears[dtype_name(dtype)].kernels.at(1)] for dtype in _AHEAD_DTYPES}
+    dtype = next((one for one, kernel in kernels.items() if kernel.reading is not None), _AHEAD_DTYPES[0])
+    ahead = measure_ahead(memory.view(dtype), kernels[dtype], effort, uploads, threads)
     del memory, arena
     step("host memory")
     profile = HostProfile(

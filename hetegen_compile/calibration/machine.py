@@ -22,7 +22,7 @@ from hetegen_compile.host_kernels.vectorised import sources_digest
 
 logger = logging.getLogger("hetegen_compile")
 
-METHOD_VERSION = 6
+METHOD_VERSION = 7
 """Of what a calibration measures and how; a profile that an earlier method measured is measured anew. So is one of
 other host kernels, by their sources."""
 

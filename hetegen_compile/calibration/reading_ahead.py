@@ -36,12 +36,13 @@ _LEAST_GAIN = 0.25
 """Of the seconds that reading ahead takes: what saves less disturbs the link for next to nothing."""
 _NEARLY = 0.9
 """Of the most that is saved: fewer bytes that save as much are taken."""
-_CALLS = 5
-"""Of each candidate, times the effort's repeats."""
+_CALLS = 20
+"""Of each candidate, times the effort's repeats: two seconds where a Linear takes two milliseconds."""
 
 
 class Gain(NamedTuple):
-    """Of reading so many bytes ahead: the seconds that it takes, and those that the Linear then takes less."""
+    """Of reading so many bytes ahead: the seconds that it takes, and those that the Linear then takes less, which are
+    no more."""
 
     nbytes: int
     spent_s: float
@@ -70,7 +71,7 @@ def measure_ahead(
     """
     if kernel.reading is None or not library().programs:
         return AheadFigures(0, f"nothing: '{kernel.name}' reads nothing ahead")
-    weights = cut_weights(arena, max(effort.weight_bytes), effort.columns)
+    weights = cut_weights(arena, max(effort.weight_bytes), effort.columns[:1])  # all take as long
     with nullcontext() if copy is None else repeatedly(copy, effort.clock), computing_with(threads):
         gains, linear_s = _gains(weights, kernel, effort)
     chosen = choose(gains)
@@ -83,33 +84,47 @@ def measure_ahead(
 
 
 def choose(gains: Sequence[Gain]) -> int:
-    """The fewest bytes that save nearly the most, 0 if that is too little."""
-    most_s = max((one.saved_s for one in gains), default=0.0)
-    best = next((one for one in gains if one.saved_s >= _NEARLY * most_s), None)
-    return best.nbytes if best is not None and best.saved_s > _LEAST_GAIN * best.spent_s else 0
+    """Of those that save enough, the fewest bytes that save nearly the most; 0 if there are none."""
+    worth = [one for one in gains if one.saved_s > _LEAST_GAIN * one.spent_s]
+    most_s = max((one.saved_s for one in worth), default=0.0)
+    return next((one.nbytes for one in worth if one.saved_s >= _NEARLY * most_s), 0)
 
 
 def _gains(weights: Sequence[Tensor], kernel: HostKernel, effort: Effort) -> tuple[list[Gain], float]:
-    """Of each candidate, and the Linear's seconds behind none: medians of calls by turns."""
-    sizes = (0, *(size for size in CANDIDATES if size <= max(weight.nbytes for weight in weights)))
-    waiting = Wait(None, library().still_pending, 1)
+    """Of each candidate of which something is read, and the Linear's seconds behind none.
+
+    Medians over rounds through all of them, of what a round's Linear takes less than that round's behind none.
+    """
+    sizes = (0, *(size for size in CANDIDATES if size <= weights[0].nbytes))
     calls = [[linear_call(weight, kernel, size) for weight in weights] for size in sizes]
-    spent_s: list[list[float]] = [[] for _ in sizes]
-    linear_s: list[list[float]] = [[] for _ in sizes]
+    timed: list[list[_Timed]] = [[] for _ in sizes]
     turn = 0
     for _ in range(_CALLS * effort.repeats):
-        for index, own in enumerate(calls):
-            call, turn = own[turn % len(own)], turn + 1
-            began_s = time.perf_counter()
-            call.trip(waiting)
-            linear_s[index].append(call.ended_s)
-            spent_s[index].append(time.perf_counter() - began_s - call.ended_s)
-    without, waited = median(linear_s[0]), median(spent_s[0])
-    gains = [
-        Gain(size, max(0.0, median(spent) - waited), without - median(linear))
-        for size, spent, linear in zip(sizes[1:], spent_s[1:], linear_s[1:], strict=True)
-    ]
-    return gains, without
+        for own, found in zip(calls, timed, strict=True):
+            found.append(_timed(own[turn % len(own)]))
+            turn += 1
+    without, *behind = timed
+    gains = []
+    for size, found in zip(sizes[1:], behind, strict=True):
+        spent_s = median(one.spent_s for one in found) - median(one.spent_s for one in without)
+        saved_s = median(none.linear_s - one.linear_s for none, one in zip(without, found, strict=True))
+        if max(one.read_bytes for one in found) and spent_s > 0:
+            gains.append(Gain(size, spent_s, min(saved_s, spent_s)))
+    return gains, median(one.linear_s for one in without)
+
+
+class _Timed(NamedTuple):
+    """A trip: until it computes, while it computes, and what it read meanwhile."""
+
+    spent_s: float
+    linear_s: float
+    read_bytes: int
+
+
+def _timed(call: Call) -> _Timed:
+    began_s = time.perf_counter()
+    call.trip(Wait(None, library().still_pending, 1))
+    return _Timed(time.perf_counter() - began_s - call.ended_s, call.ended_s, call.read_bytes)
 
 
 def linear_call(weight: Tensor, kernel: HostKernel, ahead_bytes: int) -> Call:

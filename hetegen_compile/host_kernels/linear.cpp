@@ -56,7 +56,7 @@ constexpr int64_t kMostSums = 1 << 22;  // of all blocks
 constexpr int64_t kManySums = 1 << 17;  // sums of blocks from which further threads pay
 constexpr int64_t kShares = 24;         // chunks for each thread: the last ones are waited for
 constexpr int64_t kLeastPiece = 1024;   // bytes of a row that one thread reads, where rows are cut for more threads
-constexpr int64_t kRowsAhead = 24;      // rows that a thread reads ahead in a turn: a multiple of every tile's
+constexpr int64_t kRowsAhead = 24;      // rows of a piece that a thread reads ahead: a multiple of every tile's
 
 // kRowsOf*: rows of a tile, for one, two and up to four tokens at once. A row and token has a sum in a register, of
 // which AVX2 has 16; and rows a power of two apart fall into the same set of a first-level cache, which has eight ways there.
@@ -135,20 +135,20 @@ template <>
 struct DotOps<c10::BFloat16> : Bfloat16Dot {};
 #endif
 
-// Items 0:count, handed out to the threads in chunks as each becomes free. Of the first ones, in so many turns, each
-// thread has `each` of its own: what it has read ahead.
+// Items 0:count, handed out to the threads in chunks as each becomes free. What has been read ahead comes before: so many
+// pieces of `each` items from the first one on, of which the threads have one after the other in turn.
 class Items {
  public:
-  Items(int64_t count, int64_t chunk, int64_t turns = 0, int64_t each = 0)
-      : count_(count), chunk_(chunk), turns_(turns), each_(each) {}
+  Items(int64_t count, int64_t chunk, int64_t pieces = 0, int64_t each = 0)
+      : count_(count), chunk_(chunk), pieces_(pieces), each_(each), own_(std::min(pieces * each, count)) {}
   // Of one thread: its items in order. The next one is taken before the work on one begins, so that it is known, while
   // there is at least one more for each thread; the last ones are for whoever is free.
   class Mine {
    public:
     explicit Mine(Items& all)
         : all_(all),
-          own_(all.turns_ * all.each_ * omp_get_num_threads()),
-          ahead_(all.count_ - own_ - all.chunk_ * omp_get_num_threads()) {}
+          ahead_(all.count_ - all.own_ - all.chunk_ * omp_get_num_threads()),
+          piece_(omp_get_thread_num()) {}
     bool more() {
       if (next_ >= end_) take();
       return next_ < end_;
@@ -161,28 +161,28 @@ class Items {
     }
     int64_t pop() {
       const int64_t item = next_++;
-      if (next_ >= end_ && (turn_ < all_.turns_ || all_.taken_.load(std::memory_order_relaxed) < ahead_)) take();
+      if (next_ >= end_ && (piece_ < all_.pieces_ || all_.taken_.load(std::memory_order_relaxed) < ahead_)) take();
       return item;
     }
 
    private:
     void take() {
-      int64_t size = all_.chunk_;
-      if (turn_ < all_.turns_) {
-        size = all_.each_;
-        next_ = (turn_++ * omp_get_num_threads() + omp_get_thread_num()) * size;
+      if (piece_ < all_.pieces_) {
+        next_ = std::min(piece_ * all_.each_, all_.own_);
+        end_ = std::min(next_ + all_.each_, all_.own_);
+        piece_ += omp_get_num_threads();
       } else {
-        next_ = own_ + all_.taken_.fetch_add(size, std::memory_order_relaxed);
+        next_ = all_.own_ + all_.taken_.fetch_add(all_.chunk_, std::memory_order_relaxed);
+        end_ = std::min(next_ + all_.chunk_, all_.count_);
       }
-      end_ = std::min(next_ + size, all_.count_);
     }
     Items& all_;
-    const int64_t own_, ahead_;
-    int64_t next_ = 0, end_ = 0, turn_ = 0;
+    const int64_t ahead_;
+    int64_t next_ = 0, end_ = 0, piece_;
   };
 
  private:
-  const int64_t count_, chunk_, turns_, each_;
+  const int64_t count_, chunk_, pieces_, each_, own_;
   std::atomic<int64_t> taken_{0};
 };
 
@@ -278,15 +278,15 @@ int64_t count_tokens(const Groups<T>& groups) {
 
 // Tiles of R rows of all groups are shared out among the threads. The end of each prefetches the beginning of the
 // thread's next one. With `fixed` each group has so many tokens. The rows that fill no tile are computed one by one.
-// Rows of the first group that have been read ahead in so many turns are computed by the threads that did.
+// The first `pieces` of kRowsAhead rows have been read ahead: the threads that did compute them.
 template <typename T, Reading reading, int R, int U, int fixed = 0>
 void dot_linear(
-    const Groups<T>& groups, int64_t ldx, int64_t ldw, const T* bias, int64_t n, int64_t k, int64_t turns) {
+    const Groups<T>& groups, int64_t ldx, int64_t ldw, const T* bias, int64_t n, int64_t k, int64_t pieces) {
   static_assert(kRowsAhead % R == 0);
   const int64_t tiles = n / R, count = tiles * int64_t(groups.size()), tokens = count_tokens(groups);
   const bool stream = R == 1 && tokens == int64_t(groups.size());
   const bool follows_itself = stream && ldw == k;  // rows without gaps are one stream
-  Items items(count, std::max<int64_t>(1, count / (kShares * omp_get_max_threads())), turns, kRowsAhead / R);
+  Items items(count, std::max<int64_t>(1, count / (kShares * omp_get_max_threads())), pieces, kRowsAhead / R);
 #pragma omp parallel if (tokens * n * k >= kParallel)
   for (Items::Mine mine(items); mine.more();) {
     const int64_t item = mine.pop(), r = item % tiles * R;
@@ -312,7 +312,7 @@ void dot_linear(
 // and one token: a tile ends before what is prefetched for it has come.
 template <typename T, Reading reading>
 void linear(
-    const Groups<T>& groups, int64_t ldx, int64_t ldw, const T* bias, int64_t n, int64_t k, int64_t turns = 0) {
+    const Groups<T>& groups, int64_t ldx, int64_t ldw, const T* bias, int64_t n, int64_t k, int64_t pieces = 0) {
   const auto [least, most] = std::minmax_element(
       groups.begin(), groups.end(), [](const Group<T>& a, const Group<T>& b) { return a.m < b.m; });
   if (least == groups.end()) return;
@@ -320,13 +320,13 @@ void linear(
   const bool short_rows = ldw == k && k * int64_t(sizeof(T)) <= kShortRow;
   const int64_t in_rows = reading == kRows ? 2 : short_rows ? 1 : 0;  // up to so many tokens
   if (most->m <= in_rows) {
-    dot_linear<T, kRows, 1, 4>(groups, ldx, ldw, bias, n, k, turns);
+    dot_linear<T, kRows, 1, 4>(groups, ldx, ldw, bias, n, k, pieces);
   } else if (least->m == 1 && most->m == 1) {
-    dot_linear<T, in_tiles, kRowsOfOne, 1, 1>(groups, ldx, ldw, bias, n, k, turns);
+    dot_linear<T, in_tiles, kRowsOfOne, 1, 1>(groups, ldx, ldw, bias, n, k, pieces);
   } else if (least->m == 2 && most->m == 2) {
-    dot_linear<T, in_tiles, kRowsOfTwo, 1, 2>(groups, ldx, ldw, bias, n, k, turns);
+    dot_linear<T, in_tiles, kRowsOfTwo, 1, 2>(groups, ldx, ldw, bias, n, k, pieces);
   } else {
-    dot_linear<T, in_tiles, kRowsOfFour, 1>(groups, ldx, ldw, bias, n, k, turns);
+    dot_linear<T, in_tiles, kRowsOfFour, 1>(groups, ldx, ldw, bias, n, k, pieces);
   }
 }
 

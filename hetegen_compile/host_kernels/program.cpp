@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cmath>
 #include <memory>
+#include <optional>
 #include <vector>
 
 namespace {
@@ -124,7 +125,7 @@ const X* activations(const Instruction& i, const Places& at, int64_t& ldx) {
 }
 
 template <typename T, Reading reading>
-void whole_or_partial(const Instruction& i, const Places& at, bool partial, int64_t turns) {
+void whole_or_partial(const Instruction& i, const Places& at, bool partial, int64_t pieces) {
   int64_t ldx;
   const T *w = (const T*)at[i.second], *bias = (const T*)at[i.third];
   if (bias) bias += i.bias_offset;
@@ -134,18 +135,18 @@ void whole_or_partial(const Instruction& i, const Places& at, bool partial, int6
     partial_linear<T, reading>(x, ldx, w, i.ldw, bias, out, (float*)at[i.sums], i.m, i.n, i.k);
   } else {
     const auto* x = activations<T, typename DotOps<T>::X>(i, at, ldx);
-    linear<T, reading>({{x, w, out, i.m}}, ldx, i.ldw, bias, i.n, i.k, turns);
+    linear<T, reading>({{x, w, out, i.m}}, ldx, i.ldw, bias, i.n, i.k, pieces);
   }
 }
 
 template <typename T>
-void execute(const Instruction& i, const Places& at, int64_t turns) {
+void execute(const Instruction& i, const Places& at, int64_t pieces) {
   if (i.operation >= kRelu) return between<T>(i, at);
   const bool partial = i.operation >= kPartialLinear;
   const int64_t reading = i.operation % kReadings;
-  if (reading == kRows) return whole_or_partial<T, kRows>(i, at, partial, turns);
-  if (reading == kTiles) return whole_or_partial<T, kTiles>(i, at, partial, turns);
-  whole_or_partial<T, kTilesThroughL2>(i, at, partial, turns);
+  if (reading == kRows) return whole_or_partial<T, kRows>(i, at, partial, pieces);
+  if (reading == kTiles) return whole_or_partial<T, kTiles>(i, at, partial, pieces);
+  whole_or_partial<T, kTilesThroughL2>(i, at, partial, pieces);
 }
 
 // Memory for what lies between the operations, 64 bytes aligned; it grows with the largest program of the thread.
@@ -171,39 +172,52 @@ struct HetegenProgram {
 
 namespace {
 
-constexpr int64_t kElementBytes[] = {4, 2, 2};     // of the dtypes
-constexpr int64_t kLineBytes = 64, kPage = 4096;   // what a load brings; what is read between two looks
-constexpr int64_t kPagesBetweenQuestions = 16;     // that the asking thread reads
+constexpr int64_t kElementBytes[] = {4, 2, 2};      // of the dtypes
+constexpr int64_t kLineBytes = 64, kPage = 4096;    // what a load brings; what is read between two looks at `over_`
+constexpr int64_t kBetweenQuestions = 1 << 16;      // bytes that the asking thread reads
+constexpr std::chrono::microseconds kPatience{10};  // between two questions when it has nothing to read any more
 
-// Reads weights into the threads' caches while what they are multiplied with is awaited: turn by turn each thread has
-// kRowsAhead rows, of the Linears that the program begins with, up to its ahead_bytes. `over` is asked by one thread;
-// when it is, all end within a page. What a thread has begun to read in turns(i) turns is its own in Linear i.
+// Reads weights into the threads' caches while what they are multiplied with is awaited: of the Linears that the program
+// begins with, pieces of kRowsAhead rows that the threads have in turn, up to ahead_bytes. The first thread asks whether
+// it is `over`; when it is, all end within a page. The first pieces(i) of Linear i are computed by who has read them.
 class ReadingAhead {
  public:
   ReadingAhead(const HetegenProgram& program, const Places& at)
-      : program_(program), at_(at), turns_(new std::atomic<int64_t>[program.count]()) {}
+      : program_(program), at_(at), pieces_(new std::atomic<int64_t>[program.count]()) {}
 
   template <typename Over>
   void read(const Over& over) {
 #pragma omp parallel
     {
-      const int64_t threads = omp_get_num_threads();
-      int64_t left = program_.ahead_bytes, read = 0;
+      const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+      int64_t left = program_.ahead_bytes, unasked = 0, read = 0;
       for (int64_t i = 0; i < program_.count && is_whole(program_.instructions[i]); ++i) {
         const Instruction& one = program_.instructions[i];
-        const int64_t turn_bytes = threads * kRowsAhead * one.k * kElementBytes[one.dtype];
-        const int64_t turns = std::min(left / turn_bytes, one.n / (threads * kRowsAhead));
-        for (int64_t turn = 0; turn < turns && !over_.load(std::memory_order_relaxed); ++turn) {
-          note(turns_[i], turn + 1);
-          read += read_rows(one, (turn * threads + omp_get_thread_num()) * kRowsAhead, over);
+        const int64_t piece_bytes = kRowsAhead * one.k * kElementBytes[one.dtype];
+        const int64_t pieces = std::min(left / piece_bytes, one.n / kRowsAhead);
+        for (int64_t piece = thread; piece < pieces && !is_over(); piece += threads) {
+          note(pieces_[i], piece + 1);
+          read += read_piece(one, piece, [&](int64_t nbytes) {
+            if (thread != 0 || (unasked += nbytes) < kBetweenQuestions) return;
+            unasked = 0;
+            ask(over);
+          });
         }
-        left -= turns * turn_bytes;
+        left -= pieces * piece_bytes;
       }
       read_bytes_ += read;
+      ++through_;
+      if (thread == 0) {
+        while (!is_over() && through_ < threads) {
+          ask(over);
+          const auto asked = std::chrono::steady_clock::now();
+          while (through_ < threads && std::chrono::steady_clock::now() - asked < kPatience) {}
+        }
+      }
     }
   }
-  int64_t turns(int64_t i) const {
-    return turns_[i];
+  int64_t pieces(int64_t i) const {
+    return pieces_[i];
   }
   int64_t read_bytes() const {
     return read_bytes_;
@@ -213,21 +227,28 @@ class ReadingAhead {
   static bool is_whole(const Instruction& one) {
     return one.operation < kPartialLinear && one.m * one.n * one.k >= kParallel;
   }
-  static void note(std::atomic<int64_t>& most, int64_t turns) {
+  static void note(std::atomic<int64_t>& most, int64_t pieces) {
     int64_t seen = most.load(std::memory_order_relaxed);
-    while (seen < turns && !most.compare_exchange_weak(seen, turns, std::memory_order_relaxed)) {}
+    while (seen < pieces && !most.compare_exchange_weak(seen, pieces, std::memory_order_relaxed)) {}
   }
-  // The bytes that were read of a turn.
+  bool is_over() const {
+    return over_.load(std::memory_order_relaxed);
+  }
   template <typename Over>
-  int64_t read_rows(const Instruction& one, int64_t first, const Over& over) {
+  void ask(const Over& over) {
+    if (over()) over_.store(true, std::memory_order_relaxed);
+  }
+  // The bytes that were read of it; `tell` is told of each page.
+  template <typename Tell>
+  int64_t read_piece(const Instruction& one, int64_t piece, const Tell& tell) {
     const int64_t row_bytes = one.k * kElementBytes[one.dtype], stride = one.ldw * kElementBytes[one.dtype];
-    const char* w = (const char*)at_[one.second] + first * stride;
+    const char* w = (const char*)at_[one.second] + piece * kRowsAhead * stride;
     for (int64_t r = 0; r < kRowsAhead; ++r, w += stride) {
       for (int64_t i = 0; i < row_bytes; i += kPage) {
-        if (over_.load(std::memory_order_relaxed)) return r * row_bytes + i;
+        if (is_over()) return r * row_bytes + i;
         const int64_t end = std::min(i + kPage, row_bytes);
         for (int64_t j = i; j < end; j += kLineBytes) (void)*(const volatile char*)(w + j);
-        if (omp_get_thread_num() == 0 && ++pages_ % kPagesBetweenQuestions == 0 && over()) over_ = true;
+        tell(end - i);
       }
     }
     return kRowsAhead * row_bytes;
@@ -235,23 +256,22 @@ class ReadingAhead {
 
   const HetegenProgram& program_;
   const Places& at_;
-  std::unique_ptr<std::atomic<int64_t>[]> turns_;
-  std::atomic<int64_t> read_bytes_{0};
+  std::unique_ptr<std::atomic<int64_t>[]> pieces_;
+  std::atomic<int64_t> read_bytes_{0}, through_{0};
   std::atomic<bool> over_{false};
-  int64_t pages_ = 0;  // that the asking thread has read
 };
 
 void run(const HetegenProgram& program, const Places& at, const ReadingAhead* ahead) {
   const auto began = std::chrono::steady_clock::now();
   for (int64_t i = 0; i < program.count; ++i) {
     const Instruction& one = program.instructions[i];
-    const int64_t turns = ahead ? ahead->turns(i) : 0;
+    const int64_t pieces = ahead ? ahead->pieces(i) : 0;
     if (one.dtype == 0) {
-      execute<float>(one, at, turns);
+      execute<float>(one, at, pieces);
     } else if (one.dtype == 1) {
-      execute<c10::BFloat16>(one, at, turns);
+      execute<c10::BFloat16>(one, at, pieces);
     } else {
-      execute<c10::Half>(one, at, turns);
+      execute<c10::Half>(one, at, pieces);
     }
     program.ended_s[i] = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
   }
@@ -269,20 +289,25 @@ extern "C" void run_program(const HetegenProgram* program) {
 
 // A worker's trip: wait for what came down, compute, and let go of what waits for the results. Nonzero is what the wait
 // returned (nothing has been computed then). `wait`, `pending` and `gate` may be missing. While `pending` returns
-// `not_yet` weights are read ahead.
+// `not_yet` weights are read ahead; when it has returned 0 nothing is left to wait for.
 extern "C" int64_t run_trip(
     int (*wait)(void*), int (*pending)(void*), int64_t not_yet, void* event, HetegenProgram* program, uint32_t* gate,
     uint32_t number) {
   const Places at = places(*program);
-  ReadingAhead ahead(*program, at);
-  const auto over = [&] { return pending == nullptr || pending(event) != not_yet; };
-  if (program->ahead_bytes > 0 && !over()) ahead.read(over);
-  program->read_bytes = ahead.read_bytes();
-  if (wait != nullptr) {
+  std::optional<ReadingAhead> ahead;
+  int64_t state = not_yet;
+  const auto over = [&] { return (state = pending(event)) != not_yet; };
+  program->read_bytes = 0;
+  if (program->ahead_bytes > 0 && pending != nullptr && !over()) {
+    ahead.emplace(*program, at).read(over);
+    program->read_bytes = ahead->read_bytes();
+  }
+  const bool is_there = state == 0 && not_yet != 0;
+  if (wait != nullptr && !is_there) {
     const int failed = wait(event);
     if (failed) return failed;
   }
-  run(*program, at, &ahead);
+  run(*program, at, ahead ? &*ahead : nullptr);
   if (gate != nullptr) reinterpret_cast<std::atomic<uint32_t>*>(gate)->store(number, std::memory_order_release);
   return 0;
 }

@@ -5,7 +5,9 @@ It says nothing about a GPU: everything lies in host memory and happens at once.
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,9 +23,11 @@ from benchmarks.compare.recorder import recording
 from benchmarks.gpu.instrumented import hostile
 from hetegen_compile.accelerators import CudaAccelerator
 from hetegen_compile.accelerators.cuda import accelerator as cuda
+from hetegen_compile.accelerators.cuda import native_trips
 from hetegen_compile.calibration import write_profile
 from hetegen_compile.cost_model import KernelChoice, load_profile
 from hetegen_compile.host_kernels import TILED, VECTORISED
+from hetegen_compile.host_kernels.program import Wait
 from tests.accelerators import fake_cuda
 from tests.accelerators.fake_cuda import LOG
 from tests.backend.modules import Mlp, random
@@ -116,6 +120,40 @@ def test_trips_of_the_workers_are_native_calls(tmp_path: Path, name: str) -> Non
     assert torch.equal(found["sequences"], expected["sequences"])
     counters = backend.accelerator.counters
     assert counters.native_trips > counters.trips_up / 2
+
+
+class Wide(nn.Module):
+    """Linears of which several threads compute the host's parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 4096), nn.Linear(4096, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.down(torch.relu(self.up(x)))
+        return found
+
+
+def test_weights_are_read_ahead_while_a_download_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = itertools.count(1)
+    functions = [
+        ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(one)
+        for one in (lambda event: 0, lambda event: 0 if next(asked) % 3 == 0 else 600)
+    ]
+    wait, pending = (ctypes.cast(one, ctypes.c_void_p).value for one in functions)
+    monkeypatch.setattr(native_trips, "driver_wait", lambda: Wait(wait, pending, 600))
+    monkeypatch.setattr(fake_cuda.FakeEvent, "cuda_event", 1, raising=False)
+    model, x = Wide().eval(), random(1, 64)
+    options = {**OPTIONS, "hardware": own_kernels(tmp_path / "profile.json"), "split": 0.5, "issue_ahead": True}
+    with torch.no_grad(), hostile():
+        expected = model(x)
+        backend = RecordingBackend()
+        model.compile(backend=backend, options={**options, "gpu_memory": budget(1 << 20)})
+        for _ in range(STEPS):
+            torch.testing.assert_close(model(x), expected)
+    counters = backend.accelerator.counters
+    assert counters.native_trips > STEPS / 2
+    assert counters.read_ahead_bytes > 0
 
 
 def test_what_steps_spend_their_time_on_is_recorded(tmp_path: Path) -> None:

@@ -28,10 +28,12 @@ def test_what_is_saved_is_a_share_of_the_gap() -> None:
 def test_figures_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(reading_ahead, "rotation_bytes", lambda effort: 1 << 23)
     out = tmp_path / "out.json"
-    fast = ["--threads", "1", "--gaps-us", "200", "400", "--weight-mib", "2", "--calls", "4", "--json", str(out)]
+    fast = ["--threads", "1", "--gaps-us", "3000", "6000", "--weight-mib", "2", "--calls", "4", "--json", str(out)]
     assert reading_ahead.main([*fast, "--ahead-mib", "1"]) == 0
     data = json.loads(out.read_text())
     assert data["ahead_bytes"] == 1 << 20
-    assert [round(one["gap_s"], 6) for one in data["figures"]] == [2e-4, 4e-4]
+    assert [round(one["gap_s"], 6) for one in data["figures"]] == [3e-3, 6e-3]
     assert all(0 < one["read_bytes"] <= 1 << 20 and one["without_s"] > 0 for one in data["figures"])
     assert "saved, of the gap" in capsys.readouterr().out
+    assert reading_ahead.main([*fast, "--weight-mib", "64"]) == 2
+    assert "--weight-mib 64" in capsys.readouterr().err
