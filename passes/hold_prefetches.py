@@ -54,6 +54,7 @@ class HeldPrefetches:
         self._free_s: dict[str, float] = {}
         self._issued_s = 0.0
         self._uploads = deque(large_results(nodes, context))
+        self._needed: set[fx.Node] | None = None
         self.any = False
 
     def issued(self, node: fx.Node) -> None:
@@ -66,14 +67,19 @@ class HeldPrefetches:
         self._end_s[node] = self._free_s[work.resource] = ready_s + work.seconds
         if work.resource == "host":
             self._issued_s = self._end_s[node]
-        if node in self._uploads:
+        if self._needed is not None:
+            self._needed.discard(node)
+        if node.target == ir.TO_ACCELERATOR and node in self._uploads:
             self._uploads.remove(node)
+            self._needed = None
 
     def holds(self, node: fx.Node) -> bool:
         """Whether a node is a prefetch that the next large upload should go before."""
         if node.target != ir.PREFETCH or not self._uploads:
             return False
-        needed = self._needed_for(self._uploads[0])
+        if self._needed is None:
+            self._needed = self._needed_for(self._uploads[0])
+        needed = self._needed
         held = node not in needed and self._free_s.get("up", 0.0) >= self._made_at_s(needed)
         self.any |= held
         return held
@@ -91,8 +97,9 @@ class HeldPrefetches:
         found: set[fx.Node] = set()
         pending = [upload]
         while pending:
-            earlier = self._tasks.before[pending.pop()] - found - self._end_s.keys()
-            found |= earlier
+            before = self._tasks.before[pending.pop()]
+            earlier = [one for one in before if one not in found and one not in self._end_s]
+            found.update(earlier)
             pending += earlier
         return found
 

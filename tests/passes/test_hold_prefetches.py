@@ -57,6 +57,21 @@ def test_each_large_result_goes_up_before_what_is_prefetched_for_later() -> None
             assert prediction.start_s[node] - made_s < one_s, "it waits for one prefetch at most"
 
 
+def test_what_an_upload_needs_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for each prefetch that is asked about: that grows with the square of the depth."""
+    asked: list[tuple[HeldPrefetches, Any]] = []
+    found = HeldPrefetches._needed_for
+
+    def needed_for(self: HeldPrefetches, upload: Any) -> set[Any]:
+        asked.append((self, upload))
+        return found(self, upload)
+
+    monkeypatch.setattr(HeldPrefetches, "_needed_for", needed_for)
+    order(MANY)
+    assert len({upload for _, upload in asked}) > LAYERS / 2
+    assert len(asked) == len(set(asked))
+
+
 def test_small_results_leave_all_prefetches_in_front() -> None:
     _, queue = order(FEW)
     assert [node.target for node in queue[:LAYERS]] == [ir.PREFETCH] * LAYERS
