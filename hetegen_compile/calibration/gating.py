@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import subprocess
 import sys
@@ -27,9 +26,10 @@ from torch import Tensor
 
 from hetegen_compile.accelerators import Accelerator, CudaAccelerator, Op, StepFacts
 from hetegen_compile.accelerators.cuda.gates import Gates, why_no_gates
+from hetegen_compile.calibration.kernels import as_program
 from hetegen_compile.errors import HetegenError
-from hetegen_compile.host_kernels import LINEAR, VECTORISED, HostLinear
-from hetegen_compile.host_kernels.program import HostProgram, Place, Step
+from hetegen_compile.host_kernels import LINEAR, VECTORISED
+from hetegen_compile.host_kernels.program import HostProgram
 
 logger = logging.getLogger("hetegen_compile")
 
@@ -68,9 +68,7 @@ class SmallModel:
 
 def _part(rows: Tensor) -> HostProgram:
     """A host part as schedules have it: of a kernel of our own, if this machine can build it."""
-    kernel = LINEAR if VECTORISED.refusal(rows) else VECTORISED
-    linear = HostLinear(0, ROWS, 0, ((math.inf, kernel),))
-    return HostProgram([Step(linear, (0, 1, None), (Place(0), Place(1), None), {})], 2, (2,))
+    return as_program(LINEAR if VECTORISED.refusal(rows) else VECTORISED, rows)
 
 
 def step_in_turn(acc: Accelerator, model: SmallModel) -> Tensor:

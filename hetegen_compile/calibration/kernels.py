@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetegen_compile.calibration.timing import Effort, durations_s
-from hetegen_compile.host_kernels import HostKernel
+from hetegen_compile.host_kernels import HostKernel, HostLinear
+from hetegen_compile.host_kernels.program import HostProgram, Place, Step
 
 logger = logging.getLogger("hetegen_compile")
 
@@ -106,6 +108,12 @@ def cut_weights(arena: Tensor, nbytes: int, columns: Sequence[int]) -> tuple[Ten
 def in_place(kernel: HostKernel) -> Compute:
     """A kernel of the registry as a whole Linear without bias."""
     return lambda x, weight: kernel.run(x, weight, None, 0, weight.shape[0], 0)
+
+
+def as_program(kernel: HostKernel, rows: Tensor, ahead_bytes: int = 0) -> HostProgram:
+    """A whole Linear without bias as a host program of (x, rows)."""
+    linear = HostLinear(0, rows.shape[0], 0, ((math.inf, kernel),))
+    return HostProgram([Step(linear, (0, 1, None), (Place(0), Place(1), None), {})], 2, (2,), ahead_bytes)
 
 
 def call_durations_s(

@@ -8,7 +8,6 @@ differs: caches are shared with other machines' guests, and a cache may keep or 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -20,10 +19,10 @@ import torch
 from torch import Tensor
 
 from hetegen_compile.calibration.beside import computing_with, repeatedly
-from hetegen_compile.calibration.kernels import cut_weights
+from hetegen_compile.calibration.kernels import as_program, cut_weights
 from hetegen_compile.calibration.timing import Effort
-from hetegen_compile.host_kernels import HostKernel, HostLinear
-from hetegen_compile.host_kernels.program import Call, HostProgram, Place, Step, Wait
+from hetegen_compile.host_kernels import HostKernel
+from hetegen_compile.host_kernels.program import Call, Wait
 from hetegen_compile.host_kernels.vectorised import library
 from hetegen_compile.options import format_bytes
 
@@ -129,10 +128,8 @@ def _timed(call: Call) -> _Timed:
 
 def linear_call(weight: Tensor, kernel: HostKernel, ahead_bytes: int) -> Call:
     """A Linear of one token with a weight [out, in], by a kernel of our own, that may read so much of it ahead."""
-    linear = HostLinear(0, weight.shape[0], 0, ((math.inf, kernel),))
-    program = HostProgram([Step(linear, (0, 1, None), (Place(0), Place(1), None), {})], 2, (2,), ahead_bytes)
     x = torch.full((1, weight.shape[1]), 0.5, dtype=weight.dtype, device="cpu")
-    form = program.form((x, weight))
+    form = as_program(kernel, weight, ahead_bytes).form((x, weight))
     assert form is not None, "kernels of our own take it"
     return Call(form, (x, weight), [torch.empty((1, weight.shape[0]), dtype=weight.dtype, device="cpu")])
 

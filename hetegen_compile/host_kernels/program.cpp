@@ -185,6 +185,11 @@ class ReadingAhead {
   ReadingAhead(const HetegenProgram& program, const Places& at)
       : program_(program), at_(at), pieces_(new std::atomic<int64_t>[program.count]()) {}
 
+  // Whether there is something to read.
+  static bool pays(const HetegenProgram& program) {
+    return program.ahead_bytes > 0 && program.count > 0 && is_whole(program.instructions[0]);
+  }
+
   template <typename Over>
   void read(const Over& over) {
 #pragma omp parallel
@@ -277,15 +282,7 @@ void run(const HetegenProgram& program, const Places& at, const ReadingAhead* ah
   }
 }
 
-Places places(const HetegenProgram& program) {
-  return {program.pointers, program.given, program.offsets, scratch(program.scratch_bytes)};
-}
-
 }  // namespace
-
-extern "C" void run_program(const HetegenProgram* program) {
-  run(*program, places(*program), nullptr);
-}
 
 // A worker's trip: wait for what came down, compute, and let go of what waits for the results. Nonzero is what the wait
 // returned (nothing has been computed then). `wait`, `pending` and `gate` may be missing. While `pending` returns
@@ -293,16 +290,19 @@ extern "C" void run_program(const HetegenProgram* program) {
 extern "C" int64_t run_trip(
     int (*wait)(void*), int (*pending)(void*), int64_t not_yet, void* event, HetegenProgram* program, uint32_t* gate,
     uint32_t number) {
-  const Places at = places(*program);
+  const Places at{program->pointers, program->given, program->offsets, scratch(program->scratch_bytes)};
   std::optional<ReadingAhead> ahead;
-  int64_t state = not_yet;
-  const auto over = [&] { return (state = pending(event)) != not_yet; };
+  bool is_there = false;
+  const auto over = [&] {
+    const int state = pending(event);
+    is_there = state == 0;
+    return state != not_yet;
+  };
   program->read_bytes = 0;
-  if (program->ahead_bytes > 0 && pending != nullptr && !over()) {
+  if (pending != nullptr && ReadingAhead::pays(*program) && !over()) {
     ahead.emplace(*program, at).read(over);
     program->read_bytes = ahead->read_bytes();
   }
-  const bool is_there = state == 0 && not_yet != 0;
   if (wait != nullptr && !is_there) {
     const int failed = wait(event);
     if (failed) return failed;

@@ -196,7 +196,7 @@ class Call:
 
     def run(self) -> None:
         """Compute."""
-        library().run_program(self._address)
+        self.trip()
 
     def trip(self, wait: Wait = NO_WAIT, event: int | None = None, gate: int | None = None, number: int = 0) -> int:
         """A worker's trip: wait for ``event``, reading weights ahead meanwhile, compute, write ``number`` at ``gate``.

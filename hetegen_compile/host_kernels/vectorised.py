@@ -74,7 +74,7 @@ class Library:
 
     ``partial_blocks`` of (tokens, columns of the result, rows): for so many a partial Linear is given sums.
 
-    ``run_program`` and ``run_trip`` take what ``program.py`` prepares, if it has ``programs``.
+    ``run_trip`` takes what ``program.py`` prepares, if it has ``programs``.
     """
 
     def __init__(self, handle: ctypes.CDLL) -> None:
@@ -91,10 +91,9 @@ class Library:
             for reading in Reading
         )
         self.partial_blocks = self._typed("partial_blocks", [number] * 3, number)
-        self.programs = hasattr(handle, "run_program")
+        self.programs = hasattr(handle, "run_trip")
         if not self.programs:
             return
-        self.run_program = self._typed("run_program", [pointer])
         trip = [pointer, pointer, number, pointer, pointer, pointer, ctypes.c_uint32]
         self.run_trip = self._typed("run_trip", trip, number)
         self.still_pending = ctypes.cast(handle.still_pending, pointer).value

@@ -289,7 +289,7 @@ def test_a_compiler_that_fails_with_programs_still_builds_the_linears(
     load = CppCodeCache.load
 
     def fail(source: str) -> Any:
-        if "run_program" in source:
+        if "run_trip" in source:
             raise RuntimeError("internal compiler error\nin a long trace")
         return load(source)
 
