@@ -25,9 +25,10 @@ from tabulate import tabulate
 from benchmarks.arguments import output_file
 from hetegen_compile.calibration import Effort, calibrate, this_machine
 from hetegen_compile.calibration.host import rotation_bytes
-from hetegen_compile.calibration.kernels import Compute, cut_weights, dtype_name, kernel_rate, make_arena
+from hetegen_compile.calibration.kernels import Compute, cut_weights, kernel_rate, make_arena
 from hetegen_compile.calibration.timing import plain_torch
 from hetegen_compile.cost_model import HardwareProfile, host_linear_s
+from hetegen_compile.geometry import dtype_name
 from hetegen_compile.host_kernels import bind_kernels
 
 SHAPES = ((11008, 4096), (5120, 5120), (3072, 768), (1024, 8192), (640, 3584))

@@ -42,13 +42,13 @@ from hetegen_compile.calibration.kernels import (
     call_durations_s,
     copying_kernels,
     cut_weights,
-    dtype_name,
     in_place,
     make_arena,
 )
 from hetegen_compile.calibration.linears import usable_kernels
 from hetegen_compile.calibration.timing import durations_s, plain_torch
 from hetegen_compile.cost_model import row_granularity
+from hetegen_compile.geometry import dtype_name
 
 DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8)}
 SHAPES = "4096x4096,11008x4096,4096x11008,5120x5120"

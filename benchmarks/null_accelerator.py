@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from hetegen_compile.accelerators import Accelerator, Counters, Op, Span
+from hetegen_compile.accelerators import Accelerator, Counters, Op
 from hetegen_compile.accelerators.base import NOTHING_KNOWN, Slot, StepFacts, Token, Transfer, Value
+from hetegen_compile.rows import Span
 
 
 class NullAccelerator(Accelerator):

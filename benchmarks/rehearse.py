@@ -42,6 +42,7 @@ from transformers import (
 
 from benchmarks.arguments import output_file
 from hetegen_compile.backend import make_backend
+from hetegen_compile.errors import first_line
 from hetegen_compile.ir import info
 from hetegen_compile.passes.lower import segment_key
 from hetegen_compile.passes.retarget_devices import CHECK_VARIABLE
@@ -158,7 +159,7 @@ class Rehearsal:
             try:
                 inductor_compiler(mode)(segment, examples)
             except Exception as error:
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                reason = f"{type(error).__name__}: {first_line(error)}"
         if not self.written[key]:
             self.failures.append(f"{name}: {reason}")
 

@@ -47,7 +47,7 @@ from hetegen_compile.cost_model.split import (
     row_granularity,
     solve_split,
 )
-from hetegen_compile.cost_model.timeline import Task, Timeline, lower_bound_s, simulate
+from hetegen_compile.cost_model.timeline import Task, Timeline, simulate
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -81,7 +81,6 @@ __all__ = [
     "linear_rate",
     "link_lost_s",
     "load_profile",
-    "lower_bound_s",
     "operation_s",
     "preset_names",
     "profile_from_json",

@@ -129,11 +129,11 @@ class Relaxation:
     fewest: frozenset[int]
 
 
-def relax(chain: Chain, ahead_s: float = 0.0) -> Relaxation:
-    """Which trips are worth it, and the bound. ``ahead_s`` of the link's work may be done when the chain begins."""
+def relax(chain: Chain) -> Relaxation:
+    """Which trips are worth it, and the bound."""
     pieces = [piece for index, trip in enumerate(chain.trips) for piece in _envelope(index, trip)]
     chain_s = chain.serial_s + sum(trip.seconds(0.0) for trip in chain.trips)
-    link_s = sum(trip.link_s for trip in chain.trips) - ahead_s
+    link_s = sum(trip.link_s for trip in chain.trips)
     opened: set[int] = set()
     fewest: set[int] = set()
     for alike in _classes(pieces):

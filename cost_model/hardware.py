@@ -33,7 +33,7 @@ Rate = Annotated[float, Bounds(0.0, 1e24)]
 Seconds = Annotated[float, Bounds(0.0, 1e6, low_included=True)]
 Share = Annotated[float, Bounds(0.0, 1.0)]
 Count = Annotated[int, Bounds(1, 2**62, low_included=True)]
-NoneOrMore = Annotated[int, Bounds(0, 2**62, low_included=True)]
+CountOrZero = Annotated[int, Bounds(0, 2**62, low_included=True)]
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class HostProfile:
     contention: Share
     memory_bytes: Count
     linear_kernels: Mapping[str, KernelChoice] = field(default_factory=dict, hash=False)
-    ahead_bytes: NoneOrMore = 0
+    ahead_bytes: CountOrZero = 0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Discrete-event simulation of one step: when each task runs on its resource, and how much memory it takes.
+"""Discrete-event simulation of one step: when each task runs on its resource.
 
 The model of an asynchronous device: one host thread issues the tasks in order; each resource executes its
 tasks in that order; a task starts once it has been issued, its resource is free and everything in ``after``
@@ -28,8 +28,6 @@ class Task(NamedTuple):
         duration_s: how long it occupies its resource.
         after: ids of the earlier tasks that must have ended.
         issue_s: what issuing it costs the host thread.
-        allocates: (pool, bytes) taken when it starts.
-        frees: (pool, bytes) given back when it ends.
     """
 
     name: str
@@ -37,17 +35,15 @@ class Task(NamedTuple):
     duration_s: float
     after: tuple[int, ...] = ()
     issue_s: float = 0.0
-    allocates: tuple[tuple[str, int], ...] = ()
-    frees: tuple[tuple[str, int], ...] = ()
 
     def behind(self, after: tuple[int, ...]) -> Task:
         """The same task waiting for others (``_replace`` takes twice as long)."""
-        return Task(self.name, self.resource, self.duration_s, after, self.issue_s, self.allocates, self.frees)
+        return Task(self.name, self.resource, self.duration_s, after, self.issue_s)
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """A simulated step. What is not asked for is not computed: a search makes many of them.
+    """A simulated step.
 
     Attributes:
         tasks: in issue order.
@@ -68,17 +64,6 @@ class Timeline:
         """By resource, the time that it works; the host's includes issuing."""
         return busy_s(self.tasks)
 
-    @property
-    def utilisation(self) -> dict[str, float]:
-        """``busy_s`` over the makespan (0 for an empty step)."""
-        makespan_s = self.makespan_s
-        return {name: busy / makespan_s if makespan_s else 0.0 for name, busy in self.busy_s.items()}
-
-    @property
-    def peak_bytes(self) -> dict[str, int]:
-        """By pool, the most that was allocated at once."""
-        return _peak_bytes(self.tasks, self.start_s, self.end_s)
-
 
 def simulate(tasks: Sequence[Task]) -> Timeline:
     """Run the tasks in issue order.
@@ -91,7 +76,7 @@ def simulate(tasks: Sequence[Task]) -> Timeline:
     end_s: list[float] = []
     free_at_s: dict[str, float] = defaultdict(float)
     issued_s = 0.0
-    for _, resource, duration_s, after, issue_s, _, _ in tasks:
+    for _, resource, duration_s, after, issue_s in tasks:
         issued_s += issue_s
         begin = max(issued_s, free_at_s[resource])
         for earlier in after:
@@ -104,29 +89,6 @@ def simulate(tasks: Sequence[Task]) -> Timeline:
         if resource == HOST:
             issued_s = end
     return Timeline(tasks, tuple(start_s), tuple(end_s))
-
-
-def lower_bound_s(tasks: Sequence[Task]) -> float:
-    """Seconds below which no issue order of these tasks can finish.
-
-    The larger of the most loaded resource's work and the critical path, from the tasks alone: no order of
-    issue and no state of the simulation enters. A task's path begins with its own issue.
-    """
-    _check(tasks)
-    return max([0.0, _critical_path_s(tasks), *busy_s(tasks).values()])
-
-
-def _critical_path_s(tasks: Sequence[Task]) -> float:
-    """Longest path through ``after``, accumulated from the last task back (``after`` is topological)."""
-    tail_s = [0.0] * len(tasks)
-    longest_s = 0.0
-    for index in range(len(tasks) - 1, -1, -1):
-        task = tasks[index]
-        path_s = task.duration_s + tail_s[index]
-        longest_s = max(longest_s, path_s + task.issue_s)
-        for earlier in task.after:
-            tail_s[earlier] = max(tail_s[earlier], path_s)
-    return longest_s
 
 
 def _check(tasks: Sequence[Task]) -> None:
@@ -147,21 +109,3 @@ def busy_s(tasks: Iterable[Task]) -> dict[str, float]:
         if task.issue_s:
             seconds[HOST] += task.issue_s
     return dict(seconds)
-
-
-def _peak_bytes(tasks: Sequence[Task], start_s: Sequence[float], end_s: Sequence[float]) -> dict[str, int]:
-    """Replay allocations and frees in time; at the same instant in issue order, a task's own frees last."""
-    events = [
-        event
-        for index, task in enumerate(tasks)
-        for event in (
-            *((start_s[index], index, 0, pool, nbytes) for pool, nbytes in task.allocates),
-            *((end_s[index], index, 1, pool, -nbytes) for pool, nbytes in task.frees),
-        )
-    ]
-    level: dict[str, int] = defaultdict(int)
-    peak: dict[str, int] = defaultdict(int)
-    for _, _, _, pool, change in sorted(events):
-        level[pool] += change
-        peak[pool] = max(peak[pool], level[pool])
-    return dict(peak)

@@ -12,13 +12,35 @@ from hetegen_compile.registration import register_checkout
 
 if TYPE_CHECKING:
     from hetegen_compile.dry_run import plan, plan_generation
-    from hetegen_compile.errors import HetegenError
+    from hetegen_compile.errors import (
+        AcceleratorError,
+        AcceleratorMemoryError,
+        AcceleratorUnavailableError,
+        BudgetError,
+        CompilationError,
+        GradientsNotSupportedError,
+        HardwareProfileError,
+        HetegenError,
+        OptionError,
+        ScheduleError,
+        UnsupportedModelError,
+    )
     from hetegen_compile.overrides import override_split
     from hetegen_compile.reports.schedule import Schedule, schedules
     from hetegen_compile.runtime import refresh
 
 _HOMES = {
+    "AcceleratorError": "errors",
+    "AcceleratorMemoryError": "errors",
+    "AcceleratorUnavailableError": "errors",
+    "BudgetError": "errors",
+    "CompilationError": "errors",
+    "GradientsNotSupportedError": "errors",
+    "HardwareProfileError": "errors",
     "HetegenError": "errors",
+    "OptionError": "errors",
+    "ScheduleError": "errors",
+    "UnsupportedModelError": "errors",
     "Schedule": "reports.schedule",
     "override_split": "overrides",
     "plan": "dry_run",
@@ -27,7 +49,25 @@ _HOMES = {
     "schedules": "reports.schedule",
 }
 
-__all__ = ["HetegenError", "Schedule", "override_split", "plan", "plan_generation", "refresh", "schedules"]
+__all__ = [
+    "AcceleratorError",
+    "AcceleratorMemoryError",
+    "AcceleratorUnavailableError",
+    "BudgetError",
+    "CompilationError",
+    "GradientsNotSupportedError",
+    "HardwareProfileError",
+    "HetegenError",
+    "OptionError",
+    "Schedule",
+    "ScheduleError",
+    "UnsupportedModelError",
+    "override_split",
+    "plan",
+    "plan_generation",
+    "refresh",
+    "schedules",
+]
 
 
 def __getattr__(name: str) -> Any:

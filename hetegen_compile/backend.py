@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hetegen_compile.accelerators import uses_cuda
 from hetegen_compile.compiled import CompiledGraph
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.errors import (
@@ -116,6 +117,7 @@ def _compile(
     compiler: Callable[[FakeTensorMode], SegmentCompiler],
 ) -> CompiledGraph:
     _refuse_gradients(module)
+    uses_cuda(options.accelerator, pace=options.pace, seed=options.seed)  # what is wrong is told before measuring
     profile = profile_for(options)
     open_runtime = functools.partial(runtime_for, options, profile)
     return compile_graph(module, inputs, compiler, options=options, profile=profile, open_runtime=open_runtime)

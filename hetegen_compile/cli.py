@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    text = "measure this machine (about a minute) and keep its hardware profile"
+    text = "measure this machine (40 s, with a GPU two to three minutes) and keep its hardware profile"
     parser = commands.add_parser("calibrate", help=text, description=text)
     parser.add_argument("--json", action="store_true", help="print the profile as JSON instead of a table")
     parser.add_argument("--no-cache", action="store_true", help="do not keep the profile")
@@ -140,9 +140,9 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def _calibrate(arguments: argparse.Namespace) -> int:
     """Measure always, and print; what the cache held is replaced."""
+    from hetegen_compile.accelerators import uses_cuda
     from hetegen_compile.calibration import cache_path, calibrate, this_machine, write_profile
     from hetegen_compile.calibration.report import profile_table
-    from hetegen_compile.calibration.runner import uses_cuda
     from hetegen_compile.cost_model import profile_to_json
 
     profile = calibrate()

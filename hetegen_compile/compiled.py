@@ -142,7 +142,7 @@ class CompiledGraph:
             self._opened.outdate()
 
     def give_way(self, options: Options, storages: frozenset[int]) -> bool:
-        """The model with these weights is compiled with ``options``: let go if it was with others; whether it did."""
+        """Release this graph if it serves the model of these weights with other options; whether it did."""
         if self._opened is None or options == self._graph.options or not self._opened.serves(storages):
             return False
         self.release()

@@ -16,7 +16,10 @@ from torch._inductor.exc import InvalidCxxCompiler
 from hetegen_compile.accelerators.cuda import beside_allocator_bytes
 from hetegen_compile.accelerators.cuda.gates import why_no_gates
 from hetegen_compile.calibration import cache_path, read_profile, seems_disturbed, this_machine
-from hetegen_compile.calibration.machine import (
+from hetegen_compile.cost_model import HardwareProfile
+from hetegen_compile.options import format_bytes
+from hetegen_compile.registration import ENTRY_POINT, GROUP, NAME, Checkout
+from hetegen_compile.system import (
     cpu_model,
     last_level_cache_bytes,
     memory_limit_bytes,
@@ -24,9 +27,6 @@ from hetegen_compile.calibration.machine import (
     physical_memory_bytes,
     usable_cpus,
 )
-from hetegen_compile.cost_model import HardwareProfile
-from hetegen_compile.options import format_bytes
-from hetegen_compile.registration import ENTRY_POINT, GROUP, NAME, Checkout
 
 Status = Literal["ok", "warn", "problem"]
 
@@ -159,13 +159,12 @@ def _profile() -> Check:
         told = f"{path}{_issuing(profile) if cuda else ''}"
         if disturbed := seems_disturbed(profile):
             remedy = "hetegen calibrate again when nothing else runs"
-            return Check(
-                "warn", "measured profile", f"{told}; measured beside other work it seems: {disturbed}", remedy
-            )
+            told += f"; probably measured while other programs were running: {disturbed}"
+            return Check("warn", "measured profile", told, remedy)
         return Check("ok", "measured profile", told)
     if not cuda:
         return Check("ok", "measured profile", "none; not needed without a GPU: preset cpu-emulated")
-    remedy = "hetegen calibrate measures now, else the first call does (some minutes)"
+    remedy = "hetegen calibrate measures now, else the first call does (two to three minutes)"
     return Check("warn", "measured profile", "none for this machine and version of torch", remedy)
 
 

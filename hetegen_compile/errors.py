@@ -70,6 +70,11 @@ class HostKernelUnavailableError(HetegenError, RuntimeError):
     """A kernel for Linears on the host cannot be used on this machine; the message says why."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, up to its first line break; its type's name if it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def drop_frames(error: BaseException) -> None:
     """Forget the frames of an error and of all that it came from: they hold the graph, its weights and the accelerator.
 

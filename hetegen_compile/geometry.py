@@ -1,12 +1,25 @@
-"""How a tensor lies in its storage, as plain numbers: what a mirror of it takes. A leaf, imports nothing of ours."""
+"""What tensors are apart from their values: types, storages, how they lie in them. A leaf, imports nothing of ours."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
 
+import torch
+from torch import Tensor
+
 _WHOLE_STORAGE_FACTOR = 4
 _WHOLE_STORAGE_BYTES = 1 << 16
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that profiles use: "float32" for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Identity of the tensor's storage, as long as that (or a weak reference to it) exists."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from functools import cache
 
+from hetegen_compile.accelerators import uses_cuda
 from hetegen_compile.calibration import (
     Machine,
     cache_path,
@@ -14,7 +15,7 @@ from hetegen_compile.calibration import (
     this_machine,
     write_profile,
 )
-from hetegen_compile.calibration.runner import EMULATED_PRESET, uses_cuda
+from hetegen_compile.calibration.runner import EMULATED_PRESET
 from hetegen_compile.cost_model import HardwareProfile, load_profile
 from hetegen_compile.options import Options
 
@@ -45,7 +46,7 @@ def _measured(machine: Machine) -> HardwareProfile:
     path = cache_path(machine)
     profile = read_profile(path, machine) if path is not None else None
     if profile is None:
-        logger.info("measuring this machine once, which takes some minutes: %s", machine)
+        logger.info("measuring this machine once, which takes two to three minutes: %s", machine)
         profile = calibrate(accelerator="cuda")
         write_profile(path, profile)
     elif disturbed := seems_disturbed(profile):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import threading
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -25,14 +26,14 @@ def large_heap() -> Iterator[None]:
     these stay as they are, since unfreezing would take all of them back. Blocks may lie within each other, and overlap
     in several threads: the last one to end leaves all as it was before the first.
     """
-    with _LOCK:
+    with _lock:
         _blocks.append(_freeze() if not _blocks else _blocks[0])
     try:
         yield
     finally:
-        with _LOCK:
-            before = _blocks.pop()
-            if not _blocks:
+        with _lock:
+            before = _blocks.pop() if _blocks else None  # none: in the child of a fork inside this block
+            if before is not None and not _blocks:
                 _thaw(before)
 
 
@@ -41,7 +42,7 @@ class _Before(NamedTuple):
     frozen: bool
 
 
-_LOCK = threading.Lock()
+_lock = threading.Lock()
 _blocks: list[_Before] = []  # one for each block that has begun, in whatever thread: what was before the first
 
 
@@ -59,5 +60,16 @@ def _thaw(before: _Before) -> None:
     if not before.frozen:
         gc.unfreeze()
 
+
+def _after_fork() -> None:
+    """In the child: other threads, whose blocks these may be, and who may hold the lock, are not there."""
+    global _lock
+    _lock = threading.Lock()
+    if _blocks:
+        _thaw(_blocks[0])
+    _blocks.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 __all__ = ["large_heap"]

@@ -52,7 +52,7 @@ def with_remedies(plans: StepPlans, work: Callable[[], _Result]) -> _Result:
         except BudgetError as error:
             if not pressed:
                 raise
-            raise AcceleratorMemoryError(f"{pressed}; with less resident it does not go either: {error}") from error
+            raise AcceleratorMemoryError(f"{pressed}; nor does it fit with fewer resident weights: {error}") from error
         plans.outdate()
 
 

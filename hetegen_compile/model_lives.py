@@ -16,9 +16,9 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from hetegen_compile.geometry import storage_id
 from hetegen_compile.locks import if_free
 from hetegen_compile.mirrors import Mirrors
-from hetegen_compile.mirrors.identity import storage_key
 from hetegen_compile.options import Options
 from hetegen_compile.watched_storages import WatchedStorages
 
@@ -49,7 +49,7 @@ class User(Protocol):
         """Memory is to be shared out anew."""
 
     def give_way(self, options: Options, storages: frozenset[int]) -> bool:
-        """The model with these weights is compiled with ``options``: let go if it was with others; whether it did."""
+        """Release this graph if it serves the model of these weights with other options; whether it did."""
 
 
 class ModelWeights:
@@ -60,7 +60,7 @@ class ModelWeights:
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._bytes = {storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
+        self._bytes = {storage_id(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
         self._left_bytes = sum(self._bytes.values())
         self._enough_bytes = self._left_bytes / 2
 
@@ -132,7 +132,7 @@ class ModelLives:
         A graph knows the weights of its own part of a model that breaks into several: graphs with the same options go,
         too. If they are another model's, its next call plans them anew.
         """
-        storages = frozenset(map(storage_key, weights))
+        storages = frozenset(map(storage_id, weights))
         users = list(self._users)
         left = [user.options for user in users if user.give_way(options, storages)]
         for user in users if left else ():

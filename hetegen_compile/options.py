@@ -96,11 +96,12 @@ def parse_options(options: Mapping[str, object] | None) -> Options:
         seed=_optional_whole("seed", values, at_least=0),
         unfold=_flag("unfold", values),
     )
-    if parsed.pace is not None and parsed.accelerator == "cuda":
-        raise OptionError(
-            f"option 'pace' = {parsed.pace!r} slows the emulated accelerator down and has no meaning with "
-            "accelerator='cuda': leave it out or choose accelerator='emulated'"
-        )
+    for key in ("pace", "seed"):
+        if parsed.accelerator == "cuda" and getattr(parsed, key) is not None:
+            raise OptionError(
+                f"option {key!r} = {getattr(parsed, key)!r} is the emulated accelerator's and has no meaning with "
+                "accelerator='cuda': leave it out or choose accelerator='emulated'"
+            )
     return parsed
 
 
@@ -186,11 +187,15 @@ def _text(key: str, values: Mapping[str, object]) -> str:
     return value
 
 
-def _whole(key: str, values: Mapping[str, object], *, at_least: int) -> int:
-    value = values[key]
+def whole_number(name: str, value: object, *, at_least: int) -> int:
+    """``value`` as an int; OptionError naming the option or argument ``name`` if it is none, or out of range."""
     if not isinstance(value, Integral) or isinstance(value, bool) or not at_least <= int(value) <= _LARGEST:
-        raise _invalid(key, value, f"a whole number of at least {at_least} and at most 2**62")
+        raise OptionError(f"{name} = {_shown(value)}: expected a whole number of at least {at_least} and at most 2**62")
     return int(value)
+
+
+def _whole(key: str, values: Mapping[str, object], *, at_least: int) -> int:
+    return whole_number(f"option {key!r}", values[key], at_least=at_least)
 
 
 def _optional_whole(key: str, values: Mapping[str, object], *, at_least: int) -> int | None:

@@ -1,4 +1,4 @@
-"""The plan's types: what the deciding passes return and the reports read. A leaf, no logic beyond sums.
+"""What reports show, of a plan and of steps that ran. A leaf: types without logic.
 
 Bytes are bytes, seconds seconds, shares fractions of a Linear's rows in [0, 1].
 """
@@ -59,3 +59,23 @@ class Totals:
     predicted_step_s: float
     floor_s: float
     baselines: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Span:
+    """One operation as it really ran: resource (``host``, ``worker``, ``accelerator``, ``up``, ``down``, ``pin``) and
+    seconds."""
+
+    name: str
+    resource: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What became of one storage that is streamed from; ``reason`` says why it was refused."""
+
+    how: Literal["pinned in place", "adopted", "refused"]
+    nbytes: int
+    reason: str = ""

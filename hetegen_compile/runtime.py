@@ -33,7 +33,7 @@ def _after_fork() -> None:
     """In the child: locks that another thread held at the fork would stay locked for good."""
     global _opening
     _opening = threading.Lock()
-    for runtime in list(_open.values()):
+    for runtime in live_runtimes():
         runtime.lives.lock = threading.RLock()
 
 
@@ -119,7 +119,7 @@ def runtime_for(options: Options, profile: HardwareProfile) -> Runtime:
 
 def live_runtimes() -> list[Runtime]:
     """All runtimes that some compiled graph still uses."""
-    return list(_open.values())
+    return [runtime for reference in _open.valuerefs() if (runtime := reference()) is not None]
 
 
 def refresh(model: nn.Module) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hetegen_compile.mirrors.identity import storage_key, weak_storage
+from hetegen_compile.geometry import storage_id
+from hetegen_compile.mirrors.identity import weak_storage
 
 
 class WatchedStorages:
@@ -28,7 +29,7 @@ class WatchedStorages:
     def watch(self, tensors: Iterable[Tensor]) -> None:
         """Note the deaths of these tensors' storages; a key is no other storage's until the death is taken."""
         for tensor in tensors:
-            key = storage_key(tensor)
+            key = storage_id(tensor)
             if key not in self._watched:
                 finalizer = weakref.finalize(tensor.untyped_storage(), _note, key, self._dead, self._told)
                 finalizer.atexit = False
@@ -36,7 +37,7 @@ class WatchedStorages:
 
     def has_some(self, tensors: Iterable[Tensor]) -> bool:
         """Whether some of these tensors' storages are watched."""
-        return any(storage_key(tensor) in self._watched for tensor in tensors)
+        return any(storage_id(tensor) in self._watched for tensor in tensors)
 
     def stop(self, keys: Iterable[int] | None = None) -> None:
         """Note these deaths no longer (by default none at all)."""

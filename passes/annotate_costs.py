@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from hetegen_compile import geometry
 from hetegen_compile.cost_model import (
     HardwareProfile,
     accelerator_linear_s,
@@ -94,15 +95,13 @@ def host_traffic_bytes(node: fx.Node, traffic: float, context: Context) -> float
     return 2.0 * value_bytes(new, context) if needs_no_copy else traffic
 
 
+_name = cache(geometry.dtype_name)
+
+
 def dtype_name(value: object) -> str:
     """The profile's name for a value's dtype; float32 for what holds no floating-point tensor."""
     dtypes = (tensor.dtype for tensor in tensors_in(value))
     return _name(next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32))
-
-
-@cache
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def value_size(node: fx.Node) -> sympy.Expr:

@@ -15,7 +15,8 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import bmm_flop, flop_registry, mm_flop, sdpa_flop_count
 
-from hetegen_compile.passes.tensors import storage_id, tensor_bytes, tensors_in, to_expr
+from hetegen_compile.geometry import storage_id
+from hetegen_compile.passes.tensors import tensor_bytes, tensors_in, to_expr
 
 FREE_ATEN = frozenset({"view", "_unsafe_view", "expand", "permute", "transpose", "t", "slice", "select"})
 FREE_ATEN |= frozenset({"unsqueeze", "squeeze", "detach", "alias", "as_strided", "empty", "split", "unbind"})

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
+from hetegen_compile.geometry import storage_id
 from hetegen_compile.ir import INPUT_OPS, info, written_storages
 from hetegen_compile.passes.context import Context
-from hetegen_compile.passes.tensors import storage_id, tensor_bytes, tensors_in, to_expr
+from hetegen_compile.passes.tensors import tensor_bytes, tensors_in, to_expr
 from hetegen_compile.passes.windows import CACHE_DIMS, TOKENS, window_of
 
 

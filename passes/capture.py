@@ -20,6 +20,8 @@ from torch._dynamo.symbolic_convert import TensorifyState
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
+from hetegen_compile.errors import first_line
+from hetegen_compile.geometry import storage_id
 from hetegen_compile.ir import GENERATOR, NodeInfo, annotate, info
 from hetegen_compile.passes.append_tokens import Appending, append_in_place
 from hetegen_compile.passes.aten_listener import AtenListener
@@ -30,7 +32,7 @@ from hetegen_compile.passes.fold_transforms import fold_transforms
 from hetegen_compile.passes.operators import BY_STRIDES, only_torchs_operations
 from hetegen_compile.passes.return_views import return_views
 from hetegen_compile.passes.sources import module_path
-from hetegen_compile.passes.tensors import storage_id, tensors_in
+from hetegen_compile.passes.tensors import tensors_in
 from hetegen_compile.passes.unfold_attention import unfold_attention
 from hetegen_compile.passes.written_caches import inputs_laid_out, sharing, writer_of_caches, writes_in_place
 
@@ -133,7 +135,7 @@ def _propagate_appending(module: fx.GraphModule, inputs: Sequence[Any], mode: Fa
         if reason is None and writes_in_place(module.graph):
             reason = _told_by_sharing(module, inputs, mode, appending)
     except Exception as error:  # whatever has nothing to do with strides is raised again below
-        reason = f"laid out token by token the program cannot read it ({str(error).splitlines()[0]})"
+        reason = f"laid out token by token the program cannot read it ({first_line(error)})"
     if reason is None:
         return None
     for one in appending:

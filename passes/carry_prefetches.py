@@ -65,9 +65,11 @@ def carry_prefetches(module: fx.GraphModule, context: Context) -> None:
 
 
 def _begun_with(module: fx.GraphModule, context: Context) -> list[fx.Node]:
-    """The prefetches of the first lap, up to the first large result of the host's parts that goes up: those behind it,
-    started with the step before, would hold it up. So would those behind what else is large: of them only as many as
-    the link has time for before that is made."""
+    """The prefetches of the first lap that are started a step early.
+
+    These are the ones issued before the first large result of the host's parts: later ones would hold it up on the
+    link. Of those behind any other large upload, only as many as the link has time for before it is made.
+    """
     nodes = list(module.graph.nodes)
     place = {node: position for position, node in enumerate(nodes)}
     results = large_results(nodes, context)

@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from hetegen_compile.geometry import storage_id
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -55,7 +57,7 @@ class WeightKey(NamedTuple):
 
 def weight_key(weight: Tensor) -> WeightKey:
     """Identity of a weight while its storage lives."""
-    storage, offset = int(weight.untyped_storage()._cdata), int(weight.storage_offset())
+    storage, offset = storage_id(weight), int(weight.storage_offset())
     return WeightKey(storage, offset, tuple(weight.shape), tuple(weight.stride()))
 
 

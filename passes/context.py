@@ -68,15 +68,26 @@ def _no_runner(refusal: Refusal) -> None:
 class Context:
     """Everything a pass may know. Fields from ``effects`` on are filled in as the pipeline runs.
 
-    ``largest`` are the sizes that the budget has room for, ``spare`` says whether beyond what the options state;
-    ``lengths`` are the sizes that grow from step to step (of caches and masks); ``sequences`` are those of this call,
-    ``tokens_per_sequence`` those that each of them gets (0: unknown).
-    ``activation_bytes`` is what a schedule of the same graph is known to need for activations (None: an estimate is
-    made); ``lean`` asks for the smallest ring and no resident weights; without ``share_trips`` each Linear has a
-    trip of its own. ``overhead_bytes`` is what the device's libraries take of the budget, item by item; ``device`` is
-    where segments will run; ``cannot_issue_ahead`` is why its accelerator has no worker ("": it has). ``host_memory``
-    None says that all weights are pinned. ``staged`` are the placeholders of the weights whose rows go through the
-    pinned ring, with the reason.
+    Attributes:
+        options, profile: what the user chose, and the hardware.
+        sizes: of the call that the plan is made for.
+        bucket: the numbers of tokens that the plan serves.
+        budget_bytes: the hard limit on the accelerator's memory.
+        resident: weights that other graphs already keep there.
+        weights: the model's, by placeholder.
+        segments: those compiled for other plans of the graph.
+        activation_bytes: what a schedule of the same graph is known to need for activations; None: it is estimated.
+        lean: the smallest ring and no resident weights.
+        share_trips: whether Linears with the same input share a trip; else each has one of its own.
+        largest: the sizes that the budget has room for; ``spare``: whether that includes room beyond the context and
+            the batch that the options state.
+        lengths: sizes that grow from step to step (of caches and masks).
+        sequences: those of this call; ``tokens_per_sequence``: how many each of them gets (0: unknown).
+        overhead_bytes: what the device's libraries take of the budget, item by item.
+        device: where segments will run.
+        cannot_issue_ahead: why the accelerator has no worker ("": it has).
+        host_memory: says what has to be staged; None: all weights are pinned.
+        staged: placeholders of the weights whose rows go through the pinned ring, with the reason.
 
     A stage tells the runner by ``refuse`` what it leaves as it is; ``refused`` has it under the stage's name until that
     stage runs again.

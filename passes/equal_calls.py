@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from hetegen_compile.geometry import storage_id
 from hetegen_compile.passes.fake_inputs import another_fake
-from hetegen_compile.passes.tensors import storage_id, to_expr
+from hetegen_compile.passes.tensors import to_expr
 
 _PLAIN = (
     int, float, bool, str, type(None), EllipsisType, torch.dtype, torch.device, torch.layout, torch.memory_format,

@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
 from hetegen_compile.errors import UnsupportedModelError
+from hetegen_compile.geometry import storage_id
 from hetegen_compile.passes.sources import source_name
-from hetegen_compile.passes.tensors import storage_id
 
 
 def fake_mode(module: fx.GraphModule) -> FakeTensorMode:

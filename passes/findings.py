@@ -152,8 +152,8 @@ class Work(NamedTuple):
 class Prediction:
     """The simulated step: per node its work and its interval, in seconds from the start of the step.
 
-    ``beside_link_s``: what the step takes for other reasons than the link. Where that works all the time, the seconds
-    of the same schedule if what is streamed is there at once; else those of the step.
+    ``beside_link_s``: where the link is at work all the time, what the step would take if every streamed row arrived
+    at once; else ``step_s``.
     """
 
     work: Mapping[fx.Node, Work]

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 import sympy
 from torch import fx
 
+from hetegen_compile.geometry import storage_id
 from hetegen_compile.ir import INPUT_OPS, info
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import Life, most_at_once
-from hetegen_compile.passes.tensors import held_bytes, storage_id, tensors_in
+from hetegen_compile.passes.tensors import held_bytes, tensors_in
 
 
 def activation_peak_bytes(module: fx.GraphModule, context: Context) -> int:

@@ -26,11 +26,12 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch.fx.experimental.proxy_tensor import py_sym_types
 
 from hetegen_compile.errors import drop_frames
+from hetegen_compile.geometry import storage_id
 from hetegen_compile.ir import info
 from hetegen_compile.passes.aten_listener import GROUPED_ATEN
 from hetegen_compile.passes.context import Context, Refusal, SegmentCache
 from hetegen_compile.passes.segment_calls import with_declared_strides
-from hetegen_compile.passes.tensors import storage_id, to_expr
+from hetegen_compile.passes.tensors import to_expr
 
 logger = logging.getLogger("hetegen_compile")
 

@@ -29,6 +29,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from hetegen_compile.geometry import storage_id
 from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.passes.annotate_costs import value_size
 from hetegen_compile.passes.caches import Cache, Forward, given_tensors, shape_of
@@ -40,7 +41,7 @@ from hetegen_compile.passes.fused_attention import (
     is_fused_attention,
     scratch_bytes,
 )
-from hetegen_compile.passes.tensors import held_bytes, is_ids, storage_id, tensors_in
+from hetegen_compile.passes.tensors import held_bytes, is_ids, tensors_in
 from hetegen_compile.passes.windows import CACHE_DIMS, TOKENS
 
 

@@ -38,11 +38,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hetegen_compile import ir
 from hetegen_compile.errors import ScheduleError
+from hetegen_compile.geometry import storage_id
 from hetegen_compile.ir import annotate, copy_module, info
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.fold_transforms import Folded
 from hetegen_compile.passes.insert_transfers import operand_side
-from hetegen_compile.passes.tensors import storage_id, tensors_in
+from hetegen_compile.passes.tensors import tensors_in
 
 CHECK_VARIABLE = "HETEGEN_CHECK_DEVICES"
 _CUDA = torch.device("cuda", 0)

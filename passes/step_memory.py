@@ -14,7 +14,7 @@ from math import ceil
 import sympy
 from torch import Tensor, fx
 
-from hetegen_compile.geometry import mirrored_bytes
+from hetegen_compile.geometry import mirrored_bytes, storage_id
 from hetegen_compile.ir import INPUT_OPS, LINEAR, info, is_tensor, written_storages
 from hetegen_compile.passes.annotate_costs import value_size
 from hetegen_compile.passes.caches import Cache, Forward, returned_caches
@@ -23,7 +23,7 @@ from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.liveness import activation_peak_bytes
 from hetegen_compile.passes.other_forwards import MASK_BYTES, OtherForwards
 from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH, MIRRORED
-from hetegen_compile.passes.tensors import storage_id, to_expr
+from hetegen_compile.passes.tensors import to_expr
 from hetegen_compile.passes.unsplit_weights import computed_on_host
 
 

@@ -69,12 +69,7 @@ def symbols_of(tensor: Tensor) -> set[sympy.Symbol]:
     return symbols_in((*tensor.shape, *tensor.stride()))
 
 
-def storage_id(tensor: Tensor) -> int:
-    """Identity of the tensor's storage while that is alive."""
-    return int(tensor.untyped_storage()._cdata)
-
-
 __all__ = [
-    "held_bytes", "held_sizes", "is_ids", "storage_id", "symbols_in", "symbols_of", "tensor_bytes", "tensors_in",
+    "held_bytes", "held_sizes", "is_ids", "symbols_in", "symbols_of", "tensor_bytes", "tensors_in",
     "to_expr",
 ]  # fmt: skip

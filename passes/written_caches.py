@@ -16,9 +16,10 @@ from collections.abc import Iterable
 
 from torch import Tensor, fx
 
+from hetegen_compile.geometry import storage_id
 from hetegen_compile.ir import GENERATOR, info
 from hetegen_compile.passes.append_tokens import lies_by_token
-from hetegen_compile.passes.tensors import storage_id, tensors_in
+from hetegen_compile.passes.tensors import tensors_in
 
 Sharing = list[tuple[tuple[int, ...], tuple[int, ...]]]
 """By node: of each of its tensors, and of each storage that it writes, which of the program's storages it is, counted

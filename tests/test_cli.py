@@ -151,7 +151,10 @@ def test_the_measured_profile_is_found_once_it_is_kept(tmp_path: Path, monkeypat
     monkeypatch.setattr(doctor, "seems_disturbed", lambda profile: "one size says so, another does not")
     told = doctor._profile()
     assert (told.status, told.remedy) == ("warn", "hetegen calibrate again when nothing else runs")
-    assert told.finding == f"{path}; measured beside other work it seems: one size says so, another does not"
+    assert (
+        told.finding
+        == f"{path}; probably measured while other programs were running: one size says so, another does not"
+    )
 
 
 @pytest.mark.parametrize(

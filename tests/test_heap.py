@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -98,6 +101,35 @@ def test_objects_that_the_program_froze_stay_frozen() -> None:
         assert gc.get_freeze_count() > 0
     finally:
         gc.unfreeze()
+
+
+FORK = """
+import gc, os, sys, threading
+from hetegen_compile.heap import large_heap
+before, begun, over = gc.get_threshold(), threading.Event(), threading.Event()
+
+def plan():
+    with large_heap():
+        begun.set()
+        over.wait()
+
+threading.Thread(target=plan).start()
+begun.wait()
+child = os.fork()
+if child == 0:
+    as_before = (gc.get_threshold(), gc.get_freeze_count()) == (before, 0)
+    with large_heap():
+        frozen = gc.get_freeze_count() > 0
+    os._exit(0 if as_before and frozen and gc.get_freeze_count() == 0 else 1)
+over.set()
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_the_child_of_a_fork_is_not_in_another_threads_block() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_collector_that_is_switched_off_stays_off() -> None:

@@ -136,6 +136,8 @@ def test_pace_is_for_the_emulated_accelerator() -> None:
     assert parse_options({"pace": 2, "accelerator": "emulated"}).pace == 2.0
     with pytest.raises(OptionError, match="'pace' = 2.0.*accelerator='emulated'"):
         parse_options({"pace": 2, "accelerator": "cuda"})
+    with pytest.raises(OptionError, match="'seed'"):
+        parse_options({"seed": 0, "accelerator": "cuda"})
 
 
 @given(st.floats(0, 1))

@@ -15,14 +15,14 @@ import torch
 from benchmarks.children import Notebook
 from benchmarks.gpu.settings import Settings
 from hetegen_compile.calibration import this_machine
-from hetegen_compile.calibration.machine import (
+from hetegen_compile.host_memory.limits import read_limits
+from hetegen_compile.system import (
     last_level_cache_bytes,
     memory_limit_bytes,
     numa_nodes,
     physical_memory_bytes,
     usable_cpus,
 )
-from hetegen_compile.host_memory.limits import read_limits
 
 PACKAGES = ("torch", "transformers", "triton", "numpy", "accelerate", "diffusers", "sympy", "networkx")
 

@@ -13,7 +13,7 @@ import torch
 
 from hetegen_compile import runtime
 from hetegen_compile.accelerators import Accelerator, CudaAccelerator, EmulatedAccelerator, Op
-from hetegen_compile.accelerators.base import Chain
+from hetegen_compile.accelerators.base import LaunchChain
 from hetegen_compile.accelerators.cuda.streams import CudaStreams
 from hetegen_compile.accelerators.cuda.transfers import CudaToken, CudaTransfer
 from hetegen_compile.accelerators.promises import Promise
@@ -77,7 +77,7 @@ class HostileCuda(CudaAccelerator):
         self._streams.spin("compute", self._streams.compute)
         return super().launch(op, function, args, **options)
 
-    def launch_chain(self, chain: Chain, given: list[Any]) -> tuple[Any, ...]:
+    def launch_chain(self, chain: LaunchChain, given: list[Any]) -> tuple[Any, ...]:
         """A chain behind a delay: those of its launches are what they were when it was recorded."""
         self._streams.spin("compute", self._streams.compute)
         return super().launch_chain(chain, given)

@@ -19,9 +19,9 @@ from benchmarks.compare.report import OWN, at_limit, best_peer, tables
 from benchmarks.gpu.settings import Settings, SkipError, require
 from benchmarks.random_models import DTYPES, weight_bytes_of
 from hetegen_compile.calibration import Effort, cache_path, calibrate, this_machine, write_profile
-from hetegen_compile.calibration.machine import memory_limit_bytes
 from hetegen_compile.calibration.report import profile_table
 from hetegen_compile.cost_model import profile_to_json
+from hetegen_compile.system import memory_limit_bytes
 
 REHEARSED = Effort(
     tokens=(1, 4), weight_bytes=(1 << 17, 1 << 20), arithmetic_bytes=1 << 20, kernel_tokens=(1,), rotate_bytes=8 << 20,

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 
-import torch
-
-from hetegen_compile.accelerators.base import Accelerator, Counters, Op, Span, StepFacts
+from hetegen_compile.accelerators.base import Accelerator, Counters, Op, StepFacts
+from hetegen_compile.accelerators.choice import uses_cuda
 from hetegen_compile.accelerators.cuda import CudaAccelerator
 from hetegen_compile.accelerators.emulated import EmulatedAccelerator
-from hetegen_compile.errors import OptionError
 
 __all__ = [
     "Accelerator",
@@ -17,9 +15,9 @@ __all__ = [
     "CudaAccelerator",
     "EmulatedAccelerator",
     "Op",
-    "Span",
     "StepFacts",
     "open_accelerator",
+    "uses_cuda",
 ]
 
 _log = logging.getLogger("hetegen_compile")
@@ -45,11 +43,7 @@ def open_accelerator(
         AcceleratorUnavailableError: ``"cuda"`` without a device.
         OptionError: another ``kind``, or ``pace`` or ``seed`` for CUDA.
     """
-    if kind not in ("auto", "cuda", "emulated"):
-        raise OptionError(f"accelerator={kind!r}: valid are 'auto', 'cuda' and 'emulated'")
-    if kind == "cuda" or (kind == "auto" and torch.cuda.is_available()):
-        if pace is not None or seed is not None:
-            raise OptionError("pace and seed are for accelerator='emulated'; a CUDA device runs at its own pace")
+    if uses_cuda(kind, pace=pace, seed=seed):
         return CudaAccelerator(memory_bytes)
     if kind == "auto":
         _log.warning("no CUDA device: running on an emulated accelerator, whose times say nothing about speed")

@@ -40,6 +40,8 @@ from typing import Any
 
 import torch
 
+from hetegen_compile.rows import Span
+
 Value = Any
 Token = Any
 Transfer = Any
@@ -77,7 +79,7 @@ class Op:
 
 
 @dataclass(eq=False)
-class Chain:
+class LaunchChain:
     """Launches of a bound schedule that follow each other and are the same in each step but for what tensors hold.
 
     Attributes:
@@ -110,7 +112,7 @@ class StepFacts:
 
     again: bool = False
     needs_bytes: int = 0
-    chains: Sequence[Chain] = ()
+    chains: Sequence[LaunchChain] = ()
     in_turn: bool = False
 
 
@@ -141,17 +143,6 @@ class Counters:
     chains_replayed: int = 0
     peak_bytes: int = 0
     step_peak_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Span:
-    """One operation as it really ran: resource (``host``, ``worker``, ``accelerator``, ``up``, ``down``, ``pin``) and
-    seconds."""
-
-    name: str
-    resource: str
-    start_s: float
-    end_s: float
 
 
 def call_on_host(op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -342,7 +333,7 @@ class Accelerator(ABC):
         positions of arguments that the function writes in place.
         """
 
-    def launch_chain(self, chain: Chain, given: list[Value]) -> tuple[Any, ...]:
+    def launch_chain(self, chain: LaunchChain, given: list[Value]) -> tuple[Any, ...]:
         """Launch all of ``chain`` on ``given`` values; the list is emptied, so that they may die on the way."""
         return chain.function(given)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 
@@ -32,5 +33,16 @@ class QuickSwitching:
             if before is not None and not _inside:
                 sys.setswitchinterval(before)
 
+
+def _after_fork() -> None:
+    """In the child: other threads, whose steps these may be, and who may hold the lock, are not there."""
+    global _lock
+    _lock = threading.Lock()
+    for before in _inside.values():
+        sys.setswitchinterval(before)
+    _inside.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 __all__ = ["INTERVAL_S", "QuickSwitching"]

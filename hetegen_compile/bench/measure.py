@@ -15,7 +15,7 @@ from hetegen_compile.bench.timing import Timing, warm_and_timed, with_peak
 from hetegen_compile.bench.weights import random_model
 from hetegen_compile.dry_run.models import DTYPES, generates, named_config
 from hetegen_compile.errors import BudgetError, OptionError, UnsupportedModelError
-from hetegen_compile.options import parse_options
+from hetegen_compile.options import parse_options, whole_number
 from hetegen_compile.overrides import override_issue_ahead, override_split
 from hetegen_compile.reports.schedule import Schedule, schedules
 
@@ -63,8 +63,8 @@ def bench(source: str, *, dtype: str, prompt: int, new_tokens: int, options: Map
     """
     if dtype not in DTYPES:
         raise OptionError(f"dtype={dtype!r}: valid are {', '.join(map(repr, DTYPES))}")
-    if prompt < 1 or new_tokens < 2:
-        raise OptionError(f"prompt={prompt}, new_tokens={new_tokens}: at least 1 and 2, the first is the prefill's")
+    whole_number("prompt", prompt, at_least=1)
+    whole_number("new_tokens", new_tokens, at_least=2)  # the first is the prefill's
     parse_options(options)
     config = named_config(source)
     if not generates(config):

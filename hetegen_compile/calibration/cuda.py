@@ -24,12 +24,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hetegen_compile.accelerators import Accelerator, CudaAccelerator, Op
 from hetegen_compile.accelerators.cuda.pinning import cuda_view
 from hetegen_compile.calibration.host import copy_bytes
-from hetegen_compile.calibration.kernels import dtype_name
-from hetegen_compile.calibration.machine import host_memory_bytes, last_level_cache_bytes
 from hetegen_compile.calibration.timing import Effort, durations_s, median_s
 from hetegen_compile.cost_model import AcceleratorProfile, LinkDirection, LinkProfile, RateCurve
+from hetegen_compile.geometry import dtype_name
 from hetegen_compile.passes.segment_calls import with_declared_strides
 from hetegen_compile.steps.segments import inductor_compiler
+from hetegen_compile.system import host_memory_bytes, last_level_cache_bytes
 
 logger = logging.getLogger("hetegen_compile")
 

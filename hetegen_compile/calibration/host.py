@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetegen_compile.calibration.beside import computing_with, repeatedly
-from hetegen_compile.calibration.kernels import cut_weights, dtype_name, in_place, kernel_rate, make_arena
+from hetegen_compile.calibration.kernels import cut_weights, in_place, kernel_rate, make_arena
 from hetegen_compile.calibration.linears import LinearFigures, linear_steps, measure_linears
-from hetegen_compile.calibration.machine import cpu_model, host_memory_bytes, last_level_cache_bytes
 from hetegen_compile.calibration.reading_ahead import AheadFigures, measure_ahead
 from hetegen_compile.calibration.timing import Effort, median_s
 from hetegen_compile.cost_model import HostProfile, RateTable
+from hetegen_compile.geometry import dtype_name
 from hetegen_compile.host_kernels import KERNELS
+from hetegen_compile.system import cpu_model, host_memory_bytes, last_level_cache_bytes
 
 logger = logging.getLogger("hetegen_compile")
 

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetegen_compile.calibration.timing import Effort, durations_s
+from hetegen_compile.errors import first_line
+from hetegen_compile.geometry import dtype_name
 from hetegen_compile.host_kernels import HostKernel, HostLinear
 from hetegen_compile.host_kernels.program import HostProgram, Place, Step
 
@@ -65,11 +67,6 @@ def copying_kernels(dtype: torch.dtype) -> tuple[CopyingKernel, ...]:
     if not dtype.is_floating_point:
         return ()
     return (PREPACKED,) if dtype == torch.float32 else (PREPACKED, FLOAT32_COPY)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name that profiles use: "float32" for ``torch.float32``."""
-    return str(dtype).removeprefix("torch.")
 
 
 def activation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -154,7 +151,6 @@ def copying_rate(kernel: CopyingKernel, weights: Sequence[Tensor], tokens: int, 
         forms = [kernel.prepare(weight, tokens) for weight in weights]
         calls = call_durations_s(kernel.run, weights, tokens, effort, forms)
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        logger.info("%s: not for %s here: %s", kernel.name, dtype_name(weights[0].dtype), reason)
+        logger.info("%s: not for %s here: %s", kernel.name, dtype_name(weights[0].dtype), first_line(error))
         return None
     return median(nbytes / seconds for nbytes, seconds in calls)

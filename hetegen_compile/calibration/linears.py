@@ -16,11 +16,11 @@ from hetegen_compile.calibration.kernels import (
     copying_kernels,
     copying_rate,
     cut_weights,
-    dtype_name,
     in_place,
 )
 from hetegen_compile.calibration.timing import Effort
 from hetegen_compile.cost_model import HardwareProfile, KernelChoice, RateCurve, RateTable
+from hetegen_compile.geometry import dtype_name
 from hetegen_compile.host_kernels import KERNELS, HostKernel, kernels_for
 from hetegen_compile.options import format_bytes
 
@@ -68,13 +68,13 @@ def linear_steps(dtypes: Sequence[torch.dtype], effort: Effort) -> int:
 def measure_linears(arena: Tensor, effort: Effort, launch_s: float, step: Callable[[str], None]) -> LinearFigures:
     """Time all kernels for the arena's dtype; ``launch_s`` is taken off each call, as the cost model adds it."""
     usable = usable_kernels(arena.dtype)
-    for what_then in ("host Linears are timed once more", "this profile is of no use, calibrate again without that"):
+    for what_then in ("host Linears are timed once more", "stop what else runs and run hetegen calibrate again"):
         rates = _kernel_rates(usable, arena, effort, launch_s, step)
         table, choice = _chosen(rates, effort)
         disturbed = contradiction(table)
         if not disturbed:
             break
-        logger.warning("%s: something else runs here; %s", disturbed, what_then)
+        logger.warning("other load disturbed this measurement (%s); %s", disturbed, what_then)
     return LinearFigures(table, choice, _compare(rates, arena, effort, step))
 
 

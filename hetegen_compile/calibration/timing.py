@@ -16,7 +16,7 @@ MAX_REPEATS = 1000
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured; the defaults keep a calibration under a minute.
+    """How much is measured; the defaults keep a calibration without a GPU under a minute.
 
     Attributes:
         tokens: numbers of tokens at which host Linears are timed, ascending.

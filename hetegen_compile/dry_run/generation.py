@@ -31,7 +31,7 @@ from hetegen_compile.dry_run.trace import TracedForward
 from hetegen_compile.errors import OptionError
 from hetegen_compile.hardware import profile_for
 from hetegen_compile.heap import large_heap
-from hetegen_compile.options import parse_options
+from hetegen_compile.options import parse_options, whole_number
 from hetegen_compile.passes.plans import RESIDENT
 
 logger = logging.getLogger("hetegen_compile")
@@ -56,6 +56,7 @@ def plan_generation(
         dtype: of weights and activations, "float16", "bfloat16", "float32" or "float64"; None: what the config states
             if it is one of these, else "float16". A module keeps its own.
         options: those of the backend. Without ``context`` the budget holds the prompt and what is generated.
+            ``print_schedule=True`` prints the tables of prefill and decode; ``pace`` and ``seed`` say nothing here.
         tell: called with what is done next; large models take a minute.
 
     Raises:
@@ -76,7 +77,7 @@ def plan_generation(
         times = {n: total([one.at(sizes_at(one.graph, traced.hint, n)) for one in decode]) for n in contexts}
         first = total([as_planned(one) for one in prefill])
     generated = batch * (new_tokens if named.generates else prompt)
-    return GenerationPlan(
+    plan = GenerationPlan(
         model=named.name,
         hardware=machine.profile.name,
         dtype=named.dtype,
@@ -97,13 +98,16 @@ def plan_generation(
         host_memory_bytes=machine.profile.host.memory_bytes,
         notes=_notes(named, machine, prompt + new_tokens, traced.windows),
     )
+    if (options or {}).get("print_schedule"):
+        for schedule in filter(None, (plan.prefill, plan.decode)):
+            print(schedule.table(unfold=machine.options.unfold), flush=True)
+    return plan
 
 
 def _machine(options: Mapping[str, object] | None, prompt: int, new_tokens: int, batch: int) -> tuple[Machine, int]:
     """What the plan is for, and the context that its options state."""
     for name, value in (("prompt", prompt), ("new_tokens", new_tokens), ("batch", batch)):
-        if value < 1:
-            raise OptionError(f"{name}={value!r}: expected a whole number of at least 1")
+        whole_number(name, value, at_least=1)
     parsed = parse_options(options)
     context = parsed.context or prompt + new_tokens
     if context < prompt + new_tokens:

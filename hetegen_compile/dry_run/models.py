@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hetegen_compile.errors import OptionError, UnsupportedModelError
+from hetegen_compile.errors import OptionError, UnsupportedModelError, first_line
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -103,10 +103,10 @@ def named_config(source: str | Path) -> Any:
     try:
         return AutoConfig.from_pretrained(str(source), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError(
-            f"no config of {str(source)!r}: {reason} It has to be a folder with a config.json, such a file, or a model "
-            "whose config is in the hub's cache; the network is not used (to fetch it: hf download MODEL config.json)"
+            f"no config of {str(source)!r}: {first_line(error)} It has to be a folder with a config.json, such a "
+            "file, or a model whose config is in the hub's cache; the network is not used (to fetch it: "
+            "hf download MODEL config.json)"
         ) from error
 
 

@@ -16,14 +16,15 @@ from hetegen_compile.calibration.runner import EMULATED_PRESET
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.dry_run.fakes import Fakes
 from hetegen_compile.dry_run.trace import TracedGraph, trace
+from hetegen_compile.geometry import storage_id
 from hetegen_compile.hardware import profile_for
 from hetegen_compile.heap import large_heap
 from hetegen_compile.options import Options, format_bytes, parse_options
-from hetegen_compile.passes import annotate_costs, predict_step
+from hetegen_compile.passes.annotate_costs import annotate_costs
 from hetegen_compile.passes.claims import Claim
 from hetegen_compile.passes.context import SegmentCache, require
 from hetegen_compile.passes.plans import Residency
-from hetegen_compile.passes.tensors import storage_id
+from hetegen_compile.passes.predict_step import predict_step
 from hetegen_compile.pipeline import UNTIL_VERIFIED
 from hetegen_compile.planning.baselines import baselines
 from hetegen_compile.planning.floor import floor_s

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hetegen_compile.cost_model import KernelChoice
+from hetegen_compile.geometry import dtype_name
 from hetegen_compile.host_kernels.kernels import KERNELS, LINEAR, HostKernel
 from hetegen_compile.linear_parts import narrowed_operands
 
@@ -73,7 +74,7 @@ def bind_kernels(
 
 def recorded(choices: Mapping[str, KernelChoice], dtype: torch.dtype) -> KernelChoice | None:
     """What a profile records for weights of a dtype."""
-    return choices.get(str(dtype).removeprefix("torch."))
+    return choices.get(dtype_name(dtype))
 
 
 def _usable(name: str, rows: Tensor, refuse: Callable[[str], None]) -> HostKernel:

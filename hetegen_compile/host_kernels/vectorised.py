@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetegen_compile.errors import HostKernelUnavailableError
+from hetegen_compile.errors import HostKernelUnavailableError, first_line
 
 logger = logging.getLogger("hetegen_compile")
 
@@ -147,7 +147,7 @@ def _built(*names: str) -> Library | str:
 
         return Library(CppCodeCache.load(source))
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
-        return str(error).strip().partition("\n")[0] or type(error).__name__
+        return first_line(error)
 
 
 def _source(*names: str) -> str:

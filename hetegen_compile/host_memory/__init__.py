@@ -12,6 +12,6 @@ Nothing is ever held twice: an adopted tensor's pages of the mapping are dropped
 from __future__ import annotations
 
 from hetegen_compile.host_memory.huge_pages import HugePages
-from hetegen_compile.host_memory.policy import Holding, HostMemory
+from hetegen_compile.host_memory.policy import HostMemory
 
-__all__ = ["Holding", "HostMemory", "HugePages"]
+__all__ = ["HostMemory", "HugePages"]

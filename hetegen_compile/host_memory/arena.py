@@ -11,9 +11,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from hetegen_compile.calibration.machine import numa_nodes, usable_cpus
 from hetegen_compile.host_memory.mappings import Mapping, overlapping
 from hetegen_compile.host_memory.memory_nodes import interleave
+from hetegen_compile.system import numa_nodes, usable_cpus
 
 ALIGNMENT_BYTES = 64
 """Of each storage in an arena: what vector instructions like."""

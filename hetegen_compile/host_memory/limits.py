@@ -5,18 +5,21 @@ The size of main memory is not among them: on some virtual machines it grows wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from hetegen_compile.options import format_bytes
+from hetegen_compile.system import memory_groups
 
 try:
     import resource
 except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
-_UNLIMITED_BYTES = 1 << 60  # cgroup v1 writes "no limit" as a number near 2**63
+_USED = {1: "memory.usage_in_bytes", 2: "memory.current"}
+_CACHED = {1: ("total_active_file", "total_inactive_file"), 2: ("active_file", "inactive_file")}
+"""By the version of control groups."""
 
 
 @dataclass(frozen=True)
@@ -68,39 +71,12 @@ def _process_room(limit: str, used_bytes: int | None) -> Room | None:
 
 def _cgroup_rooms(root: Path) -> Iterator[Room]:
     """What each memory cgroup that the process is in leaves it; page cache counts as free."""
-    for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            yield from _rooms_of(root / "sys/fs/cgroup", path, _room_v2)
-        elif "memory" in controllers.split(","):
-            yield from _rooms_of(root / "sys/fs/cgroup/memory", path, _room_v1)
-
-
-def _rooms_of(mount: Path, path: str, read: Callable[[Path], Room | None]) -> Iterator[Room]:
-    """From the process's own group up to the mount, which in a container may be the group itself."""
-    parts = [part for part in path.split("/") if part and part != ".."]
-    for depth in range(len(parts), -1, -1):
-        room = read(mount.joinpath(*parts[:depth]))
-        if room is not None:
-            yield room
-
-
-def _room_v2(group: Path) -> Room | None:
-    limit, used = _number(group / "memory.max"), _number(group / "memory.current")
-    cache = _fields(group / "memory.stat")
-    return _room(limit, used, cache.get("active_file", 0) + cache.get("inactive_file", 0))
-
-
-def _room_v1(group: Path) -> Room | None:
-    limit, used = _number(group / "memory.limit_in_bytes"), _number(group / "memory.usage_in_bytes")
-    cache = _fields(group / "memory.stat")
-    return _room(limit, used, cache.get("total_active_file", 0) + cache.get("total_inactive_file", 0))
-
-
-def _room(limit: int | None, used: int | None, cache_bytes: int) -> Room | None:
-    if limit is None or used is None or limit >= _UNLIMITED_BYTES:
-        return None
-    return Room(max(0, limit - max(0, used - cache_bytes)), "cgroup memory limit")
+    for group in memory_groups(root):
+        used = _number(group.folder / _USED[group.version])
+        if group.limit_bytes is not None and used is not None:
+            cache = _fields(group.folder / "memory.stat")
+            cached = sum(cache.get(name, 0) for name in _CACHED[group.version])
+            yield Room(max(0, group.limit_bytes - max(0, used - cached)), "cgroup memory limit")
 
 
 def _number(path: Path) -> int | None:

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from hetegen_compile.geometry import storage_id
 from hetegen_compile.host_memory.arena import Arena, drop_pages, move
 from hetegen_compile.host_memory.decide import Decision, Facts, decide, immovable
 from hetegen_compile.host_memory.huge_pages import HugePages
 from hetegen_compile.host_memory.limits import HostLimits, read_limits
 from hetegen_compile.host_memory.mappings import Kind, kind_of, read_mappings
 from hetegen_compile.options import format_bytes
+from hetegen_compile.rows import Holding
 
 logger = logging.getLogger("hetegen_compile")
 
@@ -29,15 +29,6 @@ Pin = Callable[[object, int, int], int]
 
 Moved = Callable[[Mapping[int, int]], object]
 """Told which storage took whose place when storages were adopted, by their identities."""
-
-
-@dataclass(frozen=True)
-class Holding:
-    """What became of one storage; ``reason`` says why it was refused."""
-
-    how: Literal["pinned in place", "adopted", "refused"]
-    nbytes: int
-    reason: str = ""
 
 
 class HostMemory:
@@ -67,7 +58,7 @@ class HostMemory:
 
     def holding(self, tensor: Tensor) -> Holding | None:
         """What became of the tensor's storage; None if nothing has been done about it."""
-        found = self._held.get(_key(tensor))
+        found = self._held.get(storage_id(tensor))
         return None if found is None else found[1]
 
     def staged(self, names: Collection[str], weights: Mapping[str, Tensor]) -> dict[str, str]:
@@ -81,9 +72,9 @@ class HostMemory:
         undecided = [asked[name] for name, holding in holdings.items() if holding is None]
         decisions = self._decide(undecided, weights.values())
         reasons = {key: decision.reason for key, decision in decisions.items()}
-        self._make_huge([tensor for tensor in undecided if decisions[_key(tensor)].action == "pin"])
+        self._make_huge([tensor for tensor in undecided if decisions[storage_id(tensor)].action == "pin"])
         told = {
-            name: reasons[_key(asked[name])] if holding is None else holding.reason
+            name: reasons[storage_id(asked[name])] if holding is None else holding.reason
             for name, holding in holdings.items()
         }
         staged = {name: reason for name, reason in told.items() if reason}
@@ -92,7 +83,7 @@ class HostMemory:
 
     def holdings(self, tensors: Iterable[Tensor]) -> tuple[Holding, ...]:
         """What became of the storages of ``tensors``, each once."""
-        found = (self._held.get(key) for key in {_key(tensor): None for tensor in tensors})
+        found = (self._held.get(key) for key in {storage_id(tensor): None for tensor in tensors})
         return tuple(one[1] for one in found if one is not None)
 
     def hold(self, wanted: Sequence[Tensor], visible: Callable[[], Sequence[Tensor]]) -> bool:
@@ -105,7 +96,9 @@ class HostMemory:
         held = [self._held.get(tensor.untyped_storage()._cdata) for tensor in wanted]  # every step comes here
         if None not in held:
             return not any(one[1].reason for one in held if one is not None)
-        new = {_key(tensor): tensor for tensor in wanted if self.holding(tensor) is None and _in_host_memory(tensor)}
+        new = {
+            storage_id(tensor): tensor for tensor in wanted if self.holding(tensor) is None and _in_host_memory(tensor)
+        }
         if new:
             self._forget_dead()
             self._hold(new, visible())
@@ -132,14 +125,14 @@ class HostMemory:
         mappings, viewers = read_mappings(), _viewers([*visible, *tensors])
         facts = {
             key: Facts(_nbytes(tensor), kind_of(mappings, *_range(tensor)), immovable(viewers[key]))
-            for key, tensor in {_key(tensor): tensor for tensor in tensors}.items()
+            for key, tensor in {storage_id(tensor): tensor for tensor in tensors}.items()
         }
         return dict(zip(facts, decide(list(facts.values()), self._limits().room()), strict=True))
 
     def _tell(self, tensors: Mapping[str, Tensor], reasons: Mapping[str, str]) -> None:
         """Log each storage once, those with the same reason together."""
-        new = {name: tensor for name, tensor in tensors.items() if _key(tensor) not in self._told}
-        self._told |= {_key(tensor) for tensor in new.values()}
+        new = {name: tensor for name, tensor in tensors.items() if storage_id(tensor) not in self._told}
+        self._told |= {storage_id(tensor) for tensor in new.values()}
         for reason in dict.fromkeys(reasons[name] for name in new):
             sizes = [_nbytes(tensor) for name, tensor in new.items() if reasons[name] == reason]
             logger.warning(
@@ -153,7 +146,7 @@ class HostMemory:
 
     def _make_huge(self, tensors: Sequence[Tensor]) -> None:
         """Begin with those that are new; what a later plan asks about once more is left to whoever pins it."""
-        new = {_key(tensor): tensor for tensor in tensors if _key(tensor) not in self._begun}
+        new = {storage_id(tensor): tensor for tensor in tensors if storage_id(tensor) not in self._begun}
         if self._huge_pages is None or not new:
             return
         self._begun |= {key: StorageWeakRef(tensor.untyped_storage()) for key, tensor in new.items()}
@@ -192,7 +185,7 @@ class HostMemory:
         try:
             for index, (tensors, old) in enumerate(zip(groups, olds, strict=True)):
                 move(tensors, arena.storage(index))
-                places[int(old._cdata)] = _key(tensors[0])
+                places[int(old._cdata)] = storage_id(tensors[0])
                 drop_pages(mappings, old.data_ptr(), old.nbytes())
                 self._note(tensors[0], Holding("adopted", old.nbytes()))
         finally:
@@ -208,7 +201,7 @@ class HostMemory:
 
     def _note(self, tensor: Tensor, holding: Holding) -> None:
         storage = tensor.untyped_storage()
-        self._held[_key(tensor)] = (StorageWeakRef(storage), holding)
+        self._held[storage_id(tensor)] = (StorageWeakRef(storage), holding)
 
     def _forget_dead(self) -> None:
         dead = [key for key, (storage, _) in self._held.items() if storage.expired()]
@@ -220,10 +213,6 @@ class HostMemory:
 
 def _in_host_memory(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and _nbytes(tensor) > 0
-
-
-def _key(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _nbytes(tensor: Tensor) -> int:
@@ -240,7 +229,7 @@ def _viewers(tensors: Iterable[Tensor]) -> dict[int, list[Tensor]]:
     found: dict[int, dict[int, Tensor]] = {}
     for tensor in tensors:
         if tensor.device.type == "cpu":
-            found.setdefault(_key(tensor), {})[id(tensor)] = tensor
+            found.setdefault(storage_id(tensor), {})[id(tensor)] = tensor
     return {key: list(same.values()) for key, same in found.items()}
 
 

@@ -28,11 +28,6 @@ def geometry_of(tensor: Tensor) -> Geometry:
     return Geometry(tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
 
-def storage_key(tensor: Tensor) -> int:
-    """The tensor's storage, as long as that (or a weak reference to it) exists."""
-    return int(tensor.untyped_storage()._cdata)
-
-
 def weak_storage(tensor: Tensor) -> StorageWeakRef:
     """A reference to the storage that keeps its key valid and not its memory."""
     return StorageWeakRef(tensor.untyped_storage())

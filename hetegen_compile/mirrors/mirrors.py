@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from hetegen_compile.accelerators.base import Accelerator, Value
+from hetegen_compile.geometry import storage_id
 from hetegen_compile.mirrors.fingerprints import Fingerprint
-from hetegen_compile.mirrors.identity import Geometry, covers_storage, geometry_of, storage_key
+from hetegen_compile.mirrors.identity import Geometry, covers_storage, geometry_of
 from hetegen_compile.mirrors.record import Held, Record
 from hetegen_compile.mirrors.records import UNSEEN_WRITE, Records
 from hetegen_compile.mirrors.request import MIRRORS, WEIGHTS, Request
@@ -70,7 +71,7 @@ class Mirrors:
 
     def knows(self, tensor: Tensor) -> bool:
         """Whether anything is noted of the tensor's storage."""
-        return self._records.has(storage_key(tensor))
+        return self._records.has(storage_id(tensor))
 
     def upload_once(self, request: Request, limit_bytes: int) -> Value:
         """The value of a tensor for this step only: nothing is noted, and there has to be room.
@@ -112,7 +113,7 @@ class Mirrors:
 
     def _record_of(self, tensor: Tensor) -> Record:
         """The record of a storage that this step made: a new one, unless another view of it was returned, too."""
-        record = self._records.of_step(storage_key(tensor), self._step) or self._records.renew(tensor)
+        record = self._records.of_step(storage_id(tensor), self._step) or self._records.renew(tensor)
         record.returned = record.used = self._step
         return record
 
@@ -138,7 +139,7 @@ class Mirrors:
             return None
         found = []
         for tensor in tensors:
-            record = self._records.get(storage_key(tensor))
+            record = self._records.get(storage_id(tensor))
             held = None if record is None else record.held.get(geometry_of(tensor))
             if record is None or held is None:
                 return None
@@ -193,7 +194,7 @@ class Mirrors:
         """
         self._records.up_to_date()
         for tensor in known:
-            if self._records.get(storage_key(tensor)) is not None:
+            if self._records.get(storage_id(tensor)) is not None:
                 self._records.current(tensor, geometry_of(tensor))
         for key, record in self._records:
             storage = torch.UntypedStorage._new_with_weak_ptr(record.storage.cdata)
@@ -208,11 +209,11 @@ class Mirrors:
 
     def hold(self, tensors: Iterable[Tensor]) -> bool:
         """Whether there is anything of some of these."""
-        return any(self._records.get(storage_key(tensor)) is not None for tensor in tensors)
+        return any(self._records.get(storage_id(tensor)) is not None for tensor in tensors)
 
     def forget(self, tensors: Iterable[Tensor] | None = None) -> None:
         """Drop mirrors (all by default), so that the next step that needs them uploads afresh."""
-        keys = [key for key, _ in self._records] if tensors is None else [storage_key(tensor) for tensor in tensors]
+        keys = [key for key, _ in self._records] if tensors is None else [storage_id(tensor) for tensor in tensors]
         for key in keys:
             self._records.drop(key)
 

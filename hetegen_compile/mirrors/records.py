@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hetegen_compile.accelerators.base import Value
-from hetegen_compile.mirrors.identity import Geometry, geometry_of, storage_key
+from hetegen_compile.geometry import storage_id
+from hetegen_compile.mirrors.identity import Geometry, geometry_of
 from hetegen_compile.mirrors.record import Held, Record
 from hetegen_compile.mirrors.request import MIRRORS, WEIGHTS
 from hetegen_compile.mirrors.returned import Returned, can_be_noted
@@ -64,7 +65,7 @@ class Records:
 
     def current(self, tensor: Tensor, geometry: Geometry) -> Record:
         """The record of the tensor's storage, emptied if the host's copy is not what it was."""
-        key = storage_key(tensor)
+        key = storage_id(tensor)
         if key in self._behind:
             self.up_to_date()
         record = self.get(key)
@@ -77,8 +78,8 @@ class Records:
 
     def renew(self, tensor: Tensor) -> Record:
         """A new record of the tensor's storage, whatever was held of it."""
-        self.drop(storage_key(tensor))
-        record = self._records[storage_key(tensor)] = Record.of(tensor)
+        self.drop(storage_id(tensor))
+        record = self._records[storage_id(tensor)] = Record.of(tensor)
         record.note(tensor, geometry_of(tensor))
         return record
 
@@ -104,7 +105,7 @@ class Records:
         """Whether it is enough to note that a step returned the tensor, which it has made, with this value."""
         if not can_be_noted(tensor):
             return False
-        key = storage_key(tensor)
+        key = storage_id(tensor)
         self.drop(key)
         self.most_bytes += tensor.nbytes  # first: an interrupt comes behind any call
         self._noted[key] = Returned(tensor, value, step)
@@ -117,7 +118,7 @@ class Records:
 
     def answer(self, tensor: Tensor, step: int) -> Value | None:
         """The value of a tensor that a step returned, if it is what it was then and nobody asked otherwise since."""
-        returned = self._noted.get(storage_key(tensor))
+        returned = self._noted.get(storage_id(tensor))
         return None if returned is None else returned.answer(tensor, step)
 
     def _make_record(self, key: int) -> None:
@@ -145,13 +146,13 @@ class Records:
             del self._standing[standing]
             known = standing.as_written() if isinstance(standing, Settled) and standing.behind else []
             standing.take_back()
-            self._catch_up([pair for pair in known if storage_key(pair[0]) != record.storage.cdata])
+            self._catch_up([pair for pair in known if storage_id(pair[0]) != record.storage.cdata])
 
     # ---- what steps write ------------------------------------------------------------------------------------
 
     def settle(self, tensor: Tensor) -> None:
         """A step wrote the tensor and its mirror alike: what the mirror holds is current again."""
-        record = self.get(storage_key(tensor))
+        record = self.get(storage_id(tensor))
         if record is None:
             return
         if record.base is not None:
@@ -181,12 +182,12 @@ class Records:
     def _catch_up(self, known: Sequence[tuple[Tensor, bool]]) -> None:
         """Note what a step has written, but for what somebody has written since."""
         for tensor, intact in known:
-            record = self.get(storage_key(tensor))
+            record = self.get(storage_id(tensor))
             if intact:
                 self.settle(tensor)
             elif record is not None:
                 logger.warning("%s", UNSEEN_WRITE.format(next((held.name for held in record.held.values()), "")))
-                self.drop(storage_key(tensor))
+                self.drop(storage_id(tensor))
 
     def _note_uses(self) -> None:
         """Standing answers were given without touching what they stand on."""

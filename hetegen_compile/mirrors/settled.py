@@ -16,8 +16,8 @@ from torch import Tensor
 
 from hetegen_compile.accelerators.base import Value
 from hetegen_compile.accelerators.geometry import span_bytes
+from hetegen_compile.geometry import storage_id
 from hetegen_compile.mirrors.fingerprints import SAMPLE_BYTES
-from hetegen_compile.mirrors.identity import storage_key
 from hetegen_compile.mirrors.standing import Standing
 
 
@@ -83,7 +83,7 @@ class Settled(Standing):
 
     def __init__(self, tensors: Sequence[Tensor], values: list[Value]) -> None:
         super().__init__(tensors, values, FirstBytes(tensors))
-        self.keys = frozenset(map(storage_key, tensors))
+        self.keys = frozenset(map(storage_id, tensors))
         self.behind = False
         self._geometries = [(tensor.shape, tensor.stride()) for tensor in tensors]
         self._tensors = list(map(_Remembered, tensors))

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from hetegen_compile.ir import copy_module
-from hetegen_compile.passes import predict_step
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import Prediction
 from hetegen_compile.passes.plans import Splits
+from hetegen_compile.passes.predict_step import predict_step
 from hetegen_compile.pipeline import SIMULATED, UNTIL_MEASURED, Stage, run_pipeline
 
 _NOT_MEASURED = tuple(stage for stage in SIMULATED if stage not in UNTIL_MEASURED)

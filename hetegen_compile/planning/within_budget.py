@@ -15,7 +15,7 @@ from torch import fx
 
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import copy_module
-from hetegen_compile.passes import choose_splits
+from hetegen_compile.passes.choose_splits import choose_splits
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.issue_ahead import NO_ROOM_AHEAD, issues_ahead
 from hetegen_compile.passes.plans import ACTIVATIONS

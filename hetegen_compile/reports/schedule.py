@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import operator
 import statistics
@@ -14,9 +15,7 @@ from typing import Any, Literal
 from torch import fx
 
 from hetegen_compile import ir
-from hetegen_compile.accelerators.base import Span
 from hetegen_compile.files import write_private
-from hetegen_compile.host_memory import Holding
 from hetegen_compile.ir import info
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.context import Refusal
@@ -24,7 +23,7 @@ from hetegen_compile.passes.findings import Prediction
 from hetegen_compile.passes.node_work import WORKER
 from hetegen_compile.passes.plans import LinearPlan
 from hetegen_compile.reports.table import schedule_table
-from hetegen_compile.rows import Placement, Row, Totals
+from hetegen_compile.rows import Holding, Placement, Row, Span, Totals
 
 FITS = "everything fits, nothing is offloaded; the graph is compiled in one piece"
 
@@ -112,7 +111,10 @@ class Schedule:
             f"{row.module or row.node}: {_why_experts(row, self.split)}" for row in self.rows if row.op == EXPERTS
         ]
         if self.trips_ahead:
-            lines.append(f"host parts of {self.trips_ahead} trips are a worker's: what needs them is issued meanwhile")
+            lines.append(
+                f"a worker thread computes the host's part of {self.trips_ahead} trips; what depends on it is issued "
+                "to the accelerator without waiting"
+            )
         lines += self._host_memory_lines()
         lines += [f"left as it is: {refusal.where}: {refusal.reason}" for refusal in self.refusals]
         return "\n".join(lines)
@@ -169,7 +171,7 @@ EXPERTS = "experts"
 def _why_experts(row: Row, split: float | Literal["auto"]) -> str:
     shares = f"{row.host_share:.0%} of its experts on the host, {row.streamed_share:.0%} streamed"
     why = "most of them have tokens of a forward like this, too many for the host alone"
-    return f"{shares}: {why}" if split == "auto" else f"{shares}: {why}; the option split={split} says how many are its"
+    return f"{shares}: {why}" if split == "auto" else f"{shares}, as set by split={split}: {why}"
 
 
 def _measured(row: Row, took: Mapping[str, float]) -> float | None:
@@ -319,22 +321,27 @@ def _operation_name(node: fx.Node) -> str:
 
 # ---- all schedules -------------------------------------------------------------------------------------------
 
-_schedules: list[weakref.ref[Schedule]] = []
+_schedules: dict[int, weakref.ref[Schedule]] = {}
+"""Oldest first. Every change is one operation of the dict, so that threads need no lock and a fork inherits none."""
+
+_numbers = itertools.count()
 
 
 def register(schedule: Schedule) -> None:
     """Add a schedule to those that ``schedules()`` lists."""
-    _schedules[:] = [reference for reference in _schedules if reference() is not None]
-    _schedules.append(weakref.ref(schedule))
+    number = next(_numbers)
+    _schedules[number] = weakref.ref(schedule, lambda _: _schedules.pop(number, None))
 
 
 def withdraw(gone: Iterable[Schedule]) -> None:
     """Take schedules off the list that will not run again, though somebody may still hold them."""
     ids = {id(schedule) for schedule in gone}
-    _schedules[:] = [reference for reference in _schedules if id(reference()) not in ids]
+    for number, reference in list(_schedules.items()):
+        if id(reference()) in ids:
+            _schedules.pop(number, None)
 
 
 def schedules() -> tuple[Schedule, ...]:
     """A ``Schedule`` for each compiled graph and token bucket that is still alive, newest last."""
-    found = (reference() for reference in _schedules)
+    found = (reference() for reference in list(_schedules.values()))
     return tuple(schedule for schedule in found if schedule is not None)

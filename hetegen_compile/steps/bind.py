@@ -49,7 +49,7 @@ from hetegen_compile.passes.schedule import pinned_ring_bytes
 from hetegen_compile.passes.tensors import symbols_of, tensors_in
 from hetegen_compile.steps.bound_step import BoundStep
 from hetegen_compile.steps.chains import ChainLines, ChainRules
-from hetegen_compile.steps.expert_products import accelerators_groups, host_groups, whole_product
+from hetegen_compile.steps.expert_products import accelerators_groups, bind_host_groups, whole_product
 from hetegen_compile.steps.host_functions import host_function, in_place
 from hetegen_compile.steps.host_runs import HostRun, dying_behind, host_runs
 from hetegen_compile.steps.last_uses import last_uses
@@ -270,7 +270,7 @@ class _Binder:
 
     def _host_grouped(self, node: fx.Node) -> str:
         part = ir.host_groups(node)
-        function = self._constant("groups", host_groups(node, self._kernels, self._refuse))
+        function = self._constant("groups", bind_host_groups(node, self._kernels, self._refuse))
         return self._host_call(node, function, self._text((part.x, part.stack, part.ends)))
 
     def _kernel(self, node: fx.Node) -> HostLinear:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hetegen_compile.accelerators.base import Chain
+from hetegen_compile.accelerators.base import LaunchChain
 from hetegen_compile.passes.context import Refusal
 
 
@@ -44,7 +44,7 @@ class BoundStep:
     sizes: tuple[int, ...]
     carried: tuple[int, ...]
     pinned_ring_bytes: int
-    chains: tuple[Chain, ...]
+    chains: tuple[LaunchChain, ...]
     in_turn: bool
     source: str
     refusals: tuple[Refusal, ...]

@@ -11,6 +11,7 @@ import sympy
 from torch import Tensor, fx
 
 from hetegen_compile.cost_model import HardwareProfile
+from hetegen_compile.geometry import storage_id
 from hetegen_compile.graph_inputs import aliased_inputs, as_int, is_weight, sequence_shape, symbol_inputs
 from hetegen_compile.options import Options
 from hetegen_compile.passes.context import Bucket, SegmentCache
@@ -100,7 +101,7 @@ class CapturedGraph:
     def model_of(self, inputs: Sequence[Any]) -> int:
         """Whose weights these are: the storage of one of them tells."""
         anchor = self.anchor(inputs)
-        return 0 if anchor is None else int(anchor.untyped_storage()._cdata)
+        return 0 if anchor is None else storage_id(anchor)
 
     def weight_tensors(self, inputs: Sequence[Any]) -> dict[str, Tensor]:
         """The model's tensors by the names of their placeholders."""

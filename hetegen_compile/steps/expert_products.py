@@ -32,7 +32,7 @@ def whole_product(node: fx.Node, kernels: Kernels, refuse: Refuse) -> HostExpert
     return _by_kernels(host_function(node), matrices, kernels, refuse, why)
 
 
-def host_groups(node: fx.Node, kernels: Kernels, refuse: Refuse) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def bind_host_groups(node: fx.Node, kernels: Kernels, refuse: Refuse) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """For a ``host_grouped``: (x, stack, ends) -> what the host's experts make."""
     part = ir.host_groups(node)
     plain, stack = product_of(part.product), info(part.stack).value
@@ -55,4 +55,4 @@ def _by_kernels(
     return bind_experts(plain, kernels, matrices, functools.partial(refuse, where="products with experts"), why)
 
 
-__all__ = ["accelerators_groups", "host_groups", "whole_product"]
+__all__ = ["accelerators_groups", "bind_host_groups", "whole_product"]

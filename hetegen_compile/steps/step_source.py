@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from hetegen_compile.accelerators.base import Chain
+from hetegen_compile.accelerators.base import LaunchChain
 
 GIVEN = "_given"
 """What a chain is given; no node has such a name, for those of values come from operations and arguments."""
@@ -21,7 +21,7 @@ class StepSource:
     def __init__(self, methods: Mapping[str, Callable[..., Any]]) -> None:
         self._globals: dict[str, Any] = dict(methods)
         self._lines = ["twins = []"]
-        self._chains: dict[str, Chain] = {}
+        self._chains: dict[str, LaunchChain] = {}
         self._functions: list[str] = []
 
     def add(self, line: str) -> None:
@@ -42,7 +42,7 @@ class StepSource:
     ) -> None:
         """Lines that launch, as a function of their own: of ``given`` values, some of which nothing reads after it."""
         function = f"chain_{len(self._chains) + 1}"
-        chain = self._chains[function] = Chain(name, _not_made, written, made)
+        chain = self._chains[function] = LaunchChain(name, _not_made, written, made)
         body = [f"{', '.join(given)}, = {GIVEN}", f"{GIVEN}.clear()"] if given else []
         self._functions.append(_function(f"def {function}({GIVEN}):", [*body, *lines, f"return {_items(results)}"]))
         self.add(f"{GIVEN} = [{', '.join(given)}]")
@@ -72,7 +72,7 @@ class StepSource:
         return self.constant("constant", argument)
 
     @property
-    def chains(self) -> tuple[Chain, ...]:
+    def chains(self) -> tuple[LaunchChain, ...]:
         """Those that have been added."""
         return tuple(self._chains.values())
 

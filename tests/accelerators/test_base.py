@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetegen_compile.accelerators import Op
-from hetegen_compile.accelerators.base import Span
+from hetegen_compile.rows import Span
 
 
 def test_an_operation_of_one_node_is_one_span() -> None:

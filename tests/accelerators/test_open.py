@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from hetegen_compile.accelerators import EmulatedAccelerator, open_accelerator
+from hetegen_compile.accelerators import EmulatedAccelerator, open_accelerator, uses_cuda
 from hetegen_compile.errors import AcceleratorUnavailableError, OptionError
 
 
@@ -42,8 +42,19 @@ def test_cuda_without_a_device_names_the_remedy() -> None:
         open_accelerator("cuda")
 
 
-def test_unknown_kinds_and_misplaced_options() -> None:
-    with pytest.raises(OptionError, match="'auto', 'cuda' and 'emulated'"):
+def test_auto_is_cuda_where_there_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for available in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda value=available: value)
+        assert uses_cuda("auto") is available
+        assert uses_cuda("emulated", pace=1.0, seed=0) is False
+
+
+def test_unknown_kinds_and_misplaced_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(OptionError, match="'auto', 'cuda', 'emulated'"):
         open_accelerator("tpu")
-    with pytest.raises(OptionError, match="pace"):
-        open_accelerator("cuda", pace=1.0)
+    for kind in ("cuda", "auto"):
+        with pytest.raises(OptionError, match="pace and seed are for accelerator='emulated'"):
+            open_accelerator(kind, pace=1.0)
+        with pytest.raises(OptionError, match="pace and seed are for accelerator='emulated'"):
+            open_accelerator(kind, seed=0)

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 from transformers import DynamicCache
 
 import hetegen_compile
 from hetegen_compile.host_memory.growing import append
+from hetegen_compile.passes import capture
 from hetegen_compile.passes.append_tokens import append_tokens, lies_by_token
 from tests.models.architectures import tiny_model
 from tests.models.harness import RecordingBackend, assert_offloaded, emulated, half_the_weights, new_schedules
@@ -205,3 +206,24 @@ def test_programs_that_strides_change_are_left_alone(what: str) -> None:
     first = new_schedules(known)[0]
     assert ("caches that grow: copied in each step" in first.explain()) is (what in CHANGED)
     assert lies_by_token(mine) is (what in UNCHANGED)
+
+
+def test_a_program_that_raises_an_error_without_text_has_its_caches_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    propagated = capture.propagate
+
+    def propagate(module: fx.GraphModule, *rest: Any) -> None:
+        if any(node.target is append_tokens for node in module.graph.nodes):
+            raise AssertionError
+        propagated(module, *rest)
+
+    monkeypatch.setattr(capture, "propagate", propagate)
+    model, known, past = (
+        Flat().eval(),
+        hetegen_compile.schedules(),
+        append_tokens(torch.tensor([]), torch.randn(1, 2, 5, 32)),
+    )
+    options = emulated(gpu_memory=half_the_weights(model), split=0.5)
+    with torch.no_grad():
+        torch.compile(model, backend=RecordingBackend(), options=options)(torch.randn(1, 1, 64), past)
+    (schedule,) = new_schedules(known)
+    assert "the program cannot read it (AssertionError)" in schedule.explain()

@@ -87,7 +87,7 @@ def test_host_parts_are_traced_as_the_workers_and_stand_in_the_table() -> None:
     assert all(row.host_s > 0 and row.measured_s is not None for row in linears)
     assert backend.accelerator.counters.trips_up == 3 * len(linears)
     assert schedule.trips_ahead == len(linears)
-    assert f"host parts of {len(linears)} trips are a worker's" in schedule.explain()
+    assert f"a worker thread computes the host's part of {len(linears)} trips" in schedule.explain()
 
 
 def test_the_caller_may_have_it_otherwise() -> None:

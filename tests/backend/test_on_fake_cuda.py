@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import hetegen_compile
 from benchmarks.compare.recorder import recording
 from benchmarks.gpu.instrumented import hostile
-from hetegen_compile.accelerators import CudaAccelerator
+from hetegen_compile.accelerators import CudaAccelerator, choice
 from hetegen_compile.accelerators.cuda import accelerator as cuda
 from hetegen_compile.accelerators.cuda import native_trips
 from hetegen_compile.calibration import write_profile
@@ -44,7 +44,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     fake_cuda.install(monkeypatch)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # or Dynamo asks it for more
-    monkeypatch.setattr(cuda, "_require_device", lambda: None)
+    for module in (choice, cuda):
+        monkeypatch.setattr(module, "require_cuda", lambda: None)
     yield
     torch._dynamo.reset()
     gc.collect()

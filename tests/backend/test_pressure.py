@@ -164,7 +164,7 @@ def test_memory_that_somebody_else_took_is_not_counted_on() -> None:
         assert 0 < schedule.resident_bytes < before
         assert schedule.accelerator_peak_bytes <= left
         accelerator.withdraw_memory(left - 1000)
-        with pytest.raises(AcceleratorMemoryError, match="with less resident it does not go either.*smallest budget"):
+        with pytest.raises(AcceleratorMemoryError, match="nor does it fit with fewer .*smallest budget"):
             model(x)
 
 

@@ -103,7 +103,7 @@ def test_of_an_emulated_accelerator_only_paced_times_are_shown(pace: float, spee
     ("more", "message"),
     [
         (["--dtype", "int4"], "dtype='int4'"),
-        (["--new-tokens", "1"], "at least 1 and 2"),
+        (["--new-tokens", "1"], "whole number of at least 2"),
         (["--gpu-memory", "6 bananas"], "is not a size"),
         (["--pace", "10", "--accelerator", "cuda"], "pace"),
     ],

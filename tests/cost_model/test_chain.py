@@ -32,14 +32,6 @@ def test_no_shares_beat_the_bound(chain: Chain) -> None:
 
 
 @settings(derandomize=True)
-@given(chains, seconds)
-def test_no_shares_beat_the_bound_with_some_of_the_links_work_done_before(chain: Chain, ahead_s: float) -> None:
-    grid = [[i / 8 for i in range(9)] for _ in chain.trips]
-    best = min(max(chain.path_s(one), chain.link_s(one) - ahead_s) for one in itertools.product(*grid))
-    assert relax(chain, ahead_s).bound_s <= best * (1 + 1e-9) + 1e-12
-
-
-@settings(derandomize=True)
 @given(trips())
 def test_no_share_of_a_trip_is_better_than_its_least(trip: Trip) -> None:
     assert trip.least_s <= min(trip.seconds(i / 64) for i in range(65)) + 1e-9

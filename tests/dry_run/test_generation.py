@@ -277,7 +277,10 @@ def test_a_cache_of_another_kind_is_an_error_that_names_plan() -> None:
     ("changes", "error", "message"),
     [
         ({"dtype": "int3"}, OptionError, "valid are 'float16'"),
-        ({"prompt": 0}, OptionError, "prompt=0"),
+        ({"prompt": 0}, OptionError, "prompt = 0"),
+        ({"prompt": 1.5}, OptionError, "prompt = 1.5: expected a whole number"),
+        ({"new_tokens": "9"}, OptionError, "new_tokens = '9'"),
+        ({"batch": True}, OptionError, "batch = True"),
         ({"options": {"context": 20}}, OptionError, "context=20 is less than the 73 tokens"),
         ({"options": {"hardware": "no-such-machine"}}, HardwareProfileError, "no-such-machine"),
         ({"options": {"gpu_memry": 1}}, OptionError, "did you mean 'gpu_memory'"),
@@ -286,6 +289,17 @@ def test_a_cache_of_another_kind_is_an_error_that_names_plan() -> None:
 def test_wrong_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         plan_generation(LLAMA, **{"prompt": 64, "new_tokens": 9, "options": {"hardware": A10}, **changes})
+
+
+def test_the_tables_are_printed_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"hardware": A10, "gpu_memory": "120MiB"}
+    plan = plan_generation(LLAMA, prompt=64, new_tokens=9, options=given)
+    assert plan.decode is not None
+    assert capsys.readouterr().out == ""
+    plan_generation(LLAMA, prompt=64, new_tokens=9, options={**given, "print_schedule": True, "unfold": True})
+    shown = capsys.readouterr().out
+    assert plan.prefill.table(unfold=True) in shown
+    assert plan.decode.table(unfold=True) in shown
 
 
 # ---- parts -------------------------------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hetegen_compile.host_memory import Holding, HostMemory, policy
+from hetegen_compile.host_memory import HostMemory, policy
 from hetegen_compile.host_memory.arena import Arena, move
 from hetegen_compile.host_memory.mappings import Kind, kind_of, read_mappings
+from hetegen_compile.rows import Holding
 from tests.host_memory.driver import Driver, little, plenty
 from tests.host_memory.files import mapped, resident_pages
 

@@ -17,29 +17,28 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import py_sym_types
 
 from hetegen_compile import ir
-from hetegen_compile.cost_model import HardwareProfile, Task, load_profile, lower_bound_s
+from hetegen_compile.cost_model import HardwareProfile, Task, load_profile
 from hetegen_compile.ir import info
 from hetegen_compile.options import parse_options
-from hetegen_compile.passes import (
-    annotate_costs,
-    group_segments,
-    insert_transfers,
-    place_nodes,
-    schedule,
-    split_experts,
-    split_linears,
-    stream_experts,
-)
+from hetegen_compile.passes.annotate_costs import annotate_costs
 from hetegen_compile.passes.capture import capture
 from hetegen_compile.passes.choose_splits import block_splits
 from hetegen_compile.passes.claims import NothingResident
 from hetegen_compile.passes.context import Bucket, Context, Refusal, SegmentCache, require
 from hetegen_compile.passes.findings import Prediction
+from hetegen_compile.passes.group_segments import group_segments
 from hetegen_compile.passes.grouped_products import products_with
+from hetegen_compile.passes.insert_transfers import insert_transfers
+from hetegen_compile.passes.place_nodes import place_nodes
 from hetegen_compile.passes.plans import GROWTH, LinearPlan, Residency
+from hetegen_compile.passes.schedule import schedule
 from hetegen_compile.passes.sources import source_name
+from hetegen_compile.passes.split_experts import split_experts
+from hetegen_compile.passes.split_linears import split_linears
+from hetegen_compile.passes.stream_experts import stream_experts
 from hetegen_compile.pipeline import PIPELINE, run_pipeline
 from hetegen_compile.steps.segments import plain_compiler
+from tests.cost_model.lower_bound import lower_bound_s
 
 PROFILE: HardwareProfile = load_profile("cpu-emulated")
 GIB = 2**30

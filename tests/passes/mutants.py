@@ -15,7 +15,7 @@ from hetegen_compile import ir
 from hetegen_compile.accelerators import EmulatedAccelerator
 from hetegen_compile.ir import info
 from hetegen_compile.mirrors import WEIGHTS, Mirrors, Request
-from hetegen_compile.passes import lower
+from hetegen_compile.passes.lower import lower
 from hetegen_compile.steps.bind import bind
 from hetegen_compile.steps.bound_step import BoundStep
 from tests.passes.graphs import Case

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from hetegen_compile.cost_model import accelerator_linear_s, host_linear_s, host_op_s, upload_s
 from hetegen_compile.ir import LINEAR, info
-from hetegen_compile.passes import annotate_costs
-from hetegen_compile.passes.annotate_costs import dtype_name, linear_cost, value_bytes
+from hetegen_compile.passes.annotate_costs import annotate_costs, dtype_name, linear_cost, value_bytes
 from hetegen_compile.passes.findings import NodeCost
 from tests.passes.graphs import PROFILE, Case, case
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -27,11 +26,16 @@ from hetegen_compile.ir import (
     TO_ACCELERATOR,
     info,
 )
-from hetegen_compile.passes import carry_prefetches, insert_transfers, predict_step, schedule, split_linears, verify
+from hetegen_compile.passes.carry_prefetches import carry_prefetches
 from hetegen_compile.passes.context import require
 from hetegen_compile.passes.findings import Prediction
+from hetegen_compile.passes.insert_transfers import insert_transfers
 from hetegen_compile.passes.plans import LinearPlan
+from hetegen_compile.passes.predict_step import predict_step
+from hetegen_compile.passes.schedule import schedule
 from hetegen_compile.passes.sources import source_name
+from hetegen_compile.passes.split_linears import split_linears
+from hetegen_compile.passes.verify import verify
 from tests.passes.graphs import (
     PROFILE,
     Case,
@@ -179,7 +183,7 @@ def test_no_more_are_carried_than_the_link_has_time_for_before_a_prompt_goes_up(
     made_s = max(steady.end_s[node] for node in sent.all_input_nodes)
     one_s = max(steady.work[node].seconds for node in found.nodes(PREFETCH))
     assert steady.start_s[sent] - made_s <= one_s / 2
-    monkeypatch.setattr(sys.modules[carry_prefetches.__module__], "large_uploads", lambda nodes, context: [])
+    monkeypatch.setattr("hetegen_compile.passes.carry_prefetches.large_uploads", lambda nodes, context: [])
     every = carrying(looked_up, torch.arange(1100), **where)
     assert len(every.nodes(CARRIED)) == 4
     assert steady.step_s < every.apply(predict_step).step_s

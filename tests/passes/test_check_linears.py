@@ -14,10 +14,11 @@ from transformers.pytorch_utils import Conv1D
 from hetegen_compile import ir
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import annotate, info
-from hetegen_compile.passes import measure_memory, verify
 from hetegen_compile.passes.check_linears import check_linears
 from hetegen_compile.passes.check_parts import check_parts, origin
 from hetegen_compile.passes.context import require
+from hetegen_compile.passes.measure_memory import measure_memory
+from hetegen_compile.passes.verify import verify
 from tests.passes.graphs import Case, quarters, scheduled
 
 FIRST, SECOND, UP, DOWN = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 128), nn.Linear(128, 64)

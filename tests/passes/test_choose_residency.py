@@ -18,7 +18,9 @@ from torch.nn import functional as F
 from hetegen_compile.cost_model import row_granularity
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import LINEAR, info
-from hetegen_compile.passes import annotate_costs, choose_residency, choose_splits
+from hetegen_compile.passes.annotate_costs import annotate_costs
+from hetegen_compile.passes.choose_residency import choose_residency
+from hetegen_compile.passes.choose_splits import choose_splits
 from hetegen_compile.passes.claims import Claim, NothingResident
 from hetegen_compile.passes.plans import ACTIVATIONS, OTHERS, RESIDENT, UNFORESEEN, Residency
 from tests.passes.graphs import GIB, Case, again, case, property_test

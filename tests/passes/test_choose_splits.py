@@ -14,8 +14,15 @@ from torch import Tensor, nn
 
 from hetegen_compile.cost_model import SplitProblem, row_granularity, solve_split
 from hetegen_compile.ir import LINEAR, info
-from hetegen_compile.passes import annotate_costs, choose_splits
-from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, linears_of, lost_feed_s, table_only
+from hetegen_compile.passes.annotate_costs import annotate_costs
+from hetegen_compile.passes.choose_splits import (
+    best_split,
+    choose_splits,
+    forced_host_rows,
+    linears_of,
+    lost_feed_s,
+    table_only,
+)
 from hetegen_compile.passes.findings import NodeCost
 from hetegen_compile.passes.plans import GROWTH, LinearPlan, Residency, Splits
 from tests.passes.graphs import PROFILE, Case, again, case, planned, property_test

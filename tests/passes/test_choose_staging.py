@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from hetegen_compile.cost_model import SplitProblem, row_granularity, solve_split
 from hetegen_compile.ir import LINEAR, PREFETCH, STAGE, info
-from hetegen_compile.passes import annotate_costs, choose_splits, choose_staging, predict_step, split_linears
-from hetegen_compile.passes.choose_splits import with_host_rows
+from hetegen_compile.passes.annotate_costs import annotate_costs
+from hetegen_compile.passes.choose_splits import choose_splits, with_host_rows
+from hetegen_compile.passes.choose_staging import choose_staging
 from hetegen_compile.passes.context import Refusal
 from hetegen_compile.passes.plans import GROWTH, STAGED_CHUNK_BYTES, Residency
+from hetegen_compile.passes.predict_step import predict_step
+from hetegen_compile.passes.split_linears import split_linears
 from hetegen_compile.planning.floor import floor_s
 from tests.passes.graphs import PROFILE, Case, again, case, planned, quarters, scheduled, streamed
 

@@ -15,8 +15,11 @@ from transformers.pytorch_utils import Conv1D
 from hetegen_compile import ir
 from hetegen_compile.cost_model import accelerator_op_s
 from hetegen_compile.ir import info
-from hetegen_compile.passes import insert_transfers, schedule, split_linears, verify
+from hetegen_compile.passes.insert_transfers import insert_transfers
 from hetegen_compile.passes.node_work import node_work
+from hetegen_compile.passes.schedule import schedule
+from hetegen_compile.passes.split_linears import split_linears
+from hetegen_compile.passes.verify import verify
 from tests.passes.graphs import planned, scheduled
 
 WIDE = 128

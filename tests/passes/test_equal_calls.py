@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx
 
+from hetegen_compile.geometry import storage_id
 from hetegen_compile.ir import info
 from hetegen_compile.passes.capture import capture, propagate
 from hetegen_compile.passes.equal_calls import EqualCalls
-from hetegen_compile.passes.tensors import storage_id, tensors_in
+from hetegen_compile.passes.tensors import tensors_in
 from tests.models.architectures import prompts, tiny_model
 from tests.passes.graphs import dynamo_graph
 

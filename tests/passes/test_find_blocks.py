@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hetegen_compile.ir import LINEAR, info
-from hetegen_compile.passes import annotate_costs
+from hetegen_compile.passes.annotate_costs import annotate_costs
 from hetegen_compile.passes.findings import Block
 from tests.passes.graphs import Case, case
 

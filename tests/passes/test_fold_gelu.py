@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.models.bloom.modeling_bloom import bloom_gelu_forward
 
 from hetegen_compile.ir import HOST_LINEAR, info
-from hetegen_compile.passes import fold_gelu
+from hetegen_compile.passes.fold_gelu import fold_gelu
 from tests.passes.graphs import case, scheduled
 
 Form = Callable[[Tensor], Tensor]

@@ -12,7 +12,7 @@ from torch import Tensor
 from hetegen_compile.cost_model import KernelChoice, host_linear_s, host_op_s
 from hetegen_compile.host_kernels import bind_experts
 from hetegen_compile.ir import annotate, info
-from hetegen_compile.passes import annotate_costs
+from hetegen_compile.passes.annotate_costs import annotate_costs
 from hetegen_compile.passes.findings import NodeCost
 from hetegen_compile.passes.grouped_products import grouped_product, left_to_torch
 from hetegen_compile.passes.node_work import node_work

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from hetegen_compile import ir
 from hetegen_compile.cost_model import RateCurve
-from hetegen_compile.passes import carry_prefetches, measure_memory, predict_step, verify
+from hetegen_compile.passes.carry_prefetches import carry_prefetches
 from hetegen_compile.passes.hold_prefetches import HeldPrefetches
+from hetegen_compile.passes.measure_memory import measure_memory
 from hetegen_compile.passes.node_work import node_work
 from hetegen_compile.passes.precedence import Precedence
+from hetegen_compile.passes.predict_step import predict_step
+from hetegen_compile.passes.verify import verify
 from tests.passes.graphs import PROFILE, Case, case, halves, scheduled
 
 WIDTH, LAYERS, RING = 1024, 4, 1 << 24

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hetegen_compile.ir import HOST_LINEAR, JOIN, MIRROR, TO_ACCELERATOR, TO_HOST, WAIT_ACCELERATOR
-from hetegen_compile.passes import insert_transfers, split_linears
-from hetegen_compile.passes.insert_transfers import operand_side, value_side
+from hetegen_compile.passes.insert_transfers import insert_transfers, operand_side, value_side
 from hetegen_compile.passes.plans import LinearPlan
+from hetegen_compile.passes.split_linears import split_linears
 from tests.passes.graphs import Case, assert_equal_to_eager, halves, on_host, planned, quarters, resident, streamed
 from tests.passes.test_group_segments import FUNCTIONS, TABLE, A, B, C, X, siblings
 

@@ -14,11 +14,14 @@ from torch import Tensor, fx, nn
 from hetegen_compile import ir
 from hetegen_compile.errors import BudgetError, ScheduleError
 from hetegen_compile.ir import annotate, info
-from hetegen_compile.passes import carry_prefetches, issue_ahead, measure_memory, predict_step, verify
+from hetegen_compile.passes.carry_prefetches import carry_prefetches
 from hetegen_compile.passes.closed_gates import sizes_behind_gates
-from hetegen_compile.passes.issue_ahead import WINDOW
+from hetegen_compile.passes.issue_ahead import WINDOW, issue_ahead
+from hetegen_compile.passes.measure_memory import measure_memory
 from hetegen_compile.passes.node_work import WORKER
 from hetegen_compile.passes.plans import LinearPlan
+from hetegen_compile.passes.predict_step import predict_step
+from hetegen_compile.passes.verify import verify
 from tests.passes.graphs import PROFILE, Case, halves, least_s, on_host, quarters, resident, scheduled, streamed
 from tests.passes.worker import LAYERS, WIDTH, X, ahead, chain, gated, of, places, workers
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from hetegen_compile.ir import LINEAR, info
-from hetegen_compile.passes import normalise_linears
 from hetegen_compile.passes.capture import capture
 from hetegen_compile.passes.lift_parts import WeightPart, lift_parts, with_parts
+from hetegen_compile.passes.normalise_linears import normalise_linears
 from tests.passes.graphs import context_for, dynamo_graph, run_until
 
 N = 8

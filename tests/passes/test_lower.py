@@ -16,11 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from hetegen_compile.ir import annotate, info
-from hetegen_compile.passes import lower
 from hetegen_compile.passes.capture import capture
 from hetegen_compile.passes.context import SegmentCache
 from hetegen_compile.passes.lower import (
     CompiledSegment,
+    lower,
     mutated_inputs,
     segment_key,
 )

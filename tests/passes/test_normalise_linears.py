@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hetegen_compile.ir import LINEAR, info
-from hetegen_compile.passes import normalise_linears
+from hetegen_compile.passes.normalise_linears import normalise_linears
 from tests.passes.graphs import Case, case, scheduled
 
 Form = Callable[[Tensor], Tensor]

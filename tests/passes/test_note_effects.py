@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from hetegen_compile.ir import info
-from hetegen_compile.passes import note_effects
 from hetegen_compile.passes.findings import Effects
+from hetegen_compile.passes.note_effects import note_effects
 from tests.passes.graphs import case
 
 A = nn.Linear(8, 8)

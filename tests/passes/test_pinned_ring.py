@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from hetegen_compile.errors import MissingWaitError, ScheduleError, SlotInUseError
 from hetegen_compile.ir import HOST_LINEAR, LINEAR, PREFETCH, STAGE
-from hetegen_compile.passes import insert_transfers, schedule, split_linears, verify
+from hetegen_compile.passes.insert_transfers import insert_transfers
 from hetegen_compile.passes.plans import LinearPlan
-from hetegen_compile.passes.schedule import pinned_ring_bytes, slot_bytes
+from hetegen_compile.passes.schedule import pinned_ring_bytes, schedule, slot_bytes
+from hetegen_compile.passes.split_linears import split_linears
+from hetegen_compile.passes.verify import verify
 from tests.passes.graphs import Case, again, planned, property_test, quarters
 
 WIDTHS = (64, 128, 64, 256, 64, 64, 128, 64)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from hetegen_compile.backend import make_backend
 from hetegen_compile.ir import LINEAR, TO_HOST, info
-from hetegen_compile.passes import place_nodes
 from hetegen_compile.passes.context import HostOnlyGraphError
+from hetegen_compile.passes.place_nodes import place_nodes
 from hetegen_compile.steps.segments import plain_compiler
 from tests.passes.graphs import Case, assert_equal_to_eager, case, ir_text, planned, scheduled
 from tests.passes.test_group_segments import segments

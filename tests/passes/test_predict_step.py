@@ -21,11 +21,11 @@ from hetegen_compile.cost_model import (
     upload_s,
 )
 from hetegen_compile.ir import info
-from hetegen_compile.passes import predict_step
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.findings import Prediction
 from hetegen_compile.passes.node_work import node_work
 from hetegen_compile.passes.plans import LinearPlan
+from hetegen_compile.passes.predict_step import predict_step
 from tests.passes.graphs import PROFILE, Case, halves, least_s, on_host, quarters, resident, scheduled, streamed
 
 LAYERS = nn.ModuleList([nn.Linear(256, 256, bias=False) for _ in range(4)])

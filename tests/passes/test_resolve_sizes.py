@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hetegen_compile.ir import info, is_tensor
-from hetegen_compile.passes import resolve_sizes
+from hetegen_compile.passes.resolve_sizes import resolve_sizes
 from tests.passes.graphs import Case, case
 
 

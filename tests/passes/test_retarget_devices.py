@@ -26,8 +26,17 @@ from hetegen_compile.ir import (
     copy_module,
     info,
 )
-from hetegen_compile.passes import carry_prefetches, insert_transfers, retarget_devices, schedule, split_linears
-from hetegen_compile.passes.retarget_devices import CHECK_VARIABLE, check_devices, index, retarget_constants
+from hetegen_compile.passes.carry_prefetches import carry_prefetches
+from hetegen_compile.passes.insert_transfers import insert_transfers
+from hetegen_compile.passes.retarget_devices import (
+    CHECK_VARIABLE,
+    check_devices,
+    index,
+    retarget_constants,
+    retarget_devices,
+)
+from hetegen_compile.passes.schedule import schedule
+from hetegen_compile.passes.split_linears import split_linears
 from tests.passes.graphs import Case, planned, scheduled
 
 CUDA = torch.device("cuda:0")

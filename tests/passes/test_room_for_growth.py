@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from hetegen_compile.graph_inputs import sequence_symbols
 from hetegen_compile.ir import info
 from hetegen_compile.options import Options
-from hetegen_compile.passes import annotate_costs, choose_residency
+from hetegen_compile.passes.annotate_costs import annotate_costs
+from hetegen_compile.passes.choose_residency import choose_residency
 from hetegen_compile.passes.context import Bucket
 from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH
 from hetegen_compile.planning.buckets import largest_sizes

@@ -15,10 +15,12 @@ from torch import Tensor, fx, nn
 from hetegen_compile import ir
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import HOST_LINEAR, PREFETCH, RELEASE, TO_HOST, WAIT, info
-from hetegen_compile.passes import insert_transfers, schedule, split_linears, verify
 from hetegen_compile.passes.choose_residency import SLOT_ALIGNMENT
+from hetegen_compile.passes.insert_transfers import insert_transfers
 from hetegen_compile.passes.plans import LinearPlan
-from hetegen_compile.passes.schedule import slot_bytes, task_graph
+from hetegen_compile.passes.schedule import schedule, slot_bytes, task_graph
+from hetegen_compile.passes.split_linears import split_linears
+from hetegen_compile.passes.verify import verify
 from tests.passes.graphs import (
     Case,
     assert_equal_to_eager,

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from hetegen_compile import ir
 from hetegen_compile.cost_model import HardwareProfile, RateCurve
 from hetegen_compile.ir import HOST_LINEAR, TO_ACCELERATOR, TO_HOST
-from hetegen_compile.passes import predict_step
 from hetegen_compile.passes.node_work import transfer_up_s
+from hetegen_compile.passes.predict_step import predict_step
 from tests.passes.graphs import PROFILE, Case, assert_equal_to_eager, halves, on_host, scheduled
 
 Q, K, V, OUT = (nn.Linear(64, 64) for _ in range(4))

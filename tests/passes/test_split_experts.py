@@ -15,11 +15,16 @@ from hetegen_compile import ir
 from hetegen_compile.cost_model import accelerator_linear_s
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import info
-from hetegen_compile.passes import carry_prefetches, issue_ahead, measure_memory, predict_step, split_experts, verify
+from hetegen_compile.passes.carry_prefetches import carry_prefetches
 from hetegen_compile.passes.check_parts import check_parts
 from hetegen_compile.passes.closed_gates import launches_of
 from hetegen_compile.passes.grouped_products import grouped_on_host_s, grouped_product, products_with
+from hetegen_compile.passes.issue_ahead import issue_ahead
+from hetegen_compile.passes.measure_memory import measure_memory
 from hetegen_compile.passes.plans import LinearPlan
+from hetegen_compile.passes.predict_step import predict_step
+from hetegen_compile.passes.split_experts import split_experts
+from hetegen_compile.passes.verify import verify
 from tests.passes.graphs import Case, case, halves, planned, scheduled
 from tests.passes.worker import gated
 

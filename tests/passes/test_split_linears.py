@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hetegen_compile.ir import HOST_LINEAR, JOIN, LINEAR, PARTIAL_LINEAR, info
-from hetegen_compile.passes import split_linears
 from hetegen_compile.passes.plans import LinearPlan
+from hetegen_compile.passes.split_linears import split_linears
 from tests.passes.graphs import (
     Case,
     again,

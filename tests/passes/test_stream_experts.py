@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from hetegen_compile.cost_model import HardwareProfile, accelerator_linear_s, load_profile, upload_s
 from hetegen_compile.ir import info
 from hetegen_compile.options import parse_options
-from hetegen_compile.passes import annotate_costs, choose_residency
+from hetegen_compile.passes.annotate_costs import annotate_costs
+from hetegen_compile.passes.choose_residency import choose_residency
 from hetegen_compile.passes.context import require
 from hetegen_compile.passes.grouped_products import products_with
 from hetegen_compile.passes.plans import RESIDENT, RING, Residency

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import info
-from hetegen_compile.passes import annotate_costs, choose_residency, group_segments, place_nodes
+from hetegen_compile.passes.annotate_costs import annotate_costs
+from hetegen_compile.passes.choose_residency import choose_residency
+from hetegen_compile.passes.group_segments import group_segments
+from hetegen_compile.passes.place_nodes import place_nodes
 from hetegen_compile.passes.plans import MIRRORED, RESIDENT
 from hetegen_compile.passes.sources import source_name
 from hetegen_compile.passes.unsplit_weights import (

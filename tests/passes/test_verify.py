@@ -23,8 +23,8 @@ from hetegen_compile.ir import (
     annotate,
     info,
 )
-from hetegen_compile.passes import verify
 from hetegen_compile.passes.plans import LinearPlan
+from hetegen_compile.passes.verify import verify
 from tests.passes.graphs import Case, again, halves, quarters, scheduled, streamed
 from tests.passes.test_group_segments import FUNCTIONS, A, B, C, X, static_cache, write_between
 

@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 from hetegen_compile import ir
 from hetegen_compile.errors import MissingWaitError, ScheduleError, SlotInUseError
 from hetegen_compile.ir import PREFETCH, RELEASE, TO_ACCELERATOR, WAIT, WAIT_ACCELERATOR, annotate, info
-from hetegen_compile.passes import verify
 from hetegen_compile.passes.happens_before import OPERATIONS, STAGE, Gives, Operation
+from hetegen_compile.passes.verify import verify
 from tests.passes.graphs import Case, again, halves, quarters, scheduled
 
 LAYERS = nn.ModuleList([nn.Linear(64, 64) for _ in range(3)])

@@ -21,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from hetegen_compile.accelerators import EmulatedAccelerator
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import PAD, PARTIAL_GROUPED, TO_ACCELERATOR
-from hetegen_compile.passes import verify
 from hetegen_compile.passes.plans import LinearPlan
+from hetegen_compile.passes.verify import verify
 from tests.passes.graphs import halves, quarters, resident, scheduled
 from tests.passes.mutants import STEPS, Mutant, mutants, run_emulated
 

@@ -9,7 +9,7 @@ from torch import fx
 from hetegen_compile import ir
 from hetegen_compile.errors import MissingWaitError, ScheduleError
 from hetegen_compile.ir import annotate, info
-from hetegen_compile.passes import verify
+from hetegen_compile.passes.verify import verify
 from tests.passes.worker import ahead, of, places
 
 

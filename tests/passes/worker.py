@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hetegen_compile.ir import info
-from hetegen_compile.passes import issue_ahead
+from hetegen_compile.passes.issue_ahead import issue_ahead
 from tests.passes.graphs import PROFILE, Case, halves, scheduled
 
 WIDTH = 64

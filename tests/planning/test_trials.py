@@ -11,7 +11,7 @@ from torch import fx
 
 from benchmarks.schedule_quality import Work
 from hetegen_compile.ir import copy_module
-from hetegen_compile.passes import choose_splits
+from hetegen_compile.passes.choose_splits import choose_splits
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.issue_ahead import NO_ROOM_AHEAD
 from hetegen_compile.passes.plans import Splits

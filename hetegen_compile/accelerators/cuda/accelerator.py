@@ -14,14 +14,14 @@ import torch
 from hetegen_compile.accelerators.base import (
     NOTHING_KNOWN,
     Accelerator,
-    Chain,
     Counters,
+    LaunchChain,
     Op,
-    Span,
     StepFacts,
     Value,
     call_on_host,
 )
+from hetegen_compile.accelerators.choice import require_cuda
 from hetegen_compile.accelerators.cuda.activations import Activations
 from hetegen_compile.accelerators.cuda.ahead import Ahead
 from hetegen_compile.accelerators.cuda.allocator import (
@@ -41,7 +41,8 @@ from hetegen_compile.accelerators.geometry import copy_span, empty_result, empty
 from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
 from hetegen_compile.accelerators.promises import Promise
 from hetegen_compile.accelerators.ring import Slot
-from hetegen_compile.errors import AcceleratorError, AcceleratorUnavailableError, ScheduleError
+from hetegen_compile.errors import AcceleratorError, ScheduleError
+from hetegen_compile.rows import Span
 
 
 class CudaAccelerator(Accelerator):
@@ -62,7 +63,7 @@ class CudaAccelerator(Accelerator):
     """Makes the streams of a device."""
 
     def __init__(self, memory_bytes: int | None = None) -> None:
-        _require_device()
+        require_cuda()
         self.device = _current_device()
         torch.cuda.empty_cache()  # what torch keeps without using it is neither free nor somebody else's
         free_bytes, _ = torch.cuda.mem_get_info(self.device)
@@ -295,7 +296,7 @@ class CudaAccelerator(Accelerator):
             raise streams.failure(op, error) from error
         return returned if outputs is None else list(returned)
 
-    def launch_chain(self, chain: Chain, given: list[Value]) -> tuple[Any, ...]:
+    def launch_chain(self, chain: LaunchChain, given: list[Value]) -> tuple[Any, ...]:
         self._check_open()
         if self._streams.tracer.enabled:  # each launch has a span of its own
             return chain.function(given)
@@ -364,13 +365,3 @@ def _refuse_values(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], refuse
 
 def _current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def _require_device() -> None:
-    if torch.cuda.is_available():
-        return
-    if torch.version.cuda is None:
-        reason = "this build of torch has no CUDA; install a CUDA build of torch"
-    else:
-        reason = "torch finds no CUDA device; check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
-    raise AcceleratorUnavailableError(f'{reason}, or use accelerator="emulated" or "auto"')

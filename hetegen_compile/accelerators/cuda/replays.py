@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hetegen_compile.accelerators.base import Chain, Counters, Value
+from hetegen_compile.accelerators.base import Counters, LaunchChain, Value
 from hetegen_compile.accelerators.cuda.activations import copy_by_kernel
 from hetegen_compile.accelerators.cuda.allocator import GRAPH_BYTES, RECORDED_BYTES, reserved_now_bytes
 from hetegen_compile.accelerators.geometry import empty_twin, same_geometry, span, span_bytes
@@ -114,7 +114,7 @@ class Replays:
         self._failed = 0
         self.refusal = ""
 
-    def wants_open_gates(self, chains: Sequence[Chain]) -> bool:
+    def wants_open_gates(self, chains: Sequence[LaunchChain]) -> bool:
         """Whether one of the chains of a step that is about to begin could be recorded if it closes no gate."""
         return any(chain.recorded is not None and chain.recorded.wants for chain in chains)
 
@@ -126,7 +126,7 @@ class Replays:
         self._step += 1
         self._born = 0
 
-    def launch(self, chain: Chain, given: list[Value]) -> tuple[Any, ...]:
+    def launch(self, chain: LaunchChain, given: list[Value]) -> tuple[Any, ...]:
         """``Accelerator.launch_chain``."""
         seen: _Seen = chain.recorded
         if seen is None:
@@ -142,7 +142,7 @@ class Replays:
             return self._record(seen, chain, given)
         return chain.function(given)
 
-    def _is_ready(self, seen: _Seen, chain: Chain, given: Sequence[Value], addresses: list[int]) -> bool:
+    def _is_ready(self, seen: _Seen, chain: LaunchChain, given: Sequence[Value], addresses: list[int]) -> bool:
         """Whether to record now; if only gates are in the way, the next step is to close none."""
         moved, wanted, seen.wants = self._moved(seen, chain, given, addresses), seen.wants, False
         if seen.refused or self._impossible:
@@ -174,7 +174,7 @@ class Replays:
         given.clear()
         return results
 
-    def _moved(self, seen: _Seen, chain: Chain, given: Sequence[Value], addresses: list[int]) -> bool:
+    def _moved(self, seen: _Seen, chain: LaunchChain, given: Sequence[Value], addresses: list[int]) -> bool:
         """Whether something that no other chain gives lies elsewhere than before."""
         before, seen.addresses = seen.addresses, addresses
         moved = [i for i, old in enumerate(before) if addresses[i] != old and i not in chain.made]
@@ -185,7 +185,7 @@ class Replays:
                 addresses[i] = 0
         return bool(moved) or not before
 
-    def _record(self, seen: _Seen, chain: Chain, given: list[Value]) -> tuple[Any, ...]:
+    def _record(self, seen: _Seen, chain: LaunchChain, given: list[Value]) -> tuple[Any, ...]:
         """Record and replay; where that is impossible the chain is launched one by one, now and later."""
         earlier = seen.recording
         moved = earlier is not None and earlier.addresses != seen.addresses
@@ -237,7 +237,7 @@ class Replays:
     def _fits(self) -> bool:
         return self._pool_bytes + (self._graphs + 1) * GRAPH_BYTES <= RECORDED_BYTES
 
-    def _recorded(self, chain: Chain, given: list[Value], stay: Any) -> tuple[torch.cuda.CUDAGraph, _Results]:
+    def _recorded(self, chain: LaunchChain, given: list[Value], stay: Any) -> tuple[torch.cuda.CUDAGraph, _Results]:
         """The graph, and its results: where those of before lie (``stay``), if they are alike."""
         graph, own = torch.cuda.CUDAGraph(), list(given)
         try:
@@ -267,7 +267,7 @@ class Replays:
             for generator in torch.cuda.default_generators[self._device.index or 0 :][:1]:
                 generator.graphsafe_set_state(generator.clone_state())  # the same numbers follow
 
-    def _refuse(self, chain: Chain, seen: _Seen, error: Exception) -> None:
+    def _refuse(self, chain: LaunchChain, seen: _Seen, error: Exception) -> None:
         """What one of its launches cannot, or memory, is the chain's own. What CUDA says may be of all of them: no more
         are recorded in this step, and none behind the third in a row that failed."""
         seen.refused = True

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-from hetegen_compile.accelerators.base import Op, Span
+from hetegen_compile.accelerators.base import Op
+from hetegen_compile.rows import Span
 
 
 class CudaTracer:

@@ -24,7 +24,6 @@ from hetegen_compile.accelerators.base import (
     Accelerator,
     Counters,
     Op,
-    Span,
     StepFacts,
     Value,
     call_on_host,
@@ -43,6 +42,7 @@ from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
 from hetegen_compile.accelerators.modes import Modes
 from hetegen_compile.accelerators.ring import Slot
 from hetegen_compile.errors import ScheduleError
+from hetegen_compile.rows import Span
 
 OUT_OF_MEMORY = 2
 """What CUDA returns where no more host memory can be pinned."""

@@ -10,12 +10,13 @@ from dataclasses import replace
 
 import torch
 
-from hetegen_compile.accelerators.base import Op, Span
+from hetegen_compile.accelerators.base import Op
 from hetegen_compile.accelerators.emulated.clocks import COMPUTE, DOWN, HOST, PIN, UP, WORKER
 from hetegen_compile.accelerators.emulated.pacing import Pacer
 from hetegen_compile.accelerators.emulated.streams import Delays, Shared, Stream, Task
 from hetegen_compile.accelerators.switching import QuickSwitching
 from hetegen_compile.errors import AcceleratorError, AcceleratorMemoryError, ScheduleError
+from hetegen_compile.rows import Span
 
 LONGEST_JOIN_S = 5.0
 

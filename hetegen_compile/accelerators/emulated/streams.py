@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hetegen_compile.accelerators.base import Op, Span
+from hetegen_compile.accelerators.base import Op
 from hetegen_compile.accelerators.emulated.clocks import RESOURCES
 from hetegen_compile.accelerators.emulated.pacing import Pacer
 from hetegen_compile.accelerators.modes import COPY_MODES, EnteredModes, Modes
+from hetegen_compile.rows import Span
 
 LONGEST_DELAY_S = 1e-3
 """Of the random delays that a seed asks for."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hetegen_compile.accelerators import CudaAccelerator, Op, StepFacts
-from hetegen_compile.accelerators.base import Chain
+from hetegen_compile.accelerators.base import LaunchChain
 
 
 class Layer:
@@ -17,7 +17,7 @@ class Layer:
 
     def __init__(self, accelerator: CudaAccelerator, made: tuple[int, ...] = ()) -> None:
         self.accelerator = accelerator
-        self.chain = Chain("double", self.run, made=made)
+        self.chain = LaunchChain("double", self.run, made=made)
         self.runs = 0
 
     def run(self, given: list[Any]) -> tuple[Any, ...]:

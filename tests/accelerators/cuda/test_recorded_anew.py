@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hetegen_compile.accelerators import CudaAccelerator, Op, StepFacts
-from hetegen_compile.accelerators.base import Chain
+from hetegen_compile.accelerators.base import LaunchChain
 from hetegen_compile.accelerators.cuda import replays
 from hetegen_compile.accelerators.cuda.allocator import RECORDED_BYTES
 from tests.accelerators.cuda.chained_layers import Layer, Row, steps, wants
@@ -77,7 +77,7 @@ def test_results_that_are_expanded_are_born_anew(cuda: CudaAccelerator) -> None:
         given.clear()
         return (cuda.launch(Op("expand"), lambda x: (x * 2)[:1].expand(3), (x,)),)
 
-    chain = Chain("expand", run)
+    chain = LaunchChain("expand", run)
     for x in [torch.randn(replays.COPIED_BYTES) for _ in range(2)]:
         for _ in range(6):
             cuda.begin_step(facts=StepFacts(again=True, chains=[chain]))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hetegen_compile.accelerators import CudaAccelerator, Op, StepFacts
-from hetegen_compile.accelerators.base import Chain
+from hetegen_compile.accelerators.base import LaunchChain
 from hetegen_compile.accelerators.cuda import replays
 from hetegen_compile.accelerators.cuda.allocator import GRAPH_BYTES
 from hetegen_compile.errors import AcceleratorError, AcceleratorMemoryError
@@ -89,7 +89,7 @@ def test_what_is_written_is_never_a_copy(cuda: CudaAccelerator) -> None:
         given.clear()
         return (cuda.launch(Op("write"), lambda cache, x: cache.copy_(x), (cache, x), mutates=(0,)),)
 
-    chain, x = Chain("write", run, written=(0,)), torch.randn(4)
+    chain, x = LaunchChain("write", run, written=(0,)), torch.randn(4)
     for cache in [torch.zeros(4) for _ in range(10)]:
         cuda.begin_step(facts=StepFacts(again=True, chains=[chain]))
         cuda.launch_chain(chain, [cache, x])
@@ -330,7 +330,7 @@ def test_a_view_of_another_type_of_what_was_given_is_not_recorded(cuda: CudaAcce
         given.clear()
         return (cuda.launch(Op("view"), lambda x: x.view(torch.int32), (x,)),)
 
-    chain, x = Chain("view", run), torch.randn(4)
+    chain, x = LaunchChain("view", run), torch.randn(4)
     for _ in range(4):
         cuda.begin_step(facts=StepFacts(again=True, chains=[chain]))
         (seen,) = cuda.launch_chain(chain, [x])

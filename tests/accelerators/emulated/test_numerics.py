@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hetegen_compile.accelerators import EmulatedAccelerator, Op
+from hetegen_compile.ir import SMALL_UPLOAD_BYTES
 from tests.accelerators.schedules import HOST_ROWS, WIDTH, SplitLayers, make_weights, run_eager
 
 LAYERS = 6
@@ -74,12 +75,17 @@ def test_launch_with_several_outputs(accelerator: EmulatedAccelerator) -> None:
     assert accelerator.download(Op("out"), total).item() == 22
 
 
-def test_large_activations_go_through_the_up_stream(accelerator: EmulatedAccelerator) -> None:
-    for rows in (1, 1024):  # 4 KiB and 4 MiB
+def test_only_large_activations_go_through_the_up_stream(accelerator: EmulatedAccelerator) -> None:
+    lent, small, large = 1, SMALL_UPLOAD_BYTES // 4096, SMALL_UPLOAD_BYTES // 4096 + 1
+    for rows, resource in ((lent, None), (small, "accelerator"), (large, "up")):
         x = torch.randn(rows, 1024)
+        accelerator.trace(True)
         (value,) = accelerator.wait(Op("w"), accelerator.to_accelerator(Op("up"), [x]))
         total = accelerator.launch(Op("sum"), torch.sum, (value,))
         torch.testing.assert_close(accelerator.download(Op("out"), total), x.sum())
+        accelerator.synchronize()
+        spans = {span.name: span.resource for span in accelerator.trace(False)}
+        assert spans.get("up") == resource
 
 
 def test_released_slots_hold_nan(accelerator: EmulatedAccelerator) -> None:
