@@ -32,8 +32,9 @@ _LOG_CHARACTERS = 3000
 _DIE_WITH_PARENT = 1
 """``PR_SET_PDEATHSIG`` of Linux: a killed child's own children do not go on alone."""
 
-_FRAMES_S = 1.0
-"""Seconds that a hanging child gets to write down its frames."""
+_FRAMES_S, _END_S = 1.0, 2.0
+"""Seconds that a hanging child gets to write down its frames, and that its own children get to end: a compiler that is
+killed leaves half a library, which torch takes for a whole one ever after."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.send_signal(signal.SIGUSR1)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_FRAMES_S)
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(_END_S)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

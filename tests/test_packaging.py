@@ -14,6 +14,8 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
+from hetegen_compile import pipeline
+
 pytest.importorskip("setuptools", minversion="77", reason="pyproject.toml asks for it; there is no isolation")
 
 ROOT = Path(__file__).parents[1]
@@ -130,3 +132,9 @@ def test_an_installed_wheel_ignores_a_folder_named_passes(wheel: Path, tmp_path:
         capture_output=True, text=True,
     )  # fmt: skip
     assert ran.stdout.strip() == str(tmp_path / "site" / PACKAGE / "passes" / "__init__.py")
+
+
+def test_the_readme_names_every_stage() -> None:
+    text = (ROOT / "README.md").read_text()
+    for stage in pipeline.PIPELINE:
+        assert f"| `{stage.name}` | {stage.kind} |" in text

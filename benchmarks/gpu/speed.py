@@ -7,6 +7,7 @@ import logging
 import re
 import statistics
 import time
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
@@ -16,11 +17,11 @@ from benchmarks.children import Notebook, write_json
 from benchmarks.compare import __main__ as compare
 from benchmarks.compare.job import HETEGEN, Job, Row
 from benchmarks.compare.report import OWN, at_limit, best_peer, tables
-from benchmarks.gpu.settings import Settings, SkipError, require
+from benchmarks.gpu.settings import Settings, SkipError, device_of, require
 from benchmarks.random_models import DTYPES, weight_bytes_of
 from hetegen_compile.calibration import Effort, cache_path, calibrate, this_machine, write_profile
 from hetegen_compile.calibration.report import profile_table
-from hetegen_compile.cost_model import profile_to_json
+from hetegen_compile.cost_model import load_profile, profile_to_json
 from hetegen_compile.system import memory_limit_bytes
 
 REHEARSED = Effort(
@@ -46,6 +47,9 @@ _NOT_BEGUN = "not begun"
 
 OTHERS_S = 80.0
 """Of a child's life, after which it begins none of hetegen's other ways (its first row came after about 65 s)."""
+
+OTHER_AHEAD_BYTES = 16 << 20
+"""Read ahead where calibration found that nothing is worth it."""
 
 PEER_S = 85.0
 """Left to a peer at both limits, where there is so much."""
@@ -82,15 +86,11 @@ def compare_shape(shape: str, settings: Settings, notebook: Notebook, *, ways: S
     Ways without hetegen are compared with hetegen's rows of the stage that is named as the shape.
     """
     require_memory(shape, settings)
-    arguments = compare.parse_arguments(
-        [
-            "--model", shape, "--dtype", settings.dtype, "--accelerator", settings.accelerator,
-            "--hardware", settings.measured_hardware, "--gpu-memory", *LIMITS, "--prompt", str(PROMPT),
-            "--new-tokens", str(NEW_TOKENS if settings.cuda else 4), "--peer-tokens", str(PEER_TOKENS),
-            "--step-s", "0.3", "--trace", str(settings.path / f"trace-{shape}.json"), "--ways", *ways,
-        ]
-    )  # fmt: skip
+    trace = settings.path / f"trace-{shape}.json"
+    arguments = _arguments(shape, settings, settings.measured_hardware, LIMITS, "--trace", str(trace), "--ways", *ways)
     notebook.note("what", compare.heading(arguments))
+    if settings.cuda and settings.measured_hardware == settings.hardware:
+        notebook.note("hardware", f"floors and plans are of {settings.hardware}, this run has calibrated nothing")
     rows = [] if HETEGEN in ways else earlier_rows(shape, settings)
     earlier = len(rows)
     compared = _Compared(shape, settings)
@@ -110,11 +110,46 @@ def compare_shape(shape: str, settings: Settings, notebook: Notebook, *, ways: S
         raise RuntimeError("hetegen has no figure; its rows say why")
 
 
+def reading_ahead(settings: Settings, notebook: Notebook) -> None:
+    """hetegen once more at the smaller limit: without reading weights ahead if calibration chose to, else with it.
+
+    Whether asking the driver for an event meanwhile holds up launches shows in its steps beside the calibrated ones.
+    """
+    device_of(settings)
+    if not settings.profile_path.exists():
+        raise SkipError("this run has calibrated nothing")
+    shape = "opt-6.7b"
+    require_memory(shape, settings)
+    profile = load_profile(str(settings.profile_path))
+    other_bytes = 0 if profile.host.ahead_bytes else OTHER_AHEAD_BYTES
+    other = settings.path / "profile-ahead.json"
+    write_json(other, profile_to_json(replace(profile, host=replace(profile.host, ahead_bytes=other_bytes))))
+    notebook.note("ahead_bytes", {"calibrated": profile.host.ahead_bytes, "here": other_bytes})
+    (job,) = compare.jobs_of(_arguments(shape, settings, str(other), LIMITS[:1], "--ways", HETEGEN))
+    rows = _Compared(f"{shape}-ahead", settings, others=False).run(job)
+    notebook.note("rows", [asdict(row) for row in rows])
+    notebook.note("table", tables(rows).splitlines())
+    earlier, limit = earlier_rows(shape, settings), job.gpu_memory or 0
+    notebook.note("summary", {"here": summary(rows, limit), "calibrated": summary(earlier, limit)})
+    require(any(row.decode_tokens_per_s for row in rows), "hetegen has no figure; its rows say why")
+
+
+def _arguments(shape: str, settings: Settings, hardware: str, limits: Sequence[str], *more: str) -> Namespace:
+    return compare.parse_arguments(
+        [
+            "--model", shape, "--dtype", settings.dtype, "--accelerator", settings.accelerator,
+            "--hardware", hardware, "--gpu-memory", *limits, "--prompt", str(PROMPT),
+            "--new-tokens", str(NEW_TOKENS if settings.cuda else 4), "--peer-tokens", str(PEER_TOKENS),
+            "--step-s", "0.3", *more,
+        ]
+    )  # fmt: skip
+
+
 class _Compared:
     """The children of one stage, none of which outlives it: what a child had noted is lost with its parent."""
 
-    def __init__(self, shape: str, settings: Settings) -> None:
-        self._shape, self._settings = shape, settings
+    def __init__(self, name: str, settings: Settings, *, others: bool = True) -> None:
+        self._name, self._settings, self._others = name, settings, others
         self._end_s = time.monotonic() + settings.seconds - _END_S
         self._issue_ahead: bool | Literal["auto"] = "auto"
 
@@ -131,9 +166,9 @@ class _Compared:
         if left_s < _LEAST_S:
             return [Row(job.way, job.gpu_memory, note=f"{_NOT_BEGUN}: {left_s:.0f} s were left")]
         others_s = min(OTHERS_S, left_s - PEER_S) if self._settings.cuda else None
-        job = replace(job, issue_ahead=self._issue_ahead, others_s=others_s)
+        job = replace(job, issue_ahead=self._issue_ahead, others_s=others_s if self._others else 0.0)
         name = job.name if self._issue_ahead else f"{job.name} in turn"
-        files = self._settings.path / f"compare-{self._shape}-{_slug(name)}"
+        files = self._settings.path / f"compare-{self._name}-{_slug(name)}"
         return compare.run(job, min(CHILD_LIMIT_S, left_s), files)
 
 

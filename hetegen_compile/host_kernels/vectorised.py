@@ -145,7 +145,13 @@ def _built(*names: str) -> Library | str:
     try:
         from torch._inductor.codecache import CppCodeCache
 
-        return Library(CppCodeCache.load(source))
+        try:
+            return Library(CppCodeCache.load(source))
+        except FileNotFoundError:
+            raise
+        except (ImportError, OSError) as error:  # a file that a killed compiler left, which torch takes for whole
+            logger.warning("the host kernel that lies in Inductor's cache cannot be loaded, built anew: %s", error)
+            return Library(CppCodeCache.load(f"{source}\n// built anew\n"))
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
         return first_line(error)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from typing import Any
@@ -19,6 +20,9 @@ def work(argument: dict[str, Any], notebook: Notebook) -> None:
         raise ValueError("no such thing")
     if argument["how"] == "die":
         os._exit(7)
+    if argument["how"] == "compile":
+        half = f"touch {argument['made']}; trap 'rm {argument['made']}; exit' TERM; sleep 60 & wait"
+        subprocess.run(["sh", "-c", half], check=False)
     if argument["how"] == "hang":
         time.sleep(60)
     notebook.note("told", os.environ.get("HETEGEN_OF_TESTS"))

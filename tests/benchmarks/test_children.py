@@ -44,3 +44,11 @@ def test_notes_of_an_earlier_child_are_not_taken_for_its_own(tmp_path: Path) -> 
     outcome = run_child("no.such.module", {}, limit_s=30.0, files=tmp_path / "child")
     assert (outcome.status, outcome.notes) == ("failed", {})
     assert "No module named" in outcome.reason
+
+
+def test_a_childs_own_children_may_put_away_what_is_half_done(tmp_path: Path) -> None:
+    made = tmp_path / "library.so"
+    outcome = run_child(CHILD, {"how": "compile", "made": str(made)}, limit_s=3.0, files=tmp_path / "child")
+    assert outcome.status == "timeout"
+    assert outcome.notes["asked"]["made"] == str(made)
+    assert not made.exists()

@@ -24,7 +24,9 @@ from benchmarks.gpu.floor import thread_counts
 from benchmarks.gpu.models import budgets_kept
 from benchmarks.gpu.settings import Checks, ChecksFailedError, Settings, SkipError, require
 from benchmarks.gpu.stages import STAGES, Stage, run_stages, stages_for
+from benchmarks.random_models import weight_bytes_of
 from hetegen_compile.calibration.gating import BothWays
+from hetegen_compile.cost_model import load_profile, profile_to_json
 from hetegen_compile.host_kernels import KERNELS
 
 SETTINGS = Settings("cuda", "/nowhere", "h100-server", minutes=1.0, dtype="bfloat16")
@@ -112,7 +114,10 @@ def test_every_stage_has_its_work_and_time_for_all_fits_in_order() -> None:
     emulated = stages_for(replace(SETTINGS, accelerator="emulated"), [])
     assert callable(stages.stage_work("opt-tiny"))
     assert [one.name for one in emulated if one.name.startswith("opt")] == ["opt-tiny"]
-    assert [one.name for one in stages_for(SETTINGS, ["floor", "contact"])] == ["contact", "floor"]
+    assert [one.name for one in stages_for(SETTINGS, ["floor", "contact"])] == ["floor", "contact"]
+    named = [one.name for one in stages_for(SETTINGS, ["kernel", "floor", "correctness", "floor"])]
+    assert named[:4] == ["kernel", "floor", "environment", "contact"], "in the order in which they are asked for"
+    assert len(named) == len(set(named))
     both = [{one.name for one in stages_for(SETTINGS, [group])} for group in stages.GROUPS]
     assert {"kernel", "racecheck"} <= both[0]
     assert {"calibration", "opt-6.7b", "floor"} <= both[1]
@@ -311,6 +316,42 @@ def test_peers_that_were_measured_are_told_whatever_became_of_hetegen(
     assert [row["way"] for row in rows] == [HETEGEN, "Accelerate"]
     with pytest.raises(AssertionError, match="no peer has a figure"):
         compared(tmp_path, monkeypatch, lambda job: True, 300.0, ways=("Accelerate",))
+
+
+def test_reading_ahead_is_compared_with_not_doing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, asked = replace(SETTINGS, folder=str(tmp_path), seconds=100.0), list[tuple[int, float | None]]()
+
+    def child(job: Job, limit_s: float, files: Path) -> list[Row]:
+        asked.append((load_profile(job.hardware).host.ahead_bytes, job.others_s))
+        return [Row(job.way, job.gpu_memory, decode_tokens_per_s=3.0, steps=STEPS)]
+
+    monkeypatch.setattr(comparison, "run", child)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    notebook = Notebook(tmp_path / "notes.json")
+    with pytest.raises(SkipError, match="calibrated nothing"):
+        speed.reading_ahead(settings, notebook)
+    profile = load_profile("h200-server")
+    for calibrated_bytes, here_bytes in ((1 << 20, 0), (0, 16 << 20)):
+        calibrated = replace(profile, host=replace(profile.host, ahead_bytes=calibrated_bytes))
+        settings.profile_path.write_text(json.dumps(profile_to_json(calibrated)))
+        limit = int(0.3 * weight_bytes_of("opt-6.7b", torch.bfloat16))
+        rows = [asdict(Row(HETEGEN, limit, decode_tokens_per_s=2.0)), asdict(Row(HETEGEN, 2 * limit))]
+        (tmp_path / "opt-6.7b.json").write_text(json.dumps({"rows": rows}))
+        speed.reading_ahead(settings, notebook)
+        assert asked.pop() == (here_bytes, 0.0)
+        assert notebook.entries["ahead_bytes"] == {"calibrated": calibrated_bytes, "here": here_bytes}
+        told = notebook.entries["summary"]
+        assert (told["here"]["decode_tokens_per_s"], told["calibrated"]["decode_tokens_per_s"]) == (3.0, 2.0)
+        assert told["here"]["steps"]["gaps_s"] == 0.02
+    assert not asked
+
+
+def test_a_comparison_without_a_calibration_of_its_run_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared(tmp_path, monkeypatch, lambda job: False, 300.0)
+    assert "h100-server, this run has calibrated nothing" in (tmp_path / "notes.json").read_text()
+    (tmp_path / "profile.json").write_text("{}")
+    compared(tmp_path, monkeypatch, lambda job: False, 300.0)
+    assert "calibrated nothing" not in (tmp_path / "notes.json").read_text()
 
 
 def test_threads_that_the_floor_is_measured_with() -> None:

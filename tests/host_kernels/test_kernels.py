@@ -312,6 +312,32 @@ def test_a_compiler_that_fails_with_programs_still_builds_the_linears(
             function.cache_clear()
 
 
+def test_a_library_that_a_killed_compiler_left_is_built_anew(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Torch takes a file in its cache for a whole one."""
+    from torch._inductor.codecache import CppCodeCache
+
+    load, asked = CppCodeCache.load, list[str]()
+
+    def short(source: str) -> Any:
+        asked.append(source)
+        if len(asked) == 1:
+            raise ImportError("main.so: file too short")
+        return load(asked[0])
+
+    monkeypatch.setattr(CppCodeCache, "load", short)
+    for function in (vectorised.library, vectorised._build):
+        function.cache_clear()
+    try:
+        assert VECTORISED.refusal(torch.ones(4, 4)) is None
+        assert asked[1] == f"{asked[0]}\n// built anew\n"
+        assert "main.so: file too short" in caplog.text
+    finally:
+        for function in (vectorised.library, vectorised._build):
+            function.cache_clear()
+
+
 def test_without_a_compiler_the_reason_is_given_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor.codecache import CppCodeCache
 
