@@ -23,7 +23,11 @@ class AcceleratorUnavailableError(HetegenError, RuntimeError):
 
 
 class BudgetError(HetegenError, MemoryError):
-    """``gpu_memory`` cannot hold what must be on the accelerator; the message lists what is needed."""
+    """``gpu_memory`` cannot hold what must be on the accelerator; the message lists what is needed, and a remedy."""
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(f"{message}: {remedy}" if remedy else message)
+        self.without_remedy = message
 
 
 class UnforeseenMemoryError(BudgetError):

@@ -59,8 +59,9 @@ def with_remedies(plans: StepPlans, work: Callable[[], _Result]) -> _Result:
 def _too_large(budget_bytes: int, excess_bytes: int) -> BudgetError:
     return BudgetError(
         f"this forward needs {format_bytes(excess_bytes)} more on the accelerator than gpu_memory="
-        f"{format_bytes(budget_bytes)} leaves beside its activations: set options={{'gpu_memory': "
-        f"{budget_bytes + excess_bytes}}} or more, or use a smaller batch or a shorter context"
+        f"{format_bytes(budget_bytes)} leaves beside its activations",
+        f"set options={{'gpu_memory': {budget_bytes + excess_bytes}}} or more, or use a smaller batch or a shorter "
+        "context",
     )
 
 

@@ -158,8 +158,13 @@ class ModelLives:
     def _bury(self, storages: frozenset[int]) -> None:
         self._mirrors.forget_storages(storages)
         users = list(self._users)
-        if not any([user.lose(storages) for user in users]):
+        left = [user.options for user in users if user.lose(storages)]
+        if not left:
             return
+        kept = [user.options for user in users if user.serves_models]
+        for user in users:  # a graph of the model that reads no weights, behind a graph break: nothing of it dies
+            if user.options in left and user.options not in kept:
+                user.release()
         self._mirrors.purge()
         for user in users:
             user.outdate()  # there is more for those that go on

@@ -25,7 +25,8 @@ from hetegen_compile.passes.plans import Residency
 class _Entry:
     """One plan: whose it is, what it claims, what its step needs beside, and the budget that it was made for.
 
-    ``anchor`` is the storage of one of the weights: the plan is void when that is gone.
+    ``anchor`` is the storage of one of the weights: the plan is void when that is gone. ``described`` says of which
+    model it is.
     """
 
     owner: weakref.ref[object]
@@ -34,6 +35,7 @@ class _Entry:
     step_bytes: int
     ring_bytes: int
     budget_bytes: int
+    described: str
 
     def lives(self) -> bool:
         return self.owner() is not None and (self.anchor is None or not self.anchor.expired())
@@ -70,13 +72,15 @@ class ResidencyLedger:
             self._entries.pop((id(owner), part), None)
 
     def enter(
-        self, owner: object, part: Hashable, residency: Residency, budget_bytes: int, anchor: StorageWeakRef | None
-    ) -> None:
+        self, owner: object, part: Hashable, residency: Residency, budget_bytes: int, anchor: StorageWeakRef | None,
+        described: str = "another model",
+    ) -> None:  # fmt: skip
         """Make what a plan decided hold: rows that leave are dropped, those that came are uploaded by need."""
         known = self.smallest_budget_bytes
         self._entries[id(owner), part] = _Entry(
-            weakref.ref(owner), anchor, residency.claims, residency.step_bytes, residency.ring_bytes, budget_bytes
-        )
+            weakref.ref(owner), anchor, residency.claims, residency.step_bytes, residency.ring_bytes, budget_bytes,
+            described,
+        )  # fmt: skip
         alive = [entry for entry in self._entries.values() if entry.lives()]
         self._row_bytes = {claim.key: (claim.rows, claim.row_bytes) for entry in alive for claim in entry.claims}
         lower = budget_bytes < (known if known is not None else budget_bytes)
@@ -117,6 +121,12 @@ class ResidencyLedger:
     def smallest_budget_bytes(self) -> int | None:
         """The smallest ``gpu_memory`` of the graphs that are alive, which holds for all of them; None without any."""
         return min((entry.budget_bytes for entry in self._entries.values() if entry.lives()), default=None)
+
+    @property
+    def whose_budget_is_smallest(self) -> str:
+        """The model whose ``gpu_memory`` that is, in words; "" without any."""
+        alive = [entry for entry in self._entries.values() if entry.lives()]
+        return min(alive, key=lambda entry: entry.budget_bytes).described if alive else ""
 
     @property
     def resident_bytes(self) -> int:

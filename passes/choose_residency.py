@@ -278,9 +278,9 @@ def _budget_error(fixed: Mapping[str, int], smallest: int, module: fx.GraphModul
     return BudgetError(
         f"gpu_memory={given} cannot hold what a step needs on the accelerator: "
         f"{items}; {RING} (two of the smallest slots at least): {format_bytes(smallest)}. "
-        f"The smallest budget that works is {need} bytes ({format_bytes(need)}){bound}: "
+        f"The smallest budget that works is {need} bytes ({format_bytes(need)}){bound}",
         f"set options={{'gpu_memory': {need}}} or use a smaller batch or context"
-        f"{_beyond_what_is_stated(context)}{growth if unstated else ''}"
+        f"{_beyond_what_is_stated(context)}{growth if unstated else ''}",
     )
 
 

@@ -82,6 +82,12 @@ class CapturedGraph:
             results=Results.of(module, shape.tokens if shape.fixed else 0),
         )
 
+    @cached_property
+    def described(self) -> str:
+        """The model that the graph is of, in words: by the first of its weights."""
+        position = self._first_weight
+        return "a function without weights" if position is None else f"the model of {self.facts.names[position]}"
+
     def sizes(self, inputs: Sequence[Any]) -> Sizes:
         """The sizes of one call."""
         return {symbol: sympy.Integer(as_int(inputs[i])) for symbol, i in self.symbols.items()}

@@ -163,12 +163,14 @@ class StepPlans:
         except UnforeseenMemoryError:
             raise
         except BudgetError as error:
-            others = self.runtime.ledger.smallest_budget_bytes
+            ledger, own = self.runtime.ledger, format_bytes(self._own_bytes)
+            others, whose = ledger.smallest_budget_bytes, ledger.whose_budget_is_smallest
             if others is None or others >= self._own_bytes:
                 raise
             raise BudgetError(
-                f"{error}. The smallest gpu_memory of the models on one accelerator holds for all: this one's is "
-                f"{format_bytes(self._own_bytes)}, another one's {format_bytes(others)}"
+                f"{error.without_remedy}. The smallest gpu_memory of the models on one accelerator holds for all. This "
+                f"one's is {own}; {format_bytes(others)} is that of {whose}",
+                "compile that one with more, or delete it",
             ) from error
 
     def _is_good(self, plan: StepPlan, inputs: Sequence[Any], sizes: Sizes) -> bool:
@@ -253,7 +255,7 @@ class StepPlans:
         runtime, context = self.runtime, base.context
         residency = require(context.residency, "choose_residency")
         runtime.accelerator.limit_memory(context.limit_bytes)
-        runtime.ledger.enter(self, part, residency, self._own_bytes, reference)
+        runtime.ledger.enter(self, part, residency, self._own_bytes, reference, self.graph.described)
         runtime.reserve(runtime.ledger.ring_bytes, context.usable_bytes)
         if part[1] not in self._models:
             self._watch(inputs)

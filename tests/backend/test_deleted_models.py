@@ -259,6 +259,34 @@ def test_a_model_that_goes_during_somebodys_step_is_forgotten_after_it(in_anothe
     assert watched.all_gone
 
 
+class EndsWithoutWeights(nn.Module):
+    """What follows the graph break reads no weights: nothing of it dies with the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return broken(self.first(x)) * 2
+
+
+def test_a_deleted_model_of_which_one_graph_has_no_weights_limits_nobody() -> None:
+    backend, x = RecordingBackend(), random(2, WIDTH)
+    small, large = EndsWithoutWeights().eval(), Mlp(2, 4 * WIDTH).eval()
+    budget = WIDTH * WIDTH * 4 + (32 << 10)
+    small.compile(backend=backend, options=emulated(gpu_memory=budget))
+    large.compile(backend=backend, options=emulated(gpu_memory=64 * budget))
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), small.forward(x))
+        without = [graph for graph in backend.graphs if not graph._graph.weights]
+        assert len(without) < len(backend.graphs)
+        del small
+        gc.collect()
+        assert backend.graphs[0].runtime.ledger.smallest_budget_bytes is None
+        large(random(2, 4 * WIDTH))
+        torch.testing.assert_close(without[-1](x)[0], x * 2)  # whoever calls it finds it working
+
+
 def test_a_replaced_weight_is_no_deleted_model() -> None:
     model, x, backend = Mlp().eval(), random(2, WIDTH), RecordingBackend()
     watched = _used(model, backend)
