@@ -16,7 +16,7 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hetegen_compile.accelerators import uses_cuda
-from hetegen_compile.compiled import CompiledGraph
+from hetegen_compile.compiled import CompiledGraph, HostGraph
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.errors import (
     CompilationError,
@@ -31,7 +31,7 @@ from hetegen_compile.hardware import profile_for
 from hetegen_compile.heap import large_heap
 from hetegen_compile.options import Options, parse_options
 from hetegen_compile.passes.capture import capture
-from hetegen_compile.passes.context import SegmentCompiler
+from hetegen_compile.passes.context import HostOnlyGraphError, SegmentCompiler
 from hetegen_compile.passes.lift_parts import lift_parts
 from hetegen_compile.passes.tensors import tensors_in
 from hetegen_compile.runtime import Runtime, runtime_for
@@ -64,7 +64,7 @@ def make_backend(compiler: Callable[[FakeTensorMode], SegmentCompiler]) -> Backe
 
     It is a function and no object of a class: a compiled model that is deep-copied refers to the same one.
     """
-    graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
+    graphs: weakref.WeakSet[CompiledGraph | HostGraph] = weakref.WeakSet()
 
     def backend(
         module: fx.GraphModule,
@@ -83,7 +83,10 @@ def make_backend(compiler: Callable[[FakeTensorMode], SegmentCompiler]) -> Backe
         try:
             if mode is not None:  # torch hands over any but "default"
                 raise OptionError(f"mode={mode!r} is Inductor's: leave it out; hetegen is tuned by options={{...}}")
-            graph = _compile(module, inputs, parse_options(options), compiler)
+            parsed = parse_options(options)
+            graph: CompiledGraph | HostGraph = _compile(module, inputs, parsed, compiler)
+        except HostOnlyGraphError as why:
+            graph = HostGraph(module, parsed, str(why))
         except TensorifyScalarRestartAnalysis:
             raise
         except HetegenError as error:

@@ -123,6 +123,11 @@ class CompiledGraph:
         return self._graph.options
 
     @property
+    def reads_weights(self) -> bool:
+        """Whether some of a model's weights are among its inputs."""
+        return bool(self._graph.weights)
+
+    @property
     def serves_models(self) -> bool:
         """Whether it has plans for a model that is there."""
         return self._opened is not None and self._opened.serves_models
@@ -189,16 +194,36 @@ class CompiledGraph:
 
     def _stay_on_host(self, reason: str) -> None:
         """Run as it is from now on, and say so."""
-        refusal = Refusal("the whole graph", f"runs on the host in eager mode: {reason}")
-        logger.warning("%s %s", refusal.where, refusal.reason)
-        self._host_only = Schedule(
-            title="hetegen: not offloaded, on the host in eager mode", tokens=(1, None),
-            split=self._graph.options.split, rows=(), resident_bytes=0, streamed_bytes=0, host_bytes=0,
-            predicted_step_s=0.0, floor_s=0.0, baselines={}, budget_bytes=0, budget={}, refusals=(refusal,),
-            whole_graph=False,
-        )  # fmt: skip
-        register(self._host_only)
+        self._host_only = _told_on_host(self._graph.options, reason)
         self.release()
 
 
-__all__ = ["CompiledGraph"]
+class HostGraph:
+    """A graph that nothing can be planned for: it runs on the host as it is, and the accelerator is not opened."""
+
+    def __init__(self, module: fx.GraphModule, options: Options, reason: str) -> None:
+        self._module, self._schedule = module, _told_on_host(options, reason)
+
+    def __call__(self, *given: Any) -> Any:
+        """One forward, as eager has it."""
+        return self._module(*given)
+
+    def release(self) -> None:
+        """There is nothing to let go of."""
+
+
+def _told_on_host(options: Options, reason: str) -> Schedule:
+    """The schedule of a graph that runs on the host, registered, with a warning; ``schedules()`` has it while it is
+    held."""
+    refusal = Refusal("the whole graph", f"runs on the host in eager mode: {reason}")
+    logger.warning("%s %s", refusal.where, refusal.reason)
+    schedule = Schedule(
+        title="hetegen: not offloaded, on the host in eager mode", tokens=(1, None), split=options.split, rows=(),
+        resident_bytes=0, streamed_bytes=0, host_bytes=0, predicted_step_s=0.0, floor_s=0.0, baselines={},
+        budget_bytes=0, budget={}, refusals=(refusal,), whole_graph=False,
+    )  # fmt: skip
+    register(schedule)
+    return schedule
+
+
+__all__ = ["CompiledGraph", "HostGraph"]

@@ -33,6 +33,10 @@ class User(Protocol):
         """Those that it was compiled with."""
 
     @property
+    def reads_weights(self) -> bool:
+        """Whether some of a model's weights are among its inputs."""
+
+    @property
     def serves_models(self) -> bool:
         """Whether it has plans for a model that is there."""
 
@@ -163,7 +167,7 @@ class ModelLives:
             return
         kept = [user.options for user in users if user.serves_models]
         for user in users:  # a graph of the model that reads no weights, behind a graph break: nothing of it dies
-            if user.options in left and user.options not in kept:
+            if not user.reads_weights and user.options in left and user.options not in kept:
                 user.release()
         self._mirrors.purge()
         for user in users:

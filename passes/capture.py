@@ -25,13 +25,14 @@ from hetegen_compile.geometry import storage_id
 from hetegen_compile.ir import GENERATOR, NodeInfo, annotate, info
 from hetegen_compile.passes.append_tokens import Appending, append_in_place
 from hetegen_compile.passes.aten_listener import AtenListener
+from hetegen_compile.passes.context import HostOnlyGraphError
 from hetegen_compile.passes.copy_before_writes import copy_before_writes
 from hetegen_compile.passes.equal_calls import EqualCalls
 from hetegen_compile.passes.fake_inputs import check_devices, fake_inputs, fake_mode
 from hetegen_compile.passes.fold_transforms import fold_transforms
 from hetegen_compile.passes.operators import BY_STRIDES, only_torchs_operations
 from hetegen_compile.passes.return_views import return_views
-from hetegen_compile.passes.sources import module_path
+from hetegen_compile.passes.sources import module_path, source_name
 from hetegen_compile.passes.tensors import tensors_in
 from hetegen_compile.passes.unfold_attention import unfold_attention
 from hetegen_compile.passes.written_caches import inputs_laid_out, sharing, writer_of_caches, writes_in_place
@@ -108,7 +109,9 @@ def capture(module: fx.GraphModule, inputs: Sequence[Any]) -> FakeTensorMode:
 
     Raises:
         UnsupportedModelError: an input is on meta or on a device other than the CPU.
+        HostOnlyGraphError: it computes with nested or sparse tensors.
     """
+    _refuse_other_layouts(module.graph)
     _drop_side_notes(module.graph)
     _drop_idle_autocast(module.graph)
     fold_transforms(module)
@@ -121,6 +124,15 @@ def capture(module: fx.GraphModule, inputs: Sequence[Any]) -> FakeTensorMode:
             module.recompile()
             propagate(module, inputs, mode)
     return mode
+
+
+def _refuse_other_layouts(graph: fx.Graph) -> None:
+    """What a copy to the accelerator, a slot or a mirror is of such a tensor, nothing here knows."""
+    for node in graph.nodes:
+        for tensor in tensors_in(node.meta.get("example_value")):
+            if tensor.layout != torch.strided:
+                name, kind = source_name(node) or node.name, str(tensor.layout).removeprefix("torch.")
+                raise HostOnlyGraphError(f"{name} is a tensor with the layout {kind}, which cannot be offloaded")
 
 
 def _propagate_appending(module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> None:

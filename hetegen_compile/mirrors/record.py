@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +17,23 @@ from hetegen_compile.mirrors.identity import Geometry, same_version, version_of,
 _MOST_VERSIONS = 256
 
 
+@dataclass(eq=False)
+class Memory:
+    """One allocation of the accelerator that several values lie in, as the host's tensors lie in their storage.
+
+    It may lack what they do not show: nothing else is ever read of it.
+    """
+
+    value: Value
+    nbytes: int
+
+
 @dataclass
 class Held:
     """One device value, what it is counted under and the bytes that it holds by itself.
 
     ``fingerprint`` is of the host's bytes when they were uploaded, or of the first of them when a step wrote them.
-    ``used`` is the step that last asked for it.
+    ``used`` is the step that last asked for it. ``memory`` is what it shares with other values of its record.
     """
 
     value: Value
@@ -30,6 +42,19 @@ class Held:
     name: str = ""
     fingerprint: Fingerprint | None = None
     used: int = 0
+    memory: Memory | None = None
+
+    @property
+    def apart(self) -> bool:
+        """Whether it is no view of the record's base."""
+        return self.nbytes > 0 or self.memory is not None
+
+
+def held_bytes(held: Iterable[Held]) -> int:
+    """Bytes of values of one record; what several share counts once."""
+    values = list(held)
+    shared = {id(one.memory): one.memory.nbytes for one in values if one.memory is not None}
+    return sum(one.nbytes for one in values) + sum(shared.values())
 
 
 @dataclass
@@ -64,7 +89,7 @@ class Record:
     @property
     def nbytes(self) -> int:
         """Bytes of everything held."""
-        return self.base_bytes + sum(held.nbytes for held in self.held.values())
+        return self.base_bytes + held_bytes(self.held.values())
 
     def is_of(self, tensor: Tensor) -> bool:
         """Whether the storage is the tensor's and not another one in its place."""
@@ -107,10 +132,10 @@ class Record:
     def keep_what_shows(self, geometry: Geometry) -> None:
         """Let go of what has memory of its own, and so knows nothing of a write through the value of this geometry."""
         written = self.held.get(geometry)
-        if written is not None and written.nbytes:
+        if written is not None and written.apart:
             self.base, self.base_bytes = None, 0
         views = self.held if self.base is not None else {}
-        self.held = {place: one for place, one in views.items() if not one.nbytes}
+        self.held = {place: one for place, one in views.items() if not one.apart}
         if written is not None:
             self.held[geometry] = written
 
@@ -121,10 +146,11 @@ class Record:
         """
         unused = {
             geometry: held for geometry, held in self.held.items()
-            if (held.nbytes or self.base is None) and held.used < step and category in (None, held.category)
+            if (held.apart or self.base is None) and held.used < step and category in (None, held.category)
         }  # fmt: skip
+        before = self.nbytes
         self.held = {geometry: held for geometry, held in self.held.items() if geometry not in unused}
-        return sum(held.nbytes for held in unused.values())
+        return before - self.nbytes
 
 
-__all__ = ["Held", "Record"]
+__all__ = ["Held", "Memory", "Record", "held_bytes"]

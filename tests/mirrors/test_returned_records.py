@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from hetegen_compile.accelerators import Op
+from hetegen_compile.accelerators import EmulatedAccelerator, Op
+from hetegen_compile.accelerators.base import Value
 from hetegen_compile.mirrors import Mirrors, NoRoomError, Request
 from tests.mirrors.steps import LIMIT, Steps
 
@@ -106,14 +108,64 @@ def test_a_window_with_a_value_of_its_own_does_not_outlive_a_write_to_the_whole(
 
 def test_the_whole_does_not_outlive_a_write_to_a_window_with_a_value_of_its_own(steps: Steps) -> None:
     whole = torch.arange(16.0)
-    (value,) = steps.returns(whole[4:12])
+    steps.returns(whole[4:12])
     steps.fetches(whole)
+    (value,) = steps.mirrors.fetch([Request(whole[4:12], "window")], LIMIT)
     steps.accelerator.launch(Op("write"), lambda x: x.mul_(2), (value,), mutates=(0,))
     window = whole[4:12]
     window.mul_(2)
     steps.mirrors.settle([window])
     assert torch.equal(steps.fetches(whole)[0], whole)
     assert torch.equal(steps.fetches(whole[4:12])[0], whole[4:12])
+
+
+def packed(accelerator: EmulatedAccelerator, whole: Tensor, *, alike: bool) -> list[Value]:
+    """Keys and values of a projection on the accelerator: views of one storage, ``alike``, or by themselves."""
+    if not alike:
+        return [accelerator.upload(Op("part"), part.clone()) for part in whole.unbind(1)[1:]]
+    value = accelerator.upload(Op("whole"), whole)
+    return [accelerator.launch(Op("part"), Tensor.select, (value, 1, i)) for i in (1, 2)]
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_parts_of_one_storage_share_memory_and_show_what_the_host_has(steps: Steps, alike: bool) -> None:
+    whole = torch.randn(50, 3, 200)
+    _, keys, values = whole.unbind(1)
+    steps.mirrors.begin_step()
+    for tensor, value in zip((keys, values), packed(steps.accelerator, whole, alike=alike), strict=True):
+        steps.mirrors.register(tensor, value)
+        steps.count()
+        assert steps.mirrors.held_bytes("mirrors") == whole.nbytes
+    del value
+    steps.accelerator.synchronize()
+    gc.collect()
+    assert sum(steps.accelerator.counters.held_bytes.values()) == whole.nbytes
+    steps.mirrors.begin_step()
+    uploaded = steps.uploaded
+    for tensor in (keys, values):
+        assert torch.equal(steps.fetches(tensor)[0], tensor)
+    assert steps.uploaded == uploaded, "they are there"
+    assert torch.equal(steps.fetches(whole)[0], whole), "what was not returned is uploaded"
+    assert steps.uploaded == uploaded + whole.nbytes
+    steps.mirrors.make_room(0)
+    gc.collect()
+    assert steps.mirrors.held_bytes("mirrors") == 0
+    steps.accelerator.synchronize()
+    assert sum(steps.accelerator.counters.held_bytes.values()) == 0
+
+
+def test_what_shares_memory_holds_it_until_the_last_part_is_gone(steps: Steps) -> None:
+    whole = torch.randn(50, 3, 200)
+    _, keys, values = whole.unbind(1)
+    steps.mirrors.begin_step()
+    for tensor, value in zip((keys, values), packed(steps.accelerator, whole, alike=True), strict=True):
+        steps.mirrors.register(tensor, value)
+    steps.mirrors.begin_step()
+    steps.fetches(values)
+    steps.mirrors.begin_step()
+    with pytest.raises(NoRoomError):
+        steps.fetches(values, limit_bytes=whole.nbytes - 1)
+    assert torch.equal(steps.fetches(values, limit_bytes=whole.nbytes)[0], values)
 
 
 def test_an_interrupt_leaves_no_less_counted_than_is_held(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
