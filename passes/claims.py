@@ -25,6 +25,8 @@ class Claim:
         gain_s_per_byte: seconds of a decode step that a resident byte saves.
         rank: a weight of higher rank gets what those of lower rank leave, whatever it gains.
         kept_rows: the last rows, which come before any other weight's beyond its own ``kept_rows``.
+        weighed: whether a simulated step was shorter with these ``kept_rows``; then they count before those of graphs
+            that have only estimated theirs.
     """
 
     key: Hashable
@@ -34,6 +36,7 @@ class Claim:
     gain_s_per_byte: float
     rank: int = 0
     kept_rows: int = 0
+    weighed: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -77,6 +77,7 @@ class Context:
         weights: the model's, by placeholder.
         segments: those compiled for other plans of the graph.
         activation_bytes: what a schedule of the same graph is known to need for activations; None: it is estimated.
+        residency_order: which of the ways of sharing out the memory is taken, best estimate first.
         lean: the smallest ring and no resident weights.
         share_trips: whether Linears with the same input share a trip; else each has one of its own.
         largest: the sizes that the budget has room for; ``spare``: whether that includes room beyond the context and
@@ -104,6 +105,7 @@ class Context:
     refuse: Callable[[Refusal], None] = _no_runner
     refused: Mapping[str, tuple[Refusal, ...]] = field(default_factory=dict)
     activation_bytes: int | None = None
+    residency_order: int = 0
     lean: bool = False
     share_trips: bool = True
     largest: Mapping[sympy.Symbol, sympy.Integer] = field(default_factory=dict)

@@ -215,7 +215,7 @@ def least_ways_s(
         up_s = least_read_s(group, context) or min(link.view_s, link.up.latency_s)
         issued = _go_up(group) and not issues_ahead(context)
         ups.append(up_s + (profile.accelerator.launch_s if issued else 0.0))
-    there = any(map(_lies_on_host, linears))
+    there = any(map(lies_on_host, linears))
     down_s = 0.0 if there else min(_down_s(linear, context) for linear in linears)
     return down_s, min(ups)
 
@@ -248,11 +248,11 @@ def least_thread_s(linear: fx.Node, context: Context) -> float:
     """The part of ``least_trip_s`` that keeps the host's threads, issuing the way down and, unless a worker computes,
     the way up included."""
     launch_s, wait_s = context.profile.accelerator.launch_s, context.profile.synchronise_s
-    down_s = 0.0 if _lies_on_host(linear) else launch_s + wait_s
+    down_s = 0.0 if lies_on_host(linear) else launch_s + wait_s
     return down_s + untold_trip_s(context) + (0.0 if issues_ahead(context) else launch_s)
 
 
-def _lies_on_host(linear: fx.Node) -> bool:
+def lies_on_host(linear: fx.Node) -> bool:
     """Whether the host has what a Linear reads without a way down: its own results, and what the caller gives."""
     read = linear.all_input_nodes[0]
     return info(read).side != "accelerator" or read.op in ir.INPUT_OPS or read.target == ir.MIRROR

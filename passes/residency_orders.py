@@ -35,8 +35,11 @@ _LEAST_EVEN = 0.5  # of each of the others: a smaller part saves less than its p
 def ordered_claims(
     claims: Sequence[Claim], work: Sequence[LinearWork], free_bytes: int, ahead_bytes: int, typical_bytes: int,
     profile: HardwareProfile,
-) -> Sequence[Claim]:  # fmt: skip
-    """The claims, with the rows that come before all others if that makes the step shorter.
+) -> list[Sequence[Claim]]:  # fmt: skip
+    """The claims, with the rows that come before all others if that makes the step shorter, then other ways of it.
+
+    These, by their estimates and each with other rows resident, are for who simulates steps with them: of the first
+    the large weights are kept whole if they fit, which estimates underrate most.
 
     ``ahead_bytes`` is what the link has brought at most before it is used: the staging ring less the slot that is
     being filled.
@@ -50,9 +53,19 @@ def ordered_claims(
         return _corrected_s(estimate.step_s(first_rows), linears, first_rows, large)
 
     if not work or not linears or not 0 < free_bytes < sum(claim.nbytes for claim in claims):
-        return claims
-    best = min(_orders(claims, free_bytes, typical_bytes), key=step_s, default=claims)
-    return best if step_s(best) < _SHORTER * step_s(claims) else claims
+        return [claims]
+    ways = sorted(_orders(claims, free_bytes, typical_bytes), key=step_s)
+    chosen = ways[0] if ways and step_s(ways[0]) < _SHORTER * step_s(claims) else claims
+    whole = [way for way in ways if large and all(one.kept_rows == one.rows for one in way if one.key in large)]
+    return _distinct([chosen, *whole[:1], claims, *ways], free_bytes)
+
+
+def _distinct(ways: Sequence[Sequence[Claim]], free_bytes: int) -> list[Sequence[Claim]]:
+    """The first of those that keep the same rows."""
+    found: dict[frozenset[tuple[Hashable, int]], Sequence[Claim]] = {}
+    for way in ways:
+        found.setdefault(frozenset(residency_shares([way], free_bytes).items()), way)
+    return list(found.values())
 
 
 def _corrected_s(

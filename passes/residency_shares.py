@@ -95,7 +95,9 @@ def _merge(model: dict[Hashable, Claim], claims: Iterable[Claim]) -> None:
     """
     for claim in claims:
         known = model.setdefault(claim.key, claim)
-        model[claim.key] = max(known, claim, key=lambda one: (one.first, one.kept_rows, one.gain_s_per_byte))
+        model[claim.key] = max(
+            known, claim, key=lambda one: (one.first, one.weighed, one.kept_rows, one.gain_s_per_byte)
+        )
 
 
 __all__ = ["residency_shares"]

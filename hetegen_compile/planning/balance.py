@@ -44,7 +44,7 @@ def balanced_splits(module: fx.GraphModule, context: Context, trials: Trials) ->
         if any(plan.host for plan in splits.values()):
             search.simulate(splits)
         search.balance(trips, chain)
-    vary = _is_varied(context)
+    vary = is_varied(context)
     if vary:
         search.vary()
     search.along_ring(vary=vary)
@@ -70,12 +70,13 @@ def promising_trips(module: fx.GraphModule, context: Context) -> Splits | None:
     trips = trips_of(module)
     chain = step_chain(module, trips, context)
     fewest = relax(chain).fewest
-    if context.options.split != "auto" or _is_varied(context) or not fewest:
+    if context.options.split != "auto" or is_varied(context) or not fewest:
         return None
     return with_shares(trips, balance_along(chain, fewest), context)
 
 
-def _is_varied(context: Context) -> bool:
+def is_varied(context: Context) -> bool:
+    """Whether the plan is of decode steps, which are run so often that more planning pays."""
     return context.bucket.high is not None and context.bucket.high <= _VARIED_TOKENS
 
 

@@ -14,7 +14,8 @@ It is the largest of four bounds. The simulation charges the same rates, so no s
 - **thread**: what the host's thread does one after the other, at the best shares: its parts of Linears, its other
   operations (appending to a cache that the caller gets back), waits, and issuing segments, Linears and one prefetch of
   each that is streamed. Where a worker computes the host's parts (``issue_ahead``) the larger of the two threads' work
-  counts.
+  counts; the one that issues has to issue a product of each Linear with resident rows, and of the others a prefetch and
+  a product, or one way down for all that share a trip.
 """
 
 from __future__ import annotations
@@ -31,7 +32,14 @@ from hetegen_compile.passes.choose_splits import linears_of, pairable_blocks
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import NodeCost
 from hetegen_compile.passes.issue_ahead import issues_ahead
-from hetegen_compile.passes.node_work import issue_s, least_read_s, least_thread_s, node_work, untold_trip_s
+from hetegen_compile.passes.node_work import (
+    issue_s,
+    least_read_s,
+    least_thread_s,
+    lies_on_host,
+    node_work,
+    untold_trip_s,
+)
 from hetegen_compile.passes.stream_experts import cost_of, grouped_nodes
 from hetegen_compile.planning.floor_path import (
     Blocks,
@@ -218,7 +226,8 @@ def _threads_s(
         parts = _host_trips(groups, linears, [untold_trip_s(context)] * len(groups))
         halves = (replace(trip, host_s=trip.host_s / 2, fixed_s=trip.fixed_s / 2) for trip in trips.values())
         chains = Chain(tuple(parts.values()), 0.0), Chain(tuple(halves), (own_s + issuing_s) / 2)
-        return max(issuing_s, *(relax(chain).bound_s for chain in chains))
+        products_s = sum(_issued_ahead_s(group, context) for group in groups)
+        return max(issuing_s + products_s, *(relax(chain).bound_s for chain in chains))
     issued = {node: _issued_s(node, context) for node in linears}
     less = [_with_less_issued(trip, issued[node][1]) for node, trip in trips.items()]
     serial_s = own_s + issuing_s + sum(all_s for all_s, _ in issued.values()) - sum(gained_s for _, gained_s in less)
@@ -266,6 +275,14 @@ def _issued_s(linear: fx.Node, context: Context) -> tuple[float, float]:
     saved_s = (linear_s + prefetch_s) * (offloaded > 0.0)
     there_s = linear_s * (1 + (offloaded > 0.0)) if offloaded < 1.0 else 0.0
     return saved_s + there_s, saved_s
+
+
+def _issued_ahead_s(group: Sequence[fx.Node], context: Context) -> float:
+    """Issuing Linears that may share a trip, whose parts on the host a worker computes."""
+    linear_s, launch_s = context.profile.accelerator.issuing_s(segment=False), context.profile.accelerator.launch_s
+    whole = sum(offloaded_share(linear, context) >= 1.0 for linear in group)
+    down_s = 0.0 if any(map(lies_on_host, group)) else launch_s
+    return (len(group) - whole) * linear_s + min(whole * (linear_s + launch_s), down_s)
 
 
 __all__ = ["Floor", "floor", "floor_s", "offloaded_together_s"]

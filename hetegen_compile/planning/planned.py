@@ -10,8 +10,10 @@ import sympy
 import torch
 from torch import fx
 
+from hetegen_compile.options import Options
 from hetegen_compile.passes.claims import HostWeights, ResidentWeights
 from hetegen_compile.passes.context import Context
+from hetegen_compile.passes.plans import Splits
 from hetegen_compile.planning.trials import Trial, Trials
 from hetegen_compile.reports.schedule import LinearSite, Schedule
 
@@ -55,12 +57,22 @@ class Target:
     issue_ahead: Ahead | None = None
 
 
+class Balanced(NamedTuple):
+    """Ways to split what is not resident, that of the shortest simulated step first, as they were found for options."""
+
+    options: Options
+    splits: list[Splits]
+    trials: Trials
+    step_s: float
+
+
 @dataclass(frozen=True)
 class BucketPlan:
     """What the stages that do not depend on the split left: the graph with its segments, and the context.
 
     ``linears`` is the graph before it was grouped, which decisions are taken on. ``measured`` are schedules that were
     made to see what they occupy: most of them are asked for again when the split is chosen, and by nobody afterwards.
+    ``balanced`` is what was found if the split has been chosen already.
     """
 
     module: fx.GraphModule
@@ -69,12 +81,21 @@ class BucketPlan:
     sites: Mapping[int, LinearSite]
     kind: str
     measured: list[Trial] = field(default_factory=list)
+    balanced: list[Balanced] = field(default_factory=list)
 
     def trials(self) -> Trials:
         """Schedules to choose the split from. The first caller gets those that were measured, later ones get none."""
+        if self.balanced:
+            return self.balanced[0].trials
         found = Trials(self.module, self.measured)
         self.measured.clear()
         return found
+
+    def take_balanced(self, context: Context) -> Balanced | None:
+        """What was found for this context, for the first caller."""
+        wanted = context.options, context.cannot_issue_ahead, context.sizes
+        known = self.context.options, self.context.cannot_issue_ahead, self.context.sizes
+        return self.balanced.pop() if self.balanced and wanted == known else None
 
 
 class Graphs(NamedTuple):
@@ -93,4 +114,15 @@ class ScheduledStep:
     schedule: Schedule
 
 
-__all__ = ["DRY_RUN", "Ahead", "BucketPlan", "Graphs", "ScheduledStep", "Sizes", "Split", "Target", "Variant"]
+__all__ = [
+    "DRY_RUN",
+    "Ahead",
+    "Balanced",
+    "BucketPlan",
+    "Graphs",
+    "ScheduledStep",
+    "Sizes",
+    "Split",
+    "Target",
+    "Variant",
+]

@@ -23,9 +23,10 @@ from hetegen_compile.pipeline import ONCE_PER_SPLIT, Stage
 from hetegen_compile.planning.balance import balanced_splits
 from hetegen_compile.planning.buckets import bucket_of, largest_sizes
 from hetegen_compile.planning.plan_report import blocks_apart, linear_sites, report_on
-from hetegen_compile.planning.planned import Ahead, BucketPlan, ScheduledStep, Sizes, Split, Target, Variant
+from hetegen_compile.planning.planned import Ahead, Balanced, BucketPlan, ScheduledStep, Sizes, Split, Target, Variant
 from hetegen_compile.planning.size_limits import size_limits
 from hetegen_compile.planning.trials import Trials
+from hetegen_compile.planning.weigh_residency import weighed
 from hetegen_compile.planning.within_budget import ResidencySearch
 
 logger = logging.getLogger("hetegen_compile")
@@ -74,7 +75,11 @@ class Planner:
             host_memory=target.host_memory,
             cannot_issue_ahead=target.cannot_issue_ahead,
         )
-        return self._decided(context, target.kind, None)
+        first = self._decided(context, target.kind, None)
+        return weighed(
+            first,
+            lambda order: self._decided(replace(context, residency_order=order), target.kind, None),
+        )
 
     def decide_again(self, base: BucketPlan, sizes: Sizes, target: Target, weights: Mapping[str, Tensor]) -> BucketPlan:
         """The same plan with what stays on the accelerator decided again: the target or the sizes have changed.
@@ -116,9 +121,10 @@ class Planner:
         ``trials`` (those of ``base``) is given where they will be asked for again, ``issue_ahead`` where it is not that
         of the options.
         """
-        trials = base.trials() if trials is None else trials
         context = replace(base.context, options=replace(self._with(issue_ahead), split=split))
-        module, done = _finished(base.module, context, stages, trials)
+        trials = base.trials() if trials is None else trials
+        balanced = base.take_balanced(context)
+        module, done = _finished(base.module, context, stages, trials, balanced)
         if _excess_bytes(done) > 0 and issues_ahead(context):
             module, done = _finished(base.module, replace(context, cannot_issue_ahead=NO_ROOM_AHEAD), stages, trials)
         done = done.refusing("blocks apart", blocks_apart(done))
@@ -155,10 +161,11 @@ class Planner:
 
 
 def _finished(
-    module: fx.GraphModule, context: Context, stages: tuple[Stage, ...], trials: Trials
-) -> tuple[fx.GraphModule, Context]:
+    module: fx.GraphModule, context: Context, stages: tuple[Stage, ...], trials: Trials,
+    balanced: Balanced | None = None,
+) -> tuple[fx.GraphModule, Context]:  # fmt: skip
     """The schedule of the context's split; with ``split="auto"`` the shortest of those tried that has room."""
-    best, *others = balanced_splits(module, context, trials)
+    best, *others = balanced_splits(module, context, trials) if balanced is None else balanced.splits
     scheduled, done = trials.finish(context, best, stages)
     tried, excess = [best], _excess_bytes(done)
     for splits in others:

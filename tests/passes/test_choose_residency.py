@@ -126,7 +126,9 @@ def test_chunks_are_longer_where_issuing_them_takes_long(chain: Case) -> None:
 
 
 def test_orders_are_compared_beside_a_link_that_is_ahead_by_the_ring_less_the_slot_being_filled(chain: Case) -> None:
-    with mock.patch(f"{choose_residency.__module__}.ordered_claims", side_effect=lambda claims, *_: claims) as compared:
+    with mock.patch(
+        f"{choose_residency.__module__}.ordered_claims", side_effect=lambda claims, *_: [claims]
+    ) as compared:
         decided = decide(chain, named_budget(chain) + 3 * 4096)
     ahead_bytes = compared.call_args.args[3]
     assert ahead_bytes == decided.ring_bytes - decided.chunk_bytes > 0

@@ -17,6 +17,7 @@ from hetegen_compile.passes.findings import NodeCost
 from hetegen_compile.passes.residency_estimate import LinearWork
 from hetegen_compile.passes.residency_orders import ordered_claims
 from hetegen_compile.passes.residency_shares import residency_shares
+from hetegen_compile.planning import weigh_residency
 from hetegen_compile.planning.share_search import Search
 from tests.benchmarks.shapes import config
 
@@ -56,6 +57,7 @@ def test_steps_are_shorter_than_with_gain_alone(
     model_type: str, vocab_size: int, profile: HardwareProfile, least: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Search, "along_ring", lambda *_, **__: None)  # it makes up for a part of what the order costs
+    monkeypatch.setattr(weigh_residency, "_MOST", 0)  # so does this
     chosen, gain = both_ways(work(model_type, vocab_size), profile, monkeypatch)
     assert chosen.step_s < least * gain.step_s
     assert chosen.resident_share == pytest.approx(gain.resident_share, abs=0.02)
@@ -91,11 +93,15 @@ def layers_and_output() -> tuple[list[Claim], list[LinearWork]]:
 
 def test_some_of_the_output_layer_comes_before_the_layers() -> None:
     claims, found = layers_and_output()
-    order = ordered_claims(claims, found, 128 * MIB, 32 * MIB, 16 * MIB, fast_link())
+    order, *others = ordered_claims(claims, found, 128 * MIB, 32 * MIB, 16 * MIB, fast_link())
     assert residency_shares([claims], 128 * MIB) == dict.fromkeys(range(8), 0)
     rows = residency_shares([order], 128 * MIB)
     assert rows[8] < 16384
     assert sum((claim.rows - rows.get(claim.key, claim.rows)) * claim.row_bytes for claim in claims) <= 128 * MIB
+    shared = [residency_shares([one], 128 * MIB) for one in (order, *others)]
+    assert all(one != other for i, one in enumerate(shared) for other in shared[:i]), "each keeps other rows"
+    assert dict.fromkeys(range(8), 0) in shared, "gain alone is among them"
+    assert shared[1][8] == 0, "first of the others is the output layer whole, if it fits"
 
 
 def test_what_an_estimate_is_known_to_be_wrong_by() -> None:
@@ -117,18 +123,18 @@ def test_what_an_estimate_is_known_to_be_wrong_by() -> None:
 @pytest.mark.parametrize("free_bytes", [0, 300 * MIB])
 def test_nothing_is_compared_where_nothing_or_everything_stays(free_bytes: int) -> None:
     claims, found = layers_and_output()
-    assert ordered_claims(claims, found, free_bytes, 32 * MIB, 16 * MIB, fast_link()) is claims
+    assert ordered_claims(claims, found, free_bytes, 32 * MIB, 16 * MIB, fast_link()) == [claims]
 
 
 def test_where_no_linear_asks_for_memory_nothing_is_compared() -> None:
     """The options put all of them on the host, and what is left are stacks of experts."""
     claims, found = layers_and_output()
     stacks = [replace(claim, rank=1) for claim in claims]
-    assert ordered_claims(stacks, found, 128 * MIB, 32 * MIB, 16 * MIB, fast_link()) is stacks
+    assert ordered_claims(stacks, found, 128 * MIB, 32 * MIB, 16 * MIB, fast_link()) == [stacks]
 
 
 def test_gain_has_its_way_where_nothing_is_much_shorter() -> None:
     claims, found = layers_and_output()
     slow = replace(PROFILE, link=replace(PROFILE.link, up=replace(PROFILE.link.up, pinned=RateCurve.constant(1e10))))
     work_there = [replace(one, cost=replace(one.cost, link_s=one.cost.weight_bytes / 1e10)) for one in found]
-    assert ordered_claims(claims, work_there, 32 * MIB, 32 * MIB, 16 * MIB, slow) is claims
+    assert ordered_claims(claims, work_there, 32 * MIB, 32 * MIB, 16 * MIB, slow)[0] is claims

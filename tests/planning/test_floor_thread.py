@@ -15,7 +15,7 @@ from hetegen_compile.passes.node_work import issue_s, untold_trip_s
 from hetegen_compile.passes.plans import Splits
 from hetegen_compile.planning.floor import Floor, floor
 from hetegen_compile.planning.trials import Trials
-from tests.passes.graphs import PROFILE, planned, streamed
+from tests.passes.graphs import PROFILE, planned, quarters, streamed
 from tests.planning.floors import LAYERS, bounds, not_pairable
 
 
@@ -58,11 +58,25 @@ def test_beside_a_worker_there_are_two_threads() -> None:
         own_s = floor(found.module, context).bytes_s + len(LAYERS) * untold_trip_s(context)
         downs_s = (len(LAYERS) - 1) * launch_s  # the first trip reads what the caller gives
         result_s = launch_s
-        return floor(found.module, context), max(own_s, (own_s + downs_s + result_s + issuing_s) / 2)
+        issuing_s += downs_s + result_s
+        return floor(found.module, context), max(own_s, (own_s + issuing_s) / 2, issuing_s)
 
     for launch_s in (0.0, 1e-3):
         found_bound, expected_s = bound(launch_s)
         assert found_bound.thread_s == pytest.approx(expected_s, rel=1e-3)
+
+
+def test_beside_a_worker_a_product_of_what_is_resident_is_issued() -> None:
+    """The worker has none of it, whatever it costs to issue."""
+
+    def bound(plan: Any, issue_s: float) -> float:
+        found = planned(not_pairable, torch.zeros(1, 1024), plan=plan, issue_ahead=True)
+        accelerator = replace(PROFILE.accelerator, issue_s=issue_s, segment_issue_s=1e-6)
+        return floor(found.module, replace(found.context, profile=replace(PROFILE, accelerator=accelerator))).thread_s
+
+    cheap_s, dear_s = 1e-6, 1e-2
+    assert bound(quarters, dear_s) >= len(LAYERS) * dear_s > 10 * bound(quarters, cheap_s)
+    assert bound(streamed, dear_s) < dear_s, "the host has them, or they are streamed"
 
 
 def on_the_host(function: Any, profile: HardwareProfile) -> tuple[Floor, float]:

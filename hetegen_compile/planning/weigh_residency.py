@@ -1,0 +1,74 @@
+"""Other ways of sharing out the memory for resident weights, where the step is far from its floor with the first.
+
+Which rows stay is decided by an estimate, which is all that most plans need: their steps are within some percent of the
+floor. Where launches and waits of the host's thread decide (small models, fast links) the estimate may be wrong by
+more than that, so the steps of a few other ways are scheduled and simulated, and the shortest has its way.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+from hetegen_compile.errors import BudgetError
+from hetegen_compile.passes.context import Context, require
+from hetegen_compile.planning.balance import balanced_splits, is_varied
+from hetegen_compile.planning.floor import floor_s
+from hetegen_compile.planning.planned import Balanced, BucketPlan
+
+logger = logging.getLogger("hetegen_compile")
+
+_FAR = 1.05
+"""Times the floor: a step that is longer is worth more planning."""
+
+_MOST = 3
+"""Other ways that are simulated: each takes as long as the plan itself."""
+
+_SHORTER = 0.995
+"""Times the first step: less than that is not worth another graph's residency."""
+
+
+def weighed(first: BucketPlan, another: Callable[[int], BucketPlan]) -> BucketPlan:
+    """``first``, or the plan with another order of residency whose simulated step is shorter.
+
+    Args:
+        first: the plan with the first order.
+        another: makes the plan with the order of a number from 1 on; BudgetError: it has no room for its schedule.
+    """
+    if not _is_asked(first.context):
+        return first
+    best = _balanced(first)
+    if best.step_s < _FAR * floor_s(first.module, first.context):
+        return replace(first, balanced=[best])
+    chosen = first
+    orders = require(first.context.residency, "choose_residency").orders
+    for order in range(1, min(orders, 1 + _MOST)):
+        try:
+            other = another(order)
+        except BudgetError:
+            continue
+        found = _balanced(other)
+        if found.step_s < _SHORTER * best.step_s:
+            logger.debug("residency of order %d: a step of %.3g instead of %.3g s", order, found.step_s, best.step_s)
+            best, chosen = found, other
+    return replace(chosen, balanced=[best])
+
+
+def _is_asked(context: Context) -> bool:
+    """Whether the plan is of decode steps that share weights between host and accelerator as they like, and no other
+    graph of the model has been weighed."""
+    free = context.options.split == "auto" and is_varied(context) and not context.lean
+    several = require(context.residency, "choose_residency").orders > 1
+    others = (claim for graph in context.resident.claims() for claim in graph)
+    return free and several and not any(claim.weighed for claim in others)
+
+
+def _balanced(plan: BucketPlan) -> Balanced:
+    """The ways to split what is not resident, by their simulated steps."""
+    trials = plan.trials()
+    splits = balanced_splits(plan.module, plan.context, trials)
+    return Balanced(plan.context.options, splits, trials, trials.step_s(plan.context, splits[0]))
+
+
+__all__ = ["weighed"]

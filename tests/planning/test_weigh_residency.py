@@ -1,0 +1,106 @@
+"""Residency by simulated steps, where the step is far from its floor with what an estimate says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+from torch import fx
+
+from benchmarks.schedule_quality import Work
+from hetegen_compile.cost_model import HardwareProfile, load_profile
+from hetegen_compile.errors import BudgetError
+from hetegen_compile.passes.claims import Claim
+from hetegen_compile.passes.context import Context, require
+from hetegen_compile.passes.plans import Splits
+from hetegen_compile.passes.residency_shares import residency_shares
+from hetegen_compile.planning import weigh_residency
+from hetegen_compile.planning.balance import balanced_splits
+from hetegen_compile.planning.planned import BucketPlan, Split
+from hetegen_compile.planning.planner import Planner
+from hetegen_compile.planning.trials import Trials
+from tests.benchmarks.shapes import config
+
+
+@cache
+def work() -> Work:
+    """A model whose output layer has half of its bytes."""
+    return Work(config("llama", layers=3, full_layers=6, vocab_size=65536), "decode-1")
+
+
+@cache
+def busy_thread() -> HardwareProfile:
+    """Issuing takes the host's thread long: what an estimate of Linears alone knows least of."""
+    profile = load_profile("h100-server")
+    accelerator = replace(profile.accelerator, issue_s=26e-6, segment_issue_s=34e-6, gate_s=9e-6)
+    return replace(profile, accelerator=accelerator, fixed_s_per_split=5e-5)
+
+
+def orders_of(plan: BucketPlan) -> int:
+    return require(plan.context.residency, "choose_residency").orders
+
+
+def chosen(monkeypatch: pytest.MonkeyPatch, most: int, far: float = 1.0) -> tuple[BucketPlan, float]:
+    monkeypatch.setattr(weigh_residency, "_MOST", most)
+    monkeypatch.setattr(weigh_residency, "_FAR", far)
+    base, step = work().plan(busy_thread(), 0.6)
+    return base, step.schedule.predicted_step_s
+
+
+def test_the_step_is_the_shortest_of_the_orders_that_are_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, first_s = chosen(monkeypatch, most=0)
+    weighed, weighed_s = chosen(monkeypatch, most=3)
+    assert orders_of(first) > 1
+    assert first.context.residency_order == 0
+    assert weighed.context.residency_order > 0
+    assert weighed_s < 0.99 * first_s
+    claims = require(weighed.context.residency, "choose_residency").claims
+    assert all(claim.weighed for claim in claims if claim.rank == 0), "other graphs of the model follow"
+
+
+def test_a_step_near_its_floor_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    decided: list[int] = []
+    decide = Planner._decided
+
+    def counted(self: Planner, context: object, *more: object) -> BucketPlan:
+        decided.append(context.residency_order)  # type: ignore[attr-defined]
+        return decide(self, context, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Planner, "_decided", counted)
+    base, _ = chosen(monkeypatch, most=3, far=1e9)
+    assert base.context.residency_order == 0
+    assert set(decided) == {0}
+    chosen(monkeypatch, most=3)
+    assert set(decided) == {0, 1, 2, 3}
+
+
+def test_what_was_found_is_not_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[Split] = []
+
+    def noted(module: fx.GraphModule, context: Context, trials: Trials) -> list[Splits]:
+        searched.append(context.options.split)
+        return balanced_splits(module, context, trials)
+
+    monkeypatch.setattr("hetegen_compile.planning.planner.balanced_splits", noted)
+    chosen(monkeypatch, most=0)
+    assert "auto" not in searched
+
+
+def test_an_order_without_room_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, _ = chosen(monkeypatch, most=0)
+
+    def none(order: int) -> BucketPlan:
+        raise BudgetError("no room")
+
+    monkeypatch.setattr(weigh_residency, "_MOST", 3)
+    assert weigh_residency.weighed(base, none).context is base.context
+
+
+def test_a_weighed_order_counts_before_an_estimated_one() -> None:
+    """Whichever graph asks, and however many rows the estimate keeps."""
+    estimated = [Claim("a", 100, 0, 1, 1.0, kept_rows=100), Claim("b", 100, 0, 1, 1.0)]
+    weighed = [Claim("a", 100, 0, 1, 1.0, weighed=True), Claim("b", 100, 0, 1, 1.0, kept_rows=100, weighed=True)]
+    for graphs in ([estimated, weighed], [weighed, estimated]):
+        assert residency_shares(graphs, 100) == {"b": 0}
+    assert residency_shares([estimated], 100) == {"a": 0}
