@@ -57,8 +57,9 @@ def weighed(first: BucketPlan, another: Callable[[int], BucketPlan]) -> BucketPl
 
 def _is_asked(context: Context) -> bool:
     """Whether the plan is of decode steps that share weights between host and accelerator as they like, and no other
-    graph of the model has been weighed."""
-    free = context.options.split == "auto" and is_varied(context) and not context.lean
+    graph of the model has been weighed. (A prompt is one step of many, and decode steps will follow its order.)"""
+    decodes = is_varied(context) and context.tokens_per_sequence <= 1
+    free = decodes and context.options.split == "auto" and not context.lean
     several = require(context.residency, "choose_residency").orders > 1
     others = (claim for graph in context.resident.claims() for claim in graph)
     return free and several and not any(claim.weighed for claim in others)
