@@ -161,9 +161,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.send_signal(signal.SIGUSR1)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_FRAMES_S)
-        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        with contextlib.suppress(ProcessLookupError):  # until none of them is left
             os.killpg(process.pid, signal.SIGTERM)
-            process.wait(_END_S)
+            end_s = time.monotonic() + _END_S
+            while time.monotonic() < end_s:
+                process.poll()  # reaps the child; its own children may outlive it
+                os.killpg(process.pid, 0)
+                time.sleep(0.02)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

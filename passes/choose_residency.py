@@ -12,6 +12,7 @@ some of them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -252,8 +253,12 @@ def _chunk_bytes(ring: int, profile: HardwareProfile) -> int:
 
 
 def _typical(sizes: Sequence[int]) -> int:
-    """The median of the sizes, each counted as often as it has bytes."""
-    ordered = sorted(sizes)
+    """The median of the sizes that occur more than once (in every layer), each counted as often as it has bytes.
+
+    An output layer may have more than half of all bytes; it is no measure for what passes the ring in each layer.
+    """
+    counts = Counter(sizes)
+    ordered = sorted([size for size in sizes if counts[size] > 1] or sizes)
     before = accumulate(ordered)
     half = sum(ordered) / 2
     return next((size for size, total in zip(ordered, before, strict=True) if total >= half), 0)

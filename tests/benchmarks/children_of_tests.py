@@ -21,7 +21,7 @@ def work(argument: dict[str, Any], notebook: Notebook) -> None:
     if argument["how"] == "die":
         os._exit(7)
     if argument["how"] == "compile":
-        half = f"touch {argument['made']}; trap 'rm {argument['made']}; exit' TERM; sleep 60 & wait"
+        half = f"trap 'sleep 0.3; rm {argument['made']}; exit' TERM; touch {argument['made']}; sleep 60 & wait"
         subprocess.run(["sh", "-c", half], check=False)
     if argument["how"] == "hang":
         time.sleep(60)
