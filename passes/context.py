@@ -44,6 +44,9 @@ class HostOnlyGraphError(Exception):
     transfer of values keeps in step. The message says which nodes."""
 
 
+ON_HOST = "the graph runs on the host in eager mode"
+"""What becomes of a graph that raised it."""
+
 SegmentCompiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 """From a segment and example inputs to a callable that takes the inputs and returns a sequence."""
 

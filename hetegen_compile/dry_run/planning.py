@@ -16,13 +16,14 @@ from hetegen_compile.calibration.runner import EMULATED_PRESET
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.dry_run.fakes import Fakes
 from hetegen_compile.dry_run.trace import TracedGraph, trace
+from hetegen_compile.errors import UnsupportedModelError
 from hetegen_compile.geometry import storage_id
 from hetegen_compile.hardware import profile_for
 from hetegen_compile.heap import large_heap
 from hetegen_compile.options import Options, format_bytes, parse_options
 from hetegen_compile.passes.annotate_costs import annotate_costs
 from hetegen_compile.passes.claims import Claim
-from hetegen_compile.passes.context import SegmentCache, require
+from hetegen_compile.passes.context import ON_HOST, HostOnlyGraphError, SegmentCache, require
 from hetegen_compile.passes.plans import Residency
 from hetegen_compile.passes.predict_step import predict_step
 from hetegen_compile.pipeline import UNTIL_VERIFIED
@@ -200,7 +201,10 @@ def plan_graph(
         kind=DRY_RUN, device=torch.device("cpu"), budget_bytes=machine.budget_bytes - machine.reserved_bytes,
         resident=resident, host_memory=machine,
     )  # fmt: skip
-    base = planner.plan_bucket(sizes, target, graph.weights)
+    try:
+        base = planner.plan_bucket(sizes, target, graph.weights)
+    except HostOnlyGraphError as error:
+        raise UnsupportedModelError(f"there is nothing to plan: {ON_HOST}: {error}") from error
     resident.add(require(base.context.residency, "choose_residency"))
     return PlannedGraph(graph, base, planner, machine.options.split)
 

@@ -24,6 +24,7 @@ from hetegen_compile.dry_run.fakes import Fakes
 from hetegen_compile.errors import UnsupportedModelError
 from hetegen_compile.graph_inputs import as_int, model_weights, symbol_inputs
 from hetegen_compile.passes.capture import capture
+from hetegen_compile.passes.context import ON_HOST, HostOnlyGraphError
 from hetegen_compile.passes.lift_parts import lift_parts, with_parts
 from hetegen_compile.planning.planned import Sizes
 
@@ -87,6 +88,8 @@ def trace(model: nn.Module, fakes: Fakes, args: Sequence[Any], kwargs: Mapping[s
             errors.append(_needs_values(error))
         except BackendCompilerFailed as error:
             errors.append(error.inner_exception)
+    if errors and isinstance(errors[0], HostOnlyGraphError):
+        raise UnsupportedModelError(f"there is nothing to plan: {ON_HOST}: {errors[0]}") from errors[0]
     if errors:
         raise errors[0]
     if not graphs:

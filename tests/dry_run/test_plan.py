@@ -219,3 +219,22 @@ def test_the_backend_names_plan_for_weights_on_meta() -> None:
     compiled = torch.compile(Blocks(broken=False), backend="hetegen", options={"hardware": "a10-xeon"})
     with torch.no_grad(), pytest.raises(UnsupportedModelError, match="hetegen_compile.plan"):
         compiled(torch.empty(3, 256, device="meta"))
+
+
+class WritesAtRandom(nn.Module):
+    """Nothing keeps the two sides in step of what it writes, so it runs on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+        self.register_buffer("noise", torch.zeros(64, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.linear(x) + x @ self.noise.normal_()  # type: ignore[operator]
+        return result
+
+
+def test_of_what_runs_on_the_host_as_it_is_there_is_no_plan() -> None:
+    told = "there is nothing to plan: the graph runs on the host in eager mode: .*normal_"
+    with pytest.raises(UnsupportedModelError, match=told):
+        hetegen_compile.plan(WritesAtRandom().eval(), torch.randn(2, 64), options={"hardware": "a10-xeon"})
