@@ -13,6 +13,7 @@ import torch
 
 from hetegen_compile.accelerators import Accelerator, Counters, Op
 from hetegen_compile.accelerators.base import NOTHING_KNOWN, Slot, StepFacts, Token, Transfer, Value
+from hetegen_compile.geometry import storage_id
 from hetegen_compile.rows import Span
 
 
@@ -35,6 +36,10 @@ class NullAccelerator(Accelerator):
         """The value."""
         result: torch.Tensor = value
         return result
+
+    def share_memory(self, one: Value, other: Value) -> bool:
+        """As host tensors do."""
+        return storage_id(one) == storage_id(other)
 
     def limit_memory(self, nbytes: int) -> None:
         """Nothing is counted."""

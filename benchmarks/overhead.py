@@ -123,6 +123,7 @@ class NullBackend:
             open_runtime=lambda: self._runtime,
         )  # fmt: skip
         self.seconds += time.perf_counter() - started
+        assert isinstance(graph, CompiledGraph)
         self.graphs.append(graph)
 
         def call(*inputs: Any) -> Any:

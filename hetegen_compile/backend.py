@@ -25,12 +25,13 @@ from hetegen_compile.errors import (
     OptionError,
     chain_of,
     drop_frames,
+    first_line,
 )
 from hetegen_compile.graph_inputs import model_weights
 from hetegen_compile.hardware import profile_for
 from hetegen_compile.heap import large_heap
 from hetegen_compile.options import Options, parse_options
-from hetegen_compile.passes.capture import capture
+from hetegen_compile.passes.capture import capture, other_layout
 from hetegen_compile.passes.context import HostOnlyGraphError, SegmentCompiler
 from hetegen_compile.passes.lift_parts import lift_parts
 from hetegen_compile.passes.tensors import tensors_in
@@ -84,7 +85,7 @@ def make_backend(compiler: Callable[[FakeTensorMode], SegmentCompiler]) -> Backe
             if mode is not None:  # torch hands over any but "default"
                 raise OptionError(f"mode={mode!r} is Inductor's: leave it out; hetegen is tuned by options={{...}}")
             parsed = parse_options(options)
-            graph: CompiledGraph | HostGraph = _compile(module, inputs, parsed, compiler)
+            graph = _compile(module, inputs, parsed, compiler)
         except HostOnlyGraphError as why:
             graph = HostGraph(module, parsed, str(why))
         except TensorifyScalarRestartAnalysis:
@@ -118,7 +119,7 @@ def _compile(
     inputs: Sequence[Any],
     options: Options,
     compiler: Callable[[FakeTensorMode], SegmentCompiler],
-) -> CompiledGraph:
+) -> CompiledGraph | HostGraph:
     _refuse_gradients(module)
     uses_cuda(options.accelerator, pace=options.pace, seed=options.seed)  # what is wrong is told before measuring
     profile = profile_for(options)
@@ -134,20 +135,34 @@ def compile_graph(
     options: Options,
     profile: HardwareProfile,
     open_runtime: Callable[[], Runtime],
-) -> CompiledGraph:
-    """A callable for one of Dynamo's graphs, planned for ``inputs``, on the runtime that ``open_runtime`` gives."""
+) -> CompiledGraph | HostGraph:
+    """A callable for one of Dynamo's graphs, planned for ``inputs``, on the runtime that ``open_runtime`` gives.
+
+    A graph that makes nested or sparse tensors on the way runs on the host if it cannot be compiled.
+    """
+    strange = other_layout(module.graph.nodes)
+    untouched = None if strange is None else _as_it_is(module)
     with large_heap():
-        mode = capture(module, inputs)
-        lifted, parts = lift_parts(module, inputs, model_weights(module, inputs), mode)
-        return CompiledGraph(
-            lifted,
-            inputs,
-            options=options,
-            profile=profile,
-            open_runtime=open_runtime,
-            compile_segment=compiler(mode),
-            parts=parts,
-        )
+        try:
+            mode = capture(module, inputs)
+            lifted, parts = lift_parts(module, inputs, model_weights(module, inputs), mode)
+            return CompiledGraph(
+                lifted, inputs, options=options, profile=profile, open_runtime=open_runtime,
+                compile_segment=compiler(mode), parts=parts,
+            )  # fmt: skip
+        except (HetegenError, HostOnlyGraphError, TensorifyScalarRestartAnalysis):
+            raise
+        except Exception as error:
+            if untouched is None:
+                raise
+            return HostGraph(untouched, options, f"{strange}, and it could not be compiled: {first_line(error)}")
+
+
+def _as_it_is(module: fx.GraphModule) -> fx.GraphModule:
+    """A graph that stays as Dynamo handed it over, whatever is made of ``module``."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return fx.GraphModule(module, graph)
 
 
 def _ask_for_resets(backend: Backend) -> None:

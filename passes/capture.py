@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -109,7 +109,7 @@ def capture(module: fx.GraphModule, inputs: Sequence[Any]) -> FakeTensorMode:
 
     Raises:
         UnsupportedModelError: an input is on meta or on a device other than the CPU.
-        HostOnlyGraphError: it computes with nested or sparse tensors.
+        HostOnlyGraphError: it gets or returns nested or sparse tensors.
     """
     _refuse_other_layouts(module.graph)
     _drop_side_notes(module.graph)
@@ -128,11 +128,20 @@ def capture(module: fx.GraphModule, inputs: Sequence[Any]) -> FakeTensorMode:
 
 def _refuse_other_layouts(graph: fx.Graph) -> None:
     """What a copy to the accelerator, a slot or a mirror is of such a tensor, nothing here knows."""
-    for node in graph.nodes:
+    ends = [*graph.find_nodes(op="placeholder"), *graph.output_node().all_input_nodes]
+    told = other_layout(ends)
+    if told is not None:
+        raise HostOnlyGraphError(f"{told}, which cannot be offloaded")
+
+
+def other_layout(nodes: Iterable[fx.Node]) -> str | None:
+    """Which of the nodes of Dynamo's graph has a nested or sparse tensor, in words; None: none has."""
+    for node in nodes:
         for tensor in tensors_in(node.meta.get("example_value")):
             if tensor.layout != torch.strided:
-                name, kind = source_name(node) or node.name, str(tensor.layout).removeprefix("torch.")
-                raise HostOnlyGraphError(f"{name} is a tensor with the layout {kind}, which cannot be offloaded")
+                kind = str(tensor.layout).removeprefix("torch.")
+                return f"{source_name(node) or node.name} is a tensor with the layout {kind}"
+    return None
 
 
 def _propagate_appending(module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> None:

@@ -26,7 +26,7 @@ from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.annotate_costs import linear_cost, value_bytes
 from hetegen_compile.passes.caches import caches_grow
 from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, forced_split, table_only
-from hetegen_compile.passes.claims import Claim
+from hetegen_compile.passes.claims import Claim, Way, way_of, weighed
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.plans import (
     BATCHES,
@@ -117,15 +117,14 @@ class _Sharing:
             found = self._residency(claims, first_rows, shared_ring, budget, whole=True)
             return self._with_tables(found, left)
         ring = self._ring_bytes(self._left_for_linears(free - beyond))
-        orders = self._ordered(claims, free - ring - beyond, ring)
-        claims = orders[min(self._context.residency_order, len(orders) - 1)]
+        claims, ways = self._ordered(claims, free - ring - beyond, ring)
         first_rows = residency_shares([*others, claims], free - ring - beyond)
         while idle := self._without_use(first_rows, ring):
             claims = tuple(claim for claim in claims if claim.key not in idle)
             first_rows = residency_shares([*others, claims], free - ring - beyond)
         held = sum((c.rows - first_rows.get(c.key, c.rows)) * c.row_bytes for c in claims)
         found = self._residency(claims, first_rows, ring, {**fixed, RING: ring, RESIDENT: held})
-        return replace(found, orders=len(orders))
+        return replace(found, ways=ways)
 
     def _without_use(self, first_rows: Mapping[Hashable, int], ring: int) -> set[Hashable]:
         """Weights that would be resident and are read on the host only, together with one that is not."""
@@ -146,19 +145,17 @@ class _Sharing:
         left = free - sum(value_bytes(node, self._context) for node in self._others)
         return left if left >= self._smallest else free
 
-    def _ordered(self, claims: tuple[Claim, ...], free: int, ring: int) -> list[tuple[Claim, ...]]:
-        """The claims, some rows of Linears before others' where the step is shorter with them; then other orders.
-
-        Those that are taken in the place of the first are ``weighed``: they count before what other graphs estimate.
-        """
+    def _ordered(self, claims: tuple[Claim, ...], free: int, ring: int) -> tuple[tuple[Claim, ...], tuple[Way, ...]]:
+        """The claims, some rows of Linears before others' where the step is shorter with them, and other ways."""
         before = tuple(claim for claim in claims if claim.rank == BEFORE_LINEARS)
         work = [self._linear_work(node) for node in self._module.graph.nodes if node.target == LINEAR]
         typical = _typical([aligned(value_bytes(weight, self._context)) for weight in self._weights])
         rest = tuple(claim for claim in claims if claim.rank != BEFORE_LINEARS)
         ahead = ring - self._chunk_bytes(ring)
-        orders = ordered_claims(rest, work, free - _nbytes(before), ahead, typical, self._context.profile)
-        weighed = [[replace(claim, weighed=True) for claim in order] for order in orders[1:]]
-        return [(*before, *order) for order in (orders[0], *weighed)]
+        free -= _nbytes(before)
+        estimated, *others = ordered_claims(rest, work, free, ahead, typical, self._context.profile)
+        way = self._context.residency_way
+        return (*before, *(estimated if way is None else weighed(rest, way))), tuple(map(way_of, others))
 
     def _linear_work(self, linear: fx.Node) -> LinearWork:
         x: fx.Node = linear.args[0]  # type: ignore[assignment]

@@ -6,7 +6,7 @@ The protocols are all that the passes know about other graphs and about the host
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -42,6 +42,22 @@ class Claim:
     def nbytes(self) -> int:
         """Bytes of all rows that may be resident."""
         return (self.rows - self.first) * self.row_bytes
+
+
+Way = tuple[tuple[tuple[int, int], int], ...]
+"""A way of sharing out the memory: (rows, bytes of a row) of each kind of weight, and its ``kept_rows``."""
+
+
+def way_of(claims: Sequence[Claim]) -> Way:
+    """The way that the claims of Linears have."""
+    return tuple(sorted({(one.rows, one.row_bytes): one.kept_rows for one in claims if one.rank == 0}.items()))
+
+
+def weighed(claims: Sequence[Claim], way: Way) -> list[Claim]:
+    """The claims with the rows that a way keeps, which a simulated step was shorter with."""
+    kept = dict(way)
+    return [replace(one, kept_rows=0 if one.rank else kept.get((one.rows, one.row_bytes), 0), weighed=True)
+            for one in claims]  # fmt: skip
 
 
 class WeightKey(NamedTuple):

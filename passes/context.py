@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.options import Options
-from hetegen_compile.passes.claims import HostWeights, ResidentWeights
+from hetegen_compile.passes.claims import HostWeights, ResidentWeights, Way
 from hetegen_compile.passes.expressions import evaluate
 from hetegen_compile.passes.findings import Block, Costs, Effects, MemoryNeed, Prediction
 from hetegen_compile.passes.plans import UNFORESEEN, Placement, Residency, Splits
@@ -80,7 +80,7 @@ class Context:
         weights: the model's, by placeholder.
         segments: those compiled for other plans of the graph.
         activation_bytes: what a schedule of the same graph is known to need for activations; None: it is estimated.
-        residency_order: which of the ways of sharing out the memory is taken, best estimate first.
+        residency_way: how the memory for resident weights is shared out; None: as is estimated to be best.
         lean: the smallest ring and no resident weights.
         share_trips: whether Linears with the same input share a trip; else each has one of its own.
         largest: the sizes that the budget has room for; ``spare``: whether that includes room beyond the context and
@@ -108,7 +108,7 @@ class Context:
     refuse: Callable[[Refusal], None] = _no_runner
     refused: Mapping[str, tuple[Refusal, ...]] = field(default_factory=dict)
     activation_bytes: int | None = None
-    residency_order: int = 0
+    residency_way: Way | None = None
     lean: bool = False
     share_trips: bool = True
     largest: Mapping[sympy.Symbol, sympy.Integer] = field(default_factory=dict)

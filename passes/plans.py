@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import sympy
 from torch import fx
 
-from hetegen_compile.passes.claims import Claim
+from hetegen_compile.passes.claims import Claim, Way
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Residency:
         unsplit_bytes: of weights that cannot be split and are resident.
         tables: embedding tables that are mirrored, too, because everything fits: nothing is left to the host.
         staged_chunk_bytes: most bytes of a chunk of a weight that goes through the pinned ring.
-        orders: ways of sharing the memory out that there are (``Context.residency_order``).
+        ways: other ways of sharing out the memory (``Context.residency_way``), best estimate first.
     """
 
     weights: Mapping[str, int]
@@ -117,7 +117,7 @@ class Residency:
     unsplit_bytes: int = 0
     tables: frozenset[str] = frozenset()
     staged_chunk_bytes: int = STAGED_CHUNK_BYTES
-    orders: int = 1
+    ways: tuple[Way, ...] = ()
 
     @property
     def step_bytes(self) -> int:

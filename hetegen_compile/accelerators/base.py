@@ -194,6 +194,10 @@ class Accelerator(ABC):
         """Copy a device value down into a new ordinary host tensor; blocks until it is complete."""
 
     @abstractmethod
+    def share_memory(self, one: Value, other: Value) -> bool:
+        """Whether two values lie in one allocation; blocks until they are there if nobody knows before."""
+
+    @abstractmethod
     def limit_memory(self, nbytes: int) -> None:
         """Hold at most ``nbytes`` from now on, the ring included: what would exceed it is an AcceleratorMemoryError."""
 

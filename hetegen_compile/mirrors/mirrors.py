@@ -13,8 +13,8 @@ from torch import Tensor
 from hetegen_compile.accelerators.base import Accelerator, Value
 from hetegen_compile.geometry import storage_id
 from hetegen_compile.mirrors.fingerprints import Fingerprint
-from hetegen_compile.mirrors.identity import Geometry, covers_storage, geometry_of, lies_in_little
-from hetegen_compile.mirrors.record import Held, Record, held_bytes
+from hetegen_compile.mirrors.identity import Geometry, covers_storage, geometry_of
+from hetegen_compile.mirrors.record import Held, Memory, Record, held_bytes
 from hetegen_compile.mirrors.records import UNSEEN_WRITE, Records
 from hetegen_compile.mirrors.request import MIRRORS, WEIGHTS, Request
 from hetegen_compile.mirrors.returned import RETURNED
@@ -95,28 +95,34 @@ class Mirrors:
         """Make ``value`` the mirror of a host tensor that a step just returned with the same contents.
 
         Later views of a tensor that is all of its storage (a cache that was cropped) are views of ``value``. A
-        tensor that is a part (a sliding window of what was concatenated) is mirrored by itself. Parts with gaps that
-        one storage has several of (keys and values of one packed projection) share memory as they do there.
+        tensor that is a part (a sliding window of what was concatenated) is mirrored by itself; of several parts of one
+        storage (keys and values of one packed projection) those whose values share memory count it once.
         """
         if tensor.numel() == 0:
             return
         if category == MIRRORS and self._records.note_returned(tensor, value, self._step):
             return
         record, storage_bytes = self._record_of(tensor), int(tensor.untyped_storage().nbytes())
-        covers = covers_storage(tensor)
-        if covers and record.base is None:
+        if covers_storage(tensor) and record.base is None:
             self._records.most_bytes += storage_bytes
             record.base, record.base_bytes = value, tensor.nbytes
             held = Held(value, category, 0)
-        elif not covers and category == MIRRORS and lies_in_little(tensor):
-            memory = next((one.memory for one in record.held.values() if one.memory is not None), None)
-            self._records.most_bytes += storage_bytes if memory is None else 0
-            held = self._uploader.beside(memory, tensor, value, category)
         else:  # the value keeps its storage, as the tensor does
-            self._records.most_bytes += storage_bytes
-            held = Held(self._uploader.laid_out_as(tensor, value, category), category, storage_bytes)
+            laid_out = self._uploader.laid_out_as(tensor, value, category)
+            memory = self._memory_of(laid_out, record)
+            self._records.most_bytes += storage_bytes if memory is None else 0
+            held = Held(laid_out, category, storage_bytes if memory is None else 0, memory=memory)
         held = replace(held, name=RETURNED, fingerprint=first_bytes(tensor), used=self._step)
         record.held[geometry_of(tensor)] = held
+
+    def _memory_of(self, value: Value, record: Record) -> Memory | None:
+        """What a value shares with one that this step returned of the same storage; None: it has memory of its own."""
+        for other in record.held.values():
+            if other.apart and self._uploader.share_memory(value, other.value):
+                if other.memory is None:
+                    other.memory, other.nbytes = Memory(other.nbytes), 0
+                return other.memory
+        return None
 
     def _record_of(self, tensor: Tensor) -> Record:
         """The record of a storage that this step made: a new one, unless another view of it was returned, too."""

@@ -19,12 +19,8 @@ _MOST_VERSIONS = 256
 
 @dataclass(eq=False)
 class Memory:
-    """One allocation of the accelerator that several values lie in, as the host's tensors lie in their storage.
+    """One allocation of the accelerator that several values of a record lie in."""
 
-    It may lack what they do not show: nothing else is ever read of it.
-    """
-
-    value: Value
     nbytes: int
 
 

@@ -13,7 +13,7 @@ from hetegen_compile.accelerators.base import Accelerator, Op, Value
 from hetegen_compile.accelerators.geometry import span_bytes
 from hetegen_compile.mirrors.fingerprints import SAMPLE_BYTES, Fingerprint
 from hetegen_compile.mirrors.identity import covers_storage, geometry_of, lies_in_little
-from hetegen_compile.mirrors.record import Held, Memory, Record
+from hetegen_compile.mirrors.record import Held, Record
 from hetegen_compile.mirrors.request import MIRRORS, Request
 
 ALWAYS_WATCHED_BYTES = 1 << 16
@@ -36,28 +36,14 @@ class Uploader:
         """The tensor by itself."""
         return self._accelerator.upload(Op(request.name, category=request.category), request.tensor.detach())
 
+    def share_memory(self, one: Value, other: Value) -> bool:
+        """Whether two values lie in one allocation."""
+        return self._accelerator.share_memory(one, other)
+
     def laid_out_as(self, tensor: Tensor, value: Value, category: str) -> Value:
         """The value with the strides that the host's tensor has."""
         arguments = (value, tuple(tensor.shape), tuple(tensor.stride()))
         return self._accelerator.launch(Op("twin", category=category), _laid_out, arguments)
-
-    def beside(self, memory: Memory | None, tensor: Tensor, value: Value, category: str) -> Held:
-        """``value``, which has the contents of ``tensor``, in memory laid out as the tensor's storage.
-
-        ``memory`` is that of another part of the storage, None: there is none yet.
-        """
-        op, place = (
-            Op("twin", category=category),
-            (tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset()),
-        )
-        if memory is None:
-            nbytes = tensor.untyped_storage().nbytes()
-            elements = nbytes // tensor.element_size()
-            memory = Memory(self._accelerator.launch(op, _storage_around, (value, elements, place)), nbytes)
-        else:
-            self._accelerator.launch(op, _put, (memory.value, value, place), mutates=(0,))
-        view = self._accelerator.launch(op, _view, (memory.value, tensor.dtype, place))
-        return Held(view, category, 0, memory=memory)
 
     def _upload(self, record: Record, request: Request, step: int) -> Held:
         tensor, op = request.tensor.detach(), Op(request.name, category=request.category)
@@ -119,29 +105,12 @@ def _view(base: Tensor, dtype: torch.dtype, view: tuple[Any, ...]) -> Tensor:
     return same_type.as_strided(shape, stride, same_type.storage_offset() + offset)
 
 
-def _storage_around(value: Tensor, elements: int, place: tuple[Any, ...]) -> Tensor:
-    """A storage of so many elements in which the value lies at its place: its own, if that is so."""
-    storage = value.untyped_storage()
-    if _lies_at(value, place) and storage.nbytes() == elements * value.element_size():
-        return torch.empty(0, dtype=value.dtype, device=value.device).set_(storage)
-    return _put(torch.empty(elements, dtype=value.dtype, device=value.device), value, place)
-
-
-def _put(memory: Tensor, value: Tensor, place: tuple[Any, ...]) -> Tensor:
-    """``memory``, with the value at its place."""
-    here = _view(memory, value.dtype, place)
-    if not (_lies_at(value, place) and value.data_ptr() == here.data_ptr()):
-        here.copy_(value)
-    return memory
-
-
-def _lies_at(value: Tensor, place: tuple[Any, ...]) -> bool:
-    return (tuple(value.shape), value.stride(), value.storage_offset()) == place
-
-
 def _laid_out(value: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
     if value.stride() == stride:
         return value
+    told = zip(value.stride(), stride, shape, strict=True)
+    if tuple(value.shape) == shape and all(own == wanted or size == 1 for own, wanted, size in told):
+        return value.as_strided(shape, stride, value.storage_offset())
     return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device).copy_(value)
 
 

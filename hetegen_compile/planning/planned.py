@@ -85,17 +85,16 @@ class BucketPlan:
 
     def trials(self) -> Trials:
         """Schedules to choose the split from. The first caller gets those that were measured, later ones get none."""
-        if self.balanced:
-            return self.balanced[0].trials
         found = Trials(self.module, self.measured)
         self.measured.clear()
         return found
 
     def take_balanced(self, context: Context) -> Balanced | None:
-        """What was found for this context, for the first caller."""
+        """What was found, for the first caller, if that asks for this context: its schedules are for one plan only."""
+        found = self.balanced.pop() if self.balanced else None
         wanted = context.options, context.cannot_issue_ahead, context.sizes
         known = self.context.options, self.context.cannot_issue_ahead, self.context.sizes
-        return self.balanced.pop() if self.balanced and wanted == known else None
+        return found if wanted == known else None
 
 
 class Graphs(NamedTuple):

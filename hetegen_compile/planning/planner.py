@@ -78,7 +78,7 @@ class Planner:
         first = self._decided(context, target.kind, None)
         return weighed(
             first,
-            lambda order: self._decided(replace(context, residency_order=order), target.kind, None),
+            lambda way: self._decided(replace(context, residency_way=way), target.kind, None),
         )
 
     def decide_again(self, base: BucketPlan, sizes: Sizes, target: Target, weights: Mapping[str, Tensor]) -> BucketPlan:
@@ -122,8 +122,11 @@ class Planner:
         of the options.
         """
         context = replace(base.context, options=replace(self._with(issue_ahead), split=split))
-        trials = base.trials() if trials is None else trials
         balanced = base.take_balanced(context)
+        if balanced is not None and trials is not None:
+            trials.adopt(balanced.trials)
+        if trials is None:
+            trials = base.trials() if balanced is None else balanced.trials
         module, done = _finished(base.module, context, stages, trials, balanced)
         if _excess_bytes(done) > 0 and issues_ahead(context):
             module, done = _finished(base.module, replace(context, cannot_issue_ahead=NO_ROOM_AHEAD), stages, trials)

@@ -72,6 +72,11 @@ class Trials:
             return trial.prediction
         return predict_step(trial.module, replace(trial.context, sizes=context.sizes))
 
+    def adopt(self, other: Trials) -> None:
+        """Take what another one has made of the same module, which nobody will ask any more."""
+        self._best, self._kept = other._best, [*other._kept]
+        self._measured += other._measured
+
     def finish(self, context: Context, splits: Splits, stages: Sequence[Stage]) -> tuple[fx.GraphModule, Context]:
         """The schedule with these rows, through those of ``stages`` that a simulation has no need of, too.
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from hetegen_compile.errors import BudgetError
+from hetegen_compile.passes.claims import Way
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.planning.balance import balanced_splits, is_varied
 from hetegen_compile.planning.floor import floor_s
@@ -29,12 +30,12 @@ _SHORTER = 0.995
 """Times the first step: less than that is not worth another graph's residency."""
 
 
-def weighed(first: BucketPlan, another: Callable[[int], BucketPlan]) -> BucketPlan:
-    """``first``, or the plan with another order of residency whose simulated step is shorter.
+def weighed(first: BucketPlan, another: Callable[[Way], BucketPlan]) -> BucketPlan:
+    """``first``, or the plan with another residency whose simulated step is shorter.
 
     Args:
-        first: the plan with the first order.
-        another: makes the plan with the order of a number from 1 on; BudgetError: it has no room for its schedule.
+        first: the plan with the residency that is estimated to be best.
+        another: makes the plan with another way of it; BudgetError: it has no room for its schedule.
     """
     if not _is_asked(first.context):
         return first
@@ -42,15 +43,14 @@ def weighed(first: BucketPlan, another: Callable[[int], BucketPlan]) -> BucketPl
     if best.step_s < _FAR * floor_s(first.module, first.context):
         return replace(first, balanced=[best])
     chosen = first
-    orders = require(first.context.residency, "choose_residency").orders
-    for order in range(1, min(orders, 1 + _MOST)):
+    for way in require(first.context.residency, "choose_residency").ways[:_MOST]:
         try:
-            other = another(order)
+            other = another(way)
         except BudgetError:
             continue
         found = _balanced(other)
         if found.step_s < _SHORTER * best.step_s:
-            logger.debug("residency of order %d: a step of %.3g instead of %.3g s", order, found.step_s, best.step_s)
+            logger.debug("other weights stay: a step of %.3g instead of %.3g s", found.step_s, best.step_s)
             best, chosen = found, other
     return replace(chosen, balanced=[best])
 
@@ -60,9 +60,10 @@ def _is_asked(context: Context) -> bool:
     graph of the model has been weighed. (A prompt is one step of many, and decode steps will follow its order.)"""
     decodes = is_varied(context) and context.tokens_per_sequence <= 1
     free = decodes and context.options.split == "auto" and not context.lean
-    several = require(context.residency, "choose_residency").orders > 1
-    others = (claim for graph in context.resident.claims() for claim in graph)
-    return free and several and not any(claim.weighed for claim in others)
+    residency = require(context.residency, "choose_residency")
+    keys = {claim.key for claim in residency.claims}
+    related = (graph for graph in context.resident.claims() if any(claim.key in keys for claim in graph))
+    return free and bool(residency.ways) and not any(claim.weighed for graph in related for claim in graph)
 
 
 def _balanced(plan: BucketPlan) -> Balanced:

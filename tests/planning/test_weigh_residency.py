@@ -6,18 +6,20 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
+import torch
 from torch import fx
 
 from benchmarks.schedule_quality import Work
 from hetegen_compile.cost_model import HardwareProfile, load_profile
 from hetegen_compile.errors import BudgetError
-from hetegen_compile.passes.claims import Claim
+from hetegen_compile.passes.claims import Claim, NothingResident, Way, way_of
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.plans import Splits
 from hetegen_compile.passes.residency_shares import residency_shares
+from hetegen_compile.pipeline import UNTIL_VERIFIED
 from hetegen_compile.planning import weigh_residency
 from hetegen_compile.planning.balance import balanced_splits
-from hetegen_compile.planning.planned import BucketPlan, Split
+from hetegen_compile.planning.planned import DRY_RUN, BucketPlan, Split, Target
 from hetegen_compile.planning.planner import Planner
 from hetegen_compile.planning.trials import Trials
 from tests.benchmarks.shapes import config
@@ -37,8 +39,8 @@ def busy_thread() -> HardwareProfile:
     return replace(profile, accelerator=accelerator, fixed_s_per_split=5e-5)
 
 
-def orders_of(plan: BucketPlan) -> int:
-    return require(plan.context.residency, "choose_residency").orders
+def ways_of(plan: BucketPlan) -> tuple[Way, ...]:
+    return require(plan.context.residency, "choose_residency").ways
 
 
 def chosen(monkeypatch: pytest.MonkeyPatch, most: int, far: float = 1.0) -> tuple[BucketPlan, float]:
@@ -51,28 +53,27 @@ def chosen(monkeypatch: pytest.MonkeyPatch, most: int, far: float = 1.0) -> tupl
 def test_the_step_is_the_shortest_of_the_orders_that_are_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     first, first_s = chosen(monkeypatch, most=0)
     weighed, weighed_s = chosen(monkeypatch, most=3)
-    assert orders_of(first) > 1
-    assert first.context.residency_order == 0
-    assert weighed.context.residency_order > 0
+    assert first.context.residency_way is None
+    assert weighed.context.residency_way in ways_of(first)[:3]
     assert weighed_s < 0.99 * first_s
     claims = require(weighed.context.residency, "choose_residency").claims
     assert all(claim.weighed for claim in claims if claim.rank == 0), "other graphs of the model follow"
 
 
 def test_a_step_near_its_floor_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    decided: list[int] = []
+    decided: list[Way | None] = []
     decide = Planner._decided
 
     def counted(self: Planner, context: object, *more: object) -> BucketPlan:
-        decided.append(context.residency_order)  # type: ignore[attr-defined]
+        decided.append(context.residency_way)  # type: ignore[attr-defined]
         return decide(self, context, *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Planner, "_decided", counted)
     base, _ = chosen(monkeypatch, most=3, far=1e9)
-    assert base.context.residency_order == 0
-    assert set(decided) == {0}
+    assert base.context.residency_way is None
+    assert set(decided) == {None}
     chosen(monkeypatch, most=3)
-    assert set(decided) == {0, 1, 2, 3}
+    assert set(decided) == {None, *ways_of(base)[:3]}
 
 
 def test_what_was_found_is_not_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,11 +91,47 @@ def test_what_was_found_is_not_searched_again(monkeypatch: pytest.MonkeyPatch) -
 def test_an_order_without_room_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     base, _ = chosen(monkeypatch, most=0)
 
-    def none(order: int) -> BucketPlan:
+    def none(way: Way) -> BucketPlan:
         raise BudgetError("no room")
 
     monkeypatch.setattr(weigh_residency, "_MOST", 3)
     assert weigh_residency.weighed(base, none).context is base.context
+
+
+def test_a_way_means_the_same_with_other_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is decided again keeps as many rows of each kind before others; it is no number in another list."""
+    weighed, _ = chosen(monkeypatch, most=3)
+    way = weighed.context.residency_way
+    assert way is not None
+    planner = work()._planner(busy_thread(), "auto")
+    target = Target(
+        DRY_RUN, torch.device("cpu"), int(0.9 * weighed.context.budget_bytes), weighed.context.resident,
+        host_memory=weighed.context.host_memory,
+    )  # fmt: skip
+    again = planner.decide_again(weighed, work().sizes, target, work().graph.weights)
+    claims = require(again.context.residency, "choose_residency").claims
+    assert way_of(claims) == way
+    assert all(claim.weighed for claim in claims if claim.rank == 0)
+
+
+def test_another_models_weighed_claims_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign = Claim("foreign", 64, 0, 1024, 1.0, weighed=True)
+    monkeypatch.setattr(NothingResident, "claims", lambda self: [[foreign]])
+    base, _ = chosen(monkeypatch, most=3)
+    assert base.context.residency_way is not None
+
+
+@pytest.mark.parametrize("first", [0.0, 1.0])
+def test_a_split_that_is_asked_for_first_leaves_the_schedules_to_the_others(
+    first: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, _ = chosen(monkeypatch, most=3)
+    planner, base = work()._planner(busy_thread(), "auto"), work().base(busy_thread(), 0.6)
+    assert base.balanced
+    planner.plan_split(base, first, UNTIL_VERIFIED)
+    assert not base.balanced
+    step = planner.plan_split(base, "auto", UNTIL_VERIFIED)
+    assert step.schedule.predicted_step_s <= planner.plan_split(base, first, UNTIL_VERIFIED).schedule.predicted_step_s
 
 
 def test_a_weighed_order_counts_before_an_estimated_one() -> None:

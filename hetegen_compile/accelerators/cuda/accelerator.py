@@ -42,6 +42,7 @@ from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
 from hetegen_compile.accelerators.promises import Promise
 from hetegen_compile.accelerators.ring import Slot
 from hetegen_compile.errors import AcceleratorError, ScheduleError
+from hetegen_compile.geometry import storage_id
 from hetegen_compile.rows import Span
 
 
@@ -124,6 +125,9 @@ class CudaAccelerator(Accelerator):
             copy_span(result, value)
         self._ledger.downloaded(op.category, span_bytes(value))
         return result
+
+    def share_memory(self, one: Value, other: Value) -> bool:
+        return storage_id(one) == storage_id(other)
 
     def limit_memory(self, nbytes: int) -> None:
         self._ledger.limit_bytes = nbytes

@@ -42,6 +42,7 @@ from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
 from hetegen_compile.accelerators.modes import Modes
 from hetegen_compile.accelerators.ring import Slot
 from hetegen_compile.errors import ScheduleError
+from hetegen_compile.geometry import storage_id
 from hetegen_compile.rows import Span
 
 OUT_OF_MEMORY = 2
@@ -121,6 +122,11 @@ class EmulatedAccelerator(Accelerator):
     def download(self, op: Op, value: Value) -> torch.Tensor:
         result: torch.Tensor = self.wait_host(Op(op.name), self.to_host(op, value))
         return result
+
+    def share_memory(self, one: Value, other: Value) -> bool:
+        self._engine.check_usable()
+        self._engine.marker(COMPUTE, Op("where values lie")).wait()
+        return storage_id(one.tensor()) == storage_id(other.tensor())
 
     def limit_memory(self, nbytes: int) -> None:
         self._ledger.limit_bytes = nbytes
