@@ -15,7 +15,7 @@ from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.errors import BudgetError, drop_frames
 from hetegen_compile.memory_remedies import with_remedies
 from hetegen_compile.options import Options
-from hetegen_compile.passes.context import HostOnlyGraphError, Refusal, SegmentCache, SegmentCompiler
+from hetegen_compile.passes.context import ON_HOST, HostOnlyGraphError, Refusal, SegmentCache, SegmentCompiler
 from hetegen_compile.passes.lift_parts import WeightPart, with_parts
 from hetegen_compile.planning.planned import Sizes
 from hetegen_compile.reports.schedule import Schedule, register
@@ -215,7 +215,7 @@ class HostGraph:
 def _told_on_host(options: Options, reason: str) -> Schedule:
     """The schedule of a graph that runs on the host, registered, with a warning; ``schedules()`` has it while it is
     held."""
-    refusal = Refusal("the whole graph", f"runs on the host in eager mode: {reason}")
+    refusal = Refusal("the whole graph", f"{ON_HOST}: {reason}")
     logger.warning("%s %s", refusal.where, refusal.reason)
     schedule = Schedule(
         title="hetegen: not offloaded, on the host in eager mode", tokens=(1, None), split=options.split, rows=(),

@@ -26,7 +26,7 @@ from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.annotate_costs import linear_cost, value_bytes
 from hetegen_compile.passes.caches import caches_grow
 from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, forced_split, table_only
-from hetegen_compile.passes.claims import Claim, Way, way_of, weighed
+from hetegen_compile.passes.claims import Claim, Way, keeping, way_of
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.plans import (
     BATCHES,
@@ -146,16 +146,20 @@ class _Sharing:
         return left if left >= self._smallest else free
 
     def _ordered(self, claims: tuple[Claim, ...], free: int, ring: int) -> tuple[tuple[Claim, ...], tuple[Way, ...]]:
-        """The claims, some rows of Linears before others' where the step is shorter with them, and other ways."""
+        """The claims, some rows of Linears before others' where the step is shorter with them, and other ways.
+
+        Where a way has been chosen: with that, and no others.
+        """
         before = tuple(claim for claim in claims if claim.rank == BEFORE_LINEARS)
+        rest = tuple(claim for claim in claims if claim.rank != BEFORE_LINEARS)
+        if self._context.residency_way is not None:
+            return (*before, *keeping(rest, self._context.residency_way)), ()
         work = [self._linear_work(node) for node in self._module.graph.nodes if node.target == LINEAR]
         typical = _typical([aligned(value_bytes(weight, self._context)) for weight in self._weights])
-        rest = tuple(claim for claim in claims if claim.rank != BEFORE_LINEARS)
         ahead = ring - self._chunk_bytes(ring)
         free -= _nbytes(before)
         estimated, *others = ordered_claims(rest, work, free, ahead, typical, self._context.profile)
-        way = self._context.residency_way
-        return (*before, *(estimated if way is None else weighed(rest, way))), tuple(map(way_of, others))
+        return (*before, *estimated), tuple(map(way_of, others))
 
     def _linear_work(self, linear: fx.Node) -> LinearWork:
         x: fx.Node = linear.args[0]  # type: ignore[assignment]

@@ -53,7 +53,7 @@ def way_of(claims: Sequence[Claim]) -> Way:
     return tuple(sorted({(one.rows, one.row_bytes): one.kept_rows for one in claims if one.rank == 0}.items()))
 
 
-def weighed(claims: Sequence[Claim], way: Way) -> list[Claim]:
+def keeping(claims: Sequence[Claim], way: Way) -> list[Claim]:
     """The claims with the rows that a way keeps, which a simulated step was shorter with."""
     kept = dict(way)
     return [replace(one, kept_rows=0 if one.rank else kept.get((one.rows, one.row_bytes), 0), weighed=True)

@@ -44,7 +44,7 @@ class HostOnlyGraphError(Exception):
     transfer of values keeps in step. The message says which nodes."""
 
 
-ON_HOST = "the graph runs on the host in eager mode"
+ON_HOST = "runs on the host in eager mode"
 """What becomes of a graph that raised it."""
 
 SegmentCompiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]

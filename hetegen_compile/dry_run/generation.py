@@ -78,13 +78,8 @@ def plan_generation(
         first = total([as_planned(one) for one in prefill])
     generated = batch * (new_tokens if named.generates else prompt)
     plan = GenerationPlan(
-        model=named.name,
-        hardware=machine.profile.name,
-        dtype=named.dtype,
-        prompt=prompt,
-        new_tokens=new_tokens if named.generates else 0,
-        batch=batch,
-        context=context,
+        model=named.name, hardware=machine.profile.name, dtype=named.dtype,
+        prompt=prompt, new_tokens=new_tokens if named.generates else 0, batch=batch, context=context,
         prefill=main_schedule(prefill),
         decode=main_schedule(decode) if decode else None,
         decode_step_s={tokens: time.step_s for tokens, time in times.items()},
@@ -97,11 +92,15 @@ def plan_generation(
         pinned_bytes=pinned_bytes([*prefill, *decode]),
         host_memory_bytes=machine.profile.host.memory_bytes,
         notes=_notes(named, machine, prompt + new_tokens, traced.windows),
-    )
+    )  # fmt: skip
     if (options or {}).get("print_schedule"):
-        for schedule in filter(None, (plan.prefill, plan.decode)):
-            print(schedule.table(unfold=machine.options.unfold), flush=True)
+        _print_tables(plan, unfold=machine.options.unfold)
     return plan
+
+
+def _print_tables(plan: GenerationPlan, *, unfold: bool) -> None:
+    for schedule in filter(None, (plan.prefill, plan.decode)):
+        print(schedule.table(unfold=unfold), flush=True)
 
 
 def _machine(options: Mapping[str, object] | None, prompt: int, new_tokens: int, batch: int) -> tuple[Machine, int]:

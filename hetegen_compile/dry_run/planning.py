@@ -15,15 +15,14 @@ from torch import Tensor, fx, nn
 from hetegen_compile.calibration.runner import EMULATED_PRESET
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.dry_run.fakes import Fakes
-from hetegen_compile.dry_run.trace import TracedGraph, trace
-from hetegen_compile.errors import UnsupportedModelError
+from hetegen_compile.dry_run.trace import TracedGraph, nothing_to_plan, trace
 from hetegen_compile.geometry import storage_id
 from hetegen_compile.hardware import profile_for
 from hetegen_compile.heap import large_heap
 from hetegen_compile.options import Options, format_bytes, parse_options
 from hetegen_compile.passes.annotate_costs import annotate_costs
 from hetegen_compile.passes.claims import Claim
-from hetegen_compile.passes.context import ON_HOST, HostOnlyGraphError, SegmentCache, require
+from hetegen_compile.passes.context import HostOnlyGraphError, SegmentCache, require
 from hetegen_compile.passes.plans import Residency
 from hetegen_compile.passes.predict_step import predict_step
 from hetegen_compile.pipeline import UNTIL_VERIFIED
@@ -204,7 +203,7 @@ def plan_graph(
     try:
         base = planner.plan_bucket(sizes, target, graph.weights)
     except HostOnlyGraphError as error:
-        raise UnsupportedModelError(f"there is nothing to plan: {ON_HOST}: {error}") from error
+        raise nothing_to_plan(error) from error
     resident.add(require(base.context.residency, "choose_residency"))
     return PlannedGraph(graph, base, planner, machine.options.split)
 

@@ -89,7 +89,7 @@ def trace(model: nn.Module, fakes: Fakes, args: Sequence[Any], kwargs: Mapping[s
         except BackendCompilerFailed as error:
             errors.append(error.inner_exception)
     if errors and isinstance(errors[0], HostOnlyGraphError):
-        raise UnsupportedModelError(f"there is nothing to plan: {ON_HOST}: {errors[0]}") from errors[0]
+        raise nothing_to_plan(errors[0]) from errors[0]
     if errors:
         raise errors[0]
     if not graphs:
@@ -98,6 +98,11 @@ def trace(model: nn.Module, fakes: Fakes, args: Sequence[Any], kwargs: Mapping[s
             "(nn.Linear, nn.Sequential) has to be inside a module of your own"
         )
     return TracedForward(graphs, result)
+
+
+def nothing_to_plan(reason: HostOnlyGraphError) -> UnsupportedModelError:
+    """The error of a plan for a graph that is not offloaded."""
+    return UnsupportedModelError(f"there is nothing to plan: the graph {ON_HOST}: {reason}")
 
 
 def _captured(module: fx.GraphModule, inputs: Sequence[Any]) -> TracedGraph:

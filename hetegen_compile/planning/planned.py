@@ -10,7 +10,6 @@ import sympy
 import torch
 from torch import fx
 
-from hetegen_compile.options import Options
 from hetegen_compile.passes.claims import HostWeights, ResidentWeights
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.plans import Splits
@@ -58,9 +57,8 @@ class Target:
 
 
 class Balanced(NamedTuple):
-    """Ways to split what is not resident, that of the shortest simulated step first, as they were found for options."""
+    """Ways to split what is not resident, that of the shortest simulated step first, and their schedules."""
 
-    options: Options
     splits: list[Splits]
     trials: Trials
     step_s: float

@@ -18,12 +18,12 @@ from hetegen_compile.graph_inputs import number, sequence_shape, sequence_symbol
 from hetegen_compile.options import Options, format_bytes
 from hetegen_compile.passes.context import Bucket, Context, Refusal, SegmentCache, require
 from hetegen_compile.passes.issue_ahead import NO_ROOM_AHEAD, issues_ahead
-from hetegen_compile.passes.plans import ACTIVATIONS
+from hetegen_compile.passes.plans import ACTIVATIONS, Splits
 from hetegen_compile.pipeline import ONCE_PER_SPLIT, Stage
 from hetegen_compile.planning.balance import balanced_splits
 from hetegen_compile.planning.buckets import bucket_of, largest_sizes
 from hetegen_compile.planning.plan_report import blocks_apart, linear_sites, report_on
-from hetegen_compile.planning.planned import Ahead, Balanced, BucketPlan, ScheduledStep, Sizes, Split, Target, Variant
+from hetegen_compile.planning.planned import Ahead, BucketPlan, ScheduledStep, Sizes, Split, Target, Variant
 from hetegen_compile.planning.size_limits import size_limits
 from hetegen_compile.planning.trials import Trials
 from hetegen_compile.planning.weigh_residency import weighed
@@ -76,10 +76,7 @@ class Planner:
             cannot_issue_ahead=target.cannot_issue_ahead,
         )
         first = self._decided(context, target.kind, None)
-        return weighed(
-            first,
-            lambda way: self._decided(replace(context, residency_way=way), target.kind, None),
-        )
+        return weighed(first, lambda way: self._decided(replace(context, residency_way=way), target.kind, None))
 
     def decide_again(self, base: BucketPlan, sizes: Sizes, target: Target, weights: Mapping[str, Tensor]) -> BucketPlan:
         """The same plan with what stays on the accelerator decided again: the target or the sizes have changed.
@@ -122,12 +119,11 @@ class Planner:
         of the options.
         """
         context = replace(base.context, options=replace(self._with(issue_ahead), split=split))
+        trials = base.trials() if trials is None else trials
         balanced = base.take_balanced(context)
-        if balanced is not None and trials is not None:
+        if balanced is not None:
             trials.adopt(balanced.trials)
-        if trials is None:
-            trials = base.trials() if balanced is None else balanced.trials
-        module, done = _finished(base.module, context, stages, trials, balanced)
+        module, done = _finished(base.module, context, stages, trials, None if balanced is None else balanced.splits)
         if _excess_bytes(done) > 0 and issues_ahead(context):
             module, done = _finished(base.module, replace(context, cannot_issue_ahead=NO_ROOM_AHEAD), stages, trials)
         done = done.refusing("blocks apart", blocks_apart(done))
@@ -165,10 +161,10 @@ class Planner:
 
 def _finished(
     module: fx.GraphModule, context: Context, stages: tuple[Stage, ...], trials: Trials,
-    balanced: Balanced | None = None,
+    balanced: list[Splits] | None = None,
 ) -> tuple[fx.GraphModule, Context]:  # fmt: skip
     """The schedule of the context's split; with ``split="auto"`` the shortest of those tried that has room."""
-    best, *others = balanced_splits(module, context, trials) if balanced is None else balanced.splits
+    best, *others = balanced_splits(module, context, trials) if balanced is None else balanced
     scheduled, done = trials.finish(context, best, stages)
     tried, excess = [best], _excess_bytes(done)
     for splits in others:

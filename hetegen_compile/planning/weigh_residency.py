@@ -70,7 +70,7 @@ def _balanced(plan: BucketPlan) -> Balanced:
     """The ways to split what is not resident, by their simulated steps."""
     trials = plan.trials()
     splits = balanced_splits(plan.module, plan.context, trials)
-    return Balanced(plan.context.options, splits, trials, trials.step_s(plan.context, splits[0]))
+    return Balanced(splits, trials, trials.step_s(plan.context, splits[0]))
 
 
 __all__ = ["weighed"]
