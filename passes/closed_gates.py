@@ -38,12 +38,15 @@ _NOT_ISSUED = (ir.MIRROR, ir.RESIDENT, operator.getitem)
 
 def bound_launches(module: fx.GraphModule, context: Context) -> None:
     """Let the issuing thread catch up wherever too much would lie behind a gate, or something that is new each time."""
-    gates = _ClosedGates()
+    gates, symbols = _ClosedGates(), _Symbols()
     known = frozenset(size_inputs(module.graph)) - context.lengths
+
+    def is_new(node: fx.Node) -> bool:
+        return node.target == ir.PARTIAL_GROUPED or not symbols.around(node) <= known
+
     for node in module.graph.nodes:
         launches = launches_of(node, module)
-        new = node.target == ir.PARTIAL_GROUPED or bool(_symbols(node) - known)
-        if gates.last is not None and launches and (gates.most + launches > LAUNCHES or new):
+        if gates.last is not None and launches and (gates.most + launches > LAUNCHES or is_new(node)):
             with module.graph.inserting_before(node):
                 annotate(ir.call(module.graph, ir.CAUGHT_UP, (gates.last,)), side="host")
             gates.open(gates.last)
@@ -52,11 +55,11 @@ def bound_launches(module: fx.GraphModule, context: Context) -> None:
 
 def sizes_behind_gates(module: fx.GraphModule) -> frozenset[sympy.Symbol]:
     """The sizes that what is issued behind gates depends on: as long as these are the same, nothing of it is new."""
-    gates, found = _ClosedGates(), set[sympy.Symbol]()
+    gates, symbols, found = _ClosedGates(), _Symbols(), set[sympy.Symbol]()
     for node in module.graph.nodes:
         launches = launches_of(node, module)
         if launches and gates.last is not None:
-            found |= _symbols(node)
+            found |= symbols.around(node)
         gates.passes(node, launches)
     return frozenset(found)
 
@@ -94,12 +97,22 @@ class _ClosedGates:
             self.open(node.all_input_nodes[0])
 
 
-def _symbols(node: fx.Node) -> set[sympy.Symbol]:
-    """The symbols in the sizes that a node reads and makes."""
-    values = [info(one).value for one in (node, *node.all_input_nodes)]
-    leaves = [leaf for value in values for leaf in pytree.tree_leaves(value)]
-    numbers = symbols_in(leaf for leaf in leaves if isinstance(leaf, py_sym_types))
-    return numbers.union(*(symbols_of(leaf) for leaf in leaves if isinstance(leaf, Tensor)))
+class _Symbols:
+    """The symbols in the sizes of a graph's values, each looked through once: a segment's many readers ask again."""
+
+    def __init__(self) -> None:
+        self._found: dict[fx.Node, set[sympy.Symbol]] = {}
+
+    def around(self, node: fx.Node) -> set[sympy.Symbol]:
+        """The symbols in the sizes that a node reads and makes."""
+        return set[sympy.Symbol]().union(*map(self._of, (node, *node.all_input_nodes)))
+
+    def _of(self, node: fx.Node) -> set[sympy.Symbol]:
+        if node not in self._found:
+            leaves = pytree.tree_leaves(info(node).value)
+            numbers = symbols_in(leaf for leaf in leaves if isinstance(leaf, py_sym_types))
+            self._found[node] = numbers.union(*(symbols_of(leaf) for leaf in leaves if isinstance(leaf, Tensor)))
+        return self._found[node]
 
 
 def launches_of(node: fx.Node, module: fx.GraphModule) -> int:

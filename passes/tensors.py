@@ -61,7 +61,7 @@ def held_bytes(tensor: Tensor) -> sympy.Expr:
 
 def symbols_in(sizes: Iterable[Any]) -> set[sympy.Symbol]:
     """The symbols in numbers and SymInts."""
-    return set[sympy.Symbol]().union(*(to_expr(size).free_symbols for size in sizes))
+    return set[sympy.Symbol]().union(*(to_expr(size).free_symbols for size in sizes if type(size) is not int))
 
 
 def symbols_of(tensor: Tensor) -> set[sympy.Symbol]:
