@@ -95,6 +95,8 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=16, help="tokens to generate (default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", help="type of the weights (default: %(default)s)")
+    cache = "of keys and values: dynamic as generate has it by itself, or static (default: %(default)s)"
+    parser.add_argument("--cache", default="dynamic", help=cache)
     parser.add_argument("--pace", type=float, help="emulated only: lanes take the profile's seconds times this")
     parser.add_argument("--json", action="store_true", help="print all figures as JSON instead of text")
     parser.set_defaults(run=_bench)
@@ -130,7 +132,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     names = ("accelerator", "hardware", "gpu_memory", "pace")
     options = {name: getattr(arguments, name) for name in names} | {"print_schedule": False}
     prompt, new_tokens = arguments.prompt, arguments.new_tokens
-    found = bench(arguments.model, dtype=arguments.dtype, prompt=prompt, new_tokens=new_tokens, options=options)
+    found = bench(
+        arguments.model, dtype=arguments.dtype, prompt=prompt, new_tokens=new_tokens, options=options,
+        cache=arguments.cache,
+    )  # fmt: skip
     if arguments.json:
         print(json.dumps(bench_json(found, prompt=prompt), indent=2))
     else:

@@ -20,6 +20,7 @@ from benchmarks.compare.job import HETEGEN, Job, Row
 from benchmarks.compare.report import at_limit, best_peer, tables
 from benchmarks.compare.ways import EMULATED, LIMITED, WAYS
 from benchmarks.random_models import DTYPES, SHAPES, weight_bytes_of
+from hetegen_compile.bench.timing import CACHES
 from hetegen_compile.calibration import this_machine
 from hetegen_compile.options import format_bytes, parse_bytes
 
@@ -55,7 +56,9 @@ def jobs_of(arguments: argparse.Namespace) -> list[Job]:
     emulated = arguments.accelerator == "emulated"
     ways = [way for way in WAYS if way in arguments.ways and not (emulated and way != HETEGEN)]
     plain = vars(arguments)
-    common = {name: plain[name] for name in ("shape", "dtype", "prompt", "new_tokens", "threads", "accelerator")}
+    common = {
+        name: plain[name] for name in ("shape", "dtype", "prompt", "new_tokens", "threads", "accelerator", "cache")
+    }
     common |= {"hardware": arguments.hardware, "step_s": arguments.step_s}
     jobs = []
     for way in ways:
@@ -92,7 +95,7 @@ def heading(arguments: argparse.Namespace) -> dict[str, Any]:
         "hardware": hardware,
         "what": (
             f"{arguments.shape}, {arguments.dtype}, {format_bytes(nbytes)} of random weights, batch 1, greedy, "
-            f"prompt {arguments.prompt}, {arguments.new_tokens} new tokens"
+            f"prompt {arguments.prompt}, {arguments.new_tokens} new tokens, {arguments.cache} cache (peers: dynamic)"
         ),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "date": str(datetime.date.today()),
@@ -117,6 +120,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         help="new tokens of ways that are not hetegen's, which may be slow (default: as many)",
     )
+    cache = "of keys and values under hetegen and Inductor, peers have the dynamic one (default: %(default)s)"
+    add("--cache", default="static", choices=CACHES, help=cache)
     add("--accelerator", default="auto", choices=["auto", "cuda", "emulated"])
     add("--hardware", default=None, help="profile; default: calibrated on CUDA, a10-xeon where emulated")
     add("--step-s", type=float, default=0.5, help="emulated: seconds of a paced decode step (default: %(default)s)")

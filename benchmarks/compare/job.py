@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from hetegen_compile.bench.timing import Cache
 from hetegen_compile.options import format_bytes
 
 HETEGEN, STREAMED, HOST_ROWS = "hetegen", "all streamed", "host rows"
@@ -26,6 +27,7 @@ class Job:
         threads: of torch on the host; None: torch's default.
         accelerator: "cuda" or "emulated".
         hardware: profile of hetegen's cost model.
+        cache: of keys and values where the model is compiled; peers have the one that grows.
         step_s: emulated: a decode step is paced to take at least so long.
         trace: file for the trace of a decode step, or None.
         issue_ahead: that option of hetegen; "auto" also measures what it has not chosen.
@@ -42,6 +44,7 @@ class Job:
     accelerator: str
     hardware: str
     step_s: float
+    cache: Cache = "static"
     trace: str | None = None
     issue_ahead: bool | Literal["auto"] = "auto"
     others_s: float | None = None

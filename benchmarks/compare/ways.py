@@ -32,10 +32,10 @@ def hetegen_splits(job: Job) -> Iterator[Row]:
         "context": job.prompt + job.new_tokens, "print_schedule": False, "issue_ahead": job.issue_ahead,
     }  # fmt: skip
     if job.accelerator != "cuda":
-        options["pace"] = _pace(model, prompt, options, job.step_s)
+        options["pace"] = _pace(model, prompt, options, job)
     ways = own_ways(job, measured, started)
     with recording() as recorder:
-        for found in measure_splits(model, prompt, job.new_tokens, options, ways):
+        for found in measure_splits(model, prompt, job.new_tokens, options, ways, cache=job.cache):
             measured.append(found)
             schedule = found.schedule
             yield replace(
@@ -73,7 +73,7 @@ def cpu_inductor(job: Job) -> Iterator[Row]:
     model = _model(job)
     model.compile(backend="inductor")
     with torch.no_grad():
-        yield _row("CPU, Inductor", warm_and_timed(model, _prompt(job), job.new_tokens, "static"), job)
+        yield _row("CPU, Inductor", warm_and_timed(model, _prompt(job), job.new_tokens, job.cache), job)
 
 
 def eager_gpu(job: Job) -> Iterator[Row]:
@@ -85,7 +85,7 @@ def eager_gpu(job: Job) -> Iterator[Row]:
         yield Row("eager GPU", note=f"does not fit: needs about {needed} bytes, {free} are free")
         return
     model.to("cuda")
-    timing, peak = with_peak(lambda: warm_and_timed(model, _prompt(job).cuda(), job.new_tokens, None))
+    timing, peak = with_peak(lambda: warm_and_timed(model, _prompt(job).cuda(), job.new_tokens, "dynamic"))
     yield _row("eager GPU", timing, job, peak_bytes=peak)
 
 
@@ -99,7 +99,7 @@ def peer(way: str, prepare: Callable[[Any, Job], None]) -> Callable[[Job], Itera
         except ModuleNotFoundError as error:
             yield Row(way, job.gpu_memory, note=f"not installed: {error.name}")
             return
-        timing, peak = with_peak(lambda: warm_and_timed(model, _prompt(job).cuda(), job.new_tokens, None))
+        timing, peak = with_peak(lambda: warm_and_timed(model, _prompt(job).cuda(), job.new_tokens, "dynamic"))
         yield replace(_row(way, timing, job, peak_bytes=peak), gpu_memory=job.gpu_memory)
 
     return run
@@ -135,11 +135,11 @@ def _prompt(job: Job) -> Tensor:
     return torch.randint(4, vocabulary, (1, job.prompt), generator=torch.Generator().manual_seed(1))
 
 
-def _pace(model: Any, prompt: Tensor, options: dict[str, Any], step_s: float) -> float:
-    """The factor by which a predicted decode step takes ``step_s``."""
+def _pace(model: Any, prompt: Tensor, options: dict[str, Any], job: Job) -> float:
+    """The factor by which a predicted decode step takes the job's ``step_s``."""
     compile_anew(model, options)
-    generate_timed(model, prompt, _UNPACED_TOKENS, "static")
-    return step_s / decode_schedule("auto").predicted_step_s
+    generate_timed(model, prompt, _UNPACED_TOKENS, job.cache)
+    return job.step_s / decode_schedule("auto").predicted_step_s
 
 
 def _row(way: str, timing: Timing, job: Job, pace: float = 1.0, peak_bytes: int | None = None) -> Row:

@@ -115,22 +115,47 @@ def reading_ahead(settings: Settings, notebook: Notebook) -> None:
 
     Whether asking the driver for an event meanwhile holds up launches shows in its steps beside the calibrated ones.
     """
-    device_of(settings)
-    if not settings.profile_path.exists():
-        raise SkipError("this run has calibrated nothing")
-    shape = "opt-6.7b"
-    require_memory(shape, settings)
+    shape = _again(settings)
     profile = load_profile(str(settings.profile_path))
     other_bytes = 0 if profile.host.ahead_bytes else OTHER_AHEAD_BYTES
     other = settings.path / "profile-ahead.json"
     write_json(other, profile_to_json(replace(profile, host=replace(profile.host, ahead_bytes=other_bytes))))
     notebook.note("ahead_bytes", {"calibrated": profile.host.ahead_bytes, "here": other_bytes})
-    (job,) = compare.jobs_of(_arguments(shape, settings, str(other), LIMITS[:1], "--ways", HETEGEN))
-    rows = _Compared(f"{shape}-ahead", settings, others=False).run(job)
-    notebook.note("rows", [asdict(row) for row in rows])
-    notebook.note("table", tables(rows).splitlines())
-    earlier, limit = earlier_rows(shape, settings), job.gpu_memory or 0
-    notebook.note("summary", {"here": summary(rows, limit), "calibrated": summary(earlier, limit)})
+    arguments = _arguments(shape, settings, str(other), LIMITS[:1], "--ways", HETEGEN)
+    _beside_earlier(shape, "ahead", arguments, settings, notebook)
+
+
+def growing_cache(settings: Settings, notebook: Notebook) -> None:
+    """hetegen once more at both limits, with the cache that ``generate`` makes by itself: it grows by a token a step.
+
+    Attention to it has new sizes in each step: its launches are not recorded, and none is issued behind a closed gate.
+    """
+    shape = _again(settings)
+    more = ("--ways", HETEGEN, "--cache", "dynamic")
+    arguments = _arguments(shape, settings, settings.measured_hardware, LIMITS, *more)
+    _beside_earlier(shape, "growing", arguments, settings, notebook)
+
+
+def _again(settings: Settings) -> str:
+    """The shape that is measured once more; SkipError where it cannot be."""
+    device_of(settings)
+    if not settings.profile_path.exists():
+        raise SkipError("this run has calibrated nothing")
+    shape = "opt-6.7b"
+    require_memory(shape, settings)
+    return shape
+
+
+def _beside_earlier(shape: str, name: str, arguments: Namespace, settings: Settings, notebook: Notebook) -> None:
+    """hetegen's rows at the limits of ``arguments``, and beside each what the shape's own stage has found there."""
+    compared, rows, beside = _Compared(f"{shape}-{name}", settings, others=False), list[Row](), list[dict[str, Any]]()
+    for job in compare.jobs_of(arguments):
+        rows += compared.run(job)
+        limit = job.gpu_memory or 0
+        beside.append({"here": summary(rows, limit), "earlier": summary(earlier_rows(shape, settings), limit)})
+        notebook.note("rows", [asdict(row) for row in rows])
+        notebook.note("table", tables(rows).splitlines())
+        notebook.note("summary", beside)
     require(any(row.decode_tokens_per_s for row in rows), "hetegen has no figure; its rows say why")
 
 

@@ -71,6 +71,7 @@ STAGES = (
     Stage("calibration", 240.0),
     Stage("opt-6.7b", 300.0),
     Stage("opt-6.7b-peers", 200.0),
+    Stage("growing-cache", 180.0),
     Stage("reading-ahead", 100.0),
     Stage("floor", 45.0),
     Stage("issuing", 110.0),
@@ -155,6 +156,7 @@ def stage_work(name: str) -> Callable[[Settings, Notebook], None]:
         "mirrors": mirrors.mirrors, "racecheck": racecheck.racecheck, "steady": steady.steady,
         "calibration": speed.calibration, "floor": floor.floor, "issuing": issuing.issuing,
         "captured": captured.captured, "overhead": speed.overhead, "reading-ahead": speed.reading_ahead,
+        "growing-cache": speed.growing_cache,
     }  # fmt: skip
     for stage, (shape, ways) in SHAPES.items():
         works[stage] = partial(speed.compare_shape, shape, ways=ways)

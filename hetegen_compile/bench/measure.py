@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from hetegen_compile.bench.timing import Timing, warm_and_timed, with_peak
+from hetegen_compile.bench.timing import CACHES, Cache, Timing, warm_and_timed, with_peak
 from hetegen_compile.bench.weights import random_model
 from hetegen_compile.dry_run.models import DTYPES, generates, named_config
 from hetegen_compile.errors import BudgetError, OptionError, UnsupportedModelError
@@ -45,6 +45,7 @@ class Measured:
         pace: 1.0 where the accelerator runs at its own speed.
         peak_bytes: of accelerator memory.
         schedule: the plan of a decode step.
+        cache: the generation's.
     """
 
     way: str
@@ -52,17 +53,22 @@ class Measured:
     pace: float
     peak_bytes: int
     schedule: Schedule
+    cache: Cache
 
 
-def bench(source: str, *, dtype: str, prompt: int, new_tokens: int, options: Mapping[str, Any]) -> list[Measured]:
+def bench(
+    source: str, *, dtype: str, prompt: int, new_tokens: int, options: Mapping[str, Any], cache: Cache = "dynamic"
+) -> list[Measured]:
     """Random weights in the shape of a named model, one greedy generation for each split.
 
     Raises:
-        OptionError: a dtype, an option or a number of tokens that cannot be.
+        OptionError: a dtype, a cache, an option or a number of tokens that cannot be.
         UnsupportedModelError: no such model, or not a causal language model.
     """
     if dtype not in DTYPES:
         raise OptionError(f"dtype={dtype!r}: valid are {', '.join(map(repr, DTYPES))}")
+    if cache not in CACHES:
+        raise OptionError(f"cache={cache!r}: valid are {', '.join(map(repr, CACHES))}")
     whole_number("prompt", prompt, at_least=1)
     whole_number("new_tokens", new_tokens, at_least=2)  # the first is the prefill's
     parse_options(options)
@@ -71,7 +77,7 @@ def bench(source: str, *, dtype: str, prompt: int, new_tokens: int, options: Map
         raise UnsupportedModelError(f"{source} ({config.model_type}) is no causal language model")
     model = random_model(config, DTYPES[dtype])
     tokens = torch.randint(4, config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(1))
-    return list(measure_splits(model, tokens, new_tokens, {"context": prompt + new_tokens, **options}))
+    return list(measure_splits(model, tokens, new_tokens, {"context": prompt + new_tokens, **options}, cache=cache))
 
 
 def measure_splits(
@@ -80,6 +86,8 @@ def measure_splits(
     new_tokens: int,
     options: Mapping[str, Any],
     splits: Mapping[str, Split] | Iterable[tuple[str, Way]] = SPLITS,
+    *,
+    cache: Cache,
 ) -> Iterator[Measured]:
     """Compile once, generate under each split: a generation that warms up and a measured one.
 
@@ -96,14 +104,14 @@ def measure_splits(
             alone = False
         known = schedules()
         try:
-            timing, peak = _timed(model, prompt, new_tokens, way)
+            timing, peak = _timed(model, prompt, new_tokens, way, cache)
         except BudgetError as error:
             logger.warning("%s is compiled by itself: %s", name, error)
             alone = True
             compile_anew(model, {**options, "split": way.split})
-            timing, peak = _timed(model, prompt, new_tokens, way)
+            timing, peak = _timed(model, prompt, new_tokens, way, cache)
         schedule = decode_schedule(way.split, known)
-        yield Measured(name, timing, pace, peak or schedule.accelerator_peak_bytes, schedule)
+        yield Measured(name, timing, pace, peak or schedule.accelerator_peak_bytes, schedule, cache)
 
 
 def _ways(splits: Mapping[str, Split] | Iterable[tuple[str, Way]]) -> Iterable[tuple[str, Way]]:
@@ -119,9 +127,9 @@ def compile_anew(model: Any, options: Mapping[str, Any]) -> None:
     model.compile(backend="hetegen", options=dict(options))
 
 
-def _timed(model: Any, prompt: Tensor, new_tokens: int, way: Way) -> tuple[Timing, int | None]:
+def _timed(model: Any, prompt: Tensor, new_tokens: int, way: Way, cache: Cache) -> tuple[Timing, int | None]:
     with override_split(way.split), override_issue_ahead(way.issue_ahead):
-        return with_peak(lambda: warm_and_timed(model, prompt, new_tokens, "static"))
+        return with_peak(lambda: warm_and_timed(model, prompt, new_tokens, cache))
 
 
 def decode_schedule(split: Split, known: Sequence[Schedule] = ()) -> Schedule:

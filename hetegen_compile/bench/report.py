@@ -20,7 +20,10 @@ PACED = "emulated accelerator, paced: tokens/s are the profile's, not this machi
 def bench_report(found: Sequence[Measured], *, prompt: int) -> str:
     """A table with a line for each split, and what to know about it."""
     rows = [_row(one, found[0], prompt) for one in found]
-    lines = [found[0].schedule.title, tabulate(rows, headers="keys", disable_numparse=True)]
+    lines = [
+        f"{found[0].schedule.title}, {found[0].cache} cache",
+        tabulate(rows, headers="keys", disable_numparse=True),
+    ]
     if not _shows_speed(found[0]):
         lines.append(UNPACED)
     elif found[0].pace != 1.0:
@@ -30,7 +33,7 @@ def bench_report(found: Sequence[Measured], *, prompt: int) -> str:
 
 def bench_json(found: Sequence[Measured], *, prompt: int) -> dict[str, Any]:
     """All figures as plain data; units are in the names, None where a time says nothing."""
-    return {"title": found[0].schedule.title, "ways": [_json(one, prompt) for one in found]}
+    return {"title": found[0].schedule.title, "cache": found[0].cache, "ways": [_json(one, prompt) for one in found]}
 
 
 def _json(one: Measured, prompt: int) -> dict[str, Any]:

@@ -7,10 +7,15 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+Cache = Literal["dynamic", "static"]
+"""Of keys and values: one that grows by a token a step, what ``generate`` makes by itself, or one of fixed length."""
+
+CACHES: tuple[Cache, ...] = get_args(Cache)
 
 WARM_UP_TOKENS = 3
 """Of the generation that is not measured, where it may be shorter."""
@@ -45,13 +50,13 @@ class Timing:
         return statistics.median(self.steps_s)
 
 
-def generate_timed(model: Any, prompt: Tensor, new_tokens: int, cache: str | None) -> Timing:
-    """A greedy generation of exactly so many tokens; ``cache`` is transformers' ``cache_implementation``."""
+def generate_timed(model: Any, prompt: Tensor, new_tokens: int, cache: Cache) -> Timing:
+    """A greedy generation of exactly so many tokens."""
     arrivals = Arrivals()
     started = time.perf_counter()
     sequences = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-        do_sample=False, cache_implementation=cache, pad_token_id=0, streamer=arrivals,
+        do_sample=False, cache_implementation=None if cache == "dynamic" else cache, pad_token_id=0, streamer=arrivals,
     )  # fmt: skip
     _, first, *others = arrivals.times_s
     steps = [after - before for before, after in zip([first, *others], others, strict=False)]
@@ -59,7 +64,7 @@ def generate_timed(model: Any, prompt: Tensor, new_tokens: int, cache: str | Non
     return Timing(first - started, tuple(steps), tokens)
 
 
-def warm_and_timed(model: Any, prompt: Tensor, new_tokens: int, cache: str | None) -> Timing:
+def warm_and_timed(model: Any, prompt: Tensor, new_tokens: int, cache: Cache) -> Timing:
     """A generation that warms up and the measured one; a static cache's length is part of what is compiled."""
     generate_timed(model, prompt, new_tokens if cache == "static" else min(new_tokens, WARM_UP_TOKENS), cache)
     return generate_timed(model, prompt, new_tokens, cache)

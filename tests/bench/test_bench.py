@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, OPTConfig
+from transformers import BertConfig, OPTConfig, OPTForCausalLM
 
 from hetegen_compile import backend, cli
 from hetegen_compile.bench import Measured, bench_json, bench_report, measure
@@ -24,7 +24,7 @@ SCHEDULE: Any = SimpleNamespace(
     title="hetegen on cuda, hardware h100-server, 1 token a forward", predicted_step_s=0.02, floor_s=0.01,
     resident_bytes=1, streamed_bytes=2, host_bytes=3, accelerator="cuda",
 )  # fmt: skip
-FOUND = Measured("hetegen", Timing(0.5, (0.1, 0.025, 0.025), (7, 8, 9, 4)), 1.0, 1 << 20, SCHEDULE)
+FOUND = Measured("hetegen", Timing(0.5, (0.1, 0.025, 0.025), (7, 8, 9, 4)), 1.0, 1 << 20, SCHEDULE, "static")
 
 
 @pytest.fixture(autouse=True)
@@ -61,12 +61,33 @@ def test_a_shape_runs_with_random_weights(
     assert 0 < split["accelerator_peak_bytes"] <= 60 << 10
 
 
+@pytest.mark.parametrize(("more", "kept"), [([], None), (["--cache", "static"], "static")])
+def test_the_cache_is_generates_own_unless_another_is_asked_for(
+    model: str, more: list[str], kept: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "inductor_compiler", plain_compiler)
+    asked: list[Any] = []
+    generate = OPTForCausalLM.generate
+
+    def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["cache_implementation"])
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(OPTForCausalLM, "generate", noting)
+    run = ["bench", model, "--accelerator", "emulated", "--hardware", "a10-xeon", "--gpu-memory", "60KiB", *more]
+    assert cli.main([*run, "--prompt", "5", "--new-tokens", "3"]) == 0
+    assert asked
+    assert set(asked) == {kept}
+    assert f"a forward, {kept or 'dynamic'} cache" in capsys.readouterr().out
+
+
 def test_a_split_without_room_is_compiled_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another split's activations may need what the residency of the first has taken."""
     compiled: list[Any] = []
     model: Any = SimpleNamespace(compile=lambda backend, options: compiled.append(options))
 
-    def timed(model: Any, prompt: Any, new_tokens: int, way: measure.Way) -> tuple[Timing, int]:
+    def timed(model: Any, prompt: Any, new_tokens: int, way: measure.Way, cache: str) -> tuple[Timing, int]:
+        assert cache == "dynamic"
         if way.split == 0.0 and "split" not in compiled[-1]:
             raise BudgetError("needs 13824 bytes more")
         return FOUND.timing, 1
@@ -74,7 +95,7 @@ def test_a_split_without_room_is_compiled_by_itself(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(measure, "_timed", timed)
     monkeypatch.setattr(measure, "decode_schedule", lambda split, known: SCHEDULE)
     splits: dict[str, measure.Split] = {**measure.SPLITS, "all on the host": 1.0}
-    found = list(measure.measure_splits(model, torch.ones(1, 2), 3, {"gpu_memory": 5}, splits))
+    found = list(measure.measure_splits(model, torch.ones(1, 2), 3, {"gpu_memory": 5}, splits, cache="dynamic"))
     assert [one.way for one in found] == ["hetegen", "all streamed", "all on the host"]
     assert compiled == [{"gpu_memory": 5}, {"gpu_memory": 5, "split": 0.0}, {"gpu_memory": 5}]
 
@@ -103,6 +124,7 @@ def test_of_an_emulated_accelerator_only_paced_times_are_shown(pace: float, spee
     ("more", "message"),
     [
         (["--dtype", "int4"], "dtype='int4'"),
+        (["--cache", "sliding"], "cache='sliding': valid are 'dynamic', 'static'"),
         (["--new-tokens", "1"], "whole number of at least 2"),
         (["--gpu-memory", "6 bananas"], "is not a size"),
         (["--pace", "10", "--accelerator", "cuda"], "pace"),

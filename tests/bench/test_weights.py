@@ -15,7 +15,7 @@ from hetegen_compile.bench.weights import parameter_bytes, random_model
 
 def test_a_generation_is_timed_token_by_token() -> None:
     model = random_model(SHAPES["opt-tiny"](), torch.float32)
-    found = timing.generate_timed(model, torch.arange(4, 8)[None], 5, None)
+    found = timing.generate_timed(model, torch.arange(4, 8)[None], 5, "dynamic")
     assert len(found.tokens) == 5
     assert len(found.steps_s) == 4
     assert 0 < found.step_s == sorted(found.steps_s)[1] / 2 + sorted(found.steps_s)[2] / 2

@@ -340,10 +340,35 @@ def test_reading_ahead_is_compared_with_not_doing_it(tmp_path: Path, monkeypatch
         speed.reading_ahead(settings, notebook)
         assert asked.pop() == (here_bytes, 0.0)
         assert notebook.entries["ahead_bytes"] == {"calibrated": calibrated_bytes, "here": here_bytes}
-        told = notebook.entries["summary"]
-        assert (told["here"]["decode_tokens_per_s"], told["calibrated"]["decode_tokens_per_s"]) == (3.0, 2.0)
+        (told,) = notebook.entries["summary"]
+        assert (told["here"]["decode_tokens_per_s"], told["earlier"]["decode_tokens_per_s"]) == (3.0, 2.0)
         assert told["here"]["steps"]["gaps_s"] == 0.02
     assert not asked
+
+
+def test_the_cache_that_generate_makes_by_itself_is_measured_beside_the_static_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, asked = replace(SETTINGS, folder=str(tmp_path), seconds=180.0), list[tuple[str, str, str]]()
+
+    def child(job: Job, limit_s: float, files: Path) -> list[Row]:
+        asked.append((job.way, job.cache, job.hardware))
+        return [Row(job.way, job.gpu_memory, decode_tokens_per_s=3.0)]
+
+    monkeypatch.setattr(comparison, "run", child)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    notebook = Notebook(tmp_path / "notes.json")
+    with pytest.raises(SkipError, match="calibrated nothing"):
+        speed.growing_cache(settings, notebook)
+    settings.profile_path.write_text(json.dumps(profile_to_json(load_profile("h200-server"))))
+    limits = [int(float(share) * weight_bytes_of("opt-6.7b", torch.bfloat16)) for share in speed.LIMITS]
+    rows = [asdict(Row(HETEGEN, limit, decode_tokens_per_s=4.0)) for limit in limits]
+    (tmp_path / "opt-6.7b.json").write_text(json.dumps({"rows": rows}))
+    speed.growing_cache(settings, notebook)
+    assert asked == [(HETEGEN, "dynamic", settings.measured_hardware)] * 2
+    rates = [{name: one[name]["decode_tokens_per_s"] for name in one} for one in notebook.entries["summary"]]
+    assert rates == [{"here": 3.0, "earlier": 4.0}] * 2
+    assert [row["gpu_memory"] for row in notebook.entries["rows"]] == limits
 
 
 def test_a_comparison_without_a_calibration_of_its_run_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
