@@ -27,7 +27,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import sympy
 import torch
@@ -241,60 +241,6 @@ _SCHEMAS = {
     "write_back": "(Tensor(a!) host, Tensor value) -> ()",
     "twin": "(Tensor host, Tensor mirror) -> ()",
 }
-
-
-class LinearPart(NamedTuple):
-    """The operands of a ``host_linear`` or a ``partial_linear``."""
-
-    x: Any
-    weight: Any
-    bias: Any
-    lo: int
-    hi: int
-    dim: int
-    axis: int = 0
-
-    @property
-    def sums(self) -> bool:
-        """Whether it is a partial sum of the whole result, and not some of its columns."""
-        return self.dim != self.axis
-
-
-def linear_part(node: fx.Node) -> LinearPart:
-    """The operands of ``node`` by their names."""
-    return LinearPart(*node.args)  # type: ignore[arg-type]
-
-
-class HostGroups(NamedTuple):
-    """The operands of a ``host_grouped``: groups ``0:hi`` of a product."""
-
-    x: Any
-    stack: Any
-    ends: Any
-    hi: int
-    dim: int
-    product: str
-
-
-def host_groups(node: fx.Node) -> HostGroups:
-    """The operands of ``node`` by their names."""
-    return HostGroups(*node.args)  # type: ignore[arg-type]
-
-
-class GroupedPart(NamedTuple):
-    """The operands of a ``partial_grouped``: those of ``grouped_rows``, of which ``ends`` is on the host."""
-
-    x: Any
-    matrices: Any
-    ends: Any
-    others: Any
-    lo: int
-    dim: int
-
-
-def grouped_part(node: fx.Node) -> GroupedPart:
-    """The operands of ``node`` by their names."""
-    return GroupedPart(*node.args)  # type: ignore[arg-type]
 
 
 RECTANGLE = 2

@@ -23,6 +23,7 @@ from hetegen_compile.cost_model import (
     upload_s,
 )
 from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.operands import weight_of, x_of
 from hetegen_compile.passes.append_tokens import append_tokens, lies_by_token
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import Costs, NodeCost
@@ -41,7 +42,7 @@ def annotate_costs(module: fx.GraphModule, context: Context) -> Costs:
 
 def linear_cost(node: fx.Node, context: Context, tokens: int | None = None) -> NodeCost:
     """A Linear's cost; ``tokens`` replaces the number of activation rows of the bucket (1: a decode step)."""
-    x, weight = info(node.args[0]).value, info(node.args[1]).value  # type: ignore[arg-type]
+    x, weight = info(x_of(node)).value, info(weight_of(node)).value
     own = max(1, round(context.number(to_expr(x.numel())) / max(1, int(x.shape[-1]))))
     flops = context.number(info(node).flops) * ((tokens or own) / own)
     nbytes = int(weight.numel()) * weight.element_size()

@@ -20,6 +20,7 @@ from hetegen_compile import ir
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import info
 from hetegen_compile.linear_parts import whole_linear
+from hetegen_compile.operands import linear_part
 from hetegen_compile.passes.check_parts import brought, origin
 from hetegen_compile.passes.findings import LinearOperands
 from hetegen_compile.passes.happens_before import name_of
@@ -56,7 +57,7 @@ def check_linears(graph: fx.Graph, program: Mapping[int, LinearOperands], segmen
 
 def _check_operands(parts: Sequence[fx.Node], program: LinearOperands) -> None:
     for part in parts:
-        operands, weight = ir.linear_part(part), _weight(part)
+        operands, weight = linear_part(part), _weight(part)
         if (info(weight).position, operands.dim) != (program.weight, program.dim):
             raise ScheduleError(f"verify: {name_of(part)} multiplies with {weight}, which is not the program's weight")
         x = origin(operands.x)
@@ -66,25 +67,25 @@ def _check_operands(parts: Sequence[fx.Node], program: LinearOperands) -> None:
 
 def _is_whole(part: fx.Node) -> bool:
     """Whether a part reads all columns of the activations, where their number is known."""
-    operands = ir.linear_part(part)
+    operands = linear_part(part)
     columns = info(operands.x).value.shape[-1]
     return type(columns) is not int or columns == info(_weight(part)).value.shape[1 - operands.dim]
 
 
 def _reads_columns(part: fx.Node) -> bool:
     """Whether it is the host's of a cut block's last Linear, and what it reads has as many columns as it takes."""
-    operands = ir.linear_part(part)
+    operands = linear_part(part)
     columns = info(operands.x).value.shape[-1]
     return part.target == ir.HOST_LINEAR and operands.sums and operands.lo == 0 and columns == operands.hi
 
 
 def _check_bias(parts: Sequence[fx.Node], program: LinearOperands) -> None:
-    biased = [part for part in parts if ir.linear_part(part).bias is not None]
+    biased = [part for part in parts if linear_part(part).bias is not None]
     for part in biased:
-        bias = origin(ir.linear_part(part).bias)
+        bias = origin(linear_part(part).bias)
         if info(bias).position != program.bias:
             raise ScheduleError(f"verify: {name_of(part)} adds {bias}, which is not the program's bias")
-    due = 0 if program.bias is None else 1 if ir.linear_part(parts[0]).sums else len(parts)
+    due = 0 if program.bias is None else 1 if linear_part(parts[0]).sums else len(parts)
     if len(biased) != due:
         raise ScheduleError(
             f"verify: {len(biased)} of {', '.join(map(name_of, parts))} add the bias, which {due} of them are to add"
@@ -139,7 +140,7 @@ def _columns(one: fx.Node) -> tuple[int, int]:
     if one.target == ir.JOIN:
         ranges = [_columns(origin(operand)) for operand in _operands(one)]
         return ranges[0][0], ranges[-1][1]
-    operands = ir.linear_part(one)
+    operands = linear_part(one)
     if not operands.sums:
         return operands.lo, operands.hi
     if one.target == ir.PARTIAL_LINEAR and operands.dim == 0:
@@ -149,7 +150,7 @@ def _columns(one: fx.Node) -> tuple[int, int]:
 
 
 def _weight(part: fx.Node) -> fx.Node:
-    weight: fx.Node = ir.linear_part(part).weight
+    weight: fx.Node = linear_part(part).weight
     return weight if part.target == ir.HOST_LINEAR else brought(weight).weight
 
 

@@ -17,6 +17,7 @@ from torch import fx
 from hetegen_compile import ir
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import info
+from hetegen_compile.operands import grouped_part, host_groups, linear_part
 from hetegen_compile.passes.happens_before import name_of
 
 
@@ -53,7 +54,7 @@ def check_parts(graph: fx.Graph) -> None:
         if node.target in (ir.HOST_LINEAR, ir.PARTIAL_LINEAR):
             linears.setdefault(info(node).position, []).append((node, _used(node)))
         elif node.target == ir.HOST_GROUPED:
-            part = ir.host_groups(node)
+            part = host_groups(node)
             linears.setdefault(info(node).position, []).append((node, _cut(part.stack, 0, 0, part.hi)))
             products.setdefault(info(node).position, []).append(node)
         elif node.target == ir.PARTIAL_GROUPED:
@@ -71,7 +72,7 @@ def check_parts(graph: fx.Graph) -> None:
 
 def _used(part: fx.Node) -> _Rectangle:
     """What a part multiplies with; where it names its range that has to be the same."""
-    operands = ir.linear_part(part)
+    operands = linear_part(part)
     found = _cut(operands.weight, operands.axis, operands.lo, operands.hi)
     if part.target == ir.PARTIAL_LINEAR:
         found = brought(operands.weight)
@@ -86,7 +87,7 @@ def _used(part: fx.Node) -> _Rectangle:
 
 def _used_groups(part: fx.Node) -> _Rectangle:
     """Which matrices of a stack a part multiplies with: each is a row of all of its elements."""
-    operands = ir.grouped_part(part)
+    operands = grouped_part(part)
     found = brought(operands.matrices)
     if found.top != operands.lo:
         raise ScheduleError(
@@ -104,7 +105,7 @@ def _check_product(parts: list[fx.Node], join: fx.Node | None) -> None:
         raise ScheduleError(f"verify: {', '.join(map(name_of, parts))} are parts of one product, but of other operands")
     chain = [part for part in parts if part.target == ir.PARTIAL_GROUPED]
     for before, part in zip((None, *chain), chain, strict=False):
-        others = ir.grouped_part(part).others
+        others = grouped_part(part).others
         if others is not before:
             raise ScheduleError(
                 f"verify: {name_of(part)} adds to {others}, so that what {before} makes is lost; "
@@ -126,8 +127,8 @@ def _check_product(parts: list[fx.Node], join: fx.Node | None) -> None:
 def _operands(part: fx.Node) -> tuple[fx.Node, int]:
     """The stack that a part multiplies with, and how its matrices are stored."""
     if part.target == ir.HOST_GROUPED:
-        return ir.host_groups(part).stack, ir.host_groups(part).dim
-    operands = ir.grouped_part(part)
+        return host_groups(part).stack, host_groups(part).dim
+    operands = grouped_part(part)
     return brought(operands.matrices).weight, operands.dim
 
 
@@ -189,9 +190,9 @@ def _check_tiling(parts: list[tuple[fx.Node, _Rectangle]]) -> None:
 def _check_places(pad: fx.Node) -> None:
     """The parts of a result are put where the columns are that they were computed for."""
     for part, start in zip(_argument(pad, 1), _argument(pad, 2), strict=True):
-        if part.target == ir.PARTIAL_LINEAR and ir.linear_part(part).lo != start:
+        if part.target == ir.PARTIAL_LINEAR and linear_part(part).lo != start:
             raise ScheduleError(
-                f"verify: {name_of(pad)} puts {part}, columns from {ir.linear_part(part).lo} on, at column {start}"
+                f"verify: {name_of(pad)} puts {part}, columns from {linear_part(part).lo} on, at column {start}"
             )
 
 

@@ -22,6 +22,7 @@ from torch import fx
 from hetegen_compile.cost_model import HardwareProfile, row_granularity, upload_s
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.operands import weight_of, x_of
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.annotate_costs import linear_cost, value_bytes
 from hetegen_compile.passes.caches import caches_grow
@@ -63,7 +64,7 @@ def choose_residency(module: fx.GraphModule, context: Context) -> Residency:
         BudgetError: the budget cannot hold mirrors, activations and two of the smallest slots.
     """
     linears = [node for node in module.graph.nodes if node.target == LINEAR]
-    weights = {node.args[1]: node for node in linears}
+    weights = {weight_of(node): node for node in linears}
     return _Sharing(module, weights, context).decide()
 
 
@@ -162,8 +163,8 @@ class _Sharing:
         return (*before, *estimated), tuple(map(way_of, others))
 
     def _linear_work(self, linear: fx.Node) -> LinearWork:
-        x: fx.Node = linear.args[0]  # type: ignore[assignment]
-        weight: fx.Node = linear.args[1]  # type: ignore[assignment]
+        x = x_of(linear)
+        weight = weight_of(linear)
         rows = int(info(weight).value.shape[0])
         return LinearWork(x, self._keys[weight], rows, linear_cost(linear, self._context, tokens=1))
 
@@ -312,6 +313,6 @@ def _beyond_what_is_stated(context: Context) -> str:
 def _gain(linear: fx.Node, context: Context) -> float:
     """Seconds of a decode step that keeping this Linear's weight resident saves, per byte."""
     cost = linear_cost(linear, context, tokens=1)
-    weight: fx.Node = linear.args[1]  # type: ignore[assignment]
+    weight = weight_of(linear)
     rows = int(info(weight).value.shape[0])
     return (best_split(rows, cost, context).makespan_s - cost.accelerator_s) / max(1, cost.weight_bytes)

@@ -14,6 +14,7 @@ from torch import fx
 
 from hetegen_compile.cost_model import SplitProblem, SplitSolution, row_granularity, solve_split, upload_s
 from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.operands import operands_of, weight_of
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.findings import Block, Costs, NodeCost
@@ -50,10 +51,10 @@ def pairable_blocks(linears: Mapping[int, fx.Node], context: Context) -> list[Bl
     residency = require(context.residency, "choose_residency")
 
     def fits(block: Block) -> bool:
-        weights = [_weight_and_dim(linears[position]) for position in block.linears]
+        found = [operands_of(linears[position]) for position in block.linears]
         granule = row_granularity(block.columns)
-        slots = [granule * slice_bytes(weight, 1) for weight, dim in weights[:-1] if dim == 1]
-        names = {weight.name for weight, _ in weights}
+        slots = [granule * slice_bytes(one.weight, 1) for one in found[:-1] if one.dim == 1]
+        names = {one.weight.name for one in found}
         return 2 * max(slots, default=0) <= residency.ring_bytes and residency.weights.keys().isdisjoint(names)
 
     return [block for block in context.blocks if not residency.whole_graph and fits(block)]
@@ -72,7 +73,7 @@ def block_splits(block: Block, linears: Mapping[int, fx.Node], host: int, contex
 
 def _sibling_plan(node: fx.Node, block: Block, ways: int, host: int, context: Context) -> LinearPlan:
     """The outputs are cut: rows of a weight [out, in], columns of one [in, out]."""
-    weight, axis = _weight_and_dim(node)
+    _, weight, _, axis = operands_of(node)
     chunks = _chunks(host, block.columns, chunk_bytes(weight, context), slice_bytes(weight, axis))
     starts = [way * block.columns for way in range(ways)]
     streamed = tuple((start + lo, start + hi) for start in starts for lo, hi in chunks)
@@ -81,7 +82,7 @@ def _sibling_plan(node: fx.Node, block: Block, ways: int, host: int, context: Co
 
 def _consumer_plan(node: fx.Node, block: Block, host: int, context: Context) -> LinearPlan:
     """The inputs are cut: columns of a weight [out, in], which are streamed as rectangles; rows of one [in, out]."""
-    weight, dim = _weight_and_dim(node)
+    _, weight, _, dim = operands_of(node)
     value, most = info(weight).value, chunk_bytes(weight, context)
     if dim == 1:
         streamed = _chunks(host, block.columns, most, slice_bytes(weight, 0))
@@ -89,11 +90,6 @@ def _consumer_plan(node: fx.Node, block: Block, host: int, context: Context) -> 
     line_bytes = (block.columns - host) * value.element_size()
     lines = _chunks(0, int(value.shape[0]), most, line_bytes) if line_bytes else ()
     return LinearPlan(block.columns, host, ((host, block.columns),) if lines else (), None, 1, block.consumer, 1, lines)
-
-
-def _weight_and_dim(node: fx.Node) -> tuple[fx.Node, int]:
-    _, weight, _, dim = node.args
-    return weight, dim  # type: ignore[return-value]
 
 
 def slice_bytes(weight: fx.Node, axis: int) -> int:
@@ -104,12 +100,14 @@ def slice_bytes(weight: fx.Node, axis: int) -> int:
 
 def lines_s(block: Block, linears: Mapping[int, fx.Node], context: Context) -> float:
     """What the link takes longer for a block's weights than for their bytes: parts of rows are streamed."""
-    *others, (last, last_dim) = (_weight_and_dim(linears[position]) for position in block.linears)
+    *others, last = (operands_of(linears[position]) for position in block.linears)
     columns = {
-        weight: max(1, chunk_bytes(weight, context) // slice_bytes(weight, 1)) for weight, dim in others if dim == 1
+        one.weight: max(1, chunk_bytes(one.weight, context) // slice_bytes(one.weight, 1))
+        for one in others
+        if one.dim == 1
     }
-    if last_dim == 0:
-        columns[last] = block.columns // 2  # or so: what the host leaves
+    if last.dim == 0:
+        columns[last.weight] = block.columns // 2  # or so: what the host leaves
     # what is staged lies side by side in the pinned ring
     return sum(_lines_s(weight, n, context) for weight, n in columns.items() if weight.name not in context.staged)
 
@@ -124,7 +122,7 @@ def _lines_s(weight: fx.Node, columns: int, context: Context) -> float:
 
 def feed_s(linear: fx.Node, cost: NodeCost, context: Context) -> float:
     """Seconds to bring a Linear's whole weight over the link, by way of the pinned ring if it is staged."""
-    weight: fx.Node = linear.args[1]  # type: ignore[assignment]
+    weight = weight_of(linear)
     if weight.name not in context.staged:
         return cost.link_s
     return max(cost.link_s, cost.weight_bytes / context.profile.pin_bytes_per_s)
@@ -209,7 +207,7 @@ def table_only(placeholder: fx.Node, context: Context) -> bool:
 def with_host_rows(node: fx.Node, host: int, context: Context) -> LinearPlan:
     """A Linear's plan with ``host`` rows on the host; of the rest, what residency chose is resident."""
     residency = require(context.residency, "choose_residency")
-    weight: fx.Node = node.args[1]  # type: ignore[assignment]
+    weight = weight_of(node)
     value = info(weight).value
     rows = int(value.shape[0])
     first = max(host, residency.weights.get(weight.name, rows))
@@ -225,7 +223,7 @@ def chunk_bytes(weight: fx.Node, context: Context) -> int:
 
 
 def _plan(node: fx.Node, costs: Costs, residency: Residency, context: Context) -> LinearPlan:
-    weight: fx.Node = node.args[1]  # type: ignore[assignment]
+    weight = weight_of(node)
     rows = int(info(weight).value.shape[0])
     host = forced_host_rows(rows, context)
     if context.options.split == "auto":

@@ -7,11 +7,11 @@ arena cost nothing a step; the ring costs a copy on the pin thread, so splits ha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import fx
 
 from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.operands import weight_of
 from hetegen_compile.passes.choose_splits import forced_host_rows
 from hetegen_compile.passes.context import Context, Refusal, require
 from hetegen_compile.passes.grouped_products import products_with
@@ -28,7 +28,7 @@ def choose_staging(module: fx.GraphModule, context: Context) -> Mapping[str, str
         return {}
     readers: dict[str, fx.Node] = {}
     for node in module.graph.find_nodes(op="call_function", target=LINEAR):
-        weight: Any = node.args[1]
+        weight = weight_of(node)
         if weight.name in context.weights and residency.weights.get(weight.name) != 0:
             readers[weight.name] = node
     for stack in module.graph.find_nodes(op="placeholder"):
@@ -52,7 +52,7 @@ def _may_be_streamed(linear: fx.Node, context: Context) -> bool:
     """
     if linear.target != LINEAR:
         return True
-    weight: Any = linear.args[1]
+    weight = weight_of(linear)
     rows = int(info(weight).value.shape[0])
     first = require(context.residency, "choose_residency").weights.get(weight.name, rows)
     return first > forced_host_rows(rows, context)

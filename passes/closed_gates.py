@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from hetegen_compile import ir
 from hetegen_compile.ir import annotate, info
+from hetegen_compile.operands import grouped_part
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.resolve_sizes import size_inputs
 from hetegen_compile.passes.tensors import symbols_in, symbols_of
@@ -121,7 +122,7 @@ def launches_of(node: fx.Node, module: fx.GraphModule) -> int:
         inner = module.get_submodule(str(node.target))
         return sum(one.op.startswith("call") for one in inner.graph.nodes) if isinstance(inner, fx.GraphModule) else 1
     if node.target == ir.PARTIAL_GROUPED:
-        return 1 + int(info(ir.grouped_part(node).matrices).value.shape[0])  # zeros, and a product for each expert
+        return 1 + int(info(grouped_part(node).matrices).value.shape[0])  # zeros, and a product for each expert
     issues = info(node).side == "accelerator" or node.target in _ISSUED
     return int(issues and not info(node).ahead and node.target not in _NOT_ISSUED)
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, fx
 
 from hetegen_compile.ir import LINEAR, info, is_tensor
+from hetegen_compile.operands import operands_of, weight_of, x_of
 from hetegen_compile.passes.context import Context, Refusal
 from hetegen_compile.passes.findings import Block
 from hetegen_compile.passes.tensors import tensors_in, to_expr
@@ -54,12 +55,12 @@ def find_blocks(module: fx.GraphModule, context: Context) -> tuple[Block, ...]:
 
 
 def _block(consumer: fx.Node) -> Block | None:
-    x, weight, _, dim = consumer.args
-    match = _Match(consumer, int(info(weight).value.shape[1 - dim]))  # type: ignore[arg-type, operator]
-    if not match.take(x) or not match.siblings or not match.is_closed():  # type: ignore[arg-type]
+    x, weight, _, dim = operands_of(consumer)
+    match = _Match(consumer, int(info(weight).value.shape[1 - dim]))
+    if not match.take(x) or not match.siblings or not match.is_closed():
         return None
     linears = [*match.siblings, consumer]
-    if len({node.args[1] for node in linears}) < len(linears) or not all(map(_has_one_dtype, linears)):
+    if len(set(map(weight_of, linears))) < len(linears) or not all(map(_has_one_dtype, linears)):
         return None
     siblings = sorted(match.siblings, key=_position)
     parts = ((_position(part), _position(source), way) for part, (source, way) in match.parts.items())
@@ -136,10 +137,9 @@ def _position(node: fx.Node) -> int:
     return info(node).position
 
 
-def _has_one_dtype(linear: fx.Node) -> bool:
+def _has_one_dtype(node: fx.Node) -> bool:
     """Not so under autocast, where the parts of the Linear and what lies between would meet different dtypes."""
-    x, weight = linear.args[:2]
-    return info(linear).value.dtype == info(x).value.dtype == info(weight).value.dtype  # type: ignore[arg-type, no-any-return]
+    return len({info(one).value.dtype for one in (node, x_of(node), weight_of(node))}) == 1
 
 
 def _is_pointwise(node: fx.Node, columns: int) -> bool:

@@ -16,6 +16,7 @@ from torch import fx
 
 from hetegen_compile.cost_model import row_granularity
 from hetegen_compile.ir import LINEAR, info
+from hetegen_compile.operands import weight_of
 from hetegen_compile.passes.choose_residency import SLOT_ALIGNMENT, aligned
 from hetegen_compile.passes.choose_splits import chunk_bytes, slice_bytes
 from hetegen_compile.passes.context import Context, require
@@ -33,10 +34,10 @@ def fit_ring(module: fx.GraphModule, splits: Splits, context: Context, chunks: i
     """
     linears = [node for node in module.graph.find_nodes(op="call_function", target=LINEAR)]
     plans = [(node, splits[info(node).position]) for node in linears]
-    total = sum(plan.streamed_rows * slice_bytes(_weight(node), plan.axis) for node, plan in plans)
+    total = sum(plan.streamed_rows * slice_bytes(weight_of(node), plan.axis) for node, plan in plans)
     if not total:
         return splits
-    granule = max(row_granularity(plan.rows) * slice_bytes(_weight(node), plan.axis) for node, plan in plans)
+    granule = max(row_granularity(plan.rows) * slice_bytes(weight_of(node), plan.axis) for node, plan in plans)
     residency = require(context.residency, "choose_residency")
     cutter = _Cutter(_used_bytes(total, residency.ring_bytes, granule))
     if chunks is not None:
@@ -46,7 +47,7 @@ def fit_ring(module: fx.GraphModule, splits: Splits, context: Context, chunks: i
 
 
 def _fitted(linear: fx.Node, plan: LinearPlan, cutter: _Cutter, context: Context) -> LinearPlan:
-    weight = _weight(linear)
+    weight = weight_of(linear)
     most = chunk_bytes(weight, context)
     if plan.lines:
         line_bytes = plan.streamed_rows * int(info(weight).value.element_size())
@@ -66,11 +67,6 @@ def _whole_ranges(plan: LinearPlan) -> list[tuple[int, int]]:
         return [(plan.streamed[0][0], plan.streamed[-1][1])]
     width, host = plan.rows // plan.ways, plan.host // plan.ways
     return [(way * width + host, (way + 1) * width) for way in range(plan.ways)]
-
-
-def _weight(linear: fx.Node) -> fx.Node:
-    weight: fx.Node = linear.args[1]  # type: ignore[assignment]
-    return weight
 
 
 def _used_bytes(total: int, ring_bytes: int, granule: int) -> int:

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
-from hetegen_compile import ir
 from hetegen_compile.cost_model import accelerator_linear_s, host_linear_s
 from hetegen_compile.ir import GROUPED, info, is_tensor
+from hetegen_compile.operands import GroupedPart
 from hetegen_compile.passes.aten_listener import GROUPED_ATEN
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.tensors import tensor_bytes, to_expr
@@ -133,7 +133,7 @@ def expected_groups(product: GroupedProduct, context: Context, share: float = 1.
     return _expected(tokens, groups, context.number(tensor_bytes(info(product.matrices).value)), share)
 
 
-def expected_of_part(part: ir.GroupedPart, context: Context) -> Groups:
+def expected_of_part(part: GroupedPart, context: Context) -> Groups:
     """The same of the experts of a part on the accelerator."""
     tokens, groups = (context.number(to_expr(info(one).value.shape[0])) for one in (part.x, part.ends))
     count = float(info(part.matrices).value.shape[0])

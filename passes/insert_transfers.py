@@ -35,6 +35,7 @@ from torch import fx
 
 from hetegen_compile import ir
 from hetegen_compile.ir import INPUT_OPS, NodeInfo, Side, annotate, info, is_tensor
+from hetegen_compile.operands import grouped_part
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.completing import completing_s, late_readers
 from hetegen_compile.passes.context import Context
@@ -70,7 +71,7 @@ def operand_side(user: fx.Node, operand: fx.Node) -> Side | None:
         return "host"
     if user.target == ir.TO_HOST:
         return "accelerator"
-    if user.target == ir.PARTIAL_GROUPED and operand is ir.grouped_part(user).ends:
+    if user.target == ir.PARTIAL_GROUPED and operand is grouped_part(user).ends:
         return "host"
     return info(user).side
 

@@ -28,6 +28,7 @@ from torch import fx
 
 from hetegen_compile import ir
 from hetegen_compile.ir import INPUT_OPS, info
+from hetegen_compile.operands import linear_part
 from hetegen_compile.passes.annotate_costs import value_size
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import Life, MemoryNeed
@@ -255,7 +256,7 @@ def _partial_size(partial: fx.Node) -> sympy.Expr:
     if info(rows).value.dtype != result.dtype:
         elements = value_size(rows) / info(rows).value.element_size() + value_size(x) / info(x).value.element_size()
         found += elements * result.element_size()
-    part = ir.linear_part(partial)
+    part = linear_part(partial)
     if part.sums:
         found += _columns_size(partial)
     if part.dim == 1 and part.bias is not None:
@@ -265,7 +266,7 @@ def _partial_size(partial: fx.Node) -> sympy.Expr:
 
 def _columns_size(partial: fx.Node) -> sympy.Expr:
     """Bytes of the columns of the activations that a partial sum reads."""
-    part = ir.linear_part(partial)
+    part = linear_part(partial)
     return value_size(part.x) * sympy.Rational(part.hi - part.lo, int(info(part.x).value.shape[-1]))
 
 

@@ -21,6 +21,7 @@ from hetegen_compile.cost_model import (
     upload_s,
 )
 from hetegen_compile.ir import info
+from hetegen_compile.operands import HostGroups, LinearPart, grouped_part, host_groups, linear_part
 from hetegen_compile.passes.annotate_costs import dtype_name, host_operation_s, host_traffic_bytes, value_bytes
 from hetegen_compile.passes.aten_listener import FREE_ATEN
 from hetegen_compile.passes.context import Context
@@ -79,7 +80,7 @@ def issue_s(node: fx.Node, context: Context) -> float:
         products = context.number(info(node).flops) > 0
         return accelerator.issuing_s(segment=True) + (accelerator.issuing_s(segment=False) if products else 0.0)
     if node.target == ir.PARTIAL_GROUPED:
-        return issuing_groups_s(expected_of_part(ir.grouped_part(node), context), context)
+        return issuing_groups_s(expected_of_part(grouped_part(node), context), context)
     return accelerator.issuing_s(segment=False) if node.target in _COMPUTES else accelerator.launch_s
 
 
@@ -119,7 +120,7 @@ def up_s(nbytes: float, context: Context) -> float:
 
 
 def _linear_work(node: fx.Node, context: Context) -> Work:
-    part = ir.linear_part(node)
+    part = linear_part(node)
     value, rows = info(part.x).value, info(part.weight).value
     tokens = max(1, round(context.number(to_expr(value.numel())) / max(1, int(value.shape[-1]))))
     nbytes = _part_bytes(part)
@@ -132,34 +133,34 @@ def _linear_work(node: fx.Node, context: Context) -> Work:
 
 
 def _grouped_work(partial: fx.Node, context: Context) -> Work:
-    groups = expected_of_part(ir.grouped_part(partial), context)
+    groups = expected_of_part(grouped_part(partial), context)
     flops, dtype = context.number(info(partial).flops), dtype_name(info(partial).value)
     return Work("accelerator", grouped_on_accelerator_s(groups, dtype, flops, context))
 
 
 def _host_groups_work(node: fx.Node, context: Context) -> Work:
-    part = ir.host_groups(node)
+    part = host_groups(node)
     product, share = GroupedProduct(part.x, part.stack, part.ends, part.dim), _share_of(part)
     flops, dtype = context.number(info(node).flops), dtype_name(info(part.stack).value)
     seconds = grouped_on_host_s(product, dtype, flops, context, share, contended=True)
     return Work("host", seconds + (untold_trip_s(context) if _ends_trip(node) else 0.0))
 
 
-def _share_of(part: ir.HostGroups) -> float:
+def _share_of(part: HostGroups) -> float:
     return part.hi / int(info(part.stack).value.shape[0])
 
 
 def lost_s(node: fx.Node, context: Context) -> float:
     """What the link loses while the host reads a part's weights."""
     if node.target == ir.HOST_GROUPED:
-        some = ir.host_groups(node)
+        some = host_groups(node)
         groups = expected_groups(GroupedProduct(some.x, some.stack), context, _share_of(some))
         return link_lost_s(context.profile, dtype_name(info(some.stack).value), groups.read * groups.nbytes)
-    part = ir.linear_part(node)
+    part = linear_part(node)
     return link_lost_s(context.profile, dtype_name(info(part.weight).value), _part_bytes(part))
 
 
-def _part_bytes(part: ir.LinearPart) -> int:
+def _part_bytes(part: LinearPart) -> int:
     rows = info(part.weight).value
     return (part.hi - part.lo) * int(rows.shape[1 - part.axis]) * int(rows.element_size())
 

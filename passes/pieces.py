@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from hetegen_compile import ir
 from hetegen_compile.ir import info
+from hetegen_compile.operands import grouped_part
 from hetegen_compile.passes.tensors import tensors_in, to_expr
 
 
@@ -22,7 +23,7 @@ def passed_on(node: fx.Node, written: Container[int]) -> fx.Node | None:
     None of anything else, and of a copy, which a join makes of what is ``written`` later (storages).
     """
     if node.target == ir.PARTIAL_GROUPED:
-        others: fx.Node | None = ir.grouped_part(node).others
+        others: fx.Node | None = grouped_part(node).others
         return others
     if node.target != ir.JOIN or any(key in written for key in info(node).storages):
         return None

@@ -23,6 +23,7 @@ from torch import Tensor, fx
 
 from hetegen_compile.cost_model import download_s, link_lost_s, upload_s
 from hetegen_compile.ir import GROUPED, annotate, call, erase_dead_nodes, info, written_storages
+from hetegen_compile.operands import weight_of
 from hetegen_compile.passes.annotate_costs import dtype_name, value_bytes
 from hetegen_compile.passes.autocast import autocast_regions
 from hetegen_compile.passes.context import Context, require
@@ -71,7 +72,7 @@ def grouped_nodes(module: fx.GraphModule) -> dict[int, fx.Node]:
 
 def streamed_stacks(module: fx.GraphModule) -> list[fx.Node]:
     """The placeholders of the stacks that a graph streams, each once."""
-    return list(dict.fromkeys(node.args[1] for node in grouped_nodes(module).values()))  # type: ignore[misc]
+    return list(dict.fromkeys(map(weight_of, grouped_nodes(module).values())))
 
 
 # ---- whether ---------------------------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ def with_host_experts(stack: fx.Node, host: int, residency: Residency) -> Linear
 
 def experts_plan(node: fx.Node, context: Context) -> LinearPlan:
     """The plan of one product by itself: host and link finish together, if that pays for the trip."""
-    stack: fx.Node = node.args[1]  # type: ignore[assignment]
+    stack = weight_of(node)
     ends: fx.Node = node.args[2]  # type: ignore[assignment]
     residency, groups = require(context.residency, "choose_residency"), int(info(stack).value.shape[0])
     if context.options.split != "auto":

@@ -8,6 +8,7 @@ from torch import fx
 
 from hetegen_compile.cost_model import host_linear_s, upload_s
 from hetegen_compile.ir import GROUPED, LINEAR, info, is_tensor
+from hetegen_compile.operands import weight_of
 from hetegen_compile.passes.annotate_costs import dtype_name, host_operation_s, value_bytes
 from hetegen_compile.passes.aten_listener import FREE_ATEN
 from hetegen_compile.passes.choose_splits import choose_splits
@@ -86,7 +87,7 @@ def _host_s(node: fx.Node, context: Context) -> float:
     """Seconds of one node on the host while nothing is uploaded."""
     if node.target == LINEAR:
         cost = require(context.costs, "annotate_costs")[info(node).position]
-        dtype = dtype_name(info(node.args[1]).value)  # type: ignore[arg-type]
+        dtype = dtype_name(info(weight_of(node)).value)
         return host_linear_s(context.profile, dtype, cost.tokens, cost.weight_bytes, cost.flops, contended=False)
     if FREE_ATEN.issuperset(info(node).aten) and node.op != "call_module":
         return 0.0

@@ -27,6 +27,7 @@ from torch import fx
 
 from hetegen_compile.cost_model import Chain, Trip, host_linear_s, item_bytes, relax, upload_s
 from hetegen_compile.ir import GROUPED, info
+from hetegen_compile.operands import weight_of, x_of
 from hetegen_compile.passes.annotate_costs import dtype_name, value_bytes
 from hetegen_compile.passes.choose_splits import linears_of, pairable_blocks
 from hetegen_compile.passes.context import Context, require
@@ -120,8 +121,8 @@ def _blocks(module: fx.GraphModule, order: Order, context: Context) -> Blocks:
         if order.needs(linears[block.consumer], segment)
         and any(order.needs(segment, linears[sibling]) for sibling in block.siblings)
     )
-    reads = {linears[block.consumer]: linears[block.siblings[0]].args[0] for block in found}
-    return Blocks(reads, segments)  # type: ignore[arg-type]
+    reads = {linears[block.consumer]: x_of(linears[block.siblings[0]]) for block in found}
+    return Blocks(reads, segments)
 
 
 def _bytes_only(trip: Trip) -> Trip:
@@ -155,7 +156,7 @@ def _alone(node: fx.Node, context: Context) -> Trip:
 
 
 def _experts_alone(node: fx.Node, context: Context) -> Trip:
-    stack: fx.Node = node.args[1]  # type: ignore[assignment]
+    stack = weight_of(node)
     cost, nbytes = cost_of(node, context), value_bytes(stack, context)
     accelerator_s = node_work(node, context).seconds
     lost_s = 0.0 if _is_staged(node, context) else cost.link_lost_s
@@ -173,7 +174,7 @@ def _linears_s(linears: Mapping[fx.Node, Trip], blocks: Blocks, context: Context
 
 def _least_host_s(node: fx.Node, cost: NodeCost, context: Context) -> float:
     """The host computing all rows in parts of whatever size is read fastest."""
-    weight: fx.Node = node.args[1]  # type: ignore[assignment]
+    weight = weight_of(node)
     dtype = dtype_name(info(weight).value)
     tables = context.profile.host.linear_bytes_per_s.values()
     widths = {1.0, min(1.0, item_bytes(dtype) / 4.0)}
@@ -186,7 +187,7 @@ def _least_host_s(node: fx.Node, cost: NodeCost, context: Context) -> float:
 
 def _least_feed_s(node: fx.Node, cost: NodeCost, context: Context) -> float:
     """The link bringing all rows in parts of whatever size moves fastest, by way of the pinned ring if staged."""
-    return _moving_s(cost.weight_bytes, node.args[1], context) * cost.weight_bytes  # type: ignore[arg-type]
+    return _moving_s(cost.weight_bytes, weight_of(node), context) * cost.weight_bytes
 
 
 def _moving_s(nbytes: int, weight: fx.Node, context: Context) -> float:
@@ -198,7 +199,7 @@ def _moving_s(nbytes: int, weight: fx.Node, context: Context) -> float:
 
 
 def _is_staged(node: fx.Node, context: Context) -> bool:
-    weight: fx.Node = node.args[1]  # type: ignore[assignment]
+    weight = weight_of(node)
     return weight.name in context.staged
 
 

@@ -26,6 +26,7 @@ from torch import fx
 
 from hetegen_compile.cost_model import Chain, Leg, Trip, download_s
 from hetegen_compile.ir import INPUT_OPS, MIRROR, info
+from hetegen_compile.operands import x_of
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.node_work import least_trip_s, least_ways_s, untold_trip_s, up_s
@@ -97,7 +98,7 @@ def by_activation(linears: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """Linears by what they read."""
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in linears:
-        groups.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
+        groups.setdefault(x_of(node), []).append(node)
     return groups
 
 
@@ -108,7 +109,7 @@ def by_trip(linears: Iterable[fx.Node], blocks: Blocks) -> dict[fx.Node, list[fx
     """
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in linears:
-        groups.setdefault(blocks.consumers.get(node, node.args[0]), []).append(node)  # type: ignore[arg-type]
+        groups.setdefault(blocks.consumers.get(node, x_of(node)), []).append(node)
     return groups
 
 
@@ -247,7 +248,7 @@ class _Path:
         begins, ends = [], []
         for group in by_trip(offloaded, self.blocks).values():
             to_host_s, to_accelerator_s = least_ways_s(group, self.context, self.blocks.consumers)
-            begins.append(to_host_s + min(self._way_s(read, node.args[0]) for node in group))  # type: ignore[arg-type]
+            begins.append(to_host_s + min(self._way_s(read, x_of(node)) for node in group))
             ends.append(to_accelerator_s + min(self._way_s(node, end) for node in group))
         fixed_s = min(begins) + untold_trip_s(self.context) + max(min(ends), self._between_s(link))
         trip = together((self.linears[node] for node in members), fixed_s)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import fx
 
 from hetegen_compile.ir import GROUPED, LINEAR, TO_ACCELERATOR, info
+from hetegen_compile.operands import weight_of
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.context import Context, Refusal, require
 from hetegen_compile.passes.plans import RESIDENT
@@ -79,7 +80,7 @@ def linear_sites(module: fx.GraphModule, context: Context) -> dict[int, LinearSi
 
 
 def _experts_site(node: fx.Node, context: Context) -> LinearSite:
-    stack: fx.Node = node.args[1]  # type: ignore[assignment]
+    stack = weight_of(node)
     plan = with_host_experts(stack, 0, require(context.residency, "choose_residency"))
     return LinearSite(
         node.name, info(node).module, plan, context.number(info(node).flops), value_bytes(stack, context), EXPERTS

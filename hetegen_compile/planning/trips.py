@@ -10,6 +10,7 @@ from torch import fx
 
 from hetegen_compile.cost_model import Chain, Trip, row_granularity
 from hetegen_compile.ir import GROUPED, info
+from hetegen_compile.operands import weight_of, x_of
 from hetegen_compile.passes.annotate_costs import value_bytes
 from hetegen_compile.passes.choose_splits import (
     block_splits,
@@ -49,7 +50,7 @@ def trips_of(module: fx.GraphModule, blocks: Sequence[Block] = ()) -> Trips:
     groups: dict[object, Group] = {}
     for position, node in linears.items():
         block = block_of.get(position)
-        key: object = (GROUPED, node) if node.target == GROUPED else block or node.args[0]  # which may be a product
+        key: object = (GROUPED, node) if node.target == GROUPED else block or x_of(node)  # which may be a product
         others = groups[key].linears if key in groups else ()
         groups[key] = Group((*others, node), block)
     return list(groups.values())
@@ -71,7 +72,7 @@ def step_chain(module: fx.GraphModule, trips: Trips, context: Context) -> Chain:
     for index, group in enumerate(trips):
         if not own[index].link_s:
             continue
-        begin = group.linears[-1] if group.block is None else group.linears[0].args[0]
+        begin = group.linears[-1] if group.block is None else x_of(group.linears[0])
         for node in _beside(islice(nodes, position[begin] + 1, None), group, offloaded, context):
             linear_s = alone_s.pop(node, 0.0)
             if linear_s:
@@ -150,7 +151,7 @@ def _whole_shares(group: Group, context: Context) -> tuple[float, ...]:
 def _experts(product: tuple[int, fx.Node], *, share: float, context: Context) -> Splits:
     """A share of the experts of a product on the host, to the nearest one."""
     position, node = product
-    stack: fx.Node = node.args[1]  # type: ignore[assignment]
+    stack = weight_of(node)
     host = round(share * int(info(stack).value.shape[0]))
     return {position: with_host_experts(stack, host, require(context.residency, "choose_residency"))}
 
@@ -163,7 +164,7 @@ def _offloaded_share(node: fx.Node, context: Context) -> float:
 
 
 def _offloaded_bytes(node: fx.Node, context: Context) -> int:
-    weight: fx.Node = node.args[1]  # type: ignore[assignment]
+    weight = weight_of(node)
     if node.target == GROUPED:
         return value_bytes(weight, context)
     residency = require(context.residency, "choose_residency")
@@ -181,7 +182,7 @@ def _one_after_the_other(linears: Mapping[int, fx.Node], share: float, context: 
     left = share * sum(offloaded)
     splits: dict[int, LinearPlan] = {}
     for (position, node), nbytes in zip(linears.items(), offloaded, strict=True):
-        weight: fx.Node = node.args[1]  # type: ignore[assignment]
+        weight = weight_of(node)
         row_bytes = slice_bytes(weight, 0)
         part = min(1.0, max(0.0, left / nbytes)) if nbytes else 0.0
         step = row_granularity(int(info(weight).value.shape[0]))

@@ -40,6 +40,7 @@ from hetegen_compile.errors import ScheduleError
 from hetegen_compile.host_kernels import HostLinear, bind_kernels
 from hetegen_compile.ir import info
 from hetegen_compile.linear_parts import behind_usual_strides, join_parts, pad_parts, rows_function
+from hetegen_compile.operands import grouped_part, host_groups, linear_part
 from hetegen_compile.passes.closed_gates import sizes_behind_gates
 from hetegen_compile.passes.context import Refusal
 from hetegen_compile.passes.findings import Work
@@ -256,25 +257,25 @@ class _Binder:
         return f"{node.name} = {call}({self._op(node)}, {function}, {arguments}, {keywords})"
 
     def _partial(self, node: fx.Node) -> str:
-        x, rows, bias, lo, hi, dim, axis = ir.linear_part(node)
+        x, rows, bias, lo, hi, dim, axis = linear_part(node)
         function = self._constant("linear", rows_function(lo, hi, dim, axis, biased=bias is not None))
         op = self._op(node, arguments=(x, rows, bias))
         return f"{node.name} = launch({op}, {function}, {self._text((x, rows, bias))})"
 
     def _partial_grouped(self, node: fx.Node) -> str:
-        part, (bounds, function) = ir.grouped_part(node), accelerators_groups(node)
+        part, (bounds, function) = grouped_part(node), accelerators_groups(node)
         op = self._op(node, arguments=(part.x, part.matrices, None, part.others))
         read = f"{self._constant('bounds', bounds)}({part.ends})"
         arguments = f"({part.x}, {part.matrices}, {read}, {self._text(part.others)})"
         return f"{node.name} = launch({op}, {self._constant('grouped', function)}, {arguments})"
 
     def _host_grouped(self, node: fx.Node) -> str:
-        part = ir.host_groups(node)
+        part = host_groups(node)
         function = self._constant("groups", bind_host_groups(node, self._kernels, self._refuse))
         return self._host_call(node, function, self._text((part.x, part.stack, part.ends)))
 
     def _kernel(self, node: fx.Node) -> HostLinear:
-        _, weight, _, lo, hi, dim, axis = ir.linear_part(node)
+        _, weight, _, lo, hi, dim, axis = linear_part(node)
         return bind_kernels(self._kernels, info(weight).value, lo, hi, dim, self._refuse, axis)
 
     def _run(self, run: HostRun) -> str:
@@ -294,12 +295,12 @@ class _Binder:
         return "\n    ".join([f"{name} = {called}", *results, f"del {name}"])
 
     def _rows(self, node: fx.Node) -> str:
-        part = ir.linear_part(node)
+        part = linear_part(node)
         return _narrowed(part.weight, [part.lo, part.hi], part.axis)
 
     def _host_linear(self, node: fx.Node) -> str:
         """One that torch computes; those of our own kernels are in runs."""
-        x, weight, bias, lo, hi, dim, axis = ir.linear_part(node)
+        x, weight, bias, lo, hi, dim, axis = linear_part(node)
         rows = rows_function(lo, hi, dim, axis, biased=bias is not None)
         bfloat16 = info(weight).value.dtype is torch.bfloat16
         function = self._constant("linear", behind_usual_strides(rows) if bfloat16 else rows)

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from hetegen_compile import ir
 from hetegen_compile.cost_model import KernelChoice
 from hetegen_compile.grouped_parts import add_groups, bounds_of, first_groups, product_of
 from hetegen_compile.host_kernels import HostExperts, bind_experts
 from hetegen_compile.ir import info
+from hetegen_compile.operands import grouped_part, host_groups
 from hetegen_compile.passes.grouped_products import AUTOCAST, grouped_product, is_under_autocast, left_to_torch
 from hetegen_compile.steps.host_functions import host_function
 
@@ -34,7 +34,7 @@ def whole_product(node: fx.Node, kernels: Kernels, refuse: Refuse) -> HostExpert
 
 def bind_host_groups(node: fx.Node, kernels: Kernels, refuse: Refuse) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """For a ``host_grouped``: (x, stack, ends) -> what the host's experts make."""
-    part = ir.host_groups(node)
+    part = host_groups(node)
     plain, stack = product_of(part.product), info(part.stack).value
     matrices = stack if part.dim else stack.transpose(1, 2)
     ours = _by_kernels(plain, matrices, kernels, refuse, AUTOCAST if is_under_autocast(node) else None)
@@ -43,7 +43,7 @@ def bind_host_groups(node: fx.Node, kernels: Kernels, refuse: Refuse) -> Callabl
 
 def accelerators_groups(node: fx.Node) -> tuple[Callable[[Tensor], list[int]], Callable[..., Tensor]]:
     """For a ``partial_grouped``: what reads the host's ends, and (x, matrices, what was read, others) -> its rows."""
-    part = ir.grouped_part(node)
+    part = grouped_part(node)
     groups = int(info(part.matrices).value.shape[0])
     bounds = functools.partial(bounds_of, lo=part.lo, groups=groups)
     return bounds, functools.partial(add_groups, dim=part.dim)

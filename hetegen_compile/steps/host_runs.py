@@ -23,6 +23,7 @@ from hetegen_compile import ir
 from hetegen_compile.host_kernels import HostLinear
 from hetegen_compile.host_kernels.program import HostProgram, Place, Step, pointwise_name
 from hetegen_compile.ir import info
+from hetegen_compile.operands import linear_part
 from hetegen_compile.steps.host_functions import host_function
 
 Linears = Mapping[fx.Node, HostLinear]
@@ -90,7 +91,7 @@ class _Builder:
         read = dict.fromkeys(operand for node in nodes for operand in self._read(node) if operand not in own)
         # each part reads rows of its own, also where two are of one weight, or a weight is read as it is, too
         self._rows = dict(enumerate(parts))
-        self._given = [*(ir.linear_part(part).weight for part in parts), *read]
+        self._given = [*(linear_part(part).weight for part in parts), *read]
         self._weights = {part: Place(index) for index, part in self._rows.items()}
         values = [*read, *nodes]
         self._place = {node: Place(index) for index, node in enumerate(values, start=len(parts))}
@@ -98,7 +99,7 @@ class _Builder:
     def _read(self, node: fx.Node) -> list[fx.Node]:
         if node not in self._linears:
             return list(_operands(node))
-        part = ir.linear_part(node)
+        part = linear_part(node)
         return [part.x] if part.bias is None else [part.x, part.bias]
 
     def run(self) -> HostRun:
@@ -110,7 +111,7 @@ class _Builder:
 
     def _step(self, node: fx.Node) -> Step:
         if node in self._linears:
-            part = ir.linear_part(node)
+            part = linear_part(node)
             places = (self._place[part.x], self._weights[node], None if part.bias is None else self._place[part.bias])
             return Step(self._linears[node], places, places, {})
         operands = tuple(self._place[operand] for operand in _operands(node))

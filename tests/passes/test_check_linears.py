@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from hetegen_compile import ir
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import annotate, info
+from hetegen_compile.operands import linear_part
 from hetegen_compile.passes.check_linears import check_linears
 from hetegen_compile.passes.check_parts import check_parts, origin
 from hetegen_compile.passes.context import require
@@ -67,11 +68,11 @@ def parts(found: Case, target: Any, of: int = -1) -> list[fx.Node]:
 
 
 def other_activations(found: Case) -> None:
-    parts(found, ir.HOST_LINEAR)[0].update_arg(0, origin(ir.linear_part(parts(found, ir.HOST_LINEAR, 0)[0]).x))
+    parts(found, ir.HOST_LINEAR)[0].update_arg(0, origin(linear_part(parts(found, ir.HOST_LINEAR, 0)[0]).x))
 
 
 def other_weight(found: Case) -> None:
-    parts(found, ir.HOST_LINEAR)[0].update_arg(1, ir.linear_part(parts(found, ir.HOST_LINEAR, 0)[0]).weight)
+    parts(found, ir.HOST_LINEAR)[0].update_arg(1, linear_part(parts(found, ir.HOST_LINEAR, 0)[0]).weight)
 
 
 def other_layout(found: Case) -> None:
@@ -79,7 +80,7 @@ def other_layout(found: Case) -> None:
 
 
 def other_bias(found: Case) -> None:
-    parts(found, ir.HOST_LINEAR)[0].update_arg(2, ir.linear_part(parts(found, ir.HOST_LINEAR, 0)[0]).bias)
+    parts(found, ir.HOST_LINEAR)[0].update_arg(2, linear_part(parts(found, ir.HOST_LINEAR, 0)[0]).bias)
 
 
 def no_bias(found: Case) -> None:
@@ -93,8 +94,8 @@ def no_bias_in_sum(found: Case) -> None:
 
 def bias_twice(found: Case) -> None:
     every = [*parts(found, ir.PARTIAL_LINEAR), *parts(found, ir.HOST_LINEAR)]
-    (biased,) = (part for part in every if ir.linear_part(part).bias is not None)
-    next(part for part in every if part is not biased).update_arg(2, origin(ir.linear_part(biased).bias))
+    (biased,) = (part for part in every if linear_part(part).bias is not None)
+    next(part for part in every if part is not biased).update_arg(2, origin(linear_part(biased).bias))
 
 
 def of_join(found: Case, change: Callable[[list[fx.Node]], list[fx.Node]]) -> None:
@@ -131,7 +132,7 @@ def not_padded(found: Case) -> None:
 def fewer_columns(found: Case) -> None:
     """What lies between is skipped: the first Linear's input is as wide as half of the columns."""
     part = parts(found, ir.HOST_LINEAR)[0]
-    part.update_arg(0, ir.linear_part(parts(found, ir.HOST_LINEAR, 0)[0]).x)
+    part.update_arg(0, linear_part(parts(found, ir.HOST_LINEAR, 0)[0]).x)
 
 
 def without_its_join(found: Case) -> None:

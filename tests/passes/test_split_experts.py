@@ -15,6 +15,7 @@ from hetegen_compile import ir
 from hetegen_compile.cost_model import accelerator_linear_s
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import info
+from hetegen_compile.operands import grouped_part
 from hetegen_compile.passes.carry_prefetches import carry_prefetches
 from hetegen_compile.passes.check_parts import check_parts
 from hetegen_compile.passes.closed_gates import launches_of
@@ -137,7 +138,7 @@ def test_the_host_reads_where_groups_end_before_it_issues_their_parts(host: int)
     found = scheduled(routed, X, ENDS, experts=in_chunks(host, 3), ring_bytes=8 * EXPERT_BYTES)
     order = {node: place for place, node in enumerate(found.module.graph.nodes)}
     parts = found.nodes(ir.PARTIAL_GROUPED)
-    (ends,) = {ir.grouped_part(part).ends for part in parts}
+    (ends,) = {grouped_part(part).ends for part in parts}
     wait = ends.args[0]
     assert wait.target == ir.WAIT_HOST
     (brought,) = wait.args[0].args[0]
@@ -215,7 +216,7 @@ def test_the_verifier_takes_it() -> None:
 def test_ends_that_are_given_are_read_where_they_lie() -> None:
     """And no mirror of them is brought up to date in each step."""
     found = mixture(2, 3)
-    (ends,) = {ir.grouped_part(part).ends for part in found.nodes(ir.PARTIAL_GROUPED)}
+    (ends,) = {grouped_part(part).ends for part in found.nodes(ir.PARTIAL_GROUPED)}
     assert ends.op == "placeholder"
     assert ends not in {node.args[0] for node in found.nodes(ir.MIRROR)}
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from hetegen_compile import ir
 from hetegen_compile.ir import info
+from hetegen_compile.operands import linear_part
 from hetegen_compile.steps.host_runs import HostRun, dying_behind, host_runs
 from hetegen_compile.steps.last_uses import last_uses
 from tests.host_graphs import Between, Host, mlp, names_of
@@ -26,7 +26,7 @@ def arguments(run: HostRun) -> list[Tensor]:
         value: Tensor = info(node).value
         if index not in run.rows:
             return value
-        part = ir.linear_part(run.rows[index])
+        part = linear_part(run.rows[index])
         assert part.weight is node
         return value.narrow(part.axis, part.lo, part.hi - part.lo)
 
