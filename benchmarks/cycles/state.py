@@ -23,6 +23,9 @@ BUDGETS = (0.25, 0.4, 0.6, 0.8, 1.0)
 """Shares of the weights' bytes."""
 _RETRIES = 16
 
+_NAMED = re.compile(r"'gpu_memory': (\d+)|smallest budget that works is (\d+)")
+"""What an error names: the model's own remedy, or what the model with the smallest budget should have been given."""
+
 Run = Callable[[Any], dict[str, Any]]
 """Uses a model and returns what is compared, by name."""
 
@@ -138,10 +141,10 @@ class Cycle:
     def _raise_budgets(self, error: BudgetError) -> None:
         """The smallest budget of the models alive holds for all: each has to have what is named."""
         self.refusals += 1
-        found, smallest = re.search(r"'gpu_memory': (\d+)", str(error)), min(pair.budget_bytes for pair in self.pairs)
+        found, smallest = _NAMED.search(str(error)), min(pair.budget_bytes for pair in self.pairs)
         if found is None:
             raise Failure(f"no budget is named: {error}")
-        named = int(found[1])
+        named = int(found[1] or found[2])
         self.say(f"  {smallest} bytes are refused, {named} named")
         if named <= smallest:
             raise Failure(f"{smallest} bytes are refused and {named} named: {error}")
