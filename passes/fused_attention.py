@@ -1,12 +1,14 @@
-"""What fused attention makes beside its result, at sizes that it has not been called with.
+"""Which kernel fused attention is compiled to, and what it makes beside its result at sizes that it has not been
+called with.
 
-It is called with fakes of these sizes: whether scores are made, masks become numbers or shared heads are repeated
-depends on the kernel that torch chooses, and that on the sizes.
+For the latter it is called with fakes of these sizes: whether scores are made, masks become numbers or shared heads
+are repeated depends on the kernel that torch chooses, and that on the sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
@@ -96,6 +98,26 @@ def attention_arguments(node: fx.Node) -> dict[str, Any]:
     return {**_DEFAULTS, **dict(zip(_DEFAULTS, node.args, strict=False)), **node.kwargs}
 
 
+@contextmanager
+def attention_at_any_length(inputs: Sequence[Any]) -> Iterator[None]:
+    """Inside, attention to ``inputs`` with symbolic sizes is traced to another kernel than cuDNN's, if any is allowed.
+
+    torch 2.11 and newer prefer cuDNN's on Hopper and datacentre Blackwell. It builds a plan for every length that it
+    meets (others report 23 to 440 ms of the host's time), and a cache that grows has another length in each step.
+    """
+    backends = torch.backends.cuda
+    sizes = [size for one in inputs if isinstance(one, Tensor) for size in one.shape]
+    others = backends.flash_sdp_enabled() or backends.mem_efficient_sdp_enabled() or backends.math_sdp_enabled()
+    left_out = backends.cudnn_sdp_enabled() and others and any(isinstance(size, torch.SymInt) for size in sizes)
+    if left_out:
+        backends.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        if left_out:
+            backends.enable_cudnn_sdp(True)
+
+
 @cache
 def scratch_bytes(call: Attention) -> int:
     """Bytes that a call makes beside its result."""
@@ -111,4 +133,6 @@ def scratch_bytes(call: Attention) -> int:
         return int(listener.take()["made_bytes"]) - int(tensor_bytes(result))
 
 
-__all__ = ["Attention", "Shape", "attention_arguments", "is_fused_attention", "scratch_bytes"]
+__all__ = [
+    "Attention", "Shape", "attention_arguments", "attention_at_any_length", "is_fused_attention", "scratch_bytes",
+]  # fmt: skip

@@ -42,6 +42,7 @@ from hetegen_compile.geometry import storage_id
 from hetegen_compile.ir import annotate, copy_module, info
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.fold_transforms import Folded
+from hetegen_compile.passes.fused_attention import attention_at_any_length
 from hetegen_compile.passes.insert_transfers import operand_side
 from hetegen_compile.passes.tensors import tensors_in
 
@@ -185,7 +186,8 @@ class _DeviceValues:
         inputs = [self._values[arg] for arg in node.args if isinstance(arg, fx.Node)]
         for placeholder, value in zip(segment.graph.find_nodes(op="placeholder"), inputs, strict=True):
             annotate(placeholder, value=value)
-        outputs: tuple[Any, ...] = _SegmentOnDevice(segment, node, self._device).run(*inputs)
+        with attention_at_any_length(inputs):  # as it will be compiled: strides of results depend on the kernel
+            outputs: tuple[Any, ...] = _SegmentOnDevice(segment, node, self._device).run(*inputs)
         return outputs
 
 

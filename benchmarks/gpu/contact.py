@@ -7,12 +7,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.children import Notebook
 from benchmarks.gpu.settings import Checks, Settings, device_of, require
@@ -23,6 +25,8 @@ from hetegen_compile.calibration.kernels import in_place
 from hetegen_compile.host_kernels import HostKernel, kernels_for
 
 LARGE_BYTES = 1 << 30
+
+_NOT_CUDNNS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def contact(settings: Settings, notebook: Notebook) -> None:
@@ -37,6 +41,7 @@ def contact(settings: Settings, notebook: Notebook) -> None:
     checks.check("small uploads by size", lambda: reads_by_size(device_of(settings)))
     checks.check("columns of a matrix", lambda: columns_by_width(device_of(settings)))
     checks.check("waits and launches", partial(waits, settings))
+    checks.check("attention at new lengths", partial(attention, settings))
     checks.finish()
 
 
@@ -199,6 +204,29 @@ def workspace(settings: Settings) -> dict[str, int]:
         torch.cuda.synchronize(device)
         found[name] = torch.cuda.memory_reserved(device) - before
     return {**found, "counted_bytes": cublas_workspace_bytes(torch.cuda.get_device_capability(device))}
+
+
+def attention(settings: Settings) -> dict[str, Any]:
+    """Seconds of the host's thread for one token's attention in bfloat16, at lengths that it meets for the first time
+    and once more at the last of them: with the kernel that torch chooses, and without cuDNN's, which builds a plan for
+    each length."""
+    device = device_of(settings)
+    query, keys = (torch.randn(1, 32, tokens, 128, dtype=torch.bfloat16, device=device) for tokens in (1, 512))
+
+    def attend_s(length: int) -> float:
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        torch.nn.functional.scaled_dot_product_attention(query, keys[:, :, :length], keys[:, :, :length])
+        return time.perf_counter() - started
+
+    choices: dict[str, tuple[AbstractContextManager[object], int]]
+    choices = {"as torch chooses": (nullcontext(), 300), "without cuDNN's": (sdpa_kernel(_NOT_CUDNNS), 400)}
+    figures: dict[str, Any] = {"cudnn": torch.backends.cudnn.version()}
+    for name, (kernels, first) in choices.items():
+        with kernels:
+            _, *new = [attend_s(first + more) for more in range(6)]  # the first loads code
+            figures[name] = {"new_length_s": statistics.median(new), "known_length_s": attend_s(first + 5)}
+    return figures
 
 
 def interpreter_lock() -> dict[str, float]:

@@ -63,6 +63,9 @@ AHEAD = (
 )
 """Host parts by a worker, and what needs them behind gates."""
 
+_STEPS = 3
+"""Decode steps whose logits are compared in 16 bits: attention has other kernels there than in float32."""
+
 
 def generation(settings: Settings, notebook: Notebook) -> None:
     """All cases; raises ChecksFailedError at the end if one failed."""
@@ -113,7 +116,7 @@ def three_splits(settings: Settings) -> dict[str, Any]:
 
 
 def half_precision(settings: Settings) -> dict[str, Any]:
-    """Logits of 16-bit weights: no further from float32's than twice what eager on the host is."""
+    """16-bit weights: logits of a prompt and decode steps no further from float32's than twice eager's on the host."""
     figures = {}
     for dtype in (torch.bfloat16, torch.float16):
         with Watched() as watched:
@@ -125,22 +128,29 @@ def half_precision(settings: Settings) -> dict[str, Any]:
 def _error_over_eagers(name: str, dtype: torch.dtype, settings: Settings, **options: Any) -> float:
     """How far logits of 16-bit weights are from float32's, in the mean, compared with eager's; at most 2."""
     model = small_model(name, dtype)
-    with torch.no_grad():
-        eager = model(prompts(2)).logits.float()
-        exact = _exact(name, model)
-        compile_small(model, settings, **options)
-        found = model(prompts(2)).logits.float()
+    eager, exact = _logits(model), _logits(_in_float32(name, model))
+    compile_small(model, settings, **options)
+    found = _logits(model)
     own, theirs = (float((one - exact).abs().mean()) for one in (found, eager))
     require(own <= 2 * theirs, f"{dtype}: mean error of a logit {own:.3g}, eager's {theirs:.3g}")
     return own / theirs
 
 
-def _exact(name: str, model: Any) -> torch.Tensor:
-    """Logits of the same weights computed in float32."""
+def _logits(model: Any) -> torch.Tensor:
+    """Of a prompt and of some given tokens behind it, one a step, with a cache that grows."""
+    given = prompts(2)
+    with torch.no_grad():
+        results = [model(given, use_cache=True)]
+        for step in range(_STEPS):
+            results.append(model(given[:, step : step + 1], past_key_values=results[-1].past_key_values))
+    return torch.cat([result.logits.float() for result in results], 1)
+
+
+def _in_float32(name: str, model: Any) -> Any:
+    """The same weights."""
     twin = small_model(name)
     twin.load_state_dict({key: tensor.float() for key, tensor in model.state_dict().items()})
-    logits: torch.Tensor = twin(prompts(2)).logits
-    return logits
+    return twin
 
 
 def everything_fits(settings: Settings) -> dict[str, int]:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hetegen_compile.passes.context import SegmentCompiler
+from hetegen_compile.passes.fused_attention import attention_at_any_length
 from hetegen_compile.passes.segment_calls import BoxedCode, CompiledCall
 
 logger = logging.getLogger("hetegen_compile")
@@ -52,7 +53,10 @@ def inductor_compiler(mode: FakeTensorMode) -> SegmentCompiler:
             boxed.append(None if has_layers else _code_alone(code, context.fw_metadata, segment, len(inputs)))
             return code
 
-        with tracing(context), _without_aot_cache(), inductor_config.patch(INDUCTOR_OPTIONS), torch.no_grad():
+        with (
+            tracing(context), _without_aot_cache(), attention_at_any_length(examples),
+            inductor_config.patch(INDUCTOR_OPTIONS), torch.no_grad(),
+        ):  # fmt: skip
             compiled = compile_fx(segment, list(examples), inner_compile=compile_inner)
         assert callable(compiled)
         return CompiledCall(compiled, boxed[0]) if len(boxed) == 1 and boxed[0] is not None else compiled

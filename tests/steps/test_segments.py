@@ -14,7 +14,8 @@ from torch._dynamo.utils import counters
 from torch._guards import detect_fake_mode
 from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.two_tensor import TwoTensor
 
 from hetegen_compile.passes.segment_calls import CompiledCall, with_declared_strides
@@ -108,6 +109,30 @@ def test_nothing_is_timed_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None
     inductor_compiler(FakeTensorMode())(fx.symbolic_trace(torch.nn.ReLU()), [])
     assert seen == [(True, False)]
     assert (inductor_config.deterministic, inductor_config.triton.autotune_pointwise) == before
+
+
+@pytest.mark.parametrize(
+    ("symbolic", "others", "kept"), [(True, True, False), (False, True, True), (True, False, True)]
+)
+def test_attention_to_any_length_is_not_cudnns(
+    symbolic: bool, others: bool, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which builds a plan for each length; where nothing else is allowed it stays."""
+    seen: list[bool] = []
+
+    def compile_fx(segment: fx.GraphModule, examples: list[Any], **_: Any) -> Callable[..., Any]:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        raise RuntimeError("a compiler's failure leaves the choice as it was, too")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    dynamic: Any = StatelessSymbolicContext([DimDynamic.DYNAMIC if symbolic else DimDynamic.STATIC])
+    example = mode.from_tensor(torch.ones(5), symbolic_context=dynamic)
+    allowed = sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *([SDPBackend.MATH] if others else [])])
+    with allowed, pytest.raises(RuntimeError, match="failure"):
+        inductor_compiler(mode)(fx.symbolic_trace(torch.nn.ReLU()), [example])
+    assert seen == [kept]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def compiled(function: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:

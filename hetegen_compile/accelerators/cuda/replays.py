@@ -37,7 +37,7 @@ from hetegen_compile.passes.tensors import tensors_in
 
 logger = logging.getLogger("hetegen_compile")
 
-COPIED_BYTES = 64 << 10
+COPIED_BYTES = 256 << 10
 """What is copied to a place of its own at most; larger things that lie elsewhere each time are launched one by one."""
 
 _PAYS, _LONGEST = 4, 64
