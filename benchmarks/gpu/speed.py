@@ -38,6 +38,7 @@ SUITE = Effort(kernel_tokens=())
 
 PROMPT, NEW_TOKENS, PEER_TOKENS = 64, 40, 12
 """hetegen records its launches in the first steps of each generation: a median of eleven was of those."""
+GROWN_FROM = 120
 CHILD_LIMIT_S = 120.0
 
 _END_S, _LEAST_S = 5.0, 15.0
@@ -129,9 +130,10 @@ def growing_cache(settings: Settings, notebook: Notebook) -> None:
     """hetegen once more at both limits, with the cache that ``generate`` makes by itself: it grows by a token a step.
 
     Attention to it has new sizes in each step: its launches are not recorded, and none is issued behind a closed gate.
+    On its way it passes 128 tokens, where the allocator's blocks become larger ones; the peak is what it has reserved.
     """
     shape = _again(settings)
-    more = ("--ways", HETEGEN, "--cache", "dynamic")
+    more = ("--ways", HETEGEN, "--cache", "dynamic", "--prompt", str(GROWN_FROM))
     arguments = _arguments(shape, settings, settings.measured_hardware, LIMITS, *more)
     _beside_earlier(shape, "growing", arguments, settings, notebook)
 
@@ -148,6 +150,7 @@ def _again(settings: Settings) -> str:
 
 def _beside_earlier(shape: str, name: str, arguments: Namespace, settings: Settings, notebook: Notebook) -> None:
     """hetegen's rows at the limits of ``arguments``, and beside each what the shape's own stage has found there."""
+    notebook.note("what", compare.heading(arguments))
     compared, rows, beside = _Compared(f"{shape}-{name}", settings, others=False), list[Row](), list[dict[str, Any]]()
     for job in compare.jobs_of(arguments):
         rows += compared.run(job)

@@ -71,7 +71,7 @@ STAGES = (
     Stage("calibration", 240.0),
     Stage("opt-6.7b", 300.0),
     Stage("opt-6.7b-peers", 200.0),
-    Stage("growing-cache", 180.0),
+    Stage("growing-cache", 240.0),
     Stage("reading-ahead", 100.0),
     Stage("floor", 45.0),
     Stage("issuing", 110.0),

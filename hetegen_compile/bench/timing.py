@@ -17,8 +17,8 @@ Cache = Literal["dynamic", "static"]
 
 CACHES: tuple[Cache, ...] = get_args(Cache)
 
-WARM_UP_TOKENS = 3
-"""Of the generation that is not measured, where it may be shorter."""
+WARM_UP_TOKENS = 8
+"""Of the generation that is not measured, where it may be shorter: plans, a traced step, recorded launches."""
 
 
 class Arrivals:

@@ -326,6 +326,7 @@ def test_reading_ahead_is_compared_with_not_doing_it(tmp_path: Path, monkeypatch
         return [Row(job.way, job.gpu_memory, decode_tokens_per_s=3.0, steps=STEPS)]
 
     monkeypatch.setattr(comparison, "run", child)
+    monkeypatch.setattr(comparison, "heading", lambda arguments: {"cache": arguments.cache})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     notebook = Notebook(tmp_path / "notes.json")
     with pytest.raises(SkipError, match="calibrated nothing"):
@@ -356,6 +357,7 @@ def test_the_cache_that_generate_makes_by_itself_is_measured_beside_the_static_o
         return [Row(job.way, job.gpu_memory, decode_tokens_per_s=3.0)]
 
     monkeypatch.setattr(comparison, "run", child)
+    monkeypatch.setattr(comparison, "heading", lambda arguments: {"cache": arguments.cache})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     notebook = Notebook(tmp_path / "notes.json")
     with pytest.raises(SkipError, match="calibrated nothing"):
@@ -366,6 +368,7 @@ def test_the_cache_that_generate_makes_by_itself_is_measured_beside_the_static_o
     (tmp_path / "opt-6.7b.json").write_text(json.dumps({"rows": rows}))
     speed.growing_cache(settings, notebook)
     assert asked == [(HETEGEN, "dynamic", settings.measured_hardware)] * 2
+    assert notebook.entries["what"] == {"cache": "dynamic"}
     rates = [{name: one[name]["decode_tokens_per_s"] for name in one} for one in notebook.entries["summary"]]
     assert rates == [{"here": 3.0, "earlier": 4.0}] * 2
     assert [row["gpu_memory"] for row in notebook.entries["rows"]] == limits
