@@ -95,16 +95,17 @@ def caches_grow(module: fx.GraphModule, context: Context) -> bool:
     """Whether later forwards may bring longer caches than this one does."""
     ends = [node for node in module.graph.nodes if node.op in ("placeholder", "output")]
     tensors = [tensor for node in ends for tensor in tensors_in(info(node).value) if tensor.dim() >= CACHE_DIMS]
-    return any(_symbolic(tensor) or is_new_cache(tensor, context.tokens_per_sequence) for tensor in tensors)
+    return any(is_symbolic(tensor) or is_new_cache(tensor, context.tokens_per_sequence) for tensor in tensors)
 
 
-def _symbolic(tensor: Tensor) -> bool:
+def is_symbolic(tensor: Tensor) -> bool:
+    """Whether a size of it is no number."""
     return any(to_expr(size).free_symbols for size in tensor.shape)
 
 
 def is_new_cache(tensor: Tensor, tokens: int) -> bool:
     """Whether a graph that is given ``tokens`` of each sequence (0: no fixed number) returns this as their cache."""
-    if tensor.dim() < CACHE_DIMS or _symbolic(tensor) or not tokens:
+    if tensor.dim() < CACHE_DIMS or is_symbolic(tensor) or not tokens:
         return False
     return int(tensor.shape[TOKENS]) == tokens
 
@@ -119,4 +120,13 @@ def shape_of(tensor: Tensor, context: Context) -> tuple[int, ...]:
     return tuple(n if isinstance(n, int) else int(context.number(to_expr(n))) for n in tensor.shape)
 
 
-__all__ = ["Cache", "Forward", "caches_grow", "given_tensors", "is_new_cache", "returned_caches", "shape_of"]
+__all__ = [
+    "Cache",
+    "Forward",
+    "caches_grow",
+    "given_tensors",
+    "is_new_cache",
+    "is_symbolic",
+    "returned_caches",
+    "shape_of",
+]

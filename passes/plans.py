@@ -69,13 +69,15 @@ GROWTH = "room for caches to grow"
 """The budget's item for what caches take beyond this call, up to the stated context."""
 BATCHES = "room for larger batches"
 """The budget's item for the sequences up to ``max_batch`` that this call does not have."""
+SHORTER = "what torch's allocator keeps of shorter caches"
+"""The budget's item, on a GPU, for memory of caches that grow which nothing longer fits."""
 OTHERS = "steps of other graphs"
 """The budget's item for what other graphs on the accelerator need beyond this one."""
 UNFORESEEN = "what earlier plans did not foresee"
 """The budget's item for what a step or its verification needed beyond an earlier plan."""
 RESIDENT = "resident weights"
 RING = "staging ring"
-_STEP = (MIRRORED, ACTIVATIONS, GROWTH, BATCHES, UNFORESEEN)
+_STEP = (MIRRORED, ACTIVATIONS, GROWTH, BATCHES, SHORTER, UNFORESEEN)
 
 STAGED_CHUNK_BYTES = 16 << 20
 """Bytes of a chunk of a staged weight: where the link's rate has levelled off, so the pinned ring stays small."""

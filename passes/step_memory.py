@@ -17,14 +17,15 @@ from torch import Tensor, fx
 from hetegen_compile.geometry import mirrored_bytes, storage_id
 from hetegen_compile.ir import INPUT_OPS, LINEAR, info, is_tensor, written_storages
 from hetegen_compile.passes.annotate_costs import value_size
-from hetegen_compile.passes.caches import Cache, Forward, returned_caches
+from hetegen_compile.passes.caches import Cache, Forward, is_symbolic, returned_caches
 from hetegen_compile.passes.choose_splits import table_only
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.liveness import activation_peak_bytes
 from hetegen_compile.passes.other_forwards import MASK_BYTES, OtherForwards
-from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH, MIRRORED
-from hetegen_compile.passes.tensors import to_expr
+from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH, MIRRORED, SHORTER
+from hetegen_compile.passes.tensors import tensors_in, to_expr
 from hetegen_compile.passes.unsplit_weights import computed_on_host
+from hetegen_compile.passes.windows import CACHE_DIMS
 
 
 def step_memory(
@@ -47,6 +48,7 @@ def step_memory(
         ACTIVATIONS: activations,
         GROWTH: context.room(size) - int(context.number(size)) + later,
         BATCHES: _more_sequences(module, weights, context, activations + later, more),
+        **({SHORTER: shorter} if (shorter := _shorter_caches(module, context)) else {}),
     }
 
 
@@ -148,6 +150,30 @@ def _other_forwards(
     pairs = zip(forwards.bytes_at(forwards.captured), forwards.bytes_at(_padded(forwards.captured)), strict=True)
     masked = max(min(activations, before + beyond) + after - before for before, after in pairs)
     return alone, max(activations, masked + _longest_mask_bytes(context), later(True))
+
+
+def _shorter_caches(module: fx.GraphModule, context: Context) -> int:
+    """On a GPU the bytes of the caches that grow, when they are longest, once more.
+
+    A step makes each of them anew, some bytes longer, and lets go of the one before. What was freed fits nothing longer
+    unless neighbours of it are free, too, so a third generation lies beside the two that a step has. (By the
+    allocator's rules; what is beyond this the accelerator gives back between steps.)
+    """
+    if not context.largest_twice:
+        return 0
+    made = returned_caches(module, context)
+    forward = _next(made.values(), context, padded=False)
+    nbytes = sum(cache.bytes_after(forward) for cache in made.values() if cache.grows) if forward else 0
+    new = {key for key, cache in made.items() if cache.grows}
+    longer = {
+        storage_id(tensor): context.room(value_size(node))
+        for node in module.graph.output_node().all_input_nodes
+        for tensor in tensors_in(info(node).value)
+        if tensor.dim() >= CACHE_DIMS and is_symbolic(tensor)
+    }
+    nbytes += sum(size for key, size in longer.items() if key not in new)
+    sequences = max(1, context.sequences)
+    return -(-max(context.options.max_batch, sequences) * nbytes // sequences)
 
 
 def _padded(forward: Forward) -> Forward:

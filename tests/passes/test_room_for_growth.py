@@ -16,7 +16,7 @@ from hetegen_compile.options import Options
 from hetegen_compile.passes.annotate_costs import annotate_costs
 from hetegen_compile.passes.choose_residency import choose_residency
 from hetegen_compile.passes.context import Bucket
-from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH
+from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH, SHORTER
 from hetegen_compile.planning.buckets import largest_sizes
 from tests.passes.graphs import case
 
@@ -67,6 +67,35 @@ def test_a_prefill_of_fixed_length_keeps_room_for_the_caches_of_the_steps_after_
     assert made + budget[GROWTH] > step
     more = limits.get("max_batch", 1) - 1
     assert budget[BATCHES] == more * (ids + budget[ACTIVATIONS] + budget[GROWTH])
+
+
+@pytest.mark.parametrize(("limits", "length", "sequences"), [({}, 14, 1), ({"context": 70, "max_batch": 3}, 70, 3)])
+@pytest.mark.parametrize("accelerator", ["cuda", "emulated"])
+def test_on_a_gpu_what_shorter_caches_leave_is_counted(
+    accelerator: str, limits: dict[str, int], length: int, sequences: int
+) -> None:
+    """Of a prefill and of the steps after it; where memory is not torch's allocator's nothing is left."""
+    options = Options(print_schedule=False, accelerator=accelerator, **limits)  # type: ignore[arg-type]
+    cache_bytes = length * 64 * 4
+
+    def prefill(ids: Tensor) -> tuple[Tensor, Tensor]:
+        keys = GROWN(torch.nn.functional.one_hot(ids, 64).float()).view(1, 7, 4, 16).transpose(1, 2).contiguous()
+        return keys, keys.sum()
+
+    def step(x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        longer = torch.cat([past, GROWN(x).view(1, 1, 4, 16).transpose(1, 2)], -2)
+        return longer, longer.sum()
+
+    past = torch.randn(1, 4, 7, 16)
+    torch._dynamo.mark_dynamic(past, 2)
+    first = case(prefill, torch.arange(7)[None], options=options, sequences=1, tokens_per_sequence=7)
+    then = case(step, torch.randn(1, 64), past, options=options, sequences=1, tokens_per_sequence=1)
+    largest = largest_sizes(sympy.Integer(1), then.context, {}, then.context.sizes, spare=True)
+    then.context = replace(then.context, largest=largest)
+    for found, token_bytes in ((first, 0), (then, 64 * 4)):  # a step returns one token more than it is given
+        budget = found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
+        expected = sequences * (cache_bytes + token_bytes)
+        assert budget.get(SHORTER, 0) == (expected if accelerator == "cuda" else 0)
 
 
 def test_the_mask_of_another_sequence_is_counted_at_the_longest_context() -> None:

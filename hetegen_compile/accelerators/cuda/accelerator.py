@@ -25,6 +25,7 @@ from hetegen_compile.accelerators.choice import require_cuda
 from hetegen_compile.accelerators.cuda.activations import Activations
 from hetegen_compile.accelerators.cuda.ahead import Ahead
 from hetegen_compile.accelerators.cuda.allocator import (
+    Excess,
     Unclaimed,
     beside_allocator_bytes,
     overhead_bytes,
@@ -81,6 +82,8 @@ class CudaAccelerator(Accelerator):
         self._ahead = Ahead(self._streams, self._ledger, lending)
         self._replays = Replays(self.device, self.counters)
         self._unclaimed = Unclaimed(self.device)
+        self._excess, self._last_step_bytes = Excess(), 0
+        self._overhead_bytes = sum(overhead_bytes(self.device).values())
         self._in_step = False
         self._closed = False
 
@@ -186,6 +189,8 @@ class CudaAccelerator(Accelerator):
                 raise ScheduleError(f"begin_step takes over {transfer.node}, which is not held for it")
         self.abandon_step()
         self._prefetches.take_over(carried)
+        limit_bytes = self._ledger.limit_bytes + self._overhead_bytes
+        self._excess.give_back(self._last_step_bytes, limit_bytes, self._held_now_bytes)
         self._ledger.begin_step()
         opened = self._replays.wants_open_gates(facts.chains)
         gated = facts.again and not opened and facts.needs_bytes <= self._unclaimed.nbytes()
@@ -213,8 +218,11 @@ class CudaAccelerator(Accelerator):
 
         Its own peak is not used: calibration, or whatever ran before, may have reached it.
         """
-        self.counters.step_peak_bytes = max(0, reserved_now_bytes(self.device) - self._reserved_before)
+        self._last_step_bytes = self.counters.step_peak_bytes = self._held_now_bytes()
         self.counters.peak_bytes = max(self.counters.peak_bytes, self.counters.step_peak_bytes)
+
+    def _held_now_bytes(self) -> int:
+        return max(0, reserved_now_bytes(self.device) - self._reserved_before)
 
     def abandon_step(self) -> None:
         if self._in_step:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -61,6 +62,25 @@ class Unclaimed:
             self._reserved_bytes, self._asked_s = reserved_bytes, now_s
         allowed_bytes = int(torch.cuda.get_per_process_memory_fraction(device) * self._total_bytes) - reserved_bytes
         return max(0, min(self._free_bytes, allowed_bytes) - 2 * BLOCK_BYTES)
+
+
+class Excess:
+    """What the allocator has reserved beyond the budget and does not use is given back to the driver, between steps.
+
+    Caches that grow leave memory behind that nothing longer fits. Giving back waits for the device and makes the next
+    step ask the driver, so what did not help is tried again only when an eighth more is reserved.
+    """
+
+    def __init__(self) -> None:
+        self._left_bytes = 0
+
+    def give_back(self, held_bytes: int, limit_bytes: int, held_now_bytes: Callable[[], int]) -> None:
+        """``held_bytes`` were held when the last step ended."""
+        if held_bytes <= limit_bytes:
+            self._left_bytes = 0
+        elif held_bytes > self._left_bytes * 9 // 8:
+            torch.cuda.empty_cache()
+            self._left_bytes = held_now_bytes()
 
 
 def overhead_bytes(device: torch.device) -> dict[str, int]:
