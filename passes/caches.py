@@ -87,6 +87,8 @@ def _returned(module: fx.GraphModule, context: Context) -> Iterator[tuple[int, C
             if tensor.dim() >= CACHE_DIMS and key not in inputs:
                 tokens, nbytes = max(1, shape_of(tensor, context)[TOKENS]), context.room(tensor_bytes(tensor))
                 grows = key not in written and tokens == context.tokens_per_sequence and not longer
+                if grows:  # of as many tokens, for the most sequences
+                    nbytes = -(-nbytes * tokens // max(1, context.room(to_expr(tensor.shape[TOKENS]))))
                 kept = None if window is None else int(context.number(window))
                 yield key, Cache(nbytes, tokens, grows, kept, key in written)
 
@@ -95,17 +97,16 @@ def caches_grow(module: fx.GraphModule, context: Context) -> bool:
     """Whether later forwards may bring longer caches than this one does."""
     ends = [node for node in module.graph.nodes if node.op in ("placeholder", "output")]
     tensors = [tensor for node in ends for tensor in tensors_in(info(node).value) if tensor.dim() >= CACHE_DIMS]
-    return any(is_symbolic(tensor) or is_new_cache(tensor, context.tokens_per_sequence) for tensor in tensors)
+    return any(_symbolic(tensor) or is_new_cache(tensor, context.tokens_per_sequence) for tensor in tensors)
 
 
-def is_symbolic(tensor: Tensor) -> bool:
-    """Whether a size of it is no number."""
+def _symbolic(tensor: Tensor) -> bool:
     return any(to_expr(size).free_symbols for size in tensor.shape)
 
 
 def is_new_cache(tensor: Tensor, tokens: int) -> bool:
     """Whether a graph that is given ``tokens`` of each sequence (0: no fixed number) returns this as their cache."""
-    if tensor.dim() < CACHE_DIMS or is_symbolic(tensor) or not tokens:
+    if tensor.dim() < CACHE_DIMS or _symbolic(tensor) or not tokens:
         return False
     return int(tensor.shape[TOKENS]) == tokens
 
@@ -126,7 +127,6 @@ __all__ = [
     "caches_grow",
     "given_tensors",
     "is_new_cache",
-    "is_symbolic",
     "returned_caches",
     "shape_of",
 ]

@@ -100,14 +100,15 @@ def attention_arguments(node: fx.Node) -> dict[str, Any]:
 
 @contextmanager
 def attention_at_any_length(inputs: Sequence[Any]) -> Iterator[None]:
-    """Inside, attention to ``inputs`` with symbolic sizes is traced to another kernel than cuDNN's, if any is allowed.
+    """Inside, attention among ``inputs`` with symbolic sizes is traced to another kernel than cuDNN's, if another fused
+    one is allowed. The flag is the process's: what other threads trace or run meanwhile takes another kernel, too.
 
     torch 2.11 and newer prefer cuDNN's on Hopper and datacentre Blackwell. It builds a plan for every length that it
     meets (others report 23 to 440 ms of the host's time), and a cache that grows has another length in each step.
     """
     backends = torch.backends.cuda
-    sizes = [size for one in inputs if isinstance(one, Tensor) for size in one.shape]
-    others = backends.flash_sdp_enabled() or backends.mem_efficient_sdp_enabled() or backends.math_sdp_enabled()
+    sizes = [size for one in inputs for size in (one.shape if isinstance(one, Tensor) else (one,))]
+    others = backends.flash_sdp_enabled() or backends.mem_efficient_sdp_enabled()
     left_out = backends.cudnn_sdp_enabled() and others and any(isinstance(size, torch.SymInt) for size in sizes)
     if left_out:
         backends.enable_cudnn_sdp(False)

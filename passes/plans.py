@@ -96,6 +96,7 @@ class Residency:
         first_rows: first resident row of every claimed weight, those of other graphs included (a weight of no
             resident row is not in it).
         mirrored: bytes of the mirrors that the step reads, an expression over the graph's sizes.
+        shorter: bytes of the caches that it lengthens, counted once more where torch's allocator keeps them, the same.
         host_weights: placeholders of weights that cannot be split and stay on the host, with what computes with them.
         streamed_stacks: placeholders of stacks of experts that are streamed, each whole.
         stack_chunk_bytes: most bytes of a part of such a stack; one expert at least.
@@ -113,6 +114,7 @@ class Residency:
     claims: Sequence[Claim] = ()
     first_rows: Mapping[Hashable, int] = field(default_factory=dict)
     mirrored: sympy.Expr = sympy.Integer(0)
+    shorter: sympy.Expr = sympy.Integer(0)
     host_weights: frozenset[str] = frozenset()
     streamed_stacks: frozenset[str] = frozenset()
     stack_chunk_bytes: int = 0

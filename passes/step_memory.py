@@ -17,15 +17,15 @@ from torch import Tensor, fx
 from hetegen_compile.geometry import mirrored_bytes, storage_id
 from hetegen_compile.ir import INPUT_OPS, LINEAR, info, is_tensor, written_storages
 from hetegen_compile.passes.annotate_costs import value_size
-from hetegen_compile.passes.caches import Cache, Forward, is_symbolic, returned_caches
+from hetegen_compile.passes.caches import Cache, Forward, given_tensors, returned_caches
 from hetegen_compile.passes.choose_splits import table_only
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.liveness import activation_peak_bytes
 from hetegen_compile.passes.other_forwards import MASK_BYTES, OtherForwards
 from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH, MIRRORED, SHORTER
-from hetegen_compile.passes.tensors import tensors_in, to_expr
+from hetegen_compile.passes.tensors import tensor_bytes, tensors_in, to_expr
 from hetegen_compile.passes.unsplit_weights import computed_on_host
-from hetegen_compile.passes.windows import CACHE_DIMS
+from hetegen_compile.passes.windows import CACHE_DIMS, TOKENS, window_of
 
 
 def step_memory(
@@ -152,27 +152,46 @@ def _other_forwards(
     return alone, max(activations, masked + _longest_mask_bytes(context), later(True))
 
 
-def _shorter_caches(module: fx.GraphModule, context: Context) -> int:
-    """On a GPU the bytes of the caches that grow, when they are longest, once more.
+def shorter_size(module: fx.GraphModule, context: Context) -> sympy.Expr:
+    """Bytes of the caches that a graph is given and returns longer, an expression over its sizes; 0 but on a GPU.
 
     A step makes each of them anew, some bytes longer, and lets go of the one before. What was freed fits nothing longer
-    unless neighbours of it are free, too, so a third generation lies beside the two that a step has. (By the
-    allocator's rules; what is beyond this the accelerator gives back between steps.)
+    unless neighbours of it are free, too, so a third generation lies beside the two that a step has. (By the rules of
+    torch's allocator; what is beyond this the accelerator gives back between steps.)
     """
+    return sympy.Add(*map(tensor_bytes, _lengthened(module, context))) if context.largest_twice else sympy.Integer(0)
+
+
+def _lengthened(module: fx.GraphModule, context: Context) -> list[Tensor]:
+    """Not those that are written in place (static caches), nor windows: their sizes stay."""
+    written, found = written_storages(module.graph.nodes), dict[int, Tensor]()
+    for node in module.graph.output_node().all_input_nodes:
+        given = [tensor for one in node.all_input_nodes for tensor in given_tensors(one) if tensor.dim() >= CACHE_DIMS]
+        for tensor in tensors_in(info(node).value) if given and window_of(node) is None else ():
+            length = to_expr(tensor.shape[TOKENS]) if tensor.dim() >= CACHE_DIMS else sympy.Integer(0)
+            if length.free_symbols & context.lengths and storage_id(tensor) not in written:
+                found[storage_id(tensor)] = tensor
+    return list(found.values())
+
+
+def _shorter_caches(module: fx.GraphModule, context: Context) -> int:
+    """Bytes of ``shorter_size`` at the largest sizes, and of the caches that a prefill makes for the steps after it."""
     if not context.largest_twice:
         return 0
+    found = {storage_id(one): (one, context.room(tensor_bytes(one))) for one in _lengthened(module, context)}
     made = returned_caches(module, context)
     forward = _next(made.values(), context, padded=False)
-    nbytes = sum(cache.bytes_after(forward) for cache in made.values() if cache.grows) if forward else 0
-    new = {key for key, cache in made.items() if cache.grows}
-    longer = {
-        storage_id(tensor): context.room(value_size(node))
-        for node in module.graph.output_node().all_input_nodes
-        for tensor in tensors_in(info(node).value)
-        if tensor.dim() >= CACHE_DIMS and is_symbolic(tensor)
-    }
-    nbytes += sum(size for key, size in longer.items() if key not in new)
-    sequences = max(1, context.sequences)
+    for node in module.graph.output_node().all_input_nodes if forward else ():
+        for tensor in tensors_in(info(node).value):
+            cache = made.get(storage_id(tensor))
+            if forward and cache is not None and cache.grows and cache.window is None:
+                found[storage_id(tensor)] = tensor, cache.bytes_after(forward)
+    return sum(_of_all_sequences(tensor, nbytes, context) for tensor, nbytes in found.values())
+
+
+def _of_all_sequences(cache: Tensor, nbytes: int, context: Context) -> int:
+    """``nbytes`` of a cache at the largest sizes, for ``max_batch`` sequences if it has fewer."""
+    sequences = max(1, context.room(to_expr(cache.shape[-CACHE_DIMS])))
     return -(-max(context.options.max_batch, sequences) * nbytes // sequences)
 
 

@@ -19,21 +19,23 @@ _FACTORS = ((2, 1), (3, 2), (5, 4), (9, 8), (1, 1))
 class Room:
     """The sizes up to which a plan's memory is known to fit, and what a step makes at those.
 
-    A forward beyond them takes no new plan as long as mirrors and activations fit what weights and ring leave.
+    A forward beyond them takes no new plan as long as its ``inputs`` (their mirrors, and what shorter caches leave) and
+    activations fit what weights and ring leave.
     """
 
     context: Context
     need: MemoryNeed
-    mirrored: sympy.Expr
+    inputs: sympy.Expr
     free_bytes: int
     activation_bytes: int
     _most: Sequence[int] | None = field(default=None, init=False, repr=False)
 
     @classmethod
-    def of(cls, context: Context, mirrored: sympy.Expr, free_bytes: int) -> Room:
+    def of(cls, context: Context, free_bytes: int) -> Room:
         """What a plan has beside weights and ring (``free_bytes``), at the sizes that it was made for."""
-        need = require(context.memory, "measure_memory")
-        return cls(context, need, mirrored, free_bytes, need.peak_bytes(context.room))
+        need, residency = require(context.memory, "measure_memory"), require(context.residency, "choose_residency")
+        inputs = residency.mirrored + residency.shorter
+        return cls(context, need, inputs, free_bytes, need.peak_bytes(context.room))
 
     def covers(self, sizes: Sizes) -> bool:
         """Whether a forward of these sizes fits; looks further if it is larger than those before."""
@@ -54,7 +56,7 @@ class Room:
         largest = {symbol: max(size * times // parts, known.get(symbol, size)) for symbol, size in sizes.items()}
         context = replace(self.context, sizes=sizes, largest=largest)
         activations = self.need.peak_bytes(context.room)
-        if context.room(self.mirrored) + activations > self.free_bytes:
+        if context.room(self.inputs) + activations > self.free_bytes:
             return False
         self.context, self.activation_bytes, self._most = context, activations, None
         return True

@@ -56,7 +56,7 @@ class StepPlan:
         plan = cls(
             bound=bound,
             schedule=planned.schedule,
-            room=Room.of(context, residency.mirrored, 0),
+            room=Room.of(context, 0),
             facts=graph.facts,
             first_rows={i: read.get(i, first) for i, first in resident.items()},
             values=StepValues(bound, graph.facts, {}),

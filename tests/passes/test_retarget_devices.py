@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import hetegen_compile.passes.retarget_devices as retargeting
 from hetegen_compile.errors import ScheduleError
 from hetegen_compile.ir import (
     CARRIED,
@@ -187,17 +189,32 @@ def on_the_host(x: Tensor) -> Tensor:
     return x + torch.ones(1, 1, 1, 1, device="cpu")
 
 
-def test_attention_of_symbolic_length_is_propagated() -> None:
-    def cached(x: Tensor, past: Tensor) -> Tensor:
-        keys = torch.cat([past, A(x).view(1, 4, 1, 16)], dim=2)
-        result: Tensor = B(nn.functional.scaled_dot_product_attention(keys[:, :, -1:], keys, keys).reshape(1, 64))
-        return result
+def cached(x: Tensor, past: Tensor) -> Tensor:
+    keys = torch.cat([past, A(x).view(1, 4, 1, 16)], dim=2)
+    result: Tensor = B(nn.functional.scaled_dot_product_attention(keys[:, :, -1:], keys, keys).reshape(1, 64))
+    return result
 
+
+@pytest.mark.parametrize("symbolic", [True, False])
+def test_attention_is_propagated_as_it_will_be_compiled(symbolic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of symbolic length not to cuDNN's kernel: the strides of a result depend on which one it is."""
+    seen: list[bool] = []
+    run = retargeting._SegmentOnDevice.run
+
+    def noting(self: Any, *inputs: Any) -> Any:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return run(self, *inputs)
+
+    monkeypatch.setattr(retargeting._SegmentOnDevice, "run", noting)
     past = torch.randn(1, 4, 7, 16)
-    torch._dynamo.mark_dynamic(past, 2)
+    if symbolic:
+        torch._dynamo.mark_dynamic(past, 2)
     found = scheduled(cached, torch.randn(1, 64), past)
-    assert any(not isinstance(size, int) for tensor in tensors_of(found) for size in tensor.shape)
+    assert any(not isinstance(size, int) for tensor in tensors_of(found) for size in tensor.shape) is symbolic
     check_devices(found.module)
+    assert seen
+    assert all(seen) is not symbolic
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_padding_to_a_symbolic_length_is_propagated() -> None:

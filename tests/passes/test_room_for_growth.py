@@ -16,11 +16,18 @@ from hetegen_compile.options import Options
 from hetegen_compile.passes.annotate_costs import annotate_costs
 from hetegen_compile.passes.choose_residency import choose_residency
 from hetegen_compile.passes.context import Bucket
+from hetegen_compile.passes.findings import MemoryNeed
 from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH, SHORTER
 from hetegen_compile.planning.buckets import largest_sizes
+from hetegen_compile.planning.room import Room
 from tests.passes.graphs import case
 
 GROWN = nn.Linear(64, 64)
+
+
+def longer_cache(x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+    longer = torch.cat([past, GROWN(x).view(1, 1, 4, 16).transpose(1, 2)], -2)
+    return longer, longer.sum()
 
 
 @pytest.mark.parametrize(
@@ -82,20 +89,85 @@ def test_on_a_gpu_what_shorter_caches_leave_is_counted(
         keys = GROWN(torch.nn.functional.one_hot(ids, 64).float()).view(1, 7, 4, 16).transpose(1, 2).contiguous()
         return keys, keys.sum()
 
-    def step(x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        longer = torch.cat([past, GROWN(x).view(1, 1, 4, 16).transpose(1, 2)], -2)
-        return longer, longer.sum()
-
     past = torch.randn(1, 4, 7, 16)
     torch._dynamo.mark_dynamic(past, 2)
     first = case(prefill, torch.arange(7)[None], options=options, sequences=1, tokens_per_sequence=7)
-    then = case(step, torch.randn(1, 64), past, options=options, sequences=1, tokens_per_sequence=1)
+    then = case(longer_cache, torch.randn(1, 64), past, options=options, sequences=1, tokens_per_sequence=1)
     largest = largest_sizes(sympy.Integer(1), then.context, {}, then.context.sizes, spare=True)
-    then.context = replace(then.context, largest=largest)
+    then.context = replace(then.context, largest=largest, lengths=frozenset(then.context.sizes))
     for found, token_bytes in ((first, 0), (then, 64 * 4)):  # a step returns one token more than it is given
         budget = found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
         expected = sequences * (cache_bytes + token_bytes)
         assert budget.get(SHORTER, 0) == (expected if accelerator == "cuda" else 0)
+
+
+def test_of_sequences_whose_number_varies_the_most_are_counted_once() -> None:
+    def step(x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        longer = torch.cat([past, GROWN(x).view(x.shape[0], 1, 4, 16).transpose(1, 2)], -2)
+        return longer, longer.sum()
+
+    x, past = torch.randn(2, 64), torch.randn(2, 4, 7, 16)
+    for tensor, dim in ((x, 0), (past, 0), (past, 2)):
+        torch._dynamo.mark_dynamic(tensor, dim)
+    options = Options(print_schedule=False, accelerator="cuda", max_batch=4)
+    found = case(step, x, past, options=options, sequences=2, tokens_per_sequence=1)
+    most = {symbol: 4 if int(size) == 2 else 14 for symbol, size in found.context.sizes.items()}
+    lengths = frozenset(symbol for symbol, size in most.items() if size == 14)
+    largest = {symbol: sympy.Integer(size) for symbol, size in most.items()}
+    found.context = replace(found.context, largest=largest, lengths=lengths)
+    budget = found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
+    assert budget[SHORTER] == 4 * 15 * 64 * 4
+
+
+def test_of_longer_prompts_no_more_is_counted_than_of_short_ones() -> None:
+    def prefill(ids: Tensor) -> tuple[Tensor, Tensor]:
+        made = GROWN(torch.nn.functional.one_hot(ids, 64).float())
+        keys = made.view(1, ids.shape[1], 4, 16).transpose(1, 2).contiguous()
+        return keys, keys.sum()
+
+    options = Options(print_schedule=False, accelerator="cuda", context=64)
+    for tokens in (9, 20):
+        ids = torch.arange(tokens)[None]
+        torch._dynamo.mark_dynamic(ids, 1)
+        found = case(prefill, ids, options=options, sequences=1, tokens_per_sequence=tokens)
+        (symbol,) = found.context.sizes
+        found.context = replace(found.context, largest={symbol: sympy.Integer(64)})
+        budget = found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
+        assert budget[SHORTER] == 64 * 64 * 4
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_what_no_step_lengthens_leaves_nothing(written: bool) -> None:
+    """Static caches of any length, and what has four dimensions and is no cache."""
+
+    def step(x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        if written:
+            past[:, :, :1].copy_(GROWN(x).view(1, 1, 4, 16).transpose(1, 2))
+        return past if written else past.relu(), GROWN(x)
+
+    past = torch.randn(1, 4, 7, 16)
+    torch._dynamo.mark_dynamic(past, 2)
+    options = Options(print_schedule=False, accelerator="cuda")
+    found = case(step, torch.randn(1, 64), past, options=options, sequences=1, tokens_per_sequence=1)
+    found.context = replace(found.context, lengths=frozenset(found.context.sizes if written else ()))
+    assert SHORTER not in found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
+
+
+def test_a_forward_that_outgrows_its_plan_needs_room_for_what_shorter_caches_leave() -> None:
+    past = torch.randn(1, 4, 7, 16)
+    torch._dynamo.mark_dynamic(past, 2)
+    inputs = {}
+    for accelerator in ("cuda", "emulated"):
+        options = Options(print_schedule=False, accelerator=accelerator)
+        found = case(longer_cache, torch.randn(1, 64), past, options=options, sequences=1, tokens_per_sequence=1)
+        (symbol,) = found.context.sizes
+        found.context = replace(found.context, lengths=frozenset([symbol]))
+        context = replace(found.run(choose_residency).context, memory=MemoryNeed(((0, 1, sympy.Integer(100)),), {}))
+        sizes = {symbol: sympy.Integer(9)}
+        inputs[accelerator] = int(Room.of(context, 0).inputs.subs(sizes))
+        assert Room.of(context, inputs[accelerator] + 100).covers(sizes)
+        assert not Room.of(context, inputs[accelerator] + 99).covers(sizes)
+    assert inputs["cuda"] - inputs["emulated"] == 10 * 64 * 4
 
 
 def test_the_mask_of_another_sequence_is_counted_at_the_longest_context() -> None:

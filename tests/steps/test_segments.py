@@ -96,6 +96,7 @@ def test_symbols_are_inputs_of_their_own(segment: torch.nn.Module, inputs: Input
     assert counters["inductor"]["fxgraph_cache_hit"] == 1
 
 
+@through_inductor
 def test_nothing_is_timed_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor's benchmarks take memory beside the budget."""
     seen: list[tuple[bool, bool]] = []
@@ -111,13 +112,19 @@ def test_nothing_is_timed_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None
     assert (inductor_config.deterministic, inductor_config.triton.autotune_pointwise) == before
 
 
+FLASH = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+NO_OTHER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
+
+
+@through_inductor
 @pytest.mark.parametrize(
-    ("symbolic", "others", "kept"), [(True, True, False), (False, True, True), (True, False, True)]
+    ("symbolic", "allowed", "kept"),
+    [("size", FLASH, False), ("number", FLASH, False), ("", FLASH, True), ("size", NO_OTHER, True)],
 )
 def test_attention_to_any_length_is_not_cudnns(
-    symbolic: bool, others: bool, kept: bool, monkeypatch: pytest.MonkeyPatch
+    symbolic: str, allowed: list[SDPBackend], kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which builds a plan for each length; where nothing else is allowed it stays."""
+    """Which builds a plan for each length; where no other fused one is allowed it stays."""
     seen: list[bool] = []
 
     def compile_fx(segment: fx.GraphModule, examples: list[Any], **_: Any) -> Callable[..., Any]:
@@ -127,12 +134,14 @@ def test_attention_to_any_length_is_not_cudnns(
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
     mode = FakeTensorMode(shape_env=ShapeEnv())
     dynamic: Any = StatelessSymbolicContext([DimDynamic.DYNAMIC if symbolic else DimDynamic.STATIC])
-    example = mode.from_tensor(torch.ones(5), symbolic_context=dynamic)
-    allowed = sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *([SDPBackend.MATH] if others else [])])
-    with allowed, pytest.raises(RuntimeError, match="failure"):
-        inductor_compiler(mode)(fx.symbolic_trace(torch.nn.ReLU()), [example])
+    example: Any = mode.from_tensor(torch.ones(5), symbolic_context=dynamic)
+    if symbolic == "number":  # of a preallocated buffer's tokens that are looked at
+        example = example.shape[0]
+    with sdpa_kernel(allowed):
+        with pytest.raises(RuntimeError, match="failure"):
+            inductor_compiler(mode)(fx.symbolic_trace(torch.nn.ReLU()), [example])
+        assert torch.backends.cuda.cudnn_sdp_enabled()
     assert seen == [kept]
-    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def compiled(function: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:

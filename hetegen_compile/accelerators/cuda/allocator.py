@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
 from collections.abc import Callable
 
 import torch
+
+logger = logging.getLogger("hetegen_compile")
 
 BLOCK_BYTES = (20 << 20) + (2 << 20)
 """Torch's allocator reserves in blocks: of 2 MiB for tensors below 1 MiB, of 20 MiB for those up to 10 MiB. For each
@@ -81,6 +84,9 @@ class Excess:
         elif held_bytes > self._left_bytes * 9 // 8:
             torch.cuda.empty_cache()
             self._left_bytes = held_now_bytes()
+            logger.debug(
+                "of %s reserved bytes %s are left; the budget is %s", held_bytes, self._left_bytes, limit_bytes
+            )
 
 
 def overhead_bytes(device: torch.device) -> dict[str, int]:

@@ -14,6 +14,7 @@ from hetegen_compile.accelerators.base import LaunchChain
 from hetegen_compile.accelerators.cuda import replays
 from hetegen_compile.accelerators.cuda.allocator import GRAPH_BYTES
 from hetegen_compile.errors import AcceleratorError, AcceleratorMemoryError
+from hetegen_compile.steps.chains import RESULT_BYTES
 from tests.accelerators import fake_cuda
 from tests.accelerators.cuda.chained_layers import Layer, Row, steps, wants
 from tests.accelerators.fake_cuda import LOG, FakeGraph
@@ -338,3 +339,8 @@ def test_a_view_of_another_type_of_what_was_given_is_not_recorded(cuda: CudaAcce
         assert seen.data_ptr() == x.data_ptr()
     assert cuda.counters.chains_recorded == 0
     assert any(steps(Layer(cuda), [(x, x)] * 4)), "others are"
+
+
+def test_what_attention_gives_the_next_chain_is_copied_to_a_place_of_its_own() -> None:
+    """With a growing cache it lies elsewhere in each step, and may be as large as results of a chain's launches."""
+    assert replays.COPIED_BYTES >= RESULT_BYTES
