@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEAVES = {
-    f"hetegen_compile.{name}" for name in ("errors", "geometry", "ir", "linear_parts", "options", "rows", "system")
+    f"hetegen_compile.{name}"
+    for name in ("errors", "geometry", "ir", "linear_parts", "operands", "options", "rows", "system")
 }
 BELOW = {
     "cost_model": {"hetegen_compile.cost_model"},
