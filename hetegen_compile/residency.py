@@ -153,10 +153,9 @@ class OtherPlans:
         """The most that a step needs beside resident weights and the ring."""
         return max((entry.step_bytes for entry in self.entries), default=0)
 
-    @property
-    def ring_bytes(self) -> int:
-        """The longest staging ring."""
-        return max((entry.ring_bytes for entry in self.entries), default=0)
+    def ring_within(self, nbytes: int) -> int:
+        """The longest staging ring that takes at most ``nbytes``: plans that each take another one end each other."""
+        return max((entry.ring_bytes for entry in self.entries if entry.ring_bytes <= nbytes), default=0)
 
 
 __all__ = ["OtherPlans", "ResidencyLedger"]

@@ -110,8 +110,7 @@ class _Sharing:
         """Share out ``free`` bytes, of which steps of other graphs need ``beyond`` more than this one."""
         claims = self._claims()
         wanted = {claim.key: claim.nbytes for graph in (*others, claims) for claim in graph}
-        shared = self._context.resident.ring_bytes
-        shared_ring = shared if shared <= free - beyond else 0
+        shared_ring = self._context.resident.ring_within(free - beyond)
         left = free - shared_ring - sum(wanted.values()) - beyond
         fixed = {**self._fixed, **({OTHERS: beyond} if beyond else {})}
         if left >= 0 and not (forced_split(self._context) or self._pairs):
@@ -225,11 +224,10 @@ class _Sharing:
         return max(self._smallest // _WINDOW, _chunk_bytes(ring, self._context.profile))
 
     def _ring_bytes(self, free: int) -> int:
-        """All graphs share the ring, so it is as long as others made it unless that takes more than half."""
+        """All graphs share the ring, so it is as long as others made it: the longest that takes half at most."""
         sizes = [value_bytes(weight, self._context) for weight in self._weights]
         ring = max(staging_ring_bytes(sizes, free, self._smallest), self._for_stacks(free))
-        shared = self._context.resident.ring_bytes
-        return max(ring, shared if shared <= free // 2 else 0)
+        return max(ring, self._context.resident.ring_within(free // 2))
 
     def _for_stacks(self, free: int) -> int:
         """Bytes of a ring for parts of the streamed stacks: of at most half of what is free, 0 if it is none."""

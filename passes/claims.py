@@ -92,16 +92,19 @@ class ResidentWeights(Protocol):
     def reserved_bytes(self) -> int:
         """The most that a step of another graph needs beside resident weights and the ring."""
 
-    @property
-    def ring_bytes(self) -> int:
-        """The length that they gave the accelerator's staging ring."""
+    def ring_within(self, nbytes: int) -> int:
+        """The longest staging ring of one of them that takes at most ``nbytes``; 0: none does."""
 
 
 class NothingResident:
     """An accelerator that no other graph uses, with a staging ring or without."""
 
     def __init__(self, ring_bytes: int = 0) -> None:
-        self.ring_bytes = ring_bytes
+        self._ring_bytes = ring_bytes
+
+    def ring_within(self, nbytes: int) -> int:
+        """That ring, if it takes no more."""
+        return self._ring_bytes if self._ring_bytes <= nbytes else 0
 
     def identify(self, weight: Tensor) -> Hashable:
         """By storage, and place in it."""

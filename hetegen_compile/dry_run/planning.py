@@ -118,10 +118,9 @@ class PlannedWeights:
         """First resident row of each weight, as the last plan decided."""
         return self.plans[-1].first_rows if self.plans else {}
 
-    @property
-    def ring_bytes(self) -> int:
-        """The longest staging ring."""
-        return max((plan.ring_bytes for plan in self.plans), default=0)
+    def ring_within(self, nbytes: int) -> int:
+        """The longest staging ring that takes at most ``nbytes``."""
+        return max((plan.ring_bytes for plan in self.plans if plan.ring_bytes <= nbytes), default=0)
 
     def identify(self, weight: Tensor) -> Hashable:
         """A fake stands for one weight in all graphs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from hetegen_compile.accelerators import EmulatedAccelerator
 from hetegen_compile.mirrors import WEIGHTS, Mirrors, Request
 from hetegen_compile.passes.claims import Claim, weight_key
 from hetegen_compile.passes.plans import Residency
-from hetegen_compile.residency import ResidencyLedger
+from hetegen_compile.residency import OtherPlans, ResidencyLedger
 
 ROW_BYTES = 64 * 4
 
@@ -88,3 +89,10 @@ def test_who_planned_for_a_model_that_is_gone_hears_of_it_whoever_plans_next() -
         assert ledger.take_dead_parts(owner) == []
     finally:
         accelerator.close()
+
+
+def test_of_others_rings_the_longest_that_fits_is_shared() -> None:
+    """Not the longest or none: a target and its draft then ended each other's plans at every switch."""
+    entries: Any = tuple(SimpleNamespace(ring_bytes=nbytes) for nbytes in (1000, 360, 65))
+    others = OtherPlans(entries)
+    assert [others.ring_within(nbytes) for nbytes in (1000, 999, 360, 70, 10)] == [1000, 360, 360, 65, 0]
