@@ -121,12 +121,4 @@ def shape_of(tensor: Tensor, context: Context) -> tuple[int, ...]:
     return tuple(n if isinstance(n, int) else int(context.number(to_expr(n))) for n in tensor.shape)
 
 
-__all__ = [
-    "Cache",
-    "Forward",
-    "caches_grow",
-    "given_tensors",
-    "is_new_cache",
-    "returned_caches",
-    "shape_of",
-]
+__all__ = ["Cache", "Forward", "caches_grow", "given_tensors", "is_new_cache", "returned_caches", "shape_of"]

@@ -164,10 +164,9 @@ class _Sharing:
         return (*before, *estimated), tuple(map(way_of, others))
 
     def _linear_work(self, linear: fx.Node) -> LinearWork:
-        x = x_of(linear)
         weight = weight_of(linear)
         rows = int(info(weight).value.shape[0])
-        return LinearWork(x, self._keys[weight], rows, linear_cost(linear, self._context, tokens=1))
+        return LinearWork(x_of(linear), self._keys[weight], rows, linear_cost(linear, self._context, tokens=1))
 
     def _with_tables(self, whole: Residency, left: int) -> Residency:
         """Embedding tables on the accelerator as well, if ``left`` bytes hold them: the host then looks nothing up."""

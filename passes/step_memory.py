@@ -181,10 +181,10 @@ def _shorter_caches(module: fx.GraphModule, context: Context) -> int:
     found = {storage_id(one): (one, context.room(tensor_bytes(one))) for one in _lengthened(module, context)}
     made = returned_caches(module, context)
     forward = _next(made.values(), context, padded=False)
-    for node in module.graph.output_node().all_input_nodes if forward else ():
+    for node in module.graph.output_node().all_input_nodes:
         for tensor in tensors_in(info(node).value):
             cache = made.get(storage_id(tensor))
-            if forward and cache is not None and cache.grows and cache.window is None:
+            if forward is not None and cache is not None and cache.grows and cache.window is None:
                 found[storage_id(tensor)] = tensor, cache.bytes_after(forward)
     return sum(_of_all_sequences(tensor, nbytes, context) for tensor, nbytes in found.values())
 

@@ -38,7 +38,10 @@ SUITE = Effort(kernel_tokens=())
 
 PROMPT, NEW_TOKENS, PEER_TOKENS = 64, 40, 12
 """hetegen records its launches in the first steps of each generation: a median of eleven was of those."""
+
 GROWN_FROM = 120
+"""Tokens of the prompt of a cache that grows past 128, where the allocator's blocks become larger ones."""
+
 CHILD_LIMIT_S = 120.0
 
 _END_S, _LEAST_S = 5.0, 15.0
@@ -130,7 +133,7 @@ def growing_cache(settings: Settings, notebook: Notebook) -> None:
     """hetegen once more at both limits, with the cache that ``generate`` makes by itself: it grows by a token a step.
 
     Attention to it has new sizes in each step: its launches are not recorded, and none is issued behind a closed gate.
-    On its way it passes 128 tokens, where the allocator's blocks become larger ones; the peak is what it has reserved.
+    The peak is what torch's allocator has reserved.
     """
     shape = _again(settings)
     more = ("--ways", HETEGEN, "--cache", "dynamic", "--prompt", str(GROWN_FROM))

@@ -199,8 +199,7 @@ def _moving_s(nbytes: int, weight: fx.Node, context: Context) -> float:
 
 
 def _is_staged(node: fx.Node, context: Context) -> bool:
-    weight = weight_of(node)
-    return weight.name in context.staged
+    return weight_of(node).name in context.staged
 
 
 def _up_to(sizes: Iterable[float], nbytes: int) -> set[float]:

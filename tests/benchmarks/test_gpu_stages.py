@@ -24,9 +24,7 @@ from benchmarks.gpu.floor import thread_counts
 from benchmarks.gpu.models import budgets_kept
 from benchmarks.gpu.settings import Checks, ChecksFailedError, Settings, SkipError, require
 from benchmarks.gpu.stages import STAGES, Stage, run_stages, stages_for
-from benchmarks.random_models import weight_bytes_of
 from hetegen_compile.calibration.gating import BothWays
-from hetegen_compile.cost_model import load_profile, profile_to_json
 from hetegen_compile.host_kernels import KERNELS
 
 SETTINGS = Settings("cuda", "/nowhere", "h100-server", minutes=1.0, dtype="bfloat16")
@@ -316,63 +314,6 @@ def test_peers_that_were_measured_are_told_whatever_became_of_hetegen(
     assert [row["way"] for row in rows] == [HETEGEN, "Accelerate"]
     with pytest.raises(AssertionError, match="no peer has a figure"):
         compared(tmp_path, monkeypatch, lambda job: True, 300.0, ways=("Accelerate",))
-
-
-def test_reading_ahead_is_compared_with_not_doing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings, asked = replace(SETTINGS, folder=str(tmp_path), seconds=100.0), list[tuple[int, float | None]]()
-
-    def child(job: Job, limit_s: float, files: Path) -> list[Row]:
-        asked.append((load_profile(job.hardware).host.ahead_bytes, job.others_s))
-        return [Row(job.way, job.gpu_memory, decode_tokens_per_s=3.0, steps=STEPS)]
-
-    monkeypatch.setattr(comparison, "run", child)
-    monkeypatch.setattr(comparison, "heading", lambda arguments: {"cache": arguments.cache})
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    notebook = Notebook(tmp_path / "notes.json")
-    with pytest.raises(SkipError, match="calibrated nothing"):
-        speed.reading_ahead(settings, notebook)
-    profile = load_profile("h200-server")
-    for calibrated_bytes, here_bytes in ((1 << 20, 0), (0, 16 << 20)):
-        calibrated = replace(profile, host=replace(profile.host, ahead_bytes=calibrated_bytes))
-        settings.profile_path.write_text(json.dumps(profile_to_json(calibrated)))
-        limit = int(0.3 * weight_bytes_of("opt-6.7b", torch.bfloat16))
-        rows = [asdict(Row(HETEGEN, limit, decode_tokens_per_s=2.0)), asdict(Row(HETEGEN, 2 * limit))]
-        (tmp_path / "opt-6.7b.json").write_text(json.dumps({"rows": rows}))
-        speed.reading_ahead(settings, notebook)
-        assert asked.pop() == (here_bytes, 0.0)
-        assert notebook.entries["ahead_bytes"] == {"calibrated": calibrated_bytes, "here": here_bytes}
-        (told,) = notebook.entries["summary"]
-        assert (told["here"]["decode_tokens_per_s"], told["earlier"]["decode_tokens_per_s"]) == (3.0, 2.0)
-        assert told["here"]["steps"]["gaps_s"] == 0.02
-    assert not asked
-
-
-def test_the_cache_that_generate_makes_by_itself_is_measured_beside_the_static_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings, asked = replace(SETTINGS, folder=str(tmp_path), seconds=240.0), list[tuple[str, str, str]]()
-
-    def child(job: Job, limit_s: float, files: Path) -> list[Row]:
-        asked.append((job.way, job.cache, job.hardware))
-        assert job.prompt < 128 < job.prompt + job.new_tokens, "where the allocator's blocks become larger"
-        return [Row(job.way, job.gpu_memory, decode_tokens_per_s=3.0)]
-
-    monkeypatch.setattr(comparison, "run", child)
-    monkeypatch.setattr(comparison, "heading", lambda arguments: {"cache": arguments.cache})
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    notebook = Notebook(tmp_path / "notes.json")
-    with pytest.raises(SkipError, match="calibrated nothing"):
-        speed.growing_cache(settings, notebook)
-    settings.profile_path.write_text(json.dumps(profile_to_json(load_profile("h200-server"))))
-    limits = [int(float(share) * weight_bytes_of("opt-6.7b", torch.bfloat16)) for share in speed.LIMITS]
-    rows = [asdict(Row(HETEGEN, limit, decode_tokens_per_s=4.0)) for limit in limits]
-    (tmp_path / "opt-6.7b.json").write_text(json.dumps({"rows": rows}))
-    speed.growing_cache(settings, notebook)
-    assert asked == [(HETEGEN, "dynamic", settings.measured_hardware)] * 2
-    assert notebook.entries["what"] == {"cache": "dynamic"}
-    rates = [{name: one[name]["decode_tokens_per_s"] for name in one} for one in notebook.entries["summary"]]
-    assert rates == [{"here": 3.0, "earlier": 4.0}] * 2
-    assert [row["gpu_memory"] for row in notebook.entries["rows"]] == limits
 
 
 def test_a_comparison_without_a_calibration_of_its_run_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,26 +78,6 @@ def test_the_peak_is_of_steps_and_not_of_what_ran_before(
         assert (accelerator.counters.step_peak_bytes, accelerator.counters.peak_bytes) == (reserved, peak)
 
 
-def test_what_is_reserved_beyond_the_budget_is_given_back_between_steps(
-    accelerator: CudaAccelerator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Caches that grow leave memory that nothing longer fits; giving it back waits for the device, so not in vain."""
-    most = 1000 + sum(accelerator.overhead_bytes().values())
-    left = most + 800  # as much is in use
-    monkeypatch.setitem(fake_cuda.RESERVED, "current", 0)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: fake_cuda.RESERVED.update(current=left))
-    accelerator.limit_memory(1000)
-    found = []
-    for reserved in (most, most + 900, most + 901, left * 9 // 8 + 1, most, most + 900):
-        fake_cuda.RESERVED["current"] = reserved
-        accelerator.begin_step()
-        found.append(fake_cuda.RESERVED["current"])
-        fake_cuda.RESERVED["current"] = reserved
-        accelerator.end_step()
-    before_each = [most, most + 900, left, left * 9 // 8 + 1, left, most + 900]
-    assert found == before_each
-
-
 @pytest.mark.usefixtures("runtime")
 def test_what_is_free_is_read_once_torch_keeps_nothing_unused(monkeypatch: pytest.MonkeyPatch) -> None:
     def free(device: torch.device) -> tuple[int, int]:
