@@ -13,6 +13,7 @@ import torch
 
 from hetegen_compile.accelerators import Accelerator, Counters, Op
 from hetegen_compile.accelerators.base import NOTHING_KNOWN, Slot, StepFacts, Token, Transfer, Value
+from hetegen_compile.accelerators.growing import Grown, empty_cache, lengthened, lengthening, note
 from hetegen_compile.geometry import storage_id
 from hetegen_compile.rows import Span
 
@@ -117,6 +118,20 @@ class NullAccelerator(Accelerator):
     def to_accelerator(self, op: Op, tensors: Sequence[torch.Tensor]) -> Transfer:
         """The tensors as they are."""
         return (tensors,)
+
+    def new_cache(self, op: Op, like: torch.Tensor, tokens: int) -> Value:
+        """Memory with room."""
+        where = Grown.of(like, tokens)
+        result = empty_cache(like, where.block.tokens, self.device)
+        note(result, where)
+        return result
+
+    def lengthen(self, op: Op, value: Value, tokens: int) -> Value:
+        """A view."""
+        where = lengthening(op.name, value, tokens)
+        result = lengthened(value, where.tokens)
+        note(result, where)
+        return result
 
     def launch(
         self,

@@ -73,11 +73,12 @@ class Appending(NamedTuple):
 
 def append_in_place(graph: fx.Graph) -> list[Appending]:
     """Rewrite what makes returned caches of given ones (or of none), in a graph that Dynamo has just made."""
-    returned = set(graph.output_node().all_input_nodes)
+    returned, lengthened = set(graph.output_node().all_input_nodes), set[fx.Node]()
     found = []
     for node in graph.nodes:
         parts = _parts(node) if node.target in _CATS and node in returned else None
-        if parts is not None:
+        if parts is not None and parts[0] not in lengthened:  # only one can lie behind it
+            lengthened.add(parts[0])
             found.append(Appending(node, parts[0], node.target, node.args, dict(node.kwargs)))
             node.target, node.args, node.kwargs = append_tokens, parts, {}
     return found

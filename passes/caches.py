@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import sympy
 from torch import Tensor, fx
 
 from hetegen_compile.geometry import storage_id
 from hetegen_compile.ir import INPUT_OPS, info, written_storages
+from hetegen_compile.passes.append_tokens import append_tokens
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.tensors import tensor_bytes, tensors_in, to_expr
 from hetegen_compile.passes.windows import CACHE_DIMS, TOKENS, window_of
@@ -46,6 +48,8 @@ class Cache:
         grows: whether a next step returns a longer one.
         window: tokens that it keeps at most; None: all.
         written: it is written in place (a static cache).
+        room: tokens that the memory has which the accelerator appends to, of one that is made so (``append_behind``);
+            0: of any other.
     """
 
     nbytes: int
@@ -53,6 +57,7 @@ class Cache:
     grows: bool
     window: int | None
     written: bool
+    room: int = 0
 
     def length(self, forward: Forward) -> int:
         """Tokens of it that attention sees at most."""
@@ -61,8 +66,8 @@ class Cache:
         return forward.length if self.window is None else min(forward.length, self.window + 1)
 
     def bytes_after(self, forward: Forward) -> int:
-        """Bytes of it when a forward is over."""
-        return -(-self.nbytes * self.length(forward) // self.tokens)
+        """Bytes of it when a forward is over, with its room."""
+        return -(-self.nbytes * max(self.length(forward), self.room) // self.tokens)
 
     def masked(self, forward: Forward) -> bool:
         """Whether attention to it gets a mask, whatever it got in the captured forward."""
@@ -90,7 +95,30 @@ def _returned(module: fx.GraphModule, context: Context) -> Iterator[tuple[int, C
                 if grows:  # of as many tokens, for the most sequences
                     nbytes = -(-nbytes * tokens // max(1, context.room(to_expr(tensor.shape[TOKENS]))))
                 kept = None if window is None else int(context.number(window))
-                yield key, Cache(nbytes, tokens, grows, kept, key in written)
+                room = max(tokens, room_tokens(tensor, context)) if whole.target is append_tokens else 0
+                yield key, Cache(nbytes, tokens, grows, kept, key in written, room)
+
+
+def longest_cache(context: Context) -> int:
+    """Tokens of a cache, when a step is over, that room is kept for; 0: none beyond those that are there."""
+    return context.options.context or (2 * context.tokens_per_sequence if context.spare else 0)
+
+
+def room_tokens(cache: Tensor, context: Context) -> int:
+    """For how many tokens there is room where the accelerator makes a cache; 0: for its own, as it grows no more.
+
+    Those of an encoder's states are made once; one that grows has as many tokens as the graph is given.
+    """
+    grows = int(context.number(to_expr(cache.shape[TOKENS]))) == context.tokens_per_sequence
+    return longest_cache(context) if grows else 0
+
+
+def block_size(cache: Tensor, context: Context) -> sympy.Expr:
+    """Bytes of the memory of a cache that the accelerator makes with room, an expression over the graph's sizes."""
+    tokens, longest = to_expr(cache.shape[TOKENS]), room_tokens(cache, context)
+    if isinstance(tokens, sympy.Integer):
+        return tensor_bytes(cache) * sympy.Rational(max(int(tokens), longest), max(1, int(tokens)))
+    return sympy.cancel(tensor_bytes(cache) / tokens) * sympy.Max(tokens, longest)
 
 
 def caches_grow(module: fx.GraphModule, context: Context) -> bool:
@@ -121,4 +149,7 @@ def shape_of(tensor: Tensor, context: Context) -> tuple[int, ...]:
     return tuple(n if isinstance(n, int) else int(context.number(to_expr(n))) for n in tensor.shape)
 
 
-__all__ = ["Cache", "Forward", "caches_grow", "given_tensors", "is_new_cache", "returned_caches", "shape_of"]
+__all__ = [
+    "Cache", "Forward", "block_size", "caches_grow", "given_tensors", "is_new_cache", "longest_cache",
+    "returned_caches", "room_tokens", "shape_of",
+]  # fmt: skip

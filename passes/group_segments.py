@@ -42,6 +42,7 @@ from hetegen_compile.ir import (
 )
 from hetegen_compile.linear_parts import whole_linear
 from hetegen_compile.passes.annotate_costs import value_size
+from hetegen_compile.passes.append_behind import lengthens
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.levels import Levels
 from hetegen_compile.passes.plans import Placement
@@ -168,7 +169,7 @@ class _Grouper:
             reads=outside,
             writes=frozenset[int]().union(*(note.writes for note in notes)) & outside,
             flops=sum((note.flops for note in notes), sympy.Integer(0)),
-            traffic_bytes=sympy.Add(*map(value_size, (*inputs, *outputs))),
+            traffic_bytes=sympy.Add(*map(value_size, (*inputs, *outputs)), *map(_not_copied, outputs)),
             module=_common_module([note.module for note in notes if note.module]),
             position=min(note.position for note in notes),
             side="accelerator",
@@ -191,6 +192,11 @@ class _Grouper:
         for node in reversed(self._nodes):
             if node.target not in IN_PARTS:
                 self._graph.erase_node(node)
+
+
+def _not_copied(output: fx.Node) -> sympy.Expr:
+    """What a longer cache has in common with the shorter one, which it lies behind: less nothing for all others."""
+    return -value_size(output.all_input_nodes[0]) if lengthens(output) else sympy.Integer(0)
 
 
 def _external_inputs(members: list[fx.Node]) -> list[fx.Node]:

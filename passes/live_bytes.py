@@ -20,6 +20,7 @@ from math import prod
 from torch import Tensor, fx
 
 from hetegen_compile.ir import VIEWED_UPLOAD_BYTES, info
+from hetegen_compile.passes.append_behind import lengthens
 from hetegen_compile.passes.context import Context, require
 from hetegen_compile.passes.memory import END, Memory
 from hetegen_compile.passes.pieces import sent_bytes
@@ -80,6 +81,8 @@ class _Sizes:
             return 0
         values = [info(node).value for node in memory.nodes]
         tensors = [value for value in values if isinstance(value, Tensor)]
+        if any(map(lengthens, memory.nodes)):  # it lies where the mirror of the shorter one does
+            return 0
         if memory.is_input and len(tensors) > 1:
             return self._shared(memory, tensors)
         return max((self._bytes(tensor) for tensor in tensors), default=0)

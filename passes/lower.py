@@ -28,6 +28,7 @@ from torch.fx.experimental.proxy_tensor import py_sym_types
 from hetegen_compile.errors import drop_frames
 from hetegen_compile.geometry import storage_id
 from hetegen_compile.ir import info
+from hetegen_compile.passes.append_behind import Appended, append_behind
 from hetegen_compile.passes.aten_listener import GROUPED_ATEN
 from hetegen_compile.passes.context import Context, Refusal, SegmentCache
 from hetegen_compile.passes.segment_calls import with_declared_strides
@@ -41,17 +42,20 @@ _REASON_CHARACTERS = 500  # a compiler's message may hold the code that it was g
 class CompiledSegment(torch.nn.Module):
     """A segment's compiled callable in the graph's place of it.
 
-    ``waits``: its code may wait for what the device computes, to read it (where groups of rows end).
+    ``waits``: its code may wait for what the device computes, to read it (where groups of rows end). ``appended``:
+    the caches that it has to be given to write the end of (``append_behind``), which it does not return.
     """
 
     def __init__(
-        self, function: Callable[..., Any], outputs: int, mutates: tuple[int, ...], *, waits: bool = False
-    ) -> None:
+        self, function: Callable[..., Any], outputs: int, mutates: tuple[int, ...], *, waits: bool = False,
+        appended: tuple[Appended, ...] = (),
+    ) -> None:  # fmt: skip
         super().__init__()
         self.function = function
         self.outputs = outputs
         self.mutates = mutates
         self.waits = waits
+        self.appended = appended
 
     def forward(self, *args: Any) -> Any:
         """The segment's outputs as a sequence."""
@@ -68,6 +72,7 @@ def lower(module: fx.GraphModule, context: Context) -> None:
 
 
 def _compiled(segment: fx.GraphModule, where: str, cache: SegmentCache) -> CompiledSegment:
+    segment, appended = append_behind(segment)
     key = segment_key(segment)
     if key not in cache.compiled:
         cache.compiled[key] = _compile_or_refuse(segment, where, key, cache)
@@ -75,7 +80,8 @@ def _compiled(segment: fx.GraphModule, where: str, cache: SegmentCache) -> Compi
     outputs = [info(node).value for node in results]
     function = with_declared_strides(cache.compiled[key], outputs)
     waits = any(not GROUPED_ATEN.isdisjoint(info(node).aten) for node in segment.graph.nodes)
-    return CompiledSegment(function, len(outputs), mutated_inputs(segment), waits=waits)
+    mutates = tuple(sorted({*mutated_inputs(segment), *(one.given for one in appended)}))
+    return CompiledSegment(function, len(outputs), mutates, waits=waits, appended=appended)
 
 
 def _compile_or_refuse(segment: fx.GraphModule, where: str, key: Hashable, cache: SegmentCache) -> Callable[..., Any]:

@@ -18,18 +18,21 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import sympy
-from torch import fx
+from torch import Tensor, fx
 
 from hetegen_compile import ir
+from hetegen_compile.geometry import storage_id
 from hetegen_compile.ir import INPUT_OPS, info
 from hetegen_compile.operands import linear_part
 from hetegen_compile.passes.annotate_costs import value_size
+from hetegen_compile.passes.append_behind import appends, lengthens
+from hetegen_compile.passes.caches import block_size
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.findings import Life, MemoryNeed
 from hetegen_compile.passes.liveness import larger, storage_lives
@@ -88,6 +91,13 @@ def _segments(module: fx.GraphModule) -> dict[fx.Node, fx.GraphModule]:
     return {call: segment for call, segment in found.items() if isinstance(segment, fx.GraphModule)}
 
 
+def _appended(segments: Iterable[fx.GraphModule]) -> tuple[frozenset[int], list[Tensor]]:
+    """The storages of caches that segments lengthen where they lie, and the caches that they make with room."""
+    made = [node for segment in segments for node in segment.graph.nodes if appends(node)]
+    longer = frozenset[int]().union(*(info(node).storages for node in made if lengthens(node)))
+    return longer, [info(node).value for node in made if not lengthens(node)]
+
+
 def _scratch(node: fx.Node) -> sympy.Expr:
     """What an operation of several kernels makes beside its result (the statistics of a norm, a softmax)."""
     return info(node).made_bytes - value_size(node) if info(node).made_bytes != 0 else sympy.Integer(0)
@@ -101,6 +111,8 @@ class _Meter:
         lives = {call: segment_lives(segment) for call, segment in self._segments.items()}
         self._inner = {call: found.inner for call, found in lives.items()}
         self._bases = {key: size for found in lives.values() for key, size in found.storages.items()}
+        self._longer, made = _appended(self._segments.values())
+        self._bases |= {storage_id(cache): block_size(cache, context) for cache in made}
         own = (*self._nodes, *(node for segment in self._segments.values() for node in segment.graph.nodes))
         self._written = frozenset[int]().union(*(info(node).writes for node in own))
         self._points = self._points_of_nodes()
@@ -162,7 +174,7 @@ class _Meter:
             if info(node).side != "accelerator" or node.op == "call_module" or node.target in _NOT_VALUES:
                 continue
             keys = info(node).storages
-            if keys & mirrored:
+            if keys & mirrored or keys & self._longer:  # a longer cache lies where the shorter one's mirror does
                 continue
             key: object = keys or node
             part = passed_on(node, self._written)

@@ -69,8 +69,9 @@ GROWTH = "room for caches to grow"
 """The budget's item for what caches take beyond this call, up to the stated context."""
 BATCHES = "room for larger batches"
 """The budget's item for the sequences up to ``max_batch`` that this call does not have."""
-SHORTER = "what torch's allocator keeps of shorter caches"
-"""The budget's item, on a GPU, for memory of caches that grow which nothing longer fits."""
+SHORTER = "what is left of shorter caches"
+"""The budget's item for caches that grow: while one is moved to where it has room, and on a GPU for what torch's
+allocator keeps then and nothing longer fits."""
 OTHERS = "steps of other graphs"
 """The budget's item for what other graphs on the accelerator need beyond this one."""
 UNFORESEEN = "what earlier plans did not foresee"
@@ -96,7 +97,7 @@ class Residency:
         first_rows: first resident row of every claimed weight, those of other graphs included (a weight of no
             resident row is not in it).
         mirrored: bytes of the mirrors that the step reads, an expression over the graph's sizes.
-        shorter: bytes of the caches that it lengthens, counted once more where torch's allocator keeps them, the same.
+        shorter: bytes of what is left of shorter caches, the same.
         host_weights: placeholders of weights that cannot be split and stay on the host, with what computes with them.
         streamed_stacks: placeholders of stacks of experts that are streamed, each whole.
         stack_chunk_bytes: most bytes of a part of such a stack; one expert at least.

@@ -17,7 +17,8 @@ from torch import Tensor, fx
 from hetegen_compile.geometry import mirrored_bytes, storage_id
 from hetegen_compile.ir import INPUT_OPS, LINEAR, info, is_tensor, written_storages
 from hetegen_compile.passes.annotate_costs import value_size
-from hetegen_compile.passes.caches import Cache, Forward, given_tensors, returned_caches
+from hetegen_compile.passes.append_behind import lengthened_inputs, lengthens
+from hetegen_compile.passes.caches import Cache, Forward, given_tensors, longest_cache, returned_caches
 from hetegen_compile.passes.choose_splits import table_only
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.liveness import activation_peak_bytes
@@ -48,7 +49,7 @@ def step_memory(
         ACTIVATIONS: activations,
         GROWTH: context.room(size) - int(context.number(size)) + later,
         BATCHES: _more_sequences(module, weights, context, activations + later, more),
-        **({SHORTER: shorter} if (shorter := _shorter_caches(module, context)) else {}),
+        **({SHORTER: shorter} if (shorter := _shorter_caches(module, context, activations)) else {}),
     }
 
 
@@ -66,7 +67,7 @@ def mirrored_size(
 ) -> sympy.Expr:
     """Bytes of the mirrors of all inputs that the accelerator reads, an expression over the graph's sizes.
 
-    It does not read ``on_host``, nor the weights of Linears as a whole.
+    It does not read ``on_host``, nor the weights of Linears as a whole. A cache that it lengthens has the longer one's.
     """
     skipped = {weight for weight in weights if all(user.target == LINEAR for user in weight.users)} | set(on_host)
     mirrored = [
@@ -75,10 +76,13 @@ def mirrored_size(
         and not table_only(node, context)
     ]  # fmt: skip
     sharing: dict[int, list[fx.Node]] = {}
+    longer = lengthened_inputs(module.graph.nodes)
     for node in mirrored:
-        sharing.setdefault(storage_id(info(node).value), []).append(node)
+        if node not in longer:
+            sharing.setdefault(storage_id(info(node).value), []).append(node)
     written = written_storages(module.graph.nodes)
-    return sympy.Add(*(_mirrors_size(nodes, context, key in written) for key, nodes in sharing.items()))
+    sizes = [_mirrors_size(nodes, context, key in written) for key, nodes in sharing.items()]
+    return sympy.Add(*sizes, *(value_size(longer[node]) for node in mirrored if node in longer))
 
 
 def _mirrors_size(sharing: list[fx.Node], context: Context, written: bool) -> sympy.Expr:
@@ -136,12 +140,12 @@ def _other_forwards(
         forward = _next(caches.values(), context, padded)
         if forward is None:
             return 0
-        comes = sum(cache.bytes_after(forward.before) for cache in caches.values() if cache.grows)
+        comes = sum(one.bytes_after(forward.before) for one in caches.values() if one.grows and not one.room)
         linear = forwards.linear_bytes(forward)
         of_linears = Fraction(linear, max(1, forwards.linear_bytes(forwards.captured)))
         share = min(Fraction(1, context.tokens_per_sequence), of_linears)
         made = forwards.peak_bytes(forward) + ceil(scheduled * share) + linear
-        return comes + made - forwards.idle_bytes(forward)
+        return comes + max(made, _moving_bytes(caches.values(), forward)) - forwards.idle_bytes(forward)
 
     alone = max(0, later(False) - activations)
     if context.options.max_batch <= context.sequences:
@@ -152,41 +156,71 @@ def _other_forwards(
     return alone, max(activations, masked + _longest_mask_bytes(context), later(True))
 
 
+def _moving_bytes(caches: Iterable[Cache], forward: Forward) -> int:
+    """Most bytes of caches with room while one of them is moved to where it has it: before a step, which makes nothing
+    yet."""
+    with_room = [one.bytes_after(forward) for one in caches if one.room]
+    return sum(with_room) + max(with_room, default=0)
+
+
 def shorter_size(module: fx.GraphModule, context: Context) -> sympy.Expr:
-    """Bytes of the caches that a graph is given and returns longer, an expression over its sizes; 0 but on a GPU.
+    """Bytes of what is left of caches that a graph is given and returns longer, an expression over its sizes.
 
-    A step makes each of them anew, some bytes longer, and lets go of the one before. What was freed fits nothing longer
-    unless neighbours of it are free, too, so a third generation lies beside the two that a step has. (By the rules of
-    torch's allocator; what is beyond this the accelerator gives back between steps.)
+    Those that it lengthens where they lie are moved, one by one, when they outgrow that. On a GPU it frees pieces which
+    nothing longer fits, so there all of them count once more. And of those that are made anew in each step a third
+    generation lies beside the two that it has, since what was freed fits nothing longer unless neighbours of it are
+    free, too. (By the rules of torch's allocator; what is beyond this the accelerator gives back between steps.)
     """
-    return sympy.Add(*map(tensor_bytes, _lengthened(module, context))) if context.largest_twice else sympy.Integer(0)
+    left = [*_made_anew(module, context), *_lengthened(module)] if context.largest_twice else []
+    return sympy.Add(*map(tensor_bytes, left))
 
 
-def _lengthened(module: fx.GraphModule, context: Context) -> list[Tensor]:
-    """Not those that are written in place (static caches), nor windows: their sizes stay."""
+def _lengthened(module: fx.GraphModule) -> list[Tensor]:
+    """The longer ones of the caches that a graph lengthens where they lie."""
+    return [info(node).value for node in lengthened_inputs(module.graph.nodes).values()]
+
+
+def _made_anew(module: fx.GraphModule, context: Context) -> list[Tensor]:
+    """The caches that a graph copies into longer ones.
+
+    Not those that are written in place (static caches), nor windows: their sizes stay.
+    """
     written, found = written_storages(module.graph.nodes), dict[int, Tensor]()
     for node in module.graph.output_node().all_input_nodes:
         given = [tensor for one in node.all_input_nodes for tensor in given_tensors(one) if tensor.dim() >= CACHE_DIMS]
-        for tensor in tensors_in(info(node).value) if given and window_of(node) is None else ():
+        copied = given and window_of(node) is None and not lengthens(node)
+        for tensor in tensors_in(info(node).value) if copied else ():
             length = to_expr(tensor.shape[TOKENS]) if tensor.dim() >= CACHE_DIMS else sympy.Integer(0)
             if length.free_symbols & context.lengths and storage_id(tensor) not in written:
                 found[storage_id(tensor)] = tensor
     return list(found.values())
 
 
-def _shorter_caches(module: fx.GraphModule, context: Context) -> int:
-    """Bytes of ``shorter_size`` at the largest sizes, and of the caches that a prefill makes for the steps after it."""
+def _shorter_caches(module: fx.GraphModule, context: Context, activations: int) -> int:
+    """Bytes of what is left of shorter caches at the largest sizes, those of the steps after a prefill, too.
+
+    One at a time is moved to where it has room, before a step makes its ``activations``. Without a stated context all
+    have outgrown what they lie in when a plan for longer ones is made.
+    """
+    moved = max((context.room(tensor_bytes(one)) for one in _lengthened(module)), default=0)
     if not context.largest_twice:
-        return 0
-    found = {storage_id(one): (one, context.room(tensor_bytes(one))) for one in _lengthened(module, context)}
-    made = returned_caches(module, context)
-    forward = _next(made.values(), context, padded=False)
+        return max(0, moved - activations)
+    caches = returned_caches(module, context)
+    forward = _next(caches.values(), context, padded=False)
+    anew = {storage_id(one): (one, context.room(tensor_bytes(one))) for one in _made_anew(module, context)}
+    outgrown = {storage_id(one): (one, int(context.number(tensor_bytes(one)))) for one in _lengthened(module)}
     for node in module.graph.output_node().all_input_nodes:
         for tensor in tensors_in(info(node).value):
-            cache = made.get(storage_id(tensor))
-            if forward is not None and cache is not None and cache.grows and cache.window is None:
-                found[storage_id(tensor)] = tensor, cache.bytes_after(forward)
-    return sum(_of_all_sequences(tensor, nbytes, context) for tensor, nbytes in found.values())
+            cache = caches.get(storage_id(tensor))
+            if forward is None or cache is None or not cache.grows or cache.window is not None:
+                continue
+            if cache.room:
+                outgrown[storage_id(tensor)] = tensor, int(context.number(tensor_bytes(tensor)))
+            else:
+                anew[storage_id(tensor)] = tensor, cache.bytes_after(forward)
+    left = {} if context.options.context else outgrown
+    found = sum(_of_all_sequences(one, nbytes, context) for one, nbytes in (*anew.values(), *left.values()))
+    return max(found, moved - activations)
 
 
 def _of_all_sequences(cache: Tensor, nbytes: int, context: Context) -> int:
@@ -201,20 +235,15 @@ def _padded(forward: Forward) -> Forward:
 
 def _next(caches: Iterable[Cache], context: Context, padded: bool) -> Forward | None:
     """The longest step after the captured one that is counted, None: none is."""
-    length = _longest(context)
+    length = longest_cache(context)
     if not length and any(cache.grows for cache in caches):
         return None
     return Forward(1, max(length, context.tokens_per_sequence), padded)
 
 
-def _longest(context: Context) -> int:
-    """Tokens of a cache, when a step is over, that room is kept for; 0: none beyond those that are there."""
-    return context.options.context or (2 * context.tokens_per_sequence if context.spare else 0)
-
-
 def _longest_mask_bytes(context: Context) -> int:
     """What a mask that is given with a prefill may take beyond its tokens: its length is a size of its own."""
-    longer = max(0, _longest(context) - context.tokens_per_sequence)
+    longer = max(0, longest_cache(context) - context.tokens_per_sequence)
     return MASK_BYTES * context.sequences * longer
 
 

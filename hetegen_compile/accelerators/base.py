@@ -16,6 +16,8 @@ Ordering between them is what the operations say and nothing else:
     to_host         down waits for what compute has issued so far, then copies
     wait_host       the host thread blocks until that download is done
     to_accelerator  host tensors become readable by compute after ``wait``, all of them in one transfer
+    new_cache       memory for a cache and more of its tokens, which a launch behind it fills
+    lengthen        a longer cache in the same memory; the same
     launch          compute runs a function over device values
     launch_chain    compute runs a chain of launches, in their order
 
@@ -40,6 +42,7 @@ from typing import Any
 
 import torch
 
+from hetegen_compile.accelerators.growing import Block, grown
 from hetegen_compile.rows import Span
 
 Value = Any
@@ -318,6 +321,31 @@ class Accelerator(ABC):
 
         They must not be written before the step's end.
         """
+
+    @abstractmethod
+    def new_cache(self, op: Op, like: torch.Tensor, tokens: int) -> Value:
+        """An uninitialised cache of the sizes and dtype of ``like``, [sequences, heads, tokens, width], laid out token
+        by token at the beginning of new memory for ``tokens`` of them (at least those that it has)."""
+
+    @abstractmethod
+    def lengthen(self, op: Op, value: Value, tokens: int) -> Value:
+        """A cache that begins as ``value`` does and has ``tokens`` more, in the memory behind it; nothing is copied.
+
+        What is new in it is undefined until a launch has written it.
+
+        Raises:
+            ScheduleError: there is no room behind ``value``, or somebody has had it.
+        """
+
+    def room_behind(self, value: Value) -> int:
+        """By how many tokens ``value`` can be lengthened."""
+        where = grown(value)
+        return 0 if where is None else where.room
+
+    def block_of(self, value: Value) -> Block | None:
+        """The memory with room that ``value`` lies in, if it does."""
+        where = grown(value)
+        return None if where is None else where.block
 
     @abstractmethod
     def launch(

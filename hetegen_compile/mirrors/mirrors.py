@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hetegen_compile.accelerators.base import Accelerator, Value
+from hetegen_compile.accelerators.growing import token_bytes
 from hetegen_compile.geometry import storage_id
 from hetegen_compile.mirrors.fingerprints import Fingerprint
 from hetegen_compile.mirrors.identity import Geometry, covers_storage, geometry_of
@@ -100,12 +101,13 @@ class Mirrors:
         """
         if tensor.numel() == 0:
             return
-        if category == MIRRORS and self._records.note_returned(tensor, value, self._step):
+        block = self._uploader.block_of(value)
+        if category == MIRRORS and self._records.note_returned(tensor, value, self._step, block):
             return
         record, storage_bytes = self._record_of(tensor), int(tensor.untyped_storage().nbytes())
         if covers_storage(tensor) and record.base is None:
-            self._records.most_bytes += storage_bytes
-            record.base, record.base_bytes = value, tensor.nbytes
+            self._records.most_bytes += storage_bytes if block is None else block.nbytes
+            record.hold(value, tensor.nbytes, block)
             held = Held(value, category, 0)
         else:  # the value keeps its storage, as the tensor does
             laid_out = self._uploader.laid_out_as(tensor, value, category)
@@ -129,6 +131,30 @@ class Mirrors:
         record = self._records.of_step(storage_id(tensor), self._step) or self._records.renew(tensor)
         record.returned = record.used = self._step
         return record
+
+    def room_behind(self, value: Value) -> int:
+        """By how many tokens the value of a cache can be lengthened where it lies."""
+        return self._uploader.room_behind(value)
+
+    def give_room(self, request: Request, value: Value, tokens: int, limit_bytes: int) -> Value:
+        """The value of a cache that is fetched for this step, moved into memory with room for ``tokens`` tokens.
+
+        What else was held of its storage goes; who has fetched that has it for this step.
+
+        Raises:
+            NoRoomError: with it, what this step uses does not fit ``limit_bytes``.
+        """
+        tensor = request.tensor
+        nbytes = tokens * token_bytes(tensor)
+        if self._records.most_bytes + nbytes > limit_bytes:
+            self._records.make_room(limit_bytes - nbytes, self._step, self.keep)
+        moved = self._uploader.move(request, value, tokens)
+        if self.knows(tensor):
+            geometry, held = geometry_of(tensor), Held(moved, request.category, 0, request.name, None, self._step)
+            held.fingerprint = first_bytes(tensor)
+            record = self._records.current(tensor, geometry)
+            self._records.move(record, geometry, held, self._uploader.block_of(moved), whole=covers_storage(tensor))
+        return moved
 
     def returned(self, tensors: Sequence[Tensor]) -> list[Value | None]:
         """Values of tensors that a step returned, as it returned them; None for all others, to be fetched."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from hetegen_compile.accelerators.base import Value
+from hetegen_compile.accelerators.growing import Block
 from hetegen_compile.mirrors.fingerprints import Fingerprint
 from hetegen_compile.mirrors.identity import Geometry, same_version, version_of, weak_storage
 
@@ -61,6 +62,8 @@ class Record:
     own (parameters that were made parts of one flat tensor, or one of another's ``data``): ``versions`` are those that
     each tensor and each geometry was last seen with, ``version`` is the last of them and stands for those not seen yet;
     ``noted`` are the tensors themselves, or those that they are views of, as long as somebody else has them.
+    ``block`` is memory with room for a longer cache that what is held lies in: all of it counts, also where what lies
+    behind is another storage's.
     ``used`` and ``returned`` are the last step that asked for the storage and the one that made it; ``stands`` says
     that a plan relies on it without asking.
     """
@@ -71,6 +74,7 @@ class Record:
     versions: dict[Geometry | tuple[Geometry, int], Any] = field(default_factory=dict)
     noted: dict[tuple[Geometry, int], weakref.ref[Tensor]] = field(default_factory=dict)
     base: Value = None
+    block: Block | None = None
     held: dict[Geometry, Held] = field(default_factory=dict)
     base_bytes: int = 0
     used: int = 0
@@ -85,7 +89,7 @@ class Record:
     @property
     def nbytes(self) -> int:
         """Bytes of everything held."""
-        return self.base_bytes + held_bytes(self.held.values())
+        return self.base_bytes + held_bytes(self.held.values()) + (0 if self.block is None else self.block.nbytes)
 
     def is_of(self, tensor: Tensor) -> bool:
         """Whether the storage is the tensor's and not another one in its place."""
@@ -122,14 +126,25 @@ class Record:
 
     def empty(self) -> None:
         """Let go of everything held; what tensors were when they were noted stays known."""
-        self.base, self.base_bytes = None, 0
+        self.hold(None, 0)
         self.held.clear()
+
+    def hold(self, base: Value, nbytes: int, block: Block | None = None) -> None:
+        """``base`` is what holds all of the storage from now on: ``nbytes``, or a block."""
+        self.base, self.block = base, block
+        self.base_bytes = nbytes if block is None else 0
+
+    def move(self, geometry: Geometry, held: Held, block: Block | None, *, whole: bool) -> None:
+        """Of all that is held only ``held`` is left, in a block; ``whole``: it is all of the storage."""
+        self.empty()
+        self.hold(held.value if whole else None, 0, block)
+        self.held[geometry] = held if whole else replace(held, memory=Memory(0))
 
     def keep_what_shows(self, geometry: Geometry) -> None:
         """Let go of what has memory of its own, and so knows nothing of a write through the value of this geometry."""
         written = self.held.get(geometry)
         if written is not None and written.apart:
-            self.base, self.base_bytes = None, 0
+            self.hold(None, 0)
         views = self.held if self.base is not None else {}
         self.held = {place: one for place, one in views.items() if not one.apart}
         if written is not None:
@@ -146,6 +161,8 @@ class Record:
         }  # fmt: skip
         before = self.nbytes
         self.held = {geometry: held for geometry, held in self.held.items() if geometry not in unused}
+        if self.base is None and not self.held:
+            self.block = None
         return before - self.nbytes
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from hetegen_compile.accelerators.base import Value
+from hetegen_compile.accelerators.growing import Block
 from hetegen_compile.geometry import storage_id
 from hetegen_compile.mirrors.identity import Geometry, geometry_of
 from hetegen_compile.mirrors.record import Held, Record
@@ -101,14 +103,14 @@ class Records:
 
     # ---- what steps return -----------------------------------------------------------------------------------
 
-    def note_returned(self, tensor: Tensor, value: Value, step: int) -> bool:
+    def note_returned(self, tensor: Tensor, value: Value, step: int, block: Block | None = None) -> bool:
         """Whether it is enough to note that a step returned the tensor, which it has made, with this value."""
         if not can_be_noted(tensor):
             return False
         key = storage_id(tensor)
         self.drop(key)
-        self.most_bytes += tensor.nbytes  # first: an interrupt comes behind any call
-        self._noted[key] = Returned(tensor, value, step)
+        self.most_bytes += tensor.nbytes if block is None else block.nbytes  # first: an interrupt comes behind any call
+        self._noted[key] = Returned(tensor, value, step, block)
         return True
 
     def of_step(self, key: int, step: int) -> Record | None:
@@ -127,6 +129,13 @@ class Records:
     def _make_records(self) -> None:
         for key in list(self._noted):
             self._make_record(key)
+
+    def move(self, record: Record, geometry: Geometry, held: Held, block: Block | None, *, whole: bool) -> None:
+        """What is held of a storage is ``held`` alone, in a block, from now on."""
+        self.changed(record)
+        before = record.nbytes
+        record.move(geometry, held, block, whole=whole)
+        self.most_bytes += record.nbytes - before
 
     # ---- who relies on it ------------------------------------------------------------------------------------
 
@@ -209,14 +218,20 @@ class Records:
         """
         self._make_records()
         self._note_uses()
-        excess = sum(record.nbytes for record in self._records.values()) - limit_bytes
+        lie_in = Counter(record.block for record in self._records.values() if record.block is not None)
+        twice = sum((count - 1) * block.nbytes for block, count in lie_in.items())  # a cache, and what it was before
+        excess = sum(record.nbytes for record in self._records.values()) - twice - limit_bytes
         for key, record in sorted(self._records.items(), key=lambda item: item[1].used):
             if excess <= 0:
                 break
+            block = record.block
             excess -= self._give_up(key, record, step, stays=key in planned and record.holds(WEIGHTS))
+            if block is not None and key not in self._records:
+                lie_in[block] -= 1
+                excess += block.nbytes if lie_in[block] else 0
         if excess > 0:
             raise NoRoomError(excess)
-        self.most_bytes = limit_bytes + excess
+        self.most_bytes = sum(record.nbytes for record in self._records.values())
 
     def _give_up(self, key: int, record: Record, step: int, *, stays: bool) -> int:
         """Drop what ``step`` does not use of one storage; returns the bytes."""

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from hetegen_compile.accelerators.base import Value
+from hetegen_compile.accelerators.growing import Block
 from hetegen_compile.geometry import is_dense
 from hetegen_compile.mirrors.fingerprints import SAMPLE_BYTES, EarlierSample
 from hetegen_compile.mirrors.identity import Geometry, weak_storage
@@ -29,23 +30,24 @@ class Returned:
     """A tensor that is all of its storage, and its value on the accelerator.
 
     Attributes:
-        nbytes: what the value holds.
+        nbytes: what the value holds, with all of the block that it lies in.
         step: the one that returned it.
         used: the last one that was answered with it.
     """
 
-    __slots__ = ("_address", "_dtype", "_first", "_seen", "_shape", "_storage", "_stride", "_tensor", "_value",
-                 "_version", "nbytes", "step", "used")  # fmt: skip
+    __slots__ = ("_address", "_block", "_dtype", "_first", "_seen", "_shape", "_storage", "_stride", "_tensor",
+                 "_value", "_version", "nbytes", "step", "used")  # fmt: skip
 
-    def __init__(self, tensor: Tensor, value: Value, step: int) -> None:
+    def __init__(self, tensor: Tensor, value: Value, step: int, block: Block | None = None) -> None:
         self._storage = weak_storage(tensor)
         self._tensor = weakref.ref(tensor)
         self._value = value
         self._address = tensor.data_ptr()
         self._version = tensor._version
         self._dtype, self._shape, self._stride = tensor.dtype, tensor.shape, tensor.stride()
-        self.nbytes = tensor.nbytes
-        self._seen = (ctypes.c_char * min(SAMPLE_BYTES, self.nbytes)).from_address(self._address)
+        self._block = block
+        self.nbytes = tensor.nbytes if block is None else block.nbytes
+        self._seen = (ctypes.c_char * min(SAMPLE_BYTES, tensor.nbytes)).from_address(self._address)
         self._first = self._seen.raw
         self.step = self.used = step
 
@@ -74,7 +76,7 @@ class Returned:
             itself: Any = geometry, int(tensor._cdata)
             record.versions[itself] = self._version
             record.noted[itself] = self._tensor
-        record.base, record.base_bytes = self._value, self.nbytes
+        record.hold(self._value, self.nbytes, self._block)
         record.held[geometry] = Held(self._value, MIRRORS, 0, RETURNED, EarlierSample(self._first), self.used)
         return record
 

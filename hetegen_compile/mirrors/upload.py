@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hetegen_compile.accelerators.base import Accelerator, Op, Value
 from hetegen_compile.accelerators.geometry import span_bytes
+from hetegen_compile.accelerators.growing import Block
 from hetegen_compile.mirrors.fingerprints import SAMPLE_BYTES, Fingerprint
 from hetegen_compile.mirrors.identity import covers_storage, geometry_of, lies_in_little
 from hetegen_compile.mirrors.record import Held, Record
@@ -36,6 +37,21 @@ class Uploader:
         """The tensor by itself."""
         return self._accelerator.upload(Op(request.name, category=request.category), request.tensor.detach())
 
+    def block_of(self, value: Value) -> Block | None:
+        """The memory with room that a value lies in."""
+        return self._accelerator.block_of(value)
+
+    def room_behind(self, value: Value) -> int:
+        """By how many tokens a value can be lengthened."""
+        return self._accelerator.room_behind(value)
+
+    def move(self, request: Request, value: Value, tokens: int) -> Value:
+        """A copy of the value of a cache, with room for so many tokens."""
+        op = Op(f"room behind {request.name}", category=request.category)
+        moved = self._accelerator.new_cache(op, request.tensor, tokens)
+        self._accelerator.launch(op, _fill, (moved, value), outputs=0, mutates=(0,))
+        return moved
+
     def share_memory(self, one: Value, other: Value) -> bool:
         """Whether two values lie in one allocation."""
         return self._accelerator.share_memory(one, other)
@@ -53,8 +69,7 @@ class Uploader:
             return Held(self.upload(request), op.category, tensor.nbytes)
         if record.base is None:
             whole = tensor if covers_storage(tensor) else _whole(tensor)
-            record.base = self._accelerator.upload(op, whole)
-            record.base_bytes = whole.nbytes
+            record.hold(self._accelerator.upload(op, whole), whole.nbytes)
             if whole is tensor:
                 return Held(record.base, op.category, 0)
         view = tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset()
@@ -93,6 +108,11 @@ def _through_base(record: Record, request: Request) -> bool:
 def _whole(tensor: Tensor) -> Tensor:
     """All of the tensor's storage."""
     return torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+
+
+def _fill(target: Tensor, source: Tensor) -> tuple[()]:
+    target.copy_(source)
+    return ()
 
 
 def _last_rows(base: Tensor, rows: int) -> Tensor:

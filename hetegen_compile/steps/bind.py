@@ -47,14 +47,15 @@ from hetegen_compile.passes.findings import Work
 from hetegen_compile.passes.lower import CompiledSegment
 from hetegen_compile.passes.resolve_sizes import size_inputs
 from hetegen_compile.passes.schedule import pinned_ring_bytes
-from hetegen_compile.passes.tensors import symbols_of, tensors_in
+from hetegen_compile.passes.tensors import tensors_in
 from hetegen_compile.steps.bound_step import BoundStep
 from hetegen_compile.steps.chains import ChainLines, ChainRules
 from hetegen_compile.steps.expert_products import accelerators_groups, bind_host_groups, whole_product
 from hetegen_compile.steps.host_functions import host_function, in_place
 from hetegen_compile.steps.host_runs import HostRun, dying_behind, host_runs
 from hetegen_compile.steps.last_uses import last_uses
-from hetegen_compile.steps.like import like
+from hetegen_compile.steps.like import like_text
+from hetegen_compile.steps.longer_caches import LongerCaches
 from hetegen_compile.steps.step_source import StepSource
 
 logger = logging.getLogger("hetegen_compile")
@@ -69,22 +70,24 @@ def bind(
     *,
     chains: bool = True,
     ahead_bytes: int = 0,
+    room_tokens: Callable[[Tensor], int] = lambda cache: 0,
 ) -> BoundStep:
     """Generate the step function of a lowered schedule for one accelerator.
 
     Host parts are computed by ``kernels``: those of the hardware profile, by dtype; without one by ``F.linear``.
     ``workspace_bytes`` are what nodes occupy while they run beside arguments and results. ``chains``: launches that
-    follow each other are functions of their own. ``ahead_bytes``: of the profile, for host programs.
+    follow each other are functions of their own. ``ahead_bytes``: of the profile, for host programs. ``room_tokens``:
+    for how many tokens there is room where the step makes a cache.
     """
     rules = ChainRules(module, allowed=chains)
-    return _Binder(module, work, accelerator, kernels, workspace_bytes, rules, ahead_bytes).bind()
+    return _Binder(module, work, accelerator, kernels, workspace_bytes, rules, ahead_bytes, room_tokens).bind()
 
 
 _NO_WORK = Work("host", 0.0)
 
 _METHODS = (
     "stage", "prefetch", "wait", "release", "to_host", "wait_host", "to_accelerator", "launch", "host",
-    "receive", "host_ahead", "deliver", "caught_up", "launch_chain",
+    "receive", "host_ahead", "deliver", "caught_up", "launch_chain", "lengthen", "new_cache",
 )  # fmt: skip
 
 
@@ -98,6 +101,7 @@ class _Binder:
         workspace_bytes: Mapping[fx.Node, int],
         rules: ChainRules,
         ahead_bytes: int,
+        room_tokens: Callable[[Tensor], int],
     ) -> None:
         self._kernels = kernels
         self._refusals: dict[Refusal, None] = {}
@@ -112,6 +116,7 @@ class _Binder:
         self._written = ir.written_storages(node for node in module.graph.nodes if info(node).side == "accelerator")
         self._rules = rules
         self._ahead_bytes = ahead_bytes
+        self._longer = LongerCaches(self._source, self._position, self._size, room_tokens)
         self._mirrors: list[fx.Node] = []
         self._residents: list[tuple[int, int, int]] = []
         self._carried = module.graph.find_nodes(op="call_function", target=ir.CARRIED)
@@ -144,6 +149,7 @@ class _Binder:
             carried=tuple(self._position[node.args[0]] for node in self._carried),
             pinned_ring_bytes=self._pinned_ring_bytes,
             chains=self._source.chains,
+            longer=tuple(self._longer.found),
             in_turn=not any(info(node).ahead for node in self._module.graph.nodes),
             source=source,
             refusals=tuple(self._refusals),
@@ -193,8 +199,10 @@ class _Binder:
         function = self._constant("segment", segment.function)
         options = f"outputs={segment.outputs}, mutates={segment.mutates!r}"
         arguments = _arguments(node)
-        op = self._op(node, arguments=arguments)
-        return f"{node.name} = launch({op}, {function}, {self._text(arguments)}, {options})"
+        launch = f"launch({self._op(node, arguments=arguments)}, {function}, {{arguments}}, {options})"
+        if segment.appended:
+            return self._longer.lines(node, segment, launch)
+        return f"{node.name} = {launch.format(arguments=self._text(arguments))}"
 
     def _mirror(self, node: fx.Node) -> str:
         self._mirrors.append(node.all_input_nodes[0])
@@ -242,12 +250,11 @@ class _Binder:
     def _to_accelerator(self, node: fx.Node) -> str:
         if not info(node).ahead:
             return self._plain(node)
-        tensors = tensors_in(info(node).value)
-        symbols = sorted(set[sympy.Symbol]().union(*map(symbols_of, tensors)), key=str)
-        made_like = self._constant("like", functools.lru_cache(maxsize=4)(functools.partial(like, tensors, symbols)))
-        sizes = size_inputs(self._module.graph)
-        given = ", ".join(f"inputs[{self._position[sizes[symbol]]}]" for symbol in symbols)
-        return f"{node.name} = deliver({self._op(node)}, {self._text(node.args[0])}, {made_like}({given}))"
+        made_like = like_text(tensors_in(info(node).value), self._constant, self._size)
+        return f"{node.name} = deliver({self._op(node)}, {self._text(node.args[0])}, {made_like})"
+
+    def _size(self, symbol: sympy.Symbol) -> str:
+        return f"inputs[{self._position[size_inputs(self._module.graph)[symbol]]}]"
 
     def _caught_up(self, node: fx.Node) -> str:
         return f"caught_up({self._op(node)}, {self._text(node.args[0])})"

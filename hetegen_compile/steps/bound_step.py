@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hetegen_compile.accelerators.base import LaunchChain
 from hetegen_compile.passes.context import Refusal
+from hetegen_compile.steps.longer_caches import LongerCache
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,7 @@ class BoundStep:
         carried: position of the weight of each carried prefetch, in the order of ``carried``.
         pinned_ring_bytes: length of the pinned ring that the step uses.
         chains: those that the step launches, in order.
+        longer: the caches that the accelerator lengthens, for which it has to have room.
         in_turn: nothing in it is the worker's.
         source: the generated code, for people.
         refusals: kernels of the hardware profile that cannot be used here.
@@ -45,6 +47,7 @@ class BoundStep:
     carried: tuple[int, ...]
     pinned_ring_bytes: int
     chains: tuple[LaunchChain, ...]
+    longer: tuple[LongerCache, ...]
     in_turn: bool
     source: str
     refusals: tuple[Refusal, ...]

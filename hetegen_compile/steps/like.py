@@ -1,8 +1,9 @@
-"""The geometry of what the worker will send up, for who waits for it before it is there."""
+"""The geometry of what will be there, for who asks before it is: of what the worker sends up, of a new cache."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hetegen_compile.passes.expressions import evaluate
-from hetegen_compile.passes.tensors import to_expr
+from hetegen_compile.passes.tensors import symbols_of, to_expr
 
 
 def like(tensors: Sequence[Tensor], symbols: Sequence[sympy.Symbol], *sizes: int) -> list[Tensor]:
@@ -20,8 +21,17 @@ def like(tensors: Sequence[Tensor], symbols: Sequence[sympy.Symbol], *sizes: int
     return [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in geometries]
 
 
+def like_text(
+    tensors: Sequence[Tensor], constant: Callable[[str, Any], str], text_of: Callable[[sympy.Symbol], str]
+) -> str:
+    """Python for ``like(tensors, ...)`` in a step: ``text_of`` is that of a symbol's value."""
+    symbols = sorted(set[sympy.Symbol]().union(*map(symbols_of, tensors)), key=str)
+    made_like = functools.lru_cache(maxsize=4)(functools.partial(like, tensors, symbols))
+    return f"{constant('like', made_like)}({', '.join(map(text_of, symbols))})"
+
+
 def _sizes(sizes: Sequence[Any], known: Mapping[sympy.Symbol, sympy.Integer]) -> tuple[int, ...]:
     return tuple(int(evaluate(to_expr(size), known)) for size in sizes)
 
 
-__all__ = ["like"]
+__all__ = ["like", "like_text"]

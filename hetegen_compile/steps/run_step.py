@@ -72,8 +72,7 @@ def _run(runtime: Runtime, plan: StepPlan, inputs: Sequence[Any]) -> Any:
     accelerator.limit_memory(plan.limit_bytes)
     started = carried.begin_step(bound, inputs, plan.room.activation_bytes)
     mirrors.begin_step()
-    taken = runtime.ledger.ring_bytes + plan.room.activation_bytes
-    values = plan.values.fetch(mirrors, inputs, plan.budget_bytes - taken)
+    values = plan.values.fetch(mirrors, inputs, plan.budget_bytes - runtime.ledger.ring_bytes, plan.room)
     count = len(bound.mirrors)
     outputs, twins = bound.run(list(inputs), values[:count], values[count:], started, carried.start)
     carried.end_step(bound)

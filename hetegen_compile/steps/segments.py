@@ -73,15 +73,17 @@ def _without_aot_cache() -> AbstractContextManager[object]:
 def _code_alone(code: Any, metadata: Any, segment: fx.GraphModule, inputs: int) -> BoxedCode | None:
     """The code that Inductor made, if AOTAutograd has nothing to do around it; else None.
 
-    It has where an input is written, where a result shares memory with an input, where inputs were added or taken
-    together, and where gradients are switched on or off. ``metadata`` is its ``ViewAndMutationMeta``. Both are torch's
-    own affair: where another version keeps them otherwise, segments are called as ``compile_fx`` returns them.
+    It has where an input is written behind the code and not in it, where a result shares memory with an input, where
+    inputs were added or taken together, and where gradients are switched on or off. ``metadata`` is its
+    ``ViewAndMutationMeta``. Both are torch's own affair: where another version keeps them otherwise, segments are
+    called as ``compile_fx`` returns them.
     """
     try:
-        from torch._functorch._aot_autograd.schemas import OutputType
+        from torch._functorch._aot_autograd.schemas import MutationType, OutputType
         from torch._inductor.output_code import CompiledFxGraph
 
         handled_by_nobody = (OutputType.non_alias, OutputType.unsafe_view_alias)
+        in_the_code = (MutationType.NOT_MUTATED, MutationType.MUTATED_IN_GRAPH)
         (results,) = segment.graph.output_node().args
         is_all = (
             isinstance(code, CompiledFxGraph)
@@ -89,7 +91,8 @@ def _code_alone(code: Any, metadata: Any, segment: fx.GraphModule, inputs: int) 
             and inputs == len(segment.graph.find_nodes(op="placeholder"))
             and len(metadata.output_info) == len(results)
             and all(output.output_type in handled_by_nobody for output in metadata.output_info)
-            and not any(given.mutates_data or given.mutates_metadata for given in metadata.input_info)
+            and not any(given.mutates_metadata for given in metadata.input_info)
+            and all(given.mutation_type in in_the_code for given in metadata.input_info)
             and not (metadata.num_mutated_inp_runtime_indices or metadata.num_intermediate_bases or metadata.tokens)
             and not (metadata.is_rng_op_functionalized or getattr(metadata, "act_input_indices", None))
             and metadata.grad_enabled_mutation is None

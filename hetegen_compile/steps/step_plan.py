@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 
+from hetegen_compile.passes.caches import room_tokens
 from hetegen_compile.passes.claims import weight_key
 from hetegen_compile.passes.context import require
 from hetegen_compile.passes.operators import only_torchs_operations
@@ -99,7 +101,7 @@ def _bound(planned: ScheduledStep, runtime: Runtime) -> BoundStep:
     host, chains = context.profile.host, context.options.cuda_graphs
     return bind(
         planned.module, work, runtime.accelerator, host.linear_kernels, workspace, chains=chains,
-        ahead_bytes=host.ahead_bytes,
+        ahead_bytes=host.ahead_bytes, room_tokens=functools.partial(room_tokens, context=context),
     )  # fmt: skip
 
 

@@ -12,10 +12,12 @@ from torch import Tensor, fx
 
 from hetegen_compile.accelerators.base import Value
 from hetegen_compile.accelerators.geometry import span_bytes
+from hetegen_compile.accelerators.growing import token_bytes
 from hetegen_compile.ir import info, is_tensor
 from hetegen_compile.mirrors import WEIGHTS, Mirrors, Request
 from hetegen_compile.mirrors.settled import Settled
 from hetegen_compile.mirrors.standing import Standing
+from hetegen_compile.planning.room import Room
 from hetegen_compile.steps.bound_step import BoundStep
 
 UPLOADED_ONCE_BYTES = 1 << 12
@@ -80,13 +82,28 @@ class StepValues:
         self._written_inputs = [self._wanted[place][0] for place in self._written]
         self._settled_elsewhere = sorted(set(bound.settled) - set(self._written_inputs))
         self._settled: Settled | None = None
+        places = {i: place for place, i in enumerate(bound.mirrors)}
+        self._longer = [(places[one.given], one) for one in bound.longer]
 
-    def fetch(self, mirrors: Mirrors, inputs: Sequence[Any], limit_bytes: int) -> list[Value]:
-        """The values for one step's inputs, uploading what is not current.
+    def fetch(self, mirrors: Mirrors, inputs: Sequence[Any], limit_bytes: int, room: Room) -> list[Value]:
+        """The values for one step's inputs, uploading what is not current, with room behind what the step lengthens.
+
+        Those may be moved in what ``room`` has for activations, of which there are none yet.
 
         Raises:
-            NoRoomError: they do not fit ``limit_bytes``.
+            NoRoomError: they do not fit ``limit_bytes`` beside activations.
         """
+        values = self._fetched(mirrors, inputs, limit_bytes - room.activation_bytes)
+        for place, cache in self._longer:
+            tokens = cache.added(inputs)
+            if mirrors.room_behind(values[place]) < tokens:
+                request = self._request(place, inputs)
+                most = room.context.room(cache.size) // token_bytes(request.tensor)
+                most = max(most, request.tensor.shape[-2] + tokens)
+                values[place] = mirrors.give_room(request, values[place], most, limit_bytes)
+        return values
+
+    def _fetched(self, mirrors: Mirrors, inputs: Sequence[Any], limit_bytes: int) -> list[Value]:
         fixed = [inputs[i] for i in self._fixed_inputs]
         standing = self._standing
         if standing is not None and mirrors.stands(standing, fixed):

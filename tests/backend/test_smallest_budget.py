@@ -39,9 +39,9 @@ def test_the_smallest_budget_is_enough_and_one_byte_less_is_not(architecture: st
     ("architecture", "cache", "batches", "tokens", "refused"),
     [
         ("llama", None, (1, 2), TOKENS, 0.9),
-        ("llama", None, (1,), 40, 0.96),
+        ("llama", None, (1,), 40, 0.8),
         ("qwen2", "static", (1, 2), 40, 0.8),
-        ("opt", None, (2,), TOKENS, 0.96),
+        ("opt", None, (2,), TOKENS, 0.93),
         ("gpt2", "static", (1,), TOKENS, 0.96),
         ("mistral", None, (1,), TOKENS, 0.96),
     ],
@@ -52,7 +52,8 @@ def test_the_smallest_budget_is_enough_for_all_that_is_stated(
     """The first forward's error, a prefill's, counts the steps after it, up to ``context`` and ``max_batch``.
 
     The share ``refused`` of it is not enough, even where nothing is stated and each step is planned as it comes: it is
-    less where prompts of a number of sequences are foreseen that was not seen yet.
+    less where prompts of a number of sequences are foreseen that was not seen yet, and where caches are made with room
+    for all of a context of which the prompt is little.
     """
     model = tiny_model(architecture, layers=1)
     stated: dict[str, Any] = {"context": PROMPT + tokens, "max_batch": max(batches)}

@@ -69,10 +69,10 @@ def test_tokens_per_second_follow_from_the_times() -> None:
 
 
 def test_the_context_costs_what_the_cache_holds() -> None:
-    """Keys and values are read by attention and written anew by a cache that grows; attention's FLOPs are few."""
+    """Keys and values are read by attention, and not written anew; attention's FLOPs are few."""
     step = planned("1GiB").decode_step_s  # nothing is streamed: the accelerator's work is the step
     slope = (step[71] - step[64]) / 7
-    assert 2 * CACHE_BYTES / 600e9 < slope < 20 * CACHE_BYTES / 600e9
+    assert CACHE_BYTES / 600e9 < slope < 2 * CACHE_BYTES / 600e9
 
 
 def test_memory_is_inside_the_budget_and_counts_every_weight() -> None:
@@ -122,8 +122,9 @@ def test_context_keeps_room_for_its_cache() -> None:
     options = {"hardware": A10, "gpu_memory": "180MiB", "context": 4000}
     plain, room = planned("180MiB"), plan_generation(LLAMA, prompt=64, new_tokens=9, options=options)
     more_cache = (4000 - 73) * CACHE_BYTES
-    held = [sum(n for name, n in p.accelerator_bytes.items() if name != "resident weights") for p in (plain, room)]
-    assert held[1] - held[0] >= more_cache
+    shared_out = ("resident weights", "staging ring")
+    held = [sum(n for name, n in p.accelerator_bytes.items() if name not in shared_out) for p in (plain, room)]
+    assert more_cache <= held[1] - held[0] < 2 * more_cache  # it is lengthened where it lies
     assert room.accelerator_bytes["resident weights"] < plain.accelerator_bytes["resident weights"]
 
 

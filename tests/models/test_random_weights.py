@@ -80,15 +80,18 @@ def test_generates_what_eager_generates(
 def test_segments_through_inductor(architecture: str, cache: str | None, batch: int) -> None:
     """Llama's go through it with real weights, three prompts and a dynamic cache in ``test_smollm2.py``.
 
-    From the second call on torch's layers are called around attention alone: Gemma 2's writes the static cache, GPT-2's
-    returns parts of its input.
+    From the second call on torch's layers are called around GPT-2's attention alone, which returns parts of its input;
+    not around Gemma 2's, which writes the static cache.
     """
     found = _generate_like_eager(architecture, cache, batch, inductor_compiler)
     with calls_of_torchs_layers() as calls:
         again = generate(found.model, prompts(batch), cache)  # type: ignore[arg-type]
     assert torch.equal(again["sequences"], found.eager["sequences"])
     steps, segments = len(again["logits"]), sum(row.op == "segment" for row in found.schedules[-1].rows)
-    assert calls.call_count == steps * _layers(architecture, batch) < steps * segments
+    layers = _layers(architecture, batch)
+    assert (
+        calls.call_count == steps * layers < steps * segments if architecture == "gpt2" else calls.call_count <= layers
+    )
 
 
 @through_inductor

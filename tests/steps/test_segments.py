@@ -168,10 +168,10 @@ PLAIN: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "two views of one": lambda x, y: (lambda z: (z[0], z[1]))(x + y),
     "a value and its view": lambda x, y: (lambda z: (z, z.t()))(x + y),
     "one twice": lambda x, y: (lambda z: (z, z))(x + y),
-}
-LAYERED: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "writes": writes,
     "writes a view": writes_a_view,
+}
+LAYERED: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "view of an input": lambda x, y: (x.t(), x + y),
     "an input": lambda x, y: (x, x + y),
 }
@@ -180,7 +180,7 @@ LAYERED: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 @through_inductor
 @pytest.mark.parametrize("name", [*PLAIN, *LAYERED])
 def test_what_is_called_past_torchs_layers(name: str) -> None:
-    """Where nothing is to be done around the code; results, writes and views are eager's in every call."""
+    """Where nothing is to be done around the code, which may write what it is given; all is eager's in every call."""
     function = {**PLAIN, **LAYERED}[name]
     x, y = torch.randn(3, 3), torch.randn(3, 3)
     found = compiled(function, x, y)

@@ -39,6 +39,7 @@ from hetegen_compile.accelerators.cuda.replays import Replays
 from hetegen_compile.accelerators.cuda.streams import CudaStreams, copying
 from hetegen_compile.accelerators.cuda.transfers import CudaToken, CudaTransfer, started
 from hetegen_compile.accelerators.geometry import copy_span, empty_result, empty_twin, same_geometry, span_bytes
+from hetegen_compile.accelerators.growing import Grown, empty_cache, lengthened, lengthening, note
 from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
 from hetegen_compile.accelerators.promises import Promise
 from hetegen_compile.accelerators.ring import Slot
@@ -284,6 +285,21 @@ class CudaAccelerator(Accelerator):
     def to_accelerator(self, op: Op, tensors: Sequence[torch.Tensor]) -> CudaTransfer:
         self._check_open()
         return self._activations.to_accelerator(op, tensors)
+
+    def new_cache(self, op: Op, like: torch.Tensor, tokens: int) -> torch.Tensor:
+        self._check_open()
+        where = Grown.of(like, tokens)
+        with self._streams.work(op):
+            result = empty_cache(like, where.block.tokens, self.device)
+        note(result, where)
+        return result
+
+    def lengthen(self, op: Op, value: Value, tokens: int) -> torch.Tensor:
+        self._check_open()
+        where = lengthening(op.name, value, tokens)
+        result = lengthened(value, where.tokens)
+        note(result, where)
+        return result
 
     def launch(
         self,

@@ -38,6 +38,7 @@ from hetegen_compile.accelerators.emulated.streams import Task
 from hetegen_compile.accelerators.emulated.values import UNFINISHED, DeviceTensor, HostPromise, Token, Transfer
 from hetegen_compile.accelerators.emulated.work import Call, DeviceWork, Issued
 from hetegen_compile.accelerators.geometry import same_geometry
+from hetegen_compile.accelerators.growing import Grown, lengthened, lengthening, note
 from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
 from hetegen_compile.accelerators.modes import Modes
 from hetegen_compile.accelerators.ring import Slot
@@ -272,6 +273,20 @@ class EmulatedAccelerator(Accelerator):
     def to_accelerator(self, op: Op, tensors: Sequence[torch.Tensor]) -> Transfer:
         self._engine.check_usable()
         return self._activations.to_accelerator(op, tensors)
+
+    def new_cache(self, op: Op, like: torch.Tensor, tokens: int) -> DeviceTensor:
+        self._engine.check_usable()
+        result, where = DeviceTensor(self._hazards.clocks.issue(COMPUTE, op.name)), Grown.of(like, tokens)
+        note(result, where)
+        work = partial(self._work.new_cache, op, result, like, where.block)
+        self._engine.submit(COMPUTE, Task(op, work, Modes.current()))
+        return result
+
+    def lengthen(self, op: Op, value: Value, tokens: int) -> DeviceTensor:
+        where = lengthening(op.name, value, tokens)
+        result: DeviceTensor = self.launch(op, lengthened, (value, where.tokens))
+        note(result, where)
+        return result
 
     def launch(
         self,

@@ -13,6 +13,7 @@ from hetegen_compile.accelerators.emulated.clocks import Access, Clock
 from hetegen_compile.accelerators.emulated.loaded import LoadedCode
 from hetegen_compile.accelerators.emulated.values import UNFINISHED, DeviceTensor, Transfer, deferred_in
 from hetegen_compile.accelerators.geometry import copy_span, empty_result, empty_twin, span_bytes
+from hetegen_compile.accelerators.growing import Block, empty_cache
 from hetegen_compile.accelerators.ledger import MemoryLedger
 from hetegen_compile.linear_parts import usual_strides
 
@@ -86,6 +87,12 @@ class DeviceWork:
             results.append(result)
             self._ledger.downloaded(op.category, span_bytes(source))
         transfer.host_tensors = results
+
+    def new_cache(self, op: Op, value: DeviceTensor, like: torch.Tensor, block: Block) -> None:
+        """Allocate a block; nothing of it is valid yet."""
+        self._ledger.require(op.name, block.nbytes)
+        value.data = empty_cache(like, block.tokens, HOST_DEVICE)
+        self._ledger.hold(value.data, op.category)
 
     def call(self, op: Op, call: Call, issued: Issued) -> None:
         """Run a launch's function on the finished arguments and finish its results.

@@ -1,0 +1,88 @@
+"""Caches that a step makes or lengthens in memory with room behind them: its lines, and the room that each needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+from torch import Tensor, fx
+
+from hetegen_compile.accelerators.base import Op
+from hetegen_compile.passes.append_behind import Appended
+from hetegen_compile.passes.lower import CompiledSegment
+from hetegen_compile.passes.tensors import tensor_bytes
+from hetegen_compile.steps.like import like_text
+from hetegen_compile.steps.step_source import StepSource
+
+
+@dataclass(frozen=True)
+class LongerCache:
+    """A cache that a step lengthens.
+
+    Attributes:
+        given: position of the input.
+        tokens: by how many, or the position of the input that says so.
+        size: bytes of the longer one, an expression over the graph's sizes.
+    """
+
+    given: int
+    tokens: int
+    is_position: bool
+    size: sympy.Expr
+
+    def added(self, inputs: Sequence[Any]) -> int:
+        """By how many tokens the step of these inputs lengthens it."""
+        return int(inputs[self.tokens]) if self.is_position else self.tokens
+
+
+class LongerCaches:
+    """Those of one step; ``text_of`` is Python for the value of a symbol, ``room_tokens`` what a new cache has."""
+
+    def __init__(
+        self, source: StepSource, position: Mapping[fx.Node, int], text_of: Callable[[sympy.Symbol], str],
+        room_tokens: Callable[[Tensor], int],
+    ) -> None:  # fmt: skip
+        self._source = source
+        self._position = position
+        self._text_of = text_of
+        self._room_tokens = room_tokens
+        self.found: list[LongerCache] = []
+
+    def lines(self, node: fx.Node, segment: CompiledSegment, launch: str) -> str:
+        """Lines that call a segment with the caches; ``launch`` has ``{arguments}`` for what it is given.
+
+        They are put back among its results.
+        """
+        texts, before, behind, names = list(map(self._source.text, node.args)), [], [], []
+        for index, one in enumerate(segment.appended):
+            name = f"_cache_{index}"
+            if one.tokens is None:
+                texts.append(name)
+                before.append(f"{name} = {self._new(node, one.value)}")
+            else:
+                texts[one.given] = name
+                before.append(f"{name} = {self._lengthened(node, one)}")
+            behind.append(f"{node.name}.insert({one.result}, {name})")
+            names.append(name)
+        called = launch.format(arguments=f"({', '.join(texts)},)")
+        return "\n    ".join([*before, f"{node.name} = list({called})", *behind, f"del {', '.join(names)}"])
+
+    def _new(self, node: fx.Node, value: Tensor) -> str:
+        made_like = like_text([value], self._source.constant, self._text_of)
+        return f"new_cache({self._op(node)}, {made_like}[0], {self._room_tokens(value)})"
+
+    def _lengthened(self, node: fx.Node, one: Appended) -> str:
+        mirror: Any = node.args[one.given]
+        counted: Any = node.args[one.tokens] if one.is_position and one.tokens is not None else one.tokens
+        tokens = self._position[counted] if one.is_position else counted
+        given = self._position[mirror.all_input_nodes[0]]
+        self.found.append(LongerCache(given, tokens, one.is_position, tensor_bytes(one.value)))
+        return f"lengthen({self._op(node)}, {mirror}, {counted})"
+
+    def _op(self, node: fx.Node) -> str:
+        return self._source.constant("op", Op(f"a cache of {node.name}"))
+
+
+__all__ = ["LongerCache", "LongerCaches"]
