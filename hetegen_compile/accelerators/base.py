@@ -42,7 +42,6 @@ from typing import Any
 
 import torch
 
-from hetegen_compile.accelerators.growing import Block, grown
 from hetegen_compile.rows import Span
 
 Value = Any
@@ -336,16 +335,6 @@ class Accelerator(ABC):
         Raises:
             ScheduleError: there is no room behind ``value``, or somebody has had it.
         """
-
-    def room_behind(self, value: Value) -> int:
-        """By how many tokens ``value`` can be lengthened."""
-        where = grown(value)
-        return 0 if where is None else where.room
-
-    def block_of(self, value: Value) -> Block | None:
-        """The memory with room that ``value`` lies in, if it does."""
-        where = grown(value)
-        return None if where is None else where.block
 
     @abstractmethod
     def launch(

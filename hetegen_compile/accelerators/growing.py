@@ -61,14 +61,17 @@ class Grown(NamedTuple):
         """Tokens behind it that nobody has had."""
         return self.block.tokens - self.tokens if self.tokens == self.block.used else 0
 
-    def longer(self, tokens: int) -> Grown | None:
-        """The same and ``tokens`` more, which are taken; None: there is no room."""
-        return Grown(self.block, self.tokens + tokens) if self.block.take(self.tokens, tokens) else None
+
+def block_of(value: Any) -> Block | None:
+    """The block that a value of an accelerator lies in, if it does."""
+    where = getattr(value, _GROWN, None)
+    return None if where is None else where.block
 
 
-def grown(value: Any) -> Grown | None:
-    """Where a value of an accelerator lies, if that is in a block."""
-    return getattr(value, _GROWN, None)
+def room_behind(value: Any) -> int:
+    """By how many tokens a value can be lengthened where it lies."""
+    where = getattr(value, _GROWN, None)
+    return 0 if where is None else where.room
 
 
 def lengthening(name: str, value: Any, tokens: int) -> Grown:
@@ -77,12 +80,11 @@ def lengthening(name: str, value: Any, tokens: int) -> Grown:
     Raises:
         ScheduleError: there is no room behind it.
     """
-    where = grown(value)
-    longer = None if where is None else where.longer(tokens)
-    if longer is None:
+    where: Grown | None = getattr(value, _GROWN, None)
+    if where is None or not where.block.take(where.tokens, tokens):
         has = "is in no block" if where is None else f"has room for {where.room}"
         raise ScheduleError(f"{name} lengthens a cache by {tokens} tokens, which {has}")
-    return longer
+    return Grown(where.block, where.tokens + tokens)
 
 
 def note(value: Any, where: Grown) -> None:
@@ -117,13 +119,6 @@ def lengthened(cache: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 __all__ = [
-    "Block",
-    "Grown",
-    "empty_cache",
-    "grown",
-    "lengthened",
-    "lengthening",
-    "note",
-    "token_bytes",
+    "Block", "Grown", "block_of", "empty_cache", "lengthened", "lengthening", "note", "room_behind", "token_bytes",
     "token_strides",
-]
+]  # fmt: skip

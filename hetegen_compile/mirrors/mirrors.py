@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hetegen_compile.accelerators.base import Accelerator, Value
-from hetegen_compile.accelerators.growing import token_bytes
+from hetegen_compile.accelerators.growing import block_of, token_bytes
 from hetegen_compile.geometry import storage_id
 from hetegen_compile.mirrors.fingerprints import Fingerprint
 from hetegen_compile.mirrors.identity import Geometry, covers_storage, geometry_of
@@ -61,8 +61,7 @@ class Mirrors:
             found = [self._lookup(request) for request in requests]
         missing = [i for i, (record, geometry) in enumerate(found) if geometry not in record.held]
         added = new_bytes([(found[i][0], requests[i]) for i in missing]) if missing else 0
-        if self._records.most_bytes + added > limit_bytes:
-            self._records.make_room(limit_bytes - added, self._step, self.keep)
+        self.fit(limit_bytes - added)
         self._records.most_bytes += added
         for i in missing:
             record, geometry = found[i]
@@ -101,7 +100,7 @@ class Mirrors:
         """
         if tensor.numel() == 0:
             return
-        block = self._uploader.block_of(value)
+        block = block_of(value)
         if category == MIRRORS and self._records.note_returned(tensor, value, self._step, block):
             return
         record, storage_bytes = self._record_of(tensor), int(tensor.untyped_storage().nbytes())
@@ -132,10 +131,6 @@ class Mirrors:
         record.returned = record.used = self._step
         return record
 
-    def room_behind(self, value: Value) -> int:
-        """By how many tokens the value of a cache can be lengthened where it lies."""
-        return self._uploader.room_behind(value)
-
     def give_room(self, request: Request, value: Value, tokens: int, limit_bytes: int) -> Value:
         """The value of a cache that is fetched for this step, moved into memory with room for ``tokens`` tokens.
 
@@ -145,16 +140,23 @@ class Mirrors:
             NoRoomError: with it, what this step uses does not fit ``limit_bytes``.
         """
         tensor = request.tensor
-        nbytes = tokens * token_bytes(tensor)
-        if self._records.most_bytes + nbytes > limit_bytes:
-            self._records.make_room(limit_bytes - nbytes, self._step, self.keep)
+        self.fit(limit_bytes - tokens * token_bytes(tensor))
         moved = self._uploader.move(request, value, tokens)
         if self.knows(tensor):
             geometry, held = geometry_of(tensor), Held(moved, request.category, 0, request.name, None, self._step)
             held.fingerprint = first_bytes(tensor)
             record = self._records.current(tensor, geometry)
-            self._records.move(record, geometry, held, self._uploader.block_of(moved), whole=covers_storage(tensor))
+            self._records.move(record, geometry, held, block_of(moved), whole=covers_storage(tensor))
         return moved
+
+    def fit(self, limit_bytes: int) -> None:
+        """Drop what this step does not use until all fit ``limit_bytes``.
+
+        Raises:
+            NoRoomError: what it uses does not.
+        """
+        if self._records.most_bytes > limit_bytes:
+            self._records.make_room(limit_bytes, self._step, self.keep)
 
     def returned(self, tensors: Sequence[Tensor]) -> list[Value | None]:
         """Values of tensors that a step returned, as it returned them; None for all others, to be fetched."""

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hetegen_compile.accelerators.base import Accelerator, Op, Value
 from hetegen_compile.accelerators.geometry import span_bytes
-from hetegen_compile.accelerators.growing import Block
 from hetegen_compile.mirrors.fingerprints import SAMPLE_BYTES, Fingerprint
 from hetegen_compile.mirrors.identity import covers_storage, geometry_of, lies_in_little
 from hetegen_compile.mirrors.record import Held, Record
@@ -36,14 +35,6 @@ class Uploader:
     def upload(self, request: Request) -> Value:
         """The tensor by itself."""
         return self._accelerator.upload(Op(request.name, category=request.category), request.tensor.detach())
-
-    def block_of(self, value: Value) -> Block | None:
-        """The memory with room that a value lies in."""
-        return self._accelerator.block_of(value)
-
-    def room_behind(self, value: Value) -> int:
-        """By how many tokens a value can be lengthened."""
-        return self._accelerator.room_behind(value)
 
     def move(self, request: Request, value: Value, tokens: int) -> Value:
         """A copy of the value of a cache, with room for so many tokens."""

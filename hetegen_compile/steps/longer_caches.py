@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +31,6 @@ class LongerCache:
     tokens: int
     is_position: bool
     size: sympy.Expr
-
-    def added(self, inputs: Sequence[Any]) -> int:
-        """By how many tokens the step of these inputs lengthens it."""
-        return int(inputs[self.tokens]) if self.is_position else self.tokens
 
 
 class LongerCaches:

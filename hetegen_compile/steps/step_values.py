@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from hetegen_compile.accelerators.base import Value
 from hetegen_compile.accelerators.geometry import span_bytes
-from hetegen_compile.accelerators.growing import token_bytes
+from hetegen_compile.accelerators.growing import Block, block_of, room_behind, token_bytes
 from hetegen_compile.ir import info, is_tensor
 from hetegen_compile.mirrors import WEIGHTS, Mirrors, Request
 from hetegen_compile.mirrors.settled import Settled
@@ -84,6 +84,7 @@ class StepValues:
         self._settled: Settled | None = None
         places = {i: place for place, i in enumerate(bound.mirrors)}
         self._longer = [(places[one.given], one) for one in bound.longer]
+        self._seldom = sorted({*self._given} - {place for place, _ in self._longer})
 
     def fetch(self, mirrors: Mirrors, inputs: Sequence[Any], limit_bytes: int, room: Room) -> list[Value]:
         """The values for one step's inputs, uploading what is not current, with room behind what the step lengthens.
@@ -93,15 +94,28 @@ class StepValues:
         Raises:
             NoRoomError: they do not fit ``limit_bytes`` beside activations.
         """
-        values = self._fetched(mirrors, inputs, limit_bytes - room.activation_bytes)
+        beside = limit_bytes - room.activation_bytes
+        values = self._fetched(mirrors, inputs, beside)
+        if self._longer and self._moved(mirrors, inputs, values, limit_bytes, room):
+            mirrors.fit(beside)
+        return values
+
+    def _moved(
+        self, mirrors: Mirrors, inputs: Sequence[Any], values: list[Value], limit_bytes: int, room: Room
+    ) -> bool:
+        """Move what the step lengthens and has no room behind it; whether there was any."""
+        moved = False
+        blocks = set[Block | None]()  # two inputs may be one tensor: behind its value there is room for one of them
         for place, cache in self._longer:
-            tokens = cache.added(inputs)
-            if mirrors.room_behind(values[place]) < tokens:
+            tokens = inputs[cache.tokens] if cache.is_position else cache.tokens
+            if room_behind(values[place]) < tokens or block_of(values[place]) in blocks:
                 request = self._request(place, inputs)
                 most = room.context.room(cache.size) // token_bytes(request.tensor)
                 most = max(most, request.tensor.shape[-2] + tokens)
                 values[place] = mirrors.give_room(request, values[place], most, limit_bytes)
-        return values
+                moved = True
+            blocks.add(block_of(values[place]))
+        return moved
 
     def _fetched(self, mirrors: Mirrors, inputs: Sequence[Any], limit_bytes: int) -> list[Value]:
         fixed = [inputs[i] for i in self._fixed_inputs]
@@ -111,7 +125,7 @@ class StepValues:
             known = {} if written is None else dict(zip(self._written, written.values, strict=True))
             returned = mirrors.returned([inputs[self._wanted[place][0]] for place in self._given])
             known |= {place: value for place, value in zip(self._given, returned, strict=True) if value is not None}
-            new = [place for place in self._given if place not in known and self._is_new(place, inputs, mirrors)]
+            new = [place for place in self._seldom if place not in known and self._is_new(place, inputs, mirrors)]
             asked = [place for place in self._not_fixed if place not in known and place not in new]
             new_bytes = sum(span_bytes(inputs[self._wanted[place][0]]) for place in new)
             found = mirrors.fetch([self._request(place, inputs) for place in asked], limit_bytes - new_bytes)

@@ -36,9 +36,9 @@ from hetegen_compile.accelerators.emulated.hazards import Hazards
 from hetegen_compile.accelerators.emulated.prefetches import Prefetches
 from hetegen_compile.accelerators.emulated.streams import Task
 from hetegen_compile.accelerators.emulated.values import UNFINISHED, DeviceTensor, HostPromise, Token, Transfer
-from hetegen_compile.accelerators.emulated.work import Call, DeviceWork, Issued
+from hetegen_compile.accelerators.emulated.work import Call, DeviceWork, Issued, lengthened_and_poisoned
 from hetegen_compile.accelerators.geometry import same_geometry
-from hetegen_compile.accelerators.growing import Grown, lengthened, lengthening, note
+from hetegen_compile.accelerators.growing import Grown, lengthening, note
 from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
 from hetegen_compile.accelerators.modes import Modes
 from hetegen_compile.accelerators.ring import Slot
@@ -284,7 +284,7 @@ class EmulatedAccelerator(Accelerator):
 
     def lengthen(self, op: Op, value: Value, tokens: int) -> DeviceTensor:
         where = lengthening(op.name, value, tokens)
-        result: DeviceTensor = self.launch(op, lengthened, (value, where.tokens))
+        result: DeviceTensor = self.launch(op, lengthened_and_poisoned, (value, where.tokens))
         note(result, where)
         return result
 

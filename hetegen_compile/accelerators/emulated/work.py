@@ -13,7 +13,7 @@ from hetegen_compile.accelerators.emulated.clocks import Access, Clock
 from hetegen_compile.accelerators.emulated.loaded import LoadedCode
 from hetegen_compile.accelerators.emulated.values import UNFINISHED, DeviceTensor, Transfer, deferred_in
 from hetegen_compile.accelerators.geometry import copy_span, empty_result, empty_twin, span_bytes
-from hetegen_compile.accelerators.growing import Block, empty_cache
+from hetegen_compile.accelerators.growing import Block, empty_cache, lengthened
 from hetegen_compile.accelerators.ledger import MemoryLedger
 from hetegen_compile.linear_parts import usual_strides
 
@@ -113,6 +113,14 @@ class DeviceWork:
             if isinstance(data, torch.Tensor):
                 self._ledger.hold(data, "activations")
         self._ledger.note_workspace(op.name, op.workspace_bytes)
+
+
+def lengthened_and_poisoned(cache: torch.Tensor, tokens: int) -> torch.Tensor:
+    """A longer cache, with NaN in what a launch has to write."""
+    result = lengthened(cache, tokens)
+    if result.is_floating_point():
+        result[:, :, cache.shape[-2] :].fill_(torch.nan)
+    return result
 
 
 def _tensors_in(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:

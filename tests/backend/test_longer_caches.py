@@ -1,0 +1,221 @@
+"""Caches that grow on the accelerator: a longer one lies where the shorter one does, and both stay what they are."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+import hetegen_compile
+from hetegen_compile.accelerators.growing import Block, block_of
+from hetegen_compile.passes.append_tokens import append_tokens
+from hetegen_compile.runtime import live_runtimes
+from hetegen_compile.steps.segments import inductor_compiler
+from tests.models.architectures import tiny_model
+from tests.models.harness import (
+    RecordingBackend,
+    assert_offloaded,
+    emulated,
+    half_the_weights,
+    new_schedules,
+    through_inductor,
+)
+
+PROMPT, STEPS = 12, 6
+TOKENS = torch.randint(2, 256, (2, 64), generator=torch.Generator().manual_seed(1))
+
+
+class Pair:
+    """A compiled model beside eager, each with its own cache: both get the same tokens."""
+
+    def __init__(self, model: Any, *, gpu_memory: int = 0, **options: Any) -> None:
+        self.eager, self.model, self.backend = copy.deepcopy(model), model, RecordingBackend()
+        self.options = emulated(gpu_memory=gpu_memory or half_the_weights(model), **options)
+        self.model.compile(backend=self.backend, options=self.options)
+        self.known = hetegen_compile.schedules()
+
+    def cache(self) -> tuple[DynamicCache, DynamicCache]:
+        """An empty one of each."""
+        return DynamicCache(config=self.model.config), DynamicCache(config=self.model.config)
+
+    def step(self, tokens: Tensor, caches: tuple[DynamicCache, DynamicCache]) -> None:
+        """One forward of both; logits and caches are alike."""
+        with torch.no_grad():
+            found = self.model(tokens, past_key_values=caches[0]).logits
+            right = self.eager(tokens, past_key_values=caches[1]).logits
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+        for mine, eagers in zip(tensors_of(caches[0]), tensors_of(caches[1]), strict=True):
+            torch.testing.assert_close(mine, eagers, rtol=1e-4, atol=1e-5)
+
+    def assert_offloaded(self) -> None:
+        """Something was split and streamed."""
+        assert_offloaded(self.backend, new_schedules(self.known), self.options)
+
+
+def tensors_of(cache: Any) -> list[Tensor]:
+    """Keys and values of all layers."""
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def copied(caches: tuple[DynamicCache, DynamicCache]) -> tuple[DynamicCache, DynamicCache]:
+    """Caches of the same tensors, which nobody has copied."""
+    found = tuple(copy.copy(cache) for cache in caches)
+    for cache in found:
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
+    return found  # type: ignore[return-value]
+
+
+def blocks(cache: DynamicCache) -> list[Block | None]:
+    """Where each tensor of a cache lies on the accelerator; None: in no memory with room."""
+    (runtime,) = live_runtimes()
+    return [block_of(value) for value in runtime.mirrors.returned(tensors_of(cache))]
+
+
+def held_bytes(pair: Pair) -> int:
+    """What is on the accelerator now."""
+    return sum(pair.backend.accelerator.counters.held_bytes.values())
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_longer_cache_lies_where_the_shorter_one_does(batch: int) -> None:
+    pair = Pair(tiny_model("llama", layers=2), context=PROMPT + STEPS)
+    caches = pair.cache()
+    pair.step(TOKENS[:batch, :PROMPT], caches)
+    lies, held = blocks(caches[0]), []
+    assert len(set(lies)) == 4
+    assert None not in lies, "a prompt's are made with room"
+    assert {block.tokens for block in lies if block is not None} == {PROMPT + STEPS}
+    for place in range(PROMPT, PROMPT + STEPS):
+        uploaded = pair.backend.accelerator.counters.uploaded_bytes.get("mirrors", 0)
+        pair.step(TOKENS[:batch, place : place + 1], caches)
+        assert blocks(caches[0]) == lies
+        assert [block.used for block in lies if block is not None] == [place + 1] * 4
+        moved = pair.backend.accelerator.counters.uploaded_bytes.get("mirrors", 0) - uploaded
+        assert place == PROMPT or moved < 1024, "tokens, positions and masks"
+        held.append(held_bytes(pair))
+    assert len(set(held[1:])) == 1, "no step holds more than the one before"
+    pair.assert_offloaded()
+
+
+def test_caches_of_which_nobody_said_how_long_they_get_move_now_and_then() -> None:
+    pair = Pair(tiny_model("llama", layers=1))
+    caches, lay = pair.cache(), []
+    pair.step(TOKENS[:1, :8], caches)
+    for place in range(8, 60):
+        pair.step(TOKENS[:1, place : place + 1], caches)
+        lay.append(blocks(caches[0])[0])
+    assert None not in lay
+    moves = sum(one is not other for one, other in zip(lay, lay[1:], strict=False))
+    assert 1 <= moves <= 4, "twice as long each time"
+    pair.assert_offloaded()
+
+
+def test_who_keeps_a_shorter_one_goes_on_from_it() -> None:
+    """Behind it there is another's token by then, which it must neither see nor write over."""
+    pair = Pair(tiny_model("llama", layers=2), context=40)
+    first = pair.cache()
+    pair.step(TOKENS[:1, :PROMPT], first)
+    second = copied(first)
+    for place in (20, 21, 22):
+        pair.step(TOKENS[:1, place : place + 1], first)
+        pair.step(TOKENS[1:, place : place + 1], second)
+    assert set(blocks(first[0])).isdisjoint(blocks(second[0]))
+    third = copied(first)
+    pair.step(TOKENS[:1, 30:31], third)
+    pair.step(TOKENS[:1, 31:32], first)
+    pair.step(TOKENS[:1, 32:33], second)
+    pair.assert_offloaded()
+
+
+def test_a_cropped_one_moves() -> None:
+    pair = Pair(tiny_model("llama", layers=2), context=40)
+    caches = pair.cache()
+    pair.step(TOKENS[:1, :PROMPT], caches)
+    for place in (20, 24, 28):
+        pair.step(TOKENS[:1, place : place + 1], caches)
+        pair.step(TOKENS[:1, place + 1 : place + 2], caches)
+        layers: list[Any] = [layer for cache in caches for layer in cache.layers]
+        for layer in layers:
+            layer.keys, layer.values = layer.keys[:, :, : PROMPT - 1], layer.values[:, :, : PROMPT - 1]
+        pair.step(TOKENS[:1, place + 2 : place + 3], caches)
+        assert None not in blocks(caches[0])
+    pair.assert_offloaded()
+
+
+def test_several_tokens_at_once_go_behind_it() -> None:
+    """Their number is a size of the graph."""
+    model = tiny_model("llama", layers=2)
+    pair = Pair(model, context=60, gpu_memory=half_the_weights(model) * 3 // 2)
+    caches, place = pair.cache(), 5
+    pair.step(TOKENS[:, :place], caches)
+    for tokens in (3, 4, 5, 7, 2, 6):
+        pair.step(TOKENS[:, place : place + tokens], caches)
+        place += tokens
+        assert {block.used for block in blocks(caches[0]) if block is not None} == {place}
+    pair.assert_offloaded()
+
+
+def test_conversations_of_which_one_fits_take_turns() -> None:
+    model = tiny_model("llama", layers=2)
+    pair = Pair(model, context=40)
+    caches = [pair.cache() for _ in range(3)]
+    for one in caches:
+        pair.step(TOKENS[:1, :PROMPT], one)
+    for place in (20, 21, 22):
+        for one in caches:
+            pair.step(TOKENS[:1, place : place + 1], one)
+            pair.step(TOKENS[1:, place : place + 1], one)
+    pair.assert_offloaded()
+
+
+def test_what_was_made_in_inference_mode_is_lengthened_outside() -> None:
+    pair = Pair(tiny_model("llama", layers=1), context=40)
+    caches = pair.cache()
+    with torch.inference_mode():
+        pair.step(TOKENS[:1, :PROMPT], caches)
+        pair.step(TOKENS[:1, 20:21], caches)
+    for place in (21, 22, 23):
+        pair.step(TOKENS[:1, place : place + 1], caches)
+    pair.assert_offloaded()
+
+
+class Twice(nn.Module):
+    """Makes longer caches of two inputs and reads the shorter ones, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.out = nn.Linear(64, 128, bias=False), nn.Linear(64, 1024, bias=False)
+
+    def forward(self, x: Tensor, past: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        k, v = self.proj(x).view(1, -1, 4, 32).transpose(1, 2).chunk(2, 1)
+        before = past.exp().sum() + other.sum()
+        keys, values = torch.cat([past, k], dim=-2), torch.cat([other, v], dim=-2)
+        seen = (keys @ values.transpose(-1, -2)).sum() + past.sum() + past.shape[-2]
+        return self.out(torch.relu(x)) + before + seen, keys, values
+
+
+@through_inductor
+@pytest.mark.parametrize("inductor", [False, True])
+@pytest.mark.parametrize("same", [False, True])
+def test_the_shorter_one_is_read_beside_it(same: bool, inductor: bool) -> None:
+    torch.manual_seed(0)
+    model, known = Twice().eval(), hetegen_compile.schedules()
+    backend = RecordingBackend(inductor_compiler) if inductor else RecordingBackend()
+    options = emulated(gpu_memory=half_the_weights(model), split=0.5)
+    past = append_tokens(torch.tensor([]), torch.randn(1, 2, 4, 32) / 8)
+    other = past if same else append_tokens(torch.tensor([]), torch.randn(1, 2, 4, 32) / 8)
+    mine = eagers = past, other
+    compiled = torch.compile(model, backend=backend, options=options)
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(1, 1, 64)
+            right, *eagers = model(x, *eagers)
+            found, *mine = compiled(x, *mine)
+            torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(mine, eagers, rtol=1e-4, atol=1e-5)
+    assert_offloaded(backend, new_schedules(known), options)
+    assert "lengthen(" in backend.graphs[-1].plans[-1].bound.source
