@@ -275,3 +275,66 @@ def test_a_number_of_sequences_is_no_length() -> None:
     lengths = found.context.sizes.keys() - sequences
     assert len(lengths) == 1
     assert set(largest_sizes(sympy.Integer(1), found.context, {}, lengths, spare=True).values()) == {4096}
+
+
+def appended_prefill(ids: Tensor) -> tuple[Tensor, Tensor]:
+    keys = GROWN(torch.nn.functional.one_hot(ids, 64).float()).view(1, ids.shape[1], 4, 16).transpose(1, 2)
+    longer = torch.cat([torch.empty(0), keys], -2)
+    return longer, longer.sum()
+
+
+def by_token(tokens: int) -> Tensor:
+    """A cache as the steps before returned it."""
+    return torch.randn(tokens, 1, 4, 16).permute(1, 2, 0, 3)
+
+
+@pytest.mark.parametrize(("limits", "length"), [({}, 14), ({"context": 70}, 70)])
+@pytest.mark.parametrize("accelerator", ["cuda", "emulated"])
+def test_of_a_cache_that_is_lengthened_where_it_lies_there_is_one(
+    accelerator: str, limits: dict[str, int], length: int
+) -> None:
+    """Of a prompt's and of the steps after it: twice as long as it is, or as is stated.
+
+    While one is moved to where it has room there are two, before a step makes anything. On a GPU that leaves pieces,
+    where caches have outgrown what they lie in.
+    """
+    token = 64 * 4
+    options = Options(print_schedule=False, accelerator=accelerator, **limits)  # type: ignore[arg-type]
+    past = by_token(7)
+    torch._dynamo.mark_dynamic(past, 2)
+    first = case(appended_prefill, torch.arange(7)[None], options=options, sequences=1, tokens_per_sequence=7)
+    then = case(longer_cache, torch.randn(1, 64), past, options=options, sequences=1, tokens_per_sequence=1)
+    largest = largest_sizes(sympy.Integer(1), then.context, {}, then.context.sizes, spare=True)
+    then.context = replace(then.context, largest=largest, lengths=frozenset(then.context.sizes))
+    prompt = first.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
+    found = then.run(choose_residency).context.residency
+    assert found is not None
+    step, left = found.budget, found.budget.get(SHORTER, 0)
+    (symbol,) = then.context.sizes
+    of_step = int(found.mirrored.subs({symbol: length}))
+    assert of_step == (length + 1) * token + 2 * 64 * 4, "the cache with the new token, x and a bias"
+    assert step[GROWTH] == of_step - int(found.mirrored.subs({symbol: 7}))
+    if accelerator == "cuda" and not limits:
+        assert left == 8 * token, "what it had outgrown when this was planned"
+        assert prompt.get(SHORTER, 0) == 7 * token
+    else:
+        assert left == max(0, (length + 1) * token - step[ACTIVATIONS])
+        assert SHORTER not in prompt
+    two = 2 * length * token
+    assert prompt[ACTIVATIONS] + prompt[GROWTH] <= two + 9 * token
+    if accelerator == "emulated":
+        assert prompt[ACTIVATIONS] + prompt[GROWTH] >= two, "while it is moved"
+
+
+def test_a_forward_that_outgrows_its_plan_on_a_gpu_needs_room_for_what_it_leaves() -> None:
+    past, inputs = by_token(7), {}
+    torch._dynamo.mark_dynamic(past, 2)
+    for accelerator in ("cuda", "emulated"):
+        options = Options(print_schedule=False, accelerator=accelerator)
+        found = case(longer_cache, torch.randn(1, 64), past, options=options, sequences=1, tokens_per_sequence=1)
+        (symbol,) = found.context.sizes
+        found.context = replace(found.context, lengths=frozenset([symbol]))
+        context = replace(found.run(choose_residency).context, memory=MemoryNeed(((0, 1, sympy.Integer(100)),), {}))
+        inputs[accelerator] = int(Room.of(context, 0).inputs.subs({symbol: 9}))
+    assert inputs["emulated"] == 10 * 64 * 4 + 2 * 64 * 4, "the longer cache, x and a bias"
+    assert inputs["cuda"] - inputs["emulated"] == 10 * 64 * 4

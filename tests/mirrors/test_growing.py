@@ -1,0 +1,132 @@
+"""Mirrors of caches that grow: they are moved to where there is room, and a block counts once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hetegen_compile.accelerators import Op
+from hetegen_compile.accelerators.base import Value
+from hetegen_compile.accelerators.growing import block_of, room_behind
+from hetegen_compile.host_memory.growing import append
+from hetegen_compile.mirrors import NoRoomError, Request
+from tests.mirrors.steps import LIMIT, Steps
+
+NOTHING = torch.tensor([])
+
+
+def fetched(steps: Steps, tensor: Tensor, tokens: int, limit_bytes: int = LIMIT) -> Value:
+    """A step's value of a cache, with room for ``tokens``."""
+    request = Request(tensor, "keys")
+    (value,) = steps.mirrors.fetch([request], limit_bytes)
+    found = steps.mirrors.give_room(request, value, tokens, limit_bytes)
+    steps.count()
+    return found
+
+
+def lengthened(steps: Steps, tensor: Tensor, value: Value, new: Tensor) -> tuple[Tensor, Value]:
+    """What a step makes of both: the longer cache of the host and that of the accelerator, registered."""
+
+    def write(cache: Tensor, new: Tensor) -> tuple[()]:
+        cache[:, :, cache.shape[2] - new.shape[2] :].copy_(new)
+        return ()
+
+    accelerator, longer = steps.accelerator, append(tensor, new)
+    found = accelerator.lengthen(Op("longer"), value, new.shape[2])
+    accelerator.launch(Op("write"), write, (found, accelerator.upload(Op("new"), new)), outputs=0, mutates=(0,))
+    steps.mirrors.register(longer, found)
+    steps.count()
+    return longer, found
+
+
+def cache(tokens: int) -> Tensor:
+    return append(NOTHING, torch.randn(1, 2, tokens, 8))
+
+
+def test_a_moved_one_is_the_mirror_from_then_on(steps: Steps) -> None:
+    tensor = cache(4)
+    steps.mirrors.begin_step()
+    value = fetched(steps, tensor, 9)
+    assert room_behind(value) == 5
+    before = steps.uploaded
+    steps.mirrors.begin_step()
+    assert torch.equal(steps.fetches(tensor)[0], tensor)
+    assert steps.uploaded == before
+    assert steps.accelerator.counters.held_bytes["mirrors"] == 9 * 64, "what it was moved from has gone"
+
+
+def test_a_write_is_seen_wherever_it_lies(steps: Steps) -> None:
+    tensor = cache(4)
+    steps.mirrors.begin_step()
+    fetched(steps, tensor, 9)
+    tensor.mul_(2)
+    assert torch.equal(steps.fetches(tensor)[0], tensor)
+
+
+def test_the_longer_one_and_the_shorter_one_count_as_one_block(steps: Steps) -> None:
+    tensor = cache(4)
+    steps.mirrors.begin_step()
+    value = fetched(steps, tensor, 9)
+    longer, found = lengthened(steps, tensor, value, torch.randn(1, 2, 1, 8))
+    steps.mirrors.begin_step()
+    other = torch.randn(2, 8)
+    assert torch.equal(steps.fetches(other, limit_bytes=9 * 64 + other.nbytes)[0], other)
+    before = steps.uploaded
+    assert steps.mirrors.returned([longer]) == [None], "what was noted became a record, to look for room"
+    for one in (tensor, longer):
+        assert torch.equal(steps.fetches(one)[0], one)
+    assert steps.uploaded == before, "nothing was dropped"
+    assert block_of(found) is block_of(value)
+
+
+def test_of_two_in_one_block_dropping_one_frees_nothing(steps: Steps) -> None:
+    tensor, other = cache(4), torch.randn(2, 64)
+    steps.mirrors.begin_step()
+    longer = lengthened(steps, tensor, fetched(steps, tensor, 9), torch.randn(1, 2, 1, 8))[0]
+    steps.mirrors.begin_step()
+    steps.fetches(other, limit_bytes=9 * 64)  # both go
+    steps.accelerator.synchronize()
+    assert steps.accelerator.counters.held_bytes["mirrors"] == other.nbytes
+    steps.mirrors.begin_step()
+    assert torch.equal(steps.fetches(longer)[0], longer)
+
+
+def test_what_a_step_uses_stays_and_is_refused_where_it_does_not_fit(steps: Steps) -> None:
+    tensor = cache(4)
+    steps.mirrors.begin_step()
+    request = Request(tensor, "keys")
+    (value,) = steps.mirrors.fetch([request], 4 * 64)
+    with pytest.raises(NoRoomError) as caught:
+        steps.mirrors.give_room(request, value, 9, 9 * 64)
+    assert caught.value.excess_bytes == 4 * 64
+    assert torch.equal(steps.accelerator.download(Op("look"), value), tensor)
+
+
+def test_the_memory_of_those_that_have_died_is_given_back(steps: Steps) -> None:
+    tensor = cache(4)
+    steps.mirrors.begin_step()
+    longer, found = lengthened(steps, tensor, fetched(steps, tensor, 9), torch.randn(1, 2, 1, 8))
+    del tensor, found
+    steps.mirrors.begin_step()
+    steps.accelerator.synchronize()
+    assert steps.accelerator.counters.held_bytes["mirrors"] == 9 * 64
+    assert steps.mirrors._records.most_bytes == 9 * 64
+    del longer
+    steps.mirrors.begin_step()
+    steps.accelerator.synchronize()
+    assert steps.accelerator.counters.held_bytes["mirrors"] == 0
+    assert steps.mirrors._records.most_bytes == 0
+
+
+def test_a_part_of_a_storage_moves_by_itself(steps: Steps) -> None:
+    whole = cache(6)
+    cut = whole[:, :, :4]
+    steps.returns(whole)
+    steps.mirrors.begin_step()
+    value = fetched(steps, cut, 9)
+    assert torch.equal(steps.accelerator.download(Op("look"), value), cut)
+    longer, found = lengthened(steps, cut, value, torch.randn(1, 2, 1, 8))
+    assert torch.equal(steps.accelerator.download(Op("look"), found), longer)
+    assert torch.equal(steps.fetches(whole)[0], whole)
+    assert torch.equal(steps.fetches(cut)[0], cut)
