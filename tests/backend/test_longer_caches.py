@@ -110,7 +110,7 @@ def test_caches_of_which_nobody_said_how_long_they_get_move_now_and_then() -> No
         lay.append(blocks(caches[0])[0])
     assert None not in lay
     moves = sum(one is not other for one, other in zip(lay, lay[1:], strict=False))
-    assert 1 <= moves <= 4, "twice as long each time"
+    assert 1 <= moves <= 8, "twice as long each time, less where memory is short"
     pair.assert_offloaded()
 
 

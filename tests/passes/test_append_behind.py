@@ -125,7 +125,7 @@ def test_inductors_code_copies_no_cache() -> None:
         compiled = inductor_compiler(appended[0].value.fake_mode)(one, examples)  # type: ignore[attr-defined]
         given = inputs_of(segment, past, new, query)
         inputs = with_caches(appended, given)[0] if one is changed else given
-        with torch.no_grad(), profile(profile_memory=True) as found:
+        with torch.no_grad(), profile(profile_memory=True, acc_events=True) as found:
             compiled(*inputs)
         made[name] = sum(max(0, event.self_cpu_memory_usage) for event in found.events())
     assert made["copied"] >= past.nbytes > 4 * made["behind"]
