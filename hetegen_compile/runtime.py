@@ -11,9 +11,10 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
-from hetegen_compile.accelerators import Accelerator, open_accelerator
+from hetegen_compile.accelerators import Accelerator, open_accelerator, uses_cuda
 from hetegen_compile.cost_model import HardwareProfile
 from hetegen_compile.errors import OptionError
 from hetegen_compile.host_memory import HostMemory, HugePages
@@ -64,11 +65,11 @@ class Runtime:
     def reserve(self, ring_bytes: int, limit_bytes: int) -> None:
         """Make the staging ring that all graphs share as long as the ledger says.
 
-        Mirrors that no plan keeps leave for it: both have to fit ``limit_bytes``.
+        Mirrors that no plan keeps leave for it: both have to fit ``limit_bytes``, which may be less than before.
         """
         if ring_bytes != self._ring_bytes:
             self.carried.drop("the staging ring is made anew")  # they would keep the old one
-            self.mirrors.make_room(limit_bytes - ring_bytes)
+        self.mirrors.make_room(limit_bytes - ring_bytes)
         self.accelerator.reserve_ring(ring_bytes)
         self._ring_bytes = ring_bytes
 
@@ -98,22 +99,21 @@ def _note_moves(ledger: ResidencyLedger, lives: ModelLives, places: Mapping[int,
 def runtime_for(options: Options, profile: HardwareProfile) -> Runtime:
     """The runtime that these options ask for; made on first use.
 
+    A CUDA device has one, whatever the profiles say of it. An emulated accelerator plays the machine of a profile, at a
+    pace and with delays: another one of these is another machine.
+
     Raises:
         AcceleratorUnavailableError: ``accelerator="cuda"`` on a machine without a device.
     """
-    key = (options.accelerator, options.pace, options.seed, profile.accelerator.memory_bytes)
+    pace, seed = options.pace, options.seed
+    cuda = uses_cuda(options.accelerator, pace=pace, seed=seed)
+    key = ("cuda", torch.cuda.current_device()) if cuda else ("emulated", profile, pace, seed)
     with _opening:
         runtime = _open.get(key)
         if runtime is None or not runtime.accelerator.usable:
-            runtime = Runtime(
-                open_accelerator(
-                    options.accelerator,
-                    memory_bytes=profile.accelerator.memory_bytes,
-                    pace=options.pace,
-                    seed=options.seed,
-                )
-            )
-            _open[key] = runtime
+            available_bytes = None if cuda else profile.accelerator.memory_bytes
+            opened = open_accelerator(options.accelerator, memory_bytes=available_bytes, pace=pace, seed=seed)
+            runtime = _open[key] = Runtime(opened)
     return runtime
 
 

@@ -141,7 +141,7 @@ def hostile(*, refuse_pins: bool = False) -> Iterator[list[Hostile]]:
     """What hetegen opens inside the block can be given random delays (``reseed``); yields what it has opened."""
     opened: list[Hostile] = []
 
-    def open_accelerator(kind: str, *, memory_bytes: int, pace: float | None, seed: int | None) -> Accelerator:
+    def open_accelerator(kind: str, *, memory_bytes: int | None, pace: float | None, seed: int | None) -> Accelerator:
         del pace, seed
         accelerator: Any = _KINDS[kind, refuse_pins](memory_bytes)
         opened.append(accelerator)

@@ -46,7 +46,8 @@ class StepPlans:
         self.runtime = runtime
         self.unforeseen_bytes = 0
         accelerator = runtime.accelerator
-        self._own_bytes = budget_bytes(graph.options.gpu_memory, accelerator.memory_bytes, accelerator.kind)
+        available_bytes = min(accelerator.memory_bytes, graph.profile.accelerator.memory_bytes)
+        self._own_bytes = budget_bytes(graph.options.gpu_memory, available_bytes, accelerator.kind)
         self.notes: tuple[Refusal, ...] = ()
         self._planner = Planner(graph.module, options=graph.options, profile=graph.profile, segments=graph.segments)
         self._counted = {symbol: i for symbol, i in graph.symbols.items() if symbol in self._planner.counted}
