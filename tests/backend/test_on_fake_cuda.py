@@ -271,3 +271,15 @@ def test_what_is_written_later_through_a_view_is_no_copy() -> None:
             torch.testing.assert_close(model(x, mine), eager(x, theirs))
             torch.testing.assert_close(mine, theirs)
     assert backend.accelerator.counters.chains_replayed > 0
+
+
+def test_models_with_other_profiles_share_the_devices_budget() -> None:
+    """A device is one, whatever is told about it."""
+    weights, x, backend = 4 * 128 * 128 * 4, random(2, 128), RecordingBackend()
+    models, limit = [Mlp(4, 128).eval(), Mlp(5, 128).eval()], budget(4 * 128 * 128 * 4)
+    for model, hardware in zip(models, ("h100-server", "t4-xeon"), strict=True):
+        model.compile(backend=backend, options={**OPTIONS, "hardware": hardware, "gpu_memory": limit})
+    with torch.no_grad():
+        for model in 2 * models:
+            torch.testing.assert_close(model(x), model.forward(x), rtol=1e-4, atol=1e-5)
+    assert sum(backend.accelerator.counters.held_bytes.values()) <= weights

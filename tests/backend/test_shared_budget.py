@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from torch import Tensor
 
 import hetegen_compile
 from hetegen_compile.accelerators.emulated import EmulatedAccelerator
+from hetegen_compile.cost_model import load_profile, profile_to_json
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.passes.plans import OTHERS
 from tests.backend.modules import Linear, Mlp, around, random
@@ -181,6 +185,34 @@ def test_the_smaller_of_two_budgets_holds_for_both() -> None:
         assert max(second.accelerator_peak_bytes, again.accelerator_peak_bytes) <= weights
         assert sum(held.values()) <= weights
         assert again.budget_bytes == weights
+
+
+def test_auto_and_the_accelerator_that_it_means_share_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    weights, x, backend = 4 * 128 * 128 * 4, random(2, 128), RecordingBackend()
+    models = [Mlp(4, 128).eval(), Mlp(5, 128).eval()]
+    for model, accelerator in zip(models, ("auto", "emulated"), strict=True):
+        model.compile(backend=backend, options=emulated(accelerator=accelerator, gpu_memory=weights, seed=1))
+    with torch.no_grad():
+        for model in models:
+            torch.testing.assert_close(model(x), model.forward(x), rtol=1e-4, atol=1e-5)
+    assert backend.accelerator.counters.peak_bytes <= weights
+
+
+def test_an_emulated_accelerator_is_of_one_machine(tmp_path: Path) -> None:
+    """Another profile is another machine, though its accelerator has as much memory."""
+    profile, path = load_profile("cpu-emulated"), tmp_path / "slower.json"
+    path.write_text(json.dumps(profile_to_json(replace(profile, synchronise_s=1e-3))))
+    backend, x, weights = RecordingBackend(), random(2, 128), 4 * 128 * 128 * 4
+    models = [Mlp(layers, 128).eval() for layers in (4, 5, 6)]
+    for model, hardware in zip(models, ("cpu-emulated", str(path), "auto"), strict=True):
+        model.compile(backend=backend, options=emulated(hardware=hardware, gpu_memory=weights, seed=1))
+    with torch.no_grad():
+        for model in models:
+            torch.testing.assert_close(model(x), model.forward(x), rtol=1e-4, atol=1e-5)
+    one, slower, again = (graph.runtime for graph in backend.graphs)
+    assert one is again is not slower
+    assert one.accelerator.counters.peak_bytes <= weights
 
 
 def test_an_error_says_that_another_models_budget_is_too_small() -> None:
