@@ -10,7 +10,6 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from hetegen_compile.errors import BudgetError, UnforeseenMemoryError
@@ -115,8 +114,9 @@ class StepPlans:
     def outdate(self, parts: Iterable[Part] | None = None) -> None:
         """What these plans (by default all) decided about memory no longer holds: it is decided again when needed."""
         self._recent = None
-        for part in set(self._buckets if parts is None else parts) & self._buckets.keys():
-            self._outdated[part] = self._buckets.pop(part)
+        found = set(self._buckets if parts is None else parts) & self._buckets.keys()
+        self._outdated |= {part: self._buckets.pop(part) for part in found}
+        self.runtime.ledger.outdate(self, found)
         withdraw(plan.schedule for key, plan in self._plans.items() if key[0] not in self._buckets)
         self._plans = {key: plan for key, plan in self._plans.items() if key[0] in self._buckets}
 
@@ -148,7 +148,7 @@ class StepPlans:
     def _find(self, inputs: Sequence[Any], part: Part, variant: Variant) -> StepPlan:
         sizes = self.graph.sizes(inputs)
         plan = self._plans.get((part, variant))
-        if plan is not None and not self._is_good(plan, inputs, sizes):
+        if plan is not None and not (self._has_its_share(plan, part) and self._is_good(plan, inputs, sizes)):
             self.outdate([part])
             plan = None
         if plan is None:
@@ -174,6 +174,11 @@ class StepPlans:
                 "compile that one with more, or delete it",
             ) from error
 
+    def _has_its_share(self, plan: StepPlan, part: Part) -> bool:
+        """Whether no memory has come free for a plan since it was made; looked up only where something changed."""
+        ledger = self.runtime.ledger
+        return plan.epoch == ledger.epoch or not ledger.has_more(self, part, plan.limit_bytes)
+
     def _is_good(self, plan: StepPlan, inputs: Sequence[Any], sizes: Sizes) -> bool:
         return plan.is_good(self.runtime, inputs, lambda: self.budget_bytes, sizes)
 
@@ -187,7 +192,8 @@ class StepPlans:
         ledger, context = self.runtime.ledger, self._buckets[part].context
         residency = require(context.residency, "choose_residency")
         kept = [(weight_key(inputs[self.graph.weights[name]]), first) for name, first in residency.weights.items()]
-        return self.budget_bytes >= context.budget_bytes and ledger.has(kept, residency.ring_bytes)
+        stands = self.budget_bytes >= context.budget_bytes and ledger.has(kept, residency.ring_bytes)
+        return stands and not ledger.has_more(self, part, context.limit_bytes)
 
     # ---- making one ------------------------------------------------------------------------------------------
 
@@ -196,8 +202,14 @@ class StepPlans:
         plan = self._scheduled(part, variant, inputs) if self._stands(part, inputs, variant) else None
         if plan is None or not self._is_good(plan, inputs, sizes):
             self.outdate([part])
-            self._decide(part, sizes, inputs, variant)
-            plan = self._scheduled(part, variant, inputs)
+            base = self._decide(part, sizes, inputs, variant)
+            try:
+                self._enter(part, base, inputs)
+                plan = self._scheduled(part, variant, inputs)
+            except BaseException:  # whoever keeps an interrupt's traceback keeps these plans, and what they claim
+                self.outdate([part])
+                self.runtime.ledger.leave(self, [part])
+                raise
         return plan
 
     def _scheduled(self, part: Part, variant: Variant, inputs: Sequence[Any]) -> StepPlan:
@@ -218,16 +230,10 @@ class StepPlans:
         for part in parts:
             self._outdated.pop(part, None)
 
-    def _decide(self, part: Part, sizes: Sizes, inputs: Sequence[Any], variant: Variant) -> None:
-        """Share out the accelerator's memory, and make what was decided hold there."""
+    def _decide(self, part: Part, sizes: Sizes, inputs: Sequence[Any], variant: Variant) -> BucketPlan:
+        """Share out the accelerator's memory."""
         self._forget_dead()
-        base = self._decided(part, sizes, self.graph.weight_tensors(inputs), variant)
-        self._enter(part, base, inputs)
-        self._buckets[part] = base
-        self._outdated.pop(part, None)
-
-    def _decided(self, part: Part, sizes: Sizes, weights: Mapping[str, Tensor], variant: Variant) -> BucketPlan:
-        known = self._outdated.get(part)
+        weights, known = self.graph.weight_tensors(inputs), self._outdated.get(part)
         if known is None:
             return self._planner.plan_bucket(sizes, self._target(part, variant), weights)
         logger.info("%s: memory is shared out anew, and the step scheduled again", part[0])
@@ -251,6 +257,8 @@ class StepPlans:
 
     def _enter(self, part: Part, base: BucketPlan, inputs: Sequence[Any]) -> None:
         """Make what the residency decision says hold on the accelerator, as long as the weights exist."""
+        self._buckets[part] = base
+        self._outdated.pop(part, None)
         anchor = self.graph.anchor(inputs)
         reference = None if anchor is None else StorageWeakRef(anchor.untyped_storage())
         runtime, context = self.runtime, base.context
