@@ -1,15 +1,18 @@
 """How the memory for resident weights is shared out among all graphs on one accelerator.
 
-Graphs that share a weight belong together (prefill and decode of one model); each such model gets memory in
-proportion to the bytes that it would keep, so that a later one does not starve and an earlier one keeps the rest.
-Within a model what saves most per byte comes first, and the last weight that only partly fits keeps as many rows
-as fit. The order does not depend on which graph asks, so graphs with the same memory left agree on every weight.
+Graphs that share most of their weights belong together (prefill and decode of one model); each such model gets memory
+in proportion to the bytes that it would keep, so that a later one does not starve and an earlier one keeps the rest.
+What several models share (tied embeddings of a model and its draft) gets its own part, in proportion to its bytes: one
+of the models would keep all of its own before any of another's. Within each part what saves most per byte comes first,
+and the last weight that only partly fits keeps as many rows as fit. The order does not depend on which graph asks, so
+graphs with the same memory left agree on every weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from itertools import combinations
 
 from hetegen_compile.cost_model import row_granularity, spread_order
 from hetegen_compile.passes.claims import Claim
@@ -20,14 +23,31 @@ def residency_shares(graphs: Sequence[Sequence[Claim]], free_bytes: int) -> dict
 
     ``graphs`` are the claims of each graph, oldest first.
     """
-    models = _models(graphs)
-    wanted = [sum(claim.nbytes for claim in model) for model in models]
+    parts = _parts(graphs)
+    wanted = [sum(claim.nbytes for claim in part) for part in parts]
     if sum(wanted) <= max(0, free_bytes):
-        return {claim.key: claim.first for model in models for claim in model if claim.nbytes}
+        return {claim.key: claim.first for part in parts for claim in part if claim.nbytes}
     first_rows: dict[Hashable, int] = {}
-    for model, nbytes in zip(models, wanted, strict=True):
-        first_rows |= _fill(model, free_bytes * nbytes // sum(wanted))
+    for part, nbytes in zip(parts, wanted, strict=True):
+        first_rows |= _fill(part, free_bytes * nbytes // sum(wanted))
     return first_rows
+
+
+def share_bytes(claims: Sequence[Claim], others: Sequence[Sequence[Claim]], free_bytes: int) -> int:
+    """How many of ``free_bytes`` are for what a graph claims, beside those of ``others``."""
+    own = {claim.key for claim in claims}
+    parts = _parts([*others, claims])
+    wanted = [sum(claim.nbytes for claim in part) for part in parts]
+    mine = sum(n for part, n in zip(parts, wanted, strict=True) if any(claim.key in own for claim in part))
+    return free_bytes * mine // max(1, sum(wanted))
+
+
+def of_one_model(graph: Sequence[Claim], other: Sequence[Claim]) -> bool:
+    """Whether two graphs share more than half of the bytes that either claims."""
+    nbytes = {claim.key: claim.rows * claim.row_bytes for claim in graph}
+    others = {claim.key: claim.rows * claim.row_bytes for claim in other}
+    common = sum(nbytes[key] for key in nbytes.keys() & others.keys())
+    return common > max(sum(nbytes.values()), sum(others.values())) / 2
 
 
 def _fill(claims: Sequence[Claim], free_bytes: int) -> dict[Hashable, int]:
@@ -71,33 +91,36 @@ def _partial(claim: Claim, free_bytes: int, behind: int | None = None) -> int:
     return min(end, max(claim.first, -(-(end - rows) // step) * step))
 
 
-def _models(graphs: Sequence[Sequence[Claim]]) -> list[list[Claim]]:
-    """Claims of the graphs that share weights, each weight once, in the order in which they were first claimed."""
-    models: list[dict[Hashable, Claim]] = []
-    for claims in graphs:
-        own: dict[Hashable, Claim] = {}
-        _merge(own, claims)
-        related = [model for model in models if not model.keys().isdisjoint(own)]
-        target = related[0] if related else {}
-        if not related:
-            models.append(target)
-        for other in related[1:]:
-            _merge(target, other.values())
-            models.remove(other)
-        _merge(target, own.values())
-    return [list(model.values()) for model in models]
+def _parts(graphs: Sequence[Sequence[Claim]]) -> list[list[Claim]]:
+    """What is shared out by itself: the claims that the same models have, each weight once, oldest first."""
+    merged: dict[Hashable, Claim] = {}
+    models: dict[Hashable, set[int]] = {}
+    for claims, model in zip(graphs, _models(graphs), strict=True):
+        for claim in claims:
+            known = merged.setdefault(claim.key, claim)
+            merged[claim.key] = max(known, claim, key=_counts)
+            models.setdefault(claim.key, set()).add(model)
+    parts: dict[frozenset[int], list[Claim]] = {}
+    for key, claim in merged.items():
+        parts.setdefault(frozenset(models[key]), []).append(claim)
+    return list(parts.values())
 
 
-def _merge(model: dict[Hashable, Claim], claims: Iterable[Claim]) -> None:
-    """Add claims; of two on one weight the one for fewer rows counts, which serves both graphs.
+def _models(graphs: Sequence[Sequence[Claim]]) -> list[int]:
+    """A number for each graph, the same for graphs of one model, whichever of them came first."""
+    found = list(range(len(graphs)))
+    for (i, one), (j, other) in combinations(enumerate(graphs), 2):
+        if found[i] != found[j] and of_one_model(one, other):
+            found = [found[i] if model == found[j] else model for model in found]
+    return found
+
+
+def _counts(claim: Claim) -> tuple[int, bool, int, float]:
+    """Of two claims on one weight that with more counts: that for fewer rows, which serves both graphs.
 
     Of those for as many rows it does not matter which came first.
     """
-    for claim in claims:
-        known = model.setdefault(claim.key, claim)
-        model[claim.key] = max(
-            known, claim, key=lambda one: (one.first, one.weighed, one.kept_rows, one.gain_s_per_byte)
-        )
+    return claim.first, claim.weighed, claim.kept_rows, claim.gain_s_per_byte
 
 
-__all__ = ["residency_shares"]
+__all__ = ["of_one_model", "residency_shares", "share_bytes"]

@@ -14,6 +14,7 @@ from dataclasses import replace
 from hetegen_compile.errors import BudgetError
 from hetegen_compile.passes.claims import Way
 from hetegen_compile.passes.context import Context, require
+from hetegen_compile.passes.residency_shares import of_one_model
 from hetegen_compile.planning.balance import balanced_splits, is_varied
 from hetegen_compile.planning.floor import floor_s
 from hetegen_compile.planning.planned import Balanced, BucketPlan
@@ -61,8 +62,7 @@ def _is_asked(context: Context) -> bool:
     decodes = is_varied(context) and context.tokens_per_sequence <= 1
     free = decodes and context.options.split == "auto" and not context.lean
     residency = require(context.residency, "choose_residency")
-    keys = {claim.key for claim in residency.claims}
-    related = (graph for graph in context.resident.claims() if any(claim.key in keys for claim in graph))
+    related = (graph for graph in context.resident.claims() if of_one_model(residency.claims, graph))
     return free and bool(residency.ways) and not any(claim.weighed for graph in related for claim in graph)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hetegen_compile.cost_model import row_granularity
 from hetegen_compile.passes.claims import Claim
-from hetegen_compile.passes.residency_shares import residency_shares
+from hetegen_compile.passes.residency_shares import residency_shares, share_bytes
 from tests.passes.graphs import property_test
 
 
@@ -91,10 +91,34 @@ def test_models_without_a_common_weight_share_in_proportion() -> None:
     assert sum(nbytes for key, nbytes in found.items() if key.startswith("b")) == 3072
 
 
-def test_a_graph_that_shares_with_two_makes_one_model_of_them() -> None:
-    one, other, both = [weight("a", gain=2.0)], [weight("b", gain=1.0)], [weight("a"), weight("b")]
-    assert residency_shares([one, other], 1024) == {"a": 128, "b": 128}
-    assert residency_shares([one, other, both], 1024) == {"a": 0}
+def test_a_graph_that_shares_most_with_two_makes_one_model_of_them() -> None:
+    one, between, other = (
+        [weight(key, gain=9.0 if key == "a" else 2.0) for key in keys] for keys in ("abc", "bcd", "cde")
+    )
+    assert len(residency_shares([one, other], 1024)) > 1
+    for graphs in ([one, other, between], [between, one, other]):
+        assert residency_shares(graphs, 1024) == {"a": 0}
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_models_that_share_a_weight_share_the_memory(first: int) -> None:
+    """Though one of them has been weighed and would keep all of its own first, and most of the other's is shared."""
+    target = [replace(weight(f"a{i}", gain=9.0), kept_rows=256, weighed=True) for i in range(4)]
+    draft = [weight(f"b{i}") for i in range(2)]
+    shared = weight("shared", rows=640)
+    models = [[*target, shared], [*draft, shared]]
+    for graphs in (models[first:] + models[:first], [*models, *models]):
+        found = held(graphs, residency_shares(graphs, 8704 // 2))
+        assert sum(nbytes for key, nbytes in found.items() if key.startswith("a")) == 4096 // 2
+        assert sum(nbytes for key, nbytes in found.items() if key.startswith("b")) == 2048 // 2
+        assert found["shared"] == 2560 // 2
+
+
+def test_what_a_graph_gets_of_the_memory() -> None:
+    one, other, shared = [weight("a"), weight("b")], [weight("c")], weight("s")
+    assert share_bytes(one, [], 1000) == 1000
+    assert share_bytes(one, [other, one], 900) == 600
+    assert share_bytes([*one, shared], [[*other, shared]], 1000) == 750
 
 
 def test_of_two_claims_on_one_weight_the_one_for_fewer_rows_counts() -> None:
