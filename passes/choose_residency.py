@@ -43,7 +43,7 @@ from hetegen_compile.passes.plans import (
 )
 from hetegen_compile.passes.residency_estimate import LinearWork
 from hetegen_compile.passes.residency_orders import ordered_claims
-from hetegen_compile.passes.residency_shares import residency_shares
+from hetegen_compile.passes.residency_shares import residency_shares, share_bytes
 from hetegen_compile.passes.step_memory import foresees_steps, mirrored_size, shorter_size, step_memory
 from hetegen_compile.passes.stream_experts import chunk_bytes, expert_bytes, worth_streaming
 from hetegen_compile.passes.unsplit_weights import other_weights, seconds_saved, stacked_weights, without_use
@@ -119,7 +119,7 @@ class _Sharing:
             found = self._residency(claims, first_rows, shared_ring, budget, whole=True)
             return self._with_tables(found, left)
         ring = self._ring_bytes(self._left_for_linears(free - beyond))
-        claims, ways = self._ordered(claims, free - ring - beyond, ring)
+        claims, ways = self._ordered(claims, share_bytes(claims, others, free - ring - beyond), ring)
         first_rows = residency_shares([*others, claims], free - ring - beyond)
         while idle := self._without_use(first_rows, ring):
             claims = tuple(claim for claim in claims if claim.key not in idle)
@@ -150,7 +150,7 @@ class _Sharing:
     def _ordered(self, claims: tuple[Claim, ...], free: int, ring: int) -> tuple[tuple[Claim, ...], tuple[Way, ...]]:
         """The claims, some rows of Linears before others' where the step is shorter with them, and other ways.
 
-        Where a way has been chosen: with that, and no others.
+        ``free`` bytes are this graph's model's own. Where a way has been chosen: with that, and no others.
         """
         before = tuple(claim for claim in claims if claim.rank == BEFORE_LINEARS)
         rest = tuple(claim for claim in claims if claim.rank != BEFORE_LINEARS)

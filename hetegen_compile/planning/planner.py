@@ -18,7 +18,7 @@ from hetegen_compile.graph_inputs import number, sequence_shape, sequence_symbol
 from hetegen_compile.options import Options, format_bytes
 from hetegen_compile.passes.context import Bucket, Context, Refusal, SegmentCache, require
 from hetegen_compile.passes.issue_ahead import NO_ROOM_AHEAD, issues_ahead
-from hetegen_compile.passes.plans import ACTIVATIONS, Splits
+from hetegen_compile.passes.plans import ACTIVATIONS, RESIDENT, Splits
 from hetegen_compile.pipeline import ONCE_PER_SPLIT, Stage
 from hetegen_compile.planning.balance import balanced_splits
 from hetegen_compile.planning.buckets import bucket_of, largest_sizes
@@ -30,6 +30,9 @@ from hetegen_compile.planning.weigh_residency import weighed
 from hetegen_compile.planning.within_budget import ResidencySearch
 
 logger = logging.getLogger("hetegen_compile")
+
+_CLEARLY = 0.125
+"""Of what a plan would keep resident: with so much more or less of it, other weights may be the ones to keep."""
 
 
 class Planner:
@@ -75,14 +78,14 @@ class Planner:
             host_memory=target.host_memory,
             cannot_issue_ahead=target.cannot_issue_ahead,
         )
-        first = self._decided(context, target.kind, None)
-        return weighed(first, lambda way: self._decided(replace(context, residency_way=way), target.kind, None))
+        return self._weighed(self._decided(context, target.kind, None), context, None)
 
     def decide_again(self, base: BucketPlan, sizes: Sizes, target: Target, weights: Mapping[str, Tensor]) -> BucketPlan:
         """The same plan with what stays on the accelerator decided again: the target or the sizes have changed.
 
         Segments and placement stay, so nothing is compiled. (Unless everything fitted and no longer does, or a stack
-        of experts comes or goes: the graph is cut anew then.)
+        of experts comes or goes: the graph is cut anew then.) Where clearly more or less stays than before, which
+        weights these are is weighed anew.
 
         Raises:
             BudgetError: the target's budget cannot hold what a step needs.
@@ -93,7 +96,16 @@ class Planner:
             activation_bytes=None, lean=False, options=self._with(target.issue_ahead), residency=None,
             cannot_issue_ahead=target.cannot_issue_ahead,
         )  # fmt: skip
-        return self._decided(context, target.kind, base)
+        again = self._decided(context, target.kind, base)
+        if abs(_resident_bytes(again) - _resident_bytes(base)) <= _CLEARLY * _claimed_bytes(again):
+            return again
+        if context.residency_way is not None:
+            context = replace(context, residency_way=None)
+            again = self._decided(context, target.kind, base)
+        return self._weighed(again, context, base)
+
+    def _weighed(self, first: BucketPlan, context: Context, base: BucketPlan | None) -> BucketPlan:
+        return weighed(first, lambda way: self._decided(replace(context, residency_way=way), first.kind, base))
 
     def _decided(self, context: Context, kind: str, base: BucketPlan | None) -> BucketPlan:
         try:
@@ -157,6 +169,14 @@ class Planner:
             tokens_per_sequence=shape.tokens,
             spare=spare,
         )
+
+
+def _resident_bytes(plan: BucketPlan) -> int:
+    return require(plan.context.residency, "choose_residency").budget[RESIDENT]
+
+
+def _claimed_bytes(plan: BucketPlan) -> int:
+    return sum(claim.nbytes for claim in require(plan.context.residency, "choose_residency").claims)
 
 
 def _finished(

@@ -12,9 +12,9 @@ from torch import fx
 from benchmarks.schedule_quality import Work
 from hetegen_compile.cost_model import HardwareProfile, load_profile
 from hetegen_compile.errors import BudgetError
-from hetegen_compile.passes.claims import Claim, NothingResident, Way, way_of
+from hetegen_compile.passes.claims import Claim, NothingResident, Way, keeping, way_of
 from hetegen_compile.passes.context import Context, require
-from hetegen_compile.passes.plans import Splits
+from hetegen_compile.passes.plans import RESIDENT, Splits
 from hetegen_compile.passes.residency_shares import residency_shares
 from hetegen_compile.pipeline import UNTIL_VERIFIED
 from hetegen_compile.planning import weigh_residency
@@ -112,6 +112,41 @@ def test_a_way_means_the_same_with_other_memory(monkeypatch: pytest.MonkeyPatch)
     claims = require(again.context.residency, "choose_residency").claims
     assert way_of(claims) == way
     assert all(claim.weighed for claim in claims if claim.rank == 0)
+
+
+def test_with_clearly_less_memory_it_is_weighed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when another model comes: which weights are worth keeping whole depends on how many there is room for."""
+    first, _ = chosen(monkeypatch, most=3)
+    decided: list[Way | None] = []
+    decide = Planner._decided
+
+    def counted(self: Planner, context: Context, *more: object) -> BucketPlan:
+        decided.append(context.residency_way)
+        return decide(self, context, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Planner, "_decided", counted)
+    context = first.context
+    planner = work()._planner(busy_thread(), "auto")
+    target = Target(DRY_RUN, torch.device("cpu"), context.budget_bytes // 2, context.resident,
+                    host_memory=context.host_memory)  # fmt: skip
+    again = planner.decide_again(first, work().sizes, target, work().graph.weights)
+    way, estimated, *others = decided
+    assert (way, estimated) == (context.residency_way, None)
+    assert others
+    assert again.context.residency_way in {None, *others}
+    assert again.balanced
+
+
+def test_ways_are_of_the_models_own_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another model has half of the memory: what is kept before other rows fits the rest."""
+    alone = require(chosen(monkeypatch, most=0)[0].context.residency, "choose_residency")
+    foreign = [replace(claim, key=("foreign", claim.key)) for claim in alone.claims]
+    monkeypatch.setattr(NothingResident, "claims", lambda self: [foreign])
+    base, _ = chosen(monkeypatch, most=0)
+    found = require(base.context.residency, "choose_residency")
+    assert found.budget[RESIDENT] < 0.6 * alone.budget[RESIDENT]
+    kept = [sum(claim.kept_rows * claim.row_bytes for claim in keeping(found.claims, way)) for way in found.ways]
+    assert 0 < max(kept) <= found.budget[RESIDENT]
 
 
 def test_another_models_weighed_claims_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
