@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from hetegen_compile.accelerators import EmulatedAccelerator
 from hetegen_compile.mirrors import WEIGHTS, Mirrors, Request
 from hetegen_compile.passes.claims import Claim, weight_key
-from hetegen_compile.passes.plans import Residency
+from hetegen_compile.passes.plans import ACTIVATIONS, Residency
 from hetegen_compile.residency import OtherPlans, ResidencyLedger
 
 ROW_BYTES = 64 * 4
@@ -23,11 +23,13 @@ class Owner:
 
 
 def enter(
-    ledger: ResidencyLedger, owner: Owner, part: str, weight: Tensor, first: int, anchor: StorageWeakRef | None = None
-) -> None:
+    ledger: ResidencyLedger, owner: Owner, part: str, weight: Tensor, first: int, anchor: StorageWeakRef | None = None,
+    step_bytes: int = 0,
+) -> None:  # fmt: skip
     key = weight_key(weight)
     claim = Claim(key, len(weight), 0, ROW_BYTES, gain_s_per_byte=1.0)
-    residency = Residency({"w": first}, 0, 0, {}, claims=(claim,), first_rows={key: first})
+    budget = {ACTIVATIONS: step_bytes}
+    residency = Residency({"w": first}, 0, 0, budget, claims=(claim,), first_rows={key: first})
     ledger.enter(owner, part, residency, 1 << 20, anchor)
 
 
@@ -87,6 +89,46 @@ def test_who_planned_for_a_model_that_is_gone_hears_of_it_whoever_plans_next() -
         assert ledger.take_dead_parts(other) == []
         assert ledger.take_dead_parts(owner) == ["of the gone"]
         assert ledger.take_dead_parts(owner) == []
+    finally:
+        accelerator.close()
+
+
+def test_a_plan_has_more_when_anothers_step_needs_clearly_less() -> None:
+    """What it has offloaded counts: all that comes free is the plan's here, whose own step needs nothing."""
+    accelerator = EmulatedAccelerator(1 << 20)
+    try:
+        ledger, owner, other = ResidencyLedger(Mirrors(accelerator)), Owner(), Owner()
+        weight, foreign = torch.ones(64, 64), torch.ones(0, 64)
+        limit = 64 * ROW_BYTES
+        enter(ledger, other, "decode", foreign, 0, step_bytes=32 * ROW_BYTES)
+        enter(ledger, owner, "decode", weight, 32)
+        assert not ledger.has_more(owner, "decode", limit), "that is what was decided"
+        enter(ledger, other, "decode", foreign, 0, step_bytes=30 * ROW_BYTES)
+        assert not ledger.has_more(owner, "decode", limit), "two rows of 32 that are offloaded"
+        epoch = ledger.epoch
+        enter(ledger, other, "decode", foreign, 0, step_bytes=16 * ROW_BYTES)
+        assert ledger.epoch > epoch, "it is looked at"
+        assert ledger.has_more(owner, "decode", limit)
+        assert not ledger.has_more(other, "decode", limit), "it asks for nothing"
+        enter(ledger, owner, "decode", weight, 16)
+        assert not ledger.has_more(owner, "decode", limit)
+    finally:
+        accelerator.close()
+
+
+def test_what_is_out_of_date_keeps_no_ring_and_an_interrupted_plan_nothing() -> None:
+    accelerator = EmulatedAccelerator(1 << 20)
+    try:
+        ledger, owner, weight = ResidencyLedger(Mirrors(accelerator)), Owner(), torch.ones(64, 64)
+        residency = Residency({}, 1024, 0, {})
+        for part in ("prefill", "decode"):
+            ledger.enter(owner, part, residency, 1 << 20, None)
+        ledger.outdate(owner, ["prefill", "never planned"])
+        assert ledger.others(owner, "decode").ring_within(1 << 20) == 0
+        assert ledger.others(owner, "prefill").ring_within(1 << 20) == 1024
+        enter(ledger, owner, "decode", weight, 32)
+        ledger.leave(owner, ["decode"])
+        assert [list(claims) for claims in ledger.others(None, None).claims()] == [[]]
     finally:
         accelerator.close()
 
