@@ -22,7 +22,7 @@ from hetegen_compile.passes.claims import Claim, WeightKey, weight_key
 from hetegen_compile.passes.plans import Residency
 from hetegen_compile.passes.residency_shares import residency_shares
 
-_CLEARLY = 0.0625
+_CLEARLY = 1 / 16
 """Of what a plan has offloaded: less is not worth planning again."""
 
 

@@ -43,11 +43,15 @@ def share_bytes(claims: Sequence[Claim], others: Sequence[Sequence[Claim]], free
 
 
 def of_one_model(graph: Sequence[Claim], other: Sequence[Claim]) -> bool:
-    """Whether two graphs share more than half of the bytes that either claims."""
+    """Whether two graphs share more than half of the bytes that either claims, or all that one of them does.
+
+    (Of a mixture's experts one graph may claim few and another all.)
+    """
     nbytes = {claim.key: claim.rows * claim.row_bytes for claim in graph}
     others = {claim.key: claim.rows * claim.row_bytes for claim in other}
     common = sum(nbytes[key] for key in nbytes.keys() & others.keys())
-    return common > max(sum(nbytes.values()), sum(others.values())) / 2
+    less, more = sorted((sum(nbytes.values()), sum(others.values())))
+    return common > more / 2 or 0 < less == common
 
 
 def _fill(claims: Sequence[Claim], free_bytes: int) -> dict[Hashable, int]:

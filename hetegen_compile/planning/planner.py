@@ -31,7 +31,7 @@ from hetegen_compile.planning.within_budget import ResidencySearch
 
 logger = logging.getLogger("hetegen_compile")
 
-_CLEARLY = 0.125
+_CLEARLY = 1 / 8
 """Of what a plan would keep resident: with so much more or less of it, other weights may be the ones to keep."""
 
 

@@ -91,6 +91,20 @@ def test_models_without_a_common_weight_share_in_proportion() -> None:
     assert sum(nbytes for key, nbytes in found.items() if key.startswith("b")) == 3072
 
 
+def test_a_graph_that_claims_less_is_of_the_same_model() -> None:
+    """Experts that it would not use, say: the others' rank holds."""
+    prompt = [weight("linear"), replace(weight("experts", rows=1, row_bytes=4096), rank=1)]
+    for graphs in ([prompt, prompt[:1]], [prompt[:1], prompt]):
+        assert residency_shares(graphs, 2048) == {"linear": 0}
+    assert share_bytes(prompt[:1], [prompt], 1000) == 1000
+
+
+def test_a_graph_that_shares_all_with_two_makes_one_model_of_them() -> None:
+    one, other, both = [weight("a", gain=2.0)], [weight("b", gain=1.0)], [weight("a"), weight("b")]
+    assert residency_shares([one, other], 1024) == {"a": 128, "b": 128}
+    assert residency_shares([one, other, both], 1024) == {"a": 0}
+
+
 def test_a_graph_that_shares_most_with_two_makes_one_model_of_them() -> None:
     one, between, other = (
         [weight(key, gain=9.0 if key == "a" else 2.0) for key in keys] for keys in ("abc", "bcd", "cde")
@@ -118,7 +132,7 @@ def test_what_a_graph_gets_of_the_memory() -> None:
     one, other, shared = [weight("a"), weight("b")], [weight("c")], weight("s")
     assert share_bytes(one, [], 1000) == 1000
     assert share_bytes(one, [other, one], 900) == 600
-    assert share_bytes([*one, shared], [[*other, shared]], 1000) == 750
+    assert share_bytes([*one, shared], [[*other, shared]], 1000) == 750  # and the other's are 500, with that in both
 
 
 def test_of_two_claims_on_one_weight_the_one_for_fewer_rows_counts() -> None:
