@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 from functools import partial
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 import hetegen_compile
 from benchmarks.children import Notebook
 from benchmarks.gpu.models import (
+    VOCABULARY,
     Watched,
     compile_small,
     finish_within_budgets,
@@ -22,6 +25,7 @@ from benchmarks.gpu.models import (
     small_model,
 )
 from benchmarks.gpu.settings import NEEDS_CUDA, Checks, Settings, SkipError, require
+from hetegen_compile.accelerators.growing import block_of
 from hetegen_compile.runtime import live_runtimes
 
 STEPS = 100
@@ -29,12 +33,15 @@ WARM_UP = 12
 """Steps until everything has been loaded, and launches have been recorded."""
 
 TEARDOWNS = 20
+SEQUENCES, LENGTH, GROWS = 8, 96, 12
+"""Of caches that grow: enough for one of their tensors to be more than all that a step makes."""
 
 
 def steady(settings: Settings, notebook: Notebook) -> None:
     """All checks; raises ChecksFailedError at the end if one failed."""
     checks = Checks(notebook)
     checks.check(f"no allocation from the driver in {STEPS} steps", partial(no_new_memory, settings))
+    checks.check("caches that grow lie where they did", partial(caches_stay, settings))
     checks.check("the budget as the allocator's limit", partial(guarded, settings))
     teardowns = TEARDOWNS if settings.cuda else 4
     checks.check(f"{teardowns} teardowns", partial(torn_down, settings, teardowns))
@@ -58,6 +65,44 @@ def no_new_memory(settings: Settings) -> dict[str, Any]:
     replayed = sum(runtime.accelerator.counters.chains_replayed for runtime in live_runtimes())
     require(replayed >= STEPS or not settings.cuda, f"{replayed} chains of launches were replayed in {STEPS} steps")
     return {**watched.require_offloaded(), **after, "chains_replayed": replayed}
+
+
+def caches_stay(settings: Settings) -> dict[str, Any]:
+    """Decode steps with a cache that grows: it stays in its memory, and on CUDA no step makes as much as one tensor."""
+    model = small_model("llama")
+    eager, tokens = copy.deepcopy(model), torch.randint(4, VOCABULARY, (SEQUENCES, LENGTH + GROWS))
+    steps = [tokens[:, :LENGTH], *tokens[:, LENGTH:].split(1, 1)]
+    caches: Any = [DynamicCache(config=model.config) for _ in range(2)]
+    logits: list[list[torch.Tensor]] = [[], []]
+    lay, made = [], []
+    with Watched() as watched, torch.no_grad():
+        compile_small(model, settings, share=1.5, split=0.25, context=LENGTH + GROWS, max_batch=SEQUENCES)
+        for given in steps:
+            before = _allocated()
+            for one, cache, found in zip((model, eager), caches, logits, strict=True):
+                found.append(one(given, past_key_values=cache).logits[:, -1])
+            made.append(_most_allocated() - before)
+            (runtime,) = live_runtimes()
+            kept = [tensor for layer in caches[0].layers for tensor in (layer.keys, layer.values)]
+            lay.append([block_of(value) for value in runtime.mirrors.returned(kept)])
+    mine, eagers = (torch.stack(found) for found in logits)
+    require_like((eagers.argmax(-1), eagers), (mine.argmax(-1), mine))
+    require(all(one == lay[0] and None not in one for one in lay), f"caches were moved: {lay}")
+    most = max(made[2:])
+    require(most < kept[0].nbytes, f"a step made {most} bytes, a tensor of the cache has {kept[0].nbytes}")
+    return {**watched.require_offloaded(), "made_bytes": most, "cache_bytes": kept[0].nbytes}
+
+
+def _allocated() -> int:
+    """Bytes of tensors on a GPU now, from which ``_most_allocated`` counts; 0 without one."""
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def _most_allocated() -> int:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 def _memory() -> dict[str, int]:
