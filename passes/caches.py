@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import sympy
@@ -104,6 +104,14 @@ def longest_cache(context: Context) -> int:
     return context.options.context or (2 * context.tokens_per_sequence if context.spare else 0)
 
 
+def longest_forward(caches: Iterable[Cache], context: Context, *, padded: bool = False) -> Forward | None:
+    """The longest step after the captured one that is counted, None: none is."""
+    length = longest_cache(context)
+    if not length and any(cache.grows for cache in caches):
+        return None
+    return Forward(1, max(length, context.tokens_per_sequence), padded)
+
+
 def room_tokens(cache: Tensor, context: Context) -> int:
     """For how many tokens there is room where the accelerator makes a cache; 0: for its own, as it grows no more.
 
@@ -151,5 +159,5 @@ def shape_of(tensor: Tensor, context: Context) -> tuple[int, ...]:
 
 __all__ = [
     "Cache", "Forward", "block_size", "caches_grow", "given_tensors", "is_new_cache", "longest_cache",
-    "returned_caches", "room_tokens", "shape_of",
+    "longest_forward", "returned_caches", "room_tokens", "shape_of",
 ]  # fmt: skip

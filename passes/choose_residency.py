@@ -25,18 +25,19 @@ from hetegen_compile.ir import LINEAR, info
 from hetegen_compile.operands import weight_of, x_of
 from hetegen_compile.options import format_bytes
 from hetegen_compile.passes.annotate_costs import linear_cost, value_bytes
+from hetegen_compile.passes.beside_caches import size_beside
 from hetegen_compile.passes.caches import caches_grow
 from hetegen_compile.passes.choose_splits import best_split, forced_host_rows, forced_split, table_only
 from hetegen_compile.passes.claims import Claim, Way, keeping, way_of
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.plans import (
     BATCHES,
+    BESIDE,
     GROWTH,
     MIRRORED,
     OTHERS,
     RESIDENT,
     RING,
-    SHORTER,
     STAGED_CHUNK_BYTES,
     Residency,
     step_bytes,
@@ -44,7 +45,7 @@ from hetegen_compile.passes.plans import (
 from hetegen_compile.passes.residency_estimate import LinearWork
 from hetegen_compile.passes.residency_orders import ordered_claims
 from hetegen_compile.passes.residency_shares import residency_shares, share_bytes
-from hetegen_compile.passes.step_memory import foresees_steps, mirrored_size, shorter_size, step_memory
+from hetegen_compile.passes.step_memory import foresees_steps, mirrored_size, step_memory
 from hetegen_compile.passes.stream_experts import chunk_bytes, expert_bytes, worth_streaming
 from hetegen_compile.passes.unsplit_weights import other_weights, seconds_saved, stacked_weights, without_use
 
@@ -79,7 +80,7 @@ class _Sharing:
         self._unsplit = [*self._others, *self._stacks]
         self._streamable = worth_streaming(self._stacks, list(module.graph.nodes), context)
         self._mirrored = mirrored_size(module, weights, context, self._unsplit)
-        self._shorter = shorter_size(module, context)
+        self._beside = size_beside(module, context)
         self._fixed = {**step_memory(module, weights, context, self._mirrored, self._unsplit), **context.overhead_bytes}
         self._smallest = _WINDOW * max((_smallest_chunk(weight) for weight in weights), default=0)
         tables = [node for node in module.graph.find_nodes(op="placeholder") if table_only(node, context)]
@@ -188,7 +189,7 @@ class _Sharing:
         unsplit_bytes = sum(value_bytes(node, self._context) for node in self._unsplit if node.name in weights)
         staged = max(STAGED_CHUNK_BYTES, sum(value_bytes(weight, self._context) for weight in self._weights) // _STAGED)
         return Residency(
-            weights, ring, chunk, budget, whole, tuple(claims), first_rows, self._mirrored, self._shorter,
+            weights, ring, chunk, budget, whole, tuple(claims), first_rows, self._mirrored, self._beside,
             host_weights=on_host, unsplit_bytes=unsplit_bytes, staged_chunk_bytes=staged,
             streamed_stacks=through, stack_chunk_bytes=ring // _WINDOW // SLOT_ALIGNMENT * SLOT_ALIGNMENT,
         )  # fmt: skip
@@ -286,7 +287,7 @@ def _budget_error(fixed: Mapping[str, int], smallest: int, module: fx.GraphModul
     given = format_bytes(budget) if format_bytes(budget) != format_bytes(need) else f"{budget} bytes"
     unstated = context.options.context is None and caches_grow(module, context)
     growth = ". A cache that grows beyond this forward needs more: options={'context': tokens} counts it"
-    foreseen = fixed[BATCHES] or ((fixed[GROWTH] or fixed.get(SHORTER)) and foresees_steps(module, context))
+    foreseen = fixed[BATCHES] or ((fixed[GROWTH] or fixed.get(BESIDE)) and foresees_steps(module, context))
     bound = ", with a bound for forwards that there is no graph of yet" if foreseen else ""
     return BudgetError(
         f"gpu_memory={given} cannot hold what a step needs on the accelerator: "

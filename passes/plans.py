@@ -69,16 +69,15 @@ GROWTH = "room for caches to grow"
 """The budget's item for what caches take beyond this call, up to the stated context."""
 BATCHES = "room for larger batches"
 """The budget's item for the sequences up to ``max_batch`` that this call does not have."""
-SHORTER = "what is left of shorter caches"
-"""The budget's item for caches that grow: while one is moved to where it has room, and on a GPU for what torch's
-allocator keeps then and nothing longer fits."""
+BESIDE = "beside caches that grow"
+"""The budget's item for one of them while it moves, and on a GPU for what lies idle between and behind them."""
 OTHERS = "steps of other graphs"
 """The budget's item for what other graphs on the accelerator need beyond this one."""
 UNFORESEEN = "what earlier plans did not foresee"
 """The budget's item for what a step or its verification needed beyond an earlier plan."""
 RESIDENT = "resident weights"
 RING = "staging ring"
-_STEP = (MIRRORED, ACTIVATIONS, GROWTH, BATCHES, SHORTER, UNFORESEEN)
+_STEP = (MIRRORED, ACTIVATIONS, GROWTH, BATCHES, BESIDE, UNFORESEEN)
 
 STAGED_CHUNK_BYTES = 16 << 20
 """Bytes of a chunk of a staged weight: where the link's rate has levelled off, so the pinned ring stays small."""
@@ -97,7 +96,7 @@ class Residency:
         first_rows: first resident row of every claimed weight, those of other graphs included (a weight of no
             resident row is not in it).
         mirrored: bytes of the mirrors that the step reads, an expression over the graph's sizes.
-        shorter: bytes of what is left of shorter caches, the same.
+        beside: bytes that caches which grow take beside themselves, the same.
         host_weights: placeholders of weights that cannot be split and stay on the host, with what computes with them.
         streamed_stacks: placeholders of stacks of experts that are streamed, each whole.
         stack_chunk_bytes: most bytes of a part of such a stack; one expert at least.
@@ -115,7 +114,7 @@ class Residency:
     claims: Sequence[Claim] = ()
     first_rows: Mapping[Hashable, int] = field(default_factory=dict)
     mirrored: sympy.Expr = sympy.Integer(0)
-    shorter: sympy.Expr = sympy.Integer(0)
+    beside: sympy.Expr = sympy.Integer(0)
     host_weights: frozenset[str] = frozenset()
     streamed_stacks: frozenset[str] = frozenset()
     stack_chunk_bytes: int = 0

@@ -17,16 +17,16 @@ from torch import Tensor, fx
 from hetegen_compile.geometry import mirrored_bytes, storage_id
 from hetegen_compile.ir import INPUT_OPS, LINEAR, info, is_tensor, written_storages
 from hetegen_compile.passes.annotate_costs import value_size
-from hetegen_compile.passes.append_behind import lengthened_inputs, lengthens
-from hetegen_compile.passes.caches import Cache, Forward, given_tensors, longest_cache, returned_caches
+from hetegen_compile.passes.append_behind import lengthened_inputs
+from hetegen_compile.passes.beside_caches import bytes_beside
+from hetegen_compile.passes.caches import Cache, Forward, longest_cache, longest_forward, returned_caches
 from hetegen_compile.passes.choose_splits import table_only
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.liveness import activation_peak_bytes
 from hetegen_compile.passes.other_forwards import MASK_BYTES, OtherForwards
-from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH, MIRRORED, SHORTER
-from hetegen_compile.passes.tensors import tensor_bytes, tensors_in, to_expr
+from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, BESIDE, GROWTH, MIRRORED
+from hetegen_compile.passes.tensors import to_expr
 from hetegen_compile.passes.unsplit_weights import computed_on_host
-from hetegen_compile.passes.windows import CACHE_DIMS, TOKENS, window_of
 
 
 def step_memory(
@@ -49,7 +49,7 @@ def step_memory(
         ACTIVATIONS: activations,
         GROWTH: context.room(size) - int(context.number(size)) + later,
         BATCHES: _more_sequences(module, weights, context, activations + later, more),
-        **({SHORTER: shorter} if (shorter := _shorter_caches(module, context, activations)) else {}),
+        **({BESIDE: beside} if (beside := bytes_beside(module, context, activations)) else {}),
     }
 
 
@@ -137,7 +137,7 @@ def _other_forwards(
     scheduled = max(0, activations - captured)
 
     def later(padded: bool) -> int:
-        forward = _next(caches.values(), context, padded)
+        forward = longest_forward(caches.values(), context, padded=padded)
         if forward is None:
             return 0
         comes = sum(one.bytes_after(forward.before) for one in caches.values() if one.grows and not one.room)
@@ -163,82 +163,8 @@ def _moving_bytes(caches: Iterable[Cache], forward: Forward) -> int:
     return sum(with_room) + max(with_room, default=0)
 
 
-def shorter_size(module: fx.GraphModule, context: Context) -> sympy.Expr:
-    """Bytes of what is left of caches that a graph is given and returns longer, an expression over its sizes.
-
-    Those that it lengthens where they lie are moved, one by one, when they outgrow that. On a GPU it frees pieces which
-    nothing longer fits, so there all of them count once more. And of those that are made anew in each step a third
-    generation lies beside the two that it has, since what was freed fits nothing longer unless neighbours of it are
-    free, too. (By the rules of torch's allocator; what is beyond this the accelerator gives back between steps.)
-    """
-    left = [*_made_anew(module, context), *_lengthened(module)] if context.largest_twice else []
-    return sympy.Add(*map(tensor_bytes, left))
-
-
-def _lengthened(module: fx.GraphModule) -> list[Tensor]:
-    """The longer ones of the caches that a graph lengthens where they lie."""
-    return [info(node).value for node in lengthened_inputs(module.graph.nodes).values()]
-
-
-def _made_anew(module: fx.GraphModule, context: Context) -> list[Tensor]:
-    """The caches that a graph copies into longer ones.
-
-    Not those that are written in place (static caches), nor windows: their sizes stay.
-    """
-    written, found = written_storages(module.graph.nodes), dict[int, Tensor]()
-    for node in module.graph.output_node().all_input_nodes:
-        given = [tensor for one in node.all_input_nodes for tensor in given_tensors(one) if tensor.dim() >= CACHE_DIMS]
-        copied = given and window_of(node) is None and not lengthens(node)
-        for tensor in tensors_in(info(node).value) if copied else ():
-            length = to_expr(tensor.shape[TOKENS]) if tensor.dim() >= CACHE_DIMS else sympy.Integer(0)
-            if length.free_symbols & context.lengths and storage_id(tensor) not in written:
-                found[storage_id(tensor)] = tensor
-    return list(found.values())
-
-
-def _shorter_caches(module: fx.GraphModule, context: Context, activations: int) -> int:
-    """Bytes of what is left of shorter caches at the largest sizes, those of the steps after a prefill, too.
-
-    One at a time is moved to where it has room, before a step makes its ``activations``. Without a stated context all
-    have outgrown what they lie in when a plan for longer ones is made.
-    """
-    moved = max((context.room(tensor_bytes(one)) for one in _lengthened(module)), default=0)
-    if not context.largest_twice:
-        return max(0, moved - activations)
-    caches = returned_caches(module, context)
-    forward = _next(caches.values(), context, padded=False)
-    anew = {storage_id(one): (one, context.room(tensor_bytes(one))) for one in _made_anew(module, context)}
-    outgrown = {storage_id(one): (one, int(context.number(tensor_bytes(one)))) for one in _lengthened(module)}
-    for node in module.graph.output_node().all_input_nodes:
-        for tensor in tensors_in(info(node).value):
-            cache = caches.get(storage_id(tensor))
-            if forward is None or cache is None or not cache.grows or cache.window is not None:
-                continue
-            if cache.room:
-                outgrown[storage_id(tensor)] = tensor, int(context.number(tensor_bytes(tensor)))
-            else:
-                anew[storage_id(tensor)] = tensor, cache.bytes_after(forward)
-    left = {} if context.options.context else outgrown
-    found = sum(_of_all_sequences(one, nbytes, context) for one, nbytes in (*anew.values(), *left.values()))
-    return max(found, moved - activations)
-
-
-def _of_all_sequences(cache: Tensor, nbytes: int, context: Context) -> int:
-    """``nbytes`` of a cache at the largest sizes, for ``max_batch`` sequences if it has fewer."""
-    sequences = max(1, context.room(to_expr(cache.shape[-CACHE_DIMS])))
-    return -(-max(context.options.max_batch, sequences) * nbytes // sequences)
-
-
 def _padded(forward: Forward) -> Forward:
     return replace(forward, padded=True)
-
-
-def _next(caches: Iterable[Cache], context: Context, padded: bool) -> Forward | None:
-    """The longest step after the captured one that is counted, None: none is."""
-    length = longest_cache(context)
-    if not length and any(cache.grows for cache in caches):
-        return None
-    return Forward(1, max(length, context.tokens_per_sequence), padded)
 
 
 def _longest_mask_bytes(context: Context) -> int:

@@ -19,7 +19,7 @@ _FACTORS = ((2, 1), (3, 2), (5, 4), (9, 8), (1, 1))
 class Room:
     """The sizes up to which a plan's memory is known to fit, and what a step makes at those.
 
-    A forward beyond them takes no new plan as long as its ``inputs`` (their mirrors, and what shorter caches leave) and
+    A forward beyond them takes no new plan as long as its ``inputs`` (their mirrors, and what caches take beside) and
     activations fit what weights and ring leave.
     """
 
@@ -34,7 +34,7 @@ class Room:
     def of(cls, context: Context, free_bytes: int) -> Room:
         """What a plan has beside weights and ring (``free_bytes``), at the sizes that it was made for."""
         need, residency = require(context.memory, "measure_memory"), require(context.residency, "choose_residency")
-        inputs = residency.mirrored + residency.shorter
+        inputs = residency.mirrored + residency.beside
         return cls(context, need, inputs, free_bytes, need.peak_bytes(context.room))
 
     def covers(self, sizes: Sizes) -> bool:

@@ -14,10 +14,11 @@ from hetegen_compile.graph_inputs import sequence_symbols
 from hetegen_compile.ir import info
 from hetegen_compile.options import Options
 from hetegen_compile.passes.annotate_costs import annotate_costs
+from hetegen_compile.passes.beside_caches import reserved_bytes
 from hetegen_compile.passes.choose_residency import choose_residency
 from hetegen_compile.passes.context import Bucket
 from hetegen_compile.passes.findings import MemoryNeed
-from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, GROWTH, SHORTER
+from hetegen_compile.passes.plans import ACTIVATIONS, BATCHES, BESIDE, GROWTH
 from hetegen_compile.planning.buckets import largest_sizes
 from hetegen_compile.planning.room import Room
 from tests.passes.graphs import case
@@ -98,7 +99,7 @@ def test_on_a_gpu_what_shorter_caches_leave_is_counted(
     for found, token_bytes in ((first, 0), (then, 64 * 4)):  # a step returns one token more than it is given
         budget = found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
         expected = sequences * (cache_bytes + token_bytes)
-        assert budget.get(SHORTER, 0) == (expected if accelerator == "cuda" else 0)
+        assert budget.get(BESIDE, 0) == (expected if accelerator == "cuda" else 0)
 
 
 def test_of_sequences_whose_number_varies_the_most_are_counted_once() -> None:
@@ -116,7 +117,7 @@ def test_of_sequences_whose_number_varies_the_most_are_counted_once() -> None:
     largest = {symbol: sympy.Integer(size) for symbol, size in most.items()}
     found.context = replace(found.context, largest=largest, lengths=lengths)
     budget = found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
-    assert budget[SHORTER] == 4 * 15 * 64 * 4
+    assert budget[BESIDE] == 4 * 15 * 64 * 4
 
 
 def test_of_longer_prompts_no_more_is_counted_than_of_short_ones() -> None:
@@ -133,7 +134,7 @@ def test_of_longer_prompts_no_more_is_counted_than_of_short_ones() -> None:
         (symbol,) = found.context.sizes
         found.context = replace(found.context, largest={symbol: sympy.Integer(64)})
         budget = found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
-        assert budget[SHORTER] == 64 * 64 * 4
+        assert budget[BESIDE] == 64 * 64 * 4
 
 
 @pytest.mark.parametrize("written", [True, False])
@@ -150,7 +151,7 @@ def test_what_no_step_lengthens_leaves_nothing(written: bool) -> None:
     options = Options(print_schedule=False, accelerator="cuda")
     found = case(step, torch.randn(1, 64), past, options=options, sequences=1, tokens_per_sequence=1)
     found.context = replace(found.context, lengths=frozenset(found.context.sizes if written else ()))
-    assert SHORTER not in found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
+    assert BESIDE not in found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
 
 
 def test_a_forward_that_outgrows_its_plan_needs_room_for_what_shorter_caches_leave() -> None:
@@ -309,21 +310,35 @@ def test_of_a_cache_that_is_lengthened_where_it_lies_there_is_one(
     prompt = first.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
     found = then.run(choose_residency).context.residency
     assert found is not None
-    step, left = found.budget, found.budget.get(SHORTER, 0)
+    step, left = found.budget, found.budget.get(BESIDE, 0)
     (symbol,) = then.context.sizes
     of_step = int(found.mirrored.subs({symbol: length}))
     assert of_step == (length + 1) * token + 2 * 64 * 4, "the cache with the new token, x and a bias"
     assert step[GROWTH] == of_step - int(found.mirrored.subs({symbol: 7}))
-    if accelerator == "cuda" and not limits:
-        assert left == 8 * token, "what it had outgrown when this was planned"
-        assert prompt.get(SHORTER, 0) == 7 * token
+    if accelerator == "cuda":
+        outgrown = {} if limits else {"prompt": 7, "step": 8}
+        between = [reserved_bytes(tokens * token) - tokens * token for tokens in (length, length + 1)]
+        assert prompt[BESIDE] == between[0] + outgrown.get("prompt", 0) * token
+        assert left == between[1] + outgrown.get("step", 0) * token, "what it had outgrown when this was planned"
     else:
         assert left == max(0, (length + 1) * token - step[ACTIVATIONS])
-        assert SHORTER not in prompt
+        assert BESIDE not in prompt
     two = 2 * length * token
     assert prompt[ACTIVATIONS] + prompt[GROWTH] <= two + 9 * token
     if accelerator == "emulated":
         assert prompt[ACTIVATIONS] + prompt[GROWTH] >= two, "while it is moved"
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "reserved"),
+    [
+        (0, 0), (1, 512), (512 << 10, 512 << 10), (700 << 10, 1 << 20), (1 << 20, 1 << 20), (3 << 20, (20 << 20) // 6),
+        ((20 << 20) // 3, (20 << 20) // 2), (8 << 20, 10 << 20), (10 << 20, 10 << 20), ((10 << 20) + 1, 12 << 20),
+        (17 << 20, 18 << 20),
+    ],
+)  # fmt: skip
+def test_tensors_share_blocks_of_torchs_allocator(nbytes: int, reserved: int) -> None:
+    assert reserved_bytes(nbytes) == reserved
 
 
 def test_a_forward_that_outgrows_its_plan_on_a_gpu_needs_room_for_what_it_leaves() -> None:
