@@ -25,7 +25,7 @@ import sympy
 from torch import Tensor, fx
 
 from hetegen_compile.geometry import storage_id
-from hetegen_compile.ir import annotate, copy_module, info, is_tensor
+from hetegen_compile.ir import annotate, copy_module, info
 from hetegen_compile.passes.append_tokens import append_tokens
 from hetegen_compile.passes.tensors import to_expr
 from hetegen_compile.passes.windows import CACHE_DIMS, TOKENS
@@ -39,15 +39,14 @@ class Appended:
         given: its position among the segment's inputs.
         result: its position among what the segment returned before.
         value: a fake of it.
-        tokens: of one that is lengthened by how many, or the position of the input that says so; None: it is new.
-        is_position: whether that is a position.
+        tokens: how many are new of one that is lengthened, a number or a size of the graph; None: all, it is made of
+            nothing.
     """
 
     given: int
     result: int
     value: Tensor
-    tokens: int | None = None
-    is_position: bool = False
+    tokens: sympy.Expr | None = None
 
 
 def appends(node: fx.Node) -> bool:
@@ -63,11 +62,6 @@ def lengthens(node: fx.Node) -> bool:
 def lengthened_inputs(nodes: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
     """The caches that some of the nodes lengthen, each with the node that does."""
     return {node.all_input_nodes[0]: node for node in nodes if lengthens(node)}
-
-
-def _beginning(cache: Tensor, tokens: int) -> Tensor:
-    """A cache without the last of its tokens."""
-    return cache[:, :, : cache.shape[TOKENS] - tokens]
 
 
 def write_behind(cache: Tensor, new: Tensor) -> None:
@@ -90,44 +84,22 @@ def append_behind(segment: fx.GraphModule) -> tuple[fx.GraphModule, tuple[Append
         placeholders = graph.find_nodes(op="placeholder")
         past, new = node.all_input_nodes
         value, place = info(node).value, results.index(node)
-        if not lengthens(node):
-            found.append(Appended(len(placeholders), place, value))
-            _write(graph, _new_input(graph, placeholders, value), new, node)
-        elif past in placeholders and (tokens := _tokens(new, placeholders)) is not None:
-            found.append(Appended(placeholders.index(past), place, value, *tokens))
-            _read_beginning(graph, past, node, placeholders[tokens[0]] if tokens[1] else tokens[0])
+        if lengthens(node):
+            found.append(Appended(placeholders.index(past), place, value, to_expr(info(new).value.shape[TOKENS])))
             _write(graph, annotate(past, value=value), new, node)
         else:
-            continue
+            found.append(Appended(len(placeholders), place, value))
+            _write(graph, _new_input(graph, placeholders, value), new, node)
         kept.remove(node)
     graph.output_node().args = (tuple(kept),)
     copied.recompile()
     return copied, tuple(sorted(found, key=lambda one: one.result))
 
 
-def _tokens(new: fx.Node, placeholders: Sequence[fx.Node]) -> tuple[int, bool] | None:
-    """How many tokens are new, or the position of the input that says so; None: no input does."""
-    tokens = to_expr(info(new).value.shape[TOKENS])
-    if isinstance(tokens, sympy.Integer):
-        return int(tokens), False
-    sizes = {to_expr(info(node).value): i for i, node in enumerate(placeholders) if not is_tensor(node)}
-    return (sizes[tokens], True) if tokens in sizes else None
-
-
 def _new_input(graph: fx.Graph, placeholders: Sequence[fx.Node], value: Tensor) -> fx.Node:
     with graph.inserting_after(placeholders[-1]):
         node = graph.placeholder(f"in_{len(placeholders)}")
     return annotate(node, value=value, storages=frozenset({storage_id(value)}))
-
-
-def _read_beginning(graph: fx.Graph, past: fx.Node, node: fx.Node, tokens: fx.Node | int) -> None:
-    """Whoever reads the shorter cache beside ``node`` reads the beginning of the longer one."""
-    readers = [user for user in past.users if user is not node]
-    if readers:
-        with graph.inserting_before(readers[0]):
-            beginning = annotate(graph.call_function(_beginning, (past, tokens)), info(past))
-        for reader in readers:
-            reader.replace_input_with(past, beginning)
 
 
 def _write(graph: fx.Graph, cache: fx.Node, new: fx.Node, node: fx.Node) -> None:

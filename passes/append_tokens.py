@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, fx
 
 from hetegen_compile.ir import INPUT_OPS
-from hetegen_compile.passes.tensors import to_expr
+from hetegen_compile.passes.tensors import tensors_in, to_expr
 from hetegen_compile.passes.windows import CACHE_DIMS, TOKENS
 
 _CATS = frozenset({torch.cat, torch.concat, torch.concatenate})
@@ -73,12 +73,14 @@ class Appending(NamedTuple):
 
 def append_in_place(graph: fx.Graph) -> list[Appending]:
     """Rewrite what makes returned caches of given ones (or of none), in a graph that Dynamo has just made."""
-    returned, lengthened = set(graph.output_node().all_input_nodes), set[fx.Node]()
+    returned = set(graph.output_node().all_input_nodes)
     found = []
     for node in graph.nodes:
         parts = _parts(node) if node.target in _CATS and node in returned else None
-        if parts is not None and parts[0] not in lengthened:  # only one can lie behind it
-            lengthened.add(parts[0])
+        other = None if parts is None else _other_reader(node, parts[0])
+        if other is not None:
+            node.meta[COPIED] = f"{other.name} reads the shorter one, too"
+        elif parts is not None:
             found.append(Appending(node, parts[0], node.target, node.args, dict(node.kwargs)))
             node.target, node.args, node.kwargs = append_tokens, parts, {}
     return found
@@ -91,6 +93,18 @@ def lies_by_token(tensor: Tensor) -> bool:
     sequences, heads, _, width = map(to_expr, tensor.shape)
     expected = (heads * width, width, sequences * heads * width, 1)
     return all(to_expr(stride) == one for stride, one in zip(tensor.stride(), expected, strict=True))
+
+
+def _other_reader(node: fx.Node, past: fx.Node) -> fx.Node | None:
+    """Who else reads the tokens of what a node lengthens (sizes of it may be asked for); None: nobody does.
+
+    Behind it there is room for one longer cache. And a reader of the shorter one would often come behind the write to
+    the longer one in Inductor's code, for which all of it would be copied.
+    """
+    if past.meta["example_value"].dim() != CACHE_DIMS:
+        return None
+    readers = (user for user in past.users if user.op == "output" or tensors_in(user.meta.get("example_value")))
+    return next((user for user in readers if user is not node), None)
 
 
 def _parts(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,12 @@ class LongerCache:
 
     Attributes:
         given: position of the input.
-        tokens: by how many, or the position of the input that says so.
+        added: by how many tokens, from a step's inputs.
         size: bytes of the longer one, an expression over the graph's sizes.
     """
 
     given: int
-    tokens: int
-    is_position: bool
+    added: Callable[[Sequence[Any]], int]
     size: sympy.Expr
 
 
@@ -59,7 +58,7 @@ class LongerCaches:
                 before.append(f"{name} = {self._new(node, one.value)}")
             else:
                 texts[one.given] = name
-                before.append(f"{name} = {self._lengthened(node, one)}")
+                before.append(f"{name} = {self._longer(node, one, one.tokens)}")
             behind.append(f"{node.name}.insert({one.result}, {name})")
             names.append(name)
         called = launch.format(arguments=f"({', '.join(texts)},)")
@@ -69,13 +68,16 @@ class LongerCaches:
         made_like = like_text([value], self._source.constant, self._text_of)
         return f"new_cache({self._op(node)}, {made_like}[0], {self._room_tokens(value)})"
 
-    def _lengthened(self, node: fx.Node, one: Appended) -> str:
+    def _longer(self, node: fx.Node, one: Appended, new: sympy.Expr) -> str:
         mirror: Any = node.args[one.given]
-        counted: Any = node.args[one.tokens] if one.is_position and one.tokens is not None else one.tokens
-        tokens = self._position[counted] if one.is_position else counted
+        tokens = self._number(new)
         given = self._position[mirror.all_input_nodes[0]]
-        self.found.append(LongerCache(given, tokens, one.is_position, tensor_bytes(one.value)))
-        return f"lengthen({self._op(node)}, {mirror}, {counted})"
+        self.found.append(LongerCache(given, eval(f"lambda inputs: {tokens}"), tensor_bytes(one.value)))
+        return f"lengthen({self._op(node)}, {mirror}, {tokens})"
+
+    def _number(self, size: sympy.Expr) -> str:
+        """Python for a size of the graph, from ``inputs``."""
+        return str(size.xreplace({symbol: sympy.Symbol(self._text_of(symbol)) for symbol in size.free_symbols}))
 
     def _op(self, node: fx.Node) -> str:
         return self._source.constant("op", Op(f"a cache of {node.name}"))

@@ -107,7 +107,7 @@ class StepValues:
         moved = False
         blocks = set[Block | None]()  # two inputs may be one tensor: behind its value there is room for one of them
         for place, cache in self._longer:
-            tokens = inputs[cache.tokens] if cache.is_position else cache.tokens
+            tokens = cache.added(inputs)
             if room_behind(values[place]) < tokens or block_of(values[place]) in blocks:
                 request = self._request(place, inputs)
                 most = room.context.room(cache.size) // token_bytes(request.tensor)
