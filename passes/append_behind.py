@@ -80,7 +80,7 @@ def append_behind(segment: fx.GraphModule) -> tuple[fx.GraphModule, tuple[Append
     graph = copied.graph
     results: list[Any] = list(graph.output_node().args[0])  # type: ignore[arg-type]
     found, kept = [], list(results)
-    for node in [node for node in graph.nodes if appends(node) and results.count(node) == 1]:
+    for node in [node for node in graph.nodes if appends(node)]:
         placeholders = graph.find_nodes(op="placeholder")
         past, new = node.all_input_nodes
         value, place = info(node).value, results.index(node)

@@ -2,10 +2,10 @@
 
 Why: ``cat([past, new], -2)`` of [sequences, heads, tokens, width] puts each head's tokens together, and a longer cache
 lies otherwise than the one before it: each step copies all of it. With the tokens outermost in memory a longer cache
-begins as the shorter one does, and what is new goes behind that on the host (``host_memory/growing.py``). Sizes and
-values are the same, strides do not depend on the length, and Dynamo sees them when the cache comes back. Caches
-that came in otherwise (reordered for beams, given) go on as they are, and so do windows: they are cut from what is put
-together, at places that strides do not tell, and do not grow for long.
+begins as the shorter one does, and what is new goes behind that, on the host (``host_memory/growing.py``) and on the
+accelerator (``append_behind``). Sizes and values are the same, strides do not depend on the length, and Dynamo sees
+them when the cache comes back. Caches that came in otherwise (reordered for beams, given) go on as they are, and so do
+windows: they are cut from what is put together, at places that strides do not tell, and do not grow for long.
 
 Before:
 

@@ -76,12 +76,12 @@ def mirrored_size(
         and not table_only(node, context)
     ]  # fmt: skip
     sharing: dict[int, list[fx.Node]] = {}
-    longer = lengthened_inputs(module.graph.nodes)
     for node in mirrored:
-        if node not in longer:
-            sharing.setdefault(storage_id(info(node).value), []).append(node)
-    written = written_storages(module.graph.nodes)
-    sizes = [_mirrors_size(nodes, context, key in written) for key, nodes in sharing.items()]
+        sharing.setdefault(storage_id(info(node).value), []).append(node)
+    written, longer = written_storages(module.graph.nodes), lengthened_inputs(module.graph.nodes)
+    # one that is lengthened lies by itself: it leaves nothing, but what it shared with others
+    as_given = {key: nodes for key, nodes in sharing.items() if len(nodes) > 1 or nodes[0] not in longer}
+    sizes = [_mirrors_size(nodes, context, key in written) for key, nodes in as_given.items()]
     return sympy.Add(*sizes, *(value_size(longer[node]) for node in mirrored if node in longer))
 
 

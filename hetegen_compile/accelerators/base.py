@@ -336,6 +336,9 @@ class Accelerator(ABC):
             ScheduleError: there is no room behind ``value``, or somebody has had it.
         """
 
+    def close_no_gates(self) -> None:  # noqa: B027, who has no gates does nothing
+        """The step takes memory beside what ``begin_step`` was told of, so nothing is issued behind closed gates."""
+
     @abstractmethod
     def launch(
         self,

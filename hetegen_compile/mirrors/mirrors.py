@@ -15,8 +15,8 @@ from hetegen_compile.accelerators.growing import block_of, token_bytes
 from hetegen_compile.geometry import storage_id
 from hetegen_compile.mirrors.fingerprints import Fingerprint
 from hetegen_compile.mirrors.identity import Geometry, covers_storage, geometry_of
-from hetegen_compile.mirrors.record import Held, Memory, Record, held_bytes
-from hetegen_compile.mirrors.records import UNSEEN_WRITE, Records
+from hetegen_compile.mirrors.record import Held, Memory, Record, Shared, held_bytes
+from hetegen_compile.mirrors.records import UNSEEN_WRITE, NoRoomError, Records
 from hetegen_compile.mirrors.request import MIRRORS, WEIGHTS, Request
 from hetegen_compile.mirrors.returned import RETURNED
 from hetegen_compile.mirrors.settled import Settled
@@ -121,7 +121,7 @@ class Mirrors:
         for other in record.held.values():
             if other.apart and self._uploader.share_memory(value, other.value):
                 if other.memory is None:
-                    other.memory, other.nbytes = Memory(other.nbytes), 0
+                    other.memory, other.nbytes = Shared(other.nbytes), 0
                 return other.memory
         return None
 
@@ -134,29 +134,37 @@ class Mirrors:
     def give_room(self, request: Request, value: Value, tokens: int, limit_bytes: int) -> Value:
         """The value of a cache that is fetched for this step, moved into memory with room for ``tokens`` tokens.
 
-        What else was held of its storage goes; who has fetched that has it for this step.
-
         Raises:
             NoRoomError: with it, what this step uses does not fit ``limit_bytes``.
         """
         tensor = request.tensor
-        self.fit(limit_bytes - tokens * token_bytes(tensor))
-        moved = self._uploader.move(request, value, tokens)
-        if self.knows(tensor):
-            geometry, held = geometry_of(tensor), Held(moved, request.category, 0, request.name, None, self._step)
-            held.fingerprint = first_bytes(tensor)
-            record = self._records.current(tensor, geometry)
-            self._records.move(record, geometry, held, block_of(moved), whole=covers_storage(tensor))
+        self.fit(limit_bytes - max(tokens, tensor.shape[-2]) * token_bytes(tensor))
+        moved, block = self._uploader.move(request, value, tokens)
+        geometry, first = geometry_of(tensor), first_bytes(tensor)
+        held = Held(moved, request.category, 0, request.name, first, self._step)
+        record = self._records.current(tensor, geometry)
+        self._records.move(record, geometry, held, block, self._step, whole=covers_storage(tensor))
         return moved
+
+    def separate(self, tensors: Sequence[Tensor]) -> None:
+        """The step writes these: forget what lies in one block with other caches, which the write would change, too."""
+        for key in map(storage_id, tensors):
+            record = self._records.get(key)
+            if record is not None and any(self._records.share(memory, key) for memory in record.memories):
+                self._records.drop(key)
 
     def fit(self, limit_bytes: int) -> None:
         """Drop what this step does not use until all fit ``limit_bytes``.
 
         Raises:
-            NoRoomError: what it uses does not.
+            NoRoomError: what it uses does not. All that has been issued is over: the values are there.
         """
         if self._records.most_bytes > limit_bytes:
-            self._records.make_room(limit_bytes, self._step, self.keep)
+            try:
+                self._records.make_room(limit_bytes, self._step, self.keep)
+            except NoRoomError:
+                self._uploader.finish()
+                raise
 
     def returned(self, tensors: Sequence[Tensor]) -> list[Value | None]:
         """Values of tensors that a step returned, as it returned them; None for all others, to be fetched."""

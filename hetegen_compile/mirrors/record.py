@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -18,9 +18,17 @@ from hetegen_compile.mirrors.identity import Geometry, same_version, version_of,
 _MOST_VERSIONS = 256
 
 
+class Memory(Protocol):
+    """One allocation of the accelerator that several values lie in."""
+
+    @property
+    def nbytes(self) -> int:
+        """All of it."""
+
+
 @dataclass(eq=False)
-class Memory:
-    """One allocation of the accelerator that several values of a record lie in."""
+class Shared:
+    """What values of one record share."""
 
     nbytes: int
 
@@ -30,7 +38,8 @@ class Held:
     """One device value, what it is counted under and the bytes that it holds by itself.
 
     ``fingerprint`` is of the host's bytes when they were uploaded, or of the first of them when a step wrote them.
-    ``used`` is the step that last asked for it. ``memory`` is what it shares with other values of its record.
+    ``used`` is the step that last asked for it. ``memory`` is what it shares: with values of its record, or with those
+    of other records that lie in one block.
     """
 
     value: Value
@@ -48,7 +57,7 @@ class Held:
 
 
 def held_bytes(held: Iterable[Held]) -> int:
-    """Bytes of values of one record; what several share counts once."""
+    """Bytes of values; what several share counts once."""
     values = list(held)
     shared = {id(one.memory): one.memory.nbytes for one in values if one.memory is not None}
     return sum(one.nbytes for one in values) + sum(shared.values())
@@ -62,8 +71,7 @@ class Record:
     own (parameters that were made parts of one flat tensor, or one of another's ``data``): ``versions`` are those that
     each tensor and each geometry was last seen with, ``version`` is the last of them and stands for those not seen yet;
     ``noted`` are the tensors themselves, or those that they are views of, as long as somebody else has them.
-    ``block`` is memory with room for a longer cache that what is held lies in: all of it counts, also where what lies
-    behind is another storage's.
+    ``block`` is what ``base`` lies in, if that is memory with room for a longer cache: all of it counts.
     ``used`` and ``returned`` are the last step that asked for the storage and the one that made it; ``stands`` says
     that a plan relies on it without asking.
     """
@@ -88,8 +96,19 @@ class Record:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything held."""
-        return self.base_bytes + held_bytes(self.held.values()) + (0 if self.block is None else self.block.nbytes)
+        """Bytes of everything held, with all of the memory that it lies in."""
+        return self.own_bytes + sum(memory.nbytes for memory in self.memories)
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of what shares memory with nothing."""
+        return self.base_bytes + sum(one.nbytes for one in self.held.values())
+
+    @property
+    def memories(self) -> set[Memory]:
+        """What may be shared, with values of this record or of others."""
+        found = {one.memory for one in self.held.values()} | {self.block}
+        return {memory for memory in found if memory is not None}
 
     def is_of(self, tensor: Tensor) -> bool:
         """Whether the storage is the tensor's and not another one in its place."""
@@ -134,11 +153,20 @@ class Record:
         self.base, self.block = base, block
         self.base_bytes = nbytes if block is None else 0
 
-    def move(self, geometry: Geometry, held: Held, block: Block | None, *, whole: bool) -> None:
-        """Of all that is held only ``held`` is left, in a block; ``whole``: it is all of the storage."""
-        self.empty()
-        self.hold(held.value if whole else None, 0, block)
-        self.held[geometry] = held if whole else replace(held, memory=Memory(0))
+    def move(self, geometry: Geometry, held: Held, block: Block, step: int, *, whole: bool) -> None:
+        """``held``, in a block, is the value of a geometry from now on; ``whole``: it is all of the storage.
+
+        The base stays for as long as ``step`` uses other views of it.
+        """
+        self.held.pop(geometry, None)
+        if not any(one.used >= step and not one.apart for one in self.held.values()):
+            self.held = {place: one for place, one in self.held.items() if one.apart}
+            self.hold(None, 0)
+        if whole and self.base is None:
+            self.hold(held.value, 0, block)
+            self.held[geometry] = held
+        else:
+            self.held[geometry] = replace(held, memory=block)
 
     def keep_what_shows(self, geometry: Geometry) -> None:
         """Let go of what has memory of its own, and so knows nothing of a write through the value of this geometry."""
@@ -161,9 +189,7 @@ class Record:
         }  # fmt: skip
         before = self.nbytes
         self.held = {geometry: held for geometry, held in self.held.items() if geometry not in unused}
-        if self.base is None and not self.held:
-            self.block = None
         return before - self.nbytes
 
 
-__all__ = ["Held", "Memory", "Record", "held_bytes"]
+__all__ = ["Held", "Memory", "Record", "Shared", "held_bytes"]

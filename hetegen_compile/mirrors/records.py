@@ -14,7 +14,7 @@ from hetegen_compile.accelerators.base import Value
 from hetegen_compile.accelerators.growing import Block
 from hetegen_compile.geometry import storage_id
 from hetegen_compile.mirrors.identity import Geometry, geometry_of
-from hetegen_compile.mirrors.record import Held, Record
+from hetegen_compile.mirrors.record import Held, Memory, Record
 from hetegen_compile.mirrors.request import MIRRORS, WEIGHTS
 from hetegen_compile.mirrors.returned import Returned, can_be_noted
 from hetegen_compile.mirrors.settled import Settled
@@ -130,12 +130,17 @@ class Records:
         for key in list(self._noted):
             self._make_record(key)
 
-    def move(self, record: Record, geometry: Geometry, held: Held, block: Block | None, *, whole: bool) -> None:
-        """What is held of a storage is ``held`` alone, in a block, from now on."""
+    def move(self, record: Record, geometry: Geometry, held: Held, block: Block, step: int, *, whole: bool) -> None:
+        """``held``, in a block, is the value of a geometry from now on."""
         self.changed(record)
         before = record.nbytes
-        record.move(geometry, held, block, whole=whole)
-        self.most_bytes += record.nbytes - before
+        self.most_bytes += block.nbytes  # first: an interrupt comes behind any call
+        record.move(geometry, held, block, step, whole=whole)
+        self.most_bytes -= before + block.nbytes - record.nbytes
+
+    def share(self, memory: Memory, key: int) -> bool:
+        """Whether values of other storages than this one lie in some memory."""
+        return any(memory in record.memories for own, record in self if own != key)
 
     # ---- who relies on it ------------------------------------------------------------------------------------
 
@@ -218,30 +223,29 @@ class Records:
         """
         self._make_records()
         self._note_uses()
-        lie_in = Counter(record.block for record in self._records.values() if record.block is not None)
-        twice = sum((count - 1) * block.nbytes for block, count in lie_in.items())  # a cache, and what it was before
-        excess = sum(record.nbytes for record in self._records.values()) - twice - limit_bytes
+        lie_in = Counter(memory for record in self._records.values() for memory in record.memories)
+        excess = sum(record.own_bytes for record in self._records.values()) - limit_bytes
+        excess += sum(memory.nbytes for memory in lie_in)
         for key, record in sorted(self._records.items(), key=lambda item: item[1].used):
             if excess <= 0:
                 break
-            block = record.block
-            excess -= self._give_up(key, record, step, stays=key in planned and record.holds(WEIGHTS))
-            if block is not None and key not in self._records:
-                lie_in[block] -= 1
-                excess += block.nbytes if lie_in[block] else 0
+            own, memories = record.own_bytes, record.memories
+            self._give_up(key, record, step, stays=key in planned and record.holds(WEIGHTS))
+            left = self._records.get(key)
+            excess -= own - (0 if left is None else left.own_bytes)
+            for memory in memories - (set() if left is None else left.memories):
+                lie_in[memory] -= 1  # a cache may lie where the one that it was made of does
+                excess -= 0 if lie_in[memory] else memory.nbytes
         if excess > 0:
             raise NoRoomError(excess)
         self.most_bytes = sum(record.nbytes for record in self._records.values())
 
-    def _give_up(self, key: int, record: Record, step: int, *, stays: bool) -> int:
-        """Drop what ``step`` does not use of one storage; returns the bytes."""
+    def _give_up(self, key: int, record: Record, step: int, *, stays: bool) -> None:
+        """Drop what ``step`` does not use of one storage."""
         if record.used < step and not stays:
             self.drop(key)
-            return record.nbytes
-        dropped = record.drop_unused_parts(step, MIRRORS if stays else None)
-        if dropped:
+        elif record.drop_unused_parts(step, MIRRORS if stays else None):
             self.changed(record)
-        return dropped
 
 
 __all__ = ["Found", "NoRoomError", "Records"]

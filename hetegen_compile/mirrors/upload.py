@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hetegen_compile.accelerators.base import Accelerator, Op, Value
 from hetegen_compile.accelerators.geometry import span_bytes
+from hetegen_compile.accelerators.growing import Block, block_of
 from hetegen_compile.mirrors.fingerprints import SAMPLE_BYTES, Fingerprint
 from hetegen_compile.mirrors.identity import covers_storage, geometry_of, lies_in_little
 from hetegen_compile.mirrors.record import Held, Record
@@ -36,12 +37,19 @@ class Uploader:
         """The tensor by itself."""
         return self._accelerator.upload(Op(request.name, category=request.category), request.tensor.detach())
 
-    def move(self, request: Request, value: Value, tokens: int) -> Value:
-        """A copy of the value of a cache, with room for so many tokens."""
+    def move(self, request: Request, value: Value, tokens: int) -> tuple[Value, Block]:
+        """A copy of the value of a cache, with room for so many tokens, and the memory that it lies in."""
         op = Op(f"room behind {request.name}", category=request.category)
+        self._accelerator.close_no_gates()
         moved = self._accelerator.new_cache(op, request.tensor, tokens)
         self._accelerator.launch(op, _fill, (moved, value), outputs=0, mutates=(0,))
-        return moved
+        block = block_of(moved)
+        assert block is not None, "a new cache lies in a block"
+        return moved, block
+
+    def finish(self) -> None:
+        """Wait until all that has been issued is over."""
+        self._accelerator.synchronize()
 
     def share_memory(self, one: Value, other: Value) -> bool:
         """Whether two values lie in one allocation."""

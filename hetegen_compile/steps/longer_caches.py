@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from hetegen_compile.accelerators.base import Op
 from hetegen_compile.passes.append_behind import Appended
 from hetegen_compile.passes.lower import CompiledSegment
-from hetegen_compile.passes.tensors import tensor_bytes
+from hetegen_compile.passes.tensors import to_expr
+from hetegen_compile.passes.windows import TOKENS
 from hetegen_compile.steps.like import like_text
 from hetegen_compile.steps.step_source import StepSource
 
@@ -24,12 +25,12 @@ class LongerCache:
     Attributes:
         given: position of the input.
         added: by how many tokens, from a step's inputs.
-        size: bytes of the longer one, an expression over the graph's sizes.
+        tokens: of the longer one, an expression over the graph's sizes.
     """
 
     given: int
     added: Callable[[Sequence[Any]], int]
-    size: sympy.Expr
+    tokens: sympy.Expr
 
 
 class LongerCaches:
@@ -50,18 +51,15 @@ class LongerCaches:
 
         They are put back among its results.
         """
-        texts, before, behind, names = list(map(self._source.text, node.args)), [], [], []
+        texts = dict(enumerate(map(self._source.text, node.args)))
+        before, behind, names = [], [], []
         for index, one in enumerate(segment.appended):
-            name = f"_cache_{index}"
-            if one.tokens is None:
-                texts.append(name)
-                before.append(f"{name} = {self._new(node, one.value)}")
-            else:
-                texts[one.given] = name
-                before.append(f"{name} = {self._longer(node, one, one.tokens)}")
+            name = texts[one.given] = f"_cache_{index}"
+            made = self._new(node, one.value) if one.tokens is None else self._longer(node, one, one.tokens)
+            before.append(f"{name} = {made}")
             behind.append(f"{node.name}.insert({one.result}, {name})")
             names.append(name)
-        called = launch.format(arguments=f"({', '.join(texts)},)")
+        called = launch.format(arguments=f"({', '.join(texts[place] for place in sorted(texts))},)")
         return "\n    ".join([*before, f"{node.name} = list({called})", *behind, f"del {', '.join(names)}"])
 
     def _new(self, node: fx.Node, value: Tensor) -> str:
@@ -72,7 +70,7 @@ class LongerCaches:
         mirror: Any = node.args[one.given]
         tokens = self._number(new)
         given = self._position[mirror.all_input_nodes[0]]
-        self.found.append(LongerCache(given, eval(f"lambda inputs: {tokens}"), tensor_bytes(one.value)))
+        self.found.append(LongerCache(given, eval(f"lambda inputs: {tokens}"), to_expr(one.value.shape[TOKENS])))
         return f"lengthen({self._op(node)}, {mirror}, {tokens})"
 
     def _number(self, size: sympy.Expr) -> str:

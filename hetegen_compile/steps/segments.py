@@ -74,7 +74,8 @@ def _code_alone(code: Any, metadata: Any, segment: fx.GraphModule, inputs: int) 
     """The code that Inductor made, if AOTAutograd has nothing to do around it; else None.
 
     It has where an input is written behind the code and not in it, where a result shares memory with an input, where
-    inputs were added or taken together, and where gradients are switched on or off. ``metadata`` is its
+    inputs were added or taken together, and where gradients are switched on or off. (That an input which the code
+    writes has another version then, nobody asks of the accelerator's values.) ``metadata`` is its
     ``ViewAndMutationMeta``. Both are torch's own affair: where another version keeps them otherwise, segments are
     called as ``compile_fx`` returns them.
     """

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from hetegen_compile.accelerators.base import Value
 from hetegen_compile.accelerators.geometry import span_bytes
-from hetegen_compile.accelerators.growing import Block, block_of, room_behind, token_bytes
+from hetegen_compile.accelerators.growing import Block, block_of, room_behind
 from hetegen_compile.ir import info, is_tensor
 from hetegen_compile.mirrors import WEIGHTS, Mirrors, Request
 from hetegen_compile.mirrors.settled import Settled
@@ -94,34 +94,33 @@ class StepValues:
         Raises:
             NoRoomError: they do not fit ``limit_bytes`` beside activations.
         """
-        beside = limit_bytes - room.activation_bytes
-        values = self._fetched(mirrors, inputs, beside)
-        if self._longer and self._moved(mirrors, inputs, values, limit_bytes, room):
-            mirrors.fit(beside)
+        values, once_bytes = self._fetched(mirrors, inputs, limit_bytes - room.activation_bytes)
+        if self._longer and self._move(mirrors, inputs, values, limit_bytes - once_bytes, room):
+            mirrors.fit(limit_bytes - once_bytes - room.activation_bytes)
         return values
 
-    def _moved(
-        self, mirrors: Mirrors, inputs: Sequence[Any], values: list[Value], limit_bytes: int, room: Room
-    ) -> bool:
+    def _move(self, mirrors: Mirrors, inputs: Sequence[Any], values: list[Value], limit_bytes: int, room: Room) -> bool:
         """Move what the step lengthens and has no room behind it; whether there was any."""
         moved = False
         blocks = set[Block | None]()  # two inputs may be one tensor: behind its value there is room for one of them
         for place, cache in self._longer:
-            tokens = cache.added(inputs)
-            if room_behind(values[place]) < tokens or block_of(values[place]) in blocks:
+            value, tokens = values[place], max(1, cache.added(inputs))
+            if room_behind(value) < tokens or block_of(value) in blocks:
                 request = self._request(place, inputs)
-                most = room.context.room(cache.size) // token_bytes(request.tensor)
-                most = max(most, request.tensor.shape[-2] + tokens)
-                values[place] = mirrors.give_room(request, values[place], most, limit_bytes)
+                most = max(room.context.room(cache.tokens), request.tensor.shape[-2] + tokens)
+                value = values[place] = mirrors.give_room(request, value, most, limit_bytes)
                 moved = True
-            blocks.add(block_of(values[place]))
+            blocks.add(block_of(value))
         return moved
 
-    def _fetched(self, mirrors: Mirrors, inputs: Sequence[Any], limit_bytes: int) -> list[Value]:
+    def _fetched(self, mirrors: Mirrors, inputs: Sequence[Any], limit_bytes: int) -> tuple[list[Value], int]:
+        """The values where they lie, and the bytes of those that were uploaded for this step only."""
         fixed = [inputs[i] for i in self._fixed_inputs]
         standing = self._standing
         if standing is not None and mirrors.stands(standing, fixed):
             written = self._answer_for_written(mirrors, inputs)
+            if written is None:
+                mirrors.separate([inputs[i] for i in self._written_inputs])
             known = {} if written is None else dict(zip(self._written, written.values, strict=True))
             returned = mirrors.returned([inputs[self._wanted[place][0]] for place in self._given])
             known |= {place: value for place, value in zip(self._given, returned, strict=True) if value is not None}
@@ -133,11 +132,12 @@ class StepValues:
                 known |= zip(asked, found, strict=True)
                 known |= zip(self._fixed, standing.values, strict=True)
                 known |= {place: mirrors.upload_once(self._request(place, inputs), limit_bytes) for place in new}
-                return [known[place] for place in range(len(self._wanted))]
+                return [known[place] for place in range(len(self._wanted))], new_bytes
+        mirrors.separate([inputs[i] for i in self._written_inputs])
         requests = [self._request(place, inputs) for place in range(len(self._wanted))]
         values = mirrors.fetch(requests, limit_bytes)
         self._standing = mirrors.stand(fixed, [requests[place] for place in self._fixed])
-        return values
+        return values, 0
 
     def settle(self, mirrors: Mirrors, inputs: Sequence[Any]) -> None:
         """The step has written inputs on both sides."""

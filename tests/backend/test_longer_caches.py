@@ -217,3 +217,94 @@ def test_what_lies_in_one_place_gets_places_of_its_own(same: str, inductor: bool
     assert_offloaded(backend, new_schedules(known), options)
     found = backend.graphs[-1].plans[-1].bound.source.count("= lengthen(")
     assert found == (0 if same == "one twice" else 2), "of one that is read twice copies are made, which lie otherwise"
+
+
+class Attends(Twice):
+    """Its results are of what attention reads of both."""
+
+    def forward(self, x: Tensor, past: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        k, v = self.proj(x).view(1, x.shape[1], 4, 32).transpose(1, 2).chunk(2, 1)
+        keys, values = torch.cat([past, k], dim=-2), torch.cat([other, v], dim=-2)
+        seen = (k @ keys.transpose(-1, -2)) @ values
+        return self.out(seen.transpose(1, 2).reshape(1, x.shape[1], 64)), keys, values
+
+
+class Writes(nn.Module):
+    """Writes a cache in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.out = nn.Linear(64, 64, bias=False), nn.Linear(64, 1024, bias=False)
+
+    def forward(self, x: Tensor, past: Tensor) -> Tensor:
+        past.mul_(2.0).add_(self.proj(x).mean())
+        result: Tensor = self.out(x) + past.sum()
+        return result
+
+
+def given_cache(tokens: int) -> Tensor:
+    """One that the caller has made, as a step would return it."""
+    return append_tokens(torch.tensor([]), torch.randn(1, 2, tokens, 32) / 8)
+
+
+def alike(found: Any, right: Any) -> None:
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("written", ["shorter", "longer"])
+def test_what_another_graph_writes_to_one_is_not_in_the_other(written: str) -> None:
+    """On the host they share nothing: the shorter one came from the caller."""
+    torch.manual_seed(0)
+    reads, writes, backend = Attends().eval(), Writes().eval(), RecordingBackend()
+    eager_reads, eager_writes = copy.deepcopy(reads), copy.deepcopy(writes)
+    options = emulated(gpu_memory=half_the_weights(reads) * 2, split=0.5)
+    reads.compile(backend=backend, options=options)
+    writes.compile(backend=backend, options=options)
+    with torch.no_grad():
+        shorter = given_cache(22), given_cache(22)
+        eagers = shorter[0].clone(), shorter[1].clone()
+        x = torch.randn(1, 1, 64)
+        (_, *longer), (_, *eagers_longer) = reads(x, *shorter), eager_reads(x, *eagers)
+        mine, right = (shorter, eagers) if written == "shorter" else (longer, eagers_longer)
+        alike(writes(x, mine[0]), eager_writes(x, right[0]))
+        mine, right = (longer, eagers_longer) if written == "shorter" else (shorter, eagers)
+        alike(reads(x, *mine), eager_reads(x, *right))
+
+
+class More(Attends):
+    """Appends one token more than it is given."""
+
+    def forward(self, x: Tensor, past: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return super().forward(torch.cat([x, x[:, :1]], 1), past, other)
+
+
+@pytest.mark.parametrize("tokens", [(3, 4, 5, 2), (0, 0)])
+def test_a_number_of_new_tokens_may_be_computed_or_none(tokens: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, backend = (More() if any(tokens) else Attends()).eval(), RecordingBackend()
+    eager = copy.deepcopy(model)
+    model.compile(backend=backend, options=emulated(gpu_memory=half_the_weights(model) * 3, split=0.5))
+    mine: Any = given_cache(9), given_cache(9)
+    eagers = mine
+    with torch.no_grad():
+        for count in tokens:
+            x = torch.randn(1, count, 64)
+            (found, *mine), (right, *eagers) = model(x, *mine), eager(x, *eagers)
+            alike(found, right)
+            alike(mine, eagers)
+    assert "= lengthen(" in backend.graphs[-1].plans[-1].bound.source
+
+
+def test_packed_caches_are_moved_within_their_plan(caplog: pytest.LogCaptureFixture) -> None:
+    """Keys and values as slices of one tensor: no forward needs more than it was planned with."""
+    torch.manual_seed(0)
+    model, backend = Attends().eval(), RecordingBackend()
+    eager = copy.deepcopy(model)
+    model.compile(backend=backend, options=emulated(gpu_memory=420_000, split=0.5))
+    with torch.no_grad():
+        for tokens in range(120, 124):
+            packed = torch.randn(2, tokens, 1, 2, 32) / 4
+            given, x = [part.permute(1, 2, 0, 3) for part in packed], torch.randn(1, 1, 64)
+            alike(model(x, *given), eager(x, *given))
+    assert not caplog.records, "gpu_memory is lowered where memory runs out"
+    assert "= lengthen(" in backend.graphs[-1].plans[-1].bound.source

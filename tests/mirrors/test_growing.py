@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import time
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +15,7 @@ from hetegen_compile.accelerators.base import Value
 from hetegen_compile.accelerators.growing import block_of, room_behind
 from hetegen_compile.host_memory.growing import append
 from hetegen_compile.mirrors import NoRoomError, Request
+from hetegen_compile.mirrors.record import Record
 from tests.mirrors.steps import LIMIT, Steps
 
 NOTHING = torch.tensor([])
@@ -130,3 +135,120 @@ def test_a_part_of_a_storage_moves_by_itself(steps: Steps) -> None:
     assert torch.equal(steps.accelerator.download(Op("look"), found), longer)
     assert torch.equal(steps.fetches(whole)[0], whole)
     assert torch.equal(steps.fetches(cut)[0], cut)
+
+
+def counted(steps: Steps) -> int:
+    """Bytes that are held, which are those that are counted: no more is there, and no more is kept from others."""
+    gc.collect()
+    steps.accelerator.synchronize()
+    records = steps.mirrors._records
+    memories = set[object]().union(*(record.memories for _, record in records))
+    shared = sum(memory.nbytes for memory in memories)  # type: ignore[attr-defined]
+    found = sum(record.own_bytes for _, record in records) + shared
+    held = sum(n for category, n in steps.accelerator.counters.held_bytes.items() if category != "slots")
+    assert held == found <= records.most_bytes
+    return found
+
+
+def test_a_moved_part_and_the_whole_are_there_both(steps: Steps) -> None:
+    whole = cache(6)
+    cut = whole[:, :, :4]
+    steps.mirrors.begin_step()
+    fetched(steps, cut, 9)
+    steps.mirrors.begin_step()
+    steps.fetches(whole)
+    assert counted(steps) == 9 * 64 + 6 * 64
+
+
+def test_inputs_that_are_parts_of_one_tensor_get_blocks_of_their_own(steps: Steps) -> None:
+    packed = torch.randn(2, 6, 1, 2, 8)
+    parts = [part.permute(1, 2, 0, 3) for part in packed]
+    requests = [Request(part, "part", whole=True) for part in parts]
+    steps.mirrors.begin_step()
+    values = steps.mirrors.fetch(requests, LIMIT)
+    for i, request in enumerate(requests):
+        values[i] = steps.mirrors.give_room(request, values[i], 9, LIMIT)
+    assert counted(steps) == 2 * 9 * 64, "what they were parts of has gone"
+    for value, part in zip(values, parts, strict=True):
+        assert torch.equal(steps.accelerator.download(Op("look"), value), part)
+    values.clear()
+    del value
+    steps.mirrors.begin_step()
+    steps.mirrors.fit(0)
+    assert counted(steps) == 0
+
+
+def test_a_moved_part_goes_when_room_is_needed_for_another(steps: Steps) -> None:
+    whole = torch.randn(200, 1, 2, 8).permute(1, 2, 0, 3)
+    cut, other = whole[:, :, :4], whole[:, :, 100:104]
+    steps.mirrors.begin_step()
+    fetched(steps, cut, 300)
+    steps.mirrors.begin_step()
+    steps.fetches(other, limit_bytes=300 * 64 - 1)
+    assert counted(steps) == whole.nbytes, "the other one is mirrored through the whole"
+
+
+def test_a_moved_part_that_a_step_writes_stays_counted(steps: Steps) -> None:
+    cut = torch.randn(200, 1, 2, 8).permute(1, 2, 0, 3)[:, :, :4]
+    steps.mirrors.begin_step()
+    value = fetched(steps, cut, 300)
+    steps.mirrors.settle([cut])
+    del value
+    assert counted(steps) == 300 * 64
+
+
+def test_what_was_moved_before_there_was_no_room_is_there(steps: Steps) -> None:
+    """The step that follows an aborted one finds it."""
+    tensors = cache(4), cache(4)
+    requests = [Request(tensor, "keys") for tensor in tensors]
+    steps.accelerator.begin_step()
+    steps.mirrors.begin_step()
+    values = steps.mirrors.fetch(requests, LIMIT)
+    steps.accelerator.launch(Op("slow"), _slowly, (), outputs=0)
+    steps.mirrors.give_room(requests[0], values[0], 9, LIMIT)
+    with pytest.raises(NoRoomError):
+        steps.mirrors.give_room(requests[1], values[1], 90, 64 * 20)
+    steps.accelerator.abandon_step()
+    steps.mirrors.begin_step()
+    for found, tensor in zip(steps.fetches(*tensors), tensors, strict=True):
+        assert torch.equal(found, tensor)
+
+
+def _slowly() -> tuple[()]:
+    time.sleep(0.2)
+    return ()
+
+
+def test_an_interrupt_behind_a_move_leaves_no_less_counted(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = cache(4)
+    steps.mirrors.begin_step()
+    request = Request(tensor, "keys")
+    (value,) = steps.mirrors.fetch([request], LIMIT)
+    moved = Record.move
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        moved(*arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Record, "move", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        steps.mirrors.give_room(request, value, 9, LIMIT)
+    del value
+    steps.count()
+
+
+def test_what_a_step_writes_lies_with_no_other(steps: Steps) -> None:
+    tensor = cache(4)
+    steps.mirrors.begin_step()
+    longer, _ = lengthened(steps, tensor, fetched(steps, tensor, 9), torch.randn(1, 2, 1, 8))
+    before = tensor.clone()
+    steps.mirrors.begin_step()
+    steps.mirrors.separate([longer])
+    (value,) = steps.mirrors.fetch([Request(longer, "keys")], LIMIT)
+    steps.accelerator.launch(Op("write"), lambda x: (x.zero_(), ())[1], (value,), outputs=0, mutates=(0,))
+    assert torch.equal(steps.fetches(tensor)[0], before)
+    steps.mirrors.begin_step()
+    alone = cache(4)
+    value = fetched(steps, alone, 9)
+    steps.mirrors.separate([alone])
+    assert steps.mirrors.fetch([Request(alone, "keys")], LIMIT) == [value], "it lies by itself"

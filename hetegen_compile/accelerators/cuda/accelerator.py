@@ -301,6 +301,9 @@ class CudaAccelerator(Accelerator):
         note(result, where)
         return result
 
+    def close_no_gates(self) -> None:
+        self._ahead.gated = False
+
     def launch(
         self,
         op: Op,
