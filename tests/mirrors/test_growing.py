@@ -61,6 +61,15 @@ def test_a_moved_one_is_the_mirror_from_then_on(steps: Steps) -> None:
     assert steps.accelerator.counters.held_bytes["mirrors"] == 9 * 64, "what it was moved from has gone"
 
 
+def test_a_step_that_moves_one_closes_no_gates(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes memory that nobody looked for when the step began."""
+    told: list[bool] = []
+    monkeypatch.setattr(steps.accelerator, "close_no_gates", lambda: told.append(True))
+    steps.mirrors.begin_step()
+    fetched(steps, cache(4), 9)
+    assert told == [True]
+
+
 def test_a_write_is_seen_wherever_it_lies(steps: Steps) -> None:
     tensor = cache(4)
     steps.mirrors.begin_step()
