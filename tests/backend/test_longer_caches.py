@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import BartConfig, BartForConditionalGeneration, DynamicCache
 
 import hetegen_compile
 from hetegen_compile.accelerators.growing import Block, block_of
@@ -205,7 +205,8 @@ def test_what_lies_in_one_place_gets_places_of_its_own(same: str, inductor: bool
     backend = RecordingBackend(inductor_compiler) if inductor else RecordingBackend()
     options = emulated(gpu_memory=half_the_weights(model), split=0.5)
     past, other = (append_tokens(torch.tensor([]), torch.randn(1, 2, 4, 32) / 8) for _ in range(2))
-    mine = eagers = {"two": (past, other), "views of one": (past, past[:, :, :]), "one twice": (past, past)}[same]
+    mine: Any = {"two": (past, other), "views of one": (past, past[:, :, :]), "one twice": (past, past)}[same]
+    eagers = mine
     compiled = torch.compile(model, backend=backend, options=options)
     with torch.no_grad():
         for _ in range(4):
@@ -214,9 +215,34 @@ def test_what_lies_in_one_place_gets_places_of_its_own(same: str, inductor: bool
             found, *mine = compiled(x, *mine)
             torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(mine, eagers, rtol=1e-4, atol=1e-5)
+        for _ in range(2):  # a value with room behind it, for two inputs
+            mine, eagers = [mine[0], mine[0].detach()], [eagers[0], eagers[0].detach()]
+            (found, *mine), (right, *eagers) = compiled(x, *mine), model(x, *eagers)
+            torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(mine, eagers, rtol=1e-4, atol=1e-5)
     assert_offloaded(backend, new_schedules(known), options)
     found = backend.graphs[-1].plans[-1].bound.source.count("= lengthen(")
     assert found == (0 if same == "one twice" else 2), "of one that is read twice copies are made, which lie otherwise"
+
+
+def test_what_is_made_once_has_no_room() -> None:
+    """The caches of an encoder's states: no token goes into them."""
+    torch.manual_seed(0)
+    config = BartConfig(
+        d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=128, decoder_ffn_dim=128, vocab_size=128, max_position_embeddings=64, forced_eos_token_id=None,
+        eos_token_id=None, decoder_start_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    model, known, backend = BartForConditionalGeneration(config).eval(), hetegen_compile.schedules(), RecordingBackend()
+    ids = torch.randint(4, 128, (1, 17))
+    expected = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, num_beams=1)
+    options = emulated(gpu_memory=half_the_weights(model), split=0.5, context=24)
+    model.compile(backend=backend, options=options)
+    assert torch.equal(model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, num_beams=1), expected)
+    made = [line for graph in backend.graphs for plan in graph.plans for line in plan.bound.source.splitlines()
+            if "= new_cache(" in line]  # fmt: skip
+    assert sorted(line.rsplit(", ", 1)[1] for line in made) == ["0)", "0)", "24)", "24)"]
+    assert all(schedule.host_bytes > 0 for schedule in new_schedules(known))
 
 
 class Attends(Twice):
@@ -269,6 +295,10 @@ def test_what_another_graph_writes_to_one_is_not_in_the_other(written: str) -> N
         alike(writes(x, mine[0]), eager_writes(x, right[0]))
         mine, right = (longer, eagers_longer) if written == "shorter" else (shorter, eagers)
         alike(reads(x, *mine), eager_reads(x, *right))
+        for _ in range(2):  # what is written each time has become the beginning of another meanwhile
+            (_, *longer), (_, *eagers_longer) = reads(x, *shorter), eager_reads(x, *eagers)
+            alike(writes(x, shorter[0]), eager_writes(x, eagers[0]))
+            alike(reads(x, *longer), eager_reads(x, *eagers_longer))
 
 
 class More(Attends):
