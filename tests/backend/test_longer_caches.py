@@ -98,6 +98,10 @@ def test_a_longer_cache_lies_where_the_shorter_one_does(batch: int) -> None:
         assert place == PROMPT or moved < 1024, "tokens, positions and masks"
         held.append(held_bytes(pair))
     assert len(set(held[1:])) == 1, "no step holds more than the one before"
+    source = pair.backend.graphs[-1].plans[-1].bound.source
+    called = [line for line in source.splitlines() if "= list(launch(" in line]
+    assert len(called) == 2
+    assert all("mutates=()" not in line for line in called), "they write what they are given"
     pair.assert_offloaded()
 
 
