@@ -85,6 +85,7 @@ def append_behind(segment: fx.GraphModule) -> tuple[fx.GraphModule, tuple[Append
         past, new = node.all_input_nodes
         value, place = info(node).value, results.index(node)
         if lengthens(node):
+            assert [*past.users] == [node], "who else reads the shorter one would read the longer one"
             found.append(Appended(placeholders.index(past), place, value, to_expr(info(new).value.shape[TOKENS])))
             _write(graph, annotate(past, value=value), new, node)
         else:

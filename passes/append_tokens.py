@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from hetegen_compile.ir import INPUT_OPS
 from hetegen_compile.passes.tensors import tensors_in, to_expr
 from hetegen_compile.passes.windows import CACHE_DIMS, TOKENS
 
@@ -96,15 +95,21 @@ def lies_by_token(tensor: Tensor) -> bool:
 
 
 def _other_reader(node: fx.Node, past: fx.Node) -> fx.Node | None:
-    """Who else reads the tokens of what a node lengthens (sizes of it may be asked for); None: nobody does.
+    """Who else may read the tokens of what a node lengthens (its sizes may be asked for); None: nobody does.
 
     Behind it there is room for one longer cache. And a reader of the shorter one would often come behind the write to
     the longer one in Inductor's code, for which all of it would be copied.
     """
     if past.meta["example_value"].dim() != CACHE_DIMS:
         return None
-    readers = (user for user in past.users if user.op == "output" or tensors_in(user.meta.get("example_value")))
-    return next((user for user in readers if user is not node), None)
+    return next(
+        (user for user in past.users if user is not node and not _is_size(user.meta.get("example_value"))), None
+    )
+
+
+def _is_size(value: Any) -> bool:
+    """Whether a node's result is known to be of sizes; of a write (``x[:n] = past``) Dynamo notes nothing."""
+    return value is not None and not tensors_in(value)
 
 
 def _parts(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -120,7 +125,7 @@ def _parts(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     given_value, new_value = past.meta.get("example_value"), new.meta.get("example_value")
     if not isinstance(given_value, Tensor) or not isinstance(new_value, Tensor) or new_value.is_quantized:
         return None
-    is_given = past.op in INPUT_OPS and lies_by_token(given_value)
+    is_given = past.op == "placeholder" and lies_by_token(given_value)
     is_nothing = given_value.dim() == 1 and given_value.shape[0] == 0
     alike = new_value.dim() == CACHE_DIMS and given_value.dtype == new_value.dtype
     return (past, new) if alike and past is not new and (is_given or is_nothing) else None

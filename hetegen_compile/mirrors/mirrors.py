@@ -118,6 +118,8 @@ class Mirrors:
 
     def _memory_of(self, value: Value, record: Record) -> Memory | None:
         """What a value shares with one that this step returned of the same storage; None: it has memory of its own."""
+        if record.block is not None and self._uploader.share_memory(value, record.base):
+            return record.block
         for other in record.held.values():
             if other.apart and self._uploader.share_memory(value, other.value):
                 if other.memory is None:
@@ -142,12 +144,13 @@ class Mirrors:
         moved, block = self._uploader.move(request, value, tokens)
         geometry, first = geometry_of(tensor), first_bytes(tensor)
         held = Held(moved, request.category, 0, request.name, first, self._step)
-        record = self._records.current(tensor, geometry)
+        record = self._records.get(storage_id(tensor))
+        assert record is not None, "it was fetched in this step"
         self._records.move(record, geometry, held, block, self._step, whole=covers_storage(tensor))
         return moved
 
     def separate(self, tensors: Sequence[Tensor]) -> None:
-        """The step writes these: forget what lies in one block with other caches, which the write would change, too."""
+        """The step writes these: drop those that lie in one block with other caches, to lie by themselves."""
         for key in map(storage_id, tensors):
             record = self._records.get(key)
             if record is not None and any(self._records.share(memory, key) for memory in record.memories):
@@ -157,7 +160,8 @@ class Mirrors:
         """Drop what this step does not use until all fit ``limit_bytes``.
 
         Raises:
-            NoRoomError: what it uses does not. All that has been issued is over: the values are there.
+            NoRoomError: what it uses does not. All that has been issued is over then: the mirrors stay, and what an
+                aborted step passes over would be missing.
         """
         if self._records.most_bytes > limit_bytes:
             try:
@@ -190,8 +194,8 @@ class Mirrors:
         for tensor in tensors:
             record = self._records.get(storage_id(tensor))
             held = None if record is None else record.held.get(geometry_of(tensor))
-            if record is None or held is None:
-                return None
+            if record is None or held is None or record.memories:  # another cache may come to lie there, and no record
+                return None  # changes by that: what is written has to be looked at each time
             found.append((record, [held]))
         settled = Settled(tensors, [held.value for _, (held,) in found])
         self._records.stand(settled, found)

@@ -224,8 +224,7 @@ class Records:
         self._make_records()
         self._note_uses()
         lie_in = Counter(memory for record in self._records.values() for memory in record.memories)
-        excess = sum(record.own_bytes for record in self._records.values()) - limit_bytes
-        excess += sum(memory.nbytes for memory in lie_in)
+        excess = self._held_bytes() - limit_bytes
         for key, record in sorted(self._records.items(), key=lambda item: item[1].used):
             if excess <= 0:
                 break
@@ -236,9 +235,15 @@ class Records:
             for memory in memories - (set() if left is None else left.memories):
                 lie_in[memory] -= 1  # a cache may lie where the one that it was made of does
                 excess -= 0 if lie_in[memory] else memory.nbytes
+        excess = self._held_bytes() - limit_bytes  # taking back an answer lets go of others' mirrors, too
         if excess > 0:
             raise NoRoomError(excess)
         self.most_bytes = sum(record.nbytes for record in self._records.values())
+
+    def _held_bytes(self) -> int:
+        """Bytes of all records, of memory that several share once."""
+        memories = {memory for record in self._records.values() for memory in record.memories}
+        return sum(record.own_bytes for record in self._records.values()) + sum(memory.nbytes for memory in memories)
 
     def _give_up(self, key: int, record: Record, step: int, *, stays: bool) -> None:
         """Drop what ``step`` does not use of one storage."""

@@ -116,7 +116,7 @@ class _Binder:
         self._written = ir.written_storages(node for node in module.graph.nodes if info(node).side == "accelerator")
         self._rules = rules
         self._ahead_bytes = ahead_bytes
-        self._longer = LongerCaches(self._source, self._position, self._size, room_tokens)
+        self._longer = LongerCaches(self._source, self._position, self._place_of_size, room_tokens)
         self._mirrors: list[fx.Node] = []
         self._residents: list[tuple[int, int, int]] = []
         self._carried = module.graph.find_nodes(op="call_function", target=ir.CARRIED)
@@ -250,11 +250,11 @@ class _Binder:
     def _to_accelerator(self, node: fx.Node) -> str:
         if not info(node).ahead:
             return self._plain(node)
-        made_like = like_text(tensors_in(info(node).value), self._constant, self._size)
+        made_like = like_text(tensors_in(info(node).value), self._constant, self._place_of_size)
         return f"{node.name} = deliver({self._op(node)}, {self._text(node.args[0])}, {made_like})"
 
-    def _size(self, symbol: sympy.Symbol) -> str:
-        return f"inputs[{self._position[size_inputs(self._module.graph)[symbol]]}]"
+    def _place_of_size(self, symbol: sympy.Symbol) -> int:
+        return self._position[size_inputs(self._module.graph)[symbol]]
 
     def _caught_up(self, node: fx.Node) -> str:
         return f"caught_up({self._op(node)}, {self._text(node.args[0])})"

@@ -22,12 +22,12 @@ def like(tensors: Sequence[Tensor], symbols: Sequence[sympy.Symbol], *sizes: int
 
 
 def like_text(
-    tensors: Sequence[Tensor], constant: Callable[[str, Any], str], text_of: Callable[[sympy.Symbol], str]
+    tensors: Sequence[Tensor], constant: Callable[[str, Any], str], place_of: Callable[[sympy.Symbol], int]
 ) -> str:
-    """Python for ``like(tensors, ...)`` in a step: ``text_of`` is that of a symbol's value."""
+    """Python for ``like(tensors, ...)`` in a step; ``place_of`` is the position of the input that is a size."""
     symbols = sorted(set[sympy.Symbol]().union(*map(symbols_of, tensors)), key=str)
     made_like = functools.lru_cache(maxsize=4)(functools.partial(like, tensors, symbols))
-    return f"{constant('like', made_like)}({', '.join(map(text_of, symbols))})"
+    return f"{constant('like', made_like)}({', '.join(f'inputs[{place_of(symbol)}]' for symbol in symbols)})"
 
 
 def _sizes(sizes: Sequence[Any], known: Mapping[sympy.Symbol, sympy.Integer]) -> tuple[int, ...]:

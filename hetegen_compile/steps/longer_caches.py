@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, fx
 
 from hetegen_compile.accelerators.base import Op
 from hetegen_compile.passes.append_behind import Appended
+from hetegen_compile.passes.expressions import evaluate
 from hetegen_compile.passes.lower import CompiledSegment
 from hetegen_compile.passes.tensors import to_expr
 from hetegen_compile.passes.windows import TOKENS
@@ -34,15 +36,15 @@ class LongerCache:
 
 
 class LongerCaches:
-    """Those of one step; ``text_of`` is Python for the value of a symbol, ``room_tokens`` what a new cache has."""
+    """Those of one step; ``place_of``: of the input that is a size; ``room_tokens``: what a new cache has room for."""
 
     def __init__(
-        self, source: StepSource, position: Mapping[fx.Node, int], text_of: Callable[[sympy.Symbol], str],
+        self, source: StepSource, position: Mapping[fx.Node, int], place_of: Callable[[sympy.Symbol], int],
         room_tokens: Callable[[Tensor], int],
     ) -> None:  # fmt: skip
         self._source = source
         self._position = position
-        self._text_of = text_of
+        self._place_of = place_of
         self._room_tokens = room_tokens
         self.found: list[LongerCache] = []
 
@@ -63,22 +65,23 @@ class LongerCaches:
         return "\n    ".join([*before, f"{node.name} = list({called})", *behind, f"del {', '.join(names)}"])
 
     def _new(self, node: fx.Node, value: Tensor) -> str:
-        made_like = like_text([value], self._source.constant, self._text_of)
+        made_like = like_text([value], self._source.constant, self._place_of)
         return f"new_cache({self._op(node)}, {made_like}[0], {self._room_tokens(value)})"
 
-    def _longer(self, node: fx.Node, one: Appended, new: sympy.Expr) -> str:
+    def _longer(self, node: fx.Node, one: Appended, tokens: sympy.Expr) -> str:
         mirror: Any = node.args[one.given]
-        tokens = self._number(new)
+        added = functools.partial(_number, tokens, [(symbol, self._place_of(symbol)) for symbol in tokens.free_symbols])
         given = self._position[mirror.all_input_nodes[0]]
-        self.found.append(LongerCache(given, eval(f"lambda inputs: {tokens}"), to_expr(one.value.shape[TOKENS])))
-        return f"lengthen({self._op(node)}, {mirror}, {tokens})"
-
-    def _number(self, size: sympy.Expr) -> str:
-        """Python for a size of the graph, from ``inputs``."""
-        return str(size.xreplace({symbol: sympy.Symbol(self._text_of(symbol)) for symbol in size.free_symbols}))
+        self.found.append(LongerCache(given, added, to_expr(one.value.shape[TOKENS])))
+        number = str(tokens) if tokens.is_Integer else f"{self._source.constant('added', added)}(inputs)"
+        return f"lengthen({self._op(node)}, {mirror}, {number})"
 
     def _op(self, node: fx.Node) -> str:
         return self._source.constant("op", Op(f"a cache of {node.name}"))
+
+
+def _number(size: sympy.Expr, places: Sequence[tuple[Any, int]], inputs: Sequence[Any]) -> int:
+    return int(evaluate(size, {symbol: inputs[place] for symbol, place in places}))
 
 
 __all__ = ["LongerCache", "LongerCaches"]

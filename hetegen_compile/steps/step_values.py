@@ -13,8 +13,10 @@ from torch import Tensor, fx
 from hetegen_compile.accelerators.base import Value
 from hetegen_compile.accelerators.geometry import span_bytes
 from hetegen_compile.accelerators.growing import Block, block_of, room_behind
+from hetegen_compile.geometry import storage_id
 from hetegen_compile.ir import info, is_tensor
 from hetegen_compile.mirrors import WEIGHTS, Mirrors, Request
+from hetegen_compile.mirrors.identity import geometry_of
 from hetegen_compile.mirrors.settled import Settled
 from hetegen_compile.mirrors.standing import Standing
 from hetegen_compile.planning.room import Room
@@ -70,7 +72,7 @@ class StepValues:
         self._first_rows = first_rows
         whole: list[tuple[int, int, int]] = [(i, 0, -1) for i in bound.mirrors]
         self._wanted = [*whole, *bound.residents]
-        fixed = facts.fixed - {*bound.settled, *bound.outdated}
+        fixed = facts.fixed - {*bound.settled, *bound.outdated, *(one.given for one in bound.longer)}
         self._fixed = [place for place, (i, _, _) in enumerate(self._wanted) if i in fixed]
         self._written = [place for place, (i, _, _) in enumerate(self._wanted) if i in bound.settled]
         self._not_fixed = [place for place, (i, _, _) in enumerate(self._wanted) if i not in fixed]
@@ -95,23 +97,27 @@ class StepValues:
             NoRoomError: they do not fit ``limit_bytes`` beside activations.
         """
         values, once_bytes = self._fetched(mirrors, inputs, limit_bytes - room.activation_bytes)
-        if self._longer and self._move(mirrors, inputs, values, limit_bytes - once_bytes, room):
-            mirrors.fit(limit_bytes - once_bytes - room.activation_bytes)
+        if self._longer:
+            self._move(mirrors, inputs, values, limit_bytes - once_bytes, room)
         return values
 
-    def _move(self, mirrors: Mirrors, inputs: Sequence[Any], values: list[Value], limit_bytes: int, room: Room) -> bool:
-        """Move what the step lengthens and has no room behind it; whether there was any."""
-        moved = False
+    def _move(self, mirrors: Mirrors, inputs: Sequence[Any], values: list[Value], limit_bytes: int, room: Room) -> None:
+        """Move what the step lengthens and has no room behind it: for a token at least, so that it lies in a block."""
         blocks = set[Block | None]()  # two inputs may be one tensor: behind its value there is room for one of them
+        moved = dict[Any, Value]()
         for place, cache in self._longer:
             value, tokens = values[place], max(1, cache.added(inputs))
             if room_behind(value) < tokens or block_of(value) in blocks:
                 request = self._request(place, inputs)
                 most = max(room.context.room(cache.tokens), request.tensor.shape[-2] + tokens)
+                itself = storage_id(request.tensor), geometry_of(request.tensor)
+                if (before := block_of(moved.get(itself))) is not None:  # the first has it for this step, uncounted
+                    limit_bytes -= before.nbytes
                 value = values[place] = mirrors.give_room(request, value, most, limit_bytes)
-                moved = True
+                moved[itself] = value
             blocks.add(block_of(value))
-        return moved
+        if moved:
+            mirrors.fit(limit_bytes - room.activation_bytes)
 
     def _fetched(self, mirrors: Mirrors, inputs: Sequence[Any], limit_bytes: int) -> tuple[list[Value], int]:
         """The values where they lie, and the bytes of those that were uploaded for this step only."""

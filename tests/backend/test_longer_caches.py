@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import BartConfig, BartForConditionalGeneration, DynamicCache
 
 import hetegen_compile
@@ -305,17 +306,61 @@ def test_what_another_graph_writes_to_one_is_not_in_the_other(written: str) -> N
             alike(reads(x, *longer), eager_reads(x, *eagers_longer))
 
 
+@pytest.mark.parametrize("written", ["shorter", "longer"])
+def test_what_has_been_written_before_is_looked_at_each_time(written: str) -> None:
+    """Behind what one graph writes again and again another has put a token meanwhile, for which nothing was moved."""
+    torch.manual_seed(0)
+    reads, writes, backend = Attends().eval(), Writes().eval(), RecordingBackend()
+    eager_reads, eager_writes = copy.deepcopy(reads), copy.deepcopy(writes)
+    options = emulated(gpu_memory=4 << 20, split=0.5, context=400)
+    reads.compile(backend=backend, options=options)
+    writes.compile(backend=backend, options=options)
+    with torch.no_grad():
+        for _ in range(4):
+            mine = given_cache(20), given_cache(20)
+            eagers = mine[0].clone(), mine[1].clone()
+            for count in (1, 1, 255):  # by then the host's memory is full, and not the accelerator's
+                x = torch.randn(1, count, 64)
+                mine, eagers = reads(x, *mine)[1:], eager_reads(x, *eagers)[1:]
+            eagers = eagers[0].clone(), eagers[1].clone()
+            writes(torch.randn(1, 1, 64), given_cache(277))
+            x = torch.randn(1, 1, 64)
+            alike(writes(x, mine[0]), eager_writes(x, eagers[0]))
+            x = torch.randn(1, 1, 64)
+            longer, eagers_longer = reads(x, *mine)[1:], eager_reads(x, *eagers)[1:]
+            assert longer[0].data_ptr() != mine[0].data_ptr()
+            x = torch.randn(1, 1, 64)
+            first, right = (mine, eagers) if written == "shorter" else (longer, eagers_longer)
+            alike(writes(x, first[0]), eager_writes(x, right[0]))
+            second, right = (longer, eagers_longer) if written == "shorter" else (mine, eagers)
+            alike(reads(x, *second)[0], eager_reads(x, *right)[0])
+
+
 class More(Attends):
-    """Appends one token more than it is given."""
+    """Appends more tokens than it is given, by a rule."""
+
+    def __init__(self, rule: str) -> None:
+        super().__init__()
+        self.rule = rule
 
     def forward(self, x: Tensor, past: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return super().forward(torch.cat([x, x[:, :1]], 1), past, other)
+        count = x.shape[1]
+        if self.rule == "one more":
+            x = torch.cat([x, x[:, :1]], 1)
+        elif self.rule == "a multiple of four":
+            x = functional.pad(x, (0, 0, 0, (-count) % 4))
+        elif self.rule == "four at least":
+            x = functional.pad(x, (0, 0, 0, torch.sym_max(count, 4) - count))
+        return super().forward(x, past, other)
 
 
-@pytest.mark.parametrize("tokens", [(3, 4, 5, 2), (0, 0)])
-def test_a_number_of_new_tokens_may_be_computed_or_none(tokens: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("rule", "tokens"),
+    [("one more", (3, 4, 5, 2)), ("a multiple of four", (3, 5, 6, 2)), ("four at least", (3, 2, 5)), ("none", (0, 0))],
+)
+def test_a_number_of_new_tokens_may_be_computed_or_none(rule: str, tokens: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    model, backend = (More() if any(tokens) else Attends()).eval(), RecordingBackend()
+    model, backend = More(rule).eval(), RecordingBackend()
     eager = copy.deepcopy(model)
     model.compile(backend=backend, options=emulated(gpu_memory=half_the_weights(model) * 3, split=0.5))
     mine: Any = given_cache(9), given_cache(9)

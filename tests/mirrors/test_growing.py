@@ -261,3 +261,37 @@ def test_what_a_step_writes_lies_with_no_other(steps: Steps) -> None:
     value = fetched(steps, alone, 9)
     steps.mirrors.separate([alone])
     assert steps.mirrors.fetch([Request(alone, "keys")], LIMIT) == [value], "it lies by itself"
+
+
+def test_a_window_of_a_cache_in_a_block_counts_with_it(steps: Steps) -> None:
+    """Both are what a step returns, and lie in one memory."""
+    whole = torch.randn(10, 1, 2, 8).permute(1, 2, 0, 3)
+    window = whole[:, :, 5:]
+    steps.mirrors.begin_step()
+    value = steps.accelerator.new_cache(Op("keys"), whole, 200)
+    part = steps.accelerator.launch(Op("window"), lambda x: x[:, :, 5:], (value,))
+    steps.mirrors.register(whole, value)
+    steps.mirrors.register(window, part)
+    del value, part
+    assert counted(steps) == 200 * 64
+
+
+def test_parts_that_have_no_version_are_moved_within_what_is_counted(steps: Steps) -> None:
+    with torch.inference_mode():
+        packed = torch.randn(2, 600, 1, 2, 8)
+        parts = [part.permute(1, 2, 0, 3) for part in packed]
+    requests = [Request(part, "part", whole=True) for part in parts]
+    steps.mirrors.begin_step()
+    values = steps.mirrors.fetch(requests, LIMIT)
+    values[0] = steps.mirrors.give_room(requests[0], values[0], 601, LIMIT)
+    assert counted(steps) == packed.nbytes + 601 * 64, "the other one lies in what was uploaded"
+
+
+def test_what_is_written_and_may_get_company_has_no_standing_answer(steps: Steps) -> None:
+    tensor = cache(4)
+    steps.mirrors.begin_step()
+    fetched(steps, tensor, 9)
+    assert steps.mirrors.settle([tensor]) is None
+    other = torch.randn(1, 2, 4, 8)
+    steps.fetches(other)
+    assert steps.mirrors.settle([other]) is not None

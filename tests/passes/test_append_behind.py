@@ -144,7 +144,13 @@ def test_a_cache_that_somebody_else_reads_is_copied_and_it_is_told() -> None:
     def asked(past: Tensor, new: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cat([past, new], -2), query * past.shape[2] + past.numel()
 
-    for function, copied in ((both, 2), (summed, 1), (asked, 0)):
+    def put_elsewhere(past: Tensor, new: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        keys = torch.cat([past, new], -2)
+        other = torch.zeros_like(keys)
+        other[:, :, : past.shape[2]] = past
+        return keys, other + query
+
+    for function, copied in ((both, 2), (summed, 1), (put_elsewhere, 1), (asked, 0)):
         segment = captured(function, by_token(3), by_token(1), by_token(1))
         assert sum(COPIED in node.meta for node in segment.graph.nodes) == copied
         assert sum(map(appends, segment.graph.nodes)) == (copied == 0)
