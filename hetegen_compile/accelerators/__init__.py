@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from hetegen_compile.accelerators.base import Accelerator, Counters, Op, StepFacts
+from hetegen_compile.accelerators.base import Accelerator, Op, StepFacts
 from hetegen_compile.accelerators.choice import uses_cuda
+from hetegen_compile.accelerators.counters import Counters
 from hetegen_compile.accelerators.cuda import CudaAccelerator
 from hetegen_compile.accelerators.emulated import EmulatedAccelerator
 

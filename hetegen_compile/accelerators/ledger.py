@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from hetegen_compile.accelerators.base import Counters
+from hetegen_compile.accelerators.counters import Counters
 from hetegen_compile.errors import AcceleratorMemoryError
 from hetegen_compile.locks import if_free
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from hetegen_compile.accelerators.base import Counters
+from hetegen_compile.accelerators.counters import Counters
 from hetegen_compile.accelerators.ledger import MemoryLedger, PinTable
 from tests.test_locks import INTERRUPTS, interrupts
 

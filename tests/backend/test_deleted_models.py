@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hetegen_compile.accelerators import EmulatedAccelerator
-from hetegen_compile.accelerators.base import Counters
+from hetegen_compile.accelerators.counters import Counters
 from tests.backend.modules import BUDGET, WIDTH, Linear, Mlp, around, plain, random
 from tests.models.architectures import prompts, tiny_model
 from tests.models.harness import RecordingBackend, emulated, half_the_weights, live_threads

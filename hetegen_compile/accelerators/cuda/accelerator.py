@@ -14,7 +14,6 @@ import torch
 from hetegen_compile.accelerators.base import (
     NOTHING_KNOWN,
     Accelerator,
-    Counters,
     LaunchChain,
     Op,
     StepFacts,
@@ -22,6 +21,7 @@ from hetegen_compile.accelerators.base import (
     call_on_host,
 )
 from hetegen_compile.accelerators.choice import require_cuda
+from hetegen_compile.accelerators.counters import Counters
 from hetegen_compile.accelerators.cuda.activations import Activations
 from hetegen_compile.accelerators.cuda.ahead import Ahead
 from hetegen_compile.accelerators.cuda.allocator import (

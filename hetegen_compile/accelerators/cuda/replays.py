@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hetegen_compile.accelerators.base import Counters, LaunchChain, Value
+from hetegen_compile.accelerators.base import LaunchChain, Value
+from hetegen_compile.accelerators.counters import Counters
 from hetegen_compile.accelerators.cuda.activations import copy_by_kernel
 from hetegen_compile.accelerators.cuda.allocator import GRAPH_BYTES, RECORDED_BYTES, reserved_now_bytes
 from hetegen_compile.accelerators.geometry import empty_twin, same_geometry, span, span_bytes

@@ -22,12 +22,12 @@ import torch
 from hetegen_compile.accelerators.base import (
     NOTHING_KNOWN,
     Accelerator,
-    Counters,
     Op,
     StepFacts,
     Value,
     call_on_host,
 )
+from hetegen_compile.accelerators.counters import Counters
 from hetegen_compile.accelerators.emulated.activations import Activations
 from hetegen_compile.accelerators.emulated.ahead import Ahead
 from hetegen_compile.accelerators.emulated.clocks import COMPUTE, HOST, UP, Access
