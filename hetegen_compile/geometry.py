@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,12 @@ def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
             return False
         expected *= size
     return True
+
+
+def token_strides(shape: Sequence[Any]) -> tuple[Any, Any, Any, int]:
+    """Strides of a cache, [sequences, heads, tokens, width], with the tokens outermost in memory."""
+    sequences, heads, _, width = shape
+    return heads * width, width, sequences * heads * width, 1
 
 
 def mirrored_bytes(shape: Sequence[int], stride: Sequence[int], item_bytes: int, storage_bytes: int) -> int:

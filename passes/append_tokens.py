@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from hetegen_compile.geometry import token_strides
 from hetegen_compile.passes.tensors import tensors_in, to_expr
 from hetegen_compile.passes.windows import CACHE_DIMS, TOKENS
 
@@ -89,8 +90,7 @@ def lies_by_token(tensor: Tensor) -> bool:
     """Whether a fake tensor is laid out as ``append_tokens`` does."""
     if tensor.dim() != CACHE_DIMS:
         return False
-    sequences, heads, _, width = map(to_expr, tensor.shape)
-    expected = (heads * width, width, sequences * heads * width, 1)
+    expected = token_strides([*map(to_expr, tensor.shape)])
     return all(to_expr(stride) == one for stride, one in zip(tensor.stride(), expected, strict=True))
 
 

@@ -9,13 +9,14 @@ does not see it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from hetegen_compile.errors import ScheduleError
+from hetegen_compile.geometry import token_strides
 
 _GROWN = "_hetegen_grown"
 
@@ -74,6 +75,13 @@ def room_behind(value: Any) -> int:
     return 0 if where is None else where.room
 
 
+def have_room(values: Iterable[Any], tokens: int) -> bool:
+    """Whether each of some values can be lengthened by so many tokens, all of them in one step."""
+    lie_in = [getattr(value, _GROWN, None) for value in values]
+    blocks = {id(where.block) for where in lie_in if where is not None and where.room >= tokens}
+    return len(blocks) == len(lie_in)
+
+
 def lengthening(name: str, value: Any, tokens: int) -> Grown:
     """Where a value will lie with ``tokens`` more, which are taken; ``name`` is the operation's.
 
@@ -98,12 +106,6 @@ def token_bytes(cache: torch.Tensor) -> int:
     return int(sequences * heads * width * cache.element_size())
 
 
-def token_strides(shape: Sequence[Any]) -> tuple[Any, Any, Any, int]:
-    """Strides of a cache with the tokens outermost."""
-    sequences, heads, _, width = shape
-    return heads * width, width, sequences * heads * width, 1
-
-
 def empty_cache(like: torch.Tensor, tokens: int, device: torch.device) -> torch.Tensor:
     """A cache of the sizes and dtype of ``like``, token by token at the beginning of new memory for ``tokens``."""
     sequences, heads, _, width = like.shape
@@ -119,6 +121,6 @@ def lengthened(cache: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 __all__ = [
-    "Block", "Grown", "block_of", "empty_cache", "lengthened", "lengthening", "note", "room_behind", "token_bytes",
-    "token_strides",
+    "Block", "Grown", "block_of", "empty_cache", "have_room", "lengthened", "lengthening", "note", "room_behind",
+    "token_bytes",
 ]  # fmt: skip

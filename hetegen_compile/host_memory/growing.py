@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hetegen_compile.geometry import token_strides
 from hetegen_compile.passes.append_tokens import append_tokens
 
 LEAST_ROOM_BYTES = 1 << 16
@@ -77,9 +78,8 @@ def append(past: Tensor, new: Tensor) -> Tensor:
     if past.dim() != new.dim():
         past = new[:, :, :0]
     sequences, heads, tokens, width = past.shape
-    token, further = sequences * heads * width, new.shape[2]
-    stride = heads * width, width, token, 1
-    token_bytes = token * past.element_size()
+    further, stride = new.shape[2], token_strides(past.shape)
+    token_bytes = sequences * heads * width * past.element_size()
     used, nbytes = tokens * token_bytes, (tokens + further) * token_bytes
     if past.dtype is not new.dtype or nbytes == 0:
         return append_tokens(past, new)

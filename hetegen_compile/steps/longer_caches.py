@@ -46,6 +46,7 @@ class LongerCaches:
         self._position = position
         self._place_of = place_of
         self._room_tokens = room_tokens
+        self._added: dict[sympy.Expr, Callable[[Sequence[Any]], int]] = {}
         self.found: list[LongerCache] = []
 
     def lines(self, node: fx.Node, segment: CompiledSegment, launch: str) -> str:
@@ -70,7 +71,8 @@ class LongerCaches:
 
     def _longer(self, node: fx.Node, one: Appended, tokens: sympy.Expr) -> str:
         mirror: Any = node.args[one.given]
-        added = functools.partial(_number, tokens, [(symbol, self._place_of(symbol)) for symbol in tokens.free_symbols])
+        places = [(symbol, self._place_of(symbol)) for symbol in tokens.free_symbols]
+        added = self._added.setdefault(tokens, functools.partial(_number, tokens, places))
         given = self._position[mirror.all_input_nodes[0]]
         self.found.append(LongerCache(given, added, to_expr(one.value.shape[TOKENS])))
         number = str(tokens) if tokens.is_Integer else f"{self._source.constant('added', added)}(inputs)"

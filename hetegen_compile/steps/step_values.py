@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from hetegen_compile.accelerators.base import Value
 from hetegen_compile.accelerators.geometry import span_bytes
-from hetegen_compile.accelerators.growing import Block, block_of, room_behind
+from hetegen_compile.accelerators.growing import Block, block_of, have_room, room_behind
 from hetegen_compile.geometry import storage_id
 from hetegen_compile.ir import info, is_tensor
 from hetegen_compile.mirrors import WEIGHTS, Mirrors, Request
@@ -24,6 +24,10 @@ from hetegen_compile.steps.bound_step import BoundStep
 
 UPLOADED_ONCE_BYTES = 1 << 12
 """Of what is new in a step and seldom given again (tokens, positions, masks): noting it takes longer than uploading."""
+
+
+_LEAST_ROOM = 1
+"""Tokens: what is lengthened by none has to lie in a block, too."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class StepValues:
         self._settled: Settled | None = None
         places = {i: place for place, i in enumerate(bound.mirrors)}
         self._longer = [(places[one.given], one) for one in bound.longer]
+        self._added = {one.added for one in bound.longer}  # of all layers one, as a rule
         self._seldom = sorted({*self._given} - {place for place, _ in self._longer})
 
     def fetch(self, mirrors: Mirrors, inputs: Sequence[Any], limit_bytes: int, room: Room) -> list[Value]:
@@ -97,16 +102,17 @@ class StepValues:
             NoRoomError: they do not fit ``limit_bytes`` beside activations.
         """
         values, once_bytes = self._fetched(mirrors, inputs, limit_bytes - room.activation_bytes)
-        if self._longer:
+        most = max([_LEAST_ROOM, *(added(inputs) for added in self._added)])
+        if not have_room([values[place] for place, _ in self._longer], most):
             self._move(mirrors, inputs, values, limit_bytes - once_bytes, room)
         return values
 
     def _move(self, mirrors: Mirrors, inputs: Sequence[Any], values: list[Value], limit_bytes: int, room: Room) -> None:
-        """Move what the step lengthens and has no room behind it: for a token at least, so that it lies in a block."""
+        """Move what the step lengthens and has no room behind it."""
         blocks = set[Block | None]()  # two inputs may be one tensor: behind its value there is room for one of them
         moved = dict[Any, Value]()
         for place, cache in self._longer:
-            value, tokens = values[place], max(1, cache.added(inputs))
+            value, tokens = values[place], max(_LEAST_ROOM, cache.added(inputs))
             if room_behind(value) < tokens or block_of(value) in blocks:
                 request = self._request(place, inputs)
                 most = max(room.context.room(cache.tokens), request.tensor.shape[-2] + tokens)

@@ -11,8 +11,9 @@ from torch import Tensor
 from benchmarks.null_accelerator import NullAccelerator
 from hetegen_compile.accelerators import Accelerator, CudaAccelerator, EmulatedAccelerator, Op
 from hetegen_compile.accelerators.base import Value
-from hetegen_compile.accelerators.growing import Block, block_of, room_behind, token_strides
+from hetegen_compile.accelerators.growing import Block, block_of, have_room, room_behind
 from hetegen_compile.errors import AcceleratorMemoryError, ScheduleError
+from hetegen_compile.geometry import token_strides
 from tests.accelerators import fake_cuda
 
 OP = Op("keys")
@@ -81,6 +82,17 @@ def test_memory_is_never_less_than_the_cache_takes(opened: Accelerator) -> None:
     block = block_of(cache)
     assert block is not None
     assert (block.tokens, block.used, block.nbytes) == (4, 4, 4 * 2 * 2 * 8 * 4)
+
+
+def test_values_have_room_each_in_a_block_of_its_own(opened: Accelerator) -> None:
+    like = torch.ones(1, 2, 4, 8)
+    caches = [opened.new_cache(OP, like, 6) for _ in range(2)]
+    assert have_room(caches, 2)
+    assert not have_room(caches, 3)
+    assert not have_room([*caches, caches[0]], 1), "behind one value there is room for one of them"
+    assert not have_room([*caches, opened.upload(OP, like)], 0), "it lies in no block"
+    opened.lengthen(OP, caches[0], 1)
+    assert not have_room(caches, 1)
 
 
 def test_a_block_gives_each_token_once() -> None:
