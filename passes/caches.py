@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from hetegen_compile.geometry import storage_id
 from hetegen_compile.ir import INPUT_OPS, info, written_storages
-from hetegen_compile.passes.append_tokens import append_tokens
+from hetegen_compile.passes.append_behind import appends
 from hetegen_compile.passes.context import Context
 from hetegen_compile.passes.tensors import tensor_bytes, tensors_in, to_expr
 from hetegen_compile.passes.windows import CACHE_DIMS, TOKENS, window_of
@@ -95,7 +95,7 @@ def _returned(module: fx.GraphModule, context: Context) -> Iterator[tuple[int, C
                 if grows:  # of as many tokens, for the most sequences
                     nbytes = -(-nbytes * tokens // max(1, context.room(to_expr(tensor.shape[TOKENS]))))
                 kept = None if window is None else int(context.number(window))
-                room = max(tokens, room_tokens(tensor, context)) if whole.target is append_tokens else 0
+                room = max(tokens, room_tokens(tensor, context)) if appends(whole) else 0
                 yield key, Cache(nbytes, tokens, grows, kept, key in written, room)
 
 

@@ -311,8 +311,11 @@ class Accelerator(ABC):
             ScheduleError: there is no room behind ``value``, or somebody has had it.
         """
 
-    def close_no_gates(self) -> None:  # noqa: B027, who has no gates does nothing
-        """The step takes memory beside what ``begin_step`` was told of, so nothing is issued behind closed gates."""
+    def close_no_gates(self) -> None:  # noqa: B027, an accelerator may keep to it anyway
+        """The step takes memory beside what ``begin_step`` was told of, so nothing is issued behind closed gates.
+
+        Only a device whose driver waits for gates has to do anything.
+        """
 
     @abstractmethod
     def launch(

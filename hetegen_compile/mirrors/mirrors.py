@@ -15,7 +15,7 @@ from hetegen_compile.accelerators.growing import block_of, token_bytes
 from hetegen_compile.geometry import storage_id
 from hetegen_compile.mirrors.fingerprints import Fingerprint
 from hetegen_compile.mirrors.identity import Geometry, covers_storage, geometry_of
-from hetegen_compile.mirrors.record import Held, Memory, Record, Shared, held_bytes
+from hetegen_compile.mirrors.record import Held, Memory, Record, Shared
 from hetegen_compile.mirrors.records import UNSEEN_WRITE, NoRoomError, Records
 from hetegen_compile.mirrors.request import MIRRORS, WEIGHTS, Request
 from hetegen_compile.mirrors.returned import RETURNED
@@ -295,9 +295,10 @@ class Mirrors:
                 record.held = {g: held for g, held in record.held.items() if g not in gone}
 
     def held_bytes(self, category: str) -> int:
-        """Bytes that mirrors of one category hold on the accelerator."""
-        records = (record.held.values() for _, record in self._records)
-        return sum(held_bytes(one for one in held if one.category == category) for held in records)
+        """Bytes that parts and resident rows of one category hold on the accelerator; those of whole storages aside."""
+        held = [one for _, record in self._records for one in record.held.values() if one.category == category]
+        memories = {one.memory for one in held if one.memory is not None}
+        return sum(one.nbytes for one in held) + sum(memory.nbytes for memory in memories)
 
 
 def _parts(record: Record, geometry: Geometry, request: Request) -> list[Held]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -54,13 +53,6 @@ class Held:
     def apart(self) -> bool:
         """Whether it is no view of the record's base."""
         return self.nbytes > 0 or self.memory is not None
-
-
-def held_bytes(held: Iterable[Held]) -> int:
-    """Bytes of values; what several share counts once."""
-    values = list(held)
-    shared = {id(one.memory): one.memory.nbytes for one in values if one.memory is not None}
-    return sum(one.nbytes for one in values) + sum(shared.values())
 
 
 @dataclass
@@ -192,4 +184,4 @@ class Record:
         return before - self.nbytes
 
 
-__all__ = ["Held", "Memory", "Record", "Shared", "held_bytes"]
+__all__ = ["Held", "Memory", "Record", "Shared"]

@@ -154,23 +154,6 @@ def test_what_no_step_lengthens_leaves_nothing(written: bool) -> None:
     assert BESIDE not in found.run(choose_residency).context.residency.budget  # type: ignore[union-attr]
 
 
-def test_a_forward_that_outgrows_its_plan_needs_room_for_what_shorter_caches_leave() -> None:
-    past = torch.randn(1, 4, 7, 16)
-    torch._dynamo.mark_dynamic(past, 2)
-    inputs = {}
-    for accelerator in ("cuda", "emulated"):
-        options = Options(print_schedule=False, accelerator=accelerator)
-        found = case(longer_cache, torch.randn(1, 64), past, options=options, sequences=1, tokens_per_sequence=1)
-        (symbol,) = found.context.sizes
-        found.context = replace(found.context, lengths=frozenset([symbol]))
-        context = replace(found.run(choose_residency).context, memory=MemoryNeed(((0, 1, sympy.Integer(100)),), {}))
-        sizes = {symbol: sympy.Integer(9)}
-        inputs[accelerator] = int(Room.of(context, 0).inputs.subs(sizes))
-        assert Room.of(context, inputs[accelerator] + 100).covers(sizes)
-        assert not Room.of(context, inputs[accelerator] + 99).covers(sizes)
-    assert inputs["cuda"] - inputs["emulated"] == 10 * 64 * 4
-
-
 def test_the_mask_of_another_sequence_is_counted_at_the_longest_context() -> None:
     """Its length is a size of its own in the graph that comes with it, so that graph keeps room for all of it."""
 
@@ -341,15 +324,20 @@ def test_tensors_share_blocks_of_torchs_allocator(nbytes: int, reserved: int) ->
     assert reserved_bytes(nbytes) == reserved
 
 
-def test_a_forward_that_outgrows_its_plan_on_a_gpu_needs_room_for_what_it_leaves() -> None:
-    past, inputs = by_token(7), {}
+@pytest.mark.parametrize("lengthened", [False, True])
+def test_a_forward_that_outgrows_its_plan_needs_room_for_what_shorter_caches_leave(lengthened: bool) -> None:
+    past = by_token(7) if lengthened else torch.randn(1, 4, 7, 16)
     torch._dynamo.mark_dynamic(past, 2)
+    inputs = {}
     for accelerator in ("cuda", "emulated"):
         options = Options(print_schedule=False, accelerator=accelerator)
         found = case(longer_cache, torch.randn(1, 64), past, options=options, sequences=1, tokens_per_sequence=1)
         (symbol,) = found.context.sizes
         found.context = replace(found.context, lengths=frozenset([symbol]))
         context = replace(found.run(choose_residency).context, memory=MemoryNeed(((0, 1, sympy.Integer(100)),), {}))
-        inputs[accelerator] = int(Room.of(context, 0).inputs.subs({symbol: 9}))
-    assert inputs["emulated"] == 10 * 64 * 4 + 2 * 64 * 4, "the longer cache, x and a bias"
+        sizes = {symbol: sympy.Integer(9)}
+        inputs[accelerator] = int(Room.of(context, 0).inputs.subs(sizes))
+        assert Room.of(context, inputs[accelerator] + 100).covers(sizes)
+        assert not Room.of(context, inputs[accelerator] + 99).covers(sizes)
+    assert inputs["emulated"] == (9 + lengthened) * 64 * 4 + 2 * 64 * 4, "a cache, x and a bias"
     assert inputs["cuda"] - inputs["emulated"] == 10 * 64 * 4

@@ -48,6 +48,14 @@ def test_no_gate_is_closed_where_the_allocator_may_have_to_wait(
     assert len(gates_in_log()) == closed
 
 
+def test_no_gate_is_closed_in_a_step_that_takes_more_memory_than_it_was_to(cuda: CudaAccelerator) -> None:
+    cuda.begin_step(facts=StepFacts(again=True))
+    cuda.close_no_gates()
+    torch.testing.assert_close(step(cuda, make_weights(4), torch.ones(2, WIDTH)), expected())
+    cuda.end_step()
+    assert not gates_in_log()
+
+
 def test_a_limit_of_the_allocators_own_counts(cuda: CudaAccelerator, monkeypatch: pytest.MonkeyPatch) -> None:
     unclaimed = Unclaimed(cuda.device)
     assert unclaimed.nbytes() == (1 << 30) - 2 * BLOCK_BYTES
